@@ -1,0 +1,13 @@
+"""Class-parallel margin softmax: the operators of the megacid classifier. Needs torch only; see ../README.md."""
+
+from megacid_kernels.discrimination import Discrimination, linear_margin_cross_entropy, linear_margin_discrimination
+from megacid_kernels.problem import Problem, TargetMargin, Weights
+
+__all__ = [
+    "Discrimination",
+    "Problem",
+    "TargetMargin",
+    "Weights",
+    "linear_margin_cross_entropy",
+    "linear_margin_discrimination",
+]

@@ -1,0 +1,1 @@
+"""Ranks, collectives and the training engine. Import order: parallel <- collectives <- engine."""

@@ -1,0 +1,7 @@
+"""Losses of the objective and their weighted sum."""
+
+from megacid.losses.cluster import ClusterDistillation
+from megacid.losses.instance import contrastive_loss, feature_mse, instance_loss
+from megacid.losses.objective import Objective
+
+__all__ = ["ClusterDistillation", "Objective", "contrastive_loss", "feature_mse", "instance_loss"]

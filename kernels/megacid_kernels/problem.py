@@ -1,0 +1,115 @@
+"""What is to be computed: the value objects that travel through the package instead of fifteen arguments."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+IMPLEMENTATIONS = ("auto", "torch")
+MODES = ("auto", "row")
+DEFAULT_BUDGET_BYTES = 1 << 30
+
+
+class TargetMargin(Protocol):
+    """A margin on the target class; `megacid.Margin` is one."""
+
+    def target(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """(psi, d psi / d cos) for target cosines `cos` and the matching sines `sin`, any shape, float32 or float64."""
+        ...
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of the three terms, each a mean over the labelled samples; a term of weight 0 is not computed.
+
+    zS = scale * psi_y(cos(x, w)), zT = scale * cos(teacher, w):
+    alpha * CE(zS, y) + beta * CE(zT, y) + gamma * KL(softmax(zT / temperature) || softmax(zS / temperature)).
+    The teacher's distribution is a constant in the KL [assumed]: no gradient reaches w through zT there.
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.0
+    gamma: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "gamma"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(
+                    f"weight {name} is {value}, wanted a finite number >= 0: set it to 0 to leave the term out"
+                )
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(
+                f"temperature is {self.temperature}, wanted a finite number > 0: 1 leaves the logits as they are"
+            )
+
+    @property
+    def needs_student(self) -> bool:
+        return self.alpha > 0 or self.gamma > 0
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.beta > 0 or self.gamma > 0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything but the tensors. `group`: the ranks the classes are sharded over (None: the default group, or alone)."""
+
+    num_classes: int  # classes of all ranks: bounds the sum of exponentials, must be the same on every rank
+    scale: float = 64.0
+    margin: TargetMargin | None = None
+    margin_grad: Literal["exact", "straight_through"] = "exact"
+    weights: Weights = field(default_factory=Weights)
+    filter_threshold: float | None = None  # negatives of a larger student cosine leave all denominators of that sample
+    class_start: int = 0  # global id of the first class of this rank's shard
+    max_rows: int | None = None  # most rows that any rank passes as w; None: as many as here
+    reduction: Literal["mean", "sum"] = "mean"
+    group: dist.ProcessGroup | None = None
+    impl: str = "auto"
+    mode: str = "auto"
+    memory_budget_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl is {self.impl!r}, available are {', '.join(map(repr, IMPLEMENTATIONS))}")
+        if self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}, available are {', '.join(map(repr, MODES))}")
+        if self.margin_grad not in ("exact", "straight_through"):
+            raise ValueError(f"margin_grad is {self.margin_grad!r}, wanted 'exact' or 'straight_through'")
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction is {self.reduction!r}, wanted 'mean' or 'sum'")
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"scale is {self.scale}, wanted a finite number > 0 such as 64")
+        if self.memory_budget_bytes is not None and self.memory_budget_bytes <= 0:
+            raise ValueError(f"memory_budget_bytes is {self.memory_budget_bytes}, wanted > 0, or None for 1 GiB")
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes is {self.num_classes}, wanted the number of classes of all ranks together")
+
+    @property
+    def world(self) -> int:
+        return dist.get_world_size(self.group) if dist.is_initialized() else 1
+
+    def shift(self, temperature: float = 1.0) -> float:
+        """kappa, subtracted from every logit / temperature before exp. Cosine logits are bounded by the scale, so no
+        maximum is needed: num_classes * exp(scale - kappa) <= exp(80) stays finite in float32."""
+        return max(0.0, self.scale / temperature + math.log(self.num_classes) - 80.0)
+
+    def chunk(self, batch: int, rows: int, itemsize: int) -> int:
+        """Samples per chunk so that the live [chunk, rows] matrices fit the budget; the same on every rank, because
+        each chunk has one all-reduce: computed from the widest shard, not from this one."""
+        w = self.weights
+        # In-place exponentials need one matrix per distribution. The KL needs both cosines, their exponentials and one
+        # product at the same time; a temperature adds an exponential each for alpha and beta.
+        matrices = int(w.needs_student) + int(w.needs_teacher)
+        if w.gamma > 0:
+            matrices = 5 + (w.temperature != 1) * (int(w.alpha > 0) + int(w.beta > 0))
+        if self.filter_threshold is not None:
+            matrices += 1
+        per_sample = max(1, self.max_rows or rows) * itemsize * max(1, matrices)
+        return max(1, min(batch, (self.memory_budget_bytes or DEFAULT_BUDGET_BYTES) // per_sample))

@@ -1,0 +1,244 @@
+"""Files that are either whole or not there: atomic writes, stage metadata, and the checkpoint directory protocol.
+
+A checkpoint is a directory `step-00001000/` with safetensors files and a `manifest.json`, published in this order:
+
+    all ranks   write their files into `.tmp-step-...`, flush, fsync, hash the bytes they wrote
+    rank 0      writes the manifest (every file with size and sha256), fsync
+    rank 0      renames the stage directory to its final name, fsync of the parent
+    rank 0      prunes old checkpoints down to `keep_last`
+
+There is no `latest` file: the newest checkpoint is the highest step whose manifest verifies. A published directory is
+never written to again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from megacid.config import UserError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+_STEP = re.compile(r"step-(\d{8,})$")
+
+
+# ---- single files ------------------------------------------------------------------------------------------------
+
+
+def fsync_dir(path: Path) -> None:
+    """Make renames inside `path` durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; what was written there replaces `path` when the block ends well.
+
+    The temporary file is removed when the block raises. A reader sees the old file or the whole new one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The ending is kept: numpy appends one to names it does not know.
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        fsync_dir(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json_atomic(path: str | Path, obj: Any) -> None:
+    write_atomic(path, (json.dumps(obj, indent=2) + "\n").encode())
+
+
+# ---- meta.json of the stage directories --------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages whose behaviour a result depends on; absent ones are left out."""
+    found = {}
+    for name in ("megacid", "torch", "deepspeed", "open_clip_torch", "webdataset", "triton", "numpy", "faiss-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def write_meta(directory: str | Path, made_by: str, source: dict[str, Any], **facts: Any) -> None:
+    """Write `directory/meta.json`, last of all: its presence says that the stage is complete."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    write_json_atomic(Path(directory) / "meta.json", {"made_by": made_by, "source": source, **facts, "versions": versions(), "date": now})
+
+
+def read_meta(directory: str | Path, expect: str | None = None) -> dict[str, Any]:
+    """Read `directory/meta.json`; UserError when it is missing, unreadable or made by another tool than `expect`."""
+    directory = Path(directory)
+    tool = f"tools/{expect}.py" if expect else "its tool"
+    if not directory.is_dir():
+        raise UserError(f"there is no directory {directory}, wanted the output of {tool}: run {tool} first, or correct the path")
+    try:
+        meta = json.loads((directory / "meta.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{directory} has no meta.json, so the stage that writes it did not finish: run {tool} again with the same arguments") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{directory / 'meta.json'} is not JSON ({error}): run {tool} again") from None
+    if expect is not None and meta.get("made_by") != expect:
+        raise UserError(f"{directory} was made by {meta.get('made_by')!r}, wanted a directory made by {expect!r}: correct the path")
+    return dict(meta)
+
+
+# ---- checkpoint directories --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """What one rank reports about one file: name inside the checkpoint, bytes, sha256 of the bytes handed to the disk."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def make_stage(root: Path, step: int) -> Path:
+    """A fresh, empty stage directory below `root`."""
+    stage = root / f".tmp-{step_name(step)}"
+    if stage.exists():
+        shutil.rmtree(stage)
+    stage.mkdir(parents=True)
+    return stage
+
+
+def write_tensors(stage: Path, name: str, tensors: dict[str, Tensor], facts: dict[str, str] | None = None) -> WrittenFile:
+    """Write one safetensors file into the stage, durable, and hash what was written (not what a re-read gives back)."""
+    data = safetensors_bytes({key: value.contiguous() for key, value in tensors.items()}, metadata=facts)
+    with open(stage / name, "wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    return WrittenFile(name, len(data), hashlib.sha256(data).hexdigest())
+
+
+def publish(root: Path, stage: Path, step: int, files: list[WrittenFile], facts: dict[str, Any], keep_last: int) -> Path:
+    """Rank 0: manifest, rename, prune. Returns the published directory."""
+    manifest = {"format": FORMAT_VERSION, "step": step, **facts, "files": [vars(file) for file in sorted(files, key=lambda f: f.name)]}
+    body = json.dumps(manifest, indent=1, sort_keys=True)
+    # The manifest carries its own hash, so that a flipped byte in it is found like one in any other file.
+    sealed = {"manifest": manifest, "sha256": hashlib.sha256(body.encode()).hexdigest()}
+    write_json_atomic(stage / MANIFEST, sealed)
+    fsync_dir(stage)
+    final = root / step_name(step)
+    if final.exists():
+        # Only an invalid directory can stand here (a valid one would have been resumed from); move it, never overwrite.
+        final.rename(root / f".bad-{final.name}-{os.getpid()}")
+    os.replace(stage, final)
+    fsync_dir(root)
+    prune(root, keep_last)
+    return final
+
+
+def prune(root: Path, keep_last: int) -> None:
+    for _, path in list_steps(root)[:-keep_last]:
+        # Renamed first: a half-deleted directory must not look like a checkpoint.
+        doomed = root / f".tmp-pruned-{path.name}"
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def sweep_stages(root: Path) -> None:
+    """Remove what killed saves left behind."""
+    for path in root.glob(".tmp-*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def list_steps(root: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of every published checkpoint, oldest first, verified or not."""
+    found = []
+    for path in root.iterdir() if root.is_dir() else ():
+        match = _STEP.match(path.name)
+        if match and path.is_dir():
+            found.append((int(match.group(1)), path))
+    return sorted(found)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of one checkpoint. Raises ValueError naming what is wrong with it."""
+    try:
+        sealed = json.loads((directory / MANIFEST).read_text())
+        manifest = sealed["manifest"]
+        body = json.dumps(manifest, indent=1, sort_keys=True)
+        if hashlib.sha256(body.encode()).hexdigest() != sealed["sha256"]:
+            raise ValueError(f"{directory / MANIFEST}: its sha256 does not match its content")
+    except FileNotFoundError:
+        raise ValueError(f"{directory} has no {MANIFEST}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{directory / MANIFEST} cannot be read: {error!r}") from None
+    if manifest.get("format") != FORMAT_VERSION:
+        raise ValueError(f"{directory} has format {manifest.get('format')}, this version reads format {FORMAT_VERSION}")
+    return dict(manifest)
+
+
+def _sha256(handle: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := handle.read(1 << 22):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def verify(directory: Path, *, hashes: bool = True) -> dict[str, Any]:
+    """The manifest, after every file was found with its size and, with `hashes`, its sha256. Raises ValueError."""
+    manifest = read_manifest(directory)
+    for file in manifest["files"]:
+        path = directory / file["name"]
+        size = path.stat().st_size if path.exists() else None
+        if size != file["bytes"]:
+            raise ValueError(f"{path} has {'no file' if size is None else f'{size} bytes'}, the manifest says {file['bytes']} bytes")
+        if hashes:
+            with open(path, "rb") as handle:
+                digest = _sha256(handle)
+            if digest != file["sha256"]:
+                raise ValueError(f"{path} has sha256 {digest[:16]}..., the manifest says {file['sha256'][:16]}...")
+    return manifest
+
+
+def newest_valid(root: Path, *, hashes: bool = True) -> tuple[Path | None, list[str]]:
+    """(directory of the newest checkpoint that verifies or None, one message for each newer one that does not)."""
+    problems = []
+    for _, path in reversed(list_steps(root)):
+        try:
+            verify(path, hashes=hashes)
+            return path, problems
+        except ValueError as error:
+            problems.append(str(error))
+    return None, problems

@@ -1,0 +1,205 @@
+"""Collectives with the gradients that a class-parallel loss beside a data-parallel engine needs.
+
+Legend: B local batch, G gathered batch (sum of B over ranks), D width.
+
+The convention. A loss of this project is the mean over the *global* batch and has the same value on every rank. Its
+gradient with respect to a rank's own embeddings is exact after the backward of `gather_rows` (a sum over ranks).
+A data-parallel engine then averages the student's gradients over the ranks (`"mean"`, DeepSpeed's default) or sums
+them (`"sum"`, `gradient_allreduce_op: sum`). With "mean" the embedding gradient must therefore be multiplied by the
+number of ranks, with "sum" by one; `gradient_factor` is that number. Gradients of class-sharded rows never pass the
+engine and take no factor.
+
+`group` is None for the default group; without an initialised torch.distributed every function works for one process.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+GradReduction = Literal["mean", "sum"]
+Group = dist.ProcessGroup | None
+
+
+def world_size(group: Group = None) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def rank(group: Group = None) -> int:
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def gradient_factor(group: Group, grad_reduction: GradReduction) -> int:
+    """What the gradient at the student's outputs is multiplied by; see the module's docstring."""
+    if grad_reduction not in ("mean", "sum"):
+        raise ValueError(f'grad_reduction is {grad_reduction!r}, wanted "mean" or "sum": take what the engine does with gradients')
+    return world_size(group) if grad_reduction == "mean" else 1
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x itself; its gradient is multiplied by `factor`."""
+    return x if factor == 1 else _ScaleGradient.apply(x, factor)
+
+
+def gather_sizes(local_size: int, group: Group = None) -> list[int]:
+    """Every rank's `local_size`, by rank."""
+    if world_size(group) == 1:
+        return [local_size]
+    device = _group_device(group)
+    sizes = torch.empty(world_size(group), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(sizes, torch.tensor([local_size], dtype=torch.int64, device=device), group=group)
+    return [int(n) for n in sizes.tolist()]
+
+
+def _group_device(group: Group) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+
+
+def _gather(x: Tensor, sizes: list[int], group: Group) -> Tensor:
+    """Concatenate along dim 0. Uneven parts are padded to the largest: every backend has the even all-gather."""
+    if len(sizes) == 1:
+        return x
+    largest = max(sizes)
+    mine = x.contiguous()
+    if mine.shape[0] < largest:
+        mine = torch.cat([mine, mine.new_zeros(largest - mine.shape[0], *mine.shape[1:])])
+    out = mine.new_empty(largest * len(sizes), *mine.shape[1:])
+    if largest:
+        dist.all_gather_into_tensor(out, mine, group=group)
+    if all(n == largest for n in sizes):
+        return out
+    return torch.cat([out[i * largest : i * largest + n] for i, n in enumerate(sizes)])
+
+
+def gather_plain(x: Tensor, group: Group = None) -> Tensor:
+    """All ranks' rows of x [B, ...] along dim 0, any dtype, batches may differ; no gradient."""
+    return _gather(x.detach(), gather_sizes(x.shape[0], group), group)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group, factor: int) -> Tensor:
+        ctx.sizes, ctx.group, ctx.factor = sizes, group, factor
+        return _gather(x, sizes, group) if len(sizes) > 1 else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return reduce_scatter_rows(grad, ctx.sizes, ctx.group) * ctx.factor, None, None, None
+
+
+def reduce_scatter_rows(x_GD: Tensor, sizes: list[int], group: Group = None) -> Tensor:
+    """Sum x_GD over the ranks and return this rank's rows [B, D]."""
+    if len(sizes) == 1:
+        return x_GD
+    me, largest = rank(group), max(sizes)
+    if largest and all(n == largest for n in sizes):
+        out = x_GD.new_empty(largest, *x_GD.shape[1:])
+        dist.reduce_scatter_tensor(out, x_GD.contiguous(), group=group)
+        return out
+    summed = x_GD.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(summed, group=group)
+    start = sum(sizes[:me])
+    return summed[start : start + sizes[me]]
+
+
+def gather_rows(x_BD: Tensor, group: Group = None, *, grad_reduction: GradReduction) -> tuple[Tensor, list[int]]:
+    """Differentiable all-gather along dim 0: (x_GD, rows of each rank). Batches may differ and may be empty.
+
+    Backward: the sum over ranks of the gradients of x_GD, this rank's rows, times `gradient_factor`.
+    """
+    sizes = gather_sizes(x_BD.shape[0], group)
+    return _GatherRows.apply(x_BD, sizes, group, gradient_factor(group, grad_reduction)), sizes
+
+
+def all_reduce_sum(x: Tensor, group: Group = None, *, async_op: bool = False) -> Any:
+    """Sum x in place over the ranks, no gradient. Returns x, or with async_op a handle with `.wait()` (None alone)."""
+    if world_size(group) == 1:
+        return None if async_op else x
+    handle = dist.all_reduce(x, group=group, async_op=async_op)
+    return handle if async_op else x
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        total = x.detach().clone()
+        all_reduce_sum(total, group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        # Every rank owns a disjoint part of the sum, and the gradient at the total is the same on every rank.
+        return grad, None
+
+
+def sum_over_ranks(x: Tensor, group: Group = None) -> Tensor:
+    """The sum of x over the ranks; the gradient passes through unchanged to this rank's part."""
+    return _SumOverRanks.apply(x, group)
+
+
+def any_rank(flag: bool, group: Group = None) -> bool:
+    """True on every rank when it is true on one."""
+    if world_size(group) == 1:
+        return flag
+    value = torch.tensor([int(flag)], dtype=torch.int32, device=_group_device(group))
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
+    return bool(value.item())
+
+
+def _bytes_tensor(obj: Any, device: torch.device) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(obj).encode()), dtype=torch.uint8).to(device)
+
+
+def gather_json(obj: Any, group: Group = None) -> list[Any]:
+    """Every rank's JSON-able object, by rank. JSON and not pickle: nothing that arrives can run."""
+    if world_size(group) == 1:
+        return [obj]
+    mine = _bytes_tensor(obj, _group_device(group))
+    sizes = gather_sizes(mine.numel(), group)
+    parts = _gather(mine, sizes, group).split(sizes)
+    return [json.loads(bytes(part.cpu().numpy())) for part in parts]
+
+
+def broadcast_json(obj: Any, group: Group = None) -> Any:
+    """Rank 0's JSON-able object on every rank."""
+    if world_size(group) == 1:
+        return obj
+    device = _group_device(group)
+    mine = _bytes_tensor(obj, device) if rank(group) == 0 else torch.empty(0, dtype=torch.uint8, device=device)
+    size = torch.tensor([mine.numel()], dtype=torch.int64, device=device)
+    dist.broadcast(size, src=0, group=group)
+    if rank(group) != 0:
+        mine = torch.empty(int(size.item()), dtype=torch.uint8, device=device)
+    dist.broadcast(mine, src=0, group=group)
+    return json.loads(bytes(mine.cpu().numpy()))
+
+
+def barrier(group: Group = None) -> None:
+    if world_size(group) > 1:
+        dist.barrier(group=group)
+
+
+def agree(value: str, what: str, group: Group = None) -> None:
+    """Raise on every rank when `value` differs between ranks, naming each value and who holds it."""
+    values = gather_json(value, group)
+    if any(other != values[0] for other in values):
+        held: dict[str, list[int]] = {}
+        for index, other in enumerate(values):
+            held.setdefault(str(other), []).append(index)
+        said = "; ".join(f"{other!r} on rank {', '.join(map(str, ranks))}" for other, ranks in held.items())
+        raise RuntimeError(f"the ranks disagree about {what}: {said}; start every rank with the same files and options")

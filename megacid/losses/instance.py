@@ -1,0 +1,110 @@
+"""Contrastive losses between two towers or two models, and feature mimicry.
+
+Legend: b local batch, G gathered batch, D width. Every loss is the mean over the global batch and has the same value on
+every rank. Each rank computes its own rows [b, G] of a similarity matrix, never [G, G].
+
+The gradient at the student's outputs follows `grad_reduction` (see megacid.distributed.collectives): after the engine's
+mean or sum over ranks the student's gradient is the one of a single process with the whole batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from megacid.config import UserError
+from megacid.distributed.collectives import (
+    GradReduction,
+    all_reduce_sum,
+    gather_plain,
+    gather_rows,
+    gradient_factor,
+    rank,
+    scale_gradient,
+    sum_over_ranks,
+)
+
+Group = dist.ProcessGroup | None
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _same_shape(image: Tensor, **others: Tensor) -> None:
+    for name, other in others.items():
+        if other.shape != image.shape:
+            raise UserError(
+                f"{name} has shape {tuple(other.shape)}, but the student's image {tuple(image.shape)}: embeddings need one width and batch"
+            )
+
+
+def _cross_entropy_sum(anchor_bD: Tensor, other_GD: Tensor, logit_scale: Tensor, start: int) -> Tensor:
+    """Sum over this rank's anchors of -log softmax(logit_scale * anchor . other)[its own pair]."""
+    logits_bG = logit_scale * anchor_bD @ other_GD.T
+    return F.cross_entropy(
+        logits_bG, torch.arange(start, start + len(anchor_bD), device=logits_bG.device), reduction="sum"
+    )
+
+
+def _mean_of_pairs(
+    pairs: list[tuple[Tensor, Tensor]],
+    logit_scale: Tensor,
+    sizes: list[int],
+    group: Group,
+    grad_reduction: GradReduction,
+) -> Tensor:
+    """1/2 * sum over pairs (a_GD, b_GD) of the mean over G of both directions' ... one direction per entry."""
+    me, total = rank(group), max(1, sum(sizes))
+    start = sum(sizes[:me])
+    own = slice(start, start + sizes[me])
+    # The scale is one replicated parameter: each rank's part of its gradient is summed or averaged by the engine.
+    scale = scale_gradient(_precise(logit_scale), gradient_factor(group, grad_reduction))
+    with torch.autocast(logit_scale.device.type, enabled=False):
+        parts = [_cross_entropy_sum(a[own], b, scale, start) for a, b in pairs]
+    return sum_over_ranks(torch.stack(parts).sum() / (2 * total), group)
+
+
+def instance_loss(
+    image_S: Tensor,
+    text_S: Tensor,
+    image_T: Tensor,
+    text_T: Tensor,
+    logit_scale: Tensor,
+    group: Group = None,
+    grad_reduction: GradReduction = "mean",
+) -> Tensor:
+    """Instance discrimination distillation, 0-d:
+
+        1/2 [NCE(vS -> tT) + NCE(tT -> vS)] + 1/2 [NCE(tS -> vT) + NCE(vT -> tS)]
+
+    image_S, text_S [b, D]: the student's, L2-normalised; image_T, text_T [b, D]: stored teacher embeddings, L2-normalised,
+    no gradient; logit_scale 0-d (1 / temperature). Batches may differ between ranks and may be empty.
+    """
+    _same_shape(image_S, text_S=text_S, image_T=image_T, text_T=text_T)
+    v_S, sizes = gather_rows(_precise(image_S), group, grad_reduction=grad_reduction)
+    t_S, _ = gather_rows(_precise(text_S), group, grad_reduction=grad_reduction)
+    v_T, t_T = gather_plain(_precise(image_T), group), gather_plain(_precise(text_T), group)
+    return _mean_of_pairs([(v_S, t_T), (t_T, v_S), (t_S, v_T), (v_T, t_S)], logit_scale, sizes, group, grad_reduction)
+
+
+def contrastive_loss(
+    image_S: Tensor, text_S: Tensor, logit_scale: Tensor, group: Group = None, grad_reduction: GradReduction = "mean"
+) -> Tensor:
+    """CLIP's loss, 0-d: 1/2 [NCE(vS -> tS) + NCE(tS -> vS)]. Arguments as in `instance_loss`."""
+    _same_shape(image_S, text_S=text_S)
+    v_S, sizes = gather_rows(_precise(image_S), group, grad_reduction=grad_reduction)
+    t_S, _ = gather_rows(_precise(text_S), group, grad_reduction=grad_reduction)
+    return _mean_of_pairs([(v_S, t_S), (t_S, v_S)], logit_scale, sizes, group, grad_reduction)
+
+
+def feature_mse(
+    image_S: Tensor, image_T: Tensor, group: Group = None, grad_reduction: GradReduction = "mean"
+) -> Tensor:
+    """Mean over the global batch of |vS - vT|^2 (a sum over D), 0-d. image_T [b, D] gets no gradient."""
+    _same_shape(image_S, image_T=image_T)
+    v_S = scale_gradient(_precise(image_S), gradient_factor(group, grad_reduction))
+    count = all_reduce_sum(torch.tensor(float(len(v_S)), device=v_S.device), group)
+    return sum_over_ranks((v_S - _precise(image_T).detach()).square().sum() / count.clamp_min(1), group)

@@ -1,0 +1,275 @@
+"""The operators against float64 autograd of the written-out formulas (megacid_kernels.reference)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from megacid_kernels import Problem, Weights, linear_margin_cross_entropy, linear_margin_discrimination
+from megacid_kernels.reference import discrimination_reference
+from torch import Tensor
+
+from megacid.classifier.margin import Margin
+
+MARGINS = [
+    Margin(),
+    Margin.cosface(0.3),
+    Margin.arcface(0.5),
+    Margin.arcface(0.5, easy_margin=True),
+    Margin(m2=0.3, m3=0.2),
+    Margin(m1=1.35, m2=0.2, m3=0.1),
+    Margin.sphereface(3.0),
+]
+
+
+def make(batch: int, classes: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, teacher, w in float64 and labels with duplicates and a few -1; cosines from far below 0 to nearly 1."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(classes, width, generator=g, dtype=torch.float64)
+    y = torch.randint(0, classes, (batch,), generator=g)
+    pull = torch.linspace(-2.0, 3.0, batch, dtype=torch.float64)[:, None]
+    x = w[y] * pull + torch.randn(batch, width, generator=g, dtype=torch.float64)
+    teacher = w[y] * 1.5 + torch.randn(batch, width, generator=g, dtype=torch.float64)
+    if batch > 3:
+        y[1], y[batch // 2] = y[0], -1
+    return x, teacher, w, y
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm().clamp_min(1e-12))
+
+
+def both(x: Tensor, w: Tensor, y: Tensor, dtype: torch.dtype, teacher: Tensor | None = None, **options: object) -> list[tuple[Tensor, ...]]:
+    """[(loss, raw, dx, dw)] of the operator in `dtype` and of the reference in float64."""
+    out = []
+    weights = options.get("weights", Weights())
+    for kind in (dtype, None):
+        xs, ws = x.detach().to(kind or torch.float64).requires_grad_(), w.detach().to(kind or torch.float64).requires_grad_()
+        t = teacher.to(xs.dtype) if teacher is not None else None
+        if kind is not None:
+            problem = Problem(num_classes=len(w), **options)  # type: ignore[arg-type]
+            result = linear_margin_discrimination(xs, ws, y, problem, teacher=t)
+            loss, raw = result.loss, result.raw
+        else:
+            keep = {k: v for k, v in options.items() if k in ("margin", "scale", "filter_threshold")}
+            loss, raw = discrimination_reference(xs, ws, y, teacher=t, weights=weights, **keep)  # type: ignore[arg-type]
+        loss.backward()
+        dx = torch.zeros_like(xs) if xs.grad is None else xs.grad
+        out.append((loss.detach(), raw, dx, ws.grad))
+    return out
+
+
+def assert_same(got: tuple[Tensor, ...], want: tuple[Tensor, ...], tolerance: float) -> None:
+    torch.testing.assert_close(got[0].double(), want[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got[1].double(), want[1], rtol=tolerance, atol=20 * tolerance)
+    assert relative(got[2], want[2]) < tolerance
+    assert relative(got[3], want[3]) < tolerance
+
+
+@pytest.mark.parametrize("margin", MARGINS, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
+def test_loss_and_gradients_equal_autograd_for_every_margin(margin: Margin, dtype: torch.dtype, tolerance: float) -> None:
+    x, _, w, y = make(33, 101, 24)
+    got, want = both(x, w, y, dtype, margin=margin)
+    assert_same(got, want, tolerance)
+    assert (got[2][y < 0] == 0).all(), "an unlabelled sample must get exactly no gradient"
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3), (1, 129, 7), (7, 31, 5), (64, 13, 17), (5, 1, 4)], ids=str)
+def test_ragged_sizes_equal_autograd(shape: tuple[int, int, int]) -> None:
+    x, _, w, y = make(*shape, seed=1)
+    got, want = both(x, w, y, torch.float64, margin=Margin.arcface(0.3), scale=30.0)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
+DISTILLATIONS = [
+    Weights(1.0, 1.0, 1.0),
+    Weights(0.7, 0.0, 0.0),
+    Weights(0.0, 1.3, 0.0),
+    Weights(0.0, 0.0, 2.0),
+    Weights(0.5, 0.0, 1.5),
+    Weights(1.0, 0.5, 0.8, temperature=4.0),
+    Weights(0.0, 0.0, 1.0, temperature=2.5),
+    Weights(0.0, 0.6, 1.0, temperature=0.9),
+]
+
+
+@pytest.mark.parametrize("weights", DISTILLATIONS, ids=str)
+@pytest.mark.parametrize("threshold", [None, 0.35])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-4)])
+def test_distillation_terms_and_gradients_equal_autograd(weights: Weights, threshold: float | None, dtype: torch.dtype, tolerance: float) -> None:
+    x, teacher, w, y = make(19, 53, 11, seed=2)
+    got, want = both(x, w, y, dtype, teacher, weights=weights, margin=Margin.arcface(0.4), filter_threshold=threshold, scale=32.0)
+    assert_same(got, want, tolerance)
+
+
+def test_a_wrong_teacher_distribution_would_be_seen() -> None:
+    """The KL of a distribution with itself is 0 and without margin has no gradient."""
+    x, _, w, y = make(9, 20, 6)
+    xs = x.clone().requires_grad_()
+    out = linear_margin_discrimination(xs, w, y, Problem(num_classes=20, weights=Weights(0, 0, 1.0, 3.0)), teacher=x)
+    out.loss.backward()
+    assert abs(float(out.raw[2])) < 1e-13
+    assert float(xs.grad.abs().max()) < 1e-13
+
+
+def test_filter_removes_confusing_negatives_from_the_denominator() -> None:
+    w = torch.eye(4, dtype=torch.float64)
+    x = torch.tensor([[0.6, 0.8, 0.0, 0.0]], dtype=torch.float64)
+    loss = linear_margin_cross_entropy(x, w, torch.tensor([0]), scale=8.0, filter_threshold=0.5)
+    assert float(loss) == pytest.approx(math.log1p(2 * math.exp(-8 * 0.6)), rel=1e-12)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("margin", MARGINS, ids=str)
+def test_target_cosine_of_exactly_one_is_finite(sign: float, margin: Margin) -> None:
+    w = torch.eye(8)
+    x = (sign * w[:5]).clone().requires_grad_()
+    ws = w.clone().requires_grad_()
+    loss = linear_margin_cross_entropy(x, ws, torch.arange(5), margin=margin, scale=64.0)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(x.grad).all() and torch.isfinite(ws.grad).all()
+    psi = float(margin.target(torch.tensor(sign, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64))[0])
+    want = math.log(7 + math.exp(64 * psi)) - 64 * psi if psi > -5 else -64 * psi + math.log(7)
+    assert float(loss) == pytest.approx(want, rel=1e-5, abs=1e-25)
+
+
+def test_tiny_losses_keep_their_digits() -> None:
+    """1 - P_y of 1e-13 and less: a softmax minus one would give 0."""
+    w = torch.eye(6)
+    x = torch.eye(6)[:2].clone().requires_grad_()
+    loss = linear_margin_cross_entropy(x, w, torch.arange(2), scale=64.0)
+    loss.backward()
+    assert float(loss) == pytest.approx(5 * math.exp(-64), rel=1e-4)
+    # Each of the five negatives pulls with (scale / batch) * P_j.
+    assert float(x.grad[0, 1]) == pytest.approx(32 * math.exp(-64), rel=1e-4)
+
+
+@pytest.mark.parametrize("classes", [50, 100_000])
+def test_scale_100_neither_overflows_nor_loses_accuracy(classes: int) -> None:
+    x, _, w, y = make(6, classes, 16, seed=3)
+    got, want = both(x, w, y, torch.float32, margin=Margin.cosface(0.3), scale=100.0)
+    assert_same(got, want, 1e-4)
+
+
+def test_chunks_do_not_change_the_result() -> None:
+    x, teacher, w, y = make(37, 29, 8, seed=4)
+    results = []
+    for budget in (None, 29 * 8 * 5 * 6, 1):
+        got, _ = both(x, w, y, torch.float64, teacher, weights=Weights(1, 1, 1), memory_budget_bytes=budget)
+        results.append(got)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-13)
+
+
+def test_budget_decides_the_chunk() -> None:
+    problem = Problem(num_classes=1000, memory_budget_bytes=10 * 1000 * 4)
+    assert problem.chunk(batch=64, rows=1000, itemsize=4) == 10
+    assert Problem(num_classes=1000, memory_budget_bytes=1).chunk(64, 1000, 4) == 1
+    assert Problem(num_classes=1000).chunk(64, 1000, 4) == 64
+
+
+def test_two_runs_are_bitwise_equal() -> None:
+    x, _, w, y = make(33, 70, 16, seed=5)
+    a, b = (both(x, w, y, torch.float32, margin=Margin.arcface())[0] for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(a, b))
+
+
+def test_straight_through_only_changes_the_target_derivative() -> None:
+    x, _, w, y = make(9, 12, 5, seed=6)
+    margin, xs, wr = Margin.arcface(0.5), x.clone().requires_grad_(), x.clone().requires_grad_()
+    loss = linear_margin_cross_entropy(xs, w, y, margin=margin, margin_grad="straight_through", scale=20.0)
+    loss.backward()
+
+    class Detached:
+        def target(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+            psi, dpsi = margin.target(cos.detach(), sin.detach())
+            return psi + cos - cos.detach(), dpsi
+
+    want, _ = discrimination_reference(wr, w, y, margin=Detached(), scale=20.0)
+    want.backward()
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(xs.grad, wr.grad)
+
+
+def test_sampled_rows_are_a_softmax_over_those_classes() -> None:
+    x, _, w, y = make(12, 40, 6, seed=7)
+    rows = torch.unique(torch.cat([y[y >= 0], torch.tensor([0, 5, 39])]))
+    start = 100
+    ws = w[rows].clone().requires_grad_()
+    loss = linear_margin_cross_entropy(x, ws, torch.where(y >= 0, y + start, y), rows=rows, class_start=start, num_classes=200, scale=16.0)
+    loss.backward()
+    slot = torch.searchsorted(rows, y.clamp_min(0))
+    wr = w[rows].clone().requires_grad_()
+    want, _ = discrimination_reference(x, wr, torch.where(y >= 0, slot, y), scale=16.0)
+    want.backward()
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(ws.grad, wr.grad)
+
+
+def test_a_labelled_class_that_no_rank_holds_is_nan_and_not_a_number() -> None:
+    loss = linear_margin_cross_entropy(torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 7, -1]), num_classes=9)
+    assert torch.isnan(loss)
+
+
+def test_no_label_at_all_is_zero_with_zero_gradients() -> None:
+    x, w = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    loss = linear_margin_cross_entropy(x, w, torch.full((4,), -1))
+    loss.backward()
+    assert float(loss) == 0 and not x.grad.any() and not w.grad.any()
+
+
+def test_upstream_gradient_and_reduction_scale_the_gradient() -> None:
+    x, _, w, y = make(8, 9, 4, seed=8)
+    xs = x.clone().requires_grad_()
+    mean = linear_margin_cross_entropy(xs, w, y, scale=10.0)
+    (g_mean,) = torch.autograd.grad(mean, xs)
+    total = linear_margin_cross_entropy(xs, w, y, scale=10.0, reduction="sum")
+    (g_total,) = torch.autograd.grad(total / 4, xs)
+    labelled = int((y >= 0).sum())
+    torch.testing.assert_close(total, mean * labelled)
+    torch.testing.assert_close(g_total, g_mean * labelled / 4)
+
+
+def test_zero_rows_give_finite_gradients_and_16_bit_inputs_keep_their_dtype() -> None:
+    x = torch.zeros(2, 4, requires_grad=True)
+    linear_margin_cross_entropy(x, torch.randn(3, 4), torch.tensor([0, 1]), margin=Margin.arcface()).backward()
+    assert (x.grad == 0).all()
+    x16 = torch.randn(2, 4, dtype=torch.bfloat16, requires_grad=True)
+    w = torch.randn(3, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_margin_cross_entropy(x16, w, torch.tensor([0, 1]))
+    loss.backward()
+    want, _ = discrimination_reference(x16.detach().double(), w.double(), torch.tensor([0, 1]))
+    assert x16.grad.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(float(want), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"impl": "triton"}, "available are 'auto', 'torch'"),
+        ({"mode": "slab"}, "available are 'auto', 'row'"),
+        ({"scale": -1.0}, "scale is -1.0"),
+        ({"reduction": "none"}, "reduction is 'none'"),
+        ({"memory_budget_bytes": 0}, "memory_budget_bytes is 0"),
+        ({"num_classes": 2}, "num_classes is 2"),
+        ({"margin_grad": "no"}, "margin_grad is 'no'"),
+    ],
+)
+def test_unusable_options_are_refused_by_name(change: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        linear_margin_cross_entropy(torch.randn(2, 3), torch.randn(4, 3), torch.zeros(2, dtype=torch.int64), **change)
+
+
+def test_unusable_tensors_are_refused() -> None:
+    x, w, y = torch.randn(2, 3), torch.randn(4, 3), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"torch\.int32"):
+        linear_margin_cross_entropy(x, w, y.int())
+    with pytest.raises(ValueError, match="one D"):
+        linear_margin_cross_entropy(x, w[:, :2], y)
+    with pytest.raises(ValueError, match="teacher is None"):
+        linear_margin_discrimination(x, w, y, Problem(num_classes=4, weights=Weights(beta=1)))
+    with pytest.raises(ValueError, match="rows is"):
+        linear_margin_cross_entropy(x, w, y, rows=y)

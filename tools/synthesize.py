@@ -1,0 +1,295 @@
+#!/usr/bin/env python3
+"""Make data to try everything on: captioned digits, captioned scenes of shapes, or bare class-labelled features.
+
+    tools/synthesize.py digits   --out data/digits
+    tools/synthesize.py scenes   --out data/scenes --num 20000 --clusters 1000 --duplicates 0.4
+    tools/synthesize.py features --out data/features --classes 1000000 --dim 512 --per-class 20
+
+digits and scenes write OUT/train in img2dataset's layout (tars of jpg|png + txt + json, sizes.json) and OUT/test in the
+webdataset layout of CLIP_benchmark. Some training samples are altered copies of others; their json names the `origin`.
+Nothing in the test split is ever copied. The same arguments give the same tars, bit for bit, with the same Pillow.
+"""
+
+import argparse
+import io
+import json
+import os
+import shutil
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance
+from tqdm import tqdm
+
+from megacid.checkpoint.store import atomic_path, read_meta, write_json_atomic, write_meta
+from megacid.config import UserError, run_tool
+from megacid.data.index import load_index
+from megacid.data.order import KeyedPermutation, derive_key, splitmix64
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGIT_CAPTIONS = (
+    "a photo of the digit {word}.",
+    "a handwritten {figure}.",
+    "the number {word} written by hand.",
+    "a small grey picture of a {figure}",
+    "handwriting: {word}",
+    "a scan of the numeral {figure}.",
+)
+DIGIT_TEMPLATES = ("a photo of the digit {c}.", "the number {c} written by hand.", "handwriting: {c}")
+
+
+class Sample(NamedTuple):
+    """One training pair before it has a key. `origin`: the sample it is a copy of; its own number for an original."""
+
+    number: int
+    origin: int
+    label: int
+    image: bytes
+    extension: str
+    caption: str
+    change: str
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def encode(image: Image.Image, extension: str, quality: int = 92) -> bytes:
+    buffer = io.BytesIO()
+    if extension == "png":
+        image.save(buffer, "PNG")
+    else:
+        image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """A member without a date or an owner: the tar depends on its content only."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = len(data), 0o644
+    tar.addfile(info, io.BytesIO(data))
+
+
+def write_train(folder: Path, samples: Iterator[Sample], place: Any, shard_sizes: list[int]) -> dict[str, int]:
+    """Write img2dataset's layout. `place(number) -> (shard, row)` gives every sample's place, also that of an origin."""
+    folder.mkdir(parents=True)
+    key = lambda number: "{:05d}{:04d}".format(*place(number))  # noqa: E731
+    counts = {"pairs": 0, "originals": 0, "copies": 0}
+    for shard, size in enumerate(shard_sizes):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for _ in range(size):
+                sample = next(samples)
+                redundant = sample.origin != sample.number
+                facts = {
+                    "key": key(sample.number),
+                    "caption": sample.caption,
+                    "label": sample.label,
+                    "origin": key(sample.origin),
+                    "redundant": redundant,
+                    "change": sample.change,
+                }
+                add_member(tar, f"{facts['key']}.{sample.extension}", sample.image)
+                add_member(tar, f"{facts['key']}.txt", sample.caption.encode())
+                add_member(tar, f"{facts['key']}.json", json.dumps(facts).encode())
+                counts["pairs"] += 1
+                counts["copies" if redundant else "originals"] += 1
+    sizes = {f"{shard:05d}.tar": size for shard, size in enumerate(shard_sizes)}
+    write_json_atomic(folder / "sizes.json", sizes)
+    return counts
+
+
+def write_benchmark(folder: Path, names: list[str], templates: list[str], splits: dict[str, Iterator[Any]]) -> None:
+    """Write CLIP_benchmark's webdataset layout; every split yields (PIL image, class)."""
+    folder.mkdir(parents=True)
+    (folder / "classnames.txt").write_text("\n".join(names) + "\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("\n".join(templates) + "\n")
+    (folder / "dataset_type.txt").write_text("classification\n")
+    for split, samples in splits.items():
+        (folder / split).mkdir()
+        shards = 0
+        tar: tarfile.TarFile | None = None
+        for number, (image, label) in enumerate(samples):
+            if tar is None or number % 10_000 == 0:
+                if tar is not None:
+                    tar.close()
+                tar = tarfile.open(folder / split / f"{shards}.tar", "w")  # noqa: SIM115  closed at the next one
+                shards += 1
+            add_member(tar, f"s{number:07d}.cls", str(label).encode())
+            add_member(tar, f"s{number:07d}.png", encode(image, "png"))
+        if tar is not None:
+            tar.close()
+        (folder / split / "nshards.txt").write_text(f"{shards}\n")
+
+
+def build(args: argparse.Namespace, make: Any) -> int:
+    """Call `make(stage_folder) -> facts` in a hidden folder and publish it in one rename; keep what is there and the same."""
+    out: Path = args.out
+    wanted = {k: v for k, v in sorted(vars(args).items()) if k not in ("out", "force", "make")}
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        meta = read_meta(out, "synthesize") if (out / "meta.json").is_file() else None
+        if meta is None:
+            raise UserError(f"{out} is not empty and was not made by this tool: give another --out")
+        if meta["source"] == wanted and not args.force:
+            print(f"{out} is there already, made with the same arguments (--force makes it again)")
+            return 0
+        if not args.force:
+            raise UserError(f"{out} was made with other arguments ({meta['source']}): give another --out, or --force")
+    stage = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    try:
+        facts = make(args, stage)
+        write_meta(stage, "synthesize", wanted, **facts)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(stage, out)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    print(f"\n{out}")
+    for name, value in facts.items():
+        print(f"  {name:<22}{value:>12,}" if isinstance(value, int) else f"  {name:<22}{value!s:>12}")
+    return 0
+
+
+def finish_pairs(stage: Path, wanted: dict[str, Any], counts: dict[str, int], tests: int) -> dict[str, Any]:
+    """Index what was written, which also reads it back, and leave a meta.json in both folders."""
+    index = load_index(stage / "train")
+    if index.num_samples != counts["pairs"] or index.dropped:
+        raise RuntimeError(f"wrote {counts['pairs']} pairs, read back {index.num_samples}, left out {index.dropped}")
+    write_meta(stage / "train", "synthesize", wanted, shards_digest=index.digest, **counts)
+    write_meta(stage / "test", "synthesize", wanted, images=tests)
+    share = counts["originals"] / counts["pairs"]
+    return {"shards": len(index.names), **counts, "share of originals": round(share, 4), "test images": tests}
+
+
+def altered(image: Image.Image, rng: np.random.Generator) -> tuple[bytes, str]:
+    """A copy as they occur on the web: compressed again, moved by a pixel, or a little brighter or darker. Always JPEG."""
+    kind = int(rng.integers(3))
+    if kind == 0:
+        quality = int(rng.integers(40, 80))
+        return encode(image, "jpg", quality), f"jpeg quality {quality}"
+    if kind == 1:
+        dx, dy = ((1, 0), (-1, 0), (0, 1), (0, -1))[int(rng.integers(4))]
+        return encode(ImageChops.offset(image, dx, dy), "jpg"), f"shift {dx} {dy}"
+    factor = float(np.round(rng.choice([rng.uniform(0.88, 0.95), rng.uniform(1.05, 1.12)]), 3))
+    return encode(ImageEnhance.Brightness(image).enhance(factor), "jpg"), f"brightness {factor}"
+
+
+# ---- digits ---------------------------------------------------------------------------------------------------------
+
+
+def digit_image(pixels: np.ndarray, size: int) -> Image.Image:
+    """An 8 x 8 array of 0 .. 16 to a size x size RGB image."""
+    grey = Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8))
+    return grey.resize((size, size), Image.Resampling.BICUBIC).convert("RGB")
+
+
+def digit_caption(label: int, rng: np.random.Generator) -> str:
+    template = DIGIT_CAPTIONS[int(rng.integers(len(DIGIT_CAPTIONS)))]
+    return template.format(word=DIGITS[label], figure=label)
+
+
+def make_digits(args: argparse.Namespace, stage: Path) -> dict[str, Any]:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    pixels = pixels.reshape(-1, 8, 8)
+    rng = np.random.default_rng(args.seed)
+    test = np.zeros(len(labels), bool)
+    for digit in range(10):
+        rows = rng.permutation(np.flatnonzero(labels == digit))
+        test[rows[: round(len(rows) * args.test_share)]] = True
+    train_rows = np.flatnonzero(~test)
+    originals = len(train_rows)
+    copies = round(originals * args.redundancy / (1 - args.redundancy))
+    # Pair number i < originals is an original, the others are copies of the pair that `origin` names.
+    origin = np.concatenate([np.arange(originals), rng.integers(0, originals, copies)])
+    order = rng.permutation(originals + copies)
+    shard_sizes = [len(part) for part in np.array_split(order, args.shards)]
+    starts = np.concatenate([[0], np.cumsum(shard_sizes)])
+    position = np.argsort(order)
+
+    def place(number: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(starts, position[number], side="right")) - 1
+        return shard, int(position[number] - starts[shard])
+
+    def samples() -> Iterator[Sample]:
+        for number in tqdm(order.tolist(), unit="pair", desc="train"):
+            of = int(origin[number])
+            label = int(labels[train_rows[of]])
+            image = digit_image(pixels[train_rows[of]], args.size)
+            own = np.random.default_rng([args.seed, 1, number])
+            if of == number:
+                extension = ("jpg", "png")[int(own.integers(2))]
+                data, change = encode(image, extension), "none"
+            else:
+                extension = "jpg"
+                data, change = altered(image, own)
+            yield Sample(number, of, label, data, extension, digit_caption(label, own), change)
+
+    counts = write_train(stage / "train", samples(), place, shard_sizes)
+    splits = {
+        name: ((digit_image(pixels[row], args.size), int(labels[row])) for row in rows)
+        for name, rows in (("train", train_rows), ("test", np.flatnonzero(test)))
+    }
+    write_benchmark(stage / "test", list(DIGITS), list(DIGIT_TEMPLATES), splits)
+    return finish_pairs(stage, source_of(args), counts, int(test.sum()))
+
+
+def source_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that decide the content."""
+    return {k: v for k, v in sorted(vars(args).items()) if k not in ("out", "force", "make")}
+
+
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share: 0 <= share < 1 is wanted")
+    return value
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(required=True, dest="kind")
+
+    def kind(name: str, make: Any, text: str) -> argparse.ArgumentParser:
+        sub = kinds.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.add_argument("--out", type=Path, required=True, help="directory to make")
+        sub.add_argument("--force", action="store_true", help="make it again, over an older result of this tool")
+        sub.add_argument("--seed", type=int, default=0, help="everything follows from it")
+        sub.set_defaults(make=make)
+        return sub
+
+    digits = kind("digits", make_digits, "1797 handwritten digits of scikit-learn, captioned, with planted copies")
+    digits.add_argument("--size", type=positive, default=32, help="side of the images in pixels")
+    digits.add_argument("--redundancy", type=share, default=0.4, help="share of copies among the training pairs")
+    digits.add_argument("--test-share", type=share, default=0.2, help="share of each digit held out for the test split")
+    digits.add_argument("--shards", type=positive, default=7, help="number of training tars")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    return build(args, args.make)
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
