@@ -1,9 +1,29 @@
-"""UserError and run_tool (the full configuration follows)."""
+"""The run file: frozen dataclasses of the "megacid" block, strict loading, and the linter for DeepSpeed's keys.
+
+One file is one run. It holds DeepSpeed's own keys plus a "megacid" block, in JSON or Hjson (comments allowed):
+
+    run = load_run("configs/digits_cpu.json", ["classifier.sample_rate=0.2"], world=2)
+    run.megacid     a `Megacid`, every field checked
+    run.deepspeed   the dict that is passed to deepspeed.initialize, batch sizes filled in
+
+A key that nobody reads is an error here. DeepSpeed ignores unknown top-level keys, so that `"zero_optimisation"` would
+silently train without ZeRO.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import json
 import sys
+import types
+import typing
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import hjson
 
 
 class UserError(ValueError):
@@ -20,3 +40,405 @@ def run_tool(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("error: interrupted; what was complete is kept, run the same command to go on", file=sys.stderr)
         return 130
+
+
+# ---- the "megacid" block -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    """Name of the run; its directory is `dir`/`name`."""
+    total_steps: int
+    """Optimizer steps of the whole run, > 0."""
+    dir: str = "runs"
+    """Where run directories stand."""
+    seed: int = 0
+    """Seed of initialisation, sample order, sampling of classes, augmentation; >= 0."""
+    save_every: int = 1000
+    """Steps between checkpoints, > 0; the last step is always saved."""
+    keep_last: int = 2
+    """Checkpoints kept, >= 2: the newest may be the one that a crash damages."""
+    log_every: int = 10
+    """Steps between log lines and tensorboard points, > 0."""
+    timeout_s: float = 600.0
+    """Seconds until a collective that a peer never joins is an error, > 0."""
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    model: str
+    """open_clip model name, or one of configs/models/."""
+    embed_dim: int | None = None
+    """Width of the joint embedding; null: the teacher's (data.teacher) or else the model's own."""
+    image_size: int | None = None
+    """Pixels; null: the model's own."""
+    context_length: int | None = None
+    """Text tokens; null: the model's own."""
+    pretrained: str | None = None
+    """open_clip tag or local checkpoint to start from; null: from scratch."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    shards: str
+    """Directory of .tar shards (img2dataset or webdataset layout)."""
+    teacher: str | None = None
+    """Directory written by tools/embed.py; needed by the terms instance, mse and by beta, gamma of cluster."""
+    labels: str | None = None
+    """Directory written by tools/cluster.py; needed by the term cluster."""
+    keep: str | None = None
+    """Directory written by tools/balance.py; null: every sample is used."""
+    augment: Literal["none", "random_resized_crop"] = "none"
+    """Training augmentation, seeded per sample."""
+    workers: int = 0
+    """Loader processes per rank, >= 0; 0 decodes in the training process."""
+    block_shards: int = 16
+    """Shards that are shuffled together, > 0; larger mixes better, smaller reads more locally."""
+    error_budget: float = 0.001
+    """Share of samples that may be undecodable before the run ends, 0 to 1."""
+    max_image_pixels: int = 64_000_000
+    """Images with more pixels are refused before they are decoded."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    contrastive: float = 0.0
+    """Weight of CLIP's student-student loss, >= 0."""
+    instance: float = 0.0
+    """Weight of instance discrimination distillation, >= 0."""
+    cluster: float = 0.0
+    """Weight (lambda) of cluster discrimination distillation, >= 0."""
+    mse: float = 0.0
+    """Weight of |student - teacher|^2 of the image and text embeddings, >= 0."""
+    alpha: float = 1.0
+    """Inside cluster: weight of CE(student, label), >= 0."""
+    beta: float = 0.0
+    """Inside cluster: weight of CE(teacher embedding, label), >= 0. [assumed]"""
+    gamma: float = 0.0
+    """Inside cluster: weight of KL(teacher || student), >= 0. [assumed]"""
+    cluster_temperature: float = 1.0
+    """Temperature of the KL, > 0. [assumed]"""
+    temperature: float | None = None
+    """Fixed temperature tau of the contrastive matrices; null: learned, 1/tau <= 100."""
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    sample_rate: float = 0.1
+    """Share of each rank's classes drawn per step, positives always among them; above 0, up to 1."""
+    m1: float = 1.0
+    """Margin cos(m1*theta + m2) - m3 on the target: SphereFace factor, >= 1."""
+    m2: float = 0.0
+    """ArcFace angle in radians, >= 0."""
+    m3: float = 0.3
+    """CosFace offset, >= 0."""
+    margin_grad: Literal["exact", "straight_through"] = "exact"
+    """Derivative of the margin: exact, or 1 as in insightface's ArcFace."""
+    scale: float = 64.0
+    """Logit scale s, > 0."""
+    feature_rate: float = 1.0
+    """Share of the embedding's dimensions used per step, above 0, up to 1."""
+    filter_threshold: float | None = None
+    """Negatives with a larger cosine leave the denominator; null: none do."""
+    init: Literal["centroids", "random"] = "centroids"
+    """Start rows: the centroids of data.labels, or N(0, 0.01)."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Row-sparse optimizer of the class rows."""
+    lr: float | None = None
+    """Peak learning rate of the rows; null: the student's."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's moment decays."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    momentum: float = 0.9
+    """SGD's momentum."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of the rows that a step touches, >= 0."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    warmup_steps: int = 0
+    """Steps of linear warm-up, >= 0."""
+    kind: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: cosine to final_share, or constant."""
+    final_share: float = 0.0
+    """Share of the peak learning rate at the last step, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    max_consecutive_skips: int = 5
+    """Steps in a row that may be skipped for a non-finite loss or gradient before the run ends, > 0."""
+
+
+@dataclass(frozen=True)
+class Megacid:
+    """The "megacid" block."""
+
+    run: Run
+    student: StudentConfig
+    data: DataConfig
+    loss: LossConfig
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """A loaded, linted run file. `megacid` is the block, `deepspeed` what DeepSpeed gets, `path` where it came from."""
+
+    path: Path
+    megacid: Megacid
+    deepspeed: dict[str, Any]
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.megacid.run.dir) / self.megacid.run.name
+
+    @property
+    def gradient_clipping(self) -> float:
+        return float(self.deepspeed["gradient_clipping"])
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    @property
+    def bf16(self) -> bool:
+        return bool(self.deepspeed.get("bf16", {}).get("enabled", False))
+
+    @property
+    def global_batch(self) -> int:
+        return int(self.deepspeed["train_batch_size"])
+
+    @property
+    def micro_batch(self) -> int:
+        return int(self.deepspeed["train_micro_batch_size_per_gpu"])
+
+    @property
+    def accumulation(self) -> int:
+        return int(self.deepspeed["gradient_accumulation_steps"])
+
+    @property
+    def grad_reduction(self) -> Literal["mean", "sum"]:
+        return "sum" if self.deepspeed.get("gradient_allreduce_op", "mean") == "sum" else "mean"
+
+    def resolved(self) -> dict[str, Any]:
+        return {**self.deepspeed, "megacid": dataclasses.asdict(self.megacid)}
+
+
+# ---- strict loading ----------------------------------------------------------------------------------------------
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f'did you mean "{close[0]}"?' if close else f"known are {', '.join(sorted(known))}"
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint`, or UserError naming the key, the value and the wish."""
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(value, next(c for c in choices if c is not type(None)), where)
+    if origin is Literal:
+        if value not in choices:
+            raise UserError(f'"{where}" is {value!r}, wanted one of {", ".join(map(repr, choices))}')
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or len(value) != len(choices):
+            raise UserError(f'"{where}" is {value!r}, wanted a list of {len(choices)} numbers')
+        return tuple(_convert(v, c, where) for v, c in zip(value, choices))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f'"{where}" is {value!r} ({type(value).__name__}), wanted {hint.__name__}')
+    return value
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f'"{where}" is {values!r}, wanted a block {{...}}')
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise UserError(f'unknown key "{where}.{key}": {_nearest(key, list(hints))}')
+    for item in dataclasses.fields(cls):
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and item.name not in values:
+            raise UserError(f'"{where}.{item.name}" is missing, it has no default: add it to the run file')
+    return cls(**{key: _convert(value, hints[key], f"{where}.{key}") for key, value in values.items()})
+
+
+_POSITIVE = ("run.total_steps run.save_every run.log_every run.timeout_s data.block_shards data.max_image_pixels "
+             "loss.cluster_temperature classifier.scale classifier.sample_rate classifier.feature_rate guard.max_consecutive_skips").split()  # fmt: skip
+_NOT_NEGATIVE = ("run.seed data.workers data.error_budget loss.contrastive loss.instance loss.cluster loss.mse loss.alpha loss.beta loss.gamma "
+                 "classifier.m2 classifier.m3 classifier.weight_decay schedule.warmup_steps schedule.final_share").split()  # fmt: skip
+_AT_MOST_ONE = "classifier.sample_rate classifier.feature_rate data.error_budget schedule.final_share".split()
+
+
+def _check(block: Megacid) -> None:
+    def value(path: str) -> Any:
+        section, name = path.split(".")
+        return getattr(getattr(block, section), name)
+
+    for paths, ok, wish in (
+        (_POSITIVE, lambda v: v > 0, "above 0"),
+        (_NOT_NEGATIVE, lambda v: v >= 0, "0 or more"),
+        (_AT_MOST_ONE, lambda v: v <= 1, "1 at most"),
+    ):
+        for path in paths:
+            if not ok(value(path)):
+                raise UserError(f'"megacid.{path}" is {value(path)}, wanted {wish}')
+    loss, data, run = block.loss, block.data, block.run
+    if run.keep_last < 2:
+        raise UserError(f'"megacid.run.keep_last" is {run.keep_last}, wanted 2 or more: the newest checkpoint may be the damaged one')
+    if block.schedule.warmup_steps >= run.total_steps:
+        raise UserError(f'"megacid.schedule.warmup_steps" is {block.schedule.warmup_steps}, wanted fewer than run.total_steps = {run.total_steps}')
+    if not (loss.contrastive or loss.instance or loss.cluster or loss.mse):
+        raise UserError('every weight in "megacid.loss" is 0, wanted at least one of contrastive, instance, cluster, mse above 0')
+    if loss.cluster and not (loss.alpha or loss.beta or loss.gamma):
+        raise UserError('"megacid.loss.cluster" is on but alpha, beta and gamma are all 0: set one of them, or cluster to 0')
+    needs_teacher = [name for name, on in (("instance", loss.instance), ("mse", loss.mse), ("cluster (beta, gamma)", loss.cluster and (loss.beta or loss.gamma))) if on]
+    if needs_teacher and data.teacher is None:
+        raise UserError(f'"megacid.data.teacher" is null but the term {needs_teacher[0]} needs teacher embeddings: name the output of tools/embed.py')
+    if loss.cluster and data.labels is None:
+        raise UserError('"megacid.data.labels" is null but the term cluster needs labels: name the output of tools/cluster.py')
+    if loss.temperature is not None and loss.temperature < 0.01:
+        raise UserError(f'"megacid.loss.temperature" is {loss.temperature}, wanted 0.01 or more (null: learned)')
+
+
+# ---- DeepSpeed's keys --------------------------------------------------------------------------------------------
+
+_DEEPSPEED_KEYS = set("""train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer gradient_clipping
+ prescale_gradients gradient_predivide_factor gradient_allreduce_op bf16 fp16 torch_autocast zero_optimization steps_per_print wall_clock_breakdown
+ dump_state memory_breakdown communication_data_type seq_parallel_communication_data_type activation_checkpointing flops_profiler comms_logger
+ tensorboard wandb csv_monitor comet aio data_types compile timers disable_allgather""".split())
+_ZERO_KEYS = set("""stage contiguous_gradients reduce_scatter reduce_bucket_size allgather_partitions allgather_bucket_size overlap_comm
+ offload_param offload_optimizer sub_group_size stage3_max_live_parameters stage3_max_reuse_distance stage3_prefetch_bucket_size
+ stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_gather_16bit_weights_on_model_save stage3_module_granularity_threshold
+ round_robin_gradients zero_hpz_partition_size zero_quantized_weights zero_quantized_gradients ignore_unused_parameters
+ use_multi_rank_bucket_allreduce allgather_sequential pipeline_loading_checkpoint log_trace_cache_warnings memory_efficient_linear""".split())
+_REMOVED = set("""amp elasticity curriculum_learning sparse_gradients nebula sparse_attention progressive_layer_drop compression_training
+ quantize_training eigenvalue pld data_efficiency hybrid_engine checkpoint load_universal_checkpoint scheduler autotuning""".split())
+
+
+def lint_deepspeed(config: dict[str, Any], world: int) -> dict[str, Any]:
+    """DeepSpeed's part of the run file with the batch sizes completed; UserError for what DeepSpeed would ignore,
+    misread or do in a way that this trainer cannot support."""
+    config = dict(config)
+    for key, value in config.items():
+        if key in _REMOVED:
+            why = "the schedule is megacid.schedule" if key == "scheduler" else "this trainer or DeepSpeed 0.19 does not use it"
+            raise UserError(f'DeepSpeed key "{key}" cannot be used, {why}: remove it')
+        if key not in _DEEPSPEED_KEYS:
+            raise UserError(f'unknown DeepSpeed key "{key}", DeepSpeed would silently ignore it: {_nearest(key, sorted(_DEEPSPEED_KEYS | {"megacid"}))}')
+        if value == "auto":
+            raise UserError(f'DeepSpeed key "{key}" is "auto", which only other trainers resolve: write the value')
+    zero = config.get("zero_optimization", {})
+    for key in zero:
+        if key not in _ZERO_KEYS:
+            raise UserError(f'unknown DeepSpeed key "zero_optimization.{key}": {_nearest(key, sorted(_ZERO_KEYS))}')
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f'"zero_optimization.stage" is {stage!r}, wanted 0, 1, 2 or 3')
+    if config.get("fp16", {}).get("enabled"):
+        raise UserError('"fp16" is enabled, wanted bf16 or fp32: a loss scale cannot be shared with the classifier; use "bf16": {"enabled": true}')
+    bf16 = config.get("bf16", {}).get("enabled", False)
+    if bf16 and config.get("torch_autocast", {}).get("enabled"):
+        raise UserError('"bf16" and "torch_autocast" are both enabled and DeepSpeed would drop the second: keep one')
+    if bf16 and stage == 0:
+        raise UserError('"bf16" with "zero_optimization.stage" 0 keeps its fp32 weights where they cannot be saved by name: use stage 1')
+    if config.get("gradient_allreduce_op", "mean") not in ("mean", "sum"):
+        raise UserError(f'"gradient_allreduce_op" is {config["gradient_allreduce_op"]!r}, wanted "mean" or "sum"')
+    if config.get("gradient_allreduce_op") == "sum" and stage == 3:
+        raise UserError('"gradient_allreduce_op": "sum" does not exist at ZeRO stage 3: use "mean"')
+    if "gradient_clipping" not in config:
+        raise UserError('"gradient_clipping" is missing and its default differs between DeepSpeed versions: write it (1.0 is usual, 0.0 is off)')
+    optimizer = config.get("optimizer")
+    if not isinstance(optimizer, dict) or optimizer.get("type") not in ("AdamW", "apex_fused_adam", "apex_fused_lamb"):
+        raise UserError(f'"optimizer" is {optimizer!r}, wanted {{"type": "AdamW" | "apex_fused_adam" | "apex_fused_lamb", "params": {{"lr": ...}}}}')
+    if "lr" not in optimizer.get("params", {}):
+        raise UserError('"optimizer.params.lr" is missing: write the peak learning rate of the student')
+    return _complete_batches(config, world)
+
+
+def _complete_batches(config: dict[str, Any], world: int) -> dict[str, Any]:
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    for name in names:
+        if name in config and (not isinstance(config[name], int) or isinstance(config[name], bool) or config[name] < 1):
+            raise UserError(f'"{name}" is {config[name]!r}, wanted a whole number of at least 1')
+    total, micro, accumulation = (config.get(name) for name in names)
+    if total is None and micro is None:
+        raise UserError('"train_batch_size" and "train_micro_batch_size_per_gpu" are both missing: write the global batch (samples per step over all ranks)')
+    if total is None:
+        total = micro * (accumulation or 1) * world
+    elif micro is None:
+        accumulation = accumulation or 1
+        micro = total // (accumulation * world)
+    elif accumulation is None:
+        accumulation = total // (micro * world)
+    accumulation = accumulation or 1
+    if micro * accumulation * world != total:
+        valid = [w for w in range(1, total + 1) if total % w == 0][:12]
+        raise UserError(f"the batch sizes do not multiply up: train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {accumulation} x {world} ranks = "
+                        f"{micro * accumulation * world}, wanted train_batch_size {total}; numbers of ranks that divide it: {', '.join(map(str, valid))}{', ...' if len(valid) == 12 else ''}")  # fmt: skip
+    return {**config, **dict(zip(names, (total, micro, accumulation)))}
+
+
+def _apply_set(tree: dict[str, Any], assignment: str) -> None:
+    """One `--set section.key=value`: first the megacid block, else DeepSpeed's keys. The value is read as JSON, else as text."""
+    path, sign, text = assignment.partition("=")
+    if not sign or not path:
+        raise UserError(f"--set {assignment!r}: wanted section.key=value, for example --set classifier.sample_rate=0.2")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *sections, key = path.removeprefix("megacid.").split(".")
+    top = sections[0] if sections else key
+    known = {item.name for item in dataclasses.fields(Megacid)}
+    if top not in known and top not in _DEEPSPEED_KEYS:
+        raise UserError(f"--set {assignment!r}: unknown section {top!r}: {_nearest(top, sorted(known | _DEEPSPEED_KEYS))}")
+    node = tree.setdefault("megacid", {}) if top in known else tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {assignment!r}: {section!r} is a value, not a block")
+    node[key] = value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise UserError(f'key "{key}" is written twice in one block of the run file: keep one')
+        seen[key] = value
+    return seen
+
+
+def load_run(path: str | Path, assignments: list[str] | None = None, *, world: int) -> RunFile:
+    """Read, override, check. world: number of ranks, completes the batch sizes. Raises UserError."""
+    path = Path(path)
+    try:
+        tree = hjson.loads(path.read_text(), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise UserError(f"cannot read the run file {path} ({error.strerror}): correct --deepspeed_config") from None
+    except hjson.HjsonDecodeError as error:
+        raise UserError(f"the run file {path} is neither JSON nor Hjson: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"the run file {path} holds {type(tree).__name__}, wanted a block {{...}}")
+    for assignment in assignments or []:
+        _apply_set(tree, assignment)
+    block = tree.pop("megacid", None)
+    if block is None:
+        raise UserError(f'the run file {path} has no "megacid" block, wanted one beside DeepSpeed\'s keys: see configs/')
+    megacid: Megacid = _build(Megacid, block, "megacid")
+    _check(megacid)
+    return RunFile(path, megacid, lint_deepspeed(tree, world))

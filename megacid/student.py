@@ -8,7 +8,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -54,6 +54,9 @@ class StudentSpec:
     context_length: int | None = None
     pretrained: str | None = None
 
+    def with_pretrained(self, pretrained: str | None) -> "StudentSpec":
+        return replace(self, pretrained=pretrained)
+
 
 class StudentOutput(NamedTuple):
     """A tuple of tensors, so that DeepSpeed's module hooks see every one of them."""
@@ -66,8 +69,8 @@ class StudentOutput(NamedTuple):
 class _UpperBound(torch.autograd.Function):
     """min(x, bound) whose gradient stops only what would raise x further.
 
-    The usual `with no_grad(): p.clamp_()` after the step changes nothing when an optimizer owns a master copy of p (ZeRO),
-    and a plain clamp has gradient 0 above the bound, so that p could never come back.
+    The usual `p.clamp_()` after the step changes nothing when an optimizer owns a master copy of p (ZeRO);
+    a plain clamp has gradient 0 above the bound, so that p could never come back.
     """
 
     @staticmethod
@@ -85,7 +88,7 @@ class _UpperBound(torch.autograd.Function):
 class Student(nn.Module):
     """An open_clip model with the teacher's embedding width.
 
-    `clip` is the open_clip model itself: its `state_dict()` is what is exported.
+    `clip` is the open_clip model itself; its logit_scale (and logit_bias) have shape [1], see `build_student`.
     """
 
     def __init__(self, clip: nn.Module, spec: StudentSpec, config: dict[str, Any]) -> None:
@@ -106,7 +109,7 @@ class Student(nn.Module):
     def forward(self, image: torch.Tensor, text: torch.Tensor) -> StudentOutput:
         """image [B, 3, H, W] float, text [B, T] int64 -> `StudentOutput`.
 
-        Calls the open_clip model's own forward, not encode_image and encode_text: ZeRO-3 fetches the parameters of a module
+        Calls the open_clip model's own forward, not encode_image and encode_text: ZeRO-3 fetches a module's parameters
         when its forward runs, and positional_embedding, text_projection and logit_scale belong to that root module.
         """
         out = self.clip(image, text)
@@ -176,7 +179,7 @@ def build_student(
 ) -> Student:
     """Build the student on the CPU in fp32.
 
-    `embed_dim` is the teacher's width (None: the architecture's own). The initial weights are a pure function of `seed`;
+    `embed_dim` is the teacher's width (None: the architecture's own). The initial weights are a function of `seed` alone;
     the global random generator is left as it was. With `pretrained` (tag or file) the weights come from there instead.
     Raises UserError for an unknown architecture, one that is no two-tower CLIP, or weights that do not fit.
     """
@@ -198,6 +201,8 @@ def build_student(
             force_context_length=context_length,
             pretrained_text=False,
             output_dict=True,
+            # Shape [1], not 0-d: DeepSpeed 0.19 cannot broadcast a 0-d parameter when it starts. The export turns it back.
+            nonscalar_logit_scale=True,
             **overrides,
         )
     config["embed_dim"] = embed_dim if embed_dim is not None else config["embed_dim"]
@@ -318,6 +323,12 @@ def loaded_student(student: Student, pretrained: str, device: torch.device | str
     )
 
 
+def open_clip_tensors(student: Student) -> dict[str, torch.Tensor]:
+    """The student's weights as stock open_clip names and shapes them: fp32 on the CPU, logit_scale 0-d."""
+    tensors = {key: value.detach().cpu().float().contiguous() for key, value in student.clip.state_dict().items()}
+    return {key: value.reshape(()) if key.startswith("logit_") else value for key, value in tensors.items()}
+
+
 def open_clip_config(student: Student) -> dict[str, Any]:
     """The content of `open_clip_config.json` that lets stock open_clip rebuild the student from a directory."""
     cfg = _preprocess_cfg(student)
@@ -338,7 +349,9 @@ def _checked_local_dir(model: str) -> Path:
     except (ValueError, KeyError, TypeError):
         complete = False
     if not complete:
-        raise UserError(f"{directory / CONFIG_FILE} is no open_clip configuration (no complete 'model_cfg'); export again")
+        raise UserError(
+            f"{directory / CONFIG_FILE} is no open_clip configuration (incomplete 'model_cfg'); export again"
+        )
     # open_clip only warns and goes on with random weights when there are none.
     if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in directory.iterdir()):
         raise UserError(f"{directory} holds no weights; {WEIGHTS_FILE} was expected: export again")
@@ -366,6 +379,6 @@ def _create(model: str, pretrained: str | None, **options: Any) -> Any:
     except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"cannot build {model!r} with weights {pretrained!r}: {reason}; check that the file is complete and of this "
-            f"architecture and embedding width"
+            f"cannot build {model!r} with weights {pretrained!r}: {reason}; check that the file is complete and "
+            f"of this architecture and embedding width"
         ) from error

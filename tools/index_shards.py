@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Index a folder of tar shards, so that training can read any sample with one read; or check the index it has.
 
-    tools/index_shards.py data/digits/train
-    tools/index_shards.py data/digits/train --verify      # hash every tar again; exit code 1 when something differs
+tools/index_shards.py data/digits/train
+tools/index_shards.py data/digits/train --verify      # hash every tar again; exit code 1 when something differs
 """
 
 import argparse
@@ -22,8 +22,12 @@ from megacid.data.index import load_index, verify_index
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", help="directory with *.tar")
-    parser.add_argument("--verify", action="store_true", help="compare sizes, sha256 and tables with the index; change nothing")
-    parser.add_argument("--allow-bad", action="store_true", help="use the intact samples of cut tars instead of refusing them")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare sizes, sha256 and tables with the index; change nothing"
+    )
+    parser.add_argument(
+        "--allow-bad", action="store_true", help="use the intact samples of cut tars instead of refusing them"
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
@@ -41,7 +45,9 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(problems) or f"{args.shards}: every tar is as indexed")
         return 1 if problems else 0
     size = sum(shard["bytes"] for shard in index.shards)
-    print(f"{args.shards}: {len(index.names)} shards, {index.num_samples:,} samples, {size:,} bytes, digest {index.digest[:12]}")
+    print(
+        f"{args.shards}: {len(index.names)} shards, {index.num_samples:,} samples, {size:,} bytes, digest {index.digest[:12]}"
+    )
     for reason, count in sorted(index.dropped.items()):
         print(f"  left out: {count:,} ({reason})")
     return 0

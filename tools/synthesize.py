@@ -12,6 +12,7 @@ Nothing in the test split is ever copied. The same arguments give the same tars,
 
 import argparse
 import io
+import itertools
 import json
 import os
 import shutil
@@ -25,13 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageEnhance
+from PIL import Image
 from tqdm import tqdm
 
-from megacid.checkpoint.store import atomic_path, read_meta, write_json_atomic, write_meta
+from megacid.checkpoint.store import read_meta, write_json_atomic, write_meta
 from megacid.config import UserError, run_tool
 from megacid.data.index import load_index
-from megacid.data.order import KeyedPermutation, derive_key, splitmix64
+from megacid.data.order import KeyedPermutation, derive_key
+from megacid.data.synthetic import SceneMaker, altered, class_features
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_CAPTIONS = (
@@ -81,6 +83,7 @@ def write_train(folder: Path, samples: Iterator[Sample], place: Any, shard_sizes
     folder.mkdir(parents=True)
     key = lambda number: "{:05d}{:04d}".format(*place(number))  # noqa: E731
     counts = {"pairs": 0, "originals": 0, "copies": 0}
+    bar = tqdm(total=sum(shard_sizes), unit="pair", desc="train")
     for shard, size in enumerate(shard_sizes):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for _ in range(size):
@@ -97,8 +100,10 @@ def write_train(folder: Path, samples: Iterator[Sample], place: Any, shard_sizes
                 add_member(tar, f"{facts['key']}.{sample.extension}", sample.image)
                 add_member(tar, f"{facts['key']}.txt", sample.caption.encode())
                 add_member(tar, f"{facts['key']}.json", json.dumps(facts).encode())
+                bar.update()
                 counts["pairs"] += 1
                 counts["copies" if redundant else "originals"] += 1
+    bar.close()
     sizes = {f"{shard:05d}.tar": size for shard, size in enumerate(shard_sizes)}
     write_json_atomic(folder / "sizes.json", sizes)
     return counts
@@ -127,10 +132,15 @@ def write_benchmark(folder: Path, names: list[str], templates: list[str], splits
         (folder / split / "nshards.txt").write_text(f"{shards}\n")
 
 
+def source_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that decide the content."""
+    return {k: v for k, v in sorted(vars(args).items()) if k not in ("out", "force", "make")}
+
+
 def build(args: argparse.Namespace, make: Any) -> int:
     """Call `make(stage_folder) -> facts` in a hidden folder and publish it in one rename; keep what is there and the same."""
     out: Path = args.out
-    wanted = {k: v for k, v in sorted(vars(args).items()) if k not in ("out", "force", "make")}
+    wanted = source_of(args)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         meta = read_meta(out, "synthesize") if (out / "meta.json").is_file() else None
         if meta is None:
@@ -166,19 +176,6 @@ def finish_pairs(stage: Path, wanted: dict[str, Any], counts: dict[str, int], te
     write_meta(stage / "test", "synthesize", wanted, images=tests)
     share = counts["originals"] / counts["pairs"]
     return {"shards": len(index.names), **counts, "share of originals": round(share, 4), "test images": tests}
-
-
-def altered(image: Image.Image, rng: np.random.Generator) -> tuple[bytes, str]:
-    """A copy as they occur on the web: compressed again, moved by a pixel, or a little brighter or darker. Always JPEG."""
-    kind = int(rng.integers(3))
-    if kind == 0:
-        quality = int(rng.integers(40, 80))
-        return encode(image, "jpg", quality), f"jpeg quality {quality}"
-    if kind == 1:
-        dx, dy = ((1, 0), (-1, 0), (0, 1), (0, -1))[int(rng.integers(4))]
-        return encode(ImageChops.offset(image, dx, dy), "jpg"), f"shift {dx} {dy}"
-    factor = float(np.round(rng.choice([rng.uniform(0.88, 0.95), rng.uniform(1.05, 1.12)]), 3))
-    return encode(ImageEnhance.Brightness(image).enhance(factor), "jpg"), f"brightness {factor}"
 
 
 # ---- digits ---------------------------------------------------------------------------------------------------------
@@ -220,7 +217,7 @@ def make_digits(args: argparse.Namespace, stage: Path) -> dict[str, Any]:
         return shard, int(position[number] - starts[shard])
 
     def samples() -> Iterator[Sample]:
-        for number in tqdm(order.tolist(), unit="pair", desc="train"):
+        for number in order.tolist():
             of = int(origin[number])
             label = int(labels[train_rows[of]])
             image = digit_image(pixels[train_rows[of]], args.size)
@@ -230,7 +227,8 @@ def make_digits(args: argparse.Namespace, stage: Path) -> dict[str, Any]:
                 data, change = encode(image, extension), "none"
             else:
                 extension = "jpg"
-                data, change = altered(image, own)
+                copy, quality, change = altered(image, own)
+                data = encode(copy, extension, quality)
             yield Sample(number, of, label, data, extension, digit_caption(label, own), change)
 
     counts = write_train(stage / "train", samples(), place, shard_sizes)
@@ -242,11 +240,71 @@ def make_digits(args: argparse.Namespace, stage: Path) -> dict[str, Any]:
     return finish_pairs(stage, source_of(args), counts, int(test.sum()))
 
 
-def source_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that decide the content."""
-    return {k: v for k, v in sorted(vars(args).items()) if k not in ("out", "force", "make")}
+# ---- scenes ---------------------------------------------------------------------------------------------------------
 
 
+def make_scenes(args: argparse.Namespace, stage: Path) -> dict[str, Any]:
+    train, test = (SceneMaker(args.clusters, args.duplicates * (1 - t), args.size, args.seed, t) for t in (0, 1))
+    full, rest = divmod(args.num, args.samples_per_shard)
+    shard_sizes = [args.samples_per_shard] * full + [rest] * (rest > 0)
+    tests = round(args.num * args.test_share)
+
+    def samples() -> Iterator[Sample]:
+        for number in range(args.num):
+            origin = train.origin(number)
+            image, quality, change = train.image(origin), 92, "none"
+            if origin != number:
+                image, quality, change = altered(image, np.random.default_rng([args.seed, 2, number]))
+            data = encode(image, "jpg", quality)
+            yield Sample(number, origin, train.cluster(origin), data, "jpg", train.caption(number), change)
+
+    counts = write_train(stage / "train", samples(), lambda n: divmod(n, args.samples_per_shard), shard_sizes)
+    # The linear probe's train split: originals, four for every test image, so that it costs little beside train/.
+    originals = (n for n in range(args.num) if train.origin(n) == n)
+    splits = {
+        "train": ((train.image(n), train.cluster(n)) for n in itertools.islice(originals, 4 * tests)),
+        "test": ((test.image(n), test.cluster(n)) for n in range(tests)),
+    }
+    names = [train.scene(cluster).phrase for cluster in range(args.clusters)]
+    write_benchmark(stage / "test", names, ["a {c}.", "a picture of a {c}"], splits)
+    return finish_pairs(stage, source_of(args), counts, tests)
+
+
+# ---- features -------------------------------------------------------------------------------------------------------
+
+CHUNK_VALUES = 1 << 22  # feature values made at once: a few hundred MB of scratch at most
+
+
+def write_features(folder: Path, args: argparse.Namespace, per_class: int, first_sample: int, desc: str) -> int:
+    """features/features_00000.npy float16 [n, d] and labels/labels_00000.npy int32 [n], shuffled over all rows."""
+    (folder / "features").mkdir(parents=True)
+    (folder / "labels").mkdir()
+    total = args.classes * per_class
+    order = KeyedPermutation(total, derive_key(args.seed, 23, first_sample))
+    step = max(1, CHUNK_VALUES // args.dim)
+    with tqdm(total=total, unit="row", desc=desc) as bar:
+        for number, start in enumerate(range(0, total, args.rows_per_file)):
+            rows = min(args.rows_per_file, total - start)
+            name = folder / "features" / f"features_{number:05d}.npy"
+            out = np.lib.format.open_memmap(name, "w+", np.float16, (rows, args.dim))
+            labels = np.empty(rows, np.int32)
+            for at in range(0, rows, step):
+                stop = min(at + step, rows)
+                sample = order(np.arange(start + at, start + stop))
+                labels[at:stop] = sample // per_class
+                out[at:stop] = class_features(
+                    sample // per_class, first_sample + sample, args.dim, args.noise, args.seed
+                )
+                bar.update(stop - at)
+            out.flush()
+            np.save(folder / "labels" / f"labels_{number:05d}.npy", labels, allow_pickle=False)
+    return total
+
+
+def make_features(args: argparse.Namespace, stage: Path) -> dict[str, Any]:
+    rows = write_features(stage, args, args.per_class, 0, "train")
+    tests = write_features(stage / "test", args, args.test_per_class, rows, "test") if args.test_per_class else 0
+    return {"classes": args.classes, "dim": args.dim, "rows": rows, "test rows": tests}
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -259,10 +317,29 @@ def share(text: str) -> float:
     return value
 
 
-def positive(text: str) -> int:
+def natural(text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def positive(text: str) -> int:
+    if natural(text) == 0:
+        raise argparse.ArgumentTypeError("0 is too few")
+    return natural(text)
+
+
+def shard_size(text: str) -> int:
+    if positive(text) > 10_000:
+        raise argparse.ArgumentTypeError(f"{text} is more than the 10000 that the four digits of a key can tell apart")
+    return positive(text)
+
+
+def length(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a length: a finite number >= 0 is wanted")
     return value
 
 
@@ -271,7 +348,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     kinds = parser.add_subparsers(required=True, dest="kind")
 
     def kind(name: str, make: Any, text: str) -> argparse.ArgumentParser:
-        sub = kinds.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = kinds.add_parser(
+            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
         sub.add_argument("--out", type=Path, required=True, help="directory to make")
         sub.add_argument("--force", action="store_true", help="make it again, over an older result of this tool")
         sub.add_argument("--seed", type=int, default=0, help="everything follows from it")
@@ -283,6 +362,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     digits.add_argument("--redundancy", type=share, default=0.4, help="share of copies among the training pairs")
     digits.add_argument("--test-share", type=share, default=0.2, help="share of each digit held out for the test split")
     digits.add_argument("--shards", type=positive, default=7, help="number of training tars")
+    scenes = kind("scenes", make_scenes, "captioned scenes of coloured shapes with known clusters and planted copies")
+    scenes.add_argument("--num", type=positive, default=20_000, help="training pairs, copies included")
+    scenes.add_argument("--clusters", type=positive, default=1000, help="kinds of scenes, at most 10368")
+    scenes.add_argument("--duplicates", type=share, default=0.4, help="share of copies among the training pairs")
+    scenes.add_argument("--size", type=positive, default=64, help="side of the images in pixels")
+    scenes.add_argument("--samples-per-shard", type=shard_size, default=1000, help="pairs in one tar, at most 10000")
+    scenes.add_argument("--test-share", type=share, default=0.05, help="test images, as a share of --num; made apart")
+
+    features = kind("features", make_features, "class-labelled feature vectors, for classifier experiments of any size")
+    features.add_argument("--classes", type=positive, required=True, help="number of classes")
+    features.add_argument("--dim", type=positive, default=128, help="feature width")
+    features.add_argument("--per-class", type=positive, default=20, help="rows of each class")
+    features.add_argument("--test-per-class", type=natural, default=0, help="rows of each class held out in OUT/test")
+    features.add_argument(
+        "--noise", type=length, default=0.5, help="length of the noise; the class centre has length 1"
+    )
+    features.add_argument("--rows-per-file", type=positive, default=1_000_000, help="rows in one .npy")
     return parser.parse_args(argv)
 
 

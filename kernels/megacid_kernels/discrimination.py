@@ -41,8 +41,9 @@ class _RowMode(torch.autograd.Function):
         dtype = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
         need_x, need_w = (grad_enabled and ctx.needs_input_grad[i] for i in (0, 1))
         with torch.autocast(x.device.type, enabled=False):
-            cast = [None if v is None else v.detach().to(dtype) for v in (x, w, teacher)]
-            out = row_mode(cast[0], cast[1], target, rows, cast[2], problem, need_x, need_w)  # type: ignore[arg-type]
+            x_, w_ = x.detach().to(dtype), w.detach().to(dtype)
+            teacher_ = None if teacher is None else teacher.detach().to(dtype)
+            out = row_mode(x_, w_, target, rows, teacher_, problem, need_x, need_w)
         ctx.save_for_backward(
             None if out.grad_x is None else out.grad_x.to(x.dtype),
             None if out.grad_w is None else out.grad_w.to(w.dtype),
@@ -51,7 +52,7 @@ class _RowMode(torch.autograd.Function):
         return out.terms.sum(), out.raw, out.target_cosine, out.hit
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         grads = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors]
         return grads[0], grads[1], None, None, None, None, None
 
@@ -59,7 +60,7 @@ class _RowMode(torch.autograd.Function):
 def linear_margin_discrimination(
     x: Tensor, w: Tensor, target: Tensor, problem: Problem, *, rows: Tensor | None = None, teacher: Tensor | None = None
 ) -> Discrimination:
-    """Weighted sum of the student's margin cross entropy, the teacher's cross entropy and their KL over sharded classes.
+    """Weighted sum of the student's margin cross entropy, the teacher's cross entropy and their KL, classes sharded.
 
     x [G, D]         embeddings of the gathered batch, identical on every rank of `problem.group`; any length > 0
     w [S, D]         this rank's class rows (all of its shard, or those sampled); any length > 0
@@ -100,13 +101,14 @@ def linear_margin_cross_entropy(
     """Mean (or sum) over the labelled samples of CE(scale * psi_y(cos(x, w)), y), classes sharded over `group`.
 
     Tensors and gradients as in `linear_margin_discrimination`; x's gradient is this shard's partial sum. On several
-    ranks `num_classes` (all ranks together) and `max_rows` (most rows of w on any rank) must be given and equal on every
-    rank: the fixed shift and the chunks follow from them. impl: "auto" or "torch"; mode: "auto" or "row".
+    ranks `num_classes` (all ranks together) and `max_rows` (most rows of w on any rank) must be given and equal on
+    every rank: the fixed shift and the chunks follow from them. impl: "auto" or "torch"; mode: "auto" or "row".
     """
-    if num_classes is None:
-        num_classes = w.shape[0]
+    world = dist.get_world_size(group) if dist.is_initialized() else 1
+    if num_classes is None and world > 1:
+        raise ValueError(f"num_classes is None on {world} ranks: pass the number of classes of all ranks together")
     problem = Problem(
-        num_classes=num_classes, scale=scale, margin=margin, margin_grad=margin_grad, filter_threshold=filter_threshold,
+        num_classes=w.shape[0] if num_classes is None else num_classes, scale=scale, margin=margin, margin_grad=margin_grad, filter_threshold=filter_threshold,
         class_start=class_start, max_rows=max_rows, reduction=reduction, group=group, impl=impl, mode=mode,
         memory_budget_bytes=memory_budget_bytes,
     )  # fmt: skip

@@ -59,7 +59,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything but the tensors. `group`: the ranks the classes are sharded over (None: the default group, or alone)."""
+    """Everything but the tensors. `group`: ranks the classes are sharded over (None: the default group, or alone)."""
 
     num_classes: int  # classes of all ranks: bounds the sum of exponentials, must be the same on every rank
     scale: float = 64.0

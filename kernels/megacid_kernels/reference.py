@@ -19,7 +19,7 @@ def discrimination_reference(
     weights: Weights | None = None,
     filter_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, [3] raw terms) of `linear_margin_discrimination`, differentiable by autograd. x [G, D], w [C, D], all float64.
+    """(loss, [3] raw terms) of `linear_margin_discrimination`, differentiable. x [G, D], w [C, D], all float64.
 
     The margin's own derivative is not used: autograd differentiates psi through cos and sin.
     """

@@ -2,7 +2,7 @@
 
 Legend: G gathered batch, b samples of one chunk, D width, S rows of w on this rank.
 
-Per chunk: cosines and exponentials -> ONE sum all-reduce of [k, b] row statistics, hidden under the dX product -> dX, dW.
+Per chunk: cosines, exponentials -> ONE sum all-reduce of [k, b] row statistics, hidden under the dX product -> dX, dW.
 The exponentials are stored un-normalised: 1 / Z scales rows, so it commutes with both gradient products and no second
 pass over [b, S] is needed. With E_j = exp(z_j - kappa) for the negatives (E_y := 0), n = sum_j E_j, Z = n + E_y:
 
@@ -38,13 +38,6 @@ class _Target(NamedTuple):
     cos: Tensor  # [G]
     psi: Tensor  # [G]
     dpsi: Tensor  # [G]
-
-
-class _Matrix(NamedTuple):
-    """Exponentials of one distribution and the index of their row sum in the statistics."""
-
-    exp_bS: Tensor
-    stat: int
 
 
 class _Softmax(NamedTuple):
@@ -102,17 +95,17 @@ def _softmax(negatives: Tensor, target_logit: Tensor) -> _Softmax:
 
 
 class _Chunk:
-    """The [b, S] work of one chunk: exponentials, statistics, products."""
+    """The [b, S] work of one chunk: exponentials and row statistics.
+
+    Matrices "S" (student) and "T" (teacher) hold the logits' exponentials, "S/" and "T/" those of logits / temperature;
+    with temperature 1 the first two serve for both. A statistic named like a matrix is its row sum.
+    """
 
     def __init__(self, problem: Problem, slot: Tensor, own: Tensor):
         self.problem, self.slot, self.own = problem, slot[:, None], own[:, None]
-        self.stats: list[Tensor] = []
-        self.matrices: dict[str, _Matrix] = {}
+        self.stats: dict[str, Tensor] = {}
+        self.matrices: dict[str, Tensor] = {}
         self.removed: Tensor | None = None
-
-    def add_stat(self, value: Tensor) -> int:
-        self.stats.append(value)
-        return len(self.stats) - 1
 
     def add_exp(self, name: str, cos_bS: Tensor, temperature: float, keep_cos: bool) -> None:
         scale, shift = self.problem.scale / temperature, self.problem.shift(temperature)
@@ -121,82 +114,140 @@ class _Chunk:
         exp.scatter_(1, self.slot, exp.gather(1, self.slot).masked_fill_(self.own, 0.0))
         if self.removed is not None:
             exp.masked_fill_(self.removed, 0.0)
-        self.matrices[name] = _Matrix(exp, self.add_stat(exp.sum(1)))
+        self.matrices[name], self.stats[name] = exp, exp.sum(1)
 
-    def build(self, x_bD: Tensor | None, teacher_bD: Tensor | None, w_SD: Tensor) -> int:
-        """Fill matrices "S", "T" (logits as they are) and "S/", "T/" (divided by the temperature; the same matrix when it
-        is 1). Returns the index of the KL's sum_j exp(zT_j / temperature) (cosT_j - cosS_j), negatives only, or -1."""
+    def build(self, x_bD: Tensor | None, teacher_bD: Tensor | None, w_SD: Tensor) -> None:
+        """Fill the needed matrices, and the KL's statistic "gap" = sum_j exp(zT_j / temperature) (cosT_j - cosS_j)."""
         w, threshold = self.problem.weights, self.problem.filter_threshold
-        kl, warm = w.gamma > 0, w.temperature != 1.0
+        kl = w.gamma > 0
         cos_S = x_bD @ w_SD.T if x_bD is not None else None
         cos_T = teacher_bD @ w_SD.T if teacher_bD is not None else None
         if threshold is not None and cos_S is not None:
             self.removed = cos_S > threshold
-        if cos_S is not None and (w.alpha > 0 or (kl and not warm)):
+        plain_too = kl and w.temperature == 1.0
+        if cos_S is not None and (w.alpha > 0 or plain_too):
             self.add_exp("S", cos_S, 1.0, keep_cos=kl)
-        if cos_T is not None and (w.beta > 0 or (kl and not warm)):
+        if cos_T is not None and (w.beta > 0 or plain_too):
             self.add_exp("T", cos_T, 1.0, keep_cos=kl)
-        if not kl:
-            return -1
-        assert cos_S is not None and cos_T is not None
-        for name, cos in (("S", cos_S), ("T", cos_T)):
-            if warm:
-                self.add_exp(name + "/", cos, w.temperature, keep_cos=True)
-            else:
-                self.matrices[name + "/"] = self.matrices[name]
-        return self.add_stat(cos_T.sub_(cos_S).mul_(self.matrices["T/"].exp_bS).sum(1))
+        if not kl or cos_S is None or cos_T is None:
+            return
+        if w.temperature != 1.0:
+            self.add_exp("S/", cos_S, w.temperature, keep_cos=True)
+            self.add_exp("T/", cos_T, w.temperature, keep_cos=True)
+        self.stats["gap"] = cos_T.sub_(cos_S).mul_(self.matrices[self.softened("T")]).sum(1)
+
+    def softened(self, name: str) -> str:
+        return name if self.problem.weights.temperature == 1.0 else name + "/"
 
 
 class _Rows(NamedTuple):
-    """What the reduced statistics give: coefficients of the sparse and dense gradient parts, all [b]."""
+    """What the reduced statistics give, all per sample of the chunk."""
 
-    raw: Tensor  # [3, b]
-    target_x: Tensor  # d loss / d cos_target of the student
-    target_t: Tensor | None
-    dense: dict[
-        str, tuple[Tensor | None, Tensor | None]
-    ]  # matrix -> (coefficient with x, coefficient with the teacher)
+    raw: Tensor  # [3, b] the terms without weights
+    target_x: Tensor  # [b] d loss / d psi of the student's target
+    target_t: Tensor | None  # [b] d loss / d target cosine of the teacher
+    with_x: dict[str, Tensor]  # [b] coefficient of a matrix in d loss / d student cosine
+    with_t: dict[str, Tensor]  # [b] the same for the teacher's cosines
 
 
-def _epilogue(
-    problem: Problem, chunk: _Chunk, stats: Tensor, kl_stat: int, index: dict[str, int], inv_n: Tensor
-) -> _Rows:
+def _epilogue(problem: Problem, chunk: _Chunk, stats: dict[str, Tensor], share: Tensor) -> _Rows:
+    """share [b]: the sample's weight in the loss, 0 for unlabelled samples."""
     w, s = problem.weights, problem.scale
-    zero = torch.zeros_like(inv_n)
-    raw, target_x, target_t = [zero, zero, zero], zero, None
-    dense: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+    raw, target_x, target_t = [torch.zeros_like(share) for _ in range(3)], torch.zeros_like(share), None
+    with_x: dict[str, Tensor] = {}
+    with_t: dict[str, Tensor] = {}
 
     def softmax(name: str, cosine: Tensor, temperature: float) -> _Softmax:
-        logit = cosine * (s / temperature) - problem.shift(temperature)
-        return _softmax(stats[chunk.matrices[name].stat], logit)
-
-    def add(name: str, with_x: Tensor | None, with_teacher: Tensor | None) -> None:
-        # One matrix may serve two terms (temperature 1): add the coefficients, not the products.
-        canonical = name.rstrip("/") if w.temperature == 1.0 else name
-        a, b = dense.get(canonical, (None, None))
-        both_x = with_x if a is None else a if with_x is None else a + with_x
-        both_t = with_teacher if b is None else b if with_teacher is None else b + with_teacher
-        dense[canonical] = (both_x, both_t)
+        return _softmax(stats[name], cosine * (s / temperature) - problem.shift(temperature))
 
     if w.alpha > 0:
-        student = softmax("S", stats[index["psi"]], 1.0)
-        raw[0] = student.loss
-        add("S", inv_n * (w.alpha * s) * student.inv_z, None)
-        target_x = target_x - inv_n * (w.alpha * s) * student.miss
+        student, each = softmax("S", stats["psi"], 1.0), share * (w.alpha * s)
+        raw[0], with_x["S"] = student.loss, each * student.inv_z
+        target_x = target_x - each * student.miss
     if w.beta > 0:
-        teacher = softmax("T", stats[index["cos_t"]], 1.0)
-        raw[1] = teacher.loss
-        add("T", None, inv_n * (w.beta * s) * teacher.inv_z)
-        target_t = -inv_n * (w.beta * s) * teacher.miss
+        teacher, each = softmax("T", stats["cos_t"], 1.0), share * (w.beta * s)
+        raw[1], with_t["T"] = teacher.loss, each * teacher.inv_z
+        target_t = -each * teacher.miss
     if w.gamma > 0:
-        psi, cos_t, st = stats[index["psi"]], stats[index["cos_t"]], s / w.temperature
-        student, teacher = softmax("S/", psi, w.temperature), softmax("T/", cos_t, w.temperature)
-        mean_gap = stats[kl_stat] * teacher.inv_z + (1 - teacher.miss) * (cos_t - psi)
-        raw[2] = st * mean_gap + student.log_z - teacher.log_z
-        add("S/", inv_n * (w.gamma * st) * student.inv_z, None)
-        add("T/", -inv_n * (w.gamma * st) * teacher.inv_z, None)
-        target_x = target_x + inv_n * (w.gamma * st) * (teacher.miss - student.miss)
-    return _Rows(torch.stack(raw), target_x, target_t, dense)
+        soft = s / w.temperature
+        each, name_S, name_T = share * (w.gamma * soft), chunk.softened("S"), chunk.softened("T")
+        student = softmax(name_S, stats["psi"], w.temperature)
+        teacher = softmax(name_T, stats["cos_t"], w.temperature)
+        mean_gap = stats["gap"] * teacher.inv_z + (1 - teacher.miss) * (stats["cos_t"] - stats["psi"])
+        raw[2] = soft * mean_gap + student.log_z - teacher.log_z
+        # With temperature 1 a matrix serves two terms: their coefficients are added, not their products.
+        with_x[name_S] = with_x.get(name_S, 0) + each * student.inv_z
+        with_x[name_T] = -each * teacher.inv_z
+        target_x = target_x + each * (teacher.miss - student.miss)
+    return _Rows(torch.stack(raw), target_x, target_t, with_x, with_t)
+
+
+class _Run:
+    """One call: what belongs to the whole batch, and the sums over its chunks."""
+
+    def __init__(
+        self,
+        x_GD: Tensor,
+        w_SD: Tensor,
+        target_G: Tensor,
+        rows_S: Tensor | None,
+        teacher_GD: Tensor | None,
+        problem: Problem,
+    ):
+        weights = problem.weights
+        self.problem = problem
+        self.own, self.slot = locate(target_G, rows_S, problem.class_start, w_SD.shape[0])
+        self.labelled = target_G >= 0
+        count = self.labelled.sum().to(x_GD.dtype)
+        self.each = 1 / count.clamp_min(1) if problem.reduction == "mean" else torch.ones_like(count)
+        self.unit_w, self.inv_w = unit_rows(w_SD)
+        self.w_y = self.unit_w[self.slot]
+        self.unit_x, self.inv_x = unit_rows(x_GD)
+        self.unit_t = unit_rows(teacher_GD)[0] if teacher_GD is not None and weights.needs_teacher else None
+        self.on_x = _target(self.unit_x, self.w_y, self.own, problem, True) if weights.needs_student else None
+        self.on_t = _target(self.unit_t, self.w_y, self.own, problem, False) if self.unit_t is not None else None
+        self.raw = x_GD.new_zeros(3)
+        self.target_cosine, self.hit = x_GD.new_zeros(len(x_GD)), torch.zeros_like(self.labelled)
+
+    def chunk(self, part: slice, grad_x: Tensor | None, grad_w: Tensor | None) -> None:
+        problem, on_x = self.problem, self.on_x
+        x, t = self.unit_x[part], self.unit_t[part] if self.unit_t is not None else None
+        chunk = _Chunk(problem, self.slot[part], self.own[part])
+        needs_x = on_x is not None or problem.filter_threshold is not None
+        chunk.build(x if needs_x else None, t, self.unit_w)
+        chunk.stats["own"] = self.own[part].to(x.dtype)
+        if on_x is not None:
+            chunk.stats |= {"psi": on_x.psi[part], "cos": on_x.cos[part]}
+        if self.on_t is not None:
+            chunk.stats["cos_t"] = self.on_t.cos[part]
+        reduced = torch.stack(list(chunk.stats.values()))
+        pending = dist.all_reduce(reduced, group=problem.group, async_op=True) if problem.world > 1 else None
+        products = _products(chunk, self.unit_w) if grad_x is not None else {}
+        if pending is not None:
+            pending.wait()
+        stats = dict(zip(chunk.stats, reduced.unbind()))
+
+        rows = _epilogue(problem, chunk, stats, self.labelled[part] * self.each)
+        # A labelled sample whose class no rank holds would be a wrong number; NaN is a loud one.
+        lost = self.labelled[part] & (stats["own"] < 0.5)
+        self.raw += rows.raw.masked_fill(~self.labelled[part], 0.0).masked_fill(lost, torch.nan).sum(1)
+        target_x = rows.target_x * on_x.dpsi[part] if on_x is not None else None
+        if target_x is not None:
+            self.diagnose(part, stats)
+            if grad_x is not None:
+                grad_x[part] = target_x[:, None] * self.w_y[part]
+                for name, product in products.items():
+                    grad_x[part].addcmul_(rows.with_x[name][:, None], product)
+        if grad_w is not None:
+            # Rows of other ranks carry slot 0 and must add 0: the student's dpsi is 0 there already.
+            target_t = rows.target_t * self.own[part] if rows.target_t is not None else None
+            _add_grad_w(grad_w, chunk, rows, x, t, target_x, target_t)
+
+    def diagnose(self, part: slice, stats: dict[str, Tensor]) -> None:
+        name, temperature = ("S", 1.0) if "S" in stats else ("S/", self.problem.weights.temperature)
+        logit = stats["cos"] * (self.problem.scale / temperature) - self.problem.shift(temperature)
+        self.target_cosine[part] = stats["cos"]
+        self.hit[part] = self.labelled[part] & (logit > stats[name].log())
 
 
 def row_mode(
@@ -210,70 +261,30 @@ def row_mode(
     need_w: bool,
 ) -> Outcome:
     """All tensors in one compute dtype (float32 or float64). See the module's docstring for the schedule."""
-    weights, batch = problem.weights, x_GD.shape[0]
-    use_x = weights.needs_student or problem.filter_threshold is not None
-    own, slot = locate(target_G, rows_S, problem.class_start, w_SD.shape[0])
-    labelled = target_G >= 0
-    count = labelled.sum().to(x_GD.dtype)
-    each = 1 / count.clamp_min(1) if problem.reduction == "mean" else torch.ones_like(count)
-    unit_w, inv_w = unit_rows(w_SD)
-    w_y_GD = unit_w[slot]
-    unit_x, inv_x = unit_rows(x_GD)
-    unit_t = unit_rows(teacher_GD)[0] if teacher_GD is not None and weights.needs_teacher else None
-    on_x = _target(unit_x, w_y_GD, own, problem, True) if weights.needs_student else None
-    on_t = _target(unit_t, w_y_GD, own, problem, False) if unit_t is not None else None
-
+    run = _Run(x_GD, w_SD, target_G, rows_S, teacher_GD, problem)
     grad_x = torch.zeros_like(x_GD) if need_x else None
     grad_w = torch.zeros_like(w_SD) if need_w else None
-    raw = x_GD.new_zeros(3)
-    target_cosine, hit = x_GD.new_zeros(batch), torch.zeros_like(labelled)
-    step = problem.chunk(batch, w_SD.shape[0], x_GD.element_size())
+    batch = len(x_GD)
+    step = problem.chunk(batch, len(w_SD), x_GD.element_size())
     for start in range(0, batch, step):
-        part = slice(start, min(start + step, batch))
-        x, t = unit_x[part], unit_t[part] if unit_t is not None else None
-        chunk = _Chunk(problem, slot[part], own[part])
-        kl_stat = chunk.build(x if use_x else None, t, unit_w)
-        index = {"own": chunk.add_stat(own[part].to(x.dtype))}
-        if on_x is not None:
-            index |= {"psi": chunk.add_stat(on_x.psi[part]), "cos": chunk.add_stat(on_x.cos[part])}
-        if on_t is not None:
-            index["cos_t"] = chunk.add_stat(on_t.cos[part])
-        stats = torch.stack(chunk.stats)
-        pending = dist.all_reduce(stats, group=problem.group, async_op=True) if problem.world > 1 else None
-        products = _products(chunk, unit_w, problem) if need_x else {}
-        if pending is not None:
-            pending.wait()
-
-        rows = _epilogue(problem, chunk, stats, kl_stat, index, labelled[part] * each)
-        # A labelled sample whose class no rank holds would be a wrong number; NaN is a loud one.
-        lost = labelled[part] & (stats[index["own"]] < 0.5)
-        raw += rows.raw.masked_fill(~labelled[part], 0.0).masked_fill(lost, torch.nan).sum(1)
-        if on_x is not None:
-            name, temperature = ("S", 1.0) if "S" in chunk.matrices else ("S/", weights.temperature)
-            target_cosine[part] = stats[index["cos"]]
-            logit = stats[index["cos"]] * (problem.scale / temperature) - problem.shift(temperature)
-            hit[part] = labelled[part] & (logit > stats[chunk.matrices[name].stat].log())
-        target_x = rows.target_x * on_x.dpsi[part] if on_x is not None else None
-        if grad_x is not None and target_x is not None:
-            grad_x[part] = sum(
-                (rows.dense[k][0][:, None] * u for k, u in products.items()), target_x[:, None] * w_y_GD[part]
-            )  # type: ignore[index]
-        if grad_w is not None:
-            _add_grad_w(grad_w, chunk, rows, x, t, slot[part], own[part], target_x)
-    raw = raw * each
-    terms = raw * raw.new_tensor([weights.alpha, weights.beta, weights.gamma])
+        run.chunk(slice(start, min(start + step, batch)), grad_x, grad_w)
+    raw = run.raw * run.each
+    weights = raw.new_tensor([problem.weights.alpha, problem.weights.beta, problem.weights.gamma])
     return Outcome(
-        terms, raw, target_cosine, hit,
-        _through_norm(grad_x, unit_x, inv_x) if grad_x is not None else None,
-        _through_norm(grad_w, unit_w, inv_w) if grad_w is not None else None,
-    )  # fmt: skip
+        terms=raw * weights,
+        raw=raw,
+        target_cosine=run.target_cosine,
+        hit=run.hit,
+        grad_x=_through_norm(grad_x, run.unit_x, run.inv_x) if grad_x is not None else None,
+        grad_w=_through_norm(grad_w, run.unit_w, run.inv_w) if grad_w is not None else None,
+    )
 
 
-def _products(chunk: _Chunk, unit_w: Tensor, problem: Problem) -> dict[str, Tensor]:
+def _products(chunk: _Chunk, unit_w: Tensor) -> dict[str, Tensor]:
     """E @ w for every matrix that the student's embeddings get gradient from; needs no reduced statistic."""
-    w, suffix = problem.weights, "" if problem.weights.temperature == 1.0 else "/"
-    names = (["S"] if w.alpha > 0 else []) + (["S" + suffix, "T" + suffix] if w.gamma > 0 else [])
-    return {name: chunk.matrices[name].exp_bS @ unit_w for name in dict.fromkeys(names)}
+    w = chunk.problem.weights
+    names = (["S"] if w.alpha > 0 else []) + ([chunk.softened("S"), chunk.softened("T")] if w.gamma > 0 else [])
+    return {name: chunk.matrices[name] @ unit_w for name in dict.fromkeys(names)}
 
 
 def _add_grad_w(
@@ -282,22 +293,13 @@ def _add_grad_w(
     rows: _Rows,
     x: Tensor,
     t: Tensor | None,
-    slot: Tensor,
-    own: Tensor,
     target_x: Tensor | None,
+    target_t: Tensor | None,
 ) -> None:
-    def scaled(with_x: Tensor | None, with_teacher: Tensor | None) -> Tensor | None:
-        parts = [
-            c[:, None] * rows_ for c, rows_ in ((with_x, x), (with_teacher, t)) if c is not None and rows_ is not None
-        ]
-        return None if not parts else parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    def features(with_x: Tensor | None, with_t: Tensor | None) -> Tensor:
+        parts = [c[:, None] * unit for c, unit in ((with_x, x), (with_t, t)) if c is not None and unit is not None]
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
-    for name, (with_x, with_teacher) in rows.dense.items():
-        features = scaled(with_x, with_teacher)
-        if features is not None:
-            grad_w.addmm_(chunk.matrices[name].exp_bS.T, features)
-    # Rows of other ranks carry slot 0: their coefficient must be 0. The student's is (its dpsi is 0 there).
-    target_t = rows.target_t * own if rows.target_t is not None else None
-    features = scaled(target_x, target_t)
-    if features is not None:
-        grad_w.index_add_(0, slot, features)
+    for name in {**rows.with_x, **rows.with_t}:
+        grad_w.addmm_(chunk.matrices[name].T, features(rows.with_x.get(name), rows.with_t.get(name)))
+    grad_w.index_add_(0, chunk.slot[:, 0], features(target_x, target_t))

@@ -15,7 +15,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from megacid_kernels import Discrimination, Problem, Weights, linear_margin_discrimination
 from torch import Tensor, nn
 
 from megacid.classifier.margin import Margin
@@ -23,6 +22,7 @@ from megacid.classifier.row_state import ReadRows, copy_rows, gather_state, read
 from megacid.classifier.sampling import sample_dims, sample_rows, sample_size, shard_range
 from megacid.config import UserError
 from megacid.distributed.collectives import GradReduction, gather_plain, gather_rows, gradient_factor, rank, world_size
+from megacid_kernels import Discrimination, Problem, Weights, linear_margin_discrimination
 
 Init = np.ndarray | Tensor | str | PathLike[str]
 
@@ -45,22 +45,26 @@ def _random_rows(start: int, stop: int, width: int, seed: int) -> Tensor:
 
 def _given_rows(init: Init, start: int, stop: int, shape: tuple[int, int]) -> Tensor:
     """Rows [start, stop) of given centroids; of a file only these are read."""
+    given: np.ndarray | Tensor
     said = "init" if isinstance(init, np.ndarray | Tensor) else f"init {str(init)!r}"
-    if not isinstance(init, np.ndarray | Tensor):
+    if isinstance(init, np.ndarray | Tensor):
+        given = init
+    else:
         try:
-            init = np.load(init, mmap_mode="r", allow_pickle=False)
+            given = np.load(init, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{said} is not a readable .npy file ({error}): pass centroids.npy of a clusters directory"
             ) from error
-    if tuple(init.shape) != shape:
+    if tuple(given.shape) != shape:
         raise UserError(
-            f"{said} has shape {tuple(init.shape)}, wanted {shape} = (num_classes, embed_dim): cluster with that k and teacher"
+            f"{said} has shape {tuple(given.shape)}, wanted {shape} = (num_classes, embed_dim): "
+            "take the centroids of that k and teacher"
         )
     rows = (
-        torch.as_tensor(np.array(init[start:stop], dtype=np.float32))
-        if isinstance(init, np.ndarray)
-        else init[start:stop].float()
+        given[start:stop].float()
+        if isinstance(given, Tensor)
+        else torch.as_tensor(np.array(given[start:stop], dtype=np.float32))
     )
     finite = torch.isfinite(rows).all(1)
     if not finite.all():
@@ -69,7 +73,7 @@ def _given_rows(init: Init, start: int, stop: int, shape: tuple[int, int]) -> Te
 
 
 class PartialFC(nn.Module):
-    """Margin softmax over `num_classes` classes sharded over `group`. See `docs` of each argument in `__init__`.
+    """Margin softmax over `num_classes` classes sharded over `group`. Arguments: see `__init__`.
 
     `weight` fp32 [L, D] holds classes class_start .. class_start + num_local. It is not trained by autograd: after the
     backward of a loss, `row_grad()` has the gradient of the rows that were used.
@@ -126,8 +130,8 @@ class PartialFC(nn.Module):
         # Rank 0 has the largest shard; chunks must be cut alike everywhere.
         self._widest = shard_range(num_classes, 0, world)[1]
         self._options = {
-            "scale": scale, "margin": margin or Margin.cosface(0.3), "margin_grad": margin_grad, "filter_threshold": filter_threshold,
-            "impl": impl, "mode": mode, "memory_budget_bytes": memory_budget_bytes,
+            "scale": scale, "margin": margin or Margin.cosface(0.3), "margin_grad": margin_grad,
+            "filter_threshold": filter_threshold, "impl": impl, "mode": mode, "memory_budget_bytes": memory_budget_bytes,
         }  # fmt: skip
         self._problem(Weights(), 1)
         if init is None:
@@ -141,10 +145,10 @@ class PartialFC(nn.Module):
         self._last: tuple[Discrimination, Tensor, Tensor | None] | None = None
 
     def extra_repr(self) -> str:
-        return f"classes {self.class_start}..{self.class_stop} of {self.num_classes}, width {self.embed_dim}, sample_rate {self.sample_rate}"
+        return f"{self.num_classes} classes, here {self.class_start}..{self.class_stop}, width {self.embed_dim}"
 
     def set_step(self, step: int) -> None:
-        """The optimizer step the next batches belong to. Sampling is a pure function of (seed, step, classes of the batch),
+        """The optimizer step of the next batches. Sampling is a pure function of (seed, step, classes of the batch),
         so micro-batches of one step share their negatives and a resumed run draws what it would have drawn."""
         self.step = step
 
@@ -159,7 +163,7 @@ class PartialFC(nn.Module):
     def discriminate(
         self, emb_BD: Tensor, target_B: Tensor, *, teacher_BD: Tensor | None = None, weights: Weights | None = None
     ) -> Discrimination:
-        """The weighted sum of `megacid_kernels.Weights` over the rows sampled for this step; `forward` is alpha = 1 alone.
+        """The weighted sum of `megacid_kernels.Weights` over the rows sampled for this step; `forward` is alpha = 1.
 
         teacher_BD: stored teacher embeddings [B, D], needed when beta or gamma is > 0, no gradient. A collective.
         """
@@ -195,11 +199,13 @@ class PartialFC(nn.Module):
     def _check(self, emb: Tensor, target: Tensor, teacher: Tensor | None, weights: Weights) -> None:
         if emb.ndim != 2 or emb.shape[1] != self.embed_dim:
             raise UserError(
-                f"embeddings have shape {tuple(emb.shape)}, wanted [B, {self.embed_dim}]: build the head with the student's width"
+                f"embeddings have shape {tuple(emb.shape)}, wanted [B, {self.embed_dim}]: "
+                "build the head with the student's width"
             )
         if target.dtype != torch.int64 or target.shape != emb.shape[:1]:
             raise UserError(
-                f"labels are {target.dtype} {tuple(target.shape)}, wanted torch.int64 [{len(emb)}]: one class id per sample, -1 for none"
+                f"labels are {target.dtype} {tuple(target.shape)}, wanted torch.int64 [{len(emb)}]: "
+                "one class id per sample, -1 for none"
             )
         if weights.needs_teacher and teacher is None:
             raise UserError(
@@ -216,7 +222,8 @@ class PartialFC(nn.Module):
         for value in torch.stack(torch.aminmax(target_G)).tolist():
             if not -1 <= value < self.num_classes:
                 raise UserError(
-                    f"label {value} is out of range, wanted -1 (none) or 0 to {self.num_classes - 1}: use labels of the same clustering"
+                    f"label {value} is out of range, wanted -1 (none) or 0 to {self.num_classes - 1}: "
+                    "use labels of the same clustering"
                 )
 
     def _sampled(self, target_G: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -298,7 +305,7 @@ class PartialFC(nn.Module):
         copy_rows(self.state_rows(), read, self.class_start, self.class_stop)
 
     def full_state(self) -> dict[str, Tensor]:
-        """{"weight": [C, D]} on the host of every rank. A collective; for small heads: a checkpoint uses `state_rows`."""
+        """{"weight": [C, D]} on the host of every rank. A collective for small heads: checkpoints use `state_rows`."""
         return gather_state(self.state_rows(), self.group)
 
     def load_full_state(self, state: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Which class rows a step uses: a pure function of (seed, step, global class ids), drawn without host synchronisation."""
+"""Which class rows a step uses: a pure function of (seed, step, global class ids), drawn without host syncs."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def hash_ids(ids: Tensor, *, seed: int, step: int, stream: int = 0) -> Tensor:
 
 
 def sample_size(num_local: int, sample_rate: float, gathered_batch: int) -> int:
-    """Rows a rank uses: its share `sample_rate`, but never fewer than the gathered batch could have classes, so that all
-    positives fit whatever the labels are and the size is known without looking at them."""
+    """Rows a rank uses: its share `sample_rate`, but never fewer than the gathered batch could have classes, so that
+    all positives fit whatever the labels are and the size is known without looking at them."""
     return num_local if sample_rate >= 1 else min(num_local, max(round(sample_rate * num_local), gathered_batch, 1))
 
 

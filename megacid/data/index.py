@@ -2,12 +2,13 @@
 
 Layout (no pickle):
 
-    shards/index/00000.members.npy   int64 [n, 8]: offset and size of the image, text, json and cls member; -1 where absent
+    shards/index/00000.members.npy   int64 [n, 8]: offset and size of the image, text, json, cls member; -1: absent
     shards/index/00000.keys.json     the keys, in tar order, and what was left out
     shards/index/index.json          version, digest, and per tar: bytes, samples, sha256
 
-The index is built on first use and rebuilt, tar by tar, where the size of a file no longer fits. `index.json` is written last.
-A sample is a run of regular members that share the name up to the first dot of the basename, as webdataset groups them; never across tars.
+The index is built on first use and rebuilt, tar by tar, where the size of a file no longer fits. `index.json` is
+written last. A sample is a run of regular members that share the name up to the first dot of the basename, as
+webdataset groups them; never across tars.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ import hashlib
 import json
 import logging
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 
 from megacid.checkpoint.store import atomic_path, write_json_atomic
 from megacid.config import UserError
+from megacid.data.cache import SmallCache
 from megacid.data.decode import BadSample
 from megacid.data.scan import COLUMN, Kind, scan_tar
 
@@ -33,37 +34,14 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 _NAMED = 20  # dropped samples that are named in full; the others are only counted
-V = TypeVar("V")
-
-
-class SmallCache(Generic[V]):
-    """The last `size` values by key; `release` is called on what falls out."""
-
-    def __init__(self, size: int, release: Callable[[V], object] | None = None) -> None:
-        self._size, self._release = size, release
-        self._items: OrderedDict[Hashable, V] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], V]) -> V:
-        if key in self._items:
-            self._items.move_to_end(key)
-            return self._items[key]
-        value = self._items[key] = make()
-        while len(self._items) > self._size:
-            _, old = self._items.popitem(last=False)
-            if self._release:
-                self._release(old)
-        return value
-
-    def clear(self) -> None:
-        while self._items:
-            _, old = self._items.popitem()
-            if self._release:
-                self._release(old)
 
 
 @dataclass(frozen=True)
 class ShardTable:
-    """The samples of one tar, in tar order. `image`, `text`, `json`, `cls`: int64 [n, 2] offset and size in bytes; -1 where absent."""
+    """The samples of one tar, in tar order.
+
+    `image`, `text`, `json`, `cls`: int64 [n, 2] offset and size in bytes; -1 where absent.
+    """
 
     keys: list[str]
     members: np.ndarray
@@ -87,7 +65,10 @@ class ShardTable:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """A folder of shards. `names`: tar stems, sorted; `sizes`: int64 samples per shard; `digest` names the content (tar names and keys)."""
+    """A folder of shards.
+
+    `names`: tar stems, sorted; `sizes`: int64 samples per shard; `digest` names the content (tar names and keys).
+    """
 
     root: Path
     names: list[str]
@@ -170,7 +151,8 @@ def load_index(
 
 
 def verify_index(shards_dir: str | Path, on_shard: Callable[[int, int], None] | None = None) -> list[str]:
-    """Hash every tar again and compare with the stored index; returns one sentence for each thing that does not fit. Changes nothing."""
+    """Hash every tar again and compare with the stored index; returns one sentence for each thing that does not
+    fit. Changes nothing."""
     root = _check_root(shards_dir)
     stored = _read_json(root / "index" / "index.json")
     if stored is None:
@@ -200,7 +182,8 @@ def verify_index(shards_dir: str | Path, on_shard: Callable[[int, int], None] | 
 class ShardReader:
     """Reads members by `pread` through at most `max_open` file descriptors.
 
-    `pread` has no file position, so descriptors inherited by a forked worker are safe to use; for a spawned one they are left behind.
+    `pread` has no file position, so descriptors inherited by a forked worker are safe to use; for a spawned one
+    they are left behind.
     """
 
     def __init__(self, index: ShardIndex, *, max_member_bytes: int = 64 << 20, max_open: int = 64) -> None:
@@ -210,7 +193,10 @@ class ShardReader:
         self._open: SmallCache[int] = SmallCache(max_open, os.close)
 
     def read(self, shard: int, row: int, kind: Kind) -> bytes:
-        """One member of one sample. Raises BadSample when it is absent, too large, or the file no longer reaches that far."""
+        """One member of one sample.
+
+        Raises BadSample when it is absent, too large, or the file no longer reaches that far.
+        """
         table = self.index.table(shard)
         column = COLUMN[kind]
         offset, size = (int(v) for v in table.members[row, column : column + 2])
@@ -239,7 +225,7 @@ class ShardReader:
         self._open = SmallCache(self.max_open, os.close)
 
 
-# ---------------------------------------------------------------------------------------------------------------- building
+# ---- building --------------------------------------------------------------------------------------------
 
 
 def _check_root(shards_dir: str | Path) -> Path:
@@ -321,7 +307,7 @@ def _index_tar(path: Path, *, allow_bad: bool) -> tuple[dict[str, Any], ShardTab
     return entry, table
 
 
-# ---------------------------------------------------------------------------------------------------------------- on disk
+# ---- on disk ---------------------------------------------------------------------------------------------
 
 
 def _keys_sha256(keys: list[str]) -> str:
@@ -329,16 +315,10 @@ def _keys_sha256(keys: list[str]) -> str:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_blocks(file)
-        )
-
-
-def _sha256_blocks(file: BinaryIO) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 

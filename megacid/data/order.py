@@ -1,8 +1,9 @@
 """The order of training: a pure function from a position in the endless stream to (epoch, shard, row).
 
-Epochs follow one another without a gap: position p belongs to epoch p // n. In every epoch the shards are permuted and taken in blocks of
-`block_shards`; the samples of a block are permuted among themselves. A process therefore touches few files at a time, and yet nothing has to
-be remembered: the state of the loader is one integer, whatever the number of ranks and workers.
+Epochs follow one another without a gap: position p belongs to epoch p // n. In every epoch the shards are permuted
+and taken in blocks of `block_shards`; the samples of a block are permuted among themselves. A process therefore
+touches few files at a time, and yet nothing has to be remembered: the state of the loader is one integer, whatever
+the number of ranks and workers.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ def derive_key(*parts: int) -> int:
 class KeyedPermutation:
     """A permutation of range(n) chosen by a 64-bit key, evaluated at any point without a table.
 
-    Four Feistel rounds on the smallest even number of bits that holds n, and cycle walking: a value outside the range is mapped again until
-    it falls inside (Black & Rogaway 2002). On average fewer than four walks, because the domain is less than 4 n.
+    Four Feistel rounds on the smallest even number of bits that holds n, and cycle walking: a value outside the
+    range is mapped again until it falls inside (Black & Rogaway 2002). On average fewer than four walks, because
+    the domain is less than 4 n.
     """
 
     def __init__(self, n: int, key: int) -> None:
@@ -88,7 +90,8 @@ class SampleOrder:
     Args:
         sizes_per_shard: samples that take part, per shard (after `keep`); zeros are allowed.
         seed: the whole order follows from it.
-        block_shards: shards whose samples are mixed with each other; 1 keeps reading strictly local, all of them is a full shuffle.
+        block_shards: shards whose samples are mixed with each other; 1 keeps reading strictly local, all of them
+            is a full shuffle.
     """
 
     def __init__(self, sizes_per_shard: Sequence[int] | np.ndarray, *, seed: int, block_shards: int = 16) -> None:

@@ -67,7 +67,8 @@ def scan_tar(path: Path) -> Scan:
                     if kind is not None:
                         current[1][kind] = (member.offset_data, member.size)
                 scan.damage = _missing_end(file, tar.offset)
-            # After damage in a header nothing tells whether the last sample is whole; its payload did pass the reader's own check.
+            # After damage in a header nothing tells whether the last sample is whole; its payload did pass
+            # the reader's own check.
             flush()
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             scan.damage = str(error) or type(error).__name__
@@ -77,8 +78,9 @@ def scan_tar(path: Path) -> Scan:
 
 
 def _accept(member: tarfile.TarInfo, scan: Scan) -> tuple[str, str] | None:
-    """(key, extension) of a usable member, None for one to pass over. Nothing is ever extracted, so a bad name cannot do harm; it is a sign
-    of a tar that was not made for this, and is counted."""
+    """(key, extension) of a usable member, None for one to pass over. Nothing is ever extracted, so a bad name
+    cannot do harm; it is a sign of a tar that was not made for this, and is counted.
+    """
     if member.isdir():
         return None
     if not member.isreg() or member.issparse():

@@ -1,7 +1,8 @@
 """Side tables of the shards: teacher embeddings, cluster labels, and which samples to keep.
 
-Each is opened shard by shard when it is needed and joined BY KEY inside the shard: a global dictionary of 400 M keys would cost gigabytes in every
-worker, and the order of rows in another file is not the order of the tar. Shapes: m requested rows, d embedding width, l labels per sample.
+Each is opened shard by shard when it is needed and joined BY KEY inside the shard: a global dictionary of 400 M
+keys would cost gigabytes in every worker, and the order of rows in another file is not the order of the tar.
+Shapes: m requested rows, d embedding width, l labels per sample.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import pyarrow.parquet as pq
 
 from megacid.checkpoint.store import read_meta
 from megacid.config import UserError
+from megacid.data.cache import SmallCache
 from megacid.data.decode import BadSample
-from megacid.data.index import ShardIndex, SmallCache
+from megacid.data.index import ShardIndex
 
 _OPEN_SHARDS = 64
 
@@ -33,7 +35,7 @@ def _checked_meta(directory: str | Path, index: ShardIndex, made_by: str) -> dic
 
 def _load_npy(path: Path, *, mmap: bool) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)  # type: ignore[no-any-return]
+        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing although the stage is complete: run the tool that made {path.parents[1]} again"
@@ -76,7 +78,10 @@ class _TeacherShard(NamedTuple):
 
 
 class TeacherTable:
-    """Teacher embeddings of `tools/embed.py`: float16, L2-normalised. `.dim` is their width d; `.has_text` says whether texts were embedded."""
+    """Teacher embeddings of `tools/embed.py`: float16, L2-normalised.
+
+    `.dim` is their width d; `.has_text` says whether texts were embedded.
+    """
 
     def __init__(self, directory: str | Path, index: ShardIndex) -> None:
         self.directory, self.index = Path(directory), index
@@ -91,7 +96,8 @@ class TeacherTable:
         missing = [name for name in index.names if self._partitions.get(name) not in self._image_files]
         if missing:
             raise UserError(
-                f"{directory} has no embeddings of {len(missing)} shards ({', '.join(missing[:5])}): run tools/embed.py again"
+                f"{directory} has no embeddings of {len(missing)} shards ({', '.join(missing[:5])}): "
+                "run tools/embed.py again"
             )
         self._shards: SmallCache[_TeacherShard] = SmallCache(_OPEN_SHARDS)
 
@@ -104,7 +110,8 @@ class TeacherTable:
         for name, array in (("img_emb", image), ("text_emb", text)):
             if array is not None and array.shape != (len(keys), self.dim):
                 raise UserError(
-                    f"{name} of partition {number} in {self.directory} has shape {array.shape}, but {(len(keys), self.dim)} fits its metadata: "
+                    f"{name} of partition {number} in {self.directory} has shape {array.shape}, "
+                    f"but {(len(keys), self.dim)} fits its metadata: "
                     "run tools/embed.py again"
                 )
         return _TeacherShard(_match(self.index.table(shard).keys, keys, metadata), image, text)
@@ -154,14 +161,16 @@ class LabelTable:
         names = [name for name in table.column_names if name == "label" or name.removeprefix("label_").isdigit()]
         if "key" not in table.column_names or "label" not in names:
             raise UserError(
-                f"{path} has the columns {table.column_names}, but `key` and `label` are needed: run tools/cluster.py again"
+                f"{path} has the columns {table.column_names}, but `key` and `label` are needed: "
+                "run tools/cluster.py again"
             )
         names.sort(key=lambda name: int(name.removeprefix("label_")) if name != "label" else 0)
         at = _match(self.index.table(shard).keys, table["key"].to_pylist(), path)
         stored = np.stack([table[name].to_numpy().astype(np.int64) for name in names], axis=1)
         if stored.size and (stored.min() < -1 or stored.max() >= self.num_classes):
             raise UserError(
-                f"{path} holds labels {stored.min()} .. {stored.max()}, but -1 .. {self.num_classes - 1} is allowed by meta.json: "
+                f"{path} holds labels {stored.min()} .. {stored.max()}, "
+                f"but -1 .. {self.num_classes - 1} is allowed by meta.json: "
                 "run tools/cluster.py again"
             )
         labels = np.full((len(at), len(names)), -1, np.int64)
@@ -191,7 +200,8 @@ class KeepTable:
         mask = _load_npy(path, mmap=False)
         if mask.dtype != np.bool_ or mask.shape != (int(self.index.sizes[shard]),):
             raise UserError(
-                f"{path} is {mask.dtype} {mask.shape}, but bool ({int(self.index.sizes[shard])},) fits the shard: run tools/balance.py again"
+                f"{path} is {mask.dtype} {mask.shape}, "
+                f"but bool ({int(self.index.sizes[shard])},) fits the shard: run tools/balance.py again"
             )
         return mask
 

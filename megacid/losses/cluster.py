@@ -10,11 +10,11 @@ constant in the KL: the centres follow the teacher through beta only. No gradien
 from __future__ import annotations
 
 import torch
-from megacid_kernels import Weights
 from torch import Tensor, nn
 
 from megacid.classifier.partial_fc import PartialFC
 from megacid.config import UserError
+from megacid_kernels import Weights
 
 
 class ClusterDistillation(nn.Module):
@@ -37,10 +37,10 @@ class ClusterDistillation(nn.Module):
     def forward(
         self, student_BD: Tensor, target_B: Tensor, teacher_BD: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(total 0-d, {"student_ce", "teacher_ce", "kl": 0-d detached, without weights, only those of weight > 0}).
+        """(total 0-d, {"student_ce", "teacher_ce", "kl"}: 0-d, detached, without weights, those of weight > 0).
 
-        student_BD, teacher_BD [B, D] (the teacher only where beta or gamma is > 0), target_B int64 [B], -1 = unlabelled:
-        left out of all three. Means over the labelled samples of the global batch, the same on every rank. A collective.
+        student_BD, teacher_BD [B, D] (the teacher only where beta or gamma is > 0), target_B int64 [B]; -1 = unlabelled:
+        left out of all three. Means over the labelled samples of the global batch, same on every rank. A collective.
         """
         out = self.head.discriminate(student_BD, target_B, teacher_BD=teacher_BD, weights=self.weights)
         w = self.weights

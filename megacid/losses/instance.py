@@ -37,7 +37,8 @@ def _same_shape(image: Tensor, **others: Tensor) -> None:
     for name, other in others.items():
         if other.shape != image.shape:
             raise UserError(
-                f"{name} has shape {tuple(other.shape)}, but the student's image {tuple(image.shape)}: embeddings need one width and batch"
+                f"{name} has shape {tuple(other.shape)}, but the student's image embeddings have {tuple(image.shape)}: "
+                "build the student with the teacher's width"
             )
 
 
@@ -56,7 +57,7 @@ def _mean_of_pairs(
     group: Group,
     grad_reduction: GradReduction,
 ) -> Tensor:
-    """1/2 * sum over pairs (a_GD, b_GD) of the mean over G of both directions' ... one direction per entry."""
+    """Half the sum of NCE(a -> b) over the given directions (a_GD, b_GD), each a mean over the gathered batch."""
     me, total = rank(group), max(1, sum(sizes))
     start = sum(sizes[:me])
     own = slice(start, start + sizes[me])
@@ -80,8 +81,8 @@ def instance_loss(
 
         1/2 [NCE(vS -> tT) + NCE(tT -> vS)] + 1/2 [NCE(tS -> vT) + NCE(vT -> tS)]
 
-    image_S, text_S [b, D]: the student's, L2-normalised; image_T, text_T [b, D]: stored teacher embeddings, L2-normalised,
-    no gradient; logit_scale 0-d (1 / temperature). Batches may differ between ranks and may be empty.
+    image_S, text_S [b, D]: the student's, L2-normalised; image_T, text_T [b, D]: stored teacher embeddings, L2-normalised
+    too, no gradient; logit_scale 0-d (1 / temperature). Batches may differ between ranks and may be empty.
     """
     _same_shape(image_S, text_S=text_S, image_T=image_T, text_T=text_T)
     v_S, sizes = gather_rows(_precise(image_S), group, grad_reduction=grad_reduction)

@@ -52,7 +52,7 @@ class Objective:
         grad_reduction: GradReduction = "mean",
         temperature: float | None = None,
     ):
-        """cluster: the method's lambda, on the sum that `cluster_loss` gives (needed when cluster > 0; it holds the head).
+        """cluster: the method's lambda, on the sum that `cluster_loss` gives (holds the head; needed if cluster > 0).
         temperature: fixed temperature of the contrastive terms; None: the student's learned logit_scale."""
         self.weights = {"instance": instance, "cluster": cluster, "contrastive": contrastive, "mse": mse}
         for name, value in self.weights.items():
@@ -66,7 +66,8 @@ class Objective:
             )
         if cluster > 0 and cluster_loss is None:
             raise UserError(
-                f"the cluster term has weight {cluster} but there is no classifier: pass cluster_loss, or set the weight to 0"
+                f"the cluster term has weight {cluster} but there is no classifier: "
+                "pass cluster_loss, or set the weight to 0"
             )
         if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
             raise UserError(f"temperature is {temperature}, wanted > 0, or null for the learned one")
@@ -74,7 +75,7 @@ class Objective:
         self.group, self.grad_reduction = group, grad_reduction
 
     def __call__(self, out: StudentOutput, batch: TargetBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss 0-d with gradient, terms: each 0-d, detached, without its weight). The same on every rank; a collective.
+        """(loss 0-d with gradient, terms: each 0-d, detached, without its weight), same on every rank. A collective.
 
         terms has a key per computed term: instance, cluster, cluster/student_ce, cluster/teacher_ce, cluster/kl,
         contrastive, mse. UserError names a term and the field of the batch it misses.
@@ -84,14 +85,14 @@ class Objective:
         details: dict[str, Tensor] = {}
         common = (self.group, self.grad_reduction)
         if w["instance"] > 0:
-            teacher = [_needed(batch, "instance", field) for field in ("teacher_image", "teacher_text")]
-            values["instance"] = instance_loss(out.image, out.text, *teacher, scale, *common)
+            teacher_image = _needed(batch, "instance", "teacher_image")
+            teacher_text = _needed(batch, "instance", "teacher_text")
+            values["instance"] = instance_loss(out.image, out.text, teacher_image, teacher_text, scale, *common)
         if w["cluster"] > 0 and self.cluster_loss is not None:
-            teacher_image = (
-                _needed(batch, "cluster", "teacher_image") if self.cluster_loss.weights.needs_teacher else None
-            )
             label = _needed(batch, "cluster", "label")
-            values["cluster"], parts = self.cluster_loss(out.image, label, teacher_image)
+            needs_teacher = self.cluster_loss.weights.needs_teacher
+            anchor = _needed(batch, "cluster", "teacher_image") if needs_teacher else None
+            values["cluster"], parts = self.cluster_loss(out.image, label, anchor)
             details = {f"cluster/{name}": value for name, value in parts.items()}
         if w["contrastive"] > 0:
             values["contrastive"] = contrastive_loss(out.image, out.text, scale, *common)
@@ -112,6 +113,7 @@ def _needed(batch: TargetBatch, term: str, field: str) -> Tensor:
     value: Tensor | None = getattr(batch, field)
     if value is None:
         raise UserError(
-            f"the {term} term needs batch.{field}, which is missing: give the run those data, or set the term's weight to 0"
+            f"the {term} term needs batch.{field}, which is missing: "
+            "give the run those data, or set the term's weight to 0"
         )
     return value

@@ -1,0 +1,34 @@
+"""A cache of a few open things."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+V = TypeVar("V")
+
+
+class SmallCache(Generic[V]):
+    """The last `size` values by key; `release` is called on what falls out."""
+
+    def __init__(self, size: int, release: Callable[[V], object] | None = None) -> None:
+        self._size, self._release = size, release
+        self._items: OrderedDict[Hashable, V] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], V]) -> V:
+        if key in self._items:
+            self._items.move_to_end(key)
+            return self._items[key]
+        value = self._items[key] = make()
+        while len(self._items) > self._size:
+            _, old = self._items.popitem(last=False)
+            if self._release:
+                self._release(old)
+        return value
+
+    def clear(self) -> None:
+        while self._items:
+            _, old = self._items.popitem()
+            if self._release:
+                self._release(old)

@@ -1,0 +1,235 @@
+"""The student inside a DeepSpeed engine: initialise, backward, one joint step, named state in and out.
+
+The only module that imports deepspeed. The classifier stays outside (inside, DeepSpeed would overwrite every class shard
+with rank 0's); what ties both together is here: the student's gradient norm is read *before* the step, the trainer
+decides once for both optimizers, and `step` applies exactly the clipping factor it is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import logging
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megacid.config import RunFile, UserError
+from megacid.distributed.parallel import Parallel
+
+os.environ.setdefault("DS_BUILD_OPS", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+import deepspeed
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from deepspeed.utils import logger as deepspeed_logger
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def quiet(level: int = logging.WARNING) -> None:
+    """DeepSpeed reports each start with a page of settings; warnings and errors stay."""
+    deepspeed_logger.setLevel(level)
+
+
+def _without_compiled_extension() -> None:
+    # On the CPU DeepSpeed would compile a C++ extension at every first start: used only for inference, 5 to 20 s, a race
+    # between launches that share its cache, and a crash where there is no compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _apex_optimizer(kind: str) -> type[torch.optim.Optimizer]:
+    # PyPI's package "apex" is unrelated to NVIDIA's: its CUDA extension tells them apart.
+    if importlib.util.find_spec("amp_C") is None:
+        raise UserError(
+            f'"optimizer.type" is "{kind}" but NVIDIA Apex with its CUDA extensions is not installed: '
+            'build it from source (not from PyPI), or use "AdamW"'
+        )
+    from apex import optimizers
+
+    return {"apex_fused_adam": optimizers.FusedAdam, "apex_fused_lamb": optimizers.FusedLAMB}[kind]
+
+
+class Engine:
+    """The student's forward, backward and step under ZeRO 0, 1, 2 or 3.
+
+    groups: optimizer parameter groups of `student` (dicts with "params", "weight_decay").
+    """
+
+    def __init__(self, student: nn.Module, groups: list[dict[str, Any]], run: RunFile, parallel: Parallel) -> None:
+        quiet()
+        if parallel.device.type == "cpu":
+            _without_compiled_extension()
+        deepspeed.init_distributed(dist_backend="nccl" if parallel.device.type == "cuda" else "gloo", verbose=False)
+        # The norm that is clipped counts the classifier too, so DeepSpeed's own clipping is off until `step` sets it.
+        config = {**copy.deepcopy(run.deepspeed), "gradient_clipping": 0.0}
+        config.setdefault("steps_per_print", 1 << 40)
+        kind, params = config["optimizer"]["type"], config["optimizer"]["params"]
+        optimizer = None
+        if kind != "AdamW":
+            options = {key: value for key, value in params.items() if key != "torch_adam"}
+            optimizer = _apex_optimizer(kind)(groups, **options)
+            del config["optimizer"]
+            config["zero_allow_untested_optimizer"] = True
+        elif parallel.device.type == "cpu":
+            params["torch_adam"] = True
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=student, optimizer=optimizer, model_parameters=None if optimizer else groups, config=config
+        )
+        self.stage = run.zero_stage
+        self.dtype = torch.bfloat16 if run.bf16 else torch.float32
+        self.device = parallel.device
+        self._norm: Tensor | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        return self.engine.module
+
+    def __call__(self, image: Tensor, text: Tensor) -> Any:
+        """image [B, 3, H, W], text [B, T] -> the student's output (fp32)."""
+        return self.engine(image.to(self.dtype), text)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of loss / gradient_accumulation_steps; at the boundary they are reduced over the ranks."""
+        self.engine.backward(loss)
+
+    @property
+    def at_boundary(self) -> bool:
+        """True from the last backward of an accumulation until `step` or `skip`."""
+        return bool(self.engine.is_gradient_accumulation_boundary())
+
+    def micro_step(self) -> None:
+        """Count a micro-batch that is not the last of its step."""
+        self.engine.step()
+
+    # ---- one step ----------------------------------------------------------------------------------------------
+
+    def gradient_norm(self) -> Tensor:
+        """2-norm (0-d) of the reduced gradients of the whole student, before clipping, the same on every rank; NaN when not finite."""
+        if self.stage == 0:
+            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norm = torch.stack([torch.linalg.vector_norm(g.float()) for g in grads]).norm()
+        elif self.stage == 3:
+            norm = torch.stack([torch.as_tensor(n, device=self.device) for n in self.optimizer._get_norm_groups()]).norm()
+            if any(float(n) < 0 for n in self.optimizer._get_norm_groups()):
+                norm = norm.new_tensor(math.nan)
+        else:
+            norm = torch.as_tensor(self.optimizer.scaled_global_norm(), device=self.device)
+            norm = torch.where(norm < 0, torch.full_like(norm, math.nan), norm)  # DeepSpeed says -1 for NaN and inf
+        self._norm = norm.float()
+        return self._norm
+
+    def step(self, lr: float, clip_scale: float) -> None:
+        """Apply the update with gradients multiplied by clip_scale (at most 1). `gradient_norm` was called before."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.stage == 0:
+            if clip_scale < 1:
+                for p in self.module.parameters():
+                    if p.grad is not None:
+                        p.grad.mul_(clip_scale)
+            self.engine.step()
+        else:
+            # DeepSpeed divides by (norm + 1e-6) / clip_grad when that is above 1.
+            norm = float(self._norm) if self._norm is not None else 0.0
+            self.optimizer.clip_grad = clip_scale * (norm + 1e-6) if clip_scale < 1 else 0.0
+            self.engine.step()
+        if not self.engine.was_step_applied():
+            raise RuntimeError("DeepSpeed did not apply a step that the guard had accepted: the student and the classifier would part")
+
+    def skip(self) -> None:
+        """Drop the accumulated gradients: no parameter and no moment changes a bit."""
+        if self.stage == 0:
+            # torch's optimizers pass over parameters without a gradient.
+            for p in self.module.parameters():
+                p.grad = None
+            self.engine.step()
+            return
+        # DeepSpeed's own way out of a step is a norm that is not finite; give it one.
+        name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
+        invalid = torch.tensor(-1.0, device=self.device)
+        setattr(self.optimizer, name, lambda *_: [invalid] if self.stage == 3 else invalid)
+        checks = self.optimizer.__dict__.get("check_grad_overflow")
+        if checks is False:
+            self.optimizer.check_grad_overflow = True
+        try:
+            self.engine.step()
+        finally:
+            delattr(self.optimizer, name)
+            if checks is False:
+                self.optimizer.check_grad_overflow = False
+        if self.engine.was_step_applied():
+            raise RuntimeError("DeepSpeed applied a step that the guard had refused: the student and the classifier would part")
+
+    # ---- named state, independent of the number of ranks ---------------------------------------------------------
+
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizer if self.stage == 0 else self.optimizer.optimizer
+
+    def named_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """(parameter name, {"param", "exp_avg", "exp_avg_sq"}: fp32 on the host, whole) of every parameter in turn. A collective."""
+        for name, p in self.module.named_parameters():
+            if self.stage == 0:
+                state = self._base_optimizer().state[p]
+                tensors = {"param": p.detach(), **{key: state[key] for key in MOMENTS}}
+            else:
+                tensors = {"param": safe_get_full_fp32_param(p)}
+                tensors |= {key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}
+            yield name, {key: value.detach().float().cpu().clone().reshape(self._shape(p)) for key, value in tensors.items()}
+
+    @staticmethod
+    def _shape(p: Any) -> torch.Size:
+        return p.ds_shape if hasattr(p, "ds_shape") else p.shape  # a ZeRO-3 parameter is empty when it is not gathered
+
+    def named_buffers(self) -> dict[str, Tensor]:
+        """Persistent buffers (running statistics of a batch norm, say) on the host."""
+        parameters = {name for name, _ in self.module.named_parameters()}
+        return {name: value.detach().cpu().clone() for name, value in self.module.state_dict().items() if name not in parameters}
+
+    def materialise_state(self, image_shape: tuple[int, int, int], context_length: int, accumulation: int) -> None:
+        """Create the optimizer's state by one step with zero gradients at learning rate 0; `load_named_state` overwrites it."""
+        for _ in range(accumulation):
+            out = self(torch.zeros(1, *image_shape, device=self.device), torch.zeros(1, context_length, dtype=torch.int64, device=self.device))
+            self.backward(sum((value.sum() * 0.0 for value in out), torch.zeros((), device=self.device)))
+            if not self.at_boundary:
+                self.micro_step()
+        self.gradient_norm()
+        self.step(lr=0.0, clip_scale=1.0)
+
+    @torch.no_grad()
+    def load_named_state(self, state: Any, step: int) -> None:
+        """state(name, kind) -> fp32 tensor for kind "param", "exp_avg", "exp_avg_sq". step: updates the moments have seen. A collective."""
+        for name, p in self.module.named_parameters():
+            value = state(name, "param")
+            if self.stage == 0:
+                p.copy_(value)
+                for key in MOMENTS:
+                    self._base_optimizer().state[p][key].copy_(state(name, key))
+                continue
+            safe_set_full_fp32_param(p, value.to(self.device))
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(p, state(name, key).to(self.device), key)
+            # The live parameter too, else the first forward runs on the old weights.
+            with self._gathered(p):
+                p.data.copy_(value.to(p.dtype))
+        for entry in self._base_optimizer().state.values():
+            if "step" in entry:
+                entry["step"] = torch.full_like(entry["step"], float(step)) if torch.is_tensor(entry["step"]) else step
+
+    @torch.no_grad()
+    def load_buffers(self, buffers: dict[str, Tensor]) -> None:
+        own = dict(self.module.named_buffers())
+        for name, value in buffers.items():
+            own[name].copy_(value)
+
+    def _gathered(self, p: nn.Parameter) -> Any:
+        return deepspeed.zero.GatheredParameters([p], modifier_rank=0) if self.stage == 3 else contextlib.nullcontext()

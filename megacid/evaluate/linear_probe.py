@@ -1,0 +1,145 @@
+"""Linear probe: L2-regularised logistic regression on frozen image features, fitted with L-BFGS.
+
+The features are the L2-normalised outputs of `encode_image` AFTER the projection, as in CLIP_benchmark; the fit is the
+L-BFGS of the CLIP paper, not CLIP_benchmark's AdamW, so that the numbers are close to its, not equal. It is deterministic.
+Shapes: N samples, C classes, D features.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megacid.config import UserError
+from megacid.evaluate.datasets import Benchmark, Split
+from megacid.evaluate.zero_shot import Predictions, top_classes
+from megacid.student import LoadedClip
+
+STRENGTHS = tuple(10.0**p for p in range(-2, 7))
+HOLD_OUT = 0.2
+MAX_ITERATIONS = 1000
+ROWS_PER_CHUNK = 16384
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fitted classifier: scores are feature_ND @ weight.T + bias."""
+
+    weight: torch.Tensor  # [C, D] fp64
+    bias: torch.Tensor  # [C] fp64
+    iterations: int
+    converged: bool
+
+    def scores(self, feature_ND: torch.Tensor) -> torch.Tensor:
+        return feature_ND.double() @ self.weight.T + self.bias
+
+
+def fit(feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_classes: int, strength: float) -> Probe:
+    """Minimise |W|^2 / (2 * strength) + sum of cross entropies, the bias unpenalised (scikit-learn's C = strength).
+
+    feature_ND: any float dtype, on the device to compute on; label_N: int64. It starts at 0, so that the result is a function
+    of the arguments alone.
+    """
+    feature_ND, n = feature_ND.double(), len(label_N)
+    weight_CD = feature_ND.new_zeros(num_classes, feature_ND.shape[1], requires_grad=True)
+    bias_C = feature_ND.new_zeros(num_classes, requires_grad=True)
+    # Divided by n so that the tolerance on the gradient means the same for a hundred and for a million samples.
+    optimizer = torch.optim.LBFGS(
+        [weight_CD, bias_C],
+        max_iter=MAX_ITERATIONS,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-12,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        total = weight_CD.square().sum() / (2 * strength * n)
+        total.backward()
+        value = total.detach()
+        for start in range(0, n, ROWS_PER_CHUNK):  # the N x C scores of a large set do not fit in memory at once
+            rows = slice(start, start + ROWS_PER_CHUNK)
+            scores = feature_ND[rows] @ weight_CD.T + bias_C
+            part = F.cross_entropy(scores, label_N[rows], reduction="sum") / n
+            part.backward()
+            value = value + part.detach()
+        return value
+
+    optimizer.step(closure)
+    state = optimizer.state[weight_CD]
+    return Probe(weight_CD.detach(), bias_C.detach(), state["n_iter"], state["n_iter"] < MAX_ITERATIONS)
+
+
+def hold_out(label_N: torch.Tensor, share: float = HOLD_OUT, seed: int = 0) -> torch.Tensor:
+    """bool [N]: the samples kept for choosing the strength; `share` of every class, but never a class' only sample."""
+    generator = torch.Generator().manual_seed(seed)
+    held_N = torch.zeros(len(label_N), dtype=torch.bool)
+    for c in label_N.unique():
+        rows = (label_N == c).nonzero().flatten()
+        count = min(max(round(len(rows) * share), 1), len(rows) - 1)
+        held_N[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
+    return held_N
+
+
+def choose_strength(feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_classes: int) -> tuple[float, list[float]]:
+    """(the strength of STRENGTHS with the best held-out accuracy, the smaller one when equal; all the accuracies).
+
+    feature_ND may be on any device, label_N is on the CPU. Raises UserError when no class has two samples.
+    """
+    held_N = hold_out(label_N)
+    if not held_N.any():
+        raise UserError(f"the train split has {len(label_N)} samples and no class twice; a probe needs that")
+    fit_rows, held_rows = (~held_N).nonzero().flatten(), held_N.nonzero().flatten()
+    accuracies = []
+    device = feature_ND.device
+    for strength in STRENGTHS:
+        probe = fit(
+            feature_ND[fit_rows.to(device)], label_N[fit_rows].to(device), num_classes=num_classes, strength=strength
+        )
+        guess = probe.scores(feature_ND[held_rows.to(device)]).argmax(dim=1).cpu()
+        accuracies.append((guess == label_N[held_rows]).double().mean().item())
+    return STRENGTHS[accuracies.index(max(accuracies))], accuracies
+
+
+def image_features(
+    clip: LoadedClip, split: Split, *, batch_size: int, workers: int, describe: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(features [N, D] fp32 on the model's device, labels [N] int64 on the CPU) in the order of the tars."""
+    features, labels = [], []
+    for image, label in split.batches(batch_size, workers=workers, describe=describe):
+        features.append(clip.encode_image(image))
+        labels.append(label)
+    return torch.cat(features), torch.cat(labels)
+
+
+def linear_probe(
+    clip: LoadedClip, benchmark: Benchmark, *, batch_size: int = 256, workers: int = 0
+) -> tuple[Predictions, dict[str, Any]]:
+    """Fit on the train split, judge on the test split. Returns predictions and protocol."""
+    splits = {
+        name: benchmark.split(name, clip.preprocess_eval) for name in ("train", "test")
+    }  # refuse before long work
+    found = {
+        name: image_features(
+            clip, split, batch_size=batch_size, workers=workers, describe=f"{name} features {benchmark.name}"
+        )
+        for name, split in splits.items()
+    }
+    (train_ND, train_N), (test_ND, test_N) = found["train"], found["test"]
+    strength, accuracies = choose_strength(train_ND, train_N, num_classes=benchmark.num_classes)
+    probe = fit(train_ND, train_N.to(train_ND.device), num_classes=benchmark.num_classes, strength=strength)
+    protocol = {
+        "fit": "L-BFGS logistic regression, L2-regularised, fp64",
+        "features": "encode_image after the projection, L2-normalised",
+        "C": strength,
+        "C_grid": list(STRENGTHS),
+        "held_out_share_of_train": HOLD_OUT,
+        "held_out_acc1": accuracies,
+        "train_samples": len(train_N),
+        "test_samples": len(test_N),
+        "iterations": probe.iterations,
+        "converged": probe.converged,
+    }
+    return Predictions(top_classes(probe.scores(test_ND)), test_N), protocol

@@ -1,0 +1,325 @@
+"""k-means over rows that do not fit into memory, on one process or many ranks.
+
+Legend: n rows, K clusters, D width, B rows of one block.
+
+Every iteration streams the rows once, adds them up per cluster and makes one all-reduce. Rows are put on a fixed grid
+(2^-26 of the largest value) before they are added in float64: then the sums are exact for up to 2^27 rows per cluster,
+and the result does not depend on the order of additions, so not on block size, number of ranks or GPU atomics.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megacid.checkpoint.store import atomic_path
+from megacid.config import UserError
+from megacid.distributed import collectives
+from megacid.offline.assign import Assigner, Backend, Metric, check_backend, pad_rows, prepare, tile_rows
+from megacid.offline.ranks import fail_together, share
+from megacid.offline.rows import Rows, SubsetRows
+
+log = logging.getLogger(__name__)
+Group = dist.ProcessGroup | None
+_GRID_BITS = 26
+_SPLIT = 1 / 1024  # relative step between the two halves of a split cluster
+
+
+@dataclass(frozen=True)
+class KMeansSettings:
+    """What decides the result (all but `memory_gb`, which only bounds what is held at once)."""
+
+    k: int
+    metric: Metric = "cosine"
+    iterations: int = 20
+    tolerance: float = 0.0  # stop when the objective improves by less than this share; 0: never
+    seed: int = 0
+    init: Literal["random", "k-means++"] = "random"
+    train_sample: int | None = None  # rows used for training; None: all
+    backend: Backend = "auto"
+    memory_gb: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise UserError(f"k is {self.k}, wanted at least 1 cluster: give --k")
+        if self.metric not in ("cosine", "euclidean"):
+            raise UserError(f"metric is {self.metric!r}, wanted cosine or euclidean")
+        if self.init not in ("random", "k-means++"):
+            raise UserError(f"init is {self.init!r}, wanted random or k-means++")
+        if self.iterations < 1:
+            raise UserError(f"iterations is {self.iterations}, wanted at least 1")
+        if not 0 <= self.tolerance < 1:
+            raise UserError(f"tolerance is {self.tolerance}, wanted a share from 0 to below 1")
+        check_backend(self.backend)
+
+
+@dataclass
+class KMeansState:
+    """What an iteration leaves behind. `objective`: mean cosine, or mean squared distance, before each update."""
+
+    centroids_KD: Tensor  # fp32, CPU
+    iteration: int = 0
+    objective: list[float] = field(default_factory=list)
+    imbalance: float = math.nan
+    stopped: bool = False
+
+
+def block_rows(n: int, dim: int, settings: KMeansSettings, device: torch.device) -> int:
+    """Rows held at once under `memory_gb`; a multiple of the tile. UserError when the bound is below the fixed part."""
+    tile = tile_rows(device)
+    k = settings.k
+    # centroids fp32 twice and sums fp64 twice (own and reduced), one tile of products, the previous labels
+    fixed = k * dim * (4 + 4 + 8 + 8) + tile * min(k, 16384) * 4 + tile * dim * 16 + 4 * n
+    spare = settings.memory_gb * 1e9 - fixed
+    if spare < tile * dim * 12:
+        need = (fixed + tile * dim * 12) / 1e9
+        raise UserError(f"memory bound is {settings.memory_gb:g} GB, {k} clusters of width {dim} need {need:.3g} GB: raise --memory-gb or lower --k")
+    # A row is held as it was read, in fp32, and for a moment a second time while it is normalised.
+    return int(min(spare // (dim * 12), max(n, tile)) // tile * tile) or tile
+
+
+def imbalance_factor(sizes: np.ndarray) -> float:
+    """1 when all clusters are equal; k when one holds everything."""
+    total = float(sizes.sum())
+    return float(len(sizes) * (sizes.astype(np.float64) ** 2).sum() / total**2) if total else math.nan
+
+
+def check_rows(rows: Rows, metric: Metric, block: int, group: Group = None) -> float:
+    """Largest absolute value of all rows. UserError on every rank naming the first row with NaN, inf or (cosine) zero norm."""
+    start, stop = share(rows.num_rows, collectives.rank(group), collectives.world_size(group))
+    largest = 0.0
+    with fail_together(group):
+        for low in range(start, stop, block):
+            x = np.asarray(rows.read(low, min(low + block, stop)), np.float32)
+            peak = np.abs(x).max(axis=1) if x.size else np.zeros(0)
+            bad = ~np.isfinite(peak)
+            if metric == "cosine":
+                bad |= peak == 0
+            if bad.any():
+                row = int(np.flatnonzero(bad)[0])
+                what = "is zero" if peak[row] == 0 else "holds NaN or infinity"
+                raise UserError(f"{rows.name(low + row)} {what}, wanted finite rows{' of non-zero length' if metric == 'cosine' else ''}: embed that shard again")
+            largest = max(largest, float(peak.max(initial=0)))
+    return max(collectives.gather_json(largest, group))
+
+
+def initial_centroids(rows: Rows, settings: KMeansSettings, device: torch.device) -> Tensor:
+    """fp32 [K, D], the same on every rank; unit rows for the cosine."""
+    rng = np.random.default_rng([settings.seed, 1])
+    if settings.init == "random":
+        chosen = np.sort(rng.choice(rows.num_rows, settings.k, replace=False))
+        return prepare(rows.take(chosen), settings.metric, torch.device("cpu"))
+    count = min(rows.num_rows, max(32 * settings.k, 4096))
+    log.info("k-means++: %d centroids from a sample of %d of %d rows", settings.k, count, rows.num_rows)
+    sample = np.sort(rng.choice(rows.num_rows, count, replace=False))
+    x_BD = prepare(rows.take(sample), settings.metric, device)
+    square_B = x_BD.double().pow(2).sum(1)
+    distance_B = torch.full_like(square_B, math.inf)
+    chosen_rows = [int(rng.integers(count))]
+    while len(chosen_rows) < settings.k:
+        last = x_BD[chosen_rows[-1]]
+        new_B = (square_B + square_B[chosen_rows[-1]] - 2 * (x_BD @ last).double()).clamp_min(0)
+        new_B[chosen_rows[-1]] = 0
+        distance_B = torch.minimum(distance_B, new_B)
+        cumulative = distance_B.cpu().numpy().cumsum()
+        # Fewer distinct rows than clusters: any row will do, empty clusters are split later.
+        draw = rng.random() * cumulative[-1]
+        chosen_rows.append(min(int(np.searchsorted(cumulative, draw, side="right")), count - 1))
+    return x_BD[chosen_rows].cpu()
+
+
+def split_empty(centroids_KD: Tensor, sizes: np.ndarray, settings: KMeansSettings, iteration: int) -> int:
+    """Give every empty cluster half of the largest one, in place; returns how many. The same on every rank."""
+    empty = np.flatnonzero(sizes == 0)
+    heap = [(-float(size), int(c)) for c, size in enumerate(sizes) if size > 0]
+    heapq.heapify(heap)
+    rng = np.random.default_rng([settings.seed, 2, iteration])
+    for cluster in empty:
+        size, largest = heapq.heappop(heap)
+        sign = torch.from_numpy(rng.integers(0, 2, centroids_KD.shape[1]).astype(np.float32) * 2 - 1)
+        step = _SPLIT * sign * centroids_KD[largest].abs()
+        centroids_KD[int(cluster)] = centroids_KD[largest] + step
+        centroids_KD[largest] -= step
+        if settings.metric == "cosine":
+            pair = [int(cluster), largest]
+            centroids_KD[pair] = torch.nn.functional.normalize(centroids_KD[pair], dim=1)
+        heapq.heappush(heap, (size / 2, largest))
+        heapq.heappush(heap, (size / 2, int(cluster)))
+    return len(empty)
+
+
+class _Accumulator:
+    """Sums of one pass over this rank's rows: flat float64 [K * D + K + 2] = sums, counts, objective, moved rows."""
+
+    def __init__(self, k: int, dim: int, device: torch.device) -> None:
+        # Apple's accelerator has no float64; everything else adds where the rows are.
+        self.flat = torch.zeros(k * dim + k + 2, dtype=torch.float64, device=device)
+        self.sums_KD = self.flat[: k * dim].view(k, dim)
+        self.counts_K = self.flat[k * dim : -2]
+        self.k = k
+
+    def add(self, x_TD: Tensor, label_T: Tensor, value_T: Tensor, scale: float) -> None:
+        grid = 2.0**_GRID_BITS / scale
+        self.sums_KD.index_add_(0, label_T, (x_TD.double() * grid).round() / grid)
+        self.counts_K += torch.bincount(label_T, minlength=self.k)
+        self.flat[-2] += value_T.double().sum()
+
+
+def _one_pass(rows: Rows, state: KMeansState, settings: KMeansSettings, previous: np.ndarray, scale: float, block: int, device: torch.device, group: Group, tick: Callable[[int], None]) -> tuple[_Accumulator, np.ndarray]:
+    """Assign this rank's rows and add them up; `previous` (int32, this rank's rows, -1 unknown) is brought up to date."""
+    tile = tile_rows(device)
+    assigner = Assigner(state.centroids_KD, settings.metric, device, settings.backend)
+    total = _Accumulator(settings.k, rows.dim, device)
+    tiles = math.ceil(rows.num_rows / tile)
+    first, last = share(tiles, collectives.rank(group), collectives.world_size(group))
+    start, stop = first * tile, min(last * tile, rows.num_rows)
+    moved = 0
+    with fail_together(group):
+        for low in range(start, stop, block):
+            x_BD = prepare(rows.read(low, min(low + block, stop)), settings.metric, device)
+            for at in range(0, len(x_BD), tile):
+                x_TD = x_BD[at : at + tile]
+                value_TL, label_TL = assigner.tile(pad_rows(x_TD, tile))
+                label_T = label_TL[: len(x_TD), 0]
+                total.add(x_TD, label_T, value_TL[: len(x_TD), 0], scale)
+                labels = label_T.cpu().numpy().astype(np.int32)
+                where = slice(low + at - start, low + at - start + len(labels))
+                moved += int((previous[where] != labels).sum())
+                previous[where] = labels
+                tick(len(labels))
+    total.flat[-1] = moved
+    collectives.all_reduce_sum(total.flat, group)
+    return total, previous
+
+
+def _update(state: KMeansState, total: _Accumulator, settings: KMeansSettings) -> tuple[np.ndarray, int]:
+    """New centroids from the sums; returns (sizes int64 [K], clusters that were empty and were split off another)."""
+    sums_KD, counts_K = total.sums_KD.cpu(), total.counts_K.cpu()
+    sizes = counts_K.numpy().astype(np.int64)
+    # The sum, not the mean, decides a direction: normalising is all a spherical update needs.
+    means = sums_KD / counts_K.clamp_min(1)[:, None]
+    if settings.metric == "cosine":
+        length = means.norm(dim=1, keepdim=True)
+        # Rows that cancel exactly have no direction; the old centroid stays.
+        means = torch.where(length > 1e-12, means / length.clamp_min(1e-12), state.centroids_KD.double())
+    state.centroids_KD = means.float()
+    return sizes, split_empty(state.centroids_KD, sizes, settings, state.iteration)
+
+
+def kmeans(
+    rows: Rows,
+    settings: KMeansSettings,
+    *,
+    device: torch.device | str = "cpu",
+    group: Group = None,
+    checkpoint: Path | None = None,
+    identity: dict[str, Any] | None = None,
+    tick: Callable[[int], None] = lambda rows: None,
+) -> KMeansState:
+    """Run (or go on with) Lloyd's iterations; the same centroids on every rank.
+
+    checkpoint: file that holds the state after every iteration; an existing one is continued and gives the same result.
+    identity: what the rows are (digest, model); a checkpoint of something else is refused.
+    tick: called with the number of rows done, for a progress bar.
+    Raises UserError for k > n, rows that are not finite or zero, a memory bound too small, a foreign checkpoint.
+    """
+    device = torch.device(device)
+    if settings.train_sample is not None:
+        rows = training_sample(rows, settings)
+    n = rows.num_rows
+    if settings.k > n:
+        raise UserError(f"k is {settings.k} but there are only {n} rows to train on: lower --k or give more data")
+    block = block_rows(math.ceil(n / collectives.world_size(group)), rows.dim, settings, device)
+    largest = check_rows(rows, settings.metric, block, group)
+    scale = 1.0 if settings.metric == "cosine" else 2.0 ** math.ceil(math.log2(largest or 1.0))
+    with fail_together(group):
+        state = load_state(checkpoint, settings, identity or {}) if checkpoint and checkpoint.exists() else None
+    if state is None:
+        with fail_together(group):
+            state = KMeansState(initial_centroids(rows, settings, device))
+    else:
+        log.info("continuing after iteration %d of %d", state.iteration, settings.iterations)
+    tiles = math.ceil(n / tile_rows(device))
+    first, last = share(tiles, collectives.rank(group), collectives.world_size(group))
+    labels = np.full(max(0, min(last * tile_rows(device), n) - first * tile_rows(device)), -1, np.int32)
+    while state.iteration < settings.iterations and not state.stopped:
+        began = time.monotonic()
+        known = bool(len(labels) == 0 or labels[0] >= 0) and state.iteration > 0 and len(state.objective) > 0
+        known = not collectives.any_rank(not known, group)
+        total, labels = _one_pass(rows, state, settings, labels, scale, block, device, group, tick)
+        # Twelve digits are above the noise of the order of additions, so every layout takes the same decision.
+        state.objective.append(float(f"{float(total.flat[-2]) / n:.12g}"))
+        state.iteration += 1
+        sizes, empty = _update(state, total, settings)
+        state.imbalance = imbalance_factor(sizes)
+        state.stopped = _settled(state.objective, settings)
+        if checkpoint is not None and collectives.rank(group) == 0:
+            save_state(checkpoint, state, settings, identity or {})
+        seconds = time.monotonic() - began
+        moved = f"{float(total.flat[-1]) / n:.4f}" if known else "unknown"
+        left = 0 if state.stopped else (settings.iterations - state.iteration) * seconds
+        log.info("iteration %d/%d: objective %.6f, imbalance %.3f, empty %d, moved share %s, %.1f s, %.0f s to go", state.iteration, settings.iterations, state.objective[-1], state.imbalance, empty, moved, seconds, left)
+    return state
+
+
+def _settled(objective: list[float], settings: KMeansSettings) -> bool:
+    if settings.tolerance == 0 or len(objective) < 2:
+        return False
+    before, now = objective[-2:]
+    gain = now - before if settings.metric == "cosine" else before - now
+    return gain <= settings.tolerance * abs(before)
+
+
+def training_sample(rows: Rows, settings: KMeansSettings) -> Rows:
+    """A uniform sample of rows without replacement, decided by the seed."""
+    count = settings.train_sample or 0
+    if not settings.k <= count:
+        raise UserError(f"train sample is {count} rows, wanted at least k = {settings.k}: raise --train-sample")
+    if count >= rows.num_rows:
+        log.info("training on all %d rows (the sample asked for, %d, is not smaller)", rows.num_rows, count)
+        return rows
+    log.info("training on a sample of %d of %d rows (%.1f per cluster)", count, rows.num_rows, count / settings.k)
+    rng = np.random.default_rng([settings.seed, 0])
+    return SubsetRows(rows, np.sort(rng.choice(rows.num_rows, count, replace=False)))
+
+
+def _fingerprint(settings: KMeansSettings, identity: dict[str, Any]) -> dict[str, Any]:
+    # The backend, the memory bound and the number of iterations may change between two parts of one run.
+    names = ("k", "metric", "seed", "init", "train_sample")
+    return {name: getattr(settings, name) for name in names} | identity
+
+
+def save_state(path: Path, state: KMeansState, settings: KMeansSettings, identity: dict[str, Any]) -> None:
+    facts = {"settings": _fingerprint(settings, identity), "iteration": state.iteration, "objective": state.objective, "imbalance": state.imbalance, "stopped": state.stopped}
+    text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, centroids=state.centroids_KD.numpy(), facts=text)
+
+
+def load_state(path: Path, settings: KMeansSettings, identity: dict[str, Any]) -> KMeansState:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            facts = json.loads(stored["facts"].tobytes())
+            centroids_KD = torch.from_numpy(stored["centroids"])
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it to start again") from None
+    wanted = _fingerprint(settings, identity)
+    for name, value in wanted.items():
+        if facts["settings"].get(name) != value:
+            raise UserError(f"{path} was made with {name}={facts['settings'].get(name)!r}, this run has {name}={value!r}: take another --out, or delete that file")
+    # Stopping is decided anew: the tolerance may have been changed.
+    state = KMeansState(centroids_KD, facts["iteration"], facts["objective"], facts["imbalance"])
+    state.stopped = _settled(state.objective, settings)
+    return state

@@ -1,0 +1,144 @@
+"""Rows of embeddings, as long as the disk is large: the partitions of an embedding folder read as one matrix.
+
+Legend: n rows, D width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from megacid.checkpoint.store import read_meta
+from megacid.config import UserError
+
+
+class Rows(Protocol):
+    """A matrix that is read in pieces."""
+
+    num_rows: int
+    dim: int
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) as a floating array [stop - start, D]."""
+        ...
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of these numbers (int64 [m], any order), floating [m, D]."""
+        ...
+
+    def name(self, row: int) -> str:
+        """Where a row lies, for error messages."""
+        ...
+
+
+class ArrayRows:
+    """Rows of one array (or memory map)."""
+
+    def __init__(self, array: np.ndarray, label: str = "the array") -> None:
+        self.array, self.label = array, label
+        self.num_rows, self.dim = array.shape
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return np.asarray(self.array[start:stop])
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        return np.asarray(self.array[rows])
+
+    def name(self, row: int) -> str:
+        return f"row {row} of {self.label}"
+
+
+class SubsetRows:
+    """Chosen rows of another matrix (`chosen`: int64, ascending), for training on a sample."""
+
+    def __init__(self, rows: Rows, chosen: np.ndarray) -> None:
+        self.rows, self.chosen = rows, chosen
+        self.num_rows, self.dim = len(chosen), rows.dim
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.rows.take(self.chosen[start:stop])
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        return self.rows.take(self.chosen[rows])
+
+    def name(self, row: int) -> str:
+        return self.rows.name(int(self.chosen[row]))
+
+
+class EmbeddingRows:
+    """One modality ("img" or "text") of a folder written by `tools/embed.py`, partitions in order of their number.
+
+    `.meta`: its meta.json; `.stems`: tar stem of each partition; `.starts`: int64 [partitions + 1] first row of each.
+    Arrays are memory-mapped: nothing is read before it is asked for. UserError for a missing or torn partition.
+    """
+
+    def __init__(self, directory: str | Path, modality: str = "img") -> None:
+        self.directory, self.modality = Path(directory), modality
+        self.meta = read_meta(directory, expect="embed")
+        self.dim = int(self.meta["dim"])
+        numbers: dict[str, int] = self.meta["partitions"]
+        self.stems = sorted(numbers, key=lambda stem: numbers[stem])
+        self.numbers = [numbers[stem] for stem in self.stems]
+        self.maps = [self._map(number) for number in self.numbers]
+        self.starts = np.concatenate([[0], np.cumsum([len(array) for array in self.maps])]).astype(np.int64)
+        self.num_rows = int(self.starts[-1])
+        if self.num_rows != int(self.meta["num_samples"]):
+            raise UserError(
+                f"{self.directory} holds {self.num_rows} rows, its meta.json says {self.meta['num_samples']}: run tools/embed.py again"
+            )
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"{self.modality}_emb" / f"{self.modality}_emb_{number:05d}.npy"
+
+    def _map(self, number: int) -> np.ndarray:
+        path = self._path(number)
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}): run tools/embed.py again, it redoes what is missing"
+            ) from None
+        if array.ndim != 2 or array.shape[1] != self.dim:
+            raise UserError(f"{path} has shape {array.shape}, wanted (n, {self.dim}): run tools/embed.py again")
+        return array  # type: ignore[no-any-return]
+
+    def keys(self, partition: int) -> list[str]:
+        """The keys of one partition, in row order."""
+        path = self.directory / "metadata" / f"metadata_{self.numbers[partition]:05d}.parquet"
+        try:
+            keys: list[str] = pq.read_table(path, columns=["image_path"])["image_path"].to_pylist()
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path} cannot be read ({error}): run tools/embed.py again") from None
+        if len(keys) != len(self.maps[partition]):
+            raise UserError(
+                f"{path} has {len(keys)} rows, its embeddings have {len(self.maps[partition])}: run tools/embed.py again"
+            )
+        return keys
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        parts = []
+        for partition in range(first, len(self.maps)):
+            low = int(self.starts[partition])
+            if low >= stop:
+                break
+            parts.append(self.maps[partition][max(start - low, 0) : stop - low])
+        return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float16)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        out = np.empty((len(rows), self.dim), self.maps[0].dtype if self.maps else np.float16)
+        # Ascending order turns random access into a walk through the files.
+        order = np.argsort(rows, kind="stable")
+        ascending = rows[order]
+        bounds = np.searchsorted(ascending, self.starts)
+        for partition in np.flatnonzero(np.diff(bounds)):
+            low, high = bounds[partition], bounds[partition + 1]
+            out[order[low:high]] = self.maps[partition][ascending[low:high] - self.starts[partition]]
+        return out
+
+    def name(self, row: int) -> str:
+        partition = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return f"row {row - int(self.starts[partition])} of {self._path(self.numbers[partition])} (shard {self.stems[partition]})"

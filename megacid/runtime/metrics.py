@@ -1,0 +1,93 @@
+"""Where numbers go: one line per log_every steps, tensorboard, throughput, ETA, peak memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger("megacid")
+
+
+def setup_logging(rank: int, directory: Path | None) -> None:
+    """Rank 0 logs to stdout and, with a directory, to log.txt; other ranks only warnings, marked with their rank."""
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if rank == 0 and directory is not None:
+        handlers.append(logging.FileHandler(directory / "log.txt"))
+    mark = "" if rank == 0 else f" [rank {rank}]"
+    logging.basicConfig(format=f"%(asctime)s{mark} %(message)s", datefmt="%H:%M:%S", level=logging.INFO if rank == 0 else logging.WARNING, handlers=handlers, force=True)
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours:d}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def peak_memory_mib() -> float:
+    """Peak of the accelerator's allocated memory, or of this process's resident memory on a CPU."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Metrics:
+    """Rank 0 writes; the other ranks only keep the clock."""
+
+    def __init__(self, directory: Path, *, first: bool, start_step: int, total_steps: int, global_batch: int, world: int, log_every: int) -> None:
+        self.directory, self.first, self.total_steps = directory, first, total_steps
+        self.global_batch, self.world, self.log_every = global_batch, world, log_every
+        # purge_step: points that a crashed run wrote after its last checkpoint are taken back.
+        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step) if first else None
+        self.began, self.start_step = time.perf_counter(), start_step
+        self._last, self._last_step, self._data_s = self.began, start_step, 0.0
+
+    def waited_for_data(self, seconds: float) -> None:
+        self._data_s += seconds
+
+    def due(self, step: int) -> bool:
+        return (step + 1) % self.log_every == 0 or step + 1 == self.total_steps
+
+    def log(self, step: int, loss: Tensor, terms: dict[str, Tensor], scalars: dict[str, float]) -> None:
+        """Called when `due`. loss, terms: 0-d tensors (the same on every rank). scalars: lr, norms, diagnostics."""
+        now = time.perf_counter()
+        steps = step + 1 - self._last_step
+        seconds = max(now - self._last, 1e-9)
+        rate = steps * self.global_batch / seconds
+        values = {
+            "train/loss": float(loss.detach()),
+            **{f"train/{name}": float(value) for name, value in terms.items()},
+            **scalars,
+            "train/samples_per_second": rate,
+            "train/samples_per_second_per_gpu": rate / self.world,
+            "train/batch_time": seconds / steps,
+            "train/data_time": self._data_s / steps,
+            "train/peak_memory_mib": peak_memory_mib(),
+        }
+        wait, self._last, self._last_step, self._data_s = self._data_s / seconds, now, step + 1, 0.0
+        if self.writer is None:
+            return
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step + 1)
+        eta = (self.total_steps - step - 1) * (now - self.began) / (step + 1 - self.start_step)
+        said = "  ".join(f"{name} {float(value):.4f}" for name, value in terms.items())
+        log.info(
+            "step %d/%d  loss %.4f  %s  lr %.2e  grad norm %.3f  %.0f samples/s  data wait %.0f %%  ETA %s",
+            step + 1, self.total_steps, values["train/loss"], said, scalars["train/lr"], scalars["train/grad_norm"], rate, 100 * wait, _clock(eta),
+        )  # fmt: skip
+
+    def close(self, summary: dict[str, Any]) -> None:
+        """Write summary.json: steps done here, seconds, samples/s, peak memory, and what the caller adds."""
+        if self.writer is None:
+            return
+        self.writer.close()
+        seconds = time.perf_counter() - self.began
+        steps = self._last_step - self.start_step
+        facts = {"seconds": seconds, "samples_per_second": steps * self.global_batch / seconds, "peak_memory_mib": peak_memory_mib(), **summary}
+        (self.directory / "train_summary.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""Evaluate a CLIP on a local classification set (CLIP_benchmark's webdataset layout): zero-shot and linear probe.
+
+    tools/eval.py --run runs/digits --dataset-root data/digits/test --out results
+    tools/eval.py --model local-dir:export/digits --dataset-root data/digits/test --tasks zero_shot --out results
+    tools/eval.py --model ViT-B-32 --pretrained laion2b_s34b_b79k --dataset-root wds/cifar10 --out results
+
+Every task writes one JSON that `clip_benchmark build` reads.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import torch
+
+from megacid.checkpoint.store import write_json_atomic
+from megacid.config import UserError, run_tool
+from megacid.evaluate.datasets import Benchmark, load_benchmark
+from megacid.evaluate.export import student_from_run
+from megacid.evaluate.linear_probe import linear_probe
+from megacid.evaluate.zero_shot import zero_shot
+from megacid.student import LoadedClip, load_clip, loaded_student
+
+TASKS = {"zero_shot": "zeroshot_classification", "linear_probe": "linear_probe"}  # ours -> CLIP_benchmark's name
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", help="open_clip architecture, or local-dir:PATH")
+    which.add_argument("--run", type=Path, help="run directory; its newest valid checkpoint")
+    parser.add_argument("--pretrained", help="tag or file of weights; with --model NAME")
+    parser.add_argument("--step", type=int, help="step of the checkpoint; with --run")
+    parser.add_argument("--dataset-root", type=Path, required=True, help="directory with classnames.txt, train/, test/")
+    parser.add_argument("--dataset-name", help="name in the results (default: the directory's name)")
+    parser.add_argument("--tasks", default="zero_shot,linear_probe", help="comma-separated: zero_shot, linear_probe")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the JSON files")
+    parser.add_argument("--batch-size", type=int, default=256, help="images per forward")
+    parser.add_argument("--workers", type=int, default=0, help="decoding processes")
+    parser.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16; --run is always fp32")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+    )
+    args = parser.parse_args(argv)
+    args.tasks = [task.strip() for task in args.tasks.split(",")]
+    for task in args.tasks:
+        if task not in TASKS:
+            raise UserError(f"--tasks has {task!r}; the tasks are {', '.join(TASKS)}")
+    if args.batch_size < 1 or args.workers < 0:
+        raise UserError(f"--batch-size {args.batch_size} must be at least 1 and --workers {args.workers} at least 0")
+    if args.run and (args.pretrained or args.precision != "fp32"):
+        raise UserError("--pretrained and --precision go with --model; a --run has its own weights, in fp32")
+    if args.step is not None and not args.run:
+        raise UserError(f"--step {args.step} goes with --run; give the run directory")
+    return args
+
+
+def load(args: argparse.Namespace) -> LoadedClip:
+    if args.run:
+        student, step = student_from_run(args.run, args.step)
+        return loaded_student(student, f"{args.run.resolve().name}-step-{step}", args.device)
+    return load_clip(args.model, args.pretrained, device=args.device, precision=args.precision)
+
+
+def evaluate(task: str, clip: LoadedClip, benchmark: Benchmark, args: argparse.Namespace) -> dict[str, Any]:
+    """One result in CLIP_benchmark's schema; the probe adds how it was done."""
+    extra: dict[str, Any] = {}
+    if task == "zero_shot":
+        predictions = zero_shot(clip, benchmark, batch_size=args.batch_size, workers=args.workers)
+    else:
+        predictions, extra["probe"] = linear_probe(clip, benchmark, batch_size=args.batch_size, workers=args.workers)
+    return {
+        "dataset": benchmark.name,
+        "model": clip.name,
+        "pretrained": clip.pretrained,
+        "task": TASKS[task],
+        "metrics": predictions.metrics(),
+        "language": "en",
+        **extra,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    benchmark = load_benchmark(args.dataset_root, args.dataset_name)
+    clip = load(args)
+    rows = [("task", "acc1", "acc5", "mean_per_class_recall", "file")]
+    for task in args.tasks:
+        result = evaluate(task, clip, benchmark, args)
+        stem = "_".join((benchmark.name, clip.name, clip.pretrained, result["task"]))
+        file = args.out / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', stem)}.json"
+        write_json_atomic(file, result)
+        rows.append((task, *(f"{result['metrics'][key]:.4f}" for key in rows[0][1:4]), str(file)))
+    print(f"{benchmark.name}: {benchmark.num_classes} classes; {clip.name}, {clip.pretrained}")
+    for row in rows:
+        print(f"{row[0]:14}{row[1]:>8}{row[2]:>8}{row[3]:>23}  {row[4]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))

@@ -1,0 +1,47 @@
+#!/usr/bin/env python3
+"""Export a run's student for stock open_clip: a `local-dir:` directory and a weights-only-safe .pt.
+
+tools/export.py --run runs/digits --out export/digits
+tools/export.py --run runs/digits --step 200 --out export/digits --name digits-200
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from megacid.config import UserError, run_tool
+from megacid.evaluate.export import export_student, student_from_run
+from megacid.student import LOCAL_DIR
+
+
+def parse_step(text: str) -> int | None:
+    """'latest' -> None, otherwise the number of a step."""
+    if text == "latest":
+        return None
+    if not text.isdigit():
+        raise UserError(f"--step is {text!r}; give a step number or 'latest'")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="run directory written by train.py")
+    parser.add_argument("--step", default="latest", help="step, or 'latest' (default): the newest valid checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--name", help="model name and file name of the .pt (default: the run directory's name)")
+    args = parser.parse_args(argv)
+
+    student, step = student_from_run(args.run, parse_step(args.step))
+    name = args.name or args.run.resolve().name
+    files = export_student(student, args.out, name=name, source={"run": str(args.run), "step": step})
+    for file in files:
+        print(f"{file}  {file.stat().st_size:,} bytes")
+    print(f"step {step}; load it with open_clip.create_model_and_transforms('{LOCAL_DIR}{args.out}')")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Set everything up and run the tests (no GPU needed; GPU tests are skipped without one, longer soaks with -m slow).
+#   bash tools/test.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash tools/setup.sh
+bin=${VIRTUAL_ENV:-$PWD/.venv}/bin
+# One thread per process: the tests start several ranks on few cores. No accelerator unless asked for.
+export OMP_NUM_THREADS=1 DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} TF_CPP_MIN_LOG_LEVEL=3
+echo "test: ruff"
+"$bin/ruff" check . || { echo 'test: step "ruff" failed. remedy: .venv/bin/ruff check --fix .' >&2; exit 1; }
+echo "test: mypy"
+"$bin/mypy" || { echo 'test: step "mypy" failed. remedy: correct the types named above' >&2; exit 1; }
+echo "test: pytest (about 5 minutes on 2 cores)"
+exec "$bin/python" -m pytest --durations=15 "$@"
