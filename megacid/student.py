@@ -5,6 +5,7 @@ Nothing here imports deepspeed or torch.distributed.
 """
 
 import json
+import logging
 import math
 import pickle
 from collections.abc import Callable
@@ -194,7 +195,7 @@ def build_student(
     overrides: dict[str, Any] = {} if embed_dim is None else {"embed_dim": embed_dim}
     with torch.random.fork_rng(devices=[]):  # the CPU generator alone: the weights must not depend on the machine
         torch.manual_seed(seed)
-        clip = _create(
+        clip = _create_quietly(
             model,
             pretrained,
             force_image_size=image_size,
@@ -370,6 +371,20 @@ def _check_pretrained(model: str, pretrained: str) -> None:
             f"pretrained={pretrained!r} is neither a file nor a tag of {model!r}; "
             f"its tags are {', '.join(tags) if tags else '(none)'}"
         )
+
+
+def _create_quietly(model: str, pretrained: str | None, **options: Any) -> Any:
+    """`_create` without the warning that the weights are random, which is what a student without `pretrained` wants."""
+
+    def unwanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No pretrained weights loaded")
+
+    root = logging.getLogger()  # open_clip logs there
+    root.addFilter(unwanted)
+    try:
+        return _create(model, pretrained, **options)
+    finally:
+        root.removeFilter(unwanted)
 
 
 def _create(model: str, pretrained: str | None, **options: Any) -> Any:

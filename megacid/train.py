@@ -190,6 +190,9 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     setup_logging(parallel.rank, directory)
     start_from = together(lambda: find_checkpoint(run, args.resume) if parallel.is_first else None, parallel)
     start_from = broadcast_json(start_from, parallel.group)
+    if start_from is not None and store.read_manifest(Path(start_from))["step"] >= config.total_steps:
+        log.info("already finished: %s has all %d steps", start_from, config.total_steps)
+        return 0
     data = open_data(run, parallel)
     student = together(lambda: make_student(run, data), parallel)
     width = student.embed_dim

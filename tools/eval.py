@@ -25,7 +25,7 @@ from megacid.evaluate.datasets import Benchmark, load_benchmark
 from megacid.evaluate.export import student_from_run
 from megacid.evaluate.linear_probe import linear_probe
 from megacid.evaluate.zero_shot import zero_shot
-from megacid.student import LoadedClip, load_clip, loaded_student
+from megacid.student import LOCAL_DIR, LoadedClip, load_clip, loaded_student
 
 TASKS = {"zero_shot": "zeroshot_classification", "linear_probe": "linear_probe"}  # ours -> CLIP_benchmark's name
 
@@ -93,10 +93,13 @@ def main(argv: list[str] | None = None) -> int:
     rows = [("task", "acc1", "acc5", "mean_per_class_recall", "file")]
     for task in args.tasks:
         result = evaluate(task, clip, benchmark, args)
-        stem = "_".join((benchmark.name, clip.name, clip.pretrained, result["task"]))
+        weights = [] if clip.pretrained.startswith(LOCAL_DIR) else [clip.pretrained]  # the name says it already
+        stem = "_".join((benchmark.name, clip.name, *weights, result["task"]))
         file = args.out / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', stem)}.json"
         write_json_atomic(file, result)
         rows.append((task, *(f"{result['metrics'][key]:.4f}" for key in rows[0][1:4]), str(file)))
+        if not result.get("probe", {}).get("converged", True):
+            print(f"note: the fit stopped after {result['probe']['iterations']} iterations, short of the exact minimum")
     print(f"{benchmark.name}: {benchmark.num_classes} classes; {clip.name}, {clip.pretrained}")
     for row in rows:
         print(f"{row[0]:14}{row[1]:>8}{row[2]:>8}{row[3]:>23}  {row[4]}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 V = TypeVar("V")
 
 
 class SmallCache(Generic[V]):
-    """The last `size` values by key; `release` is called on what falls out."""
+    """The last `size` values by key; `release` is called on what falls out. A pickled copy begins empty."""
 
     def __init__(self, size: int, release: Callable[[V], object] | None = None) -> None:
         self._size, self._release = size, release
@@ -32,3 +32,6 @@ class SmallCache(Generic[V]):
             _, old = self._items.popitem()
             if self._release:
                 self._release(old)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_size": self._size, "_release": self._release, "_items": OrderedDict()}

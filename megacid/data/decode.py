@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 64_000_000
@@ -49,6 +49,8 @@ def decode_image(data: bytes, *, max_pixels: float = MAX_PIXELS, shard: str = ""
                 return ImageOps.exif_transpose(image).convert("RGB")
     except BadSample:
         raise
+    except UnidentifiedImageError as error:  # its own text holds a memory address, different in every process
+        raise BadSample(shard, key, f"not a readable {', '.join(FORMATS)} image") from error
     except (
         Exception
     ) as error:  # decoders of foreign data raise nearly anything (OSError, SyntaxError, struct.error, ...)

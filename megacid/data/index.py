@@ -182,8 +182,8 @@ def verify_index(shards_dir: str | Path, on_shard: Callable[[int, int], None] | 
 class ShardReader:
     """Reads members by `pread` through at most `max_open` file descriptors.
 
-    `pread` has no file position, so descriptors inherited by a forked worker are safe to use; for a spawned one
-    they are left behind.
+    `pread` has no file position, so descriptors inherited by a forked worker are safe to use; a spawned
+    one opens its own.
     """
 
     def __init__(self, index: ShardIndex, *, max_member_bytes: int = 64 << 20, max_open: int = 64) -> None:
@@ -216,13 +216,6 @@ class ShardReader:
 
     def close(self) -> None:
         self._open.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"index": self.index, "max_member_bytes": self.max_member_bytes, "max_open": self.max_open}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open = SmallCache(self.max_open, os.close)
 
 
 # ---- building --------------------------------------------------------------------------------------------

@@ -45,10 +45,9 @@ class DataBudgetError(RuntimeError):
 class Batch:
     """One micro-batch.
 
-    image: float32 [b, 3, H, W]; text: int64 [b, T]; label: int64 [b] or [b, l], -1 for none; teacher_image,
-        teacher_text:
-    float32 [b, Dt], L2-normalised; sample_id: int64 [b], global row in the index of the sample really used;
-    replaced: one sentence for every bad sample that was passed over.
+    image: float32 [b, 3, H, W]; text: int64 [b, T]; label: int64 [b] or [b, l], -1 for none;
+    teacher_image, teacher_text: float32 [b, Dt], L2-normalised; sample_id: int64 [b], global row in the index of the
+    sample really used; replaced: one sentence for every bad sample that was passed over.
     """
 
     image: Tensor

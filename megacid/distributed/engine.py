@@ -175,8 +175,15 @@ class Engine:
     def _base_optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer if self.stage == 0 else self.optimizer.optimizer
 
+    def _link_moments(self) -> None:
+        # DeepSpeed links names to moments after the step of the *first* parameter group, when the others have none yet.
+        if self.stage in (1, 2):
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
     def named_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """(parameter name, {"param", "exp_avg", "exp_avg_sq"}: fp32 on the host, whole) of every parameter in turn. A collective."""
+        self._link_moments()
         for name, p in self.module.named_parameters():
             if self.stage == 0:
                 state = self._base_optimizer().state[p]
@@ -208,6 +215,7 @@ class Engine:
     @torch.no_grad()
     def load_named_state(self, state: Any, step: int) -> None:
         """state(name, kind) -> fp32 tensor for kind "param", "exp_avg", "exp_avg_sq". step: updates the moments have seen. A collective."""
+        self._link_moments()
         for name, p in self.module.named_parameters():
             value = state(name, "param")
             if self.stage == 0:

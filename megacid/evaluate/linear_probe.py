@@ -41,7 +41,10 @@ def fit(feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_classes: int, st
     feature_ND: any float dtype, on the device to compute on; label_N: int64. It starts at 0, so that the result is a function
     of the arguments alone.
     """
-    feature_ND, n = feature_ND.double(), len(label_N)
+    n = len(label_N)
+    # The unpenalised bias absorbs a shift of the features, so this changes the conditioning and not the minimiser.
+    mean_D = feature_ND.double().mean(dim=0)
+    feature_ND = feature_ND.double() - mean_D
     weight_CD = feature_ND.new_zeros(num_classes, feature_ND.shape[1], requires_grad=True)
     bias_C = feature_ND.new_zeros(num_classes, requires_grad=True)
     # Divided by n so that the tolerance on the gradient means the same for a hundred and for a million samples.
@@ -69,7 +72,8 @@ def fit(feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_classes: int, st
 
     optimizer.step(closure)
     state = optimizer.state[weight_CD]
-    return Probe(weight_CD.detach(), bias_C.detach(), state["n_iter"], state["n_iter"] < MAX_ITERATIONS)
+    weight_CD, bias_C = weight_CD.detach(), bias_C.detach()
+    return Probe(weight_CD, bias_C - weight_CD @ mean_D, state["n_iter"], state["n_iter"] < MAX_ITERATIONS)
 
 
 def hold_out(label_N: torch.Tensor, share: float = HOLD_OUT, seed: int = 0) -> torch.Tensor:

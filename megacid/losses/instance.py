@@ -37,7 +37,7 @@ def _same_shape(image: Tensor, **others: Tensor) -> None:
     for name, other in others.items():
         if other.shape != image.shape:
             raise UserError(
-                f"{name} has shape {tuple(other.shape)}, but the student's image embeddings have {tuple(image.shape)}: "
+                f"{name} has shape {tuple(other.shape)}, but the student's embeddings have {tuple(image.shape)}: "
                 "build the student with the teacher's width"
             )
 
@@ -102,10 +102,10 @@ def contrastive_loss(
 
 
 def feature_mse(
-    image_S: Tensor, image_T: Tensor, group: Group = None, grad_reduction: GradReduction = "mean"
+    feature_S: Tensor, feature_T: Tensor, group: Group = None, grad_reduction: GradReduction = "mean"
 ) -> Tensor:
-    """Mean over the global batch of |vS - vT|^2 (a sum over D), 0-d. image_T [b, D] gets no gradient."""
-    _same_shape(image_S, image_T=image_T)
-    v_S = scale_gradient(_precise(image_S), gradient_factor(group, grad_reduction))
-    count = all_reduce_sum(torch.tensor(float(len(v_S)), device=v_S.device), group)
-    return sum_over_ranks((v_S - _precise(image_T).detach()).square().sum() / count.clamp_min(1), group)
+    """Mean over the global batch of |fS - fT|^2 (a sum over D), 0-d. feature_T [b, D] gets no gradient."""
+    _same_shape(feature_S, feature_T=feature_T)
+    f_S = scale_gradient(_precise(feature_S), gradient_factor(group, grad_reduction))
+    count = all_reduce_sum(torch.tensor(float(len(f_S)), device=f_S.device), group)
+    return sum_over_ranks((f_S - _precise(feature_T).detach()).square().sum() / count.clamp_min(1), group)

@@ -38,7 +38,7 @@ class TargetBatch(Protocol):
 
 
 class Objective:
-    """instance * L_instance + cluster * L_cluster + contrastive * L_CLIP + mse * |vS - vT|^2."""
+    """instance * L_instance + cluster * L_cluster + contrastive * L_CLIP + mse * (|vS - vT|^2 + |tS - tT|^2)."""
 
     def __init__(
         self,
@@ -97,7 +97,8 @@ class Objective:
         if w["contrastive"] > 0:
             values["contrastive"] = contrastive_loss(out.image, out.text, scale, *common)
         if w["mse"] > 0:
-            values["mse"] = feature_mse(out.image, _needed(batch, "mse", "teacher_image"), *common)
+            image, text = _needed(batch, "mse", "teacher_image"), _needed(batch, "mse", "teacher_text")
+            values["mse"] = feature_mse(out.image, image, *common) + feature_mse(out.text, text, *common)
         loss = torch.stack([w[name] * value for name, value in values.items()]).sum()
         return loss, {name: value.detach() for name, value in values.items()} | details
 

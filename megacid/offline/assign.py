@@ -8,7 +8,7 @@ shape changes, so only fixed shapes give labels that do not depend on how much m
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class Assigner:
         self.backend = "torch" if backend == "auto" else backend
         self.centroids_KD = centroids_KD.to(device, torch.float32)
         self.half_norm_K = (self.centroids_KD.double().pow(2).sum(1) / 2).float()
-        self._index = None
+        self._index: Any = None
         if self.backend == "faiss":
             import faiss  # after torch, and only when asked for
 
@@ -48,8 +48,8 @@ class Assigner:
     def tile(self, x_TD: Tensor, top: int = 1) -> tuple[Tensor, Tensor]:
         """(similarity fp32 [T, L], label int64 [T, L]), best first. Similarity: cosine or squared distance, see `merit`."""
         if self._index is not None:
-            value, label = self._index.search(x_TD.cpu().numpy(), top)
-            return torch.from_numpy(value).to(self.device), torch.from_numpy(label).to(self.device)
+            found, label = self._index.search(x_TD.cpu().numpy(), top)
+            return torch.from_numpy(found).to(self.device), torch.from_numpy(label).to(self.device)
         best: Tensor | None = None
         label_TL = torch.empty(0, dtype=torch.int64)
         for start in range(0, len(self.centroids_KD), TILE_CENTROIDS):
@@ -81,7 +81,11 @@ class Assigner:
 def prepare(block: np.ndarray, metric: Metric, device: torch.device) -> Tensor:
     """A block of rows as fp32 [B, D] on the device; unit rows for the cosine."""
     # A copy: rows come from read-only memory maps.
-    x_BD = torch.from_numpy(np.array(block, dtype=np.float16 if block.dtype == np.float16 else np.float32)).to(device).float()
+    x_BD = (
+        torch.from_numpy(np.array(block, dtype=np.float16 if block.dtype == np.float16 else np.float32))
+        .to(device)
+        .float()
+    )
     return torch.nn.functional.normalize(x_BD, dim=1) if metric == "cosine" else x_BD
 
 
@@ -99,4 +103,6 @@ def check_backend(backend: str) -> None:
         try:
             import faiss  # noqa: F401
         except ImportError:
-            raise UserError("backend is 'faiss' but faiss is not installed: pip install faiss-cpu, or take --backend torch") from None
+            raise UserError(
+                "backend is 'faiss' but faiss is not installed: pip install faiss-cpu, or take --backend torch"
+            ) from None

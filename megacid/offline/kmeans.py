@@ -69,7 +69,7 @@ class KMeansSettings:
 class KMeansState:
     """What an iteration leaves behind. `objective`: mean cosine, or mean squared distance, before each update."""
 
-    centroids_KD: Tensor  # fp32, CPU
+    centroids: Tensor  # fp32 [K, D], CPU
     iteration: int = 0
     objective: list[float] = field(default_factory=list)
     imbalance: float = math.nan
@@ -85,7 +85,9 @@ def block_rows(n: int, dim: int, settings: KMeansSettings, device: torch.device)
     spare = settings.memory_gb * 1e9 - fixed
     if spare < tile * dim * 12:
         need = (fixed + tile * dim * 12) / 1e9
-        raise UserError(f"memory bound is {settings.memory_gb:g} GB, {k} clusters of width {dim} need {need:.3g} GB: raise --memory-gb or lower --k")
+        raise UserError(
+            f"memory bound is {settings.memory_gb:g} GB, {k} clusters of width {dim} need {need:.3g} GB: raise --memory-gb or lower --k"
+        )
     # A row is held as it was read, in fp32, and for a moment a second time while it is normalised.
     return int(min(spare // (dim * 12), max(n, tile)) // tile * tile) or tile
 
@@ -110,7 +112,9 @@ def check_rows(rows: Rows, metric: Metric, block: int, group: Group = None) -> f
             if bad.any():
                 row = int(np.flatnonzero(bad)[0])
                 what = "is zero" if peak[row] == 0 else "holds NaN or infinity"
-                raise UserError(f"{rows.name(low + row)} {what}, wanted finite rows{' of non-zero length' if metric == 'cosine' else ''}: embed that shard again")
+                raise UserError(
+                    f"{rows.name(low + row)} {what}, wanted finite rows{' of non-zero length' if metric == 'cosine' else ''}: embed that shard again"
+                )
             largest = max(largest, float(peak.max(initial=0)))
     return max(collectives.gather_json(largest, group))
 
@@ -177,10 +181,20 @@ class _Accumulator:
         self.flat[-2] += value_T.double().sum()
 
 
-def _one_pass(rows: Rows, state: KMeansState, settings: KMeansSettings, previous: np.ndarray, scale: float, block: int, device: torch.device, group: Group, tick: Callable[[int], None]) -> tuple[_Accumulator, np.ndarray]:
+def _one_pass(
+    rows: Rows,
+    state: KMeansState,
+    settings: KMeansSettings,
+    previous: np.ndarray,
+    scale: float,
+    block: int,
+    device: torch.device,
+    group: Group,
+    tick: Callable[[int], None],
+) -> tuple[_Accumulator, np.ndarray]:
     """Assign this rank's rows and add them up; `previous` (int32, this rank's rows, -1 unknown) is brought up to date."""
     tile = tile_rows(device)
-    assigner = Assigner(state.centroids_KD, settings.metric, device, settings.backend)
+    assigner = Assigner(state.centroids, settings.metric, device, settings.backend)
     total = _Accumulator(settings.k, rows.dim, device)
     tiles = math.ceil(rows.num_rows / tile)
     first, last = share(tiles, collectives.rank(group), collectives.world_size(group))
@@ -213,9 +227,9 @@ def _update(state: KMeansState, total: _Accumulator, settings: KMeansSettings) -
     if settings.metric == "cosine":
         length = means.norm(dim=1, keepdim=True)
         # Rows that cancel exactly have no direction; the old centroid stays.
-        means = torch.where(length > 1e-12, means / length.clamp_min(1e-12), state.centroids_KD.double())
-    state.centroids_KD = means.float()
-    return sizes, split_empty(state.centroids_KD, sizes, settings, state.iteration)
+        means = torch.where(length > 1e-12, means / length.clamp_min(1e-12), state.centroids.double())
+    state.centroids = means.float()
+    return sizes, split_empty(state.centroids, sizes, settings, state.iteration)
 
 
 def kmeans(
@@ -270,7 +284,17 @@ def kmeans(
         seconds = time.monotonic() - began
         moved = f"{float(total.flat[-1]) / n:.4f}" if known else "unknown"
         left = 0 if state.stopped else (settings.iterations - state.iteration) * seconds
-        log.info("iteration %d/%d: objective %.6f, imbalance %.3f, empty %d, moved share %s, %.1f s, %.0f s to go", state.iteration, settings.iterations, state.objective[-1], state.imbalance, empty, moved, seconds, left)
+        log.info(
+            "iteration %d/%d: objective %.6f, imbalance %.3f, empty %d, moved share %s, %.1f s, %.0f s to go",
+            state.iteration,
+            settings.iterations,
+            state.objective[-1],
+            state.imbalance,
+            empty,
+            moved,
+            seconds,
+            left,
+        )
     return state
 
 
@@ -302,10 +326,16 @@ def _fingerprint(settings: KMeansSettings, identity: dict[str, Any]) -> dict[str
 
 
 def save_state(path: Path, state: KMeansState, settings: KMeansSettings, identity: dict[str, Any]) -> None:
-    facts = {"settings": _fingerprint(settings, identity), "iteration": state.iteration, "objective": state.objective, "imbalance": state.imbalance, "stopped": state.stopped}
+    facts = {
+        "settings": _fingerprint(settings, identity),
+        "iteration": state.iteration,
+        "objective": state.objective,
+        "imbalance": state.imbalance,
+        "stopped": state.stopped,
+    }
     text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, centroids=state.centroids_KD.numpy(), facts=text)
+        np.savez(file, centroids=state.centroids.numpy(), facts=text)
 
 
 def load_state(path: Path, settings: KMeansSettings, identity: dict[str, Any]) -> KMeansState:
@@ -318,7 +348,9 @@ def load_state(path: Path, settings: KMeansSettings, identity: dict[str, Any]) -
     wanted = _fingerprint(settings, identity)
     for name, value in wanted.items():
         if facts["settings"].get(name) != value:
-            raise UserError(f"{path} was made with {name}={facts['settings'].get(name)!r}, this run has {name}={value!r}: take another --out, or delete that file")
+            raise UserError(
+                f"{path} was made with {name}={facts['settings'].get(name)!r}, this run has {name}={value!r}: take another --out, or delete that file"
+            )
     # Stopping is decided anew: the tolerance may have been changed.
     state = KMeansState(centroids_KD, facts["iteration"], facts["objective"], facts["imbalance"])
     state.stopped = _settled(state.objective, settings)

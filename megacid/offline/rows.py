@@ -103,7 +103,7 @@ class EmbeddingRows:
             ) from None
         if array.ndim != 2 or array.shape[1] != self.dim:
             raise UserError(f"{path} has shape {array.shape}, wanted (n, {self.dim}): run tools/embed.py again")
-        return array  # type: ignore[no-any-return]
+        return array
 
     def keys(self, partition: int) -> list[str]:
         """The keys of one partition, in row order."""

@@ -22,7 +22,9 @@ def setup_logging(rank: int, directory: Path | None) -> None:
     if rank == 0 and directory is not None:
         handlers.append(logging.FileHandler(directory / "log.txt"))
     mark = "" if rank == 0 else f" [rank {rank}]"
-    logging.basicConfig(format=f"%(asctime)s{mark} %(message)s", datefmt="%H:%M:%S", level=logging.INFO if rank == 0 else logging.WARNING, handlers=handlers, force=True)
+    logging.basicConfig(format=f"%(asctime)s{mark} %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, handlers=handlers, force=True)
+    # Only our own loggers: open_clip narrates every step of building a model on the root logger.
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
 def _clock(seconds: float) -> str:

@@ -164,6 +164,21 @@ def test_scale_100_neither_overflows_nor_loses_accuracy(classes: int) -> None:
     assert_same(got, want, 1e-4)
 
 
+@pytest.mark.parametrize(("cosine", "scale"), [(-0.95, 64.0), (0.99, 100.0), (1.0, 88.0), (-0.55, 100.0)])
+def test_batches_at_one_end_of_the_cosine_range_keep_their_accuracy(cosine: float, scale: float) -> None:
+    """All logits near -61, where ln Z is far below 0, or near +100, where exp alone overflows float32."""
+    g = torch.Generator().manual_seed(9)
+    axis = torch.zeros(1, 12, dtype=torch.float64)
+    axis[0, 0] = 1
+    w = axis + 0.03 * torch.randn(9, 12, generator=g, dtype=torch.float64)
+    side = torch.randn(5, 12, generator=g, dtype=torch.float64)
+    side[:, 0] = 0
+    side = side / side.norm(dim=1, keepdim=True)
+    x = cosine * axis + math.sqrt(1 - cosine * cosine) * side
+    got, want = both(x, w, torch.tensor([0, 3, 8, 3, 1]), torch.float32, scale=scale)
+    assert_same(got, want, 2e-4)
+
+
 def test_chunks_do_not_change_the_result() -> None:
     x, teacher, w, y = make(37, 29, 8, seed=4)
     results = []

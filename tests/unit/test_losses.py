@@ -57,6 +57,8 @@ def test_the_sum_is_the_weighted_sum_of_its_terms() -> None:
     assert values["instance"] == pytest.approx(
         instance_loss(out.image, out.text, data.teacher_image, data.teacher_text, out.logit_scale).item()  # type: ignore[arg-type]
     )
+    both = (out.image - data.teacher_image).square().sum(1) + (out.text - data.teacher_text).square().sum(1)
+    assert values["mse"] == pytest.approx(both.mean().item(), rel=1e-6)
     loss.backward()
     assert all(x.grad is not None and x.grad.any() for x in out) and cluster.head.row_grad()[1].any()
 
@@ -89,6 +91,7 @@ def test_plain_classification_needs_labels_only() -> None:
         ({"instance": 0.0, "cluster": 1.0}, "label"),
         ({"instance": 0.0, "cluster": 1.0}, "teacher_image"),
         ({"instance": 0.0, "cluster": 0.0, "mse": 1.0}, "teacher_image"),
+        ({"instance": 0.0, "cluster": 0.0, "mse": 1.0}, "teacher_text"),
     ],
 )
 def test_a_missing_input_names_its_term_and_field(weights: dict[str, float], missing: str) -> None:

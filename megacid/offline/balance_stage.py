@@ -1,0 +1,238 @@
+"""The balance stage: from embeddings and clusters to keep masks per tar, a report and a gallery.
+
+Legend: n samples with an embedding.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from megacid.checkpoint.store import atomic_path, read_meta, write_atomic, write_json_atomic, write_meta
+from megacid.config import UserError
+from megacid.data.decode import decode_image
+from megacid.data.index import ShardIndex, ShardReader, load_index
+from megacid.distributed.collectives import barrier
+from megacid.distributed.parallel import Parallel
+from megacid.offline import gallery, report
+from megacid.offline.assign import prepare
+from megacid.offline.balance import BalanceSettings, Decision, decide, group_by_cluster, preference, read_labels
+from megacid.offline.ranks import fail_together
+from megacid.offline.rows import EmbeddingRows, Rows
+
+
+def tar_rows(index: ShardIndex, rows: EmbeddingRows) -> tuple[np.ndarray, np.ndarray]:
+    """(shard int32 [n], row in its tar int64 [n]) of every embedded sample, joined by key."""
+    shard, row = np.empty(rows.num_rows, np.int32), np.empty(rows.num_rows, np.int64)
+    number = {name: i for i, name in enumerate(index.names)}
+    for partition, stem in enumerate(rows.stems):
+        where = slice(int(rows.starts[partition]), int(rows.starts[partition + 1]))
+        at = {key: place for place, key in enumerate(index.table(number[stem]).keys)}
+        shard[where] = number[stem]
+        row[where] = [at[key] for key in rows.keys(partition)]
+    return shard, row
+
+
+def owner_distance(image: Rows, owner: np.ndarray, block: int = 16384) -> np.ndarray:
+    """Euclidean distance float32 [n] of every sample to the one kept for it; 0 for kept ones."""
+    out = np.zeros(len(owner), np.float32)
+    linked = np.flatnonzero(owner != np.arange(len(owner)))
+    for low in range(0, len(linked), block):
+        part = linked[low : low + block]
+        a, b = (prepare(image.take(which), "cosine", torch.device("cpu")) for which in (part, owner[part]))
+        out[part] = (a - b).norm(dim=1).numpy()
+    return out
+
+
+def balance(
+    embeddings: Path,
+    clusters: Path,
+    out: Path,
+    settings: BalanceSettings,
+    parallel: Parallel,
+    *,
+    shards: Path | None = None,
+    gallery_groups: int = 40,
+    progress: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None,
+) -> dict[str, Any]:
+    """Decide, write everything, meta.json last; returns meta. Samples without an embedding are not kept: they cannot be decoded.
+
+    shards: the tars the embeddings were made from; None: where they were then.
+    """
+    group = parallel.group
+    with fail_together(group):
+        rows = EmbeddingRows(embeddings)
+        text = EmbeddingRows(embeddings, "text") if settings.keep == "caption" else None
+        label, score, k = read_labels(clusters, rows)
+        index = _index(shards or rows.meta["source"]["shards"], rows)
+        _check_out(out)
+        priority = preference(settings.keep, score, settings.seed, rows, text)
+        sorted_rows = group_by_cluster(label, priority, k)
+    decision = decide(rows, sorted_rows, settings, device=parallel.device, group=group, tick=progress(rows.num_rows))
+    with fail_together(group):
+        if parallel.is_first:
+            _write(out, index, rows, label, k, decision, settings, clusters, gallery_groups)
+    barrier(group)
+    return read_meta(out, expect="balance")
+
+
+def _index(shards: Path | str, rows: EmbeddingRows) -> ShardIndex:
+    index = load_index(shards)
+    if index.digest != rows.meta["shards_digest"]:
+        raise UserError(
+            f"{rows.directory} was made from other shards than {shards}: give the shards it was made from with --shards, or run tools/embed.py again"
+        )
+    return index
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()) and not (out / "keep").is_dir():
+        raise UserError(f"{out} is not empty and was not made by tools/balance.py: take another --out")
+
+
+def _write(
+    out: Path,
+    index: ShardIndex,
+    rows: EmbeddingRows,
+    label: np.ndarray,
+    k: int,
+    decision: Decision,
+    settings: BalanceSettings,
+    clusters: Path,
+    gallery_groups: int,
+) -> None:
+    (out / "meta.json").unlink(missing_ok=True)
+    shard, row = tar_rows(index, rows)
+    kept_of = _write_masks(out, index, shard, row, decision.keep)
+    facts = _report(index, rows, label, k, decision, settings, shard, row)
+    write_json_atomic(out / "report.json", facts)
+    _write_subset(out, index, shard, row, decision.keep)
+    before, after = _sizes(label, decision.keep, k)
+    distance = owner_distance(rows, decision.owner)
+    reader = ShardReader(index)
+
+    def show(number: int) -> tuple[Image.Image, str, str]:
+        at = int(shard[number]), int(row[number])
+        caption = reader.read(*at, "text").decode("utf-8", "replace")
+        return decode_image(reader.read(*at, "image")), index.table(at[0]).keys[at[1]], caption
+
+    summary = f"{facts['kept']:,} of {facts['total']:,} samples kept ({facts['share_kept']:.2%}), links below distance {decision.threshold:.5f}"
+    groups = gallery.pick_groups(decision.owner, distance, gallery_groups, members=9)
+    write_atomic(
+        out / "gallery.html", gallery.page(groups, distance, show, gallery.size_plot(before, after), summary).encode()
+    )
+    reader.close()
+    source = {
+        "embeddings": str(rows.directory.resolve()),
+        "clusters": str(clusters.resolve()),
+        "shards": str(index.root.resolve()),
+    }
+    write_meta(
+        out,
+        "balance",
+        source=source,
+        shards_digest=index.digest,
+        kept=kept_of,
+        total=index.num_samples,
+        threshold=decision.threshold,
+        target_keep=settings.target_keep,
+        link=settings.link,
+        keep=settings.keep,
+        cap=settings.cap,
+        seed=settings.seed,
+        model=rows.meta["model"],
+    )
+
+
+def _write_masks(out: Path, index: ShardIndex, shard: np.ndarray, row: np.ndarray, keep: np.ndarray) -> int:
+    total = 0
+    for number, name in enumerate(index.names):
+        mask = np.zeros(int(index.sizes[number]), bool)
+        mask[row[(shard == number) & keep]] = True
+        total += int(mask.sum())
+        with atomic_path(out / "keep" / f"{name}.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, mask, allow_pickle=False)
+    return total
+
+
+def _sizes(label: np.ndarray, keep: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    has = label >= 0
+    return np.bincount(label[has], minlength=k), np.bincount(label[has & keep], minlength=k)
+
+
+def _report(
+    index: ShardIndex,
+    rows: EmbeddingRows,
+    label: np.ndarray,
+    k: int,
+    decision: Decision,
+    settings: BalanceSettings,
+    shard: np.ndarray,
+    row: np.ndarray,
+) -> dict[str, Any]:
+    before, after = _sizes(label, decision.keep, k)
+    kept, total = int(decision.keep.sum()), rows.num_rows
+    linked_kept = decision.owner == np.arange(total)
+    facts: dict[str, Any] = {
+        "total": total,
+        "kept": kept,
+        "share_kept": kept / total,
+        "share_removed": 1 - kept / total,
+        "removed_by_links": int((~linked_kept).sum()),
+        "removed_by_cap": int((linked_kept & ~decision.keep).sum()),
+        "without_embedding": index.num_samples - total,
+        "threshold": decision.threshold,
+        "cosine": 1 - decision.threshold**2 / 2,
+        "target_keep": settings.target_keep,
+        "threshold_curve": [{"threshold": t, "share_kept": s} for t, s in decision.curve],
+        "searched_samples": decision.searched_rows,
+        "group_sizes": report.power_histogram(np.unique(decision.owner, return_counts=True)[1]),
+        "cluster_sizes_before": report.size_facts(before),
+        "cluster_sizes_after": report.size_facts(after),
+    }
+    if report.has_field(index, "origin"):
+        origins = _origins(index, shard, row)
+        facts["planted_copies"] = report.planted_report(origins, decision.keep, decision.owner, label)
+    return facts
+
+
+def _origins(index: ShardIndex, shard: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """int64 [n]: a number per planted group; a sample without `origin` is a group of its own."""
+    reader = ShardReader(index)
+    number: dict[str, int] = {}
+    out = np.empty(len(shard), np.int64)
+    for i, (s, r) in enumerate(zip(shard.tolist(), row.tolist())):
+        own = index.table(s).keys[r]
+        name = str(report.read_json(reader, s, r).get("origin", own))
+        out[i] = number.setdefault(name, len(number))
+    reader.close()
+    return out
+
+
+def _write_subset(out: Path, index: ShardIndex, shard: np.ndarray, row: np.ndarray, keep: np.ndarray) -> None:
+    """DataComp's list of kept uids, when the shards carry them; nothing otherwise."""
+    path = out / "subset.npy"
+    path.unlink(missing_ok=True)
+    if not report.has_field(index, "uid"):
+        return
+    reader = ShardReader(index)
+    found = [report.read_json(reader, s, r).get("uid") for s, r in zip(shard[keep].tolist(), row[keep].tolist())]
+    reader.close()
+    uids = [uid for uid in found if isinstance(uid, str)]
+    if len(uids) < len(found):
+        raise UserError(
+            f"{len(found) - len(uids)} of {len(found)} kept samples of {index.root} have no uid, others have: the subset file would lose them; add the uids"
+        )
+    try:
+        subset = report.subset_array(uids)
+    except ValueError as error:
+        raise UserError(f"{index.root}: {error}; correct the json members") from None
+    buffer = io.BytesIO()
+    np.save(buffer, subset, allow_pickle=False)
+    write_atomic(path, buffer.getvalue())

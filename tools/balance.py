@@ -1,0 +1,124 @@
+#!/usr/bin/env python3
+"""Image semantic balance: link near images inside clusters, keep one per group, report what was removed.
+
+    tools/balance.py --embeddings data/digits/teacher --clusters data/digits/clusters --out data/digits/balance --target-keep 0.563
+    tools/balance.py --embeddings teacher --clusters clusters --out balance --threshold 0.35 --link greedy --keep caption
+
+Writes keep/<tar>.npy (bool, in tar order), report.json, gallery.html and, when the shards carry uids, DataComp's subset.npy.
+Samples without an embedding (they could not be decoded) are not kept. Where samples carry an `origin` (tools/synthesize.py),
+the report says how many of the planted copies were found.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from tqdm import tqdm
+
+from megacid.config import UserError, run_tool
+from megacid.distributed.parallel import session
+from megacid.offline.balance import BalanceSettings
+from megacid.offline.balance_stage import balance
+from megacid.offline.ranks import accept_launcher_arguments
+
+WAIT_S = 7200.0  # clusters are split by an estimate of their cost
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--embeddings", required=True, type=Path, help="directory written by tools/embed.py")
+    parser.add_argument("--clusters", required=True, type=Path, help="directory written by tools/cluster.py")
+    parser.add_argument("--out", required=True, type=Path, help="directory to write")
+    parser.add_argument("--shards", "--origins", type=Path, help="the tars (default: where tools/embed.py found them)")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--target-keep", type=float, help="share of samples to keep; the threshold is searched")
+    how.add_argument(
+        "--threshold", type=float, help="Euclidean distance of normalised embeddings below which two are linked"
+    )
+    parser.add_argument(
+        "--link",
+        choices=("components", "greedy"),
+        default="components",
+        help="components: union-find; greedy: a sample stays unless near a kept one",
+    )
+    parser.add_argument(
+        "--keep",
+        choices=("nearest", "farthest", "random", "caption"),
+        default="nearest",
+        help="who stays: by distance to the centroid, or best image-text cosine",
+    )
+    parser.add_argument("--cap", type=int, help="keep at most so many samples of one cluster")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--search-rows",
+        type=int,
+        default=200_000,
+        help="samples (whole clusters) the threshold is searched on (default 200000)",
+    )
+    parser.add_argument("--block", type=int, default=1024, help="rows of one block of pairwise products")
+    parser.add_argument("--gallery-groups", type=int, default=40, help="groups shown in gallery.html")
+    accept_launcher_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if args.gallery_groups < 0:
+        raise UserError(f"--gallery-groups is {args.gallery_groups}, wanted 0 or more")
+    settings = BalanceSettings(
+        threshold=args.threshold,
+        target_keep=args.target_keep,
+        link=args.link,
+        keep=args.keep,
+        cap=args.cap,
+        seed=args.seed,
+        search_rows=args.search_rows,
+        block=args.block,
+    )
+    with session(WAIT_S) as parallel:
+        with tqdm(unit="row", desc="balance", disable=not parallel.is_first, unit_scale=True) as bar:
+
+            def progress(total: int):
+                bar.reset(-(-total // parallel.world))
+                return bar.update
+
+            balance(
+                args.embeddings,
+                args.clusters,
+                args.out,
+                settings,
+                parallel,
+                shards=args.shards,
+                gallery_groups=args.gallery_groups,
+                progress=progress,
+            )
+        if parallel.is_first:
+            print_report(args, json.loads((args.out / "report.json").read_text()))
+    return 0
+
+
+def print_report(args: argparse.Namespace, report: dict) -> None:
+    wanted = f" (asked for {args.target_keep:.2%})" if args.target_keep is not None else ""
+    print(
+        f"{args.out}: {report['kept']:,} of {report['total']:,} samples kept, {report['share_kept']:.2%}{wanted}, threshold {report['threshold']:.5f}"
+    )
+    if args.target_keep is not None:
+        exact = report["searched_samples"] >= report["total"]
+        print(
+            f"  threshold searched on {report['searched_samples']:,} samples{'' if exact else ' (a sample of the clusters)'}"
+        )
+    print(
+        f"  removed: {report['removed_by_links']:,} by links, {report['removed_by_cap']:,} by the cap; without an embedding: {report['without_embedding']:,}"
+    )
+    for name, value in report.get("planted_copies", {}).items():
+        print(f"  planted copies, {name}: {value if not isinstance(value, float) else f'{value:.4f}'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))

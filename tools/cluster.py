@@ -1,0 +1,121 @@
+#!/usr/bin/env python3
+"""Cluster teacher image embeddings with k-means: centroids that initialise the classifier, one label per sample.
+
+    tools/cluster.py --embeddings data/digits/teacher --out data/digits/clusters --k 100
+    torchrun --nproc_per_node 8 tools/cluster.py --embeddings teacher --out clusters --k 1000000 --train-sample 100000000
+
+Run it again after an interruption: it goes on after the last iteration and gives the same result.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from megacid.config import run_tool
+from megacid.distributed.parallel import session
+from megacid.offline.cluster import cluster
+from megacid.offline.kmeans import KMeansSettings
+from megacid.offline.ranks import accept_launcher_arguments, fail_together
+from megacid.offline.rows import EmbeddingRows
+
+WAIT_S = 7200.0  # ranks on slower disks
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--embeddings", required=True, type=Path, help="directory written by tools/embed.py")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        help="directory to write; continued when it was begun with the same arguments",
+    )
+    parser.add_argument("--k", required=True, type=int, help="number of clusters")
+    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        help="stop when the objective improves by less than this share (default 0: never)",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--method", choices=("flat",), default="flat", help="flat: one k-means over everything")
+    parser.add_argument("--metric", choices=("cosine", "euclidean"), default="cosine")
+    parser.add_argument(
+        "--init",
+        choices=("random", "k-means++"),
+        default="random",
+        help="k-means++ draws from a sample of 32 k rows and takes k steps",
+    )
+    parser.add_argument(
+        "--train-sample",
+        type=int,
+        help="train on so many rows, drawn by the seed (default: all); labels are given to all",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "torch", "faiss"),
+        default="auto",
+        help="who finds the nearest centroid; auto is torch",
+    )
+    parser.add_argument("--memory-gb", type=float, default=4.0, help="bound on what one rank holds at once (default 4)")
+    parser.add_argument(
+        "--top-labels", type=int, default=1, help="nearest clusters written per sample (columns label, label_1, ...)"
+    )
+    accept_launcher_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    settings = KMeansSettings(
+        k=args.k,
+        metric=args.metric,
+        iterations=args.iterations,
+        tolerance=args.tolerance,
+        seed=args.seed,
+        init=args.init,
+        train_sample=args.train_sample,
+        backend=args.backend,
+        memory_gb=args.memory_gb,
+    )
+    with session(WAIT_S) as parallel:
+        with fail_together(parallel.group):
+            rows = EmbeddingRows(args.embeddings)
+        if parallel.is_first:
+            trained = min(args.train_sample or rows.num_rows, rows.num_rows)
+            flop = 2.0 * rows.dim * args.k * (trained * args.iterations + rows.num_rows)
+            print(
+                f"{rows.num_rows:,} rows of width {rows.dim}, {args.k:,} clusters, training on {trained:,} rows ({trained / max(args.k, 1):.1f} per cluster): "
+                f"{flop:.3g} flop, centroids {args.k * rows.dim * 4 / 1e9:.3g} GB"
+            )
+        else:
+            logging.getLogger("megacid").setLevel(logging.WARNING)
+        with (
+            tqdm(unit="row", desc="cluster", disable=not parallel.is_first, unit_scale=True) as bar,
+            logging_redirect_tqdm(),
+        ):
+
+            def progress(total: int):
+                bar.reset(-(-total // parallel.world))
+                return bar.update
+
+            meta = cluster(args.embeddings, args.out, settings, parallel, top_labels=args.top_labels, progress=progress)
+        if parallel.is_first:
+            print(
+                f"{args.out}: k {meta['k']:,}, objective {meta['final_objective']:.6f}, imbalance {meta['imbalance']:.3f}, empty {meta['empty']:,}, "
+                f"{meta['iterations']} iterations"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
