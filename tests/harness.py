@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import pickle
 import queue
 import socket
 import tempfile
@@ -27,7 +28,8 @@ def _rank_main(fn: Callable[..., Any], rank: int, world: int, meeting: str, resu
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
-        results.put((rank, True, fn(*args)))
+        # Bytes, not tensors: torch would send a file descriptor that dies with this process.
+        results.put((rank, True, pickle.dumps(fn(*args))))
         dist.barrier()
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
@@ -38,8 +40,8 @@ def _rank_main(fn: Callable[..., Any], rank: int, world: int, meeting: str, resu
 
 
 def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 60) -> list[Any]:
-    """Run fn(*args) on `world` forked gloo ranks and return their results by rank; results travel as pickles of tensors
-    or plain values. An exception on a rank is raised here with its traceback; a rank that says nothing is a TimeoutError."""
+    """Run fn(*args) on `world` forked gloo ranks and return their results by rank.
+    An exception on a rank is raised here with its traceback; a rank that says nothing is a TimeoutError."""
     context = mp.get_context("fork")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +58,7 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float =
                     raise TimeoutError(f"ranks {sorted(set(range(world)) - set(out))} of {world} said nothing for {timeout_s} s") from None
                 if not ok:
                     raise AssertionError(f"rank {rank} of {world} failed:\n{value}")
-                out[rank] = value
+                out[rank] = pickle.loads(value)
             for process in ranks:
                 process.join(timeout_s)
         finally:

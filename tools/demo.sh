@@ -37,7 +37,7 @@ train() { # train NAME RUN.json options...
 }
 evaluate() { # evaluate NAME: export with open_clip's formats, then test what was exported
     alone tools/export.py --run "$out/$1" --out "$out/$1/export" --name "$1" &&
-        alone tools/eval.py --model "local-dir:$out/$1/export" --dataset-root data/digits/test --tasks zero_shot,linear_probe --out "$out/$1/eval"
+        alone tools/eval.py --model "local-dir:$out/$1/export" --dataset-root data/digits/test --dataset-name digits --tasks zero_shot,linear_probe --out "$out/$1/eval"
 }
 again="read the message above, then run tools/demo.sh again: it goes on where it stopped"
 

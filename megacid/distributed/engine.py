@@ -69,6 +69,7 @@ class Engine:
         quiet()
         if parallel.device.type == "cpu":
             _without_compiled_extension()
+        os.environ.setdefault("LOCAL_RANK", str(parallel.local_rank))  # DeepSpeed asks for it also where no launcher was
         deepspeed.init_distributed(dist_backend="nccl" if parallel.device.type == "cuda" else "gloo", verbose=False)
         # The norm that is clipped counts the classifier too, so DeepSpeed's own clipping is off until `step` sets it.
         config = {**copy.deepcopy(run.deepspeed), "gradient_clipping": 0.0}

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -343,7 +344,7 @@ def load_state(path: Path, settings: KMeansSettings, identity: dict[str, Any]) -
         with np.load(path, allow_pickle=False) as stored:
             facts = json.loads(stored["facts"].tobytes())
             centroids_KD = torch.from_numpy(stored["centroids"])
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}): delete it to start again") from None
     wanted = _fingerprint(settings, identity)
     for name, value in wanted.items():

@@ -1,0 +1,307 @@
+"""embed -> cluster -> balance on a few real tars with a tiny open_clip model, restarted and spoiled on the way."""
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from megacid.checkpoint.store import read_meta
+from megacid.data.index import load_index
+from megacid.data.sidecar import KeepTable, LabelTable, TeacherTable
+from megacid.student import build_student, load_clip, open_clip_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(tool: str, *args: object, expect: int = 0) -> str:
+    """Run a tool in this process's interpreter and environment; returns what it printed."""
+    done = run_command([sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, args)])
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def run_command(command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+
+def save_model(folder: Path, seed: int) -> Path:
+    student = build_student("digits-student", embed_dim=32, seed=seed)
+    folder.mkdir(parents=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(open_clip_config(student)))
+    tensors = {name: value.detach().clone().contiguous() for name, value in student.clip.state_dict().items()}
+    save_file(tensors, folder / "open_clip_model.safetensors")
+    return folder
+
+
+def write_shards(folder: Path) -> None:
+    """Three tars of 12 pictures; every third picture is a copy of the one before; one picture is damaged."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for shard in range(3):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for row in range(12):
+                key = f"{shard:05d}{row:04d}"
+                redundant = row % 3 == 2
+                if not redundant:
+                    picture = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((40, 40))
+                    origin = key
+                buffer = io.BytesIO()
+                picture.save(buffer, "PNG")
+                image = b"not a picture" if key == "000010004" else buffer.getvalue()
+                facts = {
+                    "key": key,
+                    "origin": origin,
+                    "redundant": redundant,
+                    "uid": hashlib.md5(key.encode()).hexdigest(),
+                }
+                for ending, data in (
+                    ("png", image),
+                    ("txt", f"picture {key}".encode()),
+                    ("json", json.dumps(facts).encode()),
+                ):
+                    info = tarfile.TarInfo(f"{key}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with shards, model, embeddings, clusters and balance, made by the tools."""
+    folder = tmp_path_factory.mktemp("offline")
+    write_shards(folder / "shards")
+    save_model(folder / "model", 0)
+    run("embed", *embed_args(folder))
+    run("cluster", *cluster_args(folder))
+    yield folder
+
+
+def embed_args(folder: Path, out: str = "emb", model: str = "model") -> list[object]:
+    return [
+        "--shards",
+        folder / "shards",
+        "--out",
+        folder / out,
+        "--model",
+        f"local-dir:{folder / model}",
+        "--workers",
+        0,
+        "--batch-size",
+        5,
+    ]
+
+
+def cluster_args(folder: Path, out: str = "clusters", k: int = 4, emb: str = "emb") -> list[object]:
+    return ["--embeddings", folder / emb, "--out", folder / out, "--k", k, "--iterations", 4, "--top-labels", 2]
+
+
+def snapshot(folder: Path, pattern: str) -> dict[str, tuple[str, int]]:
+    """Content hash and inode of files: a file that was written again has another inode."""
+    return {
+        str(p.relative_to(folder)): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_ino)
+        for p in sorted(folder.glob(pattern))
+    }
+
+
+def test_embeddings_join_by_key_and_name_what_is_missing(stage: Path) -> None:
+    meta = read_meta(stage / "emb", expect="embed")
+    assert meta["num_samples"] == 35 and meta["dim"] == 32
+    assert meta["failures"] == {"count": 1, "named": ["00001/000010004"]}
+    assert meta["partitions"] == {"00000": 0, "00001": 1, "00002": 2}
+    keys = pq.read_table(stage / "emb" / "metadata" / "metadata_00001.parquet")
+    assert keys.column_names == ["image_path", "caption", "shard"]
+    assert keys["image_path"].to_pylist() == [f"00001{row:04d}" for row in range(12) if row != 4]
+    index = load_index(stage / "shards")
+    table = TeacherTable(stage / "emb", index)
+    assert table.has(1, np.arange(12)).tolist() == [row != 4 for row in range(12)]
+    # The last row of the second tar, embedded here by hand.
+    image, text = table.rows(1, np.array([11]))
+    clip = load_clip(f"local-dir:{stage / 'model'}")
+    with tarfile.open(stage / "shards" / "00001.tar") as tar:
+        member = tar.extractfile("000010011.png")
+        assert member is not None
+        picture = Image.open(io.BytesIO(member.read())).convert("RGB")
+    wanted_image = clip.encode_image(clip.preprocess_eval(picture)[None])
+    wanted_text = clip.encode_text(clip.tokenizer(["picture 000010011"]))
+    assert image.dtype == np.float16
+    torch.testing.assert_close(torch.from_numpy(image).float(), wanted_image, atol=1e-3, rtol=0)
+    torch.testing.assert_close(torch.from_numpy(text).float(), wanted_text, atol=1e-3, rtol=0)
+
+
+def test_embed_redoes_only_what_is_torn(stage: Path) -> None:
+    before = snapshot(stage / "emb", "*_emb/*.npy")
+    metadata = snapshot(stage / "emb", "metadata/*")
+    torn = stage / "emb" / "img_emb" / "img_emb_00001.npy"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    (stage / "emb" / "metadata" / "metadata_00002.parquet").unlink()
+    (stage / "emb" / "meta.json").unlink()
+    said = run("embed", *embed_args(stage))
+    assert "2 of 3 shards to do" in said and "left out: 00001/000010004" in said
+    after = snapshot(stage / "emb", "*_emb/*.npy")
+    assert {name: digest for name, (digest, _) in after.items()} == {
+        name: digest for name, (digest, _) in before.items()
+    }
+    assert after["img_emb/img_emb_00000.npy"] == before["img_emb/img_emb_00000.npy"]
+    assert after["img_emb/img_emb_00001.npy"] != before["img_emb/img_emb_00001.npy"]
+    assert snapshot(stage / "emb", "metadata/*").keys() == metadata.keys()
+    assert not list(stage.glob("emb/**/.tmp*"))
+
+
+def test_embed_refuses_another_model_in_the_same_folder(stage: Path) -> None:
+    save_model(stage / "other", 1)
+    said = run("embed", *embed_args(stage, model="other"), expect=2)
+    assert "error:" in said and str(stage / "model") in said and str(stage / "other") in said
+    # Other weights at the same path are noticed too.
+    weights = stage / "model" / "open_clip_model.safetensors"
+    mine = weights.read_bytes()
+    weights.write_bytes((stage / "other" / "open_clip_model.safetensors").read_bytes())
+    try:
+        assert "was made with weights" in run("embed", *embed_args(stage), expect=2)
+    finally:
+        weights.write_bytes(mine)
+
+
+@pytest.mark.launch
+def test_two_ranks_write_the_same_files(stage: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for tool, args in (
+        ("embed", embed_args(stage, out="emb2")),
+        ("cluster", cluster_args(stage, out="clusters2", emb="emb2")),
+        (
+            "balance",
+            [
+                "--embeddings",
+                stage / "emb2",
+                "--clusters",
+                stage / "clusters2",
+                "--out",
+                stage / "balance2",
+                "--threshold",
+                "0.02",
+            ],
+        ),
+    ):
+        done = run_command([*launcher, str(ROOT / "tools" / f"{tool}.py"), *map(str, args)])
+        assert done.returncode == 0, done.stdout + done.stderr
+    for stem in ("00000", "00001", "00002"):
+        one, two = (pq.read_table(stage / name / "labels" / f"{stem}.parquet") for name in ("clusters", "clusters2"))
+        assert one.equals(two)
+    np.testing.assert_array_equal(
+        np.load(stage / "clusters" / "centroids.npy"), np.load(stage / "clusters2" / "centroids.npy")
+    )
+    run(
+        "balance",
+        "--embeddings",
+        stage / "emb",
+        "--clusters",
+        stage / "clusters",
+        "--out",
+        stage / "balance1",
+        "--threshold",
+        "0.02",
+    )
+    for path in (stage / "balance1" / "keep").iterdir():
+        np.testing.assert_array_equal(np.load(path), np.load(stage / "balance2" / "keep" / path.name))
+
+
+def test_cluster_files(stage: Path) -> None:
+    meta = read_meta(stage / "clusters", expect="cluster")
+    assert (meta["k"], meta["dim"], meta["metric"], len(meta["objective"])) == (4, 32, "cosine", 4)
+    centroids, sizes = np.load(stage / "clusters" / "centroids.npy"), np.load(stage / "clusters" / "sizes.npy")
+    assert centroids.dtype == np.float32 and sizes.dtype == np.int64 and sizes.sum() == 35
+    np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-6)
+    index = load_index(stage / "shards")
+    labels, teacher = LabelTable(stage / "clusters", index), TeacherTable(stage / "emb", index)
+    assert labels.rows(1, np.arange(12))[4].tolist() == [-1, -1]
+    rows = np.array([0, 3, 11])
+    cosine = teacher.rows(1, rows)[0].astype(np.float32) @ centroids.T
+    np.testing.assert_array_equal(labels.rows(1, rows), np.argsort(-cosine, axis=1)[:, :2])
+    stored = pq.read_table(stage / "clusters" / "labels" / "00001.parquet")
+    assert [str(field.type) for field in stored.schema] == ["string", "int32", "halffloat", "int32"]
+    score = dict(zip(stored["key"].to_pylist(), stored["score"].to_pylist()))
+    assert float(score["000010011"]) == pytest.approx(float(cosine[2].max()), abs=2e-3)
+
+
+def test_cluster_is_left_alone_when_complete_and_refused_when_different(stage: Path) -> None:
+    before = snapshot(stage / "clusters", "**/*.*")
+    assert "is complete" in run("cluster", *cluster_args(stage))
+    assert snapshot(stage / "clusters", "**/*.*") == before
+    assert "k=4, this run has k=5" in run("cluster", *cluster_args(stage, k=5), expect=2)
+    assert "k is 36 but there are only 35 rows" in run("cluster", *cluster_args(stage, out="many", k=36), expect=2)
+
+
+def test_balance_finds_the_planted_copies(stage: Path) -> None:
+    out = stage / "balance"
+    said = run(
+        "balance", "--embeddings", stage / "emb", "--clusters", stage / "clusters", "--out", out, "--threshold", 0.003
+    )
+    report = json.loads((out / "report.json").read_text())
+    planted = report["planted_copies"]
+    # One member of the damaged picture's group is left, so 11 of the 12 groups have a copy.
+    assert planted["groups"] == 11 and planted["removal_recall"] == 1 and planted["removal_precision"] == 1
+    assert report["kept"] == 24 and report["without_embedding"] == 1 and "24 of 35 samples kept" in said
+    index = load_index(stage / "shards")
+    keep = KeepTable(out, index)
+    assert keep.counts.sum() == 24 and 4 not in keep.kept(1) and 5 in keep.kept(1)
+    assert read_meta(out, expect="balance")["kept"] == 24
+    subset = np.load(out / "subset.npy")
+    kept_keys = [index.table(shard).keys[row] for shard in range(3) for row in keep.kept(shard)]
+    uids = sorted(hashlib.md5(key.encode()).hexdigest() for key in kept_keys)
+    assert [f"{high:016x}{low:016x}" for high, low in subset.tolist()] == uids
+    page = (out / "gallery.html").read_text()
+    assert page.count('class="kept"') == 11 and page.count("data:image/jpeg;base64,") == 22 and "<svg" in page
+    assert "http" not in page
+
+
+@pytest.mark.parametrize("keep", ["farthest", "random", "caption"])
+def test_every_rule_reaches_the_target(stage: Path, keep: str) -> None:
+    out = stage / f"balance-{keep}"
+    run(
+        "balance",
+        "--embeddings",
+        stage / "emb",
+        "--clusters",
+        stage / "clusters",
+        "--out",
+        out,
+        "--target-keep",
+        0.6,
+        "--keep",
+        keep,
+    )
+    report = json.loads((out / "report.json").read_text())
+    assert report["kept"] == 21 and report["threshold_curve"]
+
+
+def test_stages_of_different_shards_are_not_mixed(stage: Path, tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards")
+    (tmp_path / "shards" / "00002.tar").unlink()
+    said = run(
+        "balance",
+        "--embeddings",
+        stage / "emb",
+        "--clusters",
+        stage / "clusters",
+        "--out",
+        tmp_path / "b",
+        "--threshold",
+        0.1,
+        "--shards",
+        tmp_path / "shards",
+        expect=2,
+    )
+    assert str(tmp_path / "shards") in said and "other shards" in said
+    said = run("cluster", "--embeddings", stage / "clusters", "--out", tmp_path / "c", "--k", 3, expect=2)
+    assert "wanted a directory made by 'embed'" in said
