@@ -68,7 +68,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("megacid").setLevel(logging.INFO)
     if args.gallery_groups < 0:
         raise UserError(f"--gallery-groups is {args.gallery_groups}, wanted 0 or more")
     settings = BalanceSettings(

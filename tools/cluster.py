@@ -75,7 +75,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("megacid").setLevel(logging.INFO)
     settings = KMeansSettings(
         k=args.k,
         metric=args.metric,

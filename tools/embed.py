@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from megacid.config import UserError, run_tool
 from megacid.data.index import load_index
-from megacid.distributed.collectives import agree, barrier
+from megacid.distributed.collectives import agree
 from megacid.distributed.parallel import session
 from megacid.offline import embed
 from megacid.offline.ranks import accept_launcher_arguments, fail_together
@@ -57,7 +57,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("megacid").setLevel(logging.INFO)
     if args.batch_size < 1 or args.workers < 0:
         raise UserError(
             f"--batch-size is {args.batch_size} and --workers {args.workers}, wanted at least 1 and at least 0"
@@ -79,13 +80,13 @@ def main(argv: list[str] | None = None) -> int:
                 "shards_digest": index.digest,
             }
         agree(str(settings), "shards and model", parallel.group)
-        if parallel.is_first:
-            each = embed.seconds_per_sample(clip, index, args.batch_size)
-            hours = each * index.num_samples / parallel.world / 3600
-            print(
-                f"{index.num_samples:,} pairs in {len(index.names)} shards, width {clip.embed_dim}, {precision}: about {hours:.3g} h of model time on {parallel.world} ranks"
-            )
-        barrier(parallel.group)
+        with fail_together(parallel.group):
+            if parallel.is_first:
+                each = embed.seconds_per_sample(clip, index, args.batch_size)
+                hours = each * index.num_samples / parallel.world / 3600
+                print(
+                    f"{index.num_samples:,} pairs in {len(index.names)} shards, width {clip.embed_dim}, {precision}: about {hours:.3g} h of model time on {parallel.world} ranks"
+                )
         with tqdm(unit="sample", desc="embed", disable=not parallel.is_first, unit_scale=True) as bar:
 
             def progress(total: int):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megacid.checkpoint.store import read_meta
 from megacid.config import UserError
-from megacid.distributed.collectives import gather_plain, rank, world_size
+from megacid.distributed.collectives import broadcast_json, gather_plain, rank, world_size
 from megacid.offline.assign import prepare
 from megacid.offline.linking import Link, keep_mask, owners
 from megacid.offline.ranks import fail_together
@@ -200,10 +200,20 @@ def decide(
     curve: list[tuple[float, float]] = []
     threshold, searched = settings.threshold, 0
     if threshold is None:
-        # Every rank searches the same sample and finds the same threshold; a broadcast would only save heat.
         with fail_together(group):
-            threshold, curve, searched = search_threshold(image, clusters, settings, device)
-    cost = np.concatenate([[0.0], np.cumsum(clusters.sizes.astype(np.float64) ** 2 + 1)])
+            # One rank decides: two devices may round a product differently.
+            found = search_threshold(image, clusters, settings, device) if rank(group) == 0 else None
+        threshold, points, searched = broadcast_json(found, group)
+        curve = [(float(at), float(kept)) for at, kept in points]
+        log.info("threshold %.5f found on %d of %d samples", threshold, searched, image.num_rows)
+    sizes = clusters.sizes.astype(np.float64)
+    log.info(
+        "%d clusters, the largest has %d samples, at most %.3g flop",
+        len(sizes),
+        sizes.max(initial=0),
+        (sizes**2).sum() * image.dim,
+    )
+    cost = np.concatenate([[0.0], np.cumsum(sizes**2 + 1)])
     cuts = np.searchsorted(cost, np.linspace(0, cost[-1], world_size(group) + 1))
     cuts[0], cuts[-1] = 0, len(clusters.sizes)
     first, last = int(cuts[rank(group)]), int(cuts[rank(group) + 1])

@@ -145,40 +145,49 @@ def initial_centroids(rows: Rows, settings: KMeansSettings, device: torch.device
     return x_BD[chosen_rows].cpu()
 
 
-def split_empty(centroids_KD: Tensor, sizes: np.ndarray, settings: KMeansSettings, iteration: int) -> int:
-    """Give every empty cluster half of the largest one, in place; returns how many. The same on every rank."""
+def split_empty(
+    centroids_KD: Tensor, sizes: np.ndarray, errors: np.ndarray, settings: KMeansSettings, iteration: int
+) -> int:
+    """Give every empty cluster half of the worst one, in place; returns how many. The same on every rank.
+
+    errors: float64 [K], summed distance of the rows of each cluster. The worst cluster is the one with the largest sum, not the
+    one with the most rows: web data has clumps of hundreds of thousands of equal images, which no split can divide.
+    """
     empty = np.flatnonzero(sizes == 0)
-    heap = [(-float(size), int(c)) for c, size in enumerate(sizes) if size > 0]
+    heap = [(-float(errors[c]), int(c)) for c in np.flatnonzero(sizes > 1)]
+    if not heap:
+        return len(empty)
     heapq.heapify(heap)
     rng = np.random.default_rng([settings.seed, 2, iteration])
     for cluster in empty:
-        size, largest = heapq.heappop(heap)
+        error, worst = heapq.heappop(heap)
         sign = torch.from_numpy(rng.integers(0, 2, centroids_KD.shape[1]).astype(np.float32) * 2 - 1)
-        step = _SPLIT * sign * centroids_KD[largest].abs()
-        centroids_KD[int(cluster)] = centroids_KD[largest] + step
-        centroids_KD[largest] -= step
+        step = _SPLIT * sign * centroids_KD[worst].abs()
+        centroids_KD[int(cluster)] = centroids_KD[worst] + step
+        centroids_KD[worst] -= step
         if settings.metric == "cosine":
-            pair = [int(cluster), largest]
+            pair = [int(cluster), worst]
             centroids_KD[pair] = torch.nn.functional.normalize(centroids_KD[pair], dim=1)
-        heapq.heappush(heap, (size / 2, largest))
-        heapq.heappush(heap, (size / 2, int(cluster)))
+        heapq.heappush(heap, (error / 2, worst))
+        heapq.heappush(heap, (error / 2, int(cluster)))
     return len(empty)
 
 
 class _Accumulator:
-    """Sums of one pass over this rank's rows: flat float64 [K * D + K + 2] = sums, counts, objective, moved rows."""
+    """Sums of one pass over this rank's rows: flat float64 [K * D + 2 K + 2] = sums, counts, errors, objective, moved rows."""
 
-    def __init__(self, k: int, dim: int, device: torch.device) -> None:
-        # Apple's accelerator has no float64; everything else adds where the rows are.
-        self.flat = torch.zeros(k * dim + k + 2, dtype=torch.float64, device=device)
+    def __init__(self, settings: KMeansSettings, dim: int, device: torch.device, scale: float) -> None:
+        k = settings.k
+        self.k, self.metric, self.grid = k, settings.metric, 2.0**_GRID_BITS / scale
+        self.flat = torch.zeros(k * dim + 2 * k + 2, dtype=torch.float64, device=device)
         self.sums_KD = self.flat[: k * dim].view(k, dim)
-        self.counts_K = self.flat[k * dim : -2]
-        self.k = k
+        self.counts_K, self.errors_K = self.flat[k * dim : -2].view(2, k)
 
-    def add(self, x_TD: Tensor, label_T: Tensor, value_T: Tensor, scale: float) -> None:
-        grid = 2.0**_GRID_BITS / scale
-        self.sums_KD.index_add_(0, label_T, (x_TD.double() * grid).round() / grid)
+    def add(self, x_TD: Tensor, label_T: Tensor, value_T: Tensor) -> None:
+        self.sums_KD.index_add_(0, label_T, (x_TD.double() * self.grid).round() / self.grid)
         self.counts_K += torch.bincount(label_T, minlength=self.k)
+        error_T = 1 - value_T.double() if self.metric == "cosine" else value_T.double()
+        self.errors_K.index_add_(0, label_T, (error_T * self.grid).round() / self.grid)
         self.flat[-2] += value_T.double().sum()
 
 
@@ -196,7 +205,7 @@ def _one_pass(
     """Assign this rank's rows and add them up; `previous` (int32, this rank's rows, -1 unknown) is brought up to date."""
     tile = tile_rows(device)
     assigner = Assigner(state.centroids, settings.metric, device, settings.backend)
-    total = _Accumulator(settings.k, rows.dim, device)
+    total = _Accumulator(settings, rows.dim, device, scale)
     tiles = math.ceil(rows.num_rows / tile)
     first, last = share(tiles, collectives.rank(group), collectives.world_size(group))
     start, stop = first * tile, min(last * tile, rows.num_rows)
@@ -208,7 +217,7 @@ def _one_pass(
                 x_TD = x_BD[at : at + tile]
                 value_TL, label_TL = assigner.tile(pad_rows(x_TD, tile))
                 label_T = label_TL[: len(x_TD), 0]
-                total.add(x_TD, label_T, value_TL[: len(x_TD), 0], scale)
+                total.add(x_TD, label_T, value_TL[: len(x_TD), 0])
                 labels = label_T.cpu().numpy().astype(np.int32)
                 where = slice(low + at - start, low + at - start + len(labels))
                 moved += int((previous[where] != labels).sum())
@@ -230,7 +239,7 @@ def _update(state: KMeansState, total: _Accumulator, settings: KMeansSettings) -
         # Rows that cancel exactly have no direction; the old centroid stays.
         means = torch.where(length > 1e-12, means / length.clamp_min(1e-12), state.centroids.double())
     state.centroids = means.float()
-    return sizes, split_empty(state.centroids, sizes, settings, state.iteration)
+    return sizes, split_empty(state.centroids, sizes, total.errors_K.cpu().numpy(), settings, state.iteration)
 
 
 def kmeans(

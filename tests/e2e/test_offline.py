@@ -1,40 +1,67 @@
 """embed -> cluster -> balance on a few real tars with a tiny open_clip model, restarted and spoiled on the way."""
 
+import contextlib
 import hashlib
+import importlib.util
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
+from harness import run_ranks
 from PIL import Image
 from safetensors.torch import save_file
 
 from megacid.checkpoint.store import read_meta
+from megacid.config import run_tool
 from megacid.data.index import load_index
 from megacid.data.sidecar import KeepTable, LabelTable, TeacherTable
+from megacid.distributed.parallel import Parallel
+from megacid.offline import embed
+from megacid.offline.balance import BalanceSettings
+from megacid.offline.balance_stage import balance
+from megacid.offline.cluster import cluster
+from megacid.offline.kmeans import KMeansSettings
 from megacid.student import build_student, load_clip, open_clip_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(tool: str, *args: object, expect: int = 0) -> str:
-    """Run a tool in this process's interpreter and environment; returns what it printed."""
-    done = run_command([sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, args)])
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done.stdout + done.stderr
+def load_tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def run_command(command: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+def run(name: str, *args: object, expect: int = 0) -> str:
+    """Run a tool as its command line does, inside this process (starting torch anew takes seconds); returns what it said."""
+    tool, said = load_tool(name), io.StringIO()
+    handler = logging.StreamHandler(said)
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            code = run_tool(lambda: tool.main([str(arg) for arg in args]))
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+    assert code == expect, said.getvalue()
+    return said.getvalue()
 
 
 def save_model(folder: Path, seed: int) -> Path:
@@ -173,28 +200,25 @@ def test_embed_refuses_another_model_in_the_same_folder(stage: Path) -> None:
         weights.write_bytes(mine)
 
 
-@pytest.mark.launch
+def all_stages(stage: Path) -> None:
+    """What the three tools do, on this rank."""
+    parallel = Parallel(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"), dist.group.WORLD)
+    index, model = load_index(stage / "shards"), f"local-dir:{stage / 'model'}"
+    settings = {
+        "model": model,
+        "pretrained": None,
+        "precision": "fp32",
+        "weights": "w",
+        "dim": 32,
+        "shards_digest": index.digest,
+    }
+    embed.embed(index, load_clip(model), stage / "emb2", parallel, settings=settings, batch_size=5, workers=0)
+    cluster(stage / "emb2", stage / "clusters2", KMeansSettings(k=4, iterations=4), parallel, top_labels=2)
+    balance(stage / "emb2", stage / "clusters2", stage / "balance2", BalanceSettings(threshold=0.02), parallel)
+
+
 def test_two_ranks_write_the_same_files(stage: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for tool, args in (
-        ("embed", embed_args(stage, out="emb2")),
-        ("cluster", cluster_args(stage, out="clusters2", emb="emb2")),
-        (
-            "balance",
-            [
-                "--embeddings",
-                stage / "emb2",
-                "--clusters",
-                stage / "clusters2",
-                "--out",
-                stage / "balance2",
-                "--threshold",
-                "0.02",
-            ],
-        ),
-    ):
-        done = run_command([*launcher, str(ROOT / "tools" / f"{tool}.py"), *map(str, args)])
-        assert done.returncode == 0, done.stdout + done.stderr
+    run_ranks(all_stages, 2, stage)
     for stem in ("00000", "00001", "00002"):
         one, two = (pq.read_table(stage / name / "labels" / f"{stem}.parquet") for name in ("clusters", "clusters2"))
         assert one.equals(two)
@@ -214,6 +238,28 @@ def test_two_ranks_write_the_same_files(stage: Path) -> None:
     )
     for path in (stage / "balance1" / "keep").iterdir():
         np.testing.assert_array_equal(np.load(path), np.load(stage / "balance2" / "keep" / path.name))
+
+
+@pytest.mark.launch
+def test_under_a_launcher(stage: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(ROOT / "tools" / "cluster.py"),
+    ]
+    arguments = map(str, [*cluster_args(stage, out="clusters3"), "--local-rank", 0])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=120, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    np.testing.assert_array_equal(
+        np.load(stage / "clusters" / "centroids.npy"), np.load(stage / "clusters3" / "centroids.npy")
+    )
 
 
 def test_cluster_files(stage: Path) -> None:

@@ -181,24 +181,27 @@ def test_kmeans_plus_plus_starts_better_than_random() -> None:
     assert first["k-means++"] > first["random"]
 
 
-def test_empty_clusters_split_the_largest() -> None:
-    centroids = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+def test_empty_clusters_split_the_one_with_the_largest_error() -> None:
+    centroids = torch.nn.functional.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     before = centroids.clone()
-    assert split_empty(centroids, np.array([10, 0, 3, 0]), KMeansSettings(k=4), 0) == 2
-    # 10 is halved into clusters 0 and 1, then the first of the two fives once more into 3.
+    # Cluster 4 is large and has no spread; cluster 2 has one row.
+    sizes, errors = np.array([10, 0, 1, 0, 900]), np.array([2.0, 0, 5.0, 0, 0.1])
+    assert split_empty(centroids, sizes, errors, KMeansSettings(k=5), 0) == 2
+    # The error of 0 is halved between 0 and 1, then the first of the two halves once more with 3.
     assert float(centroids[1] @ before[0]) > 0.999 and float(centroids[3] @ before[0]) > 0.999
-    assert torch.equal(centroids[2], before[2])
-    assert len({tuple(row.tolist()) for row in centroids}) == 4
-    assert torch.allclose(centroids.norm(dim=1), torch.ones(4))
+    assert torch.equal(centroids[[2, 4]], before[[2, 4]])
+    assert len({tuple(row.tolist()) for row in centroids}) == 5
+    assert torch.allclose(centroids.norm(dim=1), torch.ones(5))
 
 
-def test_no_empty_cluster_is_left_when_the_start_is_bad() -> None:
-    # Copies of one row fill most of the data: a random start takes several of them.
+def test_a_clump_of_copies_does_not_swallow_clusters() -> None:
+    # 900 copies of one row: a random start takes a dozen of them, which splitting by size would never get out of there.
     x = np.concatenate([np.repeat(blobs(1), 900, axis=0), blobs(600, seed=2)])
-    settings = KMeansSettings(k=30, iterations=15)
-    state = kmeans(ArrayRows(x), settings)
-    labels = Assigner(state.centroids, "cosine", torch.device("cpu")).tile(torch.from_numpy(x).float())[1]
-    assert len(labels.unique()) >= 29
+    for metric in ("cosine", "euclidean"):
+        state = kmeans(ArrayRows(x), KMeansSettings(k=30, metric=metric, iterations=15))
+        unit = torch.nn.functional.normalize(torch.from_numpy(x).float(), dim=1)
+        labels = Assigner(state.centroids, metric, torch.device("cpu")).tile(unit)[1]
+        assert len(labels.unique()) >= 29
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])

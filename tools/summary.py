@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+"""Collect what tools/demo.sh made into one table and `summary.json`.
+
+    tools/summary.py --demo runs/demo
+
+Reads what the tools wrote and computes nothing itself: the evaluation's JSON files, each run's train_summary.json, the
+balance report, the stage times.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from megacid.checkpoint.store import versions, write_json_atomic
+from megacid.config import UserError, run_tool
+
+RUNS = {
+    "teacher": "teacher (contrastive)",
+    "student_plain": "student, plain (contrastive)",
+    "student_instance": "student, instance distillation",
+    "student_cluster": "student, instance + cluster",
+    "student_balanced": "the same on balanced data",
+}
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing, so a stage before this one did not finish: run tools/demo.sh again") from None
+
+
+def of_run(demo: Path, name: str) -> dict[str, Any]:
+    trained, config = read(demo / name / "train_summary.json"), read(demo / name / "config.json")["resolved"]
+    scores: dict[str, float] = {}
+    for path in sorted((demo / name / "eval").glob("*.json")):
+        result = read(path)
+        scores[result["task"]] = result["metrics"]["acc1"]
+    return {
+        "zero_shot_top1": scores["zeroshot_classification"],
+        "linear_probe_top1": scores["linear_probe"],
+        "train_seconds": trained["seconds"],
+        "samples_per_second": trained["samples_per_second"],
+        "steps": trained["steps"],
+        "seed": config["megacid"]["run"]["seed"],
+        "ranks": trained["world"],
+        "zero_stage": config.get("zero_optimization", {}).get("stage", 0),
+    }
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def table(runs: dict[str, dict[str, Any]]) -> str:
+    rows = ["| model | zero-shot top-1 | linear probe top-1 | training | samples/s |", "|---|---:|---:|---:|---:|"]
+    for name, run in runs.items():
+        rows.append(f"| {RUNS[name]} | {100 * run['zero_shot_top1']:.1f} % | {100 * run['linear_probe_top1']:.1f} % | {run['train_seconds']:.0f} s | {run['samples_per_second']:.0f} |")
+    return "\n".join(rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, required=True, help="output directory of tools/demo.sh")
+    demo = parser.parse_args().demo
+    runs = {name: of_run(demo, name) for name in RUNS}
+    report = read(demo / "balance" / "report.json")
+    times = dict(line.split("\t") for line in (demo / "times.tsv").read_text().splitlines())
+    planted = report.get("planted_copies", {})
+    summary = {
+        "runs": runs,
+        "balance": {
+            "share_kept": report["share_kept"],
+            "share_removed": report["share_removed"],
+            "threshold": report["threshold"],
+            "planted_copies": planted,
+        },
+        "seconds_per_stage": {name: int(seconds) for name, seconds in times.items()},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
+        "versions": versions(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+    write_json_atomic(demo / "summary.json", summary)
+    print(f"\n{table(runs)}\n")
+    print(f"balance: {100 * report['share_removed']:.1f} % of the pairs removed at distance {report['threshold']:.4f}; planted copies: {json.dumps(planted)}")
+    print("seconds per stage: " + ", ".join(f"{name} {seconds}" for name, seconds in times.items()))
+    print(f"{summary['machine']['cpu']}, {os.cpu_count()} cores, {summary['date']}; all of it: {demo / 'summary.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
