@@ -374,14 +374,16 @@ def _complete_batches(config: dict[str, Any], world: int) -> dict[str, Any]:
     for name in names:
         if name in config and (not isinstance(config[name], int) or isinstance(config[name], bool) or config[name] < 1):
             raise UserError(f'"{name}" is {config[name]!r}, wanted a whole number of at least 1')
+    total: int | None
+    micro: int | None
     total, micro, accumulation = (config.get(name) for name in names)
     if total is None and micro is None:
         raise UserError('"train_batch_size" and "train_micro_batch_size_per_gpu" are both missing: write the global batch (samples per step over all ranks)')
-    if total is None:
+    if total is None and micro is not None:
         total = micro * (accumulation or 1) * world
-    elif micro is None:
-        accumulation = accumulation or 1
-        micro = total // (accumulation * world)
+    assert total is not None
+    if micro is None:
+        micro = total // ((accumulation or 1) * world)
     elif accumulation is None:
         accumulation = total // (micro * world)
     accumulation = accumulation or 1

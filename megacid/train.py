@@ -183,7 +183,8 @@ def together(build: Callable[[], T], parallel: Parallel) -> T:
 
 
 def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
-    from megacid.distributed.engine import Engine  # deepspeed takes seconds to import: not before the settings are known to be good
+    # deepspeed takes seconds to import: not before the settings are known to be good.
+    from megacid.distributed.engine import Engine
 
     config, directory = run.megacid.run, run.directory
     lock = together(lambda: RunLock(directory) if parallel.is_first else None, parallel)

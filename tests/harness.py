@@ -30,13 +30,15 @@ def _rank_main(fn: Callable[..., Any], rank: int, world: int, meeting: str, resu
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
         # Bytes, not tensors: torch would send a file descriptor that dies with this process.
         results.put((rank, True, pickle.dumps(fn(*args))))
-        dist.barrier()
+        if dist.is_initialized():
+            dist.barrier()
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
         results.close()
         results.join_thread()
         os._exit(1)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 60) -> list[Any]:

@@ -234,7 +234,7 @@ def verify(directory: Path, *, hashes: bool = True) -> dict[str, Any]:
 
 def newest_valid(root: Path, *, hashes: bool = True) -> tuple[Path | None, list[str]]:
     """(directory of the newest checkpoint that verifies or None, one message for each newer one that does not)."""
-    problems = []
+    problems: list[str] = []
     for _, path in reversed(list_steps(root)):
         try:
             verify(path, hashes=hashes)

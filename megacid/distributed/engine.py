@@ -7,6 +7,7 @@ decides once for both optimizers, and `step` applies exactly the clipping factor
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import importlib.util
@@ -25,13 +26,15 @@ from megacid.distributed.parallel import Parallel
 os.environ.setdefault("DS_BUILD_OPS", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import deepspeed
+from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
-from deepspeed.utils import logger as deepspeed_logger
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -44,7 +47,8 @@ def quiet(level: int = logging.WARNING) -> None:
 def _without_compiled_extension() -> None:
     # On the CPU DeepSpeed would compile a C++ extension at every first start: used only for inference, 5 to 20 s, a race
     # between launches that share its cache, and a crash where there is no compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Giving the whole table (nothing is compatible) also spares the probing of every other operator with the compiler.
+    deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
 
 
 def _apex_optimizer(kind: str) -> type[torch.optim.Optimizer]:
@@ -88,7 +92,7 @@ class Engine:
         )
         self.stage = run.zero_stage
         self.dtype = torch.bfloat16 if run.bf16 else torch.float32
-        self.device = parallel.device
+        self.device, self.parallel = parallel.device, parallel
         self._norm: Tensor | None = None
 
     @property
@@ -224,15 +228,26 @@ class Engine:
                 for key in MOMENTS:
                     self._base_optimizer().state[p][key].copy_(state(name, key))
                 continue
-            safe_set_full_fp32_param(p, value.to(self.device))
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(p, state(name, key).to(self.device), key)
+            if self.stage == 3:
+                safe_set_local_fp32_param(p, self._partition(p, value))
+                for key in MOMENTS:
+                    safe_set_local_optimizer_state(p, self._partition(p, state(name, key)), key)
+            else:
+                safe_set_full_fp32_param(p, value.to(self.device))
+                for key in MOMENTS:
+                    safe_set_full_optimizer_state(p, state(name, key).to(self.device), key)
             # The live parameter too, else the first forward runs on the old weights.
             with self._gathered(p):
                 p.data.copy_(value.to(p.dtype))
         for entry in self._base_optimizer().state.values():
             if "step" in entry:
                 entry["step"] = torch.full_like(entry["step"], float(step)) if torch.is_tensor(entry["step"]) else step
+
+    def _partition(self, p: Any, value: Tensor) -> Tensor:
+        """This rank's ZeRO-3 part of a whole tensor. DeepSpeed's own setter fails where the ranks do not divide the size."""
+        size = p.ds_tensor.ds_numel
+        flat = torch.nn.functional.pad(value.flatten(), (0, size * self.parallel.world - value.numel()))
+        return flat[size * self.parallel.rank : size * (self.parallel.rank + 1)].to(self.device)
 
     @torch.no_grad()
     def load_buffers(self, buffers: dict[str, Tensor]) -> None:

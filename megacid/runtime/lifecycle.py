@@ -32,7 +32,7 @@ class RunLock:
         """Raises UserError when the directory cannot be made or another run holds it."""
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._file: IO[str] = open(directory / ".lock", "a+")
+            self._file: IO[str] = open(directory / ".lock", "a+")  # noqa: SIM115  held for the life of the run
         except OSError as error:
             raise UserError(f"cannot write to the run directory {directory} ({error.strerror}): correct run.dir or its permissions") from None
         try:

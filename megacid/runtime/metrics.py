@@ -46,7 +46,7 @@ class Metrics:
         self.directory, self.first, self.total_steps = directory, first, total_steps
         self.global_batch, self.world, self.log_every = global_batch, world, log_every
         # purge_step: points that a crashed run wrote after its last checkpoint are taken back.
-        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step) if first else None
+        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1) if first else None
         self.began, self.start_step = time.perf_counter(), start_step
         self._last, self._last_step, self._data_s = self.began, start_step, 0.0
 

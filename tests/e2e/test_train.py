@@ -1,0 +1,312 @@
+"""The trainer as its users start it: resume, elastic ranks, export, launchers, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  imported once here, inherited by forked ranks
+import pytest
+import torch._dynamo  # noqa: F401
+import torch.distributed as dist
+from conftest import Pipeline
+from harness import free_port, run_ranks
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megacid import train
+from megacid.checkpoint.state import CheckpointReader
+from megacid.config import UserError, load_run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _main(argv: list[str]) -> int:
+    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=str(dist.get_rank()))
+    return train.main(argv)
+
+
+def run_train(world: int, file: Path, *options: str, expect: int = 0) -> None:
+    assert run_ranks(_main, world, ["--deepspeed_config", str(file), *options], timeout_s=120) == [expect] * world
+
+
+def tensors(directory: Path) -> dict[str, Tensor]:
+    """Everything a checkpoint holds, whatever number of ranks wrote it."""
+    reader = CheckpointReader(directory)
+    found = {f"{kind}/{name}": reader.tensor(kind, name) for kind in ("param", "exp_avg", "exp_avg_sq", "buffer") for name in reader.names(kind)}
+    classes = reader.manifest["num_classes"]
+    for name in ("head/weight", "optimizer/exp_avg", "optimizer/exp_avg_sq", "optimizer/updates"):
+        found[name] = reader.rows(name, 0, classes)
+    # Copies: what is read from a file is mapped to it, and a test may change the file.
+    return {name: value.clone() for name, value in found.items()}
+
+
+def losses(run: Path) -> dict[int, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("train/loss")}
+
+
+# ---- resume ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_a_stopped_and_resumed_run_ends_with_the_same_bits(pipeline: Pipeline, world: int, stage: int) -> None:
+    through = pipeline.run_file(f"through{world}{stage}", zero_optimization={"stage": stage})
+    run_train(world, through)
+    broken = pipeline.run_file(f"broken{world}{stage}", zero_optimization={"stage": stage})
+    run_train(world, broken, "--stop-after", "4", expect=143)
+    run_train(world, broken)
+    want, got = (tensors(pipeline.root / "runs" / f"{name}{world}{stage}" / "step-00000006") for name in ("through", "broken"))
+    assert want.keys() == got.keys() and len(want) > 50
+    assert [name for name in want if not want[name].equal(got[name])] == []
+    assert sorted(losses(pipeline.root / "runs" / f"broken{world}{stage}")) == [2, 4, 6], "tensorboard repeats or misses a step"
+
+
+def test_accumulated_micro_batches_resume_with_the_same_bits(pipeline: Pipeline) -> None:
+    changes: dict[str, Any] = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}
+    run_train(2, pipeline.run_file("gas_through", **changes))
+    run_train(2, pipeline.run_file("gas_broken", **changes), "--stop-after", "3", expect=143)
+    run_train(2, pipeline.root / "gas_broken.json")
+    want, got = (tensors(pipeline.root / "runs" / name / "step-00000006") for name in ("gas_through", "gas_broken"))
+    assert [name for name in want if not want[name].equal(got[name])] == []
+
+
+def test_another_number_of_ranks_and_another_zero_stage_go_on_with_the_same_loss(pipeline: Pipeline) -> None:
+    """With every class in every step: a rank samples its own share of classes, which depends on the number of ranks."""
+    run_train(2, pipeline.run_file("wide", classifier__sample_rate=1.0))
+    moved = pipeline.run_file("moved", classifier__sample_rate=1.0)
+    run_train(2, moved, "--stop-after", "3", expect=143)
+    run_train(1, moved, "--set", "zero_optimization.stage=2")
+    want, got = (losses(pipeline.root / "runs" / name) for name in ("wide", "moved"))
+    assert got[6] == pytest.approx(want[6], rel=1e-5)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(pipeline: Pipeline) -> None:
+    file = pipeline.run_file("damaged")
+    run_train(1, file)
+    run = pipeline.root / "runs" / "damaged"
+    want = tensors(run / "step-00000006")
+    victim = run / "step-00000006" / "student-00000.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    run_train(1, file)
+    assert "student-00000.safetensors has sha256" in (run / "log.txt").read_text()
+    got = tensors(run / "step-00000006")
+    assert [name for name in want if not want[name].equal(got[name])] == []
+
+
+def test_another_setting_is_another_run(pipeline: Pipeline, capfd: pytest.CaptureFixture[str]) -> None:
+    file = pipeline.run_file("drift")
+    run_train(1, file, "--stop-after", "3", expect=143)
+    run_train(1, file, "--set", "classifier.scale=8.0", expect=2)
+    assert "megacid.classifier.scale: 16.0 -> 8.0" in capfd.readouterr().err
+    run_train(1, file, "--resume", "never", expect=2)
+    assert "already has checkpoints up to step 3" in capfd.readouterr().err
+    run_train(1, file, "--set", "run.log_every=1")
+
+
+# ---- bad input: one error, exit code 2, nothing written ----------------------------------------------------------
+
+BAD = {
+    "unknown key": (["--set", "classifier.sample_rat=0.1"], 'did you mean "sample_rate"'),
+    "mistyped DeepSpeed key": (["--set", "train_batch_sise=8"], 'did you mean "train_batch_size"'),
+    "mistyped ZeRO key": (["--set", "zero_optimization.stag=1"], 'did you mean "stage"'),
+    "wrong type": (["--set", "run.total_steps=many"], "'many' (str), wanted int"),
+    "out of range": (["--set", "classifier.sample_rate=1.5"], "is 1.5, wanted 1 at most"),
+    "batches": (["--set", "train_micro_batch_size_per_gpu=5"], "wanted train_batch_size 16"),
+    "fp16": (["--set", 'fp16={"enabled": true}'], "wanted bf16 or fp32"),
+    "no clipping": (["--set", "gradient_clipping=auto"], "is \"auto\""),
+    "no teacher directory": (["--set", "data.teacher=/nowhere/teacher"], "/nowhere/teacher"),
+    "no shards": (["--set", "data.shards=/nowhere/shards"], "/nowhere/shards"),
+    "more than the data": (["--set", "train_batch_size=4096"], "global batch is 4096"),
+    "teacher width": (["--set", "student.embed_dim=48"], "embed_dim"),
+    "unknown model": (["--set", "student.model=ViT-Z-99"], "ViT-Z-99"),
+    "no terms": (["--set", 'loss={"alpha": 1.0}'], "every weight"),
+    "labels needed": (["--set", "data.labels=null"], "needs labels"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_error_that_names_it(pipeline: Pipeline, case: str, capfd: pytest.CaptureFixture[str]) -> None:
+    options, said = BAD[case]
+    name = "bad_" + case.replace(" ", "_")
+    run_train(2, pipeline.run_file(name), *options, "--dry-run", expect=2)
+    error = capfd.readouterr().err
+    assert said in error
+    assert error.count("error: ") == 1 and "Traceback" not in error, error
+    assert not (pipeline.root / "runs" / name).exists()
+
+
+def test_labels_of_other_shards_are_refused(pipeline: Pipeline, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(pipeline.shards, other)
+    shutil.rmtree(other / "index", ignore_errors=True)
+    sorted(other.glob("*.tar"))[-1].unlink()
+    run_train(1, pipeline.run_file("foreign"), "--set", f"data.shards={other}", "--dry-run", expect=2)
+    error = capfd.readouterr().err
+    assert str(other) in error and str(pipeline.teacher) in error
+
+
+def test_a_key_written_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "twice.json"
+    file.write_text('{"train_batch_size": 8, "train_batch_size": 16, "megacid": {}}')
+    with pytest.raises(UserError, match="written twice"):
+        load_run(file, world=1)
+
+
+def test_a_run_directory_in_use_is_refused(pipeline: Pipeline, capfd: pytest.CaptureFixture[str]) -> None:
+    from megacid.runtime.lifecycle import RunLock
+
+    held = RunLock(pipeline.root / "runs" / "held")
+    run_train(1, pipeline.run_file("held"), expect=2)
+    assert "is in use by process" in capfd.readouterr().err
+    held.release()
+
+
+def test_dry_run_says_what_the_run_needs_and_writes_nothing(pipeline: Pipeline, capfd: pytest.CaptureFixture[str]) -> None:
+    run_train(2, pipeline.run_file("dry"), "--dry-run")
+    said = capfd.readouterr().err
+    assert "memory of rank 0" in said and "classifier rows" in said and "labelled_share" in said
+    assert not (pipeline.root / "runs" / "dry").exists()
+
+
+def test_persistent_nan_ends_the_run_and_keeps_the_last_good_checkpoint(pipeline: Pipeline) -> None:
+    """A learning rate that explodes: the guard skips, then gives up with its own exit code."""
+    file = pipeline.run_file("nan", run__save_every=1)
+    run_train(1, file, "--stop-after", "2", expect=143)
+    want = tensors(pipeline.root / "runs" / "nan" / "step-00000002")
+    assert run_ranks(_nan_main, 2, ["--deepspeed_config", str(file), "--set", "run.save_every=100", "--set", "guard.max_consecutive_skips=2"], timeout_s=120) == [65, 65]
+    got = tensors(pipeline.root / "runs" / "nan" / "step-00000002")
+    assert all(want[name].equal(got[name]) for name in want)
+    assert not (pipeline.root / "runs" / "nan" / "step-00000006").exists()
+
+
+def _nan_main(argv: list[str]) -> int:
+    """The loss of rank 1 alone is not a number from the first step on; both ranks must take the same way out."""
+    from megacid.losses import Objective
+
+    original = Objective.__call__
+
+    def poisoned(self: Objective, *args: Any) -> Any:
+        loss, terms = original(self, *args)
+        return (loss * float("nan") if dist.get_rank() == 1 else loss), terms
+
+    Objective.__call__ = poisoned  # type: ignore[method-assign]
+    return _main(argv)
+
+
+# ---- real launches -----------------------------------------------------------------------------------------------
+
+
+def command(launcher: str, port: int) -> list[str]:
+    folder = Path(sys.executable).parent
+    return {
+        "deepspeed": [str(folder / "deepspeed"), "--num_gpus", "2", "--master_port", str(port), "megacid/train.py"],
+        "torchrun": [str(folder / "torchrun"), "--nproc_per_node", "2", "--master_port", str(port), "megacid/train.py"],
+        "python": [sys.executable, "megacid/train.py"],
+    }[launcher]
+
+
+def launch(launcher: str, file: Path, *options: str, port: int | None = None) -> subprocess.CompletedProcess[str]:
+    words = [*command(launcher, port or free_port()), "--deepspeed_config", str(file), *options]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
+
+
+def _left_behind(mark: str) -> list[str]:
+    """Command lines of living processes that mention `mark`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if mark in line and "pytest" not in line:
+            found.append(line)
+    return found
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "python"])
+def test_every_launcher_starts_the_trainer(pipeline: Pipeline, launcher: str) -> None:
+    done = launch(launcher, pipeline.run_file(f"by_{launcher}"), "--set", "run.total_steps=3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    reader = CheckpointReader(pipeline.root / "runs" / f"by_{launcher}" / "step-00000003")
+    assert reader.manifest["world"] == (1 if launcher == "python" else 2)
+    summary = json.loads((pipeline.root / "runs" / f"by_{launcher}" / "train_summary.json").read_text())
+    assert summary["steps"] == 3 and summary["samples_per_second"] > 0
+
+
+@pytest.mark.launch
+def test_bad_input_through_the_launcher_leaves_no_process(pipeline: Pipeline) -> None:
+    file = pipeline.run_file("unknown_key_launched")
+    done = launch("deepspeed", file, "--set", "data.labls=x")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count("error: unknown key") == 1
+    assert _left_behind(str(file)) == []
+
+
+@pytest.mark.launch
+def test_a_port_in_use_is_named(pipeline: Pipeline) -> None:
+    file = pipeline.run_file("port")
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        done = launch("deepspeed", file, port=taken.getsockname()[1])
+        said = done.stdout + done.stderr
+        assert done.returncode == 2, said
+        assert f"port {taken.getsockname()[1]} is in use" in said
+    assert _left_behind(str(file)) == []
+
+
+@pytest.mark.launch
+def test_sigterm_saves_and_the_same_command_goes_on(pipeline: Pipeline) -> None:
+    file = pipeline.run_file("term", run__total_steps=2000, run__save_every=1000, run__log_every=1)
+    run = pipeline.root / "runs" / "term"
+    words = [*command("python", 0), "--deepspeed_config", str(file)]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 90
+        while not (run / "log.txt").exists() or "step 3/" not in (run / "log.txt").read_text():
+            assert time.monotonic() < deadline and process.poll() is None, "the run did not begin"
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 143
+    finally:
+        process.kill()
+    saved = sorted(path.name for path in run.glob("step-*"))
+    assert len(saved) == 1
+    run_train(1, file, "--stop-after", str(int(saved[0][5:]) + 1), expect=143)
+    assert f"resumed from {run / saved[0]}" in (run / "log.txt").read_text()
+
+
+@pytest.mark.launch
+def test_a_trained_run_exports_and_evaluates(pipeline: Pipeline, tmp_path: Path) -> None:
+    """What the trainer wrote is what the export holds, and stock open_clip loads it."""
+    import open_clip
+    from test_offline import run as run_tool_inside
+
+    run_train(2, pipeline.run_file("exported"))
+    run_tool_inside("export", "--run", pipeline.root / "runs" / "exported", "--out", tmp_path / "export", "--name", "small")
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'export'}")
+    reader = CheckpointReader(pipeline.root / "runs" / "exported" / "step-00000006")
+    for name, parameter in model.named_parameters():
+        assert parameter.detach().reshape(-1).equal(reader.tensor("param", name).reshape(-1)), name
+    assert load_file(tmp_path / "export" / "open_clip_model.safetensors").keys() >= {name for name, _ in model.named_parameters()}
+
+
+def test_print_config_is_json_with_every_default(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--deepspeed_config", str(pipeline.run_file("printed")), "--print-config"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["train_micro_batch_size_per_gpu"] == 16 and printed["megacid"]["classifier"]["momentum"] == 0.9
