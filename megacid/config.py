@@ -228,6 +228,11 @@ class RunFile:
     def grad_reduction(self) -> Literal["mean", "sum"]:
         return "sum" if self.deepspeed.get("gradient_allreduce_op", "mean") == "sum" else "mean"
 
+    def with_embed_dim(self, embed_dim: int) -> RunFile:
+        """The same run with the student's width written out."""
+        student = dataclasses.replace(self.megacid.student, embed_dim=embed_dim)
+        return dataclasses.replace(self, megacid=dataclasses.replace(self.megacid, student=student))
+
     def resolved(self) -> dict[str, Any]:
         return {**self.deepspeed, "megacid": dataclasses.asdict(self.megacid)}
 

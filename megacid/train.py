@@ -197,6 +197,9 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     data = open_data(run, parallel)
     student = together(lambda: make_student(run, data), parallel)
     width = student.embed_dim
+    run = run.with_embed_dim(width)
+    if start_from is not None:
+        together(lambda: check_drift(run, directory), parallel)
     head, row_optimizer = together(lambda: make_classifier(run, data, width, parallel), parallel)
     objective = make_objective(run, head, parallel)
     student.to(parallel.device)
@@ -318,8 +321,6 @@ def find_checkpoint(run: RunFile, resume: str) -> str | None:
         log.warning("not a whole checkpoint, passed over: %s", problem)
     if existing and newest is None:
         raise UserError(f"none of the {len(existing)} checkpoints in {directory} is whole ({problems[0]}): restore one, or choose another run.name")
-    if newest is not None:
-        check_drift(run, directory)
     return str(newest) if newest else None
 
 
@@ -335,10 +336,10 @@ def report_memory(run: RunFile, student: Student, head: PartialFC | None, parall
 def dry_run(run: RunFile, parallel: Parallel) -> int:
     """Everything that can be checked without training: data, joins, one batch, student, classifier, memory. Writes nothing to the run directory."""
     setup_logging(parallel.rank, None)
-    together(lambda: check_drift(run, run.directory), parallel)
     data = open_data(run, parallel)
     together(lambda: next(iter(data.stream(0))), parallel)
     student = together(lambda: make_student(run, data), parallel)
+    together(lambda: check_drift(run.with_embed_dim(student.embed_dim), run.directory), parallel)
     head, _ = together(lambda: make_classifier(run, data, student.embed_dim, parallel), parallel)
     make_objective(run, head, parallel)
     report_memory(run, student, head, parallel)

@@ -9,7 +9,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup.sh
 bin=${VIRTUAL_ENV:-$PWD/.venv}/bin
 out=runs/demo
-steps=${STEPS:-300}
+steps=${STEPS:-200}         # of each student
+teacher_steps=${TEACHER_STEPS:-240}
 ranks=2
 mkdir -p $out
 # Two ranks share the cores. Exported, because the launcher hands its environment to the ranks.
@@ -32,8 +33,11 @@ alone() { OMP_NUM_THREADS=$cores "$bin/python" -W ignore "$@"; }
 train() { # train NAME RUN.json options...
     local name=$1 file=$2; shift 2
     OMP_NUM_THREADS=$(((cores + ranks - 1) / ranks)) "$bin/deepspeed" --num_gpus $ranks --master_port "${MASTER_PORT:-29500}" megacid/train.py --deepspeed_config "$file" \
-        --set run.dir=$out --set run.name="$name" --set run.total_steps="$steps" --set schedule.warmup_steps=$((steps / 5)) "$@" \
+        --set run.dir=$out --set run.name="$name" "$@" \
         > >(grep -v --line-buffered -e '\[INFO\]' -e '\[WARNING\]') 2> >(grep -v --line-buffered -e '\[INFO\]' -e '\[WARNING\]' >&2)
+}
+train_student() { # train_student NAME RUN.json options...: the same steps and the same seed for each
+    train "$@" --set run.total_steps="$steps" --set schedule.warmup_steps=$((steps / 5))
 }
 evaluate() { # evaluate NAME: export with open_clip's formats, then test what was exported
     alone tools/export.py --run "$out/$1" --out "$out/$1/export" --name "$1" &&
@@ -43,8 +47,8 @@ again="read the message above, then run tools/demo.sh again: it goes on where it
 
 stage data "1,797 digits as image-text pairs with redundant copies, and a held-out test split" "$again" \
     alone tools/synthesize.py digits --out data/digits
-stage teacher "train a small CLIP teacher, contrastive loss only ($steps steps)" "$again; port in use: MASTER_PORT=29501 bash tools/demo.sh" \
-    train teacher configs/digits_teacher.json
+stage teacher "train a small CLIP teacher, contrastive loss only ($teacher_steps steps)" "$again; port in use: MASTER_PORT=29501 bash tools/demo.sh" \
+    train teacher configs/digits_teacher.json --set run.total_steps="$teacher_steps" --set schedule.warmup_steps=$((teacher_steps / 5))
 stage teacher_eval "export and evaluate the teacher" "$again" evaluate teacher
 stage embed "teacher embeddings of every image and caption" "$again" \
     alone tools/embed.py --shards data/digits/train --out $out/teacher_embeddings --model "local-dir:$out/teacher/export"
@@ -53,13 +57,13 @@ stage cluster "k-means over the image embeddings" "$again" \
 stage balance "semantic balance: keep 56.3 % of the pairs, as the paper does" "$again" \
     alone tools/balance.py --shards data/digits/train --embeddings $out/teacher_embeddings --clusters $out/clusters --out $out/balance --target-keep 0.563
 stage student_plain "student without a teacher (contrastive loss)" "$again" \
-    train student_plain configs/digits_cpu.json --set loss.contrastive=1 --set loss.instance=0 --set loss.cluster=0
+    train_student student_plain configs/digits_cpu.json --set loss.contrastive=1 --set loss.instance=0 --set loss.cluster=0 --set student.embed_dim=128
 stage student_instance "student with instance distillation" "$again" \
-    train student_instance configs/digits_cpu.json --set loss.cluster=0
+    train_student student_instance configs/digits_cpu.json --set loss.cluster=0
 stage student_cluster "student with instance + cluster distillation: the method" "$again" \
-    train student_cluster configs/digits_cpu.json
+    train_student student_cluster configs/digits_cpu.json
 stage student_balanced "the same on the balanced data" "$again" \
-    train student_balanced configs/digits_cpu.json --set data.keep=$out/balance
+    train_student student_balanced configs/digits_cpu.json --set data.keep=$out/balance
 for name in student_plain student_instance student_cluster student_balanced; do
     stage ${name}_eval "export and evaluate $name" "$again" evaluate $name
 done
