@@ -23,6 +23,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -236,7 +237,7 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
         share = learning_rate_share(step, config.total_steps, run.megacid.schedule)
         loss, terms, sample_ids = accumulate(step, run, batches, engine, objective, head, metrics)
         student_norm = engine.gradient_norm()
-        verdict = guard.decide(step, loss, student_norm, head.grad_norm_sq() if head else None, describe(terms, sample_ids))
+        verdict = guard.decide(step, loss, student_norm, head.grad_norm_sq() if head else None, partial(describe, terms, sample_ids))
         step_both(engine, row_optimizer, verdict, share, peak_rates(run))
         if metrics.due(step):
             diagnostics = {f"classifier/{name}": float(value) for name, value in head.metrics().items()} if head else {}

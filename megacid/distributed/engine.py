@@ -124,12 +124,11 @@ class Engine:
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
             norm = torch.stack([torch.linalg.vector_norm(g.float()) for g in grads]).norm()
         elif self.stage == 3:
-            norm = torch.stack([torch.as_tensor(n, device=self.device) for n in self.optimizer._get_norm_groups()]).norm()
-            if any(float(n) < 0 for n in self.optimizer._get_norm_groups()):
-                norm = norm.new_tensor(math.nan)
+            norms = torch.stack([torch.as_tensor(n, device=self.device) for n in self.optimizer._get_norm_groups()])
+            norm = torch.where((norms < 0).any(), math.nan, norms.norm())  # DeepSpeed says -1 for NaN and inf
         else:
             norm = torch.as_tensor(self.optimizer.scaled_global_norm(), device=self.device)
-            norm = torch.where(norm < 0, torch.full_like(norm, math.nan), norm)  # DeepSpeed says -1 for NaN and inf
+            norm = torch.where(norm < 0, math.nan, norm)
         self._norm = norm.float()
         return self._norm
 

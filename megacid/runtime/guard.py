@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +34,9 @@ class Guard:
         self.clip, self.max_consecutive_skips, self.group = clip, max_consecutive_skips, group
         self.skipped, self.consecutive = 0, 0
 
-    def decide(self, step: int, loss: Tensor, student_norm: Tensor, head_norm_sq: Tensor | None, what: str) -> Verdict:
+    def decide(self, step: int, loss: Tensor, student_norm: Tensor, head_norm_sq: Tensor | None, what: Callable[[], str]) -> Verdict:
         """loss, student_norm: 0-d, the same on every rank when finite. head_norm_sq: 0-d, of this rank's class rows.
-        what: names samples and loss terms in the warning. Raises TooManySkips on every rank together."""
+        what: names samples and loss terms for the warning, called only then. Raises TooManySkips on every rank together."""
         bad = ~(torch.isfinite(loss.detach()) & torch.isfinite(student_norm))
         mine = torch.stack([(head_norm_sq if head_norm_sq is not None else student_norm.new_zeros(())).double(), bad.double()])
         all_reduce_sum(mine, self.group)  # the one host synchronisation of a step
@@ -45,7 +46,7 @@ class Guard:
             if bool(bad) or not math.isfinite(float(student_norm)) or (head_norm_sq is not None and not math.isfinite(float(head_norm_sq))):
                 log.warning(
                     "step %d skipped on all ranks: loss %s, student gradient norm %s, classifier gradient norm^2 %s here; %s",
-                    step, float(loss.detach()), float(student_norm), None if head_norm_sq is None else float(head_norm_sq), what,
+                    step, float(loss.detach()), float(student_norm), None if head_norm_sq is None else float(head_norm_sq), what(),
                 )  # fmt: skip
             if self.consecutive >= self.max_consecutive_skips:
                 raise TooManySkips(

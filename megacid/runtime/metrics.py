@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
 import time
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from megacid.checkpoint.store import write_json_atomic
 
 log = logging.getLogger("megacid")
 
@@ -92,4 +93,4 @@ class Metrics:
         seconds = time.perf_counter() - self.began
         steps = self._last_step - self.start_step
         facts = {"seconds": seconds, "samples_per_second": steps * self.global_batch / seconds, "peak_memory_mib": peak_memory_mib(), **summary}
-        (self.directory / "train_summary.json").write_text(json.dumps(facts, indent=2) + "\n")
+        write_json_atomic(self.directory / "train_summary.json", facts)

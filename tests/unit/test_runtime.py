@@ -1,0 +1,114 @@
+"""Schedule, guard and the run file's arithmetic."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+
+from megacid.config import ScheduleConfig, UserError, lint_deepspeed, load_run
+from megacid.runtime.guard import Guard, TooManySkips, Verdict
+from megacid.runtime.schedule import learning_rate_share, parameter_groups
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_warm_up_is_linear_and_cosine_ends_at_the_final_share() -> None:
+    schedule = ScheduleConfig(warmup_steps=4, final_share=0.1)
+    shares = [learning_rate_share(step, 20, schedule) for step in range(20)]
+    assert shares[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert shares[4] == 1.0 and all(a > b for a, b in itertools.pairwise(shares[4:]))
+    assert shares[12] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert learning_rate_share(20, 20, schedule) == pytest.approx(0.1)
+    assert learning_rate_share(19, 20, ScheduleConfig(kind="constant")) == 1.0
+
+
+def test_vectors_and_scalars_do_not_decay() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    decayed, free = parameter_groups(module, 0.2)
+    assert [p.ndim for p in decayed["params"]] == [2] and decayed["weight_decay"] == 0.2
+    assert [p.ndim for p in free["params"]] == [1, 1, 1] and free["weight_decay"] == 0.0
+
+
+def _decide(loss: float, norm: float, rows: list[float]) -> Verdict:
+    import torch.distributed as dist
+
+    return Guard(1.0, 5).decide(0, torch.tensor(loss), torch.tensor(norm), torch.tensor(rows[dist.get_rank()]), lambda: "")
+
+
+def test_the_clipping_norm_counts_student_and_every_class_shard() -> None:
+    for verdict in run_ranks(_decide, 2, 1.0, 3.0, [7.0, 9.0]):
+        assert verdict.apply and verdict.grad_norm == pytest.approx(5.0)
+        assert verdict.clip_scale == pytest.approx(1 / 5, rel=1e-5)
+
+
+@pytest.mark.parametrize(("loss", "norm", "rows"), [(1.0, 3.0, [1.0, math.nan]), (math.inf, 3.0, [1.0, 1.0]), (1.0, math.nan, [1.0, 1.0]), (1.0, 1.0, [math.inf, 1.0])])
+def test_one_rank_that_is_not_finite_makes_all_ranks_skip(loss: float, norm: float, rows: list[float]) -> None:
+    assert [verdict.apply for verdict in run_ranks(_decide, 2, loss, norm, rows)] == [False, False]
+
+
+def test_the_guard_gives_up_after_consecutive_skips_only() -> None:
+    guard = Guard(0.0, 2)
+    good, bad = (torch.tensor(1.0), torch.tensor(2.0)), (torch.tensor(math.nan), torch.tensor(2.0))
+    assert not guard.decide(0, *bad, None, lambda: "").apply
+    assert guard.decide(1, *good, None, lambda: "") == Verdict(True, 2.0, 1.0)
+    assert not guard.decide(2, *bad, None, lambda: "").apply
+    with pytest.raises(TooManySkips, match="2 steps in a row up to step 3"):
+        guard.decide(3, *bad, None, lambda: "")
+
+
+OPTIMIZER: dict[str, Any] = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, "gradient_clipping": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "world", "want"),
+    [
+        ({"train_batch_size": 64}, 4, (64, 16, 1)),
+        ({"train_micro_batch_size_per_gpu": 8}, 4, (32, 8, 1)),
+        ({"train_batch_size": 64, "train_micro_batch_size_per_gpu": 8}, 2, (64, 8, 4)),
+        ({"train_batch_size": 64, "gradient_accumulation_steps": 2}, 4, (64, 8, 2)),
+    ],
+)
+def test_two_batch_sizes_give_the_third(given: dict[str, int], world: int, want: tuple[int, int, int]) -> None:
+    done = lint_deepspeed({**OPTIMIZER, **given}, world)
+    assert (done["train_batch_size"], done["train_micro_batch_size_per_gpu"], done["gradient_accumulation_steps"]) == want
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"train_batch_size": 10}, "numbers of ranks that divide it: 1, 2, 5, 10"),
+        ({"train_batch_size": 8, "zero_optimisation": {"stage": 1}}, 'did you mean "zero_optimization"'),
+        ({"train_batch_size": 8, "amp": {"enabled": False}}, '"amp" cannot be used'),
+        ({"train_batch_size": 8, "bf16": {"enabled": True}}, "use stage 1"),
+        ({"train_batch_size": 8, "gradient_allreduce_op": "sum", "zero_optimization": {"stage": 3}}, "does not exist at ZeRO stage 3"),
+        ({"train_batch_size": 8, "optimizer": {"type": "Lion"}}, '"optimizer" is'),
+        ({"train_batch_size": "8"}, "wanted a whole number"),
+    ],
+)
+def test_what_deepspeed_would_ignore_or_misread_is_an_error(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        lint_deepspeed({**OPTIMIZER, **keys}, 4)
+    assert said in str(error.value)
+
+
+def test_every_run_file_of_the_project_is_good() -> None:
+    files = sorted((ROOT / "configs").glob("*.json"))
+    assert len(files) >= 3
+    for file in files:
+        run = load_run(file, world=2)
+        assert json.loads(json.dumps(run.resolved()))["megacid"]["run"]["name"]
+
+
+def test_set_reaches_both_halves_of_the_run_file() -> None:
+    file = ROOT / "configs" / "digits_cpu.json"
+    run = load_run(file, ["classifier.sample_rate=0.25", "megacid.run.seed=7", "zero_optimization.stage=2", "run.name=other"], world=2)
+    assert (run.megacid.classifier.sample_rate, run.megacid.run.seed, run.zero_stage, run.megacid.run.name) == (0.25, 7, 2, "other")
+    with pytest.raises(UserError, match=r"wanted section\.key=value"):
+        load_run(file, ["classifier"], world=2)

@@ -1,0 +1,91 @@
+"""The checkpoint directory protocol: what is published is whole, what is not whole is never taken for a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megacid.checkpoint import store
+from megacid.config import UserError
+
+
+def make(root: Path, step: int, keep_last: int = 2) -> Path:
+    stage = store.make_stage(root, step)
+    files = [store.write_tensors(stage, f"part-{i}.safetensors", {"x": torch.arange(100) + step + i}) for i in range(2)]
+    return store.publish(root, stage, step, files, {"updates": step}, keep_last)
+
+
+def test_only_the_newest_keep_last_checkpoints_stay(tmp_path: Path) -> None:
+    for step in (1, 2, 10, 100):
+        make(tmp_path, step)
+    assert [step for step, _ in store.list_steps(tmp_path)] == [10, 100]
+    assert store.newest_valid(tmp_path) == (tmp_path / "step-00000100", [])
+    assert list(tmp_path.glob(".tmp-*")) == []
+
+
+@pytest.mark.parametrize("name", ["part-0.safetensors", "part-1.safetensors", store.MANIFEST])
+def test_every_flipped_byte_is_found_and_the_older_checkpoint_serves(tmp_path: Path, name: str) -> None:
+    make(tmp_path, 1)
+    newest = make(tmp_path, 2)
+    whole = (newest / name).read_bytes()
+    rng = np.random.default_rng(0)
+    for offset in rng.integers(0, len(whole), 32):
+        spoiled = bytearray(whole)
+        spoiled[offset] ^= 1 << int(rng.integers(8))
+        (newest / name).write_bytes(spoiled)
+        found, problems = store.newest_valid(tmp_path)
+        # White space of the manifest that JSON does not see is the one thing that may change.
+        if name == store.MANIFEST and not problems:
+            assert json.loads(bytes(spoiled)) == json.loads(whole)
+            continue
+        assert found == tmp_path / "step-00000001"
+        assert str(newest) in problems[0]
+
+
+@pytest.mark.parametrize("harm", ["truncate", "delete", "swap"])
+def test_truncated_missing_and_swapped_files_are_found(tmp_path: Path, harm: str) -> None:
+    newest = make(tmp_path, 2)
+    one, two = newest / "part-0.safetensors", newest / "part-1.safetensors"
+    if harm == "truncate":
+        one.write_bytes(one.read_bytes()[:-1])
+    elif harm == "delete":
+        one.unlink()
+    else:
+        a, b = one.read_bytes(), two.read_bytes()
+        one.write_bytes(b)
+        two.write_bytes(a)
+    with pytest.raises(ValueError, match="part-0"):
+        store.verify(newest)
+
+
+def test_a_stage_that_was_never_published_is_no_checkpoint(tmp_path: Path) -> None:
+    stage = store.make_stage(tmp_path, 7)
+    store.write_tensors(stage, "part-0.safetensors", {"x": torch.zeros(3)})
+    assert store.newest_valid(tmp_path) == (None, [])
+    store.sweep_stages(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_atomic_write_that_fails_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    store.write_json_atomic(path, {"a": 1})
+    with pytest.raises(RuntimeError), store.atomic_path(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_meta_of_another_tool_or_an_unfinished_stage_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tools/cluster\.py"):
+        store.read_meta(tmp_path / "nowhere", expect="cluster")
+    with pytest.raises(UserError, match="did not finish"):
+        store.read_meta(tmp_path, expect="cluster")
+    store.write_meta(tmp_path, "embed", {}, dim=3)
+    assert store.read_meta(tmp_path, expect="embed")["dim"] == 3
+    with pytest.raises(UserError, match="made by 'embed'"):
+        store.read_meta(tmp_path, expect="cluster")
