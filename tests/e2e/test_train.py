@@ -82,6 +82,14 @@ def test_accumulated_micro_batches_resume_with_the_same_bits(pipeline: Pipeline)
     assert [name for name in want if not want[name].equal(got[name])] == []
 
 
+def test_bf16_resumes_with_the_same_bits(pipeline: Pipeline) -> None:
+    run_train(2, pipeline.run_file("bf16_through", bf16={"enabled": True}))
+    run_train(2, pipeline.run_file("bf16_broken", bf16={"enabled": True}), "--stop-after", "4", expect=143)
+    run_train(2, pipeline.root / "bf16_broken.json")
+    want, got = (tensors(pipeline.root / "runs" / name / "step-00000006") for name in ("bf16_through", "bf16_broken"))
+    assert [name for name in want if not want[name].equal(got[name])] == []
+
+
 def test_another_number_of_ranks_and_another_zero_stage_go_on_with_the_same_loss(pipeline: Pipeline) -> None:
     """With every class in every step: a rank samples its own share of classes, which depends on the number of ranks."""
     run_train(2, pipeline.run_file("wide", classifier__sample_rate=1.0))
