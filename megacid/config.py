@@ -303,35 +303,61 @@ def _check(block: Megacid) -> None:
                 raise UserError(f'"megacid.{path}" is {value(path)}, wanted {wish}')
     loss, data, run = block.loss, block.data, block.run
     if run.keep_last < 2:
-        raise UserError(f'"megacid.run.keep_last" is {run.keep_last}, wanted 2 or more: the newest checkpoint may be the damaged one')
+        raise UserError(
+            f'"megacid.run.keep_last" is {run.keep_last}, wanted 2 or more: the newest checkpoint may be the damaged one'
+        )
     if block.schedule.warmup_steps >= run.total_steps:
-        raise UserError(f'"megacid.schedule.warmup_steps" is {block.schedule.warmup_steps}, wanted fewer than run.total_steps = {run.total_steps}')
+        raise UserError(
+            f'"megacid.schedule.warmup_steps" is {block.schedule.warmup_steps}, wanted fewer than run.total_steps = {run.total_steps}'
+        )
     if not (loss.contrastive or loss.instance or loss.cluster or loss.mse):
-        raise UserError('every weight in "megacid.loss" is 0, wanted at least one of contrastive, instance, cluster, mse above 0')
+        raise UserError(
+            'every weight in "megacid.loss" is 0, wanted at least one of contrastive, instance, cluster, mse above 0'
+        )
     if loss.cluster and not (loss.alpha or loss.beta or loss.gamma):
-        raise UserError('"megacid.loss.cluster" is on but alpha, beta and gamma are all 0: set one of them, or cluster to 0')
-    needs_teacher = [name for name, on in (("instance", loss.instance), ("mse", loss.mse), ("cluster (beta, gamma)", loss.cluster and (loss.beta or loss.gamma))) if on]
+        raise UserError(
+            '"megacid.loss.cluster" is on but alpha, beta and gamma are all 0: set one of them, or cluster to 0'
+        )
+    needs_teacher = [
+        name
+        for name, on in (
+            ("instance", loss.instance),
+            ("mse", loss.mse),
+            ("cluster (beta, gamma)", loss.cluster and (loss.beta or loss.gamma)),
+        )
+        if on
+    ]
     if needs_teacher and data.teacher is None:
-        raise UserError(f'"megacid.data.teacher" is null but the term {needs_teacher[0]} needs teacher embeddings: name the output of tools/embed.py')
+        raise UserError(
+            f'"megacid.data.teacher" is null but the term {needs_teacher[0]} needs teacher embeddings: name the output of tools/embed.py'
+        )
     if loss.cluster and data.labels is None:
-        raise UserError('"megacid.data.labels" is null but the term cluster needs labels: name the output of tools/cluster.py')
+        raise UserError(
+            '"megacid.data.labels" is null but the term cluster needs labels: name the output of tools/cluster.py'
+        )
     if loss.temperature is not None and loss.temperature < 0.01:
         raise UserError(f'"megacid.loss.temperature" is {loss.temperature}, wanted 0.01 or more (null: learned)')
 
 
 # ---- DeepSpeed's keys --------------------------------------------------------------------------------------------
 
-_DEEPSPEED_KEYS = set("""train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer gradient_clipping
+_DEEPSPEED_KEYS = set(
+    """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer gradient_clipping
  prescale_gradients gradient_predivide_factor gradient_allreduce_op bf16 fp16 torch_autocast zero_optimization steps_per_print wall_clock_breakdown
  dump_state memory_breakdown communication_data_type seq_parallel_communication_data_type activation_checkpointing flops_profiler comms_logger
- tensorboard wandb csv_monitor comet aio data_types compile timers disable_allgather""".split())
-_ZERO_KEYS = set("""stage contiguous_gradients reduce_scatter reduce_bucket_size allgather_partitions allgather_bucket_size overlap_comm
+ tensorboard wandb csv_monitor comet aio data_types compile timers disable_allgather""".split()
+)
+_ZERO_KEYS = set(
+    """stage contiguous_gradients reduce_scatter reduce_bucket_size allgather_partitions allgather_bucket_size overlap_comm
  offload_param offload_optimizer sub_group_size stage3_max_live_parameters stage3_max_reuse_distance stage3_prefetch_bucket_size
  stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_gather_16bit_weights_on_model_save stage3_module_granularity_threshold
  round_robin_gradients zero_hpz_partition_size zero_quantized_weights zero_quantized_gradients ignore_unused_parameters
- use_multi_rank_bucket_allreduce allgather_sequential pipeline_loading_checkpoint log_trace_cache_warnings memory_efficient_linear""".split())
-_REMOVED = set("""amp elasticity curriculum_learning sparse_gradients nebula sparse_attention progressive_layer_drop compression_training
- quantize_training eigenvalue pld data_efficiency hybrid_engine checkpoint load_universal_checkpoint scheduler autotuning""".split())
+ use_multi_rank_bucket_allreduce allgather_sequential pipeline_loading_checkpoint log_trace_cache_warnings memory_efficient_linear""".split()
+)
+_REMOVED = set(
+    """amp elasticity curriculum_learning sparse_gradients nebula sparse_attention progressive_layer_drop compression_training
+ quantize_training eigenvalue pld data_efficiency hybrid_engine checkpoint load_universal_checkpoint scheduler autotuning""".split()
+)
 
 
 def lint_deepspeed(config: dict[str, Any], world: int) -> dict[str, Any]:
@@ -340,10 +366,16 @@ def lint_deepspeed(config: dict[str, Any], world: int) -> dict[str, Any]:
     config = dict(config)
     for key, value in config.items():
         if key in _REMOVED:
-            why = "the schedule is megacid.schedule" if key == "scheduler" else "this trainer or DeepSpeed 0.19 does not use it"
+            why = (
+                "the schedule is megacid.schedule"
+                if key == "scheduler"
+                else "this trainer or DeepSpeed 0.19 does not use it"
+            )
             raise UserError(f'DeepSpeed key "{key}" cannot be used, {why}: remove it')
         if key not in _DEEPSPEED_KEYS:
-            raise UserError(f'unknown DeepSpeed key "{key}", DeepSpeed would silently ignore it: {_nearest(key, sorted(_DEEPSPEED_KEYS | {"megacid"}))}')
+            raise UserError(
+                f'unknown DeepSpeed key "{key}", DeepSpeed would silently ignore it: {_nearest(key, sorted(_DEEPSPEED_KEYS | {"megacid"}))}'
+            )
         if value == "auto":
             raise UserError(f'DeepSpeed key "{key}" is "auto", which only other trainers resolve: write the value')
     zero = config.get("zero_optimization", {})
@@ -354,21 +386,29 @@ def lint_deepspeed(config: dict[str, Any], world: int) -> dict[str, Any]:
     if stage not in (0, 1, 2, 3):
         raise UserError(f'"zero_optimization.stage" is {stage!r}, wanted 0, 1, 2 or 3')
     if config.get("fp16", {}).get("enabled"):
-        raise UserError('"fp16" is enabled, wanted bf16 or fp32: a loss scale cannot be shared with the classifier; use "bf16": {"enabled": true}')
+        raise UserError(
+            '"fp16" is enabled, wanted bf16 or fp32: a loss scale cannot be shared with the classifier; use "bf16": {"enabled": true}'
+        )
     bf16 = config.get("bf16", {}).get("enabled", False)
     if bf16 and config.get("torch_autocast", {}).get("enabled"):
         raise UserError('"bf16" and "torch_autocast" are both enabled and DeepSpeed would drop the second: keep one')
     if bf16 and stage == 0:
-        raise UserError('"bf16" with "zero_optimization.stage" 0 keeps its fp32 weights where they cannot be saved by name: use stage 1')
+        raise UserError(
+            '"bf16" with "zero_optimization.stage" 0 keeps its fp32 weights where they cannot be saved by name: use stage 1'
+        )
     if config.get("gradient_allreduce_op", "mean") not in ("mean", "sum"):
         raise UserError(f'"gradient_allreduce_op" is {config["gradient_allreduce_op"]!r}, wanted "mean" or "sum"')
     if config.get("gradient_allreduce_op") == "sum" and stage == 3:
         raise UserError('"gradient_allreduce_op": "sum" does not exist at ZeRO stage 3: use "mean"')
     if "gradient_clipping" not in config:
-        raise UserError('"gradient_clipping" is missing and its default differs between DeepSpeed versions: write it (1.0 is usual, 0.0 is off)')
+        raise UserError(
+            '"gradient_clipping" is missing and its default differs between DeepSpeed versions: write it (1.0 is usual, 0.0 is off)'
+        )
     optimizer = config.get("optimizer")
     if not isinstance(optimizer, dict) or optimizer.get("type") not in ("AdamW", "apex_fused_adam", "apex_fused_lamb"):
-        raise UserError(f'"optimizer" is {optimizer!r}, wanted {{"type": "AdamW" | "apex_fused_adam" | "apex_fused_lamb", "params": {{"lr": ...}}}}')
+        raise UserError(
+            f'"optimizer" is {optimizer!r}, wanted {{"type": "AdamW" | "apex_fused_adam" | "apex_fused_lamb", "params": {{"lr": ...}}}}'
+        )
     if "lr" not in optimizer.get("params", {}):
         raise UserError('"optimizer.params.lr" is missing: write the peak learning rate of the student')
     return _complete_batches(config, world)
@@ -383,7 +423,9 @@ def _complete_batches(config: dict[str, Any], world: int) -> dict[str, Any]:
     micro: int | None
     total, micro, accumulation = (config.get(name) for name in names)
     if total is None and micro is None:
-        raise UserError('"train_batch_size" and "train_micro_batch_size_per_gpu" are both missing: write the global batch (samples per step over all ranks)')
+        raise UserError(
+            '"train_batch_size" and "train_micro_batch_size_per_gpu" are both missing: write the global batch (samples per step over all ranks)'
+        )
     if total is None and micro is not None:
         total = micro * (accumulation or 1) * world
     assert total is not None
@@ -412,7 +454,9 @@ def _apply_set(tree: dict[str, Any], assignment: str) -> None:
     top = sections[0] if sections else key
     known = {item.name for item in dataclasses.fields(Megacid)}
     if top not in known and top not in _DEEPSPEED_KEYS:
-        raise UserError(f"--set {assignment!r}: unknown section {top!r}: {_nearest(top, sorted(known | _DEEPSPEED_KEYS))}")
+        raise UserError(
+            f"--set {assignment!r}: unknown section {top!r}: {_nearest(top, sorted(known | _DEEPSPEED_KEYS))}"
+        )
     node = tree.setdefault("megacid", {}) if top in known else tree
     for section in sections:
         node = node.setdefault(section, {})
@@ -445,7 +489,9 @@ def load_run(path: str | Path, assignments: list[str] | None = None, *, world: i
         _apply_set(tree, assignment)
     block = tree.pop("megacid", None)
     if block is None:
-        raise UserError(f'the run file {path} has no "megacid" block, wanted one beside DeepSpeed\'s keys: see configs/')
+        raise UserError(
+            f'the run file {path} has no "megacid" block, wanted one beside DeepSpeed\'s keys: see configs/'
+        )
     megacid: Megacid = _build(Megacid, block, "megacid")
     _check(megacid)
     return RunFile(path, megacid, lint_deepspeed(tree, world))

@@ -14,170 +14,39 @@ from pathlib import Path
 # Launchers put this folder first on sys.path, where our modules would be found under bare names. Replace it by the
 # repository and kernels/, so that a plain checkout works too.
 _ROOT = Path(__file__).resolve().parents[1]
-sys.path[:] = [str(_ROOT), str(_ROOT / "kernels")] + [p for p in sys.path if Path(p or ".").resolve() != _ROOT / "megacid"]
+sys.path[:] = [str(_ROOT), str(_ROOT / "kernels")] + [
+    p for p in sys.path if Path(p or ".").resolve() != _ROOT / "megacid"
+]
 
 import argparse
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from megacid import Margin, PartialFC, RowAdamW, RowSGD
+from megacid import PartialFC, RowAdamW, RowSGD
+from megacid.assemble import make_classifier, make_objective, make_student, open_data, peak_rates, together
 from megacid.checkpoint import state, store
 from megacid.config import RunFile, UserError, load_run
-from megacid.data.index import load_index
-from megacid.data.loader import Batch, DataBudgetError, PairStream
-from megacid.data.sidecar import KeepTable, LabelTable, TeacherTable
+from megacid.data.loader import Batch, DataBudgetError
 from megacid.distributed import parallel as parallel_module
-from megacid.distributed.collectives import agree, barrier, broadcast_json, gather_json
+from megacid.distributed.collectives import agree, barrier, broadcast_json
 from megacid.distributed.parallel import Parallel
-from megacid.losses import ClusterDistillation, Objective
+from megacid.losses import Objective
 from megacid.runtime.drift import check_drift, write_config
 from megacid.runtime.estimate import memory_estimate
 from megacid.runtime.guard import Guard, TooManySkips, Verdict
 from megacid.runtime.lifecycle import EXIT_DATA, EXIT_NOT_FINITE, EXIT_STOPPED, EXIT_USER, Lifecycle, RunLock
 from megacid.runtime.metrics import Metrics, setup_logging
 from megacid.runtime.schedule import learning_rate_share, parameter_groups
-from megacid.student import Student, build_student, model_config, tokenizer_for, train_transform
+from megacid.student import Student, model_config
 
 log = logging.getLogger("megacid")
-T = TypeVar("T")
-
-
-# ---- the parts of a run ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Data:
-    """The shards and what is joined to them."""
-
-    stream: Callable[[int], PairStream]  # from a start step
-    teacher: TeacherTable | None
-    labels: LabelTable | None
-
-
-def open_data(run: RunFile, parallel: Parallel) -> Data:
-    config, loss = run.megacid.data, run.megacid.loss
-    together(lambda: load_index(config.shards) if parallel.is_first else None, parallel)  # rank 0 builds a missing index alone
-    index = together(lambda: load_index(config.shards), parallel)
-    agree(index.digest, f"the content of {config.shards}", parallel.group)
-    needs_teacher = loss.instance or loss.mse or (loss.cluster and (loss.beta or loss.gamma))
-    teacher = together(lambda: TeacherTable(config.teacher, index) if config.teacher and needs_teacher else None, parallel)
-    labels = together(lambda: LabelTable(config.labels, index) if config.labels and loss.cluster else None, parallel)
-    keep = together(lambda: KeepTable(config.keep, index) if config.keep else None, parallel)
-
-    def stream(start_step: int) -> PairStream:
-        return PairStream(
-            index,
-            transform=train_transform(run.megacid.student, config.augment),
-            tokenize=tokenizer_for(run.megacid.student),
-            global_batch=run.global_batch,
-            micro_batch=run.micro_batch,
-            accumulation=run.accumulation,
-            rank=parallel.rank,
-            world=parallel.world,
-            seed=run.megacid.run.seed,
-            start_step=start_step,
-            total_steps=run.megacid.run.total_steps,
-            seeded=config.augment != "none",
-            workers=config.workers,
-            teacher=teacher,
-            labels=labels,
-            keep=keep,
-            error_budget=config.error_budget,
-            max_image_pixels=config.max_image_pixels,
-            block_shards=config.block_shards,
-            pin_memory=parallel.device.type == "cuda",
-        )
-
-    facts = together(lambda: stream(0).facts(), parallel)
-    log.info("data: %s", "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()))
-    return Data(stream, teacher, labels)
-
-
-def make_student(run: RunFile, data: Data) -> Student:
-    config = run.megacid.student
-    width = config.embed_dim or (data.teacher.dim if data.teacher else None)
-    if data.teacher and width != data.teacher.dim:
-        raise UserError(f'"megacid.student.embed_dim" is {width}, the teacher in {run.megacid.data.teacher} has {data.teacher.dim}: write null or {data.teacher.dim}')
-    return build_student(
-        config.model,
-        embed_dim=width,
-        image_size=config.image_size,
-        context_length=config.context_length,
-        pretrained=config.pretrained,
-        seed=run.megacid.run.seed,
-        grad_checkpointing=config.grad_checkpointing,
-    )
-
-
-def make_classifier(run: RunFile, data: Data, width: int, parallel: Parallel) -> tuple[PartialFC | None, RowAdamW | RowSGD | None]:
-    """The class-sharded head and its row-sparse optimizer; (None, None) when the run has no cluster term."""
-    if data.labels is None or run.megacid.data.labels is None:
-        return None, None
-    config = run.megacid.classifier
-    head = PartialFC(
-        data.labels.num_classes,
-        width,
-        sample_rate=config.sample_rate,
-        margin=Margin(config.m1, config.m2, config.m3),
-        scale=config.scale,
-        group=parallel.group,
-        seed=run.megacid.run.seed,
-        init=Path(run.megacid.data.labels) / "centroids.npy" if config.init == "centroids" else None,
-        margin_grad=config.margin_grad,
-        grad_reduction=run.grad_reduction,
-        feature_rate=config.feature_rate,
-        filter_threshold=config.filter_threshold,
-        device=parallel.device,
-    )
-    peak = peak_rates(run)[1]
-    if config.optimizer == "adamw":
-        return head, RowAdamW(head, lr=peak, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
-    return head, RowSGD(head, lr=peak, momentum=config.momentum, weight_decay=config.weight_decay)
-
-
-def peak_rates(run: RunFile) -> tuple[float, float]:
-    """Peak learning rate of the student and of the class rows."""
-    student = float(run.deepspeed["optimizer"]["params"]["lr"])
-    rows = run.megacid.classifier.lr
-    return student, student if rows is None else rows
-
-
-def make_objective(run: RunFile, head: PartialFC | None, parallel: Parallel) -> Objective:
-    loss = run.megacid.loss
-    cluster = None
-    if head is not None:
-        cluster = ClusterDistillation(head, alpha=loss.alpha, beta=loss.beta, gamma=loss.gamma, temperature=loss.cluster_temperature)
-    return Objective(
-        instance=loss.instance,
-        cluster=loss.cluster,
-        contrastive=loss.contrastive,
-        mse=loss.mse,
-        cluster_loss=cluster,
-        group=parallel.group,
-        grad_reduction=run.grad_reduction,
-        temperature=loss.temperature,
-    )
-
-
-def together(build: Callable[[], T], parallel: Parallel) -> T:
-    """build() on every rank; a UserError on one becomes the same UserError on all, so that nobody waits for it."""
-    value, error = None, None
-    try:
-        value = build()
-    except UserError as problem:
-        error = str(problem)
-    first = next((said for said in gather_json(error, parallel.group) if said), None)
-    if first is not None:
-        raise UserError(first)
-    return value  # type: ignore[return-value]
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------------
@@ -205,10 +74,17 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     objective = make_objective(run, head, parallel)
     student.to(parallel.device)
     report_memory(run, student, head, parallel)
-    engine = Engine(student, parameter_groups(student, float(run.deepspeed["optimizer"]["params"].get("weight_decay", 0.0))), run, parallel)
+    engine = Engine(
+        student,
+        parameter_groups(student, float(run.deepspeed["optimizer"]["params"].get("weight_decay", 0.0))),
+        run,
+        parallel,
+    )
     lifecycle = Lifecycle(parallel.group)
     guard = Guard(run.gradient_clipping, run.megacid.guard.max_consecutive_skips, parallel.group)
-    rows: dict[str, state.RowState] = {"head": head, "optimizer": row_optimizer} if head is not None and row_optimizer is not None else {}
+    rows: dict[str, state.RowState] = (
+        {"head": head, "optimizer": row_optimizer} if head is not None and row_optimizer is not None else {}
+    )
     identity = {"num_classes": head.num_classes if head else 0, "embed_dim": width}
 
     start = 0
@@ -223,9 +99,16 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     barrier(parallel.group)
 
     def save(step: int) -> None:
-        facts = {**identity, "updates": step - guard.skipped, "samples_seen": step * run.global_batch, "world": parallel.world}
+        facts = {
+            **identity,
+            "updates": step - guard.skipped,
+            "samples_seen": step * run.global_batch,
+            "world": parallel.world,
+        }
         bounds = (head.class_start, head.class_stop) if head else (0, 0)
-        state.save_checkpoint(directory, step, engine, rows, bounds, facts, keep_last=config.keep_last, group=parallel.group)
+        state.save_checkpoint(
+            directory, step, engine, rows, bounds, facts, keep_last=config.keep_last, group=parallel.group
+        )
 
     metrics = Metrics(
         directory, first=parallel.is_first, start_step=start, total_steps=config.total_steps,
@@ -237,17 +120,31 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
         share = learning_rate_share(step, config.total_steps, run.megacid.schedule)
         loss, terms, sample_ids = accumulate(step, run, batches, engine, objective, head, metrics)
         student_norm = engine.gradient_norm()
-        verdict = guard.decide(step, loss, student_norm, head.grad_norm_sq() if head else None, partial(describe, terms, sample_ids))
+        verdict = guard.decide(
+            step, loss, student_norm, head.grad_norm_sq() if head else None, partial(describe, terms, sample_ids)
+        )
         step_both(engine, row_optimizer, verdict, share, peak_rates(run))
         if metrics.due(step):
             diagnostics = {f"classifier/{name}": float(value) for name, value in head.metrics().items()} if head else {}
-            metrics.log(step, loss, terms, {"train/lr": share * peak_rates(run)[0], "train/grad_norm": verdict.grad_norm, "train/skipped": float(guard.skipped), **diagnostics})
+            metrics.log(
+                step,
+                loss,
+                terms,
+                {
+                    "train/lr": share * peak_rates(run)[0],
+                    "train/grad_norm": verdict.grad_norm,
+                    "train/skipped": float(guard.skipped),
+                    **diagnostics,
+                },
+            )
         stopped = lifecycle.stop_requested() or step + 1 == args.stop_after
         if stopped or (step + 1) % config.save_every == 0 or step + 1 == config.total_steps:
             save(step + 1)
         if stopped:
             break
-    metrics.close({"steps": config.total_steps - start, "start_step": start, "skipped": guard.skipped, "world": parallel.world})
+    metrics.close(
+        {"steps": config.total_steps - start, "start_step": start, "skipped": guard.skipped, "world": parallel.world}
+    )
     if lock is not None:
         lock.release()
     if stopped and step + 1 < config.total_steps:
@@ -258,7 +155,13 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
 
 
 def accumulate(
-    step: int, run: RunFile, batches: Iterator[Batch], engine: Any, objective: Objective, head: PartialFC | None, metrics: Metrics
+    step: int,
+    run: RunFile,
+    batches: Iterator[Batch],
+    engine: Any,
+    objective: Objective,
+    head: PartialFC | None,
+    metrics: Metrics,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[int]]:
     """Forward and backward of the micro-batches of one step: (mean loss, mean terms, sample ids of this rank)."""
     losses: list[torch.Tensor] = []
@@ -283,7 +186,9 @@ def accumulate(
     return torch.stack(losses).mean(), sums, sample_ids
 
 
-def step_both(engine: Any, row_optimizer: RowAdamW | RowSGD | None, verdict: Verdict, share: float, peaks: tuple[float, float]) -> None:
+def step_both(
+    engine: Any, row_optimizer: RowAdamW | RowSGD | None, verdict: Verdict, share: float, peaks: tuple[float, float]
+) -> None:
     """Both optimizers step with the one clipping factor, or neither does."""
     if verdict.apply:
         engine.step(lr=share * peaks[0], clip_scale=verdict.clip_scale)
@@ -298,7 +203,7 @@ def step_both(engine: Any, row_optimizer: RowAdamW | RowSGD | None, verdict: Ver
 
 def describe(terms: dict[str, torch.Tensor], sample_ids: list[int]) -> str:
     shown = ", ".join(map(str, sample_ids[:8])) + (", ..." if len(sample_ids) > 8 else "")
-    return f"terms {({name: float(value) for name, value in terms.items()})}; samples of this rank {shown}"
+    return f"terms { ({name: float(value) for name, value in terms.items()}) }; samples of this rank {shown}"
 
 
 # ---- start -------------------------------------------------------------------------------------------------------
@@ -315,13 +220,17 @@ def find_checkpoint(run: RunFile, resume: str) -> str | None:
         return resume
     existing = store.list_steps(directory)
     if resume == "never" and existing:
-        raise UserError(f"{directory} already has checkpoints up to step {existing[-1][0]} and --resume is never: choose another run.name, or --resume auto")
+        raise UserError(
+            f"{directory} already has checkpoints up to step {existing[-1][0]} and --resume is never: choose another run.name, or --resume auto"
+        )
     store.sweep_stages(directory)
     newest, problems = store.newest_valid(directory)
     for problem in problems:
         log.warning("not a whole checkpoint, passed over: %s", problem)
     if existing and newest is None:
-        raise UserError(f"none of the {len(existing)} checkpoints in {directory} is whole ({problems[0]}): restore one, or choose another run.name")
+        raise UserError(
+            f"none of the {len(existing)} checkpoints in {directory} is whole ({problems[0]}): restore one, or choose another run.name"
+        )
     return str(newest) if newest else None
 
 
@@ -331,7 +240,11 @@ def report_memory(run: RunFile, student: Student, head: PartialFC | None, parall
     log.info("student %s: %.2f M parameters, width %d; classes %d; ranks %d; ZeRO stage %d; batch %d = %d x %d x %d ranks",
              run.megacid.student.model, parameters / 1e6, student.embed_dim, head.num_classes if head else 0, parallel.world, run.zero_stage,
              run.global_batch, run.micro_batch, run.accumulation, parallel.world)  # fmt: skip
-    log.info("memory of rank 0 without activations: %.1f MiB (%s)", sum(parts.values()), ", ".join(f"{name} {size:.1f}" for name, size in parts.items()))
+    log.info(
+        "memory of rank 0 without activations: %.1f MiB (%s)",
+        sum(parts.values()),
+        ", ".join(f"{name} {size:.1f}" for name, size in parts.items()),
+    )
 
 
 def dry_run(run: RunFile, parallel: Parallel) -> int:
@@ -349,12 +262,39 @@ def dry_run(run: RunFile, parallel: Parallel) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a student: contrastive, distillation and cluster terms by weight.")
-    parser.add_argument("--deepspeed_config", "--deepspeed-config", required=True, metavar="RUN.json", help="the run file: DeepSpeed's keys and a megacid block")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value of the run file; may be repeated")
-    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="newest whole checkpoint of the run (default), none, or this one")
-    parser.add_argument("--stop-after", type=int, default=0, metavar="STEP", help="save and stop after this step (exit code 143), as if asked by a signal")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, say what the run needs, train nothing")
+    parser = argparse.ArgumentParser(
+        description="Train a student: contrastive, distillation and cluster terms by weight."
+    )
+    parser.add_argument(
+        "--deepspeed_config",
+        "--deepspeed-config",
+        required=True,
+        metavar="RUN.json",
+        help="the run file: DeepSpeed's keys and a megacid block",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override one value of the run file; may be repeated",
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="newest whole checkpoint of the run (default), none, or this one",
+    )
+    parser.add_argument(
+        "--stop-after",
+        type=int,
+        default=0,
+        metavar="STEP",
+        help="save and stop after this step (exit code 143), as if asked by a signal",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, say what the run needs, train nothing"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved run file as JSON and stop")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # launchers add it
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)

@@ -23,11 +23,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _rank_main(fn: Callable[..., Any], rank: int, world: int, meeting: str, results: Any, timeout_s: float, args: tuple[Any, ...]) -> None:
+def _rank_main(
+    fn: Callable[..., Any], rank: int, world: int, meeting: str, results: Any, timeout_s: float, args: tuple[Any, ...]
+) -> None:
     # A parent that used several threads leaves a thread pool that does not exist in the child: it would wait for ever.
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
+        )
         # Bytes, not tensors: torch would send a file descriptor that dies with this process.
         results.put((rank, True, pickle.dumps(fn(*args))))
         if dist.is_initialized():
@@ -48,7 +52,10 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float =
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         meeting = os.path.join(folder, "meet")
-        ranks = [context.Process(target=_rank_main, args=(fn, r, world, meeting, results, timeout_s, args)) for r in range(world)]
+        ranks = [
+            context.Process(target=_rank_main, args=(fn, r, world, meeting, results, timeout_s, args))
+            for r in range(world)
+        ]
         for process in ranks:
             process.start()
         out: dict[int, Any] = {}
@@ -57,7 +64,9 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float =
                 try:
                     rank, ok, value = results.get(timeout=timeout_s)
                 except queue.Empty:
-                    raise TimeoutError(f"ranks {sorted(set(range(world)) - set(out))} of {world} said nothing for {timeout_s} s") from None
+                    raise TimeoutError(
+                        f"ranks {sorted(set(range(world)) - set(out))} of {world} said nothing for {timeout_s} s"
+                    ) from None
                 if not ok:
                     raise AssertionError(f"rank {rank} of {world} failed:\n{value}")
                 out[rank] = pickle.loads(value)

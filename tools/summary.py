@@ -35,7 +35,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing, so a stage before this one did not finish: run tools/demo.sh again") from None
+        raise UserError(
+            f"{path} is missing, so a stage before this one did not finish: run tools/demo.sh again"
+        ) from None
 
 
 def of_run(demo: Path, name: str) -> dict[str, Any]:
@@ -66,7 +68,9 @@ def cpu_name() -> str:
 def table(runs: dict[str, dict[str, Any]]) -> str:
     rows = ["| model | zero-shot top-1 | linear probe top-1 | training | samples/s |", "|---|---:|---:|---:|---:|"]
     for name, run in runs.items():
-        rows.append(f"| {RUNS[name]} | {100 * run['zero_shot_top1']:.1f} % | {100 * run['linear_probe_top1']:.1f} % | {run['train_seconds']:.0f} s | {run['samples_per_second']:.0f} |")
+        rows.append(
+            f"| {RUNS[name]} | {100 * run['zero_shot_top1']:.1f} % | {100 * run['linear_probe_top1']:.1f} % | {run['train_seconds']:.0f} s | {run['samples_per_second']:.0f} |"
+        )
     return "\n".join(rows)
 
 
@@ -93,7 +97,9 @@ def main() -> int:
     }
     write_json_atomic(demo / "summary.json", summary)
     print(f"\n{table(runs)}\n")
-    print(f"balance: {100 * report['share_removed']:.1f} % of the pairs removed at distance {report['threshold']:.4f}; planted copies: {json.dumps(planted)}")
+    print(
+        f"balance: {100 * report['share_removed']:.1f} % of the pairs removed at distance {report['threshold']:.4f}; planted copies: {json.dumps(planted)}"
+    )
     print("seconds per stage: " + ", ".join(f"{name} {seconds}" for name, seconds in times.items()))
     print(f"{summary['machine']['cpu']}, {os.cpu_count()} cores, {summary['date']}; all of it: {demo / 'summary.json'}")
     return 0

@@ -72,7 +72,11 @@ def save_checkpoint(
         me = rank(group)
         written = [store.write_tensors(stage, f"student-{me:05d}.safetensors", student)]
         if rows:
-            own = {f"{part}/{name}": value.cpu() for part, owner in rows.items() for name, value in owner.state_rows().items()}
+            own = {
+                f"{part}/{name}": value.cpu()
+                for part, owner in rows.items()
+                for name, value in owner.state_rows().items()
+            }
             bounds = {"start": str(row_range[0]), "stop": str(row_range[1])}
             written.append(store.write_tensors(stage, f"classifier-{me:05d}.safetensors", own, bounds))
         report["files"] = [vars(file) for file in written]
@@ -91,7 +95,9 @@ def save_checkpoint(
     return root / store.step_name(step) if published else None
 
 
-def _finish(root: Path, stage: Path, step: int, reports: list[Any], errors: list[str], facts: dict[str, Any], keep_last: int) -> Path | None:
+def _finish(
+    root: Path, stage: Path, step: int, reports: list[Any], errors: list[str], facts: dict[str, Any], keep_last: int
+) -> Path | None:
     try:
         if errors:
             raise OSError("; ".join(errors))
@@ -138,7 +144,9 @@ class CheckpointReader:
         try:
             path = self._where[f"{kind}/{name}"]
         except KeyError:
-            raise UserError(f"{self.directory} has no {kind} of parameter {name}: it was saved by a run with another student") from None
+            raise UserError(
+                f"{self.directory} has no {kind} of parameter {name}: it was saved by a run with another student"
+            ) from None
         with safe_open(path, "pt") as handle:
             return handle.get_tensor(f"{kind}/{name}")
 
@@ -152,7 +160,9 @@ class CheckpointReader:
                     parts.append(handle.get_slice(name)[lo - first : hi - first])
         out = torch.cat(parts)
         if out.shape[0] != stop - start:
-            raise UserError(f"{self.directory} has {out.shape[0]} of the classifier rows {start} to {stop}: it belongs to another number of classes")
+            raise UserError(
+                f"{self.directory} has {out.shape[0]} of the classifier rows {start} to {stop}: it belongs to another number of classes"
+            )
         return out
 
 
@@ -161,8 +171,12 @@ def restore(directory: Path, engine: NamedState, rows: dict[str, RowState], fact
     reader = CheckpointReader(directory)
     for key in ("num_classes", "embed_dim"):
         if reader.manifest.get(key) != facts.get(key):
-            raise UserError(f"{directory} has {key} {reader.manifest.get(key)}, this run has {facts.get(key)}: start another run, or correct data.labels")
-    engine.load_named_state(lambda name, kind: reader.tensor(kind, name.removeprefix(_PREFIX)), int(reader.manifest["updates"]))
+            raise UserError(
+                f"{directory} has {key} {reader.manifest.get(key)}, this run has {facts.get(key)}: start another run, or correct data.labels"
+            )
+    engine.load_named_state(
+        lambda name, kind: reader.tensor(kind, name.removeprefix(_PREFIX)), int(reader.manifest["updates"])
+    )
     engine.load_buffers({_PREFIX + name: reader.tensor("buffer", name) for name in reader.names("buffer")})
     for part, owner in rows.items():
         owner.load_state_rows(lambda name, start, stop, part=part: reader.rows(f"{part}/{name}", start, stop))  # type: ignore[misc]

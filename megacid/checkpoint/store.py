@@ -92,7 +92,10 @@ def versions() -> dict[str, str]:
 def write_meta(directory: str | Path, made_by: str, source: dict[str, Any], **facts: Any) -> None:
     """Write `directory/meta.json`, last of all: its presence says that the stage is complete."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    write_json_atomic(Path(directory) / "meta.json", {"made_by": made_by, "source": source, **facts, "versions": versions(), "date": now})
+    write_json_atomic(
+        Path(directory) / "meta.json",
+        {"made_by": made_by, "source": source, **facts, "versions": versions(), "date": now},
+    )
 
 
 def read_meta(directory: str | Path, expect: str | None = None) -> dict[str, Any]:
@@ -100,15 +103,21 @@ def read_meta(directory: str | Path, expect: str | None = None) -> dict[str, Any
     directory = Path(directory)
     tool = f"tools/{expect}.py" if expect else "its tool"
     if not directory.is_dir():
-        raise UserError(f"there is no directory {directory}, wanted the output of {tool}: run {tool} first, or correct the path")
+        raise UserError(
+            f"there is no directory {directory}, wanted the output of {tool}: run {tool} first, or correct the path"
+        )
     try:
         meta = json.loads((directory / "meta.json").read_text())
     except FileNotFoundError:
-        raise UserError(f"{directory} has no meta.json, so the stage that writes it did not finish: run {tool} again with the same arguments") from None
+        raise UserError(
+            f"{directory} has no meta.json, so the stage that writes it did not finish: run {tool} again with the same arguments"
+        ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{directory / 'meta.json'} is not JSON ({error}): run {tool} again") from None
     if expect is not None and meta.get("made_by") != expect:
-        raise UserError(f"{directory} was made by {meta.get('made_by')!r}, wanted a directory made by {expect!r}: correct the path")
+        raise UserError(
+            f"{directory} was made by {meta.get('made_by')!r}, wanted a directory made by {expect!r}: correct the path"
+        )
     return dict(meta)
 
 
@@ -137,7 +146,9 @@ def make_stage(root: Path, step: int) -> Path:
     return stage
 
 
-def write_tensors(stage: Path, name: str, tensors: dict[str, Tensor], facts: dict[str, str] | None = None) -> WrittenFile:
+def write_tensors(
+    stage: Path, name: str, tensors: dict[str, Tensor], facts: dict[str, str] | None = None
+) -> WrittenFile:
     """Write one safetensors file into the stage, durable, and hash what was written (not what a re-read gives back)."""
     data = safetensors_bytes({key: value.contiguous() for key, value in tensors.items()}, metadata=facts)
     with open(stage / name, "wb") as handle:
@@ -147,9 +158,16 @@ def write_tensors(stage: Path, name: str, tensors: dict[str, Tensor], facts: dic
     return WrittenFile(name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def publish(root: Path, stage: Path, step: int, files: list[WrittenFile], facts: dict[str, Any], keep_last: int) -> Path:
+def publish(
+    root: Path, stage: Path, step: int, files: list[WrittenFile], facts: dict[str, Any], keep_last: int
+) -> Path:
     """Rank 0: manifest, rename, prune. Returns the published directory."""
-    manifest = {"format": FORMAT_VERSION, "step": step, **facts, "files": [vars(file) for file in sorted(files, key=lambda f: f.name)]}
+    manifest = {
+        "format": FORMAT_VERSION,
+        "step": step,
+        **facts,
+        "files": [vars(file) for file in sorted(files, key=lambda f: f.name)],
+    }
     body = json.dumps(manifest, indent=1, sort_keys=True)
     # The manifest carries its own hash, so that a flipped byte in it is found like one in any other file.
     sealed = {"manifest": manifest, "sha256": hashlib.sha256(body.encode()).hexdigest()}
@@ -223,7 +241,9 @@ def verify(directory: Path, *, hashes: bool = True) -> dict[str, Any]:
         path = directory / file["name"]
         size = path.stat().st_size if path.exists() else None
         if size != file["bytes"]:
-            raise ValueError(f"{path} has {'no file' if size is None else f'{size} bytes'}, the manifest says {file['bytes']} bytes")
+            raise ValueError(
+                f"{path} has {'no file' if size is None else f'{size} bytes'}, the manifest says {file['bytes']} bytes"
+            )
         if hashes:
             with open(path, "rb") as handle:
                 digest = _sha256(handle)

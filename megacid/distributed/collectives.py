@@ -36,7 +36,9 @@ def rank(group: Group = None) -> int:
 def gradient_factor(group: Group, grad_reduction: GradReduction) -> int:
     """What the gradient at the student's outputs is multiplied by; see the module's docstring."""
     if grad_reduction not in ("mean", "sum"):
-        raise ValueError(f'grad_reduction is {grad_reduction!r}, wanted "mean" or "sum": take what the engine does with gradients')
+        raise ValueError(
+            f'grad_reduction is {grad_reduction!r}, wanted "mean" or "sum": take what the engine does with gradients'
+        )
     return world_size(group) if grad_reduction == "mean" else 1
 
 
@@ -67,7 +69,9 @@ def gather_sizes(local_size: int, group: Group = None) -> list[int]:
 
 
 def _group_device(group: Group) -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    )
 
 
 def _gather(x: Tensor, sizes: list[int], group: Group) -> Tensor:

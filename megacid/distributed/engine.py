@@ -73,7 +73,9 @@ class Engine:
         quiet()
         if parallel.device.type == "cpu":
             _without_compiled_extension()
-        os.environ.setdefault("LOCAL_RANK", str(parallel.local_rank))  # DeepSpeed asks for it also where no launcher was
+        os.environ.setdefault(
+            "LOCAL_RANK", str(parallel.local_rank)
+        )  # DeepSpeed asks for it also where no launcher was
         deepspeed.init_distributed(dist_backend="nccl" if parallel.device.type == "cuda" else "gloo", verbose=False)
         # The norm that is clipped counts the classifier too, so DeepSpeed's own clipping is off until `step` sets it.
         config = {**copy.deepcopy(run.deepspeed), "gradient_clipping": 0.0}
@@ -148,7 +150,9 @@ class Engine:
             self.optimizer.clip_grad = clip_scale * (norm + 1e-6) if clip_scale < 1 else 0.0
             self.engine.step()
         if not self.engine.was_step_applied():
-            raise RuntimeError("DeepSpeed did not apply a step that the guard had accepted: the student and the classifier would part")
+            raise RuntimeError(
+                "DeepSpeed did not apply a step that the guard had accepted: the student and the classifier would part"
+            )
 
     def skip(self) -> None:
         """Drop the accumulated gradients: no parameter and no moment changes a bit."""
@@ -172,7 +176,9 @@ class Engine:
             if checks is False:
                 self.optimizer.check_grad_overflow = False
         if self.engine.was_step_applied():
-            raise RuntimeError("DeepSpeed applied a step that the guard had refused: the student and the classifier would part")
+            raise RuntimeError(
+                "DeepSpeed applied a step that the guard had refused: the student and the classifier would part"
+            )
 
     # ---- named state, independent of the number of ranks ---------------------------------------------------------
 
@@ -195,7 +201,10 @@ class Engine:
             else:
                 tensors = {"param": safe_get_full_fp32_param(p)}
                 tensors |= {key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}
-            yield name, {key: value.detach().float().cpu().clone().reshape(self._shape(p)) for key, value in tensors.items()}
+            yield (
+                name,
+                {key: value.detach().float().cpu().clone().reshape(self._shape(p)) for key, value in tensors.items()},
+            )
 
     @staticmethod
     def _shape(p: Any) -> torch.Size:
@@ -204,12 +213,19 @@ class Engine:
     def named_buffers(self) -> dict[str, Tensor]:
         """Persistent buffers (running statistics of a batch norm, say) on the host."""
         parameters = {name for name, _ in self.module.named_parameters()}
-        return {name: value.detach().cpu().clone() for name, value in self.module.state_dict().items() if name not in parameters}
+        return {
+            name: value.detach().cpu().clone()
+            for name, value in self.module.state_dict().items()
+            if name not in parameters
+        }
 
     def materialise_state(self, image_shape: tuple[int, int, int], context_length: int, accumulation: int) -> None:
         """Create the optimizer's state by one step with zero gradients at learning rate 0; `load_named_state` overwrites it."""
         for _ in range(accumulation):
-            out = self(torch.zeros(1, *image_shape, device=self.device), torch.zeros(1, context_length, dtype=torch.int64, device=self.device))
+            out = self(
+                torch.zeros(1, *image_shape, device=self.device),
+                torch.zeros(1, context_length, dtype=torch.int64, device=self.device),
+            )
             self.backward(sum((value.sum() * 0.0 for value in out), torch.zeros((), device=self.device)))
             if not self.at_boundary:
                 self.micro_step()

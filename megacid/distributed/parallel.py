@@ -40,7 +40,9 @@ def _environment_int(name: str, default: int) -> int:
     try:
         return int(text)
     except ValueError:
-        raise UserError(f"environment variable {name} is {text!r}, wanted an integer: start through deepspeed or torchrun, or unset it") from None
+        raise UserError(
+            f"environment variable {name} is {text!r}, wanted an integer: start through deepspeed or torchrun, or unset it"
+        ) from None
 
 
 def launched() -> bool:
@@ -53,7 +55,9 @@ def local_device(local_rank: int) -> torch.device:
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "") != "cpu":
         count = torch.cuda.device_count()
         if local_rank >= count:
-            raise UserError(f"local rank {local_rank} has no GPU, this host has {count}: start at most {count} ranks here (--num_gpus {count})")
+            raise UserError(
+                f"local rank {local_rank} has no GPU, this host has {count}: start at most {count} ranks here (--num_gpus {count})"
+            )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
@@ -78,11 +82,15 @@ def init(timeout_s: float = DEFAULT_TIMEOUT_S, *, always: bool = False) -> Paral
                 dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
             else:
                 # A world of one needs no port, so nothing can be in its way.
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout_s))
+                dist.init_process_group(
+                    backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout_s)
+                )
         except (dist.DistNetworkError, RuntimeError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-                raise UserError(f"port {os.environ.get('MASTER_PORT')} is in use on this host, wanted it free for the ranks to meet at {address}: choose another with --master_port") from None
+                raise UserError(
+                    f"port {os.environ.get('MASTER_PORT')} is in use on this host, wanted it free for the ranks to meet at {address}: choose another with --master_port"
+                ) from None
             raise
     return Parallel(rank, world, local_rank, device, dist.group.WORLD)
 

@@ -20,13 +20,19 @@ MAY_CHANGE = (
 
 def _flat(tree: Any, path: str = "") -> dict[str, Any]:
     if isinstance(tree, dict):
-        return {key: value for name, sub in tree.items() for key, value in _flat(sub, f"{path}.{name}" if path else name).items()}
+        return {
+            key: value
+            for name, sub in tree.items()
+            for key, value in _flat(sub, f"{path}.{name}" if path else name).items()
+        }
     return {path: list(tree) if isinstance(tree, tuple) else tree}
 
 
 def _code_version() -> str | None:
     """The commit of the checkout, or None outside one."""
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    asked = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
     return asked.stdout.strip() or None
 
 
@@ -45,11 +51,19 @@ def check_drift(run: RunFile, directory: Path) -> None:
         if before.get(key) != now.get(key) and not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
     ]
     if changed:
-        raise UserError(f"{directory} was started with other settings ({'; '.join(changed)}): use them again, or choose another run.name")
+        raise UserError(
+            f"{directory} was started with other settings ({'; '.join(changed)}): use them again, or choose another run.name"
+        )
 
 
 def write_config(run: RunFile, directory: Path, world: int) -> None:
     store.write_json_atomic(
         directory / "config.json",
-        {"resolved": run.resolved(), "file": str(run.path), "world": world, "versions": store.versions(), "commit": _code_version()},
+        {
+            "resolved": run.resolved(),
+            "file": str(run.path),
+            "world": world,
+            "versions": store.versions(),
+            "commit": _code_version(),
+        },
     )

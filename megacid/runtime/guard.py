@@ -34,16 +34,24 @@ class Guard:
         self.clip, self.max_consecutive_skips, self.group = clip, max_consecutive_skips, group
         self.skipped, self.consecutive = 0, 0
 
-    def decide(self, step: int, loss: Tensor, student_norm: Tensor, head_norm_sq: Tensor | None, what: Callable[[], str]) -> Verdict:
+    def decide(
+        self, step: int, loss: Tensor, student_norm: Tensor, head_norm_sq: Tensor | None, what: Callable[[], str]
+    ) -> Verdict:
         """loss, student_norm: 0-d, the same on every rank when finite. head_norm_sq: 0-d, of this rank's class rows.
         what: names samples and loss terms for the warning, called only then. Raises TooManySkips on every rank together."""
         bad = ~(torch.isfinite(loss.detach()) & torch.isfinite(student_norm))
-        mine = torch.stack([(head_norm_sq if head_norm_sq is not None else student_norm.new_zeros(())).double(), bad.double()])
+        mine = torch.stack(
+            [(head_norm_sq if head_norm_sq is not None else student_norm.new_zeros(())).double(), bad.double()]
+        )
         all_reduce_sum(mine, self.group)  # the one host synchronisation of a step
         head_sq, flagged = mine.tolist()
         if not math.isfinite(head_sq) or flagged > 0:
             self.skipped, self.consecutive = self.skipped + 1, self.consecutive + 1
-            if bool(bad) or not math.isfinite(float(student_norm)) or (head_norm_sq is not None and not math.isfinite(float(head_norm_sq))):
+            if (
+                bool(bad)
+                or not math.isfinite(float(student_norm))
+                or (head_norm_sq is not None and not math.isfinite(float(head_norm_sq)))
+            ):
                 log.warning(
                     "step %d skipped on all ranks: loss %s, student gradient norm %s, classifier gradient norm^2 %s here; %s",
                     step, float(loss.detach()), float(student_norm), None if head_norm_sq is None else float(head_norm_sq), what(),

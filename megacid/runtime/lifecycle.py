@@ -1,8 +1,8 @@
 """Exit codes, the lock of a run directory, and the request to stop.
 
-    0    finished                          2    the user can put it right (one line says how)
-    65   too many non-finite steps         66   too many damaged samples
-    143  stopped by SIGTERM or SIGUSR1 after a checkpoint: start the same command again
+0    finished                          2    the user can put it right (one line says how)
+65   too many non-finite steps         66   too many damaged samples
+143  stopped by SIGTERM or SIGUSR1 after a checkpoint: start the same command again
 """
 
 from __future__ import annotations
@@ -34,13 +34,17 @@ class RunLock:
             directory.mkdir(parents=True, exist_ok=True)
             self._file: IO[str] = open(directory / ".lock", "a+")  # noqa: SIM115  held for the life of the run
         except OSError as error:
-            raise UserError(f"cannot write to the run directory {directory} ({error.strerror}): correct run.dir or its permissions") from None
+            raise UserError(
+                f"cannot write to the run directory {directory} ({error.strerror}): correct run.dir or its permissions"
+            ) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
-            raise UserError(f"the run directory {directory} is in use by {holder}: wait for it, or choose another run.name") from None
+            raise UserError(
+                f"the run directory {directory} is in use by {holder}: wait for it, or choose another run.name"
+            ) from None
         self._file.seek(0)
         self._file.truncate()
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -23,7 +23,13 @@ def setup_logging(rank: int, directory: Path | None) -> None:
     if rank == 0 and directory is not None:
         handlers.append(logging.FileHandler(directory / "log.txt"))
     mark = "" if rank == 0 else f" [rank {rank}]"
-    logging.basicConfig(format=f"%(asctime)s{mark} %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, handlers=handlers, force=True)
+    logging.basicConfig(
+        format=f"%(asctime)s{mark} %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.WARNING,
+        handlers=handlers,
+        force=True,
+    )
     # Only our own loggers: open_clip narrates every step of building a model on the root logger.
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
@@ -43,7 +49,17 @@ def peak_memory_mib() -> float:
 class Metrics:
     """Rank 0 writes; the other ranks only keep the clock."""
 
-    def __init__(self, directory: Path, *, first: bool, start_step: int, total_steps: int, global_batch: int, world: int, log_every: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        first: bool,
+        start_step: int,
+        total_steps: int,
+        global_batch: int,
+        world: int,
+        log_every: int,
+    ) -> None:
         self.directory, self.first, self.total_steps = directory, first, total_steps
         self.global_batch, self.world, self.log_every = global_batch, world, log_every
         # purge_step: points that a crashed run wrote after its last checkpoint are taken back.
@@ -92,5 +108,10 @@ class Metrics:
         self.writer.close()
         seconds = time.perf_counter() - self.began
         steps = self._last_step - self.start_step
-        facts = {"seconds": seconds, "samples_per_second": steps * self.global_batch / seconds, "peak_memory_mib": peak_memory_mib(), **summary}
+        facts = {
+            "seconds": seconds,
+            "samples_per_second": steps * self.global_batch / seconds,
+            "peak_memory_mib": peak_memory_mib(),
+            **summary,
+        }
         write_json_atomic(self.directory / "train_summary.json", facts)

@@ -25,7 +25,15 @@ class Pipeline:
             "run": {"name": name, "dir": str(self.root / "runs"), "total_steps": 6, "save_every": 3, "log_every": 2},
             "student": {"model": "digits-student"},
             "data": {"shards": str(self.shards), "teacher": str(self.teacher), "labels": str(self.labels)},
-            "loss": {"contrastive": 0.5, "instance": 1.0, "cluster": 0.5, "mse": 0.1, "alpha": 1.0, "beta": 0.5, "gamma": 0.5},
+            "loss": {
+                "contrastive": 0.5,
+                "instance": 1.0,
+                "cluster": 0.5,
+                "mse": 0.1,
+                "alpha": 1.0,
+                "beta": 0.5,
+                "gamma": 0.5,
+            },
             "classifier": {"sample_rate": 0.5, "scale": 16.0},
             "schedule": {"warmup_steps": 2},
         }
@@ -48,7 +56,20 @@ class Pipeline:
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     root = tmp_path_factory.mktemp("pipeline")
     made = Pipeline(root, root / "scenes" / "train", root / "teacher", root / "clusters")
-    run_tool_inside("synthesize", "scenes", "--out", root / "scenes", "--num", 72, "--clusters", 12, "--size", 32, "--samples-per-shard", 30)
+    run_tool_inside(
+        "synthesize",
+        "scenes",
+        "--out",
+        root / "scenes",
+        "--num",
+        72,
+        "--clusters",
+        12,
+        "--size",
+        32,
+        "--samples-per-shard",
+        30,
+    )
     model = save_model(root / "model", seed=3)
     run_tool_inside("embed", "--shards", made.shards, "--out", made.teacher, "--model", f"local-dir:{model}")
     run_tool_inside("cluster", "--embeddings", made.teacher, "--out", made.labels, "--k", 13, "--iterations", 3)

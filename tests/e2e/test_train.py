@@ -41,7 +41,11 @@ def run_train(world: int, file: Path, *options: str, expect: int = 0) -> None:
 def tensors(directory: Path) -> dict[str, Tensor]:
     """Everything a checkpoint holds, whatever number of ranks wrote it."""
     reader = CheckpointReader(directory)
-    found = {f"{kind}/{name}": reader.tensor(kind, name) for kind in ("param", "exp_avg", "exp_avg_sq", "buffer") for name in reader.names(kind)}
+    found = {
+        f"{kind}/{name}": reader.tensor(kind, name)
+        for kind in ("param", "exp_avg", "exp_avg_sq", "buffer")
+        for name in reader.names(kind)
+    }
     classes = reader.manifest["num_classes"]
     for name in ("head/weight", "optimizer/exp_avg", "optimizer/exp_avg_sq", "optimizer/updates"):
         found[name] = reader.rows(name, 0, classes)
@@ -67,10 +71,14 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(pipeline: Pipeline, w
     broken = pipeline.run_file(f"broken{world}{stage}", zero_optimization={"stage": stage})
     run_train(world, broken, "--stop-after", "4", expect=143)
     run_train(world, broken)
-    want, got = (tensors(pipeline.root / "runs" / f"{name}{world}{stage}" / "step-00000006") for name in ("through", "broken"))
+    want, got = (
+        tensors(pipeline.root / "runs" / f"{name}{world}{stage}" / "step-00000006") for name in ("through", "broken")
+    )
     assert want.keys() == got.keys() and len(want) > 50
     assert [name for name in want if not want[name].equal(got[name])] == []
-    assert sorted(losses(pipeline.root / "runs" / f"broken{world}{stage}")) == [2, 4, 6], "tensorboard repeats or misses a step"
+    assert sorted(losses(pipeline.root / "runs" / f"broken{world}{stage}")) == [2, 4, 6], (
+        "tensorboard repeats or misses a step"
+    )
 
 
 def test_accumulated_micro_batches_resume_with_the_same_bits(pipeline: Pipeline) -> None:
@@ -157,7 +165,9 @@ def test_bad_input_is_one_error_that_names_it(pipeline: Pipeline, case: str, cap
     assert not (pipeline.root / "runs" / name).exists()
 
 
-def test_labels_of_other_shards_are_refused(pipeline: Pipeline, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_labels_of_other_shards_are_refused(
+    pipeline: Pipeline, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(pipeline.shards, other)
     shutil.rmtree(other / "index", ignore_errors=True)
@@ -183,7 +193,9 @@ def test_a_run_directory_in_use_is_refused(pipeline: Pipeline, capfd: pytest.Cap
     held.release()
 
 
-def test_dry_run_says_what_the_run_needs_and_writes_nothing(pipeline: Pipeline, capfd: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_says_what_the_run_needs_and_writes_nothing(
+    pipeline: Pipeline, capfd: pytest.CaptureFixture[str]
+) -> None:
     run_train(2, pipeline.run_file("dry"), "--dry-run")
     said = capfd.readouterr().err
     assert "memory of rank 0" in said and "classifier rows" in said and "labelled_share" in said
@@ -195,7 +207,12 @@ def test_persistent_nan_ends_the_run_and_keeps_the_last_good_checkpoint(pipeline
     file = pipeline.run_file("nan", run__save_every=1)
     run_train(1, file, "--stop-after", "2", expect=143)
     want = tensors(pipeline.root / "runs" / "nan" / "step-00000002")
-    assert run_ranks(_nan_main, 2, ["--deepspeed_config", str(file), "--set", "run.save_every=100", "--set", "guard.max_consecutive_skips=2"], timeout_s=120) == [65, 65]
+    assert run_ranks(
+        _nan_main,
+        2,
+        ["--deepspeed_config", str(file), "--set", "run.save_every=100", "--set", "guard.max_consecutive_skips=2"],
+        timeout_s=120,
+    ) == [65, 65]
     got = tensors(pipeline.root / "runs" / "nan" / "step-00000002")
     assert all(want[name].equal(got[name]) for name in want)
     assert not (pipeline.root / "runs" / "nan" / "step-00000006").exists()
@@ -306,12 +323,16 @@ def test_a_trained_run_exports_and_evaluates(pipeline: Pipeline, tmp_path: Path)
     from test_offline import run as run_tool_inside
 
     run_train(2, pipeline.run_file("exported"))
-    run_tool_inside("export", "--run", pipeline.root / "runs" / "exported", "--out", tmp_path / "export", "--name", "small")
+    run_tool_inside(
+        "export", "--run", pipeline.root / "runs" / "exported", "--out", tmp_path / "export", "--name", "small"
+    )
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'export'}")
     reader = CheckpointReader(pipeline.root / "runs" / "exported" / "step-00000006")
     for name, parameter in model.named_parameters():
         assert parameter.detach().reshape(-1).equal(reader.tensor("param", name).reshape(-1)), name
-    assert load_file(tmp_path / "export" / "open_clip_model.safetensors").keys() >= {name for name, _ in model.named_parameters()}
+    assert load_file(tmp_path / "export" / "open_clip_model.safetensors").keys() >= {
+        name for name, _ in model.named_parameters()
+    }
 
 
 def test_print_config_is_json_with_every_default(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:

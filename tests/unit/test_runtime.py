@@ -39,7 +39,9 @@ def test_vectors_and_scalars_do_not_decay() -> None:
 def _decide(loss: float, norm: float, rows: list[float]) -> Verdict:
     import torch.distributed as dist
 
-    return Guard(1.0, 5).decide(0, torch.tensor(loss), torch.tensor(norm), torch.tensor(rows[dist.get_rank()]), lambda: "")
+    return Guard(1.0, 5).decide(
+        0, torch.tensor(loss), torch.tensor(norm), torch.tensor(rows[dist.get_rank()]), lambda: ""
+    )
 
 
 def test_the_clipping_norm_counts_student_and_every_class_shard() -> None:
@@ -48,7 +50,15 @@ def test_the_clipping_norm_counts_student_and_every_class_shard() -> None:
         assert verdict.clip_scale == pytest.approx(1 / 5, rel=1e-5)
 
 
-@pytest.mark.parametrize(("loss", "norm", "rows"), [(1.0, 3.0, [1.0, math.nan]), (math.inf, 3.0, [1.0, 1.0]), (1.0, math.nan, [1.0, 1.0]), (1.0, 1.0, [math.inf, 1.0])])
+@pytest.mark.parametrize(
+    ("loss", "norm", "rows"),
+    [
+        (1.0, 3.0, [1.0, math.nan]),
+        (math.inf, 3.0, [1.0, 1.0]),
+        (1.0, math.nan, [1.0, 1.0]),
+        (1.0, 1.0, [math.inf, 1.0]),
+    ],
+)
 def test_one_rank_that_is_not_finite_makes_all_ranks_skip(loss: float, norm: float, rows: list[float]) -> None:
     assert [verdict.apply for verdict in run_ranks(_decide, 2, loss, norm, rows)] == [False, False]
 
@@ -77,7 +87,11 @@ OPTIMIZER: dict[str, Any] = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-
 )
 def test_two_batch_sizes_give_the_third(given: dict[str, int], world: int, want: tuple[int, int, int]) -> None:
     done = lint_deepspeed({**OPTIMIZER, **given}, world)
-    assert (done["train_batch_size"], done["train_micro_batch_size_per_gpu"], done["gradient_accumulation_steps"]) == want
+    assert (
+        done["train_batch_size"],
+        done["train_micro_batch_size_per_gpu"],
+        done["gradient_accumulation_steps"],
+    ) == want
 
 
 @pytest.mark.parametrize(
@@ -87,7 +101,10 @@ def test_two_batch_sizes_give_the_third(given: dict[str, int], world: int, want:
         ({"train_batch_size": 8, "zero_optimisation": {"stage": 1}}, 'did you mean "zero_optimization"'),
         ({"train_batch_size": 8, "amp": {"enabled": False}}, '"amp" cannot be used'),
         ({"train_batch_size": 8, "bf16": {"enabled": True}}, "use stage 1"),
-        ({"train_batch_size": 8, "gradient_allreduce_op": "sum", "zero_optimization": {"stage": 3}}, "does not exist at ZeRO stage 3"),
+        (
+            {"train_batch_size": 8, "gradient_allreduce_op": "sum", "zero_optimization": {"stage": 3}},
+            "does not exist at ZeRO stage 3",
+        ),
         ({"train_batch_size": 8, "optimizer": {"type": "Lion"}}, '"optimizer" is'),
         ({"train_batch_size": "8"}, "wanted a whole number"),
     ],
@@ -108,7 +125,16 @@ def test_every_run_file_of_the_project_is_good() -> None:
 
 def test_set_reaches_both_halves_of_the_run_file() -> None:
     file = ROOT / "configs" / "digits_cpu.json"
-    run = load_run(file, ["classifier.sample_rate=0.25", "megacid.run.seed=7", "zero_optimization.stage=2", "run.name=other"], world=2)
-    assert (run.megacid.classifier.sample_rate, run.megacid.run.seed, run.zero_stage, run.megacid.run.name) == (0.25, 7, 2, "other")
+    run = load_run(
+        file,
+        ["classifier.sample_rate=0.25", "megacid.run.seed=7", "zero_optimization.stage=2", "run.name=other"],
+        world=2,
+    )
+    assert (run.megacid.classifier.sample_rate, run.megacid.run.seed, run.zero_stage, run.megacid.run.name) == (
+        0.25,
+        7,
+        2,
+        "other",
+    )
     with pytest.raises(UserError, match=r"wanted section\.key=value"):
         load_run(file, ["classifier"], world=2)
