@@ -1,13 +1,21 @@
 """Class-parallel margin softmax: the operators of the megacid classifier. Needs torch only; see ../README.md."""
 
-from megacid_kernels.discrimination import Discrimination, linear_margin_cross_entropy, linear_margin_discrimination
+from megacid_kernels.discrimination import (
+    Discrimination,
+    Gradients,
+    discrimination_with_gradients,
+    linear_margin_cross_entropy,
+    linear_margin_discrimination,
+)
 from megacid_kernels.problem import Problem, TargetMargin, Weights
 
 __all__ = [
     "Discrimination",
+    "Gradients",
     "Problem",
     "TargetMargin",
     "Weights",
+    "discrimination_with_gradients",
     "linear_margin_cross_entropy",
     "linear_margin_discrimination",
 ]

@@ -1,6 +1,6 @@
 """The public operators: validation, dispatch, autograd.
 
-Legend: G gathered batch, D width, S rows of w on this rank.
+Legend: G gathered batch, D width, S rows of w on this rank, l labels per sample.
 """
 
 from __future__ import annotations
@@ -20,8 +20,17 @@ class Discrimination(NamedTuple):
 
     loss: Tensor  # 0-d, the same on every rank
     raw: Tensor  # [3] CE(student), CE(teacher), KL, without their weights; 0 where not computed
-    target_cosine: Tensor  # [G] the student's cosine to its class; 0 where unlabelled
-    hit: Tensor  # [G] bool: without the margin, P(target) > 1/2 among the rows of all ranks
+    target_cosine: Tensor  # like target: the student's cosine to the label; 0 where there is none
+    largest_negative: Tensor  # [G] largest cosine (logit / scale, bias included) among THIS RANK's negatives
+    removed: Tensor  # [G] int64, negatives of this rank that `filter_threshold` took out
+
+
+class Gradients(NamedTuple):
+    """Result of `discrimination_with_gradients`: the gradients of `result.loss`."""
+
+    result: Discrimination  # detached
+    x: Tensor | None  # [G, D] this shard's partial sum
+    w: Tensor | None  # [S, D]
 
 
 class _RowMode(torch.autograd.Function):
@@ -35,38 +44,72 @@ class _RowMode(torch.autograd.Function):
         target: Tensor,
         rows: Tensor | None,
         teacher: Tensor | None,
+        bias: Tensor | None,
         problem: Problem,
         grad_enabled: bool,
     ) -> tuple[Tensor, ...]:
-        dtype = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
         need_x, need_w = (grad_enabled and ctx.needs_input_grad[i] for i in (0, 1))
-        with torch.autocast(x.device.type, enabled=False):
-            x_, w_ = x.detach().to(dtype), w.detach().to(dtype)
-            teacher_ = None if teacher is None else teacher.detach().to(dtype)
-            out = row_mode(x_, w_, target, rows, teacher_, problem, need_x, need_w)
-        ctx.save_for_backward(
-            None if out.grad_x is None else out.grad_x.to(x.dtype),
-            None if out.grad_w is None else out.grad_w.to(w.dtype),
-        )
-        ctx.mark_non_differentiable(out.raw, out.target_cosine, out.hit)
-        return out.terms.sum(), out.raw, out.target_cosine, out.hit
+        found = _compute(x, w, target, problem, rows, teacher, bias, need_x, need_w, False)
+        ctx.save_for_backward(found.x, found.w)
+        ctx.mark_non_differentiable(*found.result[1:])
+        return tuple(found.result)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         grads = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors]
-        return grads[0], grads[1], None, None, None, None, None
+        return grads[0], grads[1], None, None, None, None, None, None
+
+
+def _compute(
+    x: Tensor,
+    w: Tensor,
+    target: Tensor,
+    problem: Problem,
+    rows: Tensor | None,
+    teacher: Tensor | None,
+    bias: Tensor | None,
+    need_x: bool,
+    need_w: bool,
+    overwrite_w: bool,
+) -> Gradients:
+    dtype = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        out = row_mode(
+            x.to(dtype), w.to(dtype), target[:, None] if target.ndim == 1 else target, rows,
+            None if teacher is None else teacher.to(dtype), None if bias is None else bias.to(dtype),
+            problem, need_x, need_w, overwrite_w=overwrite_w or w.dtype != dtype,
+        )  # fmt: skip
+        cosine = out.target_cosine[:, 0] if target.ndim == 1 else out.target_cosine
+        result = Discrimination(out.terms.sum(), out.raw, cosine, out.largest_negative, out.removed)
+        return Gradients(
+            result,
+            None if out.grad_x is None else out.grad_x.to(x.dtype),
+            None if out.grad_w is None else out.grad_w.to(w.dtype),
+        )
 
 
 def linear_margin_discrimination(
-    x: Tensor, w: Tensor, target: Tensor, problem: Problem, *, rows: Tensor | None = None, teacher: Tensor | None = None
+    x: Tensor,
+    w: Tensor,
+    target: Tensor,
+    problem: Problem,
+    *,
+    rows: Tensor | None = None,
+    teacher: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Discrimination:
     """Weighted sum of the student's margin cross entropy, the teacher's cross entropy and their KL, classes sharded.
 
-    x [G, D]         embeddings of the gathered batch, identical on every rank of `problem.group`; any length > 0
-    w [S, D]         this rank's class rows (all of its shard, or those sampled); any length > 0
-    target [G] int64 global class ids; -1 = unlabelled: left out of every term
+    x [G, D]         embeddings of the gathered batch, identical on every rank of `problem.group`; any length
+    w [S, D]         this rank's class rows (all of its shard, or those sampled); any length, also 0
+    target [G]       int64 global class ids; -1 = unlabelled: left out of every term. Or [G, l], l labels per sample,
+                     -1 = none: then alpha and beta weigh MLCD's ln(1 + sum_labels exp(-z)) + ln(1 + sum_negatives
+                     exp(z)) (An et al., ECCV 2024) instead of the cross entropy, and gamma must be 0
     rows [S] int64   sorted: w[j] is class `problem.class_start + rows[j]`; None: rows 0 .. S-1
     teacher [G, D]   stored embeddings, needed when beta or gamma > 0; gets no gradient
+    bias [S]         added to a class's logit where it is a negative: -ln(its probability of being sampled) makes the sum
+                     over the sample an unbiased estimate of the sum over all classes (log-Q correction). The fixed shift
+                     assumes sum_j exp(bias_j) <= num_classes
 
     bf16 and fp16 inputs are computed in float32; float64 stays float64. Every labelled class must be in the w of some
     rank, otherwise the loss is NaN. Memory: the [chunk, S] matrices within `problem.memory_budget_bytes`, and the
@@ -74,9 +117,30 @@ def linear_margin_discrimination(
     ranks is the gradient (the backward of `megacid.distributed.collectives.gather_rows` does it). With no labelled
     sample loss and gradients are 0. Raises ValueError for shapes and dtypes that do not fit.
     """
-    _check(x, w, target, problem, rows, teacher)
-    loss, raw, cosine, hit = _RowMode.apply(x, w, target, rows, teacher, problem, torch.is_grad_enabled())
-    return Discrimination(loss, raw, cosine, hit)
+    _check(x, w, target, problem, rows, teacher, bias)
+    return Discrimination(*_RowMode.apply(x, w, target, rows, teacher, bias, problem, torch.is_grad_enabled()))
+
+
+def discrimination_with_gradients(
+    x: Tensor,
+    w: Tensor,
+    target: Tensor,
+    problem: Problem,
+    *,
+    rows: Tensor | None = None,
+    teacher: Tensor | None = None,
+    bias: Tensor | None = None,
+    need_x: bool = True,
+    need_w: bool = True,
+    overwrite_w: bool = False,
+) -> Gradients:
+    """`linear_margin_discrimination` without autograd: the result and the gradients of its loss at once.
+
+    For callers with an autograd of their own: no second copy of the gradient [S, D] is made for scaling it. overwrite_w:
+    w is scratch, its rows are normalised in place instead of in another [S, D].
+    """
+    _check(x, w, target, problem, rows, teacher, bias)
+    return _compute(x, w, target, problem, rows, teacher, bias, need_x, need_w, overwrite_w)
 
 
 def linear_margin_cross_entropy(
@@ -97,6 +161,7 @@ def linear_margin_cross_entropy(
     max_rows: int | None = None,
     margin_grad: Literal["exact", "straight_through"] = "exact",
     filter_threshold: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Mean (or sum) over the labelled samples of CE(scale * psi_y(cos(x, w)), y), classes sharded over `group`.
 
@@ -112,18 +177,33 @@ def linear_margin_cross_entropy(
         class_start=class_start, max_rows=max_rows, reduction=reduction, group=group, impl=impl, mode=mode,
         memory_budget_bytes=memory_budget_bytes,
     )  # fmt: skip
-    return linear_margin_discrimination(x, w, target, problem, rows=rows).loss
+    return linear_margin_discrimination(x, w, target, problem, rows=rows, bias=bias).loss
 
 
-def _check(x: Tensor, w: Tensor, target: Tensor, problem: Problem, rows: Tensor | None, teacher: Tensor | None) -> None:
-    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1] or w.shape[0] == 0:
+def _check(
+    x: Tensor,
+    w: Tensor,
+    target: Tensor,
+    problem: Problem,
+    rows: Tensor | None,
+    teacher: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
+        raise ValueError(f"x is {tuple(x.shape)} and w is {tuple(w.shape)}, wanted [G, D] and [S, D] with one D")
+    if target.ndim not in (1, 2) or target.shape[:1] != x.shape[:1] or target.dtype != torch.int64:
         raise ValueError(
-            f"x is {tuple(x.shape)} and w is {tuple(w.shape)}, wanted [G, D] and [S, D] with S > 0 and one D"
+            f"target is {tuple(target.shape)} {target.dtype}, wanted torch.int64 [{x.shape[0]}] or [{x.shape[0]}, l]"
         )
-    if target.shape != x.shape[:1] or target.dtype != torch.int64:
-        raise ValueError(f"target is {tuple(target.shape)} {target.dtype}, wanted [{x.shape[0]}] torch.int64")
+    if target.ndim == 2 and (target.shape[1] == 0 or (target.shape[1] > 1 and problem.weights.gamma > 0)):
+        raise ValueError(
+            f"target is {tuple(target.shape)} with gamma {problem.weights.gamma}, wanted at least one label per sample, "
+            "and one alone for the KL: set gamma to 0, or pass the nearest label only"
+        )
     if rows is not None and (rows.shape != w.shape[:1] or rows.dtype != torch.int64):
         raise ValueError(f"rows is {tuple(rows.shape)} {rows.dtype}, wanted [{w.shape[0]}] torch.int64, sorted")
+    if bias is not None and (bias.shape != w.shape[:1] or not bias.is_floating_point()):
+        raise ValueError(f"bias is {tuple(bias.shape)} {bias.dtype}, wanted floating point [{w.shape[0]}]")
     if problem.weights.needs_teacher:
         if teacher is None:
             raise ValueError("teacher is None, but beta or gamma is > 0: pass the stored embeddings [G, D]")

@@ -100,16 +100,30 @@ class Problem:
         maximum is needed: num_classes * exp(scale - kappa) <= exp(80) stays finite in float32."""
         return max(0.0, self.scale / temperature + math.log(self.num_classes) - 80.0)
 
-    def chunk(self, batch: int, rows: int, itemsize: int) -> int:
-        """Samples per chunk so that the live [chunk, rows] matrices fit the budget; the same on every rank, because
-        each chunk has one all-reduce: computed from the widest shard, not from this one."""
+    def softened(self, name: str) -> str:
+        """The matrix whose exponentials are those of the KL: "S/", "T/", or "S", "T" themselves at temperature 1."""
+        return name if self.weights.temperature == 1.0 else name + "/"
+
+    def matrices(self, name: str) -> dict[str, float]:
+        """Matrices of exponentials that are needed of the student ("S") or the teacher ("T"): name -> temperature."""
         w = self.weights
-        # In-place exponentials need one matrix per distribution. The KL needs both cosines, their exponentials and one
-        # product at the same time; a temperature adds an exponential each for alpha and beta.
-        matrices = int(w.needs_student) + int(w.needs_teacher)
+        found = {name: 1.0} if (w.alpha if name == "S" else w.beta) > 0 else {}
         if w.gamma > 0:
-            matrices = 5 + (w.temperature != 1) * (int(w.alpha > 0) + int(w.beta > 0))
+            found[self.softened(name)] = w.temperature
+        return found
+
+    def student_products(self) -> list[str]:
+        """Matrices whose product with w goes into the gradient of x."""
+        w = self.weights
+        names = (["S"] if w.alpha > 0 else []) + ([self.softened("S"), self.softened("T")] if w.gamma > 0 else [])
+        return list(dict.fromkeys(names))
+
+    def chunk(self, batch: int, rows: int, width: int, labels: int, itemsize: int) -> int:
+        """Samples per chunk so that the live [chunk, rows] matrices (and the rows of the labels) fit the budget; the same
+        on every rank, because each chunk has one all-reduce: computed from the widest shard, not from this one."""
+        matrices = float(len(self.matrices("S")) + len(self.matrices("T")))
         if self.filter_threshold is not None:
-            matrices += 1
-        per_sample = max(1, self.max_rows or rows) * itemsize * max(1, matrices)
-        return max(1, min(batch, (self.memory_budget_bytes or DEFAULT_BUDGET_BYTES) // per_sample))
+            matrices += 1 / itemsize + (not self.matrices("S"))
+        per_sample = max(1, self.max_rows or rows) * max(1.0, matrices) + 4 * labels * width
+        budget = self.memory_budget_bytes or DEFAULT_BUDGET_BYTES
+        return max(1, min(batch, int(budget / (per_sample * itemsize))))

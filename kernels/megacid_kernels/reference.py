@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -18,40 +20,62 @@ def discrimination_reference(
     teacher: Tensor | None = None,
     weights: Weights | None = None,
     filter_threshold: float | None = None,
+    bias: Tensor | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
 ) -> tuple[Tensor, Tensor]:
-    """(loss, [3] raw terms) of `linear_margin_discrimination`, differentiable. x [G, D], w [C, D], all float64.
+    """(loss, [3] raw terms) of `linear_margin_discrimination`, differentiable. x [G, D], w [C, D], bias [C], float64.
 
     The margin's own derivative is not used: autograd differentiates psi through cos and sin.
     """
     weights = weights or Weights()
-    keep = target >= 0
-    x, y = x[keep], target[keep]
+    several = target.ndim == 2
+    target = target if several else target[:, None]
+    keep = (target >= 0).any(1)
+    x, target = x[keep], target[keep]
     unit_w = w / w.norm(dim=1, keepdim=True)
     raw = [x.new_zeros(()), x.new_zeros(()), x.new_zeros(())]
-    if len(y) == 0:
+    if len(x) == 0:
         return x.sum() * 0 + w.sum() * 0, torch.stack(raw).detach()
-    onehot = torch.nn.functional.one_hot(y, len(w)).bool()
+    sample, place = (target >= 0).nonzero(as_tuple=True)
+    is_label = torch.zeros(len(x), len(w), dtype=torch.bool)
+    is_label[sample, target[sample, place]] = True
     unit_x = x / x.norm(dim=1, keepdim=True)
     cos = unit_x @ unit_w.T
-    w_y = unit_w[y]
-    cos_y = (unit_x * w_y).sum(1)
-    psi = cos_y
+    psi = cos
     if margin is not None:
-        psi = margin.target(cos_y, (unit_x - w_y).norm(dim=1) * (unit_x + w_y).norm(dim=1) / 2)[0]
-    removed = torch.zeros_like(onehot) if filter_threshold is None else (cos.detach() > filter_threshold) & ~onehot
-    z_S = scale * torch.where(onehot, psi[:, None], cos)
+        at_x, at_w = is_label.nonzero(as_tuple=True)
+        sin = (unit_x[at_x] - unit_w[at_w]).norm(dim=1) * (unit_x[at_x] + unit_w[at_w]).norm(dim=1) / 2
+        values = margin.target((unit_x[at_x] * unit_w[at_w]).sum(1), sin)[0]
+        psi = cos.index_put((at_x, at_w), values)
+    removed = torch.zeros_like(is_label)
+    if filter_threshold is not None:
+        removed = (cos.detach() > filter_threshold) & ~is_label
+    offset = torch.zeros_like(cos) if bias is None else bias.expand_as(cos).masked_fill(is_label, 0.0)
+
+    def logits(cosine: Tensor, temperature: float = 1.0) -> Tensor:
+        return (scale / temperature * cosine + offset).masked_fill(removed, -torch.inf)
+
+    def discrimination(z: Tensor) -> Tensor:
+        if not several or target.shape[1] == 1:
+            each = -z.log_softmax(1)[is_label]
+        else:
+            never = z.new_full((len(z), 1), 0.0)  # exp(0): the 1 in both logarithms
+            each = torch.cat([never, (-z).masked_fill(~is_label, -torch.inf)], 1).logsumexp(1)
+            each = each + torch.cat([never, z.masked_fill(is_label, -torch.inf)], 1).logsumexp(1)
+        return each.mean() if reduction == "mean" else each.sum()
+
     if weights.alpha > 0:
-        raw[0] = torch.nn.functional.cross_entropy(z_S.masked_fill(removed, -torch.inf), y)
+        raw[0] = discrimination(logits(psi))
     if teacher is not None and weights.needs_teacher:
         unit_t = teacher[keep].detach()
-        unit_t = unit_t / unit_t.norm(dim=1, keepdim=True)
-        z_T = scale * unit_t @ unit_w.T
+        cos_t = unit_t / unit_t.norm(dim=1, keepdim=True) @ unit_w.T
         if weights.beta > 0:
-            raw[1] = torch.nn.functional.cross_entropy(z_T.masked_fill(removed, -torch.inf), y)
+            raw[1] = discrimination(logits(cos_t))
         if weights.gamma > 0:
-            log_t = (z_T.detach() / weights.temperature).masked_fill(removed, -torch.inf).log_softmax(1)
-            log_s = (z_S / weights.temperature).masked_fill(removed, -torch.inf).log_softmax(1)
+            log_t = logits(cos_t.detach(), weights.temperature).log_softmax(1)
+            log_s = logits(psi, weights.temperature).log_softmax(1)
             gap = torch.where(removed, torch.zeros_like(log_t), log_t - log_s)
-            raw[2] = (log_t.exp() * gap).sum(1).mean()
+            each = (log_t.exp() * gap).sum(1)
+            raw[2] = each.mean() if reduction == "mean" else each.sum()
     loss = weights.alpha * raw[0] + weights.beta * raw[1] + weights.gamma * raw[2]
     return loss, torch.stack(raw).detach()

@@ -1,6 +1,6 @@
 """The class-sharded, sampled margin classifier.
 
-Legend: B local batch, G gathered batch, D width, C classes, L local classes, S sampled rows.
+Legend: B local batch, G gathered batch, D width, C classes, L local classes, S sampled rows, l labels per sample.
 
 Embeddings and labels are gathered, every rank computes its own classes' share of each softmax, one sum all-reduce joins
 the shares, and the embedding gradients are scattered back (An et al., Partial FC, CVPR 2022). The classifier lives
@@ -9,20 +9,22 @@ beside the data-parallel engine: its rows have their own gradient (`row_grad`) a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from os import PathLike
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megacid.classifier.exchange import Exchange, Exchanged
 from megacid.classifier.margin import Margin
 from megacid.classifier.row_state import ReadRows, copy_rows, gather_state, reader_of
-from megacid.classifier.sampling import sample_dims, sample_rows, sample_size, shard_range
+from megacid.classifier.sampling import Draw, sample_dims, shard_range
 from megacid.config import UserError
 from megacid.distributed.collectives import GradReduction, gather_plain, gather_rows, gradient_factor, rank, world_size
-from megacid_kernels import Discrimination, Problem, Weights, linear_margin_discrimination
+from megacid_kernels import Discrimination, Gradients, Problem, Weights, discrimination_with_gradients
 
 Init = np.ndarray | Tensor | str | PathLike[str]
 
@@ -72,11 +74,44 @@ def _given_rows(init: Init, start: int, stop: int, shape: tuple[int, int]) -> Te
     return rows
 
 
+class _Discriminate(torch.autograd.Function):
+    """Joins a loss whose gradients are made in forward to autograd: the embeddings' go on, the rows' are collected.
+
+    `anchor` is a scalar that requires grad, so that a loss without a trainable student still has a backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        emb_GD: Tensor,
+        anchor: Tensor,
+        compute: Callable[[bool], Gradients],
+        collect: Callable[[Tensor], None] | None,
+    ) -> tuple[Tensor, ...]:
+        found = compute(ctx.needs_input_grad[0])
+        ctx.found, ctx.collect = found, collect
+        ctx.mark_non_differentiable(*found.result[1:])
+        return tuple(found.result)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.found is None:
+            raise RuntimeError("second backward through one loss of PartialFC, wanted one: compute the loss again")
+        found, ctx.found = ctx.found, None
+        if ctx.collect is not None and found.w is not None:
+            ctx.collect(found.w.mul_(grad_loss))  # in place: [S, D] is the largest tensor of the step
+        return None if found.x is None else found.x * grad_loss, None, None, None
+
+
 class PartialFC(nn.Module):
     """Margin softmax over `num_classes` classes sharded over `group`. Arguments: see `__init__`.
 
     `weight` fp32 [L, D] holds classes class_start .. class_start + num_local. It is not trained by autograd: after the
-    backward of a loss, `row_grad()` has the gradient of the rows that were used.
+    backward of a loss, `row_grad()` has the gradient of the rows that were used. `hits` int32 [L] counts the training
+    samples that had each class as label.
+
+    A step synchronises with the device once, in `Exchange`. Nothing else here, in the row optimizers, or in the operator
+    below reads a tensor on the host (a test counts where there is a GPU).
     """
 
     def __init__(
@@ -92,23 +127,29 @@ class PartialFC(nn.Module):
         init: Init | None = None,
         margin_grad: Literal["exact", "straight_through"] = "exact",
         grad_reduction: GradReduction = "mean",
+        reduction: Literal["mean", "sum"] = "mean",
         feature_rate: float = 1.0,
         filter_threshold: float | None = None,
+        log_q: bool = False,
         impl: str = "auto",
         mode: str = "auto",
         memory_budget_bytes: int | None = None,
         device: torch.device | str | None = None,
     ):
         """
-        sample_rate      share of its classes that a rank uses in a step, (0, 1]; classes of the batch are always used
+        sample_rate      chance of a class to be used as a negative in a step, (0, 1]; the labels of the batch always are.
+                         Which classes depends on (seed, step) alone, so every number of ranks draws the same
         margin           None: Margin.cosface(0.3)
         group            ranks the classes are sharded over; None: the default group, or a single process
-        init             [C, D] centroids: array, memmap, tensor or path of a .npy file (each rank reads its own rows);
-                         None: N(0, 0.01), the same matrix for every number of ranks
+        init             [C, D] first rows: see `megacid.classifier.initial.given_rows`; None: N(0, 0.01), the same matrix
+                         for every number of ranks
         margin_grad      "straight_through" takes d psi / d cos = 1
         grad_reduction   what the data-parallel engine does with the student's gradients
+        reduction        over the labelled samples of the global batch
         feature_rate     share of the D dimensions used in a step, (0, 1], the same on every rank
         filter_threshold negatives whose cosine to the sample is larger leave the denominator
+        log_q            divide a drawn negative's exponential by its chance of being drawn, so that the denominator is an
+                         unbiased estimate of the one over all classes
         memory_budget_bytes  for the [chunk, S] matrices; None: 1 GiB
         """
         super().__init__()
@@ -127,36 +168,40 @@ class PartialFC(nn.Module):
         self.sample_rate, self.feature_rate, self.grad_reduction = sample_rate, feature_rate, grad_reduction
         self.class_start, self.class_stop = shard_range(num_classes, rank(group), world)
         self.num_local = self.class_stop - self.class_start
-        # Rank 0 has the largest shard; chunks must be cut alike everywhere.
-        self._widest = shard_range(num_classes, 0, world)[1]
         self._options = {
             "scale": scale, "margin": margin or Margin.cosface(0.3), "margin_grad": margin_grad,
             "filter_threshold": filter_threshold, "impl": impl, "mode": mode, "memory_budget_bytes": memory_budget_bytes,
+            "reduction": reduction,
         }  # fmt: skip
         self._problem(Weights(), 1)
+        self.log_q = log_q
+        self._exchange = Exchange(num_classes, group)
         if init is None:
             rows = _random_rows(self.class_start, self.class_stop, embed_dim, seed)
         else:
             rows = _given_rows(init, self.class_start, self.class_stop, (num_classes, embed_dim))
         self.weight = nn.Parameter(rows.clone().to(device), requires_grad=False)
+        self.hits: Tensor
+        self.register_buffer("hits", torch.zeros(self.num_local, dtype=torch.int32, device=device))
         self.step = 0
         self._grad_rows: Tensor | None = None  # [S] sorted unique
         self._grad: Tensor | None = None  # [S, D]
-        self._last: tuple[Discrimination, Tensor, Tensor | None] | None = None
+        self._last: tuple[Discrimination, Exchanged] | None = None
 
     def extra_repr(self) -> str:
         return f"{self.num_classes} classes, here {self.class_start}..{self.class_stop}, width {self.embed_dim}"
 
     def set_step(self, step: int) -> None:
-        """The optimizer step of the next batches. Sampling is a pure function of (seed, step, classes of the batch),
-        so micro-batches of one step share their negatives and a resumed run draws what it would have drawn."""
+        """The optimizer step of the next batches. Sampling is a pure function of (seed, step), so micro-batches of one
+        step share their negatives and a resumed run draws what it would have drawn."""
         self.step = step
 
     def forward(self, emb_BD: Tensor, target_B: Tensor) -> Tensor:
         """Mean margin cross entropy over the labelled samples of the global batch, 0-d, the same on every rank.
 
         emb_BD: local embeddings, need not be normalised, batches may differ between ranks and may be empty.
-        target_B: int64 global class ids, -1 = unlabelled. UserError on every rank for a label out of range.
+        target_B: int64 global class ids, -1 = unlabelled, on the host or the device. Or [B, l]: several labels per
+        sample, -1 = none, for which the loss is MLCD's. UserError on every rank for what cannot be used on one.
         """
         return self.discriminate(emb_BD, target_B).loss
 
@@ -168,27 +213,50 @@ class PartialFC(nn.Module):
         teacher_BD: stored teacher embeddings [B, D], needed when beta or gamma is > 0, no gradient. A collective.
         """
         weights = weights or Weights()
-        self._check(emb_BD, target_B, teacher_BD if weights.needs_teacher else None, weights)
-        emb_GD, _ = gather_rows(emb_BD, self.group, grad_reduction=self.grad_reduction)
-        target_G = gather_plain(target_B, self.group)
-        teacher_GD = gather_plain(teacher_BD, self.group) if teacher_BD is not None and weights.needs_teacher else None
-        self._check_labels(target_G)  # of the gathered labels: every rank raises, none waits in a collective
-        rows_S, w_SD = self._sampled(target_G)
+        teacher_BD = teacher_BD if weights.needs_teacher else None
+        fault = self._fault(emb_BD, target_B, teacher_BD, weights)
+        several = target_B.ndim == 2
+        target_Bl = target_B.new_empty(0, 1).long() if fault else target_B if several else target_B[:, None]
+        draw = None
+        if self.sample_rate < 1:
+            draw = Draw.of_step(self.num_classes, self.sample_rate, seed=self.seed, step=self.step)
+        batch = self._exchange(target_Bl, fault, draw, self.weight.device)
+        emb_GD, _ = gather_rows(emb_BD, self.group, grad_reduction=self.grad_reduction, sizes=batch.sizes)
+        teacher_GD = None if teacher_BD is None else gather_plain(teacher_BD, self.group, sizes=batch.sizes)
+        bias_S = self._log_q_bias(draw, batch) if draw is not None and self.log_q else None
+        dims = None
         if self.feature_rate < 1:
-            dims = sample_dims(self.embed_dim, self.feature_rate, seed=self.seed, step=self.step, device=w_SD.device)
-            emb_GD, w_SD = emb_GD.index_select(1, dims), w_SD.index_select(1, dims)
+            dims = sample_dims(self.embed_dim, self.feature_rate, seed=self.seed, step=self.step, device=emb_GD.device)
+            emb_GD = emb_GD.index_select(1, dims)
             teacher_GD = teacher_GD.index_select(1, dims) if teacher_GD is not None else None
-        problem = self._problem(weights, len(target_G))
-        out = linear_margin_discrimination(emb_GD, w_SD, target_G, problem, rows=rows_S, teacher=teacher_GD)
-        self._last = (Discrimination(*(part.detach() for part in out)), target_G, rows_S)
+        problem = self._problem(weights, batch.most_rows)
+        train = torch.is_grad_enabled()
+
+        def compute(need_x: bool) -> Gradients:
+            w_SD = self.weight.detach()
+            w_SD = w_SD if batch.rows is None else w_SD[batch.rows]
+            w_SD = w_SD if dims is None else w_SD.index_select(1, dims)
+            return discrimination_with_gradients(
+                emb_GD.detach(), w_SD, batch.target_Gl if several else batch.target_Gl[:, 0], problem, rows=batch.rows,
+                teacher=teacher_GD, bias=bias_S, need_x=need_x, need_w=train,
+                overwrite_w=not (batch.rows is None and dims is None),
+            )  # fmt: skip
+
+        if train:
+            self._count_hits(batch)
+        anchor = torch.zeros((), device=emb_GD.device, requires_grad=train)
+        out = Discrimination(
+            *_Discriminate.apply(emb_GD, anchor, compute, lambda grad: self._collect(batch, dims, grad))
+        )
+        self._last = (Discrimination(*(part.detach() for part in out)), batch)
         return out
 
-    def _problem(self, weights: Weights, batch: int) -> Problem:
+    def _problem(self, weights: Weights, most_rows: int) -> Problem:
         try:
             return Problem(
                 num_classes=self.num_classes,
                 class_start=self.class_start,
-                max_rows=sample_size(self._widest, self.sample_rate, batch),
+                max_rows=most_rows,
                 group=self.group,
                 weights=weights,
                 **self._options,  # type: ignore[arg-type]
@@ -196,57 +264,48 @@ class PartialFC(nn.Module):
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    def _check(self, emb: Tensor, target: Tensor, teacher: Tensor | None, weights: Weights) -> None:
+    def _fault(self, emb: Tensor, target: Tensor, teacher: Tensor | None, weights: Weights) -> str | None:
+        """What is wrong with this rank's input. Not raised here: the other ranks would wait for this one."""
         if emb.ndim != 2 or emb.shape[1] != self.embed_dim:
-            raise UserError(
+            return (
                 f"embeddings have shape {tuple(emb.shape)}, wanted [B, {self.embed_dim}]: "
                 "build the head with the student's width"
             )
-        if target.dtype != torch.int64 or target.shape != emb.shape[:1]:
-            raise UserError(
-                f"labels are {target.dtype} {tuple(target.shape)}, wanted torch.int64 [{len(emb)}]: "
-                "one class id per sample, -1 for none"
+        if target.dtype != torch.int64 or target.ndim not in (1, 2) or target.shape[0] != len(emb):
+            return (
+                f"labels are {target.dtype} {tuple(target.shape)}, wanted torch.int64 [{len(emb)}] or [{len(emb)}, l]: "
+                "class ids of every sample, -1 for none"
+            )
+        if target.ndim == 2 and target.shape[1] > 1 and weights.gamma > 0:
+            return (
+                f"there are {target.shape[1]} labels per sample and gamma is {weights.gamma}, wanted one label for the "
+                "KL: set gamma to 0, or pass the nearest label alone"
             )
         if weights.needs_teacher and teacher is None:
-            raise UserError(
-                "teacher embeddings are missing, but beta or gamma is > 0: pass them, or set both weights to 0"
-            )
+            return "teacher embeddings are missing, but beta or gamma is > 0: pass them, or set both weights to 0"
         if teacher is not None and teacher.shape != emb.shape:
-            raise UserError(
-                f"teacher embeddings have shape {tuple(teacher.shape)}, wanted {tuple(emb.shape)} like the student's"
-            )
+            return f"teacher embeddings have shape {tuple(teacher.shape)}, wanted {tuple(emb.shape)} like the student's"
+        return None
 
-    def _check_labels(self, target_G: Tensor) -> None:
-        if len(target_G) == 0:
-            return
-        for value in torch.stack(torch.aminmax(target_G)).tolist():
-            if not -1 <= value < self.num_classes:
-                raise UserError(
-                    f"label {value} is out of range, wanted -1 (none) or 0 to {self.num_classes - 1}: "
-                    "use labels of the same clustering"
-                )
+    def _log_q_bias(self, draw: Draw, batch: Exchanged) -> Tensor:
+        """[S] -ln of the chance that a class is used in this step: 1 for the labels of the batch."""
+        assert batch.rows is not None and batch.positive is not None
+        return (-draw.log_q(batch.rows + self.class_start)).masked_fill(batch.positive, 0.0)
 
-    def _sampled(self, target_G: Tensor) -> tuple[Tensor | None, Tensor]:
-        """(local row ids [S] or None for all, the rows [S, D] as a leaf whose gradient arrives in `row_grad`)."""
-        size = sample_size(self.num_local, self.sample_rate, len(target_G))
-        rows_S = None
-        w_SD = self.weight.detach()
-        if self.sample_rate < 1:
-            rows_S = sample_rows(target_G, self.class_start, self.class_stop, size, seed=self.seed, step=self.step)
-            w_SD = w_SD[rows_S]
-        if torch.is_grad_enabled():
-            w_SD.requires_grad_()
-            w_SD.register_post_accumulate_grad_hook(lambda leaf: self._collect(rows_S, leaf))
-        return rows_S, w_SD
+    @torch.no_grad()
+    def _count_hits(self, batch: Exchanged) -> None:
+        local = batch.target_Gl.flatten() - self.class_start
+        own = (local >= 0) & (local < self.num_local) & (batch.target_Gl.flatten() >= 0)
+        self.hits.index_add_(0, local.masked_fill(~own, 0), own.to(torch.int32))
 
-    def _collect(self, rows_S: Tensor | None, leaf: Tensor) -> None:
-        grad, leaf.grad = leaf.grad, None
-        assert grad is not None
-        rows = torch.arange(self.num_local, device=grad.device) if rows_S is None else rows_S
+    def _collect(self, batch: Exchanged, dims: Tensor | None, grad: Tensor) -> None:
+        if dims is not None:
+            grad = grad.new_zeros(len(grad), self.embed_dim).index_copy_(1, dims, grad)
+        rows = torch.arange(self.num_local, device=grad.device) if batch.rows is None else batch.rows
         if self._grad is None or self._grad_rows is None:
             self._grad_rows, self._grad = rows, grad
-        elif rows_S is None:
-            self._grad = self._grad + grad
+        elif batch.rows is None:
+            self._grad += grad
         else:
             union, place = torch.unique(torch.cat([self._grad_rows, rows]), return_inverse=True)
             total = grad.new_zeros(len(union), grad.shape[1])
@@ -275,39 +334,56 @@ class PartialFC(nn.Module):
 
     @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:
-        """Of the last batch, 0-d tensors, no host sync and no collective; {} before the first batch.
+        """Of the last batch, 0-d tensors, the same on every rank; {} before the first batch. A collective.
 
-        target_cosine: mean cosine of the labelled samples to their class (student). accuracy: share of them whose class
-        outweighs all sampled negatives together (P > 1/2 without margin), a lower bound of top-1 among the sampled.
-        positive_share: share of this rank's sampled rows that are classes of the batch.
+        target_cosine     mean cosine of the labelled samples to their class (several labels: to all of them)
+        largest_negative  mean over the labelled samples of their largest cosine to a sampled negative
+        accuracy          share of the labelled samples that are nearer to (one of) their classes than to every negative:
+                          top-1 among the sampled, without the margin
+        sampled           rows used by all ranks together
+        positive_share    share of these that are labels of the batch
+        filtered          mean number of negatives that filter_threshold took out per labelled sample (0 without it)
         """
         if self._last is None:
             return {}
-        out, target_G, rows_S = self._last
-        labelled = target_G >= 0
+        out, batch = self._last
+        present = batch.target_Gl >= 0
+        labelled = present.any(1)
         count = labelled.sum().clamp_min(1)
-        inside = (target_G >= self.class_start) & (target_G < self.class_stop)
-        present = torch.zeros(self.num_local + 1, dtype=torch.bool, device=target_G.device)
-        present[torch.where(inside, target_G - self.class_start, self.num_local)] = True
-        sampled = self.num_local if rows_S is None else len(rows_S)
+        cosine = out.target_cosine.view(present.shape)
+        largest = out.largest_negative.clone()
+        rows = self.num_local if batch.rows is None else len(batch.rows)
+        counts = torch.tensor([batch.num_positive, rows], dtype=torch.int64, device=largest.device)
+        sums = torch.cat([(out.removed * labelled).sum()[None], counts])
+        if world_size(self.group) > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+            dist.all_reduce(sums, group=self.group)
+        best = cosine.masked_fill(~present, -torch.inf).amax(1)
+        # A sample whose negatives are all filtered, or that has none, has -inf.
+        seen = labelled & torch.isfinite(largest)
         return {
-            "target_cosine": (out.target_cosine * labelled).sum() / count,
-            "accuracy": out.hit.sum() / count,
-            "positive_share": present[:-1].sum() / sampled,
+            "target_cosine": cosine.sum() / present.sum().clamp_min(1),
+            "largest_negative": largest.masked_fill(~seen, 0.0).sum() / seen.sum().clamp_min(1),
+            "accuracy": (labelled & (best > largest)).sum() / count,
+            "sampled": sums[2],
+            "positive_share": sums[1] / sums[2].clamp_min(1),
+            "filtered": sums[0] / count,
         }
 
     def state_rows(self) -> dict[str, Tensor]:
-        """This rank's rows of everything that is to be saved: {"weight": [L, D]}."""
-        return {"weight": self.weight.detach()}
+        """This rank's rows of everything that is to be saved: {"weight": fp32 [L, D], "hits": int32 [L]}."""
+        return {"weight": self.weight.detach(), "hits": self.hits}
 
     def load_state_rows(self, read: ReadRows) -> None:
         """Take rows class_start .. class_stop from read(name, start, stop), whatever number of ranks wrote them."""
         copy_rows(self.state_rows(), read, self.class_start, self.class_stop)
 
     def full_state(self) -> dict[str, Tensor]:
-        """{"weight": [C, D]} on the host of every rank. A collective for small heads: checkpoints use `state_rows`."""
+        """`state_rows` of all ranks, [C, ...], on the host of every rank. A collective for small heads: checkpoints use
+        `state_rows`."""
         return gather_state(self.state_rows(), self.group)
 
     def load_full_state(self, state: dict[str, Tensor]) -> None:
-        """Take this rank's rows of a `full_state`."""
-        self.load_state_rows(reader_of(state, self.num_classes))
+        """Take this rank's rows of a `full_state`; {"weight": [C, D]} alone is enough, then the hits begin at 0."""
+        fresh = {"hits": torch.zeros(self.num_classes, dtype=torch.int32)}
+        self.load_state_rows(reader_of({**fresh, **state}, self.num_classes))

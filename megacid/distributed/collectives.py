@@ -90,9 +90,11 @@ def _gather(x: Tensor, sizes: list[int], group: Group) -> Tensor:
     return torch.cat([out[i * largest : i * largest + n] for i, n in enumerate(sizes)])
 
 
-def gather_plain(x: Tensor, group: Group = None) -> Tensor:
-    """All ranks' rows of x [B, ...] along dim 0, any dtype, batches may differ; no gradient."""
-    return _gather(x.detach(), gather_sizes(x.shape[0], group), group)
+def gather_plain(x: Tensor, group: Group = None, *, sizes: list[int] | None = None) -> Tensor:
+    """All ranks' rows of x [B, ...] along dim 0, any dtype, batches may differ; no gradient.
+
+    sizes: rows of each rank where they are known, which saves a collective and a host synchronisation."""
+    return _gather(x.detach(), gather_sizes(x.shape[0], group) if sizes is None else sizes, group)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -121,12 +123,15 @@ def reduce_scatter_rows(x_GD: Tensor, sizes: list[int], group: Group = None) -> 
     return summed[start : start + sizes[me]]
 
 
-def gather_rows(x_BD: Tensor, group: Group = None, *, grad_reduction: GradReduction) -> tuple[Tensor, list[int]]:
+def gather_rows(
+    x_BD: Tensor, group: Group = None, *, grad_reduction: GradReduction, sizes: list[int] | None = None
+) -> tuple[Tensor, list[int]]:
     """Differentiable all-gather along dim 0: (x_GD, rows of each rank). Batches may differ and may be empty.
 
-    Backward: the sum over ranks of the gradients of x_GD, this rank's rows, times `gradient_factor`.
+    sizes: as in `gather_plain`. Backward: the sum over ranks of the gradients of x_GD, this rank's rows, times
+    `gradient_factor`.
     """
-    sizes = gather_sizes(x_BD.shape[0], group)
+    sizes = gather_sizes(x_BD.shape[0], group) if sizes is None else sizes
     return _GatherRows.apply(x_BD, sizes, group, gradient_factor(group, grad_reduction)), sizes
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megacid.classifier.sampling import sample_size, shard_range
+from megacid.classifier.sampling import Draw, shard_range
 from megacid.config import RunFile
 
 MIB = 2**20
@@ -21,7 +21,9 @@ def memory_estimate(run: RunFile, parameters: int, num_classes: int, embed_dim: 
     if num_classes:
         start, stop = shard_range(num_classes, 0, world)
         gathered = run.micro_batch * world
-        rows = sample_size(stop - start, run.megacid.classifier.sample_rate, gathered)
+        rate, rows = run.megacid.classifier.sample_rate, stop - start
+        if rate < 1:
+            rows = min(rows, Draw.of_step(num_classes, rate, seed=0, step=0).most(rows) + gathered)
         moments = 2 if run.megacid.classifier.optimizer == "adamw" else 1
         parts["classifier rows"] = (stop - start) * embed_dim * 4
         parts["classifier optimizer"] = (stop - start) * (embed_dim * 4 * moments + 4)

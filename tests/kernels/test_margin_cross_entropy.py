@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from megacid.classifier.margin import Margin
-from megacid_kernels import Problem, Weights, linear_margin_cross_entropy, linear_margin_discrimination
+from megacid_kernels import (
+    Problem,
+    Weights,
+    discrimination_with_gradients,
+    linear_margin_cross_entropy,
+    linear_margin_discrimination,
+)
 from megacid_kernels.reference import discrimination_reference
 
 MARGINS = [
@@ -20,6 +26,7 @@ MARGINS = [
     Margin(m2=0.3, m3=0.2),
     Margin(m1=1.35, m2=0.2, m3=0.1),
     Margin.sphereface(3.0),
+    Margin.sphereface(1.35, easy_margin=True),
 ]
 
 
@@ -41,7 +48,13 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def both(
-    x: Tensor, w: Tensor, y: Tensor, dtype: torch.dtype, teacher: Tensor | None = None, **options: object
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    dtype: torch.dtype,
+    teacher: Tensor | None = None,
+    bias: Tensor | None = None,
+    **options: object,
 ) -> list[tuple[Tensor, ...]]:
     """[(loss, raw, dx, dw)] of the operator in `dtype` and of the reference in float64."""
     out = []
@@ -54,11 +67,11 @@ def both(
         t = teacher.to(xs.dtype) if teacher is not None else None
         if kind is not None:
             problem = Problem(num_classes=len(w), **options)  # type: ignore[arg-type]
-            result = linear_margin_discrimination(xs, ws, y, problem, teacher=t)
+            result = linear_margin_discrimination(xs, ws, y, problem, teacher=t, bias=bias)
             loss, raw = result.loss, result.raw
         else:
-            keep = {k: v for k, v in options.items() if k in ("margin", "scale", "filter_threshold")}
-            loss, raw = discrimination_reference(xs, ws, y, teacher=t, weights=weights, **keep)  # type: ignore[arg-type]
+            keep = {k: v for k, v in options.items() if k in ("margin", "scale", "filter_threshold", "reduction")}
+            loss, raw = discrimination_reference(xs, ws, y, teacher=t, weights=weights, bias=bias, **keep)  # type: ignore[arg-type]
         loss.backward()
         dx = torch.zeros_like(xs) if xs.grad is None else xs.grad
         out.append((loss.detach(), raw, dx, ws.grad))
@@ -81,6 +94,21 @@ def test_loss_and_gradients_equal_autograd_for_every_margin(
     got, want = both(x, w, y, dtype, margin=margin)
     assert_same(got, want, tolerance)
     assert (got[2][y < 0] == 0).all(), "an unlabelled sample must get exactly no gradient"
+
+
+@pytest.mark.parametrize("scale", [30.0, 64.0, 100.0])
+@pytest.mark.parametrize("margin", MARGINS, ids=str)
+@pytest.mark.parametrize("shape", [(33, 101, 24), (1, 1, 5), (1, 97, 16), (17, 1, 3), (128, 1000, 64)], ids=str)
+def test_float32_is_within_1e_5_of_float64(shape: tuple[int, int, int], margin: Margin, scale: float) -> None:
+    """Loss, embedding gradient and row gradient for every margin and scale, ragged sizes, duplicate and absent labels.
+
+    Relative to the size of the whole gradient; where every probability is 1 the gradient is 0 and the bound absolute.
+    """
+    x, _, w, y = make(*shape, seed=12)
+    got, want = both(x.float().double(), w.float().double(), y, torch.float32, margin=margin, scale=scale)
+    torch.testing.assert_close(got[0].double(), want[0], rtol=1e-5, atol=1e-5)
+    for g, r in ((got[2], want[2]), (got[3], want[3])):
+        assert float((g.double() - r).norm()) <= 1e-5 * max(float(r.norm()), 1.0)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 3), (1, 129, 7), (7, 31, 5), (64, 13, 17), (5, 1, 4)], ids=str)
@@ -113,6 +141,95 @@ def test_distillation_terms_and_gradients_equal_autograd(
         x, w, y, dtype, teacher, weights=weights, margin=Margin.arcface(0.4), filter_threshold=threshold, scale=32.0
     )
     assert_same(got, want, tolerance)
+
+
+def several_labels(y: Tensor, classes: int) -> Tensor:
+    """[G, 3]: the label, a second one, a third that is missing, a repeat or the label of another sample."""
+    labels = torch.stack([y, (y * 7 + 3) % classes, y.roll(1)], 1)
+    labels[y < 0] = -1
+    labels[2, 1:], labels[4, 2] = -1, labels[4, 0]
+    return labels
+
+
+@pytest.mark.parametrize("weights", [Weights(), Weights(0.7, 0.9), Weights(0.0, 1.0)], ids=str)
+@pytest.mark.parametrize("threshold", [None, 0.35])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
+def test_several_labels_per_sample_equal_autograd(
+    weights: Weights, threshold: float | None, dtype: torch.dtype, tolerance: float
+) -> None:
+    x, teacher, w, y = make(19, 53, 11, seed=2)
+    labels = several_labels(y, 53)
+    got, want = both(
+        x,
+        w,
+        labels,
+        dtype,
+        teacher,
+        weights=weights,
+        margin=Margin.cosface(0.3),
+        filter_threshold=threshold,
+        scale=32.0,
+    )
+    assert_same(got, want, tolerance)
+    assert (got[2][y < 0] == 0).all()
+
+
+def test_two_labels_by_hand() -> None:
+    """ln(1 + e^-z0 + e^-z1) + ln(1 + e^z2 + e^z3), the labels' own classes not among the negatives."""
+    w = torch.eye(4, dtype=torch.float64)
+    x = torch.tensor([[0.5, 0.5, 0.5, -0.5]], dtype=torch.float64)
+    loss = linear_margin_cross_entropy(x, w, torch.tensor([[0, 1]]), margin=Margin.cosface(0.1), scale=4.0)
+    want = math.log1p(2 * math.exp(-4 * 0.4)) + math.log1p(math.exp(2.0) + math.exp(-2.0))
+    assert loss.item() == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "weights", [Weights(), Weights(0.4, 0.6, 1.0, temperature=2.0), Weights(1.0, 0.5, 0.5)], ids=str
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_a_bias_is_added_to_the_logits_of_negatives(weights: Weights, several: bool) -> None:
+    x, teacher, w, y = make(19, 53, 11, seed=2)
+    bias = torch.rand(53, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
+    if several:
+        weights, y = Weights(weights.alpha, weights.beta), several_labels(y, 53)
+    got, want = both(x, w, y, torch.float64, teacher, bias, weights=weights, margin=Margin.arcface(0.4), scale=20.0)
+    assert_same(got, want, 1e-11)
+
+
+def test_sum_reduction_equals_autograd() -> None:
+    x, teacher, w, y = make(19, 53, 11, seed=2)
+    got, want = both(x, w, y, torch.float64, teacher, weights=Weights(0.5, 0.5, 1.0), scale=20.0, reduction="sum")
+    assert_same(got, want, 1e-11)
+
+
+def test_diagnostics_are_the_target_cosine_the_largest_negative_and_what_was_filtered() -> None:
+    x, _, w, y = make(23, 40, 9, seed=6)
+    unit = torch.nn.functional.normalize
+    cosine = unit(x) @ unit(w).T
+    label = torch.nn.functional.one_hot(y.clamp_min(0), 40).bool() & (y >= 0)[:, None]
+    out = linear_margin_discrimination(x, w, y, Problem(num_classes=40, scale=100.0, filter_threshold=0.4))
+    torch.testing.assert_close(out.target_cosine[y >= 0], cosine[label])
+    hidden = (cosine > 0.4) & ~label
+    torch.testing.assert_close(out.largest_negative, cosine.masked_fill(label | hidden, -2).amax(1))
+    assert torch.equal(out.removed, hidden.sum(1)) and int(out.removed.sum()) > 0
+
+
+def test_gradients_without_autograd_are_those_of_autograd_and_may_use_the_rows_as_scratch() -> None:
+    x, _, w, y = make(23, 40, 9, seed=6)
+    xs, ws, problem = x.clone().requires_grad_(), w.clone().requires_grad_(), Problem(num_classes=40)
+    linear_margin_discrimination(xs, ws, y, problem).loss.backward()
+    scratch = w.clone()
+    kept = discrimination_with_gradients(x, w, y, problem)
+    used = discrimination_with_gradients(x, scratch, y, problem, overwrite_w=True)
+    for found in (kept, used):
+        assert torch.equal(found.x, xs.grad) and torch.equal(found.w, ws.grad)
+    assert not torch.equal(scratch, w)
+
+
+def test_a_shard_without_rows_gives_its_share_of_nothing() -> None:
+    x = torch.randn(3, 4)
+    out = discrimination_with_gradients(x, x.new_empty(0, 4), torch.full((3,), -1), Problem(num_classes=9))
+    assert float(out.result.loss) == 0 and out.w.shape == (0, 4) and not out.x.any()
 
 
 def test_a_wrong_teacher_distribution_would_be_seen() -> None:
@@ -182,7 +299,7 @@ def test_batches_at_one_end_of_the_cosine_range_keep_their_accuracy(cosine: floa
 def test_chunks_do_not_change_the_result() -> None:
     x, teacher, w, y = make(37, 29, 8, seed=4)
     results = []
-    for budget in (None, 29 * 8 * 5 * 6, 1):
+    for budget in (None, (29 * 2 + 4 * 8) * 8 * 6, 1):
         got, _ = both(x, w, y, torch.float64, teacher, weights=Weights(1, 1, 1), memory_budget_bytes=budget)
         results.append(got)
     for other in results[1:]:
@@ -191,9 +308,10 @@ def test_chunks_do_not_change_the_result() -> None:
 
 def test_budget_decides_the_chunk() -> None:
     problem = Problem(num_classes=1000, memory_budget_bytes=10 * 1000 * 4)
-    assert problem.chunk(batch=64, rows=1000, itemsize=4) == 10
-    assert Problem(num_classes=1000, memory_budget_bytes=1).chunk(64, 1000, 4) == 1
-    assert Problem(num_classes=1000).chunk(64, 1000, 4) == 64
+    assert problem.chunk(batch=64, rows=1000, width=0, labels=1, itemsize=4) == 10
+    assert problem.chunk(batch=64, rows=1000, width=125, labels=2, itemsize=4) == 5
+    assert Problem(num_classes=1000, memory_budget_bytes=1).chunk(64, 1000, 8, 1, 4) == 1
+    assert Problem(num_classes=1000).chunk(64, 1000, 8, 1, 4) == 64
 
 
 def test_two_runs_are_bitwise_equal() -> None:
@@ -301,3 +419,9 @@ def test_unusable_tensors_are_refused() -> None:
         linear_margin_discrimination(x, w, y, Problem(num_classes=4, weights=Weights(beta=1)))
     with pytest.raises(ValueError, match="rows is"):
         linear_margin_cross_entropy(x, w, y, rows=y)
+    with pytest.raises(ValueError, match="bias is"):
+        linear_margin_cross_entropy(x, w, y, bias=torch.zeros(3))
+    with pytest.raises(ValueError, match="one alone for the KL"):
+        linear_margin_discrimination(
+            x, w, y[:, None].expand(2, 2), Problem(num_classes=4, weights=Weights(gamma=1)), teacher=x
+        )
