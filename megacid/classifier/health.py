@@ -1,0 +1,87 @@
+"""How the classes as a whole are: what a loss curve does not show. Asked for now and then, not in every step.
+
+Legend: D width, L local classes, P probed classes of all ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megacid.classifier.partial_fc import PartialFC
+from megacid.classifier.sampling import Draw
+from megacid.distributed.collectives import gather_plain, world_size
+
+DUPLICATE_COSINE = 0.99
+_BINS = 32  # 2^31 hits
+_BLOCK = 1 << 16  # rows at a time, so that the probe needs little beside the rows
+
+
+def _reduce(x: Tensor, op: dist.ReduceOp.RedOpType, head: PartialFC) -> Tensor:
+    if world_size(head.group) > 1:
+        dist.all_reduce(x, op, group=head.group)
+    return x
+
+
+@torch.no_grad()
+def health(head: PartialFC, *, probes: int = 256) -> dict[str, float]:
+    """Facts about all rows, the same on every rank. A collective; costs about 2 * probes * L * D operations.
+
+    never_hit         share of the classes that were no training sample's label so far
+    norm_min, norm_mean, norm_max    of the rows: weight decay shrinks what is not pulled, and only direction counts
+    not_finite        rows with a NaN or an infinity
+    duplicates        share of `probes` evenly spread classes with another class above cosine 0.99: one cluster in two
+    nearest_cosine    their mean cosine to the nearest other class
+    mean_direction    length of the mean unit row: near 0 for classes all around, 1 when all have collapsed into one
+    """
+    weight, start = head.weight.detach(), head.class_start
+    norms = torch.linalg.vector_norm(weight, dim=1)
+    finite = torch.isfinite(norms)
+    norms = norms.masked_fill(~finite, 0.0)
+    inverse = torch.where(norms > 0, 1 / norms, 0.0)
+
+    draw = Draw.of_step(head.num_classes, min(1.0, probes / head.num_classes), seed=head.seed, step=0)
+    mine = draw.classes(start, head.class_stop, weight.device)
+    probe_ids = gather_plain(mine, head.group)
+    local = mine - start
+    unit = weight[local].masked_fill(~finite[local, None], 0.0) * inverse[local, None]
+    probe_PD = gather_plain(unit, head.group)
+    nearest = weight.new_full((len(probe_ids),), -1.0)
+    total = weight.new_zeros(head.embed_dim, dtype=torch.float64)
+    for first in range(0, head.num_local, _BLOCK):
+        part = slice(first, min(first + _BLOCK, head.num_local))
+        rows = weight[part].masked_fill(~finite[part, None], 0.0) * inverse[part, None]
+        total += rows.sum(0, dtype=torch.float64)
+        cosine = probe_PD @ rows.T
+        at = probe_ids - start - first  # a probe is not its own neighbour
+        inside = (at >= 0) & (at < len(rows))
+        cosine[inside, at[inside]] = -1.0
+        nearest = torch.maximum(nearest, cosine.amax(1))
+    nearest = _reduce(nearest, dist.ReduceOp.MAX, head)
+    sums = torch.cat([total, torch.stack([norms.double().sum(), (~finite).sum().double(), (head.hits == 0).sum().double()])])  # fmt: skip
+    sums = _reduce(sums, dist.ReduceOp.SUM, head)
+    extremes = _reduce(
+        torch.stack([-norms.masked_fill(~finite, torch.inf).amin(), norms.amax()]), dist.ReduceOp.MAX, head
+    )
+    classes = head.num_classes
+    return {
+        "never_hit": float(sums[-1]) / classes,
+        "norm_min": -float(extremes[0]),
+        "norm_mean": float(sums[-3]) / classes,
+        "norm_max": float(extremes[1]),
+        "not_finite": float(sums[-2]),
+        "duplicates": float((nearest > DUPLICATE_COSINE).double().mean()),
+        "nearest_cosine": float(nearest.double().mean()),
+        "mean_direction": float(torch.linalg.vector_norm(sums[:-3])) / classes,
+    }
+
+
+@torch.no_grad()
+def hit_histogram(head: PartialFC) -> Tensor:
+    """int64 [33] on the host: classes with 0 hits, 1, 2-3, 4-7, ... 2^31 hits, over all ranks. A collective."""
+    # frexp's exponent of n >= 1 is the number of its binary digits, and 0 of 0.
+    digits = torch.frexp(head.hits.double()).exponent.long()
+    counts = torch.zeros(_BINS + 1, dtype=torch.int64, device=head.hits.device)
+    counts.index_add_(0, digits, torch.ones_like(digits))
+    return _reduce(counts, dist.ReduceOp.SUM, head).cpu()

@@ -1,0 +1,171 @@
+"""The sharded classifier on 1 to 4 ranks against one process: values, gradients, metrics, and runs that change hands."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+from torch import Tensor
+
+from megacid import Margin, PartialFC, RowAdamW, RowSGD
+from megacid.distributed.collectives import rank, world_size
+from megacid_kernels import Weights
+
+CLASSES, WIDTH, BATCH = 53, 12, 22  # 53 classes divide unevenly by 2, 3 and 4
+CUTS = {1: [0, 22], 2: [0, 15, 22], 3: [0, 9, 9, 22], 4: [0, 3, 13, 14, 22]}  # uneven batches, one of them empty
+
+
+def data(labels: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(5)
+    w = torch.randn(CLASSES, WIDTH, generator=g)
+    y = torch.randint(-1, CLASSES, (BATCH, labels), generator=g)
+    y[0], y[7] = y[13], -1  # a label on two ranks, a sample without any
+    x = w[y[:, 0].clamp_min(0)] * 0.5 + torch.randn(BATCH, WIDTH, generator=g)
+    return x, y if labels > 1 else y[:, 0], torch.randn(BATCH, WIDTH, generator=g), w
+
+
+def mine(*tensors: Tensor) -> list[Tensor]:
+    cut = CUTS[world_size()]
+    return [t[cut[rank()] : cut[rank() + 1]] for t in tensors]
+
+
+def one_step(options: dict[str, Any], weights: Weights, labels: int) -> dict[str, Any]:
+    """Loss, this rank's embedding gradient as the engine would hand it on, row gradient and metrics."""
+    x, y, teacher, w = data(labels)
+    x, y, teacher = mine(x, y, teacher)
+    head = PartialFC(CLASSES, WIDTH, init=w, scale=16.0, memory_budget_bytes=CLASSES * 4 * 9, **options)
+    head.set_step(3)
+    x = x.clone().requires_grad_()
+    out = head.discriminate(x, y, teacher_BD=teacher, weights=weights)
+    out.loss.backward()
+    rows, grad = head.row_grad()
+    # What the engine does: mean over ranks. The embeddings of a rank are its own, so its share is grad / world.
+    share = world_size() if options.get("grad_reduction", "mean") == "mean" else 1
+    return {
+        "loss": out.loss.detach(),
+        "x": x.grad / share,
+        "rows": rows + head.class_start,
+        "w": grad,
+        "norm_sq": head.grad_norm_sq(),
+        "hits": head.hits,
+        "metrics": head.metrics(),
+    }
+
+
+OPTIONS: list[tuple[str, dict[str, Any], Weights, int]] = [
+    ("all", {"margin": Margin.arcface(0.3)}, Weights(), 1),
+    ("sampled", {"sample_rate": 0.3, "margin": Margin.cosface(0.2)}, Weights(), 1),
+    ("hardly", {"sample_rate": 0.02}, Weights(), 1),  # one draw: ranks without any row but labels
+    ("log_q", {"sample_rate": 0.4, "log_q": True}, Weights(), 1),
+    ("filter", {"filter_threshold": 0.2, "sample_rate": 0.6}, Weights(), 1),
+    ("dims", {"feature_rate": 0.5, "sample_rate": 0.5}, Weights(), 1),
+    ("three", {"sample_rate": 0.5, "margin": Margin.cosface(0.2)}, Weights(0.8, 0.5, 1.5, 2.0), 1),
+    ("mlcd", {"sample_rate": 0.5, "margin": Margin.cosface(0.2)}, Weights(1.0, 0.5), 3),
+]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize(("reduction", "grad_reduction"), [("mean", "mean"), ("mean", "sum"), ("sum", "mean"), ("sum", "sum")])  # fmt: skip
+@pytest.mark.parametrize(("options", "weights", "labels"), [o[1:] for o in OPTIONS], ids=[o[0] for o in OPTIONS])
+def test_ranks_with_uneven_classes_and_batches_equal_one_process(
+    world: int, reduction: str, grad_reduction: str, options: dict[str, Any], weights: Weights, labels: int
+) -> None:
+    options = {**options, "reduction": reduction, "grad_reduction": grad_reduction}
+    want = one_step(options, weights, labels)
+    found = run_ranks(one_step, world, options, weights, labels)
+    near = {"rtol": 1e-6, "atol": 1e-6}
+    for part in found:
+        assert torch.equal(part["loss"], found[0]["loss"]), "the loss is one number"
+        torch.testing.assert_close(part["loss"], want["loss"], **near)
+        for name, value in want["metrics"].items():
+            torch.testing.assert_close(part["metrics"][name], value, **near, msg=lambda m, n=name: f"{n}: {m}")
+    assert torch.equal(torch.cat([part["rows"] for part in found]), want["rows"]), "other classes were used"
+    assert torch.equal(torch.cat([part["hits"] for part in found]), want["hits"])
+    for name in ("x", "w"):
+        got, size = torch.cat([part[name] for part in found]), max(1.0, float(want[name].abs().max()))
+        torch.testing.assert_close(got / size, want[name] / size, **near)
+    norm_sq = torch.stack([part["norm_sq"] for part in found]).sum()
+    torch.testing.assert_close(norm_sq, want["norm_sq"], rtol=1e-5, atol=0)
+
+
+def random_rows() -> Tensor:
+    return PartialFC(3001, 7, seed=11).weight.detach()
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_random_rows_are_one_matrix_for_every_number_of_ranks(world: int) -> None:
+    assert torch.equal(torch.cat(run_ranks(random_rows, world)), random_rows())
+
+
+# ---- runs that change hands ----------------------------------------------------------------------------------------
+
+STEPS, SAVED = 26, 6
+
+
+def train(
+    optimizer: str, start: int, stop: int, state: dict[str, Any] | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """A linear student in front of the head, on uneven batches; the whole state by global row at the end."""
+    x, y, _, w = data()
+    head = PartialFC(CLASSES, WIDTH, init=w, scale=16.0, sample_rate=0.4, **options)
+    rows: RowAdamW | RowSGD
+    if optimizer == "sgd":
+        rows = RowSGD(head, lr=0.05)
+    else:
+        rows = RowAdamW(head, lr=0.02, moments="bf16" if "bf16" in optimizer else "fp32", lazy="decay" if "decay" in optimizer else "none")  # fmt: skip
+    student = torch.nn.Linear(WIDTH, WIDTH)
+    torch.nn.init.eye_(student.weight)
+    torch.nn.init.zeros_(student.bias)
+    if state is not None:
+        head.load_full_state(state["head"])
+        rows.load_full_state(state["rows"])
+        student.load_state_dict(state["student"])
+    loaded = {name: {k: v.clone() for k, v in owner.full_state().items()} for name, owner in (("head", head), ("rows", rows))}  # fmt: skip
+    losses = []
+    for step in range(start, stop):
+        head.set_step(step)
+        turn = step * 5 % BATCH
+        (inputs, labels) = mine(x.roll(turn, 0), y.roll(turn, 0))
+        loss = head(student(inputs), labels)
+        loss.backward()
+        rows.lr = 0.02 / (1 + step)
+        rows.step()
+        rows.zero_grad()
+        with torch.no_grad():
+            for p in student.parameters():
+                grad = torch.zeros_like(p) if p.grad is None else p.grad
+                if world_size() > 1:
+                    dist.all_reduce(grad)
+                p -= 0.05 * grad / world_size()
+                p.grad = None
+        losses.append(loss.item())
+    whole = {name: {k: v.clone() for k, v in owner.full_state().items()} for name, owner in (("head", head), ("rows", rows))}  # fmt: skip
+    return {"losses": losses, "loaded": loaded, **whole, "student": student.state_dict()}
+
+
+def on(world: int, *args: Any) -> dict[str, Any]:
+    return run_ranks(train, world, *args)[0] if world > 1 else train(*args)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-decay", "adamw-bf16", "sgd"])
+def test_saved_at_any_number_of_ranks_and_continued_at_any_other_the_loss_curve_is_the_same(optimizer: str) -> None:
+    whole = on(1, optimizer, 0, STEPS, None, {})
+    assert whole["losses"][-1] < 0.8 * whole["losses"][0]
+    worlds = (1, 2, 3, 4)
+    saved = {world: on(world, optimizer, 0, SAVED, None, {}) for world in worlds}
+    for before, after in product(worlds, worlds):
+        kept = saved[before]
+        again = on(after, optimizer, SAVED, STEPS, kept, {})
+        for part in ("head", "rows"):
+            for name, rows in kept[part].items():
+                assert torch.equal(again["loaded"][part][name], rows), f"{name} changed from {before} to {after} ranks"
+        # bf16 moments round at random: a bit of fp32 noise can turn into a bit of bf16.
+        tolerance = 2e-3 if optimizer == "adamw-bf16" else 1e-6
+        torch.testing.assert_close(
+            torch.tensor(kept["losses"] + again["losses"]), torch.tensor(whole["losses"]), rtol=tolerance, atol=tolerance,
+            msg=lambda m, b=before, a=after: f"saved at {b} ranks, continued at {a}: {m}",
+        )  # fmt: skip
