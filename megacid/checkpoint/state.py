@@ -73,9 +73,7 @@ def save_checkpoint(
         written = [store.write_tensors(stage, f"student-{me:05d}.safetensors", student)]
         if rows:
             own = {
-                f"{part}/{name}": value.cpu()
-                for part, owner in rows.items()
-                for name, value in owner.state_rows().items()
+                f"{part}/{name}": value for part, owner in rows.items() for name, value in owner.state_rows().items()
             }
             bounds = {"start": str(row_range[0]), "stop": str(row_range[1])}
             written.append(store.write_tensors(stage, f"classifier-{me:05d}.safetensors", own, bounds))
@@ -157,6 +155,11 @@ class CheckpointReader:
             lo, hi = max(start, first), min(stop, last)
             if lo < hi:
                 with safe_open(path, "pt") as handle:
+                    if name not in handle.keys():  # noqa: SIM118  (no mapping)
+                        raise UserError(
+                            f"{self.directory} has no {name}: it was saved with other settings of the classifier's "
+                            "optimizer; give the run the same ones"
+                        )
                     parts.append(handle.get_slice(name)[lo - first : hi - first])
         out = torch.cat(parts)
         if out.shape[0] != stop - start:

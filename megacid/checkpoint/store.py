@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safetensors.torch import save as safetensors_bytes
+import torch
 from torch import Tensor
 
 from megacid.config import UserError
@@ -89,6 +90,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def machine() -> dict[str, Any]:
+    """What a time was measured on: {"cpu", "cores", "system"}."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {"cpu": (names or [platform.processor()])[0], "cores": os.cpu_count(), "system": platform.platform()}
+
+
 def write_meta(directory: str | Path, made_by: str, source: dict[str, Any], **facts: Any) -> None:
     """Write `directory/meta.json`, last of all: its presence says that the stage is complete."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -146,16 +154,50 @@ def make_stage(root: Path, step: int) -> Path:
     return stage
 
 
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_WRITE_BYTES = 1 << 24
+
+
 def write_tensors(
     stage: Path, name: str, tensors: dict[str, Tensor], facts: dict[str, str] | None = None
 ) -> WrittenFile:
-    """Write one safetensors file into the stage, durable, and hash what was written (not what a re-read gives back)."""
-    data = safetensors_bytes({key: value.contiguous() for key, value in tensors.items()}, metadata=facts)
+    """Write one safetensors file into the stage, durable, and hash what was written (not what a re-read gives back).
+
+    Tensors may be on any device and are taken to the host one at a time: the library's own writer first makes one byte
+    string of all of them, which for the rows of a classifier and their moments doubles what the process needs.
+    """
+    header: dict[str, Any] = {} if facts is None else {"__metadata__": facts}
+    end = 0
+    # Wide types first, as the format asks for aligned tensors.
+    ordered = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+    for key in ordered:
+        tensor, start = tensors[key], end
+        end += tensor.numel() * tensor.element_size()
+        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest, written = hashlib.sha256(), 0
     with open(stage / name, "wb") as handle:
-        handle.write(data)
+
+        def write(data: bytes | memoryview) -> None:
+            nonlocal written
+            for at in range(0, len(data), _WRITE_BYTES):
+                part = data[at : at + _WRITE_BYTES]
+                handle.write(part)
+                digest.update(part)
+                written += len(part)
+
+        write(len(text).to_bytes(8, "little") + text)
+        for key in ordered:
+            host = tensors[key].detach().contiguous().cpu().reshape(-1)
+            if host.numel():
+                write(host.view(torch.uint8).numpy().data)
         handle.flush()
         os.fsync(handle.fileno())
-    return WrittenFile(name, len(data), hashlib.sha256(data).hexdigest())
+    return WrittenFile(name, written, digest.hexdigest())
 
 
 def publish(

@@ -10,68 +10,20 @@ beside the data-parallel engine: its rows have their own gradient (`row_grad`) a
 from __future__ import annotations
 
 from collections.abc import Callable
-from os import PathLike
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megacid.classifier.exchange import Exchange, Exchanged
+from megacid.classifier.initial import Init, given_rows, random_rows
 from megacid.classifier.margin import Margin
 from megacid.classifier.row_state import ReadRows, copy_rows, gather_state, reader_of
 from megacid.classifier.sampling import Draw, sample_dims, shard_range
 from megacid.config import UserError
 from megacid.distributed.collectives import GradReduction, gather_plain, gather_rows, gradient_factor, rank, world_size
 from megacid_kernels import Discrimination, Gradients, Problem, Weights, discrimination_with_gradients
-
-Init = np.ndarray | Tensor | str | PathLike[str]
-
-_INIT_STD = 0.01
-_INIT_BLOCK = 1024  # rows per generator: a shard draws only the blocks it touches, whatever the number of ranks
-
-
-def _random_rows(start: int, stop: int, width: int, seed: int) -> Tensor:
-    """Rows [start, stop) of one global N(0, 0.01) matrix that depends on the seed alone."""
-    rows = torch.empty(stop - start, width)
-    for block in range(start // _INIT_BLOCK, -(-stop // _INIT_BLOCK)):
-        words = np.random.SeedSequence([seed & 0xFFFFFFFFFFFFFFFF, block]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(words[0]))
-        drawn = torch.randn(_INIT_BLOCK, width, generator=generator) * _INIT_STD
-        first = block * _INIT_BLOCK
-        low, high = max(start, first), min(stop, first + _INIT_BLOCK)
-        rows[low - start : high - start] = drawn[low - first : high - first]
-    return rows
-
-
-def _given_rows(init: Init, start: int, stop: int, shape: tuple[int, int]) -> Tensor:
-    """Rows [start, stop) of given centroids; of a file only these are read."""
-    given: np.ndarray | Tensor
-    said = "init" if isinstance(init, np.ndarray | Tensor) else f"init {str(init)!r}"
-    if isinstance(init, np.ndarray | Tensor):
-        given = init
-    else:
-        try:
-            given = np.load(init, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{said} is not a readable .npy file ({error}): pass centroids.npy of a clusters directory"
-            ) from error
-    if tuple(given.shape) != shape:
-        raise UserError(
-            f"{said} has shape {tuple(given.shape)}, wanted {shape} = (num_classes, embed_dim): "
-            "take the centroids of that k and teacher"
-        )
-    rows = (
-        given[start:stop].float()
-        if isinstance(given, Tensor)
-        else torch.as_tensor(np.array(given[start:stop], dtype=np.float32))
-    )
-    finite = torch.isfinite(rows).all(1)
-    if not finite.all():
-        raise UserError(f"{said} row {start + int((~finite).nonzero()[0])} is not finite: make the centroids again")
-    return rows
 
 
 class _Discriminate(torch.autograd.Function):
@@ -177,10 +129,11 @@ class PartialFC(nn.Module):
         self.log_q = log_q
         self._exchange = Exchange(num_classes, group)
         if init is None:
-            rows = _random_rows(self.class_start, self.class_stop, embed_dim, seed)
+            rows = random_rows(self.class_start, self.class_stop, embed_dim, seed)
         else:
-            rows = _given_rows(init, self.class_start, self.class_stop, (num_classes, embed_dim))
-        self.weight = nn.Parameter(rows.clone().to(device), requires_grad=False)
+            # A copy: training must not write into what was given.
+            rows = given_rows(init, self.class_start, self.class_stop, (num_classes, embed_dim)).clone()
+        self.weight = nn.Parameter(rows.to(device), requires_grad=False)
         self.hits: Tensor
         self.register_buffer("hits", torch.zeros(self.num_local, dtype=torch.int32, device=device))
         self.step = 0

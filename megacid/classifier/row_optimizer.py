@@ -1,49 +1,175 @@
 """Optimizers that touch only the class rows a step used: no momentum, decay or state change elsewhere.
 
-Legend: D width, L local classes, S sampled rows.
+Legend: D width, L local classes, S sampled rows, b rows of a block of them.
+
+What a row that was not sampled owes (`lazy`):
+
+    "none"   nothing: its averages run over its own updates, and bias correction counts those (partial FC's behaviour)
+    "decay"  the decays: when it is used again, its moments shrink by beta per missed step and its weight by
+             1 - lr * weight_decay, with the learning rates of those steps, as if it had seen zero gradients. It does
+             not make the moves that momentum alone would have made. Bias correction counts all steps.
+
+Until then its weight and moments stay as they are, bit for bit. The loss sees only a row's direction, which a decay
+that comes late does not change.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megacid.classifier.partial_fc import PartialFC
-from megacid.classifier.row_state import ReadRows, copy_rows, gather_state, reader_of
+from megacid.classifier.row_state import (
+    ReadRows,
+    copy_rows,
+    gather_state,
+    reader_of,
+    round_to_bf16,
+    rounding_bits,
+    rounding_keys,
+)
 from megacid.config import UserError
+
+Moments = Literal["fp32", "bf16"]
+Lazy = Literal["none", "decay"]
+
+# Rows are updated in blocks of so many bytes of fp32. On a CPU (per thread) a block and its temporaries stay in the
+# core's cache; on a GPU they are large enough to hide the launches.
+_CPU_BLOCK_BYTES, _GPU_BLOCK_BYTES = 1 << 18, 1 << 26
+# The clock of the decays counts whole units of 2^-44: integer sums have no rounding, so a clock that a resumed run
+# starts at zero gives the same differences, and the factors are exact to 2^-45 per step.
+_DECAY_UNIT = 1 << 44
+
+Factor = float | Tensor  # of every row, or one per row: fp32 [S, 1]
 
 
 class RowOptimizer:
-    """What both optimizers share: the head, `lr` and `weight_decay` (settable at any time), state by global row."""
+    """What both optimizers share: the head, `lr` and `weight_decay` (settable at any time), blocks, state by global row.
 
-    def __init__(self, head: PartialFC, lr: float, weight_decay: float):
+    moments: how the averages are stored; arithmetic is fp32. "bf16" halves their memory and rounds up or down at random
+    without bias, a pure function of (head.seed, the row's update count, global row, column): the same for any number of
+    ranks. lazy: see the module's docstring.
+    """
+
+    def __init__(self, head: PartialFC, lr: float, weight_decay: float, moments: Moments, lazy: Lazy):
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"classifier {name} is {value}, wanted a finite number >= 0")
+        for name, word, known in (("moments", moments, ("fp32", "bf16")), ("lazy", lazy, ("none", "decay"))):
+            if word not in known:
+                raise UserError(f"classifier {name} is {word!r}, wanted {known[0]!r} or {known[1]!r}")
         self.head, self.lr, self.weight_decay = head, lr, weight_decay
+        self.moments, self.lazy = moments, lazy
+        self.updates = torch.zeros(head.num_local, dtype=torch.int32, device=head.weight.device)
+        # The clock: steps and log(1 - lr * weight_decay) summed over them, now and (per row) when it was last used.
+        self._steps = self._decay = 0
+        if lazy == "decay":
+            self._steps_then = torch.zeros_like(self.updates)
+            self._decay_then = torch.zeros_like(self.updates, dtype=torch.int64)
 
-    def state_rows(self) -> dict[str, Tensor]:
-        """This rank's optimizer state: name -> [L, ...]."""
+    def _zeros(self) -> Tensor:
+        return torch.zeros_like(self.head.weight, dtype=torch.bfloat16 if self.moments == "bf16" else torch.float32)
+
+    def _averages(self) -> dict[str, Tensor]:
+        """The one or two [L, D] tensors of moments by name."""
         raise NotImplementedError
 
-    def _update(self, rows_S: Tensor, grad_SD: Tensor) -> None:
+    def _factors(self, count_S: Tensor, missed_S: Tensor | None, owed_S: Tensor | None) -> tuple[Factor, ...]:
+        """What `_update` needs per row. All float64: count_S steps with this one, and in lazy mode "decay" missed_S
+        steps since the last use and owed_S, the log of what the weight is to be multiplied by for them."""
+        raise NotImplementedError
+
+    def _update(
+        self, weight_bD: Tensor, averages: list[Tensor], grad_bD: Tensor, spare_bD: Tensor, factors: tuple[Factor, ...]
+    ) -> None:
+        """One step of a block of rows in place, all fp32. spare_bD may be overwritten."""
         raise NotImplementedError
 
     @torch.no_grad()
     def step(self, grad_scale: float | Tensor = 1.0) -> None:
-        """Update the rows of `head.row_grad()` with their gradient times `grad_scale` (gradient clipping)."""
+        """Update the rows of `head.row_grad()` with their gradient times `grad_scale` (gradient clipping).
+
+        No host synchronisation. Every call is a step of the clock of lazy = "decay", also without rows. UserError for
+        lr * weight_decay >= 1 in that mode: nothing would be left of a weight.
+        """
+        shrink = self.lr * self.weight_decay
+        if self.lazy == "decay" and not shrink < 1:
+            raise UserError(
+                f"classifier lr * weight_decay is {self.lr} * {self.weight_decay} = {shrink}, wanted less than 1 with "
+                'lazy "decay": lower one of them'
+            )
         rows, grad = self.head.row_grad()
         if len(rows):
-            self._update(rows, grad * grad_scale)
+            self._step_rows(rows, grad, grad_scale)
+        if self.lazy == "decay":
+            self._steps += 1
+            self._decay += round(math.log1p(-shrink) * _DECAY_UNIT)
+            self._steps_then.index_fill_(0, rows, self._steps)
+            self._decay_then.index_fill_(0, rows, self._decay)
+
+    def _step_rows(self, rows_S: Tensor, grad_SD: Tensor, grad_scale: float | Tensor) -> None:
+        count = self.updates[rows_S] + 1
+        missed = owed = None
+        if self.lazy == "decay":
+            steps = self._steps - self._steps_then[rows_S]
+            count += steps
+            missed, owed = steps.double(), (self._decay - self._decay_then[rows_S]).double() / _DECAY_UNIT
+        factors = self._factors(count.double(), missed, owed)
+        keys = None
+        if self.moments == "bf16":
+            ids = rows_S + self.head.class_start
+            keys = rounding_keys(ids, count, grad_SD.shape[1], seed=self.head.seed)
+        stored = list(self._averages().values())
+        size = min(len(rows_S), _block_rows(grad_SD))
+        spares = grad_SD.new_empty(3 + len(stored), size, grad_SD.shape[1])
+        for low in range(0, len(rows_S), size):
+            part = slice(low, min(low + size, len(rows_S)))
+            # Rows are sorted and unique: as many as there are means all of them, which need no gather.
+            where = part if len(rows_S) == self.head.num_local else rows_S[part]
+            spare_weight, spare, grad, *spare_averages = spares[:, : part.stop - low]
+            if isinstance(grad_scale, Tensor) or grad_scale != 1:
+                torch.mul(grad_SD[part], grad_scale, out=grad)
+            else:
+                grad = grad_SD[part]
+            weight = _take(self.head.weight, where, spare_weight)
+            averages = [_take(state, where, buffer) for state, buffer in zip(stored, spare_averages)]
+            cut = tuple(factor[part] if isinstance(factor, Tensor) else factor for factor in factors)
+            self._update(weight, averages, grad, spare, cut)
+            _put(self.head.weight, where, weight)
+            if keys is not None:
+                # The weight is back in its place: its buffer and `spare` are free.
+                bits = rounding_bits(keys[0][part], keys[1], spare.view(torch.int32), spare_weight.view(torch.int32))
+                # One hash has 16 bits for each of two moments.
+                halves = bits & 0xFFFF, bits.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+                averages = [round_to_bf16(average, half) for average, half in zip(averages, halves)]
+            for state, average in zip(stored, averages):
+                _put(state, where, average)
+        self.updates.index_copy_(0, rows_S, count)
 
     def zero_grad(self) -> None:
         self.head.zero_grad()
 
+    def state_rows(self) -> dict[str, Tensor]:
+        """This rank's state, name -> [L, ...]: the moments (fp32 or bf16 [L, D]), "updates" int32 [L], and in lazy mode
+        "decay" "missed_steps" int32 [L] and "missed_decay" float64 [L], the log of the factor the weight still owes."""
+        state = self._averages() | {"updates": self.updates}
+        if self.lazy == "decay":
+            state["missed_steps"] = self._steps - self._steps_then
+            state["missed_decay"] = (self._decay - self._decay_then).double() / _DECAY_UNIT
+        return state
+
     def load_state_rows(self, read: ReadRows) -> None:
-        """Take this rank's rows from read(name, start, stop), whatever number of ranks wrote them."""
-        copy_rows(self.state_rows(), read, self.head.class_start, self.head.class_stop)
+        """Take this rank's rows from read(name, start, stop), whatever number of ranks wrote them. The same `lazy`;
+        moments of the other type are converted."""
+        own = self.state_rows()
+        copy_rows(own, read, self.head.class_start, self.head.class_stop)
+        if self.lazy == "decay":
+            self._steps = self._decay = 0
+            self._steps_then = -own["missed_steps"]
+            self._decay_then = -(own["missed_decay"] * _DECAY_UNIT).round().long()
 
     def full_state(self) -> dict[str, Tensor]:
         """name -> [C, ...] on the host of every rank. A collective."""
@@ -53,11 +179,35 @@ class RowOptimizer:
         self.load_state_rows(reader_of(state, self.head.num_classes))
 
 
-class RowAdamW(RowOptimizer):
-    """AdamW on sampled rows. Bias correction counts a row's own updates; with every row used it is dense AdamW.
+def _block_rows(grad_SD: Tensor) -> int:
+    size = _CPU_BLOCK_BYTES * torch.get_num_threads() if grad_SD.device.type == "cpu" else _GPU_BLOCK_BYTES
+    return max(1, size // (4 * grad_SD.shape[1]))
 
-    A row that is skipped keeps its moments as they are: its averages run over its updates, not over steps.
-    """
+
+def _take(state_LD: Tensor, where: slice | Tensor, buffer_bD: Tensor) -> Tensor:
+    """Rows `where` in fp32: themselves if that can be, else a copy in the buffer."""
+    if isinstance(where, slice):
+        rows = state_LD[where]
+        return rows if rows.dtype == torch.float32 else buffer_bD.copy_(rows)
+    if state_LD.dtype == torch.float32:
+        return torch.index_select(state_LD, 0, where, out=buffer_bD)
+    return buffer_bD.copy_(state_LD.index_select(0, where))
+
+
+def _put(state_LD: Tensor, where: slice | Tensor, rows_bD: Tensor) -> None:
+    """What `_take` took goes back; rows of the state itself are there already."""
+    if not isinstance(where, slice):
+        state_LD.index_copy_(0, where, rows_bD)
+    elif state_LD.dtype != torch.float32:
+        state_LD[where] = rows_bD
+
+
+def _column(x_S: Tensor) -> Tensor:
+    return x_S.float()[:, None]
+
+
+class RowAdamW(RowOptimizer):
+    """AdamW on sampled rows; with every row used it is torch.optim.AdamW. `moments`, `lazy`: see RowOptimizer."""
 
     def __init__(
         self,
@@ -66,51 +216,83 @@ class RowAdamW(RowOptimizer):
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
         weight_decay: float = 0.05,
+        *,
+        moments: Moments = "fp32",
+        lazy: Lazy = "none",
     ):
-        super().__init__(head, lr, weight_decay)
+        super().__init__(head, lr, weight_decay, moments, lazy)
         if not all(0 <= beta < 1 for beta in betas):
             raise UserError(f"classifier betas are {betas}, wanted two numbers in [0, 1)")
         if not eps > 0:
             raise UserError(f"classifier eps is {eps}, wanted > 0: 1e-8 is usual")
         self.betas, self.eps = betas, eps
-        self.exp_avg = torch.zeros_like(head.weight)
-        self.exp_avg_sq = torch.zeros_like(head.weight)
-        self.updates = torch.zeros(head.num_local, dtype=torch.int32, device=head.weight.device)
+        self.exp_avg, self.exp_avg_sq = self._zeros(), self._zeros()
 
-    def state_rows(self) -> dict[str, Tensor]:
-        """{"exp_avg": fp32 [L, D], "exp_avg_sq": fp32 [L, D], "updates": int32 [L]}."""
-        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "updates": self.updates}
+    def _averages(self) -> dict[str, Tensor]:
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
-    def _update(self, rows_S: Tensor, grad_SD: Tensor) -> None:
+    def _factors(self, count_S: Tensor, missed_S: Tensor | None, owed_S: Tensor | None) -> tuple[Factor, ...]:
         beta1, beta2 = self.betas
-        count = self.updates[rows_S] + 1
-        mean = self.exp_avg[rows_S].lerp_(grad_SD, 1 - beta1)
-        square = self.exp_avg_sq[rows_S].mul_(beta2).addcmul_(grad_SD, grad_SD, value=1 - beta2)
         # In float64: 1 - beta ** n of a float32 has 4 digits left for beta = 0.999.
-        correct1 = (1 - beta1 ** count.double()).float()[:, None]
-        correct2 = (1 - beta2 ** count.double()).sqrt().float()[:, None]
-        weight = self.head.weight[rows_S].mul_(1 - self.lr * self.weight_decay)
-        weight -= self.lr * (mean / correct1) / ((square.sqrt() / correct2).add_(self.eps))
-        self.head.weight[rows_S] = weight
-        self.exp_avg[rows_S], self.exp_avg_sq[rows_S], self.updates[rows_S] = mean, square, count
+        correct1, correct2 = 1 - beta1**count_S, (1 - beta2**count_S).sqrt()
+        keep1: Factor = beta1
+        keep2: Factor = beta2
+        shrink: Factor = 1 - self.lr * self.weight_decay
+        if missed_S is not None and owed_S is not None:
+            keep1, keep2 = _column(beta1 ** (missed_S + 1)), _column(beta2 ** (missed_S + 1))
+            shrink = _column(owed_S.exp() * shrink)
+        # (m / c1) / (sqrt(v) / c2 + eps) with both corrections moved to the columns: two passes over [b, D] fewer.
+        return keep1, keep2, shrink, _column(self.lr * correct2 / correct1), _column(self.eps * correct2)
+
+    def _update(
+        self, weight_bD: Tensor, averages: list[Tensor], grad_bD: Tensor, spare_bD: Tensor, factors: tuple[Factor, ...]
+    ) -> None:
+        mean, square = averages
+        keep1, keep2, shrink, rate, eps = factors
+        mean.mul_(keep1).add_(grad_bD, alpha=1 - self.betas[0])
+        square.mul_(keep2).addcmul_(grad_bD, grad_bD, value=1 - self.betas[1])
+        torch.sqrt(square, out=spare_bD).add_(eps)
+        torch.div(mean, spare_bD, out=spare_bD)
+        assert isinstance(rate, Tensor)
+        weight_bD.mul_(shrink).addcmul_(spare_bD, rate, value=-1)
 
 
 class RowSGD(RowOptimizer):
-    """SGD with momentum and (coupled) weight decay on sampled rows; with every row used it is torch.optim.SGD."""
+    """SGD with momentum and (coupled) weight decay on sampled rows; with every row used it is torch.optim.SGD.
 
-    def __init__(self, head: PartialFC, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 5e-4):
-        super().__init__(head, lr, weight_decay)
+    `moments`, `lazy`: see RowOptimizer.
+    """
+
+    def __init__(
+        self,
+        head: PartialFC,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        *,
+        moments: Moments = "fp32",
+        lazy: Lazy = "none",
+    ):
+        super().__init__(head, lr, weight_decay, moments, lazy)
         if not 0 <= momentum < 1:
             raise UserError(f"classifier momentum is {momentum}, wanted a number in [0, 1)")
         self.momentum = momentum
-        self.velocity = torch.zeros_like(head.weight)
+        self.velocity = self._zeros()
 
-    def state_rows(self) -> dict[str, Tensor]:
-        """{"velocity": fp32 [L, D]}."""
+    def _averages(self) -> dict[str, Tensor]:
         return {"velocity": self.velocity}
 
-    def _update(self, rows_S: Tensor, grad_SD: Tensor) -> None:
-        weight = self.head.weight[rows_S]
-        velocity = self.velocity[rows_S].mul_(self.momentum).add_(grad_SD).add_(weight, alpha=self.weight_decay)
-        self.head.weight[rows_S] = weight - self.lr * velocity
-        self.velocity[rows_S] = velocity
+    def _factors(self, count_S: Tensor, missed_S: Tensor | None, owed_S: Tensor | None) -> tuple[Factor, ...]:
+        if missed_S is None or owed_S is None:
+            return self.momentum, 1.0
+        return _column(self.momentum ** (missed_S + 1)), _column(owed_S.exp())
+
+    def _update(
+        self, weight_bD: Tensor, averages: list[Tensor], grad_bD: Tensor, spare_bD: Tensor, factors: tuple[Factor, ...]
+    ) -> None:
+        (velocity,) = averages
+        keep, shrink = factors
+        if isinstance(shrink, Tensor):
+            weight_bD.mul_(shrink)
+        velocity.mul_(keep).add_(grad_bD).add_(weight_bD, alpha=self.weight_decay)
+        weight_bD.add_(velocity, alpha=-self.lr)

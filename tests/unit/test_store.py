@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from megacid.checkpoint import store
 from megacid.config import UserError
@@ -89,3 +92,22 @@ def test_meta_of_another_tool_or_an_unfinished_stage_is_refused(tmp_path: Path) 
     assert store.read_meta(tmp_path, expect="embed")["dim"] == 3
     with pytest.raises(UserError, match="made by 'embed'"):
         store.read_meta(tmp_path, expect="cluster")
+
+
+def test_files_are_what_the_safetensors_library_reads(tmp_path: Path) -> None:
+    wide = torch.randn(5, 7)
+    tensors = {
+        "fp32": wide, "turned": wide.T, "part": wide[1:3, ::2], "bf16": wide.bfloat16(), "fp64": wide.double(),
+        "fp16": wide.half(), "int64": torch.arange(3), "int32": torch.arange(4, dtype=torch.int32), "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 3), "bool": torch.tensor([True, False, True]), "Ω/name": torch.ones(1, dtype=torch.uint8),
+    }  # fmt: skip
+    written = store.write_tensors(tmp_path, "a.safetensors", tensors, {"start": "0", "stop": "5"})
+    data = (tmp_path / "a.safetensors").read_bytes()
+    assert written.bytes == len(data) and written.sha256 == hashlib.sha256(data).hexdigest()
+    found = load_file(tmp_path / "a.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+    with safe_open(tmp_path / "a.safetensors", "pt") as handle:
+        assert handle.metadata() == {"start": "0", "stop": "5"}
+        assert torch.equal(handle.get_slice("turned")[2:4], wide.T[2:4])
