@@ -12,6 +12,7 @@ from torch import Tensor
 IMPLEMENTATIONS = ("auto", "torch")
 MODES = ("auto", "row")
 DEFAULT_BUDGET_BYTES = 1 << 30
+_CPU_BUDGET_BYTES = 1 << 26
 
 
 class TargetMargin(Protocol):
@@ -118,12 +119,19 @@ class Problem:
         names = (["S"] if w.alpha > 0 else []) + ([self.softened("S"), self.softened("T")] if w.gamma > 0 else [])
         return list(dict.fromkeys(names))
 
-    def chunk(self, batch: int, rows: int, width: int, labels: int, itemsize: int) -> int:
+    def chunk(self, batch: int, rows: int, width: int, labels: int, itemsize: int, device: str) -> int:
         """Samples per chunk so that the live [chunk, rows] matrices (and the rows of the labels) fit the budget; the same
         on every rank, because each chunk has one all-reduce: computed from the widest shard, not from this one."""
+        rows = max(1, self.max_rows or rows)
         matrices = float(len(self.matrices("S")) + len(self.matrices("T")))
         if self.filter_threshold is not None:
             matrices += 1 / itemsize + (not self.matrices("S"))
-        per_sample = max(1, self.max_rows or rows) * max(1.0, matrices) + 4 * labels * width
+        per_sample = rows * max(1.0, matrices)
         budget = self.memory_budget_bytes or DEFAULT_BUDGET_BYTES
-        return max(1, min(batch, int(budget / (per_sample * itemsize))))
+        if self.memory_budget_bytes is None and device == "cpu":
+            # A product of fewer samples is as fast on a CPU: no more than half of what the gradient takes anyway.
+            budget = min(budget, max(_CPU_BUDGET_BYTES, rows * width * itemsize // 2))
+        else:
+            per_sample += 4 * labels * width
+        most = max(1, min(batch, int(budget / (per_sample * itemsize))))
+        return -(-batch // -(-batch // most)) if batch else 1  # equal chunks, not many full ones and a small last one

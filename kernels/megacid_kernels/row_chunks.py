@@ -57,19 +57,48 @@ def row_blocks(x: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(x), step)]
 
 
-def unit_rows(x: Tensor, *, overwrite: bool = False) -> tuple[Tensor, Tensor]:
-    """(x / |x|, 1 / |x| [n, 1]); a zero row stays zero and gets no gradient. overwrite: into x itself."""
+def inverse_norms(x: Tensor) -> Tensor:
+    """1 / |x| of every row, [n, 1]; 0 of a zero row, which so stays zero and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    inverse = torch.where(norm > torch.finfo(x.dtype).tiny, 1 / norm, torch.zeros_like(norm))
-    return (x.mul_(inverse) if overwrite else x * inverse), inverse
+    return torch.where(norm > torch.finfo(x.dtype).tiny, 1 / norm, torch.zeros_like(norm))
+
+
+class _Rows:
+    """The class rows, unit rows as far as the products are concerned, without a second [S, D] in memory.
+
+    Rows that may be overwritten are normalised in place. Others stay as they are: their cosines are divided by the norms
+    instead, and so are the exponentials once they are summed, which puts the norms into both gradient products.
+    """
+
+    def __init__(self, w_SD: Tensor, overwrite: bool):
+        self.inverse = inverse_norms(w_SD)
+        self.w = w_SD.mul_(self.inverse) if overwrite else w_SD
+        self.columns = None if overwrite else self.inverse[:, 0]  # [S], to multiply matrices [b, S] with
+
+    def of(self, slot: Tensor) -> Tensor:
+        """Unit rows of these slots, [..., D]."""
+        rows = self.w[slot]
+        return rows if self.columns is None else rows.mul_(self.columns[slot][..., None])
+
+    def scaled(self, matrix_bS: Tensor) -> Tensor:
+        return matrix_bS if self.columns is None else matrix_bS.mul_(self.columns)
+
+    def through_norm_(self, grad: Tensor) -> Tensor:
+        """Turn the sums of the products into the gradient of w, in place."""
+        for rows in row_blocks(grad):
+            part, w, inverse = grad[rows], self.w[rows], self.inverse[rows]
+            along = torch.linalg.vecdot(w, part)[:, None]
+            if self.columns is None:
+                part.addcmul_(w, along, value=-1).mul_(inverse)
+            else:
+                # `part` holds 1 / |w| already. Twice, for w is no unit row; one by one, for 1 / |w|^2 may overflow.
+                part.addcmul_(w, along.mul_(inverse).mul_(inverse), value=-1)
+        return grad
 
 
 def _through_norm_(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
     """Turn the gradient of x / |x| into that of x, in place. Linear: may run on partial sums."""
-    for rows in row_blocks(grad):
-        part, u = grad[rows], unit[rows]
-        part.addcmul_(u, torch.linalg.vecdot(u, part)[:, None], value=-1).mul_(inverse[rows])
-    return grad
+    return grad.addcmul_(unit, torch.linalg.vecdot(unit, grad)[:, None], value=-1).mul_(inverse)
 
 
 def locate(target_Gl: Tensor, rows_S: Tensor | None, class_start: int, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -117,14 +146,14 @@ class _Chunk:
         self.removed = torch.zeros(len(slot), dtype=torch.int64, device=slot.device)
         self.largest: Tensor | None = None
 
-    def add(self, unit_bD: Tensor, w_SD: Tensor, names: dict[str, float], *, student: bool) -> None:
+    def add(self, unit_bD: Tensor, rows: _Rows, names: dict[str, float], *, student: bool) -> None:
         """The matrices `names` (name -> temperature) of one distribution; of the student also mask and maximum."""
         if not names and not (student and self.problem.filter_threshold is not None):
             return
         scale = self.problem.scale
         temperatures = list(names.items()) or [("", 1.0)]
         first = temperatures[0][1]
-        logits = (unit_bD * (scale / first)) @ w_SD.T
+        logits = rows.scaled((unit_bD * (scale / first)) @ rows.w.T)
         self._hide_labels(logits)
         if student and self.problem.filter_threshold is not None:
             self.hidden = logits > self.problem.filter_threshold * (scale / first)
@@ -143,8 +172,8 @@ class _Chunk:
                 z -= shift
             if student and temperature == first and z.shape[1]:
                 self.largest = (z.amax(1) + shift) / (scale / temperature)
-            self.matrices[name] = z.exp_()
-            self.stats[name] = z.sum(1)
+            self.stats[name] = z.exp_().sum(1)
+            self.matrices[name] = rows.scaled(z)
 
     def _hide_labels(self, logits: Tensor) -> None:
         if logits.shape[1]:
@@ -175,9 +204,12 @@ class _Run:
         self.labelled = self.present.any(1)
         count = self.labelled.sum().to(x_GD.dtype)
         self.each = 1 / count.clamp_min(1) if problem.reduction == "mean" else torch.ones_like(count)
-        self.unit_w, self.inv_w = unit_rows(w_SD, overwrite=overwrite_w)
-        self.unit_x, self.inv_x = unit_rows(x_GD)
-        self.unit_t = unit_rows(teacher_GD)[0] if teacher_GD is not None and weights.needs_teacher else None
+        self.rows = _Rows(w_SD, overwrite_w)
+        self.inv_x = inverse_norms(x_GD)
+        self.unit_x = x_GD * self.inv_x
+        self.unit_t = None
+        if teacher_GD is not None and weights.needs_teacher:
+            self.unit_t = teacher_GD * inverse_norms(teacher_GD)
         self.raw = x_GD.new_zeros(3)
         self.target_cosine = x_GD.new_zeros(target_Gl.shape)
         self.largest = x_GD.new_full((len(x_GD),), -torch.inf)
@@ -187,21 +219,21 @@ class _Run:
         problem, weights = self.problem, self.problem.weights
         own, slot, x = self.own[part], self.slot[part], self.unit_x[part]
         t = self.unit_t[part] if self.unit_t is not None else None
-        w_y = self.unit_w[slot] if len(self.unit_w) else x.new_zeros(*slot.shape, x.shape[1])
+        w_y = self.rows.of(slot) if len(self.rows.w) else x.new_zeros(*slot.shape, x.shape[1])
         on_x = _target(x, w_y, own, problem, True) if weights.needs_student else None
         on_t = _target(t, w_y, own, problem, False) if t is not None else None
 
         chunk = _Chunk(problem, slot, own, self.bias)
-        chunk.add(x, self.unit_w, problem.matrices("S"), student=True)
+        chunk.add(x, self.rows, problem.matrices("S"), student=True)
         if t is not None:
-            chunk.add(t, self.unit_w, problem.matrices("T"), student=False)
+            chunk.add(t, self.rows, problem.matrices("T"), student=False)
         self.removed[part] = chunk.removed
         if chunk.largest is not None:
             self.largest[part] = chunk.largest
         products: dict[str, Tensor] = {}
         if weights.gamma > 0 and t is not None:
             name = problem.softened("T")
-            products[name] = chunk.matrices[name] @ self.unit_w
+            products[name] = chunk.matrices[name] @ self.rows.w
             chunk.stats["gap"] = torch.linalg.vecdot(t - x, products[name])
         chunk.stats["own"] = own.sum(1).to(x.dtype)
         for kind, value in _by_label(on_x, on_t):
@@ -210,7 +242,7 @@ class _Run:
         pending = dist.all_reduce(reduced, group=problem.group, async_op=True) if problem.world > 1 else None
         if grad_x is not None:
             for name in problem.student_products():
-                products.setdefault(name, chunk.matrices[name] @ self.unit_w)
+                products.setdefault(name, chunk.matrices[name] @ self.rows.w)
         if pending is not None:
             pending.wait()
         stats = dict(zip(chunk.stats, reduced.unbind()))
@@ -229,7 +261,7 @@ class _Run:
                     grad_x[part].addcmul_(rows.with_x[name][:, None], product)
         if grad_w is not None:
             on_label_t = rows.target_t * own if rows.target_t is not None else None
-            _add_grad_w(grad_w, chunk, rows, x, t, on_label, on_label_t)
+            _add_grad_w(grad_w, part.start == 0, chunk, rows, self.rows.columns, x, t, on_label, on_label_t)
 
 
 def _by_label(on_x: _Target | None, on_t: _Target | None) -> list[tuple[str, Tensor]]:
@@ -252,13 +284,15 @@ def row_mode(
 ) -> Outcome:
     """All tensors in one compute dtype (float32 or float64). See the module's docstring for the schedule.
 
-    overwrite_w: w is the caller's scratch copy; its rows are normalised in place, which saves [S, D].
+    overwrite_w: w is the caller's scratch copy; its rows are normalised in place, which saves two passes over [b, S].
     """
     run = _Run(x_GD, w_SD, target_Gl, rows_S, teacher_GD, bias_S, problem, overwrite_w)
     grad_x = torch.zeros_like(x_GD) if need_x else None
-    grad_w = torch.zeros_like(w_SD) if need_w else None
     batch = len(x_GD)
-    step = problem.chunk(batch, len(w_SD), x_GD.shape[1], target_Gl.shape[1], x_GD.element_size())
+    grad_w = None
+    if need_w:  # the first chunk writes it, the others add
+        grad_w = torch.empty_like(w_SD) if batch else torch.zeros_like(w_SD)
+    step = problem.chunk(batch, len(w_SD), x_GD.shape[1], target_Gl.shape[1], x_GD.element_size(), x_GD.device.type)
     for start in range(0, batch, step):
         run.chunk(slice(start, min(start + step, batch)), grad_x, grad_w)
     raw = run.raw * run.each
@@ -270,14 +304,16 @@ def row_mode(
         largest_negative=run.largest,
         removed=run.removed,
         grad_x=_through_norm_(grad_x, run.unit_x, run.inv_x) if grad_x is not None else None,
-        grad_w=_through_norm_(grad_w, run.unit_w, run.inv_w) if grad_w is not None else None,
+        grad_w=run.rows.through_norm_(grad_w) if grad_w is not None else None,
     )
 
 
 def _add_grad_w(
     grad_w: Tensor,
+    first: bool,
     chunk: _Chunk,
     rows: Coefficients,
+    columns: Tensor | None,
     x: Tensor,
     t: Tensor | None,
     target_x: Tensor | None,
@@ -288,9 +324,15 @@ def _add_grad_w(
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     for name in {**rows.with_x, **rows.with_t}:
-        grad_w.addmm_(chunk.matrices[name].T, features(rows.with_x.get(name), rows.with_t.get(name)))
+        right = features(rows.with_x.get(name), rows.with_t.get(name))
+        if first:
+            torch.mm(chunk.matrices[name].T, right, out=grad_w)
+            first = False
+        else:
+            grad_w.addmm_(chunk.matrices[name].T, right)
     if not len(grad_w):
         return
     for i in range(chunk.slot.shape[1]):
+        slot = chunk.slot[:, i]
         label = features(*(None if c is None else c[:, i] for c in (target_x, target_t)))
-        grad_w.index_add_(0, chunk.slot[:, i], label)
+        grad_w.index_add_(0, slot, label if columns is None else label.mul_(columns[slot][:, None]))

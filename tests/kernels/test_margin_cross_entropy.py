@@ -221,8 +221,8 @@ def test_gradients_without_autograd_are_those_of_autograd_and_may_use_the_rows_a
     scratch = w.clone()
     kept = discrimination_with_gradients(x, w, y, problem)
     used = discrimination_with_gradients(x, scratch, y, problem, overwrite_w=True)
-    for found in (kept, used):
-        assert torch.equal(found.x, xs.grad) and torch.equal(found.w, ws.grad)
+    assert torch.equal(kept.x, xs.grad) and torch.equal(kept.w, ws.grad)
+    torch.testing.assert_close((used.x, used.w), (xs.grad, ws.grad), rtol=1e-10, atol=1e-12)
     assert not torch.equal(scratch, w)
 
 
@@ -308,10 +308,15 @@ def test_chunks_do_not_change_the_result() -> None:
 
 def test_budget_decides_the_chunk() -> None:
     problem = Problem(num_classes=1000, memory_budget_bytes=10 * 1000 * 4)
-    assert problem.chunk(batch=64, rows=1000, width=0, labels=1, itemsize=4) == 10
-    assert problem.chunk(batch=64, rows=1000, width=125, labels=2, itemsize=4) == 5
-    assert Problem(num_classes=1000, memory_budget_bytes=1).chunk(64, 1000, 8, 1, 4) == 1
-    assert Problem(num_classes=1000).chunk(64, 1000, 8, 1, 4) == 64
+    assert problem.chunk(batch=60, rows=1000, width=0, labels=1, itemsize=4, device="cuda") == 10
+    assert problem.chunk(batch=62, rows=1000, width=0, labels=1, itemsize=4, device="cuda") == 9  # 7 equal ones
+    assert problem.chunk(batch=64, rows=1000, width=125, labels=2, itemsize=4, device="cuda") == 5
+    assert Problem(num_classes=1000, memory_budget_bytes=1).chunk(64, 1000, 8, 1, 4, "cpu") == 1
+    assert Problem(num_classes=1000).chunk(64, 1000, 8, 1, 4, "cpu") == 64
+    # On a CPU without a budget: 64 MiB, or half of the gradient where that is more.
+    assert Problem(num_classes=1 << 17).chunk(512, 1 << 17, 256, 1, 4, "cpu") == 128
+    assert Problem(num_classes=1 << 20).chunk(512, 1 << 20, 512, 1, 4, "cpu") == 256
+    assert Problem(num_classes=1 << 17).chunk(512, 1 << 17, 256, 1, 4, "cuda") == 512
 
 
 def test_two_runs_are_bitwise_equal() -> None:
