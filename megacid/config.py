@@ -68,9 +68,9 @@ class Run:
 @dataclass(frozen=True)
 class StudentConfig:
     model: str
-    """open_clip model name, or one of configs/models/."""
+    """open_clip model name, or one of configs/models/; "feature-mlp": a small tower over data.features."""
     embed_dim: int | None = None
-    """Width of the joint embedding; null: the teacher's (data.teacher) or else the model's own."""
+    """Width of the joint embedding; null: the teacher's (data.teacher) or else the model's own; feature-mlp needs it."""
     image_size: int | None = None
     """Pixels; null: the model's own."""
     context_length: int | None = None
@@ -79,16 +79,24 @@ class StudentConfig:
     """open_clip tag or local checkpoint to start from; null: from scratch."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    hidden: int = 512
+    """Only for feature-mlp: width of its hidden layers, > 0."""
+    layers: int = 2
+    """Only for feature-mlp: number of hidden layers, >= 0."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    shards: str
-    """Directory of .tar shards (img2dataset or webdataset layout)."""
+    shards: str | None = None
+    """Directory of .tar shards (img2dataset or webdataset layout); this or features."""
+    features: str | None = None
+    """Directory of class-labelled feature vectors (tools/synthesize.py features) instead of shards."""
     teacher: str | None = None
     """Directory written by tools/embed.py; needed by the terms instance, mse and by beta, gamma of cluster."""
     labels: str | None = None
     """Directory written by tools/cluster.py; needed by the term cluster."""
+    labels_per_sample: int = 1
+    """Nearest clusters that are a sample's labels, > 0: 1 is CLIP-CID, more is MLCD's loss (tools/cluster.py --top-labels)."""
     keep: str | None = None
     """Directory written by tools/balance.py; null: every sample is used."""
     augment: Literal["none", "random_resized_crop"] = "none"
@@ -96,7 +104,7 @@ class DataConfig:
     workers: int = 0
     """Loader processes per rank, >= 0; 0 decodes in the training process."""
     block_shards: int = 16
-    """Shards that are shuffled together, > 0; larger mixes better, smaller reads more locally."""
+    """Shards (files of features) that are shuffled together, > 0; larger mixes better, smaller reads more locally."""
     error_budget: float = 0.001
     """Share of samples that may be undecodable before the run ends, 0 to 1."""
     max_image_pixels: int = 64_000_000
@@ -143,8 +151,10 @@ class ClassifierConfig:
     """Share of the embedding's dimensions used per step, above 0, up to 1."""
     filter_threshold: float | None = None
     """Negatives with a larger cosine leave the denominator; null: none do."""
-    init: Literal["centroids", "random"] = "centroids"
-    """Start rows: the centroids of data.labels, or N(0, 0.01)."""
+    log_q: bool = False
+    """Weigh sampled negatives by 1 / their chance, so that the denominator is unbiased for the one over all classes."""
+    init: str = "centroids"
+    """Start rows: centroids (of data.labels), random (N(0, 0.01)), or a path: .npy, .safetensors, or a directory of per-rank insightface checkpoints."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Row-sparse optimizer of the class rows."""
     lr: float | None = None
@@ -156,7 +166,11 @@ class ClassifierConfig:
     momentum: float = 0.9
     """SGD's momentum."""
     weight_decay: float = 0.05
-    """Decoupled weight decay of the rows that a step touches, >= 0."""
+    """Weight decay of the rows that a step touches, >= 0; decoupled in AdamW."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Storage of the row optimizer's averages; bf16 halves their memory and rounds at random without bias."""
+    lazy: Literal["none", "decay"] = "none"
+    """What a row owes for the steps that did not draw it: nothing, or the decays of weight and moments when it is used again."""
 
 
 @dataclass(frozen=True)
@@ -281,9 +295,9 @@ def _build(cls: type, values: Any, where: str) -> Any:
     return cls(**{key: _convert(value, hints[key], f"{where}.{key}") for key, value in values.items()})
 
 
-_POSITIVE = ("run.total_steps run.save_every run.log_every run.timeout_s data.block_shards data.max_image_pixels "
-             "loss.cluster_temperature classifier.scale classifier.sample_rate classifier.feature_rate guard.max_consecutive_skips").split()  # fmt: skip
-_NOT_NEGATIVE = ("run.seed data.workers data.error_budget loss.contrastive loss.instance loss.cluster loss.mse loss.alpha loss.beta loss.gamma "
+_POSITIVE = ("run.total_steps run.save_every run.log_every run.timeout_s data.labels_per_sample data.block_shards data.max_image_pixels "
+             "student.hidden loss.cluster_temperature classifier.scale classifier.sample_rate classifier.feature_rate guard.max_consecutive_skips").split()  # fmt: skip
+_NOT_NEGATIVE = ("run.seed student.layers data.workers data.error_budget loss.contrastive loss.instance loss.cluster loss.mse loss.alpha loss.beta loss.gamma "
                  "classifier.m2 classifier.m3 classifier.weight_decay schedule.warmup_steps schedule.final_share").split()  # fmt: skip
 _AT_MOST_ONE = "classifier.sample_rate classifier.feature_rate data.error_budget schedule.final_share".split()
 
@@ -318,6 +332,11 @@ def _check(block: Megacid) -> None:
         raise UserError(
             '"megacid.loss.cluster" is on but alpha, beta and gamma are all 0: set one of them, or cluster to 0'
         )
+    if loss.cluster and loss.gamma and data.labels_per_sample > 1:
+        raise UserError(
+            f'"megacid.data.labels_per_sample" is {data.labels_per_sample} and "megacid.loss.gamma" is {loss.gamma}, wanted one label for the KL: set one of them to 1 or 0'
+        )
+    _check_source(block)
     needs_teacher = [
         name
         for name, on in (
@@ -331,12 +350,55 @@ def _check(block: Megacid) -> None:
         raise UserError(
             f'"megacid.data.teacher" is null but the term {needs_teacher[0]} needs teacher embeddings: name the output of tools/embed.py'
         )
-    if loss.cluster and data.labels is None:
+    if loss.cluster and data.labels is None and data.features is None:
         raise UserError(
             '"megacid.data.labels" is null but the term cluster needs labels: name the output of tools/cluster.py'
         )
     if loss.temperature is not None and loss.temperature < 0.01:
         raise UserError(f'"megacid.loss.temperature" is {loss.temperature}, wanted 0.01 or more (null: learned)')
+
+
+FEATURE_TOWER = "feature-mlp"
+_FOR_PAIRS = """data.teacher data.labels data.labels_per_sample data.keep data.augment data.workers data.error_budget data.max_image_pixels
+ student.image_size student.context_length student.pretrained student.grad_checkpointing loss.contrastive loss.instance loss.mse loss.beta loss.gamma""".split()
+_FOR_FEATURES = "student.hidden student.layers".split()
+
+
+def _check_source(block: Megacid) -> None:
+    """Shards with a CLIP student, or features with a feature tower; no key that the choice gives no effect."""
+    data, student = block.data, block.student
+    if (data.shards is None) == (data.features is None):
+        found = "both null" if data.shards is None else f"both given ({data.shards!r}, {data.features!r})"
+        raise UserError(f'"megacid.data.shards" and "megacid.data.features" are {found}, wanted exactly one: '
+                        "write the directory of the shards, or that of the feature vectors, and null for the other")  # fmt: skip
+    if (data.features is not None) != (student.model == FEATURE_TOWER):
+        wish = f'"{FEATURE_TOWER}"' if data.features is not None else "an open_clip model, or data.features"
+        raise UserError(
+            f'"megacid.student.model" is {student.model!r} but the data are {"features" if data.features is not None else "shards"}: write {wish}'
+        )
+    for path in _FOR_PAIRS if data.features is not None else _FOR_FEATURES:
+        section, name = path.split(".")
+        found = getattr(getattr(block, section), name)
+        default = next(f.default for f in dataclasses.fields(getattr(block, section)) if f.name == name)
+        if found != default:
+            why = "data.features" if data.features is not None else "data.shards"
+            raise UserError(
+                f'"megacid.{path}" is {found!r}, which has no meaning with {why}: write {json.dumps(default)}, or leave it out'
+            )
+    if data.features is None:
+        return
+    if student.embed_dim is None:
+        raise UserError(
+            f'"megacid.student.embed_dim" is null, wanted the embedding width of {FEATURE_TOWER}: write it, 512 say'
+        )
+    if not block.loss.cluster:
+        raise UserError(
+            f'"megacid.loss.cluster" is {block.loss.cluster}, wanted a weight above 0: it is the only term that features can have'
+        )
+    if block.classifier.init == "centroids":
+        raise UserError(
+            '"megacid.classifier.init" is "centroids" but data.features has none: write "random", or the path of a .npy file'
+        )
 
 
 # ---- DeepSpeed's keys --------------------------------------------------------------------------------------------

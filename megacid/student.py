@@ -107,6 +107,17 @@ class Student(nn.Module):
     def embed_dim(self) -> int:
         return int(self.config["embed_dim"])
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one input image without the batch: (3, H, W)."""
+        side = self.config["vision_cfg"]["image_size"]
+        return (3, side, side)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of one text, T."""
+        return int(self.clip.context_length)  # type: ignore[arg-type]
+
     def forward(self, image: torch.Tensor, text: torch.Tensor) -> StudentOutput:
         """image [B, 3, H, W] float, text [B, T] int64 -> `StudentOutput`.
 

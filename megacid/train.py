@@ -3,7 +3,8 @@
     deepspeed megacid/train.py --deepspeed_config configs/RUN.json [--set section.key=value ...] [--resume auto|never|PATH] [--dry-run] [--print-config]
 
 `torchrun` and plain `python` start it as well. One file is one run; there are no modes: the objective is a weighted sum,
-and plain CLIP training, distillation and clusters differ in their weights.
+and plain CLIP training, distillation and clusters differ in their weights. A pure classification experiment is a run
+file with features for data and the cluster term alone.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ import torch
 from megacid import PartialFC, RowAdamW, RowSGD
 from megacid.assemble import make_classifier, make_objective, make_student, open_data, peak_rates, together
 from megacid.checkpoint import state, store
+from megacid.classifier.health import health, hit_histogram
 from megacid.config import RunFile, UserError, load_run
-from megacid.data.loader import Batch, DataBudgetError
+from megacid.data.batch import Batch, DataBudgetError
 from megacid.distributed import parallel as parallel_module
 from megacid.distributed.collectives import agree, barrier, broadcast_json
 from megacid.distributed.parallel import Parallel
@@ -44,7 +46,8 @@ from megacid.runtime.guard import Guard, TooManySkips, Verdict
 from megacid.runtime.lifecycle import EXIT_DATA, EXIT_NOT_FINITE, EXIT_STOPPED, EXIT_USER, Lifecycle, RunLock
 from megacid.runtime.metrics import Metrics, setup_logging
 from megacid.runtime.schedule import learning_rate_share, parameter_groups
-from megacid.student import Student, model_config
+from megacid.student import Student
+from megacid.tower import FeatureTower
 
 log = logging.getLogger("megacid")
 
@@ -89,8 +92,7 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
 
     start = 0
     if start_from is not None:
-        vision = model_config(student)["vision_cfg"]["image_size"]
-        engine.materialise_state((3, vision, vision), student.clip.context_length, run.accumulation)  # type: ignore[arg-type]
+        engine.materialise_state(student.image_shape, student.text_length, run.accumulation)
         start = state.restore(Path(start_from), engine, rows, identity)
         guard.skipped = start - int(store.read_manifest(Path(start_from))["updates"])
         log.info("resumed from %s", start_from)
@@ -140,11 +142,11 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
         stopped = lifecycle.stop_requested() or step + 1 == args.stop_after
         if stopped or (step + 1) % config.save_every == 0 or step + 1 == config.total_steps:
             save(step + 1)
+            if head is not None:
+                metrics.log_classes(step, health(head), hit_histogram(head))
         if stopped:
             break
-    metrics.close(
-        {"steps": config.total_steps - start, "start_step": start, "skipped": guard.skipped, "world": parallel.world}
-    )
+    metrics.close({"steps": step + 1 - start, "start_step": start, "skipped": guard.skipped, "world": parallel.world})
     if lock is not None:
         lock.release()
     if stopped and step + 1 < config.total_steps:
@@ -174,7 +176,7 @@ def accumulate(
         batch = batch.to(engine.device)
         metrics.waited_for_data(time.perf_counter() - began)
         if head is not None:
-            head.set_step(step * run.accumulation + micro)
+            head.set_step(step)  # micro-batches share their negatives: the rows of a step stay as many
         out = engine(batch.image, batch.text)
         loss, terms = objective(out, batch)
         engine.backward(loss)
@@ -234,9 +236,11 @@ def find_checkpoint(run: RunFile, resume: str) -> str | None:
     return str(newest) if newest else None
 
 
-def report_memory(run: RunFile, student: Student, head: PartialFC | None, parallel: Parallel) -> None:
+def report_memory(run: RunFile, student: Student | FeatureTower, head: PartialFC | None, parallel: Parallel) -> None:
     parameters = sum(p.numel() for p in student.parameters())
-    parts = memory_estimate(run, parameters, head.num_classes if head else 0, student.embed_dim, parallel.world)
+    parts = memory_estimate(
+        run, parameters, head.num_classes if head else 0, student.embed_dim, parallel.world, parallel.device.type
+    )
     log.info("student %s: %.2f M parameters, width %d; classes %d; ranks %d; ZeRO stage %d; batch %d = %d x %d x %d ranks",
              run.megacid.student.model, parameters / 1e6, student.embed_dim, head.num_classes if head else 0, parallel.world, run.zero_stage,
              run.global_batch, run.micro_batch, run.accumulation, parallel.world)  # fmt: skip

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Evaluate a CLIP on a local classification set (CLIP_benchmark's webdataset layout): zero-shot and linear probe.
+Evaluate a classification run on the test split of a features directory: nearest class row, nearest class mean.
 
     tools/eval.py --run runs/digits --dataset-root data/digits/test --out results
     tools/eval.py --model local-dir:export/digits --dataset-root data/digits/test --tasks zero_shot --out results
     tools/eval.py --model ViT-B-32 --pretrained laion2b_s34b_b79k --dataset-root wds/cifar10 --out results
+    tools/eval.py --run runs/partial_fc_1m --features data/features-1m --limit 10000 --out results
 
 Every task writes one JSON that `clip_benchmark build` reads.
 """
@@ -18,11 +20,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
+from tqdm import tqdm
 
 from megacid.checkpoint.store import write_json_atomic
 from megacid.config import UserError, run_tool
+from megacid.data.features import FeatureSet
 from megacid.evaluate.datasets import Benchmark, load_benchmark
 from megacid.evaluate.export import student_from_run
+from megacid.evaluate.features import TASKS as FEATURE_TASKS
+from megacid.evaluate.features import accuracy, tasks_for, trained_tower
 from megacid.evaluate.linear_probe import linear_probe
 from megacid.evaluate.zero_shot import zero_shot
 from megacid.student import LOCAL_DIR, LoadedClip, load_clip, loaded_student
@@ -37,9 +43,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     which.add_argument("--run", type=Path, help="run directory; its newest valid checkpoint")
     parser.add_argument("--pretrained", help="tag or file of weights; with --model NAME")
     parser.add_argument("--step", type=int, help="step of the checkpoint; with --run")
-    parser.add_argument("--dataset-root", type=Path, required=True, help="directory with classnames.txt, train/, test/")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--dataset-root", type=Path, help="directory with classnames.txt, train/, test/")
+    data.add_argument("--features", type=Path, help="directory of tools/synthesize.py features; with --run")
     parser.add_argument("--dataset-name", help="name in the results (default: the directory's name)")
-    parser.add_argument("--tasks", default="zero_shot,linear_probe", help="comma-separated: zero_shot, linear_probe")
+    parser.add_argument(
+        "--tasks",
+        help="comma-separated: zero_shot, linear_probe; with --features: head, nearest_class_mean (default: all that apply)",
+    )
+    parser.add_argument("--limit", type=int, help="only the first so many test rows; with --features")
     parser.add_argument("--out", type=Path, required=True, help="directory for the JSON files")
     parser.add_argument("--batch-size", type=int, default=256, help="images per forward")
     parser.add_argument("--workers", type=int, default=0, help="decoding processes")
@@ -48,10 +60,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
     )
     args = parser.parse_args(argv)
-    args.tasks = [task.strip() for task in args.tasks.split(",")]
-    for task in args.tasks:
-        if task not in TASKS:
-            raise UserError(f"--tasks has {task!r}; the tasks are {', '.join(TASKS)}")
+    if args.features and not args.run:
+        raise UserError(f"--features {args.features} goes with --run; give the run directory")
+    if args.limit is not None and (not args.features or args.limit < 1):
+        raise UserError(f"--limit {args.limit} must be at least 1 and goes with --features")
+    known = FEATURE_TASKS if args.features else tuple(TASKS)
+    args.tasks = [task.strip() for task in args.tasks.split(",")] if args.tasks else None
+    for task in args.tasks or ():
+        if task not in known:
+            raise UserError(f"--tasks has {task!r}; the tasks are {', '.join(known)}")
     if args.batch_size < 1 or args.workers < 0:
         raise UserError(f"--batch-size {args.batch_size} must be at least 1 and --workers {args.workers} at least 0")
     if args.run and (args.pretrained or args.precision != "fp32"):
@@ -86,12 +103,36 @@ def evaluate(task: str, clip: LoadedClip, benchmark: Benchmark, args: argparse.N
     }
 
 
+def evaluate_features(args: argparse.Namespace) -> int:
+    """The tasks on feature vectors; only acc1 among the metrics."""
+    train = FeatureSet(args.features)
+    trained = trained_tower(args.run, train, args.step, args.device)
+    name, run = args.dataset_name or args.features.resolve().name, f"{args.run.resolve().name}-step-{trained.step}"
+    test = FeatureSet(args.features, "test")
+    rows = min(args.limit or test.num_rows, test.num_rows)
+    print(f"{name}: {test.classes:,} classes, {rows:,} of {test.num_rows:,} test rows, {run}")
+    parameters = sum(p.numel() for p in trained.tower.parameters())
+    for task in args.tasks or tasks_for(train):
+        embedded = rows + (train.num_rows if task == "nearest_class_mean" else 0)
+        flop = 2.0 * (embedded * parameters + rows * test.classes * trained.tower.embed_dim)
+        print(f"{task}: {embedded:,} rows to embed, {rows:,} x {test.classes:,} products, {flop:.3g} flop")
+        with tqdm(total=test.classes, unit="class", desc=task) as bar:
+            metrics = accuracy(task, trained, args.features, limit=args.limit, tick=bar.update)
+        result = {"dataset": name, "model": "feature-mlp", "pretrained": run, "task": task, "metrics": metrics}
+        file = args.out / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', '_'.join((name, run, task)))}.json"
+        write_json_atomic(file, {**result, "language": "en"})
+        print(f"{task:20}acc1 {metrics['acc1']:.4f}  {file}")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    if args.features:
+        return evaluate_features(args)
     benchmark = load_benchmark(args.dataset_root, args.dataset_name)
     clip = load(args)
     rows = [("task", "acc1", "acc5", "mean_per_class_recall", "file")]
-    for task in args.tasks:
+    for task in args.tasks or TASKS:
         result = evaluate(task, clip, benchmark, args)
         weights = [] if clip.pretrained.startswith(LOCAL_DIR) else [clip.pretrained]  # the name says it already
         stem = "_".join((benchmark.name, clip.name, *weights, result["task"]))

@@ -9,8 +9,6 @@ balance report, the stage times.
 
 import argparse
 import json
-import os
-import platform
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from megacid.checkpoint.store import versions, write_json_atomic
+from megacid.checkpoint.store import machine, versions, write_json_atomic
 from megacid.config import UserError, run_tool
 
 RUNS = {
@@ -58,13 +56,6 @@ def of_run(demo: Path, name: str) -> dict[str, Any]:
     }
 
 
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def table(runs: dict[str, dict[str, Any]]) -> str:
     rows = ["| model | zero-shot top-1 | linear probe top-1 | training | samples/s |", "|---|---:|---:|---:|---:|"]
     for name, run in runs.items():
@@ -91,7 +82,7 @@ def main() -> int:
             "planted_copies": planted,
         },
         "seconds_per_stage": {name: int(seconds) for name, seconds in times.items()},
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
+        "machine": machine(),
         "versions": versions(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
@@ -101,7 +92,9 @@ def main() -> int:
         f"balance: {100 * report['share_removed']:.1f} % of the pairs removed at distance {report['threshold']:.4f}; planted copies: {json.dumps(planted)}"
     )
     print("seconds per stage: " + ", ".join(f"{name} {seconds}" for name, seconds in times.items()))
-    print(f"{summary['machine']['cpu']}, {os.cpu_count()} cores, {summary['date']}; all of it: {demo / 'summary.json'}")
+    print(
+        f"{summary['machine']['cpu']}, {summary['machine']['cores']} cores, {summary['date']}; all of it: {demo / 'summary.json'}"
+    )
     return 0
 
 

@@ -15,7 +15,7 @@ from megacid.distributed.collectives import gather_plain, world_size
 
 DUPLICATE_COSINE = 0.99
 _BINS = 32  # 2^31 hits
-_BLOCK = 1 << 16  # rows at a time, so that the probe needs little beside the rows
+_BLOCK_BYTES = 1 << 24  # of rows at a time: the probe is to need little beside the rows
 
 
 def _reduce(x: Tensor, op: dist.ReduceOp.RedOpType, head: PartialFC) -> Tensor:
@@ -49,8 +49,9 @@ def health(head: PartialFC, *, probes: int = 256) -> dict[str, float]:
     probe_PD = gather_plain(unit, head.group)
     nearest = weight.new_full((len(probe_ids),), -1.0)
     total = weight.new_zeros(head.embed_dim, dtype=torch.float64)
-    for first in range(0, head.num_local, _BLOCK):
-        part = slice(first, min(first + _BLOCK, head.num_local))
+    step = max(1, _BLOCK_BYTES // (4 * head.embed_dim))
+    for first in range(0, head.num_local, step):
+        part = slice(first, min(first + step, head.num_local))
         rows = weight[part].masked_fill(~finite[part, None], 0.0) * inverse[part, None]
         total += rows.sum(0, dtype=torch.float64)
         cosine = probe_PD @ rows.T

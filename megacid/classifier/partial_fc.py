@@ -187,7 +187,7 @@ class PartialFC(nn.Module):
 
         def compute(need_x: bool) -> Gradients:
             w_SD = self.weight.detach()
-            w_SD = w_SD if batch.rows is None else w_SD[batch.rows]
+            w_SD = w_SD if batch.rows is None else w_SD.index_select(0, batch.rows)
             w_SD = w_SD if dims is None else w_SD.index_select(1, dims)
             return discrimination_with_gradients(
                 emb_GD.detach(), w_SD, batch.target_Gl if several else batch.target_Gl[:, 0], problem, rows=batch.rows,

@@ -1,9 +1,6 @@
-"""The stream of micro-batches: sample j of micro-batch m of step s on rank r is position
+"""The stream of micro-batches of pairs: tars, decoded in workers, joined with the side tables.
 
-    s * global_batch + m * (micro_batch * world) + r * micro_batch + j
-
-of `SampleOrder`. So the global batch of a step is the same for every number of ranks, workers and micro-batches, and
-resuming needs the step only. Shapes: b micro-batch, T tokens, Dt teacher width, l labels per sample.
+Shapes: b micro-batch, T tokens, Dt teacher width, l labels per sample.
 """
 
 from __future__ import annotations
@@ -13,7 +10,6 @@ import math
 import random
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from megacid.config import UserError
+from megacid.data.batch import Batch, DataBudgetError, Positions
 from megacid.data.cache import SmallCache
 from megacid.data.decode import MAX_PIXELS, BadSample, decode_image
 from megacid.data.index import ShardIndex, ShardReader
@@ -35,41 +32,6 @@ log = logging.getLogger(__name__)
 BUDGET_FLOOR = 10_000
 _NAMED = 20  # bad samples that are logged one by one; then every hundredth
 _FACT_SHARDS = 16
-
-
-class DataBudgetError(RuntimeError):
-    """More bad samples than the run tolerates."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch.
-
-    image: float32 [b, 3, H, W]; text: int64 [b, T]; label: int64 [b] or [b, l], -1 for none;
-    teacher_image, teacher_text: float32 [b, Dt], L2-normalised; sample_id: int64 [b], global row in the index of the
-    sample really used; replaced: one sentence for every bad sample that was passed over.
-    """
-
-    image: Tensor
-    text: Tensor
-    label: Tensor | None
-    teacher_image: Tensor | None
-    teacher_text: Tensor | None
-    sample_id: Tensor
-    replaced: tuple[str, ...] = ()
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed: dict[str, Any] = {name: change(v) for name, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **changed)
-
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The same batch on another device."""
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Batch:
-        """Called by the DataLoader when `pin_memory` is on."""
-        return self._map(lambda t: t.pin_memory())
 
 
 class _Pairs(Dataset[Any]):
@@ -271,18 +233,8 @@ class PairStream:
         block_shards: int = 16,
         pin_memory: bool = False,
     ) -> None:
-        if global_batch != micro_batch * accumulation * world or global_batch < 1:
-            raise UserError(
-                f"global batch is {global_batch}, but micro batch {micro_batch} x accumulation {accumulation} x "
-                f"{world} ranks is {micro_batch * accumulation * world}: make them equal"
-            )
-        if not 0 <= rank < world:
-            raise UserError(
-                f"rank is {rank}, but 0 .. {world - 1} is possible in a world of {world}: correct the launcher"
-            )
+        self.plan = Positions(global_batch, micro_batch, accumulation, rank, world, start_step, total_steps)
         self.index, self.teacher, self.labels = index, teacher, labels
-        self.global_batch, self.micro_batch, self.accumulation = global_batch, micro_batch, accumulation
-        self.rank, self.world, self.start_step, self.total_steps = rank, world, start_step, total_steps
         self.workers, self.pin_memory, self.error_budget = workers, pin_memory, error_budget
         self._rows_of = _RowsOf(index, keep)
         counts = np.array([self._rows_of.count(shard) for shard in range(len(index.names))], np.int64)
@@ -309,19 +261,12 @@ class PairStream:
         )
 
     def __len__(self) -> int:
-        return max(0, self.total_steps - self.start_step) * self.accumulation
-
-    def positions(self, step: int, micro: int) -> range:
-        """Positions of one micro-batch of this rank."""
-        first = step * self.global_batch + micro * self.micro_batch * self.world + self.rank * self.micro_batch
-        return range(first, first + self.micro_batch)
+        return len(self.plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        steps = range(self.start_step, self.total_steps)
         loader: DataLoader[Any] = DataLoader(
             self._pairs,
-            # Lazy: a list of every position of a long run would not fit.
-            batch_sampler=_BatchPositions(self, steps),
+            batch_sampler=self.plan,
             num_workers=self.workers,
             collate_fn=_untouched,
             worker_init_fn=_start_worker,
@@ -341,11 +286,11 @@ class PairStream:
         for sentence in batch.replaced:
             self.bad_samples += 1
             if self.bad_samples <= _NAMED or self.bad_samples % 100 == 0:
-                log.warning("bad sample number %d on rank %d, replaced: %s", self.bad_samples, self.rank, sentence)
+                log.warning("bad sample number %d on rank %d, replaced: %s", self.bad_samples, self.plan.rank, sentence)
         allowed = self.error_budget * max(self.samples_read, BUDGET_FLOOR)
         if self.bad_samples > allowed:
             raise DataBudgetError(
-                f"{self.bad_samples} bad samples among {self.samples_read} on rank {self.rank}, "
+                f"{self.bad_samples} bad samples among {self.samples_read} on rank {self.plan.rank}, "
                 f"{allowed:.0f} are allowed (error budget {self.error_budget}), the last one {batch.replaced[-1]}: "
                 "check the shards, or raise the budget"
             )
@@ -375,21 +320,6 @@ class PairStream:
         if self.teacher is not None:
             facts["teacher_share"] = sum(int(self.teacher.has(shard, r).sum()) for shard, r in rows.items()) / total
         return facts
-
-
-class _BatchPositions:
-    """batch_sampler: the positions of one micro-batch after the other."""
-
-    def __init__(self, stream: PairStream, steps: range) -> None:
-        self.stream, self.steps = stream, steps
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.stream.accumulation
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
-            for micro in range(self.stream.accumulation):
-                yield list(self.stream.positions(step, micro))
 
 
 def _coprime(at_least: int, n: int) -> int:

@@ -146,13 +146,17 @@ def _by_number(folder: Path, pattern: str) -> dict[int, Path]:
 
 
 class LabelTable:
-    """Cluster labels of `tools/cluster.py`. `.num_classes`; `.labels_per_sample` is l."""
+    """Cluster labels of `tools/cluster.py`. `.num_classes`; `.labels_per_sample` is l.
 
-    def __init__(self, directory: str | Path, index: ShardIndex) -> None:
+    labels_per_sample: use so many of the nearest clusters; None: all that were written. UserError when there are fewer.
+    """
+
+    def __init__(self, directory: str | Path, index: ShardIndex, labels_per_sample: int | None = None) -> None:
         self.directory, self.index = Path(directory), index
         self.meta = _checked_meta(directory, index, "cluster")
         self.num_classes = int(self.meta["k"])
         self._shards: SmallCache[np.ndarray] = SmallCache(_OPEN_SHARDS)
+        self._wanted = labels_per_sample
         self.labels_per_sample = self._labels(0).shape[1]
 
     def _open(self, shard: int) -> np.ndarray:
@@ -165,6 +169,12 @@ class LabelTable:
                 "run tools/cluster.py again"
             )
         names.sort(key=lambda name: int(name.removeprefix("label_")) if name != "label" else 0)
+        if self._wanted is not None and len(names) < self._wanted:
+            raise UserError(
+                f"{path} has {len(names)} labels per sample, wanted {self._wanted}: "
+                f"run tools/cluster.py with --top-labels {self._wanted}, or use fewer"
+            )
+        names = names[: self._wanted]
         at = _match(self.index.table(shard).keys, table["key"].to_pylist(), path)
         stored = np.stack([table[name].to_numpy().astype(np.int64) for name in names], axis=1)
         if stored.size and (stored.min() < -1 or stored.max() >= self.num_classes):

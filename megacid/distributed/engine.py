@@ -102,7 +102,7 @@ class Engine:
         return self.engine.module
 
     def __call__(self, image: Tensor, text: Tensor) -> Any:
-        """image [B, 3, H, W], text [B, T] -> the student's output (fp32)."""
+        """image [B, 3, H, W] (or features [B, d]), text [B, T] -> the student's output (fp32)."""
         return self.engine(image.to(self.dtype), text)
 
     def backward(self, loss: Tensor) -> None:
@@ -219,12 +219,12 @@ class Engine:
             if name not in parameters
         }
 
-    def materialise_state(self, image_shape: tuple[int, int, int], context_length: int, accumulation: int) -> None:
+    def materialise_state(self, image_shape: tuple[int, ...], text_length: int, accumulation: int) -> None:
         """Create the optimizer's state by one step with zero gradients at learning rate 0; `load_named_state` overwrites it."""
         for _ in range(accumulation):
             out = self(
                 torch.zeros(1, *image_shape, device=self.device),
-                torch.zeros(1, context_length, dtype=torch.int64, device=self.device),
+                torch.zeros(1, text_length, dtype=torch.int64, device=self.device),
             )
             self.backward(sum((value.sum() * 0.0 for value in out), torch.zeros((), device=self.device)))
             if not self.at_boundary:

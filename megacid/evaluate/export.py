@@ -43,7 +43,7 @@ def student_from_run(run: Path | str, step: int | None = None) -> tuple[Student,
         raise UserError(
             f"{run} is no run directory (config.json: {error!r}); give the directory train.py wrote"
         ) from error
-    directory = _checkpoint(run, step)
+    directory = checkpoint_of(run, step)
     student = build_student(
         block["model"],
         embed_dim=block["embed_dim"],
@@ -63,7 +63,8 @@ def student_from_run(run: Path | str, step: int | None = None) -> tuple[Student,
     return student, int(directory.name.removeprefix("step-"))
 
 
-def _checkpoint(run: Path, step: int | None) -> Path:
+def checkpoint_of(run: Path, step: int | None) -> Path:
+    """The newest valid checkpoint of a run directory, or that of `step`; UserError when there is none."""
     if step is None:
         newest, problems = newest_valid(run)
         if newest is None:

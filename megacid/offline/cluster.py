@@ -22,13 +22,13 @@ from megacid.distributed.parallel import Parallel
 from megacid.offline.assign import Assigner, pad_rows, prepare, tile_rows
 from megacid.offline.kmeans import KMeansSettings, KMeansState, imbalance_factor, kmeans
 from megacid.offline.ranks import fail_together
-from megacid.offline.rows import EmbeddingRows
+from megacid.offline.rows import EmbeddingRows, PartitionedRows
 
 log = logging.getLogger(__name__)
 
 
 def label_partition(
-    rows: EmbeddingRows, partition: int, assigner: Assigner, top: int, tick: Callable[[int], None]
+    rows: PartitionedRows, partition: int, assigner: Assigner, top: int, tick: Callable[[int], None]
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """(labels int32 [n, L] best first, cosine to the first float32 [n], sum of the similarities) of one partition."""
     start, stop = int(rows.starts[partition]), int(rows.starts[partition + 1])

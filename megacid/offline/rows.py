@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from megacid.checkpoint.store import read_meta
 from megacid.config import UserError
+from megacid.data.mapped import MappedRows
 
 
 class Rows(Protocol):
@@ -32,6 +33,12 @@ class Rows(Protocol):
     def name(self, row: int) -> str:
         """Where a row lies, for error messages."""
         ...
+
+
+class PartitionedRows(Rows, Protocol):
+    """Rows that lie in several files. `starts`: int64 [partitions + 1] first row of each."""
+
+    starts: np.ndarray
 
 
 class ArrayRows:
@@ -68,7 +75,7 @@ class SubsetRows:
         return self.rows.name(int(self.chosen[row]))
 
 
-class EmbeddingRows:
+class EmbeddingRows(MappedRows):
     """One modality ("img" or "text") of a folder written by `tools/embed.py`, partitions in order of their number.
 
     `.meta`: its meta.json; `.stems`: tar stem of each partition; `.starts`: int64 [partitions + 1] first row of each.
@@ -78,13 +85,11 @@ class EmbeddingRows:
     def __init__(self, directory: str | Path, modality: str = "img") -> None:
         self.directory, self.modality = Path(directory), modality
         self.meta = read_meta(directory, expect="embed")
-        self.dim = int(self.meta["dim"])
+        dim = int(self.meta["dim"])
         numbers: dict[str, int] = self.meta["partitions"]
         self.stems = sorted(numbers, key=lambda stem: numbers[stem])
         self.numbers = [numbers[stem] for stem in self.stems]
-        self.maps = [self._map(number) for number in self.numbers]
-        self.starts = np.concatenate([[0], np.cumsum([len(array) for array in self.maps])]).astype(np.int64)
-        self.num_rows = int(self.starts[-1])
+        super().__init__([self._map(number, dim) for number in self.numbers], dim)
         if self.num_rows != int(self.meta["num_samples"]):
             raise UserError(
                 f"{self.directory} holds {self.num_rows} rows, its meta.json says {self.meta['num_samples']}: run tools/embed.py again"
@@ -93,7 +98,7 @@ class EmbeddingRows:
     def _path(self, number: int) -> Path:
         return self.directory / f"{self.modality}_emb" / f"{self.modality}_emb_{number:05d}.npy"
 
-    def _map(self, number: int) -> np.ndarray:
+    def _map(self, number: int, dim: int) -> np.ndarray:
         path = self._path(number)
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -101,8 +106,8 @@ class EmbeddingRows:
             raise UserError(
                 f"{path} cannot be read ({error}): run tools/embed.py again, it redoes what is missing"
             ) from None
-        if array.ndim != 2 or array.shape[1] != self.dim:
-            raise UserError(f"{path} has shape {array.shape}, wanted (n, {self.dim}): run tools/embed.py again")
+        if array.ndim != 2 or array.shape[1] != dim:
+            raise UserError(f"{path} has shape {array.shape}, wanted (n, {dim}): run tools/embed.py again")
         return array
 
     def keys(self, partition: int) -> list[str]:
@@ -118,27 +123,6 @@ class EmbeddingRows:
             )
         return keys
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        parts = []
-        for partition in range(first, len(self.maps)):
-            low = int(self.starts[partition])
-            if low >= stop:
-                break
-            parts.append(self.maps[partition][max(start - low, 0) : stop - low])
-        return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float16)
-
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        out = np.empty((len(rows), self.dim), self.maps[0].dtype if self.maps else np.float16)
-        # Ascending order turns random access into a walk through the files.
-        order = np.argsort(rows, kind="stable")
-        ascending = rows[order]
-        bounds = np.searchsorted(ascending, self.starts)
-        for partition in np.flatnonzero(np.diff(bounds)):
-            low, high = bounds[partition], bounds[partition + 1]
-            out[order[low:high]] = self.maps[partition][ascending[low:high] - self.starts[partition]]
-        return out
-
     def name(self, row: int) -> str:
-        partition = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return f"row {row - int(self.starts[partition])} of {self._path(self.numbers[partition])} (shard {self.stems[partition]})"
+        partition, inside = self.partition_of(row)
+        return f"row {inside} of {self._path(self.numbers[partition])} (shard {self.stems[partition]})"

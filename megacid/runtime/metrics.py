@@ -115,6 +115,23 @@ class Metrics:
             step + 1, self.total_steps, values["train/loss"], said, scalars["train/lr"], scalars["train/grad_norm"], rate, 100 * wait, _clock(eta),
         )  # fmt: skip
 
+    def log_classes(self, step: int, facts: dict[str, float], hits: Tensor) -> None:
+        """Facts about all class rows, and hits: int64 counts of classes with 0, 1, 2-3, 4-7, ... training samples."""
+        if self.writer is None:
+            return
+        for name, value in facts.items():
+            self.writer.add_scalar(f"classes/{name}", value, step + 1)
+        # Bins by powers of two: tensorboard wants the right edge of each.
+        edges = [0.5] + [2.0**i - 0.5 for i in range(1, len(hits))]
+        counts = hits.tolist()
+        middle = [0.0] + [1.5 * 2.0 ** (i - 1) for i in range(1, len(hits))]
+        self.writer.add_histogram_raw(
+            "classes/hits", min=0, max=edges[max((i for i, n in enumerate(counts) if n), default=0)], num=sum(counts),
+            sum=sum(n * m for n, m in zip(counts, middle)), sum_squares=sum(n * m * m for n, m in zip(counts, middle)),
+            bucket_limits=edges, bucket_counts=counts, global_step=step + 1,
+        )  # fmt: skip
+        log.info("classes: %s", "  ".join(f"{name} {value:.4g}" for name, value in facts.items()))
+
     def close(self, summary: dict[str, Any]) -> None:
         """Write summary.json: steps done here, seconds, samples/s, peak memory, and what the caller adds."""
         if self.writer is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from harness import run_ranks
 
 from megacid.config import ScheduleConfig, UserError, lint_deepspeed, load_run
 from megacid.runtime.guard import Guard, TooManySkips, Verdict
+from megacid.runtime.metrics import peak_memory_mib
 from megacid.runtime.schedule import learning_rate_share, parameter_groups
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,3 +141,11 @@ def test_set_reaches_both_halves_of_the_run_file() -> None:
     )
     with pytest.raises(UserError, match=r"wanted section\.key=value"):
         load_run(file, ["classifier"], world=2)
+
+
+def test_peak_memory_is_that_of_the_process_not_of_the_one_that_started_it() -> None:
+    """A sweep starts its runs; their memory must not be the sweep's."""
+    ask = "from megacid.runtime.metrics import peak_memory_mib; print(peak_memory_mib())"
+    mine = torch.ones(300 * 2**18)  # 300 MiB, so that this process is larger than a fresh one that has imported torch
+    done = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 50 < float(done.stdout) < peak_memory_mib() - 0.5 * mine.numel() * 4 / 2**20

@@ -102,6 +102,11 @@ def test_several_labels_per_sample_keep_their_order(tmp_path: Path, index: Shard
     table = LabelTable(label_dir(tmp_path / "c", index.digest, **extra), index)
     assert table.labels_per_sample == 4
     assert table.rows(0, np.array([2, 1, 0])).tolist() == [[7, 1, 2, 0], [-1, -1, -1, -1], [3, -1, -1, -1]]
+    nearest = LabelTable(tmp_path / "c", index, labels_per_sample=2)
+    assert nearest.labels_per_sample == 2 and nearest.rows(0, np.array([2, 0])).tolist() == [[7, 1], [3, -1]]
+    assert LabelTable(tmp_path / "c", index, labels_per_sample=1).rows(0, np.array([2, 0])).tolist() == [7, 3]
+    with pytest.raises(UserError, match="has 4 labels per sample, wanted 5"):
+        LabelTable(tmp_path / "c", index, labels_per_sample=5)
 
 
 def test_labels_beyond_the_number_of_classes_are_refused(tmp_path: Path, index: ShardIndex) -> None:

@@ -1,0 +1,74 @@
+"""Several memory-mapped arrays read as one matrix. Legend: n rows, D width."""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+import numpy as np
+
+
+class MappedRows:
+    """Partitions [n_i, D] one below the other; nothing is read before it is asked for.
+
+    `.maps`: the partitions; `.starts`: int64 [partitions + 1] first row of each; `.num_rows`; `.dim`.
+    """
+
+    def __init__(self, maps: list[np.ndarray], dim: int) -> None:
+        self.maps, self.dim = maps, dim
+        self.starts = np.concatenate([[0], np.cumsum([len(array) for array in maps])]).astype(np.int64)
+        self.num_rows = int(self.starts[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop), in the dtype of the files."""
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        parts = []
+        for partition in range(first, len(self.maps)):
+            low = int(self.starts[partition])
+            if low >= stop:
+                break
+            parts.append(self.maps[partition][max(start - low, 0) : stop - low])
+        return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float16)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of these numbers (int64 [m], any order) as [m, D]."""
+        return take_rows(self.maps, self.starts, rows)
+
+    def partition_of(self, row: int) -> tuple[int, int]:
+        """(partition, row inside it)."""
+        partition = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return partition, row - int(self.starts[partition])
+
+
+def take_rows(maps: list[np.ndarray], starts: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Rows of these numbers of the arrays `maps` laid end to end; starts: int64 [len(maps) + 1]."""
+    out = np.empty((len(rows), *maps[0].shape[1:]), maps[0].dtype)
+    # Ascending order turns random access into a walk through the files.
+    order = np.argsort(rows, kind="stable")
+    ascending = rows[order]
+    bounds = np.searchsorted(ascending, starts)
+    for partition in np.flatnonzero(np.diff(bounds)):
+        low, high = bounds[partition], bounds[partition + 1]
+        out[order[low:high]] = _scattered(maps[partition], ascending[low:high] - starts[partition])
+    return out
+
+
+def _scattered(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """array[rows]; of a mapped file through read calls.
+
+    A fault of the mapping brings sixteen pages into the process for one row of a few hundred bytes: single rows of a large
+    file would soon count as resident memory of the size of the file, and look like a leak.
+    """
+    if not (isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) and array.flags.c_contiguous):
+        return np.asarray(array[rows])
+    out = np.empty((len(rows), *array.shape[1:]), array.dtype)
+    size = out[:1].nbytes
+    view = memoryview(out).cast("B")
+    file = os.open(str(array.filename), os.O_RDONLY)
+    try:
+        for place, row in enumerate(rows.tolist()):
+            if os.preadv(file, [view[place * size : (place + 1) * size]], array.offset + row * size) != size:
+                raise OSError(f"{array.filename} ends before row {row}: it was cut off after it was opened")
+    finally:
+        os.close(file)
+    return out

@@ -1,0 +1,176 @@
+"""Accuracy of a classification run on the test split of a features directory.
+
+    head                 the nearest row of the classifier over ALL classes, by cosine; for runs whose labels are classes
+    nearest_class_mean   the nearest mean embedding of the training rows of each true class; also for runs on clusters
+
+Neither holds a [C, D] matrix: class rows are read, or means made, in blocks of classes, and each block meets all test rows.
+Shapes: N test rows, C classes, K classes of one block, D embedding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megacid.checkpoint.state import CheckpointReader
+from megacid.config import UserError
+from megacid.data.features import FeatureSet
+from megacid.evaluate.export import checkpoint_of
+from megacid.tower import FeatureTower
+
+TASKS = ("head", "nearest_class_mean")
+CLASSES_PER_BLOCK = 16384
+ROWS_PER_TILE = 1024  # x CLASSES_PER_BLOCK products: 64 MiB
+Tick = Callable[[int], object]
+Embed = Callable[[FeatureSet, np.ndarray], Tensor]  # rows of these numbers -> [m, D] fp32, L2-normalised
+
+
+@dataclass(frozen=True)
+class TrainedTower:
+    """The tower of a checkpoint in fp32 on `device`, and a reader of its class rows."""
+
+    tower: FeatureTower
+    reader: CheckpointReader
+    device: torch.device
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.reader.manifest["num_classes"])
+
+    @property
+    def step(self) -> int:
+        return int(self.reader.manifest["step"])
+
+    @torch.inference_mode()
+    def embed(self, features: FeatureSet, rows: np.ndarray) -> Tensor:
+        """[m, D] fp32, L2-normalised embeddings of the rows of these numbers."""
+        empty = torch.empty(0, 0, dtype=torch.int64, device=self.device)
+        parts = [torch.empty(0, self.tower.embed_dim, device=self.device)]
+        for low in range(0, len(rows), ROWS_PER_TILE):
+            block = features.take(rows[low : low + ROWS_PER_TILE]).astype(np.float32)
+            parts.append(self.tower(torch.from_numpy(block).to(self.device), empty).image)
+        return torch.cat(parts)
+
+
+def trained_tower(
+    run: Path, features: FeatureSet, step: int | None = None, device: torch.device | str = "cpu"
+) -> TrainedTower:
+    """Of the newest valid checkpoint of `run`, or that of `step`. UserError where run, checkpoint and features do not fit."""
+    try:
+        block = json.loads((run / "config.json").read_text())["resolved"]["megacid"]
+        student, of_features = block["student"], block["data"].get("features")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{run} is no run directory (config.json: {error!r}): give the one that train.py wrote"
+        ) from error
+    if of_features is None:
+        raise UserError(f"{run} was trained on {block['data']['shards']}, not on features: use --dataset-root")
+    reader = CheckpointReader(checkpoint_of(run, step))
+    tower = FeatureTower(features.dim, student["embed_dim"], hidden=student["hidden"], layers=student["layers"])
+    try:
+        tower.load_state_dict({name: reader.tensor("param", name) for name in reader.names("param")})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{reader.directory} does not fit features of width {features.dim} in {features.directory} ({reason}): "
+            f"name features like those of the run, {of_features}"
+        ) from error
+    device = torch.device(device)
+    return TrainedTower(tower.eval().requires_grad_(False).to(device), reader, device)
+
+
+def head_blocks(trained: TrainedTower) -> Iterator[Tensor]:
+    """[K, D] fp32 unit class rows of the checkpoint, block after block; only these rows are read from its files."""
+    for start in range(0, trained.num_classes, CLASSES_PER_BLOCK):
+        stop = min(start + CLASSES_PER_BLOCK, trained.num_classes)
+        yield F.normalize(trained.reader.rows("head/weight", start, stop).float().to(trained.device), dim=1)
+
+
+def mean_blocks(embed: Embed, train: FeatureSet) -> Iterator[Tensor]:
+    """[K, D] fp32 unit mean embeddings by label of `train`; NaN for a class without a row. Every row is embedded once."""
+    nothing_0D = embed(train, np.empty(0, np.int64))
+    labels = train.take_labels(np.arange(train.num_rows))
+    order = np.argsort(labels, kind="stable")
+    labels = labels[order]
+    for start in range(0, train.classes, CLASSES_PER_BLOCK):
+        stop = min(start + CLASSES_PER_BLOCK, train.classes)
+        low, high = np.searchsorted(labels, [start, stop])
+        sum_KD = nothing_0D.new_zeros(stop - start, nothing_0D.shape[1])
+        for at in range(low, high, CLASSES_PER_BLOCK):
+            here = slice(at, min(at + CLASSES_PER_BLOCK, high))
+            label = torch.from_numpy(labels[here].astype(np.int64) - start).to(sum_KD.device)
+            sum_KD.index_add_(0, label, embed(train, order[here]))
+        yield sum_KD / sum_KD.norm(dim=1, keepdim=True)
+
+
+@torch.inference_mode()
+def nearest(emb_ND: Tensor, blocks: Iterator[Tensor], tick: Tick = lambda classes: None) -> Tensor:
+    """int64 [N] on the CPU: the class with the largest product; of equal ones the lowest. A class of NaN is
+    never nearest; -1 where all are.
+
+    blocks: [K, D] rows of the classes in order. tick: called with the number of classes done, for a progress bar.
+    """
+    best_N = torch.full((len(emb_ND),), -torch.inf, device=emb_ND.device)
+    class_N = torch.full_like(best_N, -1, dtype=torch.int64)
+    start = 0
+    for row_KD in blocks:
+        for low in range(0, len(emb_ND), ROWS_PER_TILE):
+            tile = slice(low, low + ROWS_PER_TILE)
+            value, index = (emb_ND[tile] @ row_KD.T).nan_to_num(nan=-torch.inf).max(dim=1)
+            better = value > best_N[tile]
+            best_N[tile] = torch.where(better, value, best_N[tile])
+            class_N[tile] = torch.where(better, index + start, class_N[tile])
+        start += len(row_KD)
+        tick(len(row_KD))
+    return class_N.cpu()
+
+
+def tasks_for(train: FeatureSet) -> tuple[str, ...]:
+    """The tasks that mean something: a head over clusters does not name classes."""
+    return TASKS[1:] if train.clustered else TASKS
+
+
+def accuracy(
+    task: str, trained: TrainedTower, directory: Path, *, limit: int | None = None, tick: Tick = lambda classes: None
+) -> dict[str, float]:
+    """{"acc1": share, "test_rows": N, "classes": C} of "head" or "nearest_class_mean" on the test split of `directory`.
+
+    limit: only the first so many test rows (the tools write them shuffled). The embeddings of the test rows, [N, D], are
+    held in memory. UserError for an unknown task and for a head whose classes are not those of the test split.
+    """
+    train, test = FeatureSet(directory, true_labels=True), FeatureSet(directory, "test")
+    if task not in TASKS:
+        raise UserError(f"task is {task!r}; the tasks for features are {', '.join(TASKS)}")
+    if task == "head" and (train.clustered or trained.num_classes != test.classes):
+        what = "clusters" if train.clustered else f"{test.classes} classes"
+        raise UserError(
+            f"the head of {trained.reader.directory} has {trained.num_classes} classes and the labels of {directory} are "
+            f"{what}: they name different things, use nearest_class_mean"
+        )
+    blocks = head_blocks(trained) if task == "head" else mean_blocks(trained.embed, train)
+    return _judge(trained.embed, test, blocks, limit, tick)
+
+
+def untrained_accuracy(directory: Path, *, limit: int | None = None) -> dict[str, float]:
+    """nearest_class_mean of the features themselves, without a tower: what training has to be compared with."""
+
+    def embed(features: FeatureSet, rows: np.ndarray) -> Tensor:
+        block = features.take(rows) if len(rows) else np.empty((0, features.dim))
+        return F.normalize(torch.from_numpy(block.astype(np.float32)), dim=1)
+
+    train, test = FeatureSet(directory, true_labels=True), FeatureSet(directory, "test")
+    return _judge(embed, test, mean_blocks(embed, train), limit, lambda classes: None)
+
+
+def _judge(embed: Embed, test: FeatureSet, blocks: Iterator[Tensor], limit: int | None, tick: Tick) -> dict[str, float]:
+    rows = np.arange(test.num_rows if limit is None else min(limit, test.num_rows))
+    label_N = torch.from_numpy(test.take_labels(rows).astype(np.int64))
+    found_N = nearest(embed(test, rows), blocks, tick)
+    return {"acc1": (found_N == label_N).double().mean().item(), "test_rows": len(rows), "classes": test.classes}
