@@ -202,6 +202,15 @@ class Megacid:
     guard: GuardConfig = field(default_factory=GuardConfig)
 
 
+def defaults() -> dict[str, dict[str, Any]]:
+    """section -> field -> default, of the fields that have one."""
+    sections = typing.get_type_hints(Megacid)
+    return {
+        name: {f.name: f.default for f in dataclasses.fields(section) if f.default is not dataclasses.MISSING}
+        for name, section in sections.items()
+    }
+
+
 @dataclass(frozen=True)
 class RunFile:
     """A loaded, linted run file. `megacid` is the block, `deepspeed` what DeepSpeed gets, `path` where it came from."""

@@ -293,7 +293,7 @@ def write_features(folder: Path, args: argparse.Namespace, per_class: int, first
                 sample = order(np.arange(start + at, start + stop))
                 labels[at:stop] = sample // per_class
                 out[at:stop] = class_features(
-                    sample // per_class, first_sample + sample, args.dim, args.noise, args.seed
+                    sample // per_class, first_sample + sample, args.dim, args.noise, args.seed, args.nuisance
                 )
                 bar.update(stop - at)
             out.flush()
@@ -377,6 +377,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     features.add_argument("--test-per-class", type=natural, default=0, help="rows of each class held out in OUT/test")
     features.add_argument(
         "--noise", type=length, default=0.5, help="length of the noise; the class centre has length 1"
+    )
+    features.add_argument(
+        "--nuisance",
+        type=length,
+        default=0.0,
+        help="length of a noise in a fixed quarter of the directions, which a tower can learn to ignore",
     )
     features.add_argument("--rows-per-file", type=positive, default=1_000_000, help="rows in one .npy")
     return parser.parse_args(argv)

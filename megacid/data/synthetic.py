@@ -193,14 +193,27 @@ def hashed_normals(rows_m: np.ndarray, width: int, key: int) -> np.ndarray:
     return np.concatenate([radius * np.cos(second), radius * np.sin(second)], axis=1)[:, :width]
 
 
-def class_features(class_m: np.ndarray, sample_m: np.ndarray, dim: int, noise: float, seed: int) -> np.ndarray:
+def class_features(
+    class_m: np.ndarray, sample_m: np.ndarray, dim: int, noise: float, seed: int, nuisance: float = 0.0
+) -> np.ndarray:
     """float32 [m, d], L2-normalised: unit centre of the class plus noise of expected length `noise`.
 
     Args:
         class_m: int64 class of each row.
         sample_m: int64 number of each row, different for every sample of train and test.
+        nuisance: expected length of a second noise that lies in one fixed subspace of a quarter of the dimensions, for all
+            classes the same: what a trained tower can learn to ignore, as a picture's light or background is.
     """
     centre = hashed_normals(class_m, dim, derive_key(seed, 21))
     centre /= np.linalg.norm(centre, axis=1, keepdims=True)
     rows = centre + np.float32(noise / math.sqrt(dim)) * hashed_normals(sample_m, dim, derive_key(seed, 22))
+    if nuisance > 0:
+        directions = max(1, dim // 4)
+        basis, _ = np.linalg.qr(hashed_normals(np.arange(directions), dim, derive_key(seed, 24)).T)
+        along = np.float32(nuisance / math.sqrt(directions)) * hashed_normals(
+            sample_m, directions, derive_key(seed, 25)
+        )
+        # Not one product: its rounding would depend on how many rows are asked for at once.
+        for weight_m, direction_d in zip(along.T, basis.T.astype(np.float32)):
+            rows += weight_m[:, None] * direction_d
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megacid.checkpoint import store
-from megacid.config import RunFile, UserError
+from megacid.config import RunFile, UserError, defaults
 
 # Where and how often files are written, and how the same global batch is split, change no result.
 MAY_CHANGE = (
@@ -44,6 +44,8 @@ def check_drift(run: RunFile, directory: Path) -> None:
         return
     except (json.JSONDecodeError, KeyError):
         raise UserError(f"{directory / 'config.json'} cannot be read: restore it, or choose another run.name") from None
+    # A setting that the run was started without, because it did not exist, had what is its default now.
+    before = _flat({"megacid": defaults()}) | before
     now = _flat(run.resolved())
     changed = [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from conftest import Pipeline
 from harness import free_port, run_ranks
 from safetensors.torch import load_file
+from test_offline import run as run_tool_inside
 from torch import Tensor
 
 from megacid import train
@@ -131,6 +132,39 @@ def test_another_setting_is_another_run(pipeline: Pipeline, capfd: pytest.Captur
     run_train(1, file, "--resume", "never", expect=2)
     assert "already has checkpoints up to step 3" in capfd.readouterr().err
     run_train(1, file, "--set", "run.log_every=1")
+
+
+def test_several_labels_per_sample_train_and_need_labels_that_were_written(
+    pipeline: Pipeline, capfd: pytest.CaptureFixture[str]
+) -> None:
+    clusters = pipeline.root / "clusters-3"
+    run_tool_inside("cluster", "--embeddings", pipeline.teacher, "--out", clusters, "--k", 13, "--top-labels", 3)
+    file = pipeline.run_file("mlcd", data__labels=str(clusters), data__labels_per_sample=3, loss__gamma=0.0)
+    options = ("--set", "run.log_every=1", "--set", "run.total_steps=30", "--set", "classifier.log_q=true")
+    run_train(2, file, *options)
+    curve = losses(pipeline.root / "runs" / "mlcd")
+    assert len(curve) == 30 and curve[30] < 0.9 * curve[1]
+    one = pipeline.run_file("one", data__labels=str(clusters), loss__gamma=0.0)  # the nearest of the three alone
+    run_train(1, one, "--stop-after", "1", expect=143)
+    for name, changes, said in (
+        ("many", {"data__labels_per_sample": 4, "loss__gamma": 0.0}, "has 3 labels per sample, wanted 4"),
+        ("kl", {"data__labels_per_sample": 3}, '"megacid.loss.gamma" is 0.5, wanted one label for the KL'),
+    ):
+        run_train(1, pipeline.run_file(name, data__labels=str(clusters), **changes), "--dry-run", expect=2)
+        assert said in capfd.readouterr().err
+
+
+def test_the_classes_as_a_whole_are_reported_at_every_checkpoint(pipeline: Pipeline) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_train(2, pipeline.run_file("classes"))
+    events = EventAccumulator(str(pipeline.root / "runs" / "classes" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("classes/never_hit")] == [3, 6]
+    assert 0 <= events.Scalars("classes/never_hit")[1].value < 1
+    assert events.Histograms("classes/hits")[-1].histogram_value.num == 13
+    for name in ("accuracy", "largest_negative", "positive_share", "filtered", "sampled"):
+        assert len(events.Scalars(f"classifier/{name}")) == 3
 
 
 # ---- bad input: one error, exit code 2, nothing written ----------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 from harness import run_ranks
 
 from megacid.config import ScheduleConfig, UserError, lint_deepspeed, load_run
+from megacid.runtime.drift import check_drift, write_config
 from megacid.runtime.guard import Guard, TooManySkips, Verdict
 from megacid.runtime.metrics import peak_memory_mib
 from megacid.runtime.schedule import learning_rate_share, parameter_groups
@@ -124,6 +125,19 @@ def test_every_run_file_of_the_project_is_good() -> None:
     for file in files:
         run = load_run(file, world=2)
         assert json.loads(json.dumps(run.resolved()))["megacid"]["run"]["name"]
+
+
+def test_a_run_that_was_started_before_a_setting_existed_had_its_default(tmp_path: Path) -> None:
+    file = ROOT / "configs" / "digits_cpu.json"
+    run = load_run(file, world=1)
+    write_config(run, tmp_path, 1)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["resolved"]["megacid"]["classifier"]["log_q"]
+    del saved["resolved"]["megacid"]["data"]["labels_per_sample"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    check_drift(run, tmp_path)
+    with pytest.raises(UserError, match=r"megacid\.classifier\.log_q: False -> True"):
+        check_drift(load_run(file, ["classifier.log_q=true"], world=1), tmp_path)
 
 
 def test_set_reaches_both_halves_of_the_run_file() -> None:

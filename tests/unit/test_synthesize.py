@@ -246,6 +246,15 @@ def test_feature_rows_do_not_depend_on_their_neighbours() -> None:
     )
 
 
+def test_nuisance_lies_in_one_subspace_of_a_quarter_of_the_dimensions() -> None:
+    classes, samples = np.arange(400) % 7, np.arange(400)
+    plain, loud = (class_features(classes, samples, 32, 0.0, 1, nuisance) for nuisance in (0.0, 5.0))
+    # Without noise the 7 centres span 7 dimensions; the nuisance adds exactly 8 and no more.
+    assert np.linalg.matrix_rank(plain, tol=1e-3) == 7 and np.linalg.matrix_rank(loud, tol=1e-3) == 7 + 8
+    assert (plain * loud).sum(1).mean() < 0.4
+    assert np.array_equal(class_features(classes[3:4], samples[3:4], 32, 0.0, 1, 5.0), loud[3:4])
+
+
 def test_hashed_normals_are_standard_and_independent() -> None:
     x = hashed_normals(np.arange(4000), 50, key=3)
     assert abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.01 and abs((x**4).mean() - 3) < 0.15
