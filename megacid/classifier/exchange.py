@@ -32,6 +32,15 @@ class Exchanged(NamedTuple):
     positive: Tensor | None  # bool [S] the row is a label of the batch; None with `rows`
     num_positive: int  # rows of this rank that are labels of the batch
     most_rows: int  # no rank uses more
+    union: Tensor | None  # int64, local ids, sorted and unique: `rows` and those that are held; None without either
+
+
+def _first_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(ids sorted, bool: the first of equal ones and not _NOWHERE)."""
+    ids = ids.sort().values
+    keep = ids != _NOWHERE
+    keep[1:] &= ids[1:] != ids[:-1]
+    return ids, keep
 
 
 class Exchange:
@@ -42,14 +51,23 @@ class Exchange:
         world = world_size(group)
         self.me, self.world = rank(group), world
         self.starts = [shard_range(num_classes, r, world)[0] for r in range(world)] + [num_classes]
+        self.start = self.starts[self.me]
         # Labels of a rank that fit the message. It grows with the largest batch, alike on every rank; the step in which it
         # grows sends twice and so synchronises twice.
         self._room = 1
         self._edges: Tensor | None = None  # `starts` on the device
 
-    def __call__(self, target_Bl: Tensor, fault: str | None, draw: Draw | None, device: torch.device) -> Exchanged:
+    def __call__(
+        self,
+        target_Bl: Tensor,
+        fault: str | None,
+        draw: Draw | None,
+        device: torch.device,
+        held: Tensor | None = None,
+    ) -> Exchanged:
         """target_Bl: int64 [B, l], on the host or on `device`. fault: why this rank's input cannot be used: becomes an
-        error on every rank instead of a rank that never arrives. draw: None to use every row."""
+        error on every rank instead of a rank that never arrives. draw: None to use every row. held: local ids whose
+        gradients wait for this batch's to be added to them."""
         target_Bl = target_Bl.to(device, non_blocking=True)
         if self._edges is None or self._edges.device != device:
             self._edges = torch.tensor(self.starts, device=device)
@@ -65,7 +83,10 @@ class Exchange:
             numbers = [table[:, :3].flatten(), ordered[:1], ordered[-1:], present]
             if draw is not None:
                 merged, keep = self._merge(draw, ordered, first)
-                numbers.append(keep.sum()[None])
+                joined, join = merged, keep
+                if held is not None:
+                    joined, join = _first_of_each(torch.cat([merged.masked_fill(~keep, _NOWHERE), held + self.start]))
+                numbers += [keep.sum()[None], join.sum()[None]]
             said = torch.cat(numbers).tolist()  # the host synchronisation
             sizes, widths, faults = (said[i : 3 * self.world : 3] for i in range(3))
             longest = max(n * width for n, width in zip(sizes, widths))
@@ -83,12 +104,13 @@ class Exchange:
         positives = said[3 * self.world + 2 : 4 * self.world + 2]
         widest = self.starts[1]
         if draw is None:
-            return Exchanged(target_Gl, sizes, None, None, positives[self.me], widest)
-        rows = self._compact(merged, keep, said[-1])
-        at = torch.searchsorted(ordered, rows + self.starts[self.me]).clamp(max=len(ordered) - 1)
-        positive = ordered[at] == rows + self.starts[self.me]
+            return Exchanged(target_Gl, sizes, None, None, positives[self.me], widest, None)
+        rows = self._compact(merged, keep, said[-2])
+        at = torch.searchsorted(ordered, rows + self.start).clamp(max=len(ordered) - 1)
+        positive = ordered[at] == rows + self.start
         most = min(widest, draw.most(widest) + max(positives))
-        return Exchanged(target_Gl, sizes, rows, positive, positives[self.me], most)
+        union = None if held is None else self._compact(joined, join, said[-1])
+        return Exchanged(target_Gl, sizes, rows, positive, positives[self.me], most, union)
 
     def _gather(self, target_Bl: Tensor, fault: str | None, device: torch.device) -> Tensor:
         """[W, 3 + room]: batch size, labels per sample, 1 for a fault, labels; the rest -1."""
@@ -105,18 +127,15 @@ class Exchange:
 
     def _merge(self, draw: Draw, ordered: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         """(classes drawn here and labels of the batch that live here, sorted; which of them to keep)."""
-        start, stop = self.starts[self.me], self.starts[self.me + 1]
-        here = first & (ordered >= start) & (ordered < stop)
-        merged = torch.cat([draw.classes(start, stop, ordered.device), ordered.masked_fill(~here, _NOWHERE)])
-        merged = merged.sort().values
-        keep = merged != _NOWHERE
-        keep[1:] &= merged[1:] != merged[:-1]
-        return merged, keep
+        stop = self.starts[self.me + 1]
+        here = first & (ordered >= self.start) & (ordered < stop)
+        drawn = draw.classes(self.start, stop, ordered.device)
+        return _first_of_each(torch.cat([drawn, ordered.masked_fill(~here, _NOWHERE)]))
 
     def _compact(self, merged: Tensor, keep: Tensor, count: int) -> Tensor:
         """merged[keep] as local ids; a boolean index would ask the device for the count that is known already."""
         place = torch.where(keep, keep.cumsum(0) - 1, count)
-        return merged.new_empty(count + 1).scatter_(0, place, merged)[:count] - self.starts[self.me]
+        return merged.new_empty(count + 1).scatter_(0, place, merged)[:count] - self.start
 
     def _refuse(
         self, fault: str | None, sizes: list[int], widths: list[int], faults: list[int], lowest: int, highest: int

@@ -173,7 +173,8 @@ class PartialFC(nn.Module):
         draw = None
         if self.sample_rate < 1:
             draw = Draw.of_step(self.num_classes, self.sample_rate, seed=self.seed, step=self.step)
-        batch = self._exchange(target_Bl, fault, draw, self.weight.device)
+        held = self._grad_rows
+        batch = self._exchange(target_Bl, fault, draw, self.weight.device, held)
         emb_GD, _ = gather_rows(emb_BD, self.group, grad_reduction=self.grad_reduction, sizes=batch.sizes)
         teacher_GD = None if teacher_BD is None else gather_plain(teacher_BD, self.group, sizes=batch.sizes)
         bias_S = self._log_q_bias(draw, batch) if draw is not None and self.log_q else None
@@ -199,7 +200,7 @@ class PartialFC(nn.Module):
             self._count_hits(batch)
         anchor = torch.zeros((), device=emb_GD.device, requires_grad=train)
         out = Discrimination(
-            *_Discriminate.apply(emb_GD, anchor, compute, lambda grad: self._collect(batch, dims, grad))
+            *_Discriminate.apply(emb_GD, anchor, compute, lambda grad: self._collect(batch, dims, held, grad))
         )
         self._last = (Discrimination(*(part.detach() for part in out)), batch)
         return out
@@ -251,7 +252,7 @@ class PartialFC(nn.Module):
         own = (local >= 0) & (local < self.num_local) & (batch.target_Gl.flatten() >= 0)
         self.hits.index_add_(0, local.masked_fill(~own, 0), own.to(torch.int32))
 
-    def _collect(self, batch: Exchanged, dims: Tensor | None, grad: Tensor) -> None:
+    def _collect(self, batch: Exchanged, dims: Tensor | None, held: Tensor | None, grad: Tensor) -> None:
         if dims is not None:
             grad = grad.new_zeros(len(grad), self.embed_dim).index_copy_(1, dims, grad)
         rows = torch.arange(self.num_local, device=grad.device) if batch.rows is None else batch.rows
@@ -260,11 +261,14 @@ class PartialFC(nn.Module):
         elif batch.rows is None:
             self._grad += grad
         else:
-            union, place = torch.unique(torch.cat([self._grad_rows, rows]), return_inverse=True)
+            union = batch.union
+            if union is None or held is not self._grad_rows:
+                # Two forwards before the first backward: the exchange could not know. This asks the device once more.
+                union = torch.unique(torch.cat([self._grad_rows, rows]))
             total = grad.new_zeros(len(union), grad.shape[1])
             # Each part's rows are unique, so both additions are of one number per element: any order, same bits.
-            total.index_add_(0, place[: len(self._grad_rows)], self._grad)
-            total.index_add_(0, place[len(self._grad_rows) :], grad)
+            total.index_add_(0, torch.searchsorted(union, self._grad_rows), self._grad)
+            total.index_add_(0, torch.searchsorted(union, rows), grad)
             self._grad_rows, self._grad = union, total
 
     def row_grad(self) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
 from harness import run_ranks
+from torch.overrides import TorchFunctionMode
 
+from megacid import RowAdamW, RowSGD
 from megacid.classifier.exchange import Exchange, Exchanged
 from megacid.classifier.partial_fc import PartialFC
 from megacid.classifier.sampling import Draw, hash_ids, sample_dims, shard_range
@@ -135,6 +139,26 @@ def test_micro_batches_of_a_step_share_negatives_and_steps_do_not() -> None:
     assert len(drawn[0] & drawn[2]) < 50
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_micro_batches_add_up_on_the_union_of_their_rows(interleaved: bool) -> None:
+    """forward, backward, forward, backward, and both forwards first, must give the same sum."""
+    head = PartialFC(300, 4, sample_rate=0.05, scale=8.0)
+    g = torch.Generator().manual_seed(0)
+    parts = [(torch.randn(6, 4, generator=g), torch.randint(0, 300, (6,), generator=g)) for _ in range(3)]
+    alone = []
+    for x, y in parts:
+        head(x, y).backward()
+        alone.append(torch.zeros(300, 4).index_copy(0, *(t for t in (head.row_grad()[0], head.row_grad()[1]))))
+        head.zero_grad()
+    losses = [head(x, y) for x, y in parts] if interleaved else (head(x, y) for x, y in parts)
+    for loss in losses:
+        loss.backward()
+    rows, grad = head.row_grad()
+    used = torch.stack(alone).any(0).any(1).nonzero().flatten()
+    assert torch.equal(rows, rows.unique()) and torch.isin(used, rows).all() and len(rows) <= 15 + 18
+    torch.testing.assert_close(torch.zeros(300, 4).index_copy(0, rows, grad), sum(alone))
+
+
 def test_labels_may_stay_on_the_host_and_are_left_as_they_are() -> None:
     head, labels = PartialFC(40, 4, sample_rate=0.2), torch.tensor([3, -1, 39])
     head(torch.randn(3, 4), labels)
@@ -195,26 +219,64 @@ def test_senseless_options_are_refused(kwargs: dict, says: str) -> None:
         PartialFC(10, 4, **kwargs)
 
 
+ASKS = """item tolist numpy cpu __bool__ __int__ __float__ __index__ nonzero argwhere unique unique_consecutive masked_select
+ bincount equal allclose is_nonzero""".split()
+
+
+class Questions(TorchFunctionMode):
+    """Counts what would make the host wait for a device, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        index = args[1] if name in ("__getitem__", "__setitem__") else None
+        masked = any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in (index if isinstance(index, tuple) else (index,)))  # fmt: skip
+        if name in ASKS or masked:
+            self.asked.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", [RowAdamW, RowSGD])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"log_q": True, "filter_threshold": 0.4, "feature_rate": 0.5}, {"sample_rate": 1.0}]
+)
+def test_a_step_of_the_head_asks_the_device_once(kwargs: dict, optimizer: type) -> None:
+    head = PartialFC(500, 16, **{"sample_rate": 0.1, **kwargs})
+    rows = optimizer(head)
+    x, y = torch.randn(25, 16, requires_grad=True), torch.randint(0, 500, (25,))
+    head(x, y).backward()  # the exchange learns the batch size
+    head.zero_grad()
+    with Questions() as questions:
+        for _ in range(2):
+            head(x, y).backward()
+        rows.step(grad_scale=torch.tensor(0.5))
+        rows.zero_grad()
+    assert questions.asked == ["tolist", "tolist"], "one for each micro-batch"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kwargs", [{}, {"log_q": True, "filter_threshold": 0.4, "feature_rate": 0.5}])
 def test_a_step_of_the_head_synchronises_with_the_device_once(kwargs: dict) -> None:
-    from megacid import RowAdamW
-
     head = PartialFC(5000, 64, sample_rate=0.1, device="cuda", **kwargs)
     optimizer = RowAdamW(head)
     x, y = torch.randn(256, 64, device="cuda", requires_grad=True), torch.randint(0, 5000, (256,), device="cuda")
 
-    def step() -> None:
-        head(x, y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()  # the exchange learns the batch size
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    def synchronisations(micro_batches: int) -> int:
         torch.cuda.set_sync_debug_mode("warn")
-        with pytest.warns(UserWarning, match="synchronizing") as caught:
-            step()
-        torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in caught if "synchronizing" in str(w.message)]) == 1
-    names = [event.name for event in profile.events()]
-    assert sum(name == "aten::_local_scalar_dense" for name in names) <= 1
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                for _ in range(micro_batches):
+                    head(x, y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing" in str(warning.message) for warning in caught)
+
+    synchronisations(1)  # the exchange learns the batch size
+    assert synchronisations(1) == 1
+    assert synchronisations(3) == 3
