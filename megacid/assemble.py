@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from megacid.classifier import Margin, PartialFC, RowAdamW, RowSGD
-from megacid.config import RunFile, UserError
+from megacid.config import RunFile
 from megacid.data.batch import Batch, Positions
 from megacid.data.features import FeatureSet, FeatureStream
 from megacid.data.index import load_index
@@ -21,6 +21,7 @@ from megacid.data.loader import PairStream
 from megacid.data.sidecar import KeepTable, LabelTable, TeacherTable
 from megacid.distributed.collectives import agree, gather_json
 from megacid.distributed.parallel import Parallel
+from megacid.errors import UserError
 from megacid.losses import ClusterDistillation, Objective
 from megacid.student import Student, build_student, tokenizer_for, train_transform
 from megacid.tower import FeatureTower

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import nn
 
-from megacid.config import UserError
+from megacid.errors import UserError
 
 MODELS_DIR = Path(__file__).resolve().parents[1] / "configs" / "models"
 LOCAL_DIR = "local-dir:"

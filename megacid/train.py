@@ -34,11 +34,12 @@ from megacid import PartialFC, RowAdamW, RowSGD
 from megacid.assemble import make_classifier, make_objective, make_student, open_data, peak_rates, together
 from megacid.checkpoint import state, store
 from megacid.classifier.health import health, hit_histogram
-from megacid.config import RunFile, UserError, load_run
+from megacid.config import RunFile, load_run
 from megacid.data.batch import Batch, DataBudgetError
 from megacid.distributed import parallel as parallel_module
 from megacid.distributed.collectives import agree, barrier, broadcast_json
 from megacid.distributed.parallel import Parallel
+from megacid.errors import UserError
 from megacid.losses import Objective
 from megacid.runtime.drift import check_drift, write_config
 from megacid.runtime.estimate import memory_estimate

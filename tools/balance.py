@@ -20,8 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from tqdm import tqdm
 
-from megacid.config import UserError, run_tool
 from megacid.distributed.parallel import session
+from megacid.errors import UserError, run_tool
 from megacid.offline.balance import BalanceSettings
 from megacid.offline.balance_stage import balance
 from megacid.offline.ranks import accept_launcher_arguments

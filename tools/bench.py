@@ -32,7 +32,7 @@ from torch import Tensor
 
 from megacid import Margin, PartialFC, RowAdamW
 from megacid.checkpoint.store import machine, write_json_atomic
-from megacid.config import UserError, run_tool
+from megacid.errors import UserError, run_tool
 from megacid_kernels.baselines import EagerPartialFC
 from megacid_kernels.reference import discrimination_reference
 

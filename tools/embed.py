@@ -19,10 +19,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from tqdm import tqdm
 
-from megacid.config import UserError, run_tool
 from megacid.data.index import load_index
 from megacid.distributed.collectives import agree
 from megacid.distributed.parallel import session
+from megacid.errors import UserError, run_tool
 from megacid.offline import embed
 from megacid.offline.ranks import accept_launcher_arguments, fail_together
 from megacid.student import load_clip

@@ -18,8 +18,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import torch
 
 from megacid.assemble import Data, make_student, open_data
-from megacid.config import RunFile, UserError, load_run, run_tool
+from megacid.config import RunFile, load_run
 from megacid.distributed.parallel import init
+from megacid.errors import UserError, run_tool
 from megacid.runtime.estimate import memory_estimate
 from megacid.runtime.metrics import resident_memory_mib
 

@@ -23,8 +23,8 @@ import torch
 from tqdm import tqdm
 
 from megacid.checkpoint.store import write_json_atomic
-from megacid.config import UserError, run_tool
 from megacid.data.features import FeatureSet
+from megacid.errors import UserError, run_tool
 from megacid.evaluate.datasets import Benchmark, load_benchmark
 from megacid.evaluate.export import student_from_run
 from megacid.evaluate.features import TASKS as FEATURE_TASKS

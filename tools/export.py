@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from megacid.config import UserError, run_tool
+from megacid.errors import UserError, run_tool
 from megacid.evaluate.export import export_student, student_from_run
 from megacid.student import LOCAL_DIR
 

@@ -15,8 +15,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from tqdm import tqdm
 
-from megacid.config import run_tool
 from megacid.data.index import load_index, verify_index
+from megacid.errors import run_tool
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from megacid.checkpoint.store import machine, versions, write_json_atomic
-from megacid.config import UserError, run_tool
+from megacid.errors import UserError, run_tool
 
 RUNS = {
     "teacher": "teacher (contrastive)",

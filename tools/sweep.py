@@ -30,8 +30,9 @@ import torch
 from tqdm import tqdm
 
 from megacid.checkpoint.store import atomic_path, machine, versions, write_atomic, write_json_atomic
-from megacid.config import RunFile, UserError, load_run, run_tool
+from megacid.config import RunFile, load_run
 from megacid.data.features import FeatureSet
+from megacid.errors import UserError, run_tool
 from megacid.evaluate.features import accuracy, tasks_for, trained_tower, untrained_accuracy
 from megacid.offline.feature_clusters import cluster_features
 from megacid.offline.kmeans import KMeansSettings

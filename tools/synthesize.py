@@ -30,10 +30,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from megacid.checkpoint.store import read_meta, write_json_atomic, write_meta
-from megacid.config import UserError, run_tool
 from megacid.data.index import load_index
 from megacid.data.order import KeyedPermutation, derive_key
 from megacid.data.synthetic import SceneMaker, altered, class_features
+from megacid.errors import UserError, run_tool
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_CAPTIONS = (

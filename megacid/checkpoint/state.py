@@ -21,8 +21,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megacid.checkpoint import store
-from megacid.config import UserError
 from megacid.distributed.collectives import Group, barrier, broadcast_json, gather_json, rank, world_size
+from megacid.errors import UserError
 
 log = logging.getLogger(__name__)
 _PREFIX = "clip."

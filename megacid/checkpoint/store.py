@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megacid.config import UserError
+from megacid.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1

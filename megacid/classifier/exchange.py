@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megacid.classifier.sampling import Draw, shard_range
-from megacid.config import UserError
 from megacid.distributed.collectives import rank, world_size
+from megacid.errors import UserError
 
 _NOWHERE = torch.iinfo(torch.int64).max  # above every class id
 

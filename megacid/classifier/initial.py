@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megacid.classifier.sampling import shard_range
-from megacid.config import UserError
+from megacid.errors import UserError
 
 Init = np.ndarray | Tensor | str | PathLike[str]
 

@@ -21,8 +21,8 @@ from megacid.classifier.initial import Init, given_rows, random_rows
 from megacid.classifier.margin import Margin
 from megacid.classifier.row_state import ReadRows, copy_rows, gather_state, reader_of
 from megacid.classifier.sampling import Draw, sample_dims, shard_range
-from megacid.config import UserError
 from megacid.distributed.collectives import GradReduction, gather_plain, gather_rows, gradient_factor, rank, world_size
+from megacid.errors import UserError
 from megacid_kernels import Discrimination, Gradients, Problem, Weights, discrimination_with_gradients
 
 

@@ -31,7 +31,7 @@ from megacid.classifier.row_state import (
     rounding_bits,
     rounding_keys,
 )
-from megacid.config import UserError
+from megacid.errors import UserError
 
 Moments = Literal["fp32", "bf16"]
 Lazy = Literal["none", "decay"]

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megacid.classifier.sampling import hash_ids
-from megacid.config import UserError
 from megacid.distributed.collectives import gather_plain
+from megacid.errors import UserError
 
 # read(name, start, stop) -> the rows of the global tensor `name`, [stop - start, ...], on any device.
 ReadRows = Callable[[str, int, int], Tensor]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacid.config import UserError
+from megacid.errors import UserError
 
 
 class DataBudgetError(RuntimeError):

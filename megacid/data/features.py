@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from megacid.checkpoint.store import read_meta
-from megacid.config import UserError
 from megacid.data.batch import Batch, DataBudgetError, Positions
 from megacid.data.mapped import MappedRows, take_rows
 from megacid.data.order import SampleOrder
+from megacid.errors import UserError
 
 Split = Literal["train", "test"]
 MAKERS = ("synthesize", "sweep")

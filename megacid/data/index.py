@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 
 from megacid.checkpoint.store import atomic_path, write_json_atomic
-from megacid.config import UserError
 from megacid.data.cache import SmallCache
 from megacid.data.decode import BadSample
 from megacid.data.scan import COLUMN, Kind, scan_tar
+from megacid.errors import UserError
 
 log = logging.getLogger(__name__)
 

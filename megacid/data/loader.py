@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from megacid.config import UserError
 from megacid.data.batch import Batch, DataBudgetError, Positions
 from megacid.data.cache import SmallCache
 from megacid.data.decode import MAX_PIXELS, BadSample, decode_image
 from megacid.data.index import ShardIndex, ShardReader
 from megacid.data.order import SampleOrder, derive_key
 from megacid.data.sidecar import KeepTable, LabelTable, TeacherTable
+from megacid.errors import UserError
 
 log = logging.getLogger(__name__)
 

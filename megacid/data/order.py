@@ -14,7 +14,7 @@ from typing import overload
 
 import numpy as np
 
-from megacid.config import UserError
+from megacid.errors import UserError
 
 _ROUNDS = 4
 _MASK64 = (1 << 64) - 1

@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from megacid.checkpoint.store import read_meta
-from megacid.config import UserError
 from megacid.data.cache import SmallCache
 from megacid.data.decode import BadSample
 from megacid.data.index import ShardIndex
+from megacid.errors import UserError
 
 _OPEN_SHARDS = 64
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance
 
-from megacid.config import UserError
 from megacid.data.order import KeyedPermutation, derive_key, splitmix64
+from megacid.errors import UserError
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "hexagon")
 COLOURS = {

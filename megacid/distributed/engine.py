@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megacid.config import RunFile, UserError
+from megacid.config import RunFile
 from megacid.distributed.parallel import Parallel
+from megacid.errors import UserError
 
 os.environ.setdefault("DS_BUILD_OPS", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megacid.config import UserError
+from megacid.errors import UserError
 
 DEFAULT_TIMEOUT_S = 600.0
 

@@ -15,9 +15,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from megacid.config import UserError
 from megacid.data.decode import BadSample, decode_image
 from megacid.data.index import ShardIndex, ShardReader, load_index
+from megacid.errors import UserError
 from megacid.student import Transform
 
 Sample = tuple[torch.Tensor, int]

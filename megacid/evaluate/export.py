@@ -17,7 +17,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from megacid.checkpoint.state import load_student_tensors
 from megacid.checkpoint.store import newest_valid, step_name, verify, write_atomic, write_json_atomic, write_meta
-from megacid.config import UserError
+from megacid.errors import UserError
 from megacid.student import (
     CONFIG_FILE,
     WEIGHTS_FILE,

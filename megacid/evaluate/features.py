@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megacid.checkpoint.state import CheckpointReader
-from megacid.config import UserError
 from megacid.data.features import FeatureSet
+from megacid.errors import UserError
 from megacid.evaluate.export import checkpoint_of
 from megacid.tower import FeatureTower
 

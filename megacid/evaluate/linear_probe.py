@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megacid.config import UserError
+from megacid.errors import UserError
 from megacid.evaluate.datasets import Benchmark, Split
 from megacid.evaluate.zero_shot import Predictions, top_classes
 from megacid.student import LoadedClip

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megacid.classifier.partial_fc import PartialFC
-from megacid.config import UserError
+from megacid.errors import UserError
 from megacid_kernels import Weights
 
 

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from megacid.config import UserError
 from megacid.distributed.collectives import (
     GradReduction,
     all_reduce_sum,
@@ -25,6 +24,7 @@ from megacid.distributed.collectives import (
     scale_gradient,
     sum_over_ranks,
 )
+from megacid.errors import UserError
 
 Group = dist.ProcessGroup | None
 

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megacid.config import UserError
 from megacid.distributed.collectives import GradReduction
+from megacid.errors import UserError
 from megacid.losses.cluster import ClusterDistillation
 from megacid.losses.instance import contrastive_loss, feature_mse, instance_loss
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megacid.config import UserError
+from megacid.errors import UserError
 
 Metric = Literal["cosine", "euclidean"]
 Backend = Literal["auto", "torch", "faiss"]

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from megacid.checkpoint.store import atomic_path, read_meta, write_json_atomic, write_meta
-from megacid.config import UserError
 from megacid.data.features import FeatureSet
+from megacid.errors import UserError
 from megacid.offline.assign import Assigner
 from megacid.offline.cluster import label_partition
 from megacid.offline.kmeans import KMeansSettings, kmeans

@@ -26,8 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megacid.checkpoint.store import atomic_path
-from megacid.config import UserError
 from megacid.distributed import collectives
+from megacid.errors import UserError
 from megacid.offline.assign import Assigner, Backend, Metric, check_backend, pad_rows, prepare, tile_rows
 from megacid.offline.ranks import fail_together, share
 from megacid.offline.rows import Rows, SubsetRows

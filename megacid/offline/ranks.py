@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from megacid.config import UserError
 from megacid.distributed.collectives import gather_json
+from megacid.errors import UserError
 
 Group = dist.ProcessGroup | None
 

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from megacid.checkpoint.store import read_meta
-from megacid.config import UserError
 from megacid.data.mapped import MappedRows
+from megacid.errors import UserError
 
 
 class Rows(Protocol):

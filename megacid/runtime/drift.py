@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megacid.checkpoint import store
-from megacid.config import RunFile, UserError, defaults
+from megacid.config import RunFile, defaults
+from megacid.errors import UserError
 
 # Where and how often files are written, and how the same global batch is split, change no result.
 MAY_CHANGE = (

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from megacid.config import UserError
 from megacid.distributed.collectives import Group, any_rank
+from megacid.errors import UserError
 
 EXIT_USER, EXIT_NOT_FINITE, EXIT_DATA, EXIT_STOPPED = 2, 65, 66, 143
 _PR_SET_PDEATHSIG = 1

@@ -15,7 +15,7 @@ from PIL import Image
 
 from megacid.checkpoint.state import save_checkpoint
 from megacid.checkpoint.store import read_meta
-from megacid.config import UserError, run_tool
+from megacid.errors import UserError, run_tool
 from megacid.evaluate.datasets import load_benchmark
 from megacid.evaluate.export import export_student, student_from_run
 from megacid.evaluate.zero_shot import class_embeddings, zero_shot

@@ -24,10 +24,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from megacid.checkpoint.store import read_meta
-from megacid.config import run_tool
 from megacid.data.index import load_index
 from megacid.data.sidecar import KeepTable, LabelTable, TeacherTable
 from megacid.distributed.parallel import Parallel
+from megacid.errors import run_tool
 from megacid.offline import embed
 from megacid.offline.balance import BalanceSettings
 from megacid.offline.balance_stage import balance

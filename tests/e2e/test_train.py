@@ -25,7 +25,8 @@ from torch import Tensor
 
 from megacid import train
 from megacid.checkpoint.state import CheckpointReader
-from megacid.config import UserError, load_run
+from megacid.config import load_run
+from megacid.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

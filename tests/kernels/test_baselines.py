@@ -18,7 +18,7 @@ from harness import run_ranks
 from torch import Tensor
 
 from megacid.classifier.margin import Margin
-from megacid.config import UserError
+from megacid.errors import UserError
 from megacid_kernels.baselines import PROBABILITY_FLOOR, EagerPartialFC
 from megacid_kernels.reference import discrimination_reference
 

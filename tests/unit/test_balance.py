@@ -5,7 +5,7 @@ import pytest
 import torch
 from harness import run_ranks
 
-from megacid.config import UserError
+from megacid.errors import UserError
 from megacid.offline.balance import BalanceSettings, Clusters, Decision, decide, group_by_cluster
 from megacid.offline.gallery import pick_groups, size_plot
 from megacid.offline.linking import keep_mask, owners

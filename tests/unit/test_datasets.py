@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megacid.config import UserError
+from megacid.errors import UserError
 from megacid.evaluate.datasets import load_benchmark
 
 SIZE = 8

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from megacid.config import UserError, load_run
+from megacid.config import load_run
 from megacid.data.batch import Batch, DataBudgetError, Positions
 from megacid.data.features import FeatureSet, FeatureStream
+from megacid.errors import UserError
 from megacid.tower import FeatureTower
 
 SIZES = (9, 7, 8)

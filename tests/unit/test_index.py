@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from megacid.config import UserError
 from megacid.data.decode import BadSample
 from megacid.data.index import ShardReader, load_index, verify_index
+from megacid.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from megacid.classifier.initial import given_rows, random_rows
 from megacid.classifier.sampling import shard_range
-from megacid.config import UserError
+from megacid.errors import UserError
 
 C, D = 23, 6
 SHAPE = (C, D)

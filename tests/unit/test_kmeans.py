@@ -7,7 +7,7 @@ import pytest
 import torch
 from harness import run_ranks
 
-from megacid.config import UserError
+from megacid.errors import UserError
 from megacid.offline.assign import TILE_CENTROIDS, Assigner
 from megacid.offline.kmeans import KMeansSettings, KMeansState, imbalance_factor, initial_centroids, kmeans, split_empty
 from megacid.offline.rows import ArrayRows

@@ -4,7 +4,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import megacid.evaluate.linear_probe as module
-from megacid.config import UserError
+from megacid.errors import UserError
 from megacid.evaluate.linear_probe import choose_strength, fit, hold_out
 from megacid.evaluate.zero_shot import Predictions, top_classes
 

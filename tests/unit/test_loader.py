@@ -11,10 +11,10 @@ from PIL import Image
 from test_index import put
 from test_sidecar import keep_dir, label_dir, save, teacher_dir, write_parquet
 
-from megacid.config import UserError
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.loader import BUDGET_FLOOR, Batch, DataBudgetError, PairStream, _start_worker
 from megacid.data.sidecar import KeepTable, LabelTable, TeacherTable
+from megacid.errors import UserError
 
 SIZES = {"00000": 9, "00001": 7, "00002": 8}
 DAMAGED = {5, 17}  # global rows of the `damaged` fixture

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megacid.classifier import Margin, PartialFC
-from megacid.config import UserError
+from megacid.errors import UserError
 from megacid.losses import ClusterDistillation, Objective, contrastive_loss, feature_mse, instance_loss
 
 

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacid.config import UserError
 from megacid.data.order import KeyedPermutation, SampleOrder
+from megacid.errors import UserError
 
 
 @settings(max_examples=60, deadline=None)

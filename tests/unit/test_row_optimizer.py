@@ -15,7 +15,7 @@ from harness import run_ranks
 from megacid import PartialFC, RowAdamW, RowSGD
 from megacid.classifier import row_optimizer, shard_range
 from megacid.classifier.row_state import round_to_bf16, rounding_bits, rounding_keys
-from megacid.config import UserError
+from megacid.errors import UserError
 
 
 def dense_and_rows(kind: str, steps: int = 7) -> tuple[torch.Tensor, torch.Tensor]:

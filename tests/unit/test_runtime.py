@@ -14,7 +14,9 @@ import pytest
 import torch
 from harness import run_ranks
 
-from megacid.config import ScheduleConfig, UserError, lint_deepspeed, load_run
+from megacid.config import ScheduleConfig, load_run
+from megacid.deepspeed_keys import lint_deepspeed
+from megacid.errors import UserError
 from megacid.runtime.drift import check_drift, write_config
 from megacid.runtime.guard import Guard, TooManySkips, Verdict
 from megacid.runtime.metrics import peak_memory_mib

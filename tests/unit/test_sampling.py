@@ -15,7 +15,7 @@ from megacid import RowAdamW, RowSGD
 from megacid.classifier.exchange import Exchange, Exchanged
 from megacid.classifier.partial_fc import PartialFC
 from megacid.classifier.sampling import Draw, hash_ids, sample_dims, shard_range
-from megacid.config import UserError
+from megacid.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import pytest
 from test_index import make_tar
 
 from megacid.checkpoint.store import write_meta
-from megacid.config import UserError
 from megacid.data.decode import BadSample
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.sidecar import KeepTable, LabelTable, TeacherTable
+from megacid.errors import UserError
 
 KEYS = {"00000": ["a", "b", "c"], "00001": ["d", "e"]}
 

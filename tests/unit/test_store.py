@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megacid.checkpoint import store
-from megacid.config import UserError
+from megacid.errors import UserError
 
 
 def make(root: Path, step: int, keep_last: int = 2) -> Path:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megacid.config import UserError
+from megacid.errors import UserError
 from megacid.student import (
     StudentSpec,
     build_student,

@@ -9,10 +9,10 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from megacid.config import UserError
 from megacid.data.decode import decode_image
 from megacid.data.index import ShardReader, load_index
 from megacid.data.synthetic import MAX_CLUSTERS, SHAPES, SceneMaker, class_features, hashed_normals
+from megacid.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
