@@ -12,7 +12,7 @@ from torch import Tensor
 IMPLEMENTATIONS = ("auto", "torch")
 MODES = ("auto", "row")
 DEFAULT_BUDGET_BYTES = 1 << 30
-_CPU_BUDGET_BYTES = 1 << 26
+_CPU_BUDGET_BYTES = 1 << 26  # at least, see `Problem.chunk`
 
 
 class TargetMargin(Protocol):
@@ -74,7 +74,7 @@ class Problem:
     group: dist.ProcessGroup | None = None
     impl: str = "auto"
     mode: str = "auto"
-    memory_budget_bytes: int | None = None
+    memory_budget_bytes: int | None = None  # for the [chunk, S] matrices; None: see `chunk`
 
     def __post_init__(self) -> None:
         if self.impl not in IMPLEMENTATIONS:
@@ -88,7 +88,7 @@ class Problem:
         if not (math.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale is {self.scale}, wanted a finite number > 0 such as 64")
         if self.memory_budget_bytes is not None and self.memory_budget_bytes <= 0:
-            raise ValueError(f"memory_budget_bytes is {self.memory_budget_bytes}, wanted > 0, or None for 1 GiB")
+            raise ValueError(f"memory_budget_bytes is {self.memory_budget_bytes}, wanted > 0, or None for the default")
         if self.num_classes < 1:
             raise ValueError(f"num_classes is {self.num_classes}, wanted the number of classes of all ranks together")
 

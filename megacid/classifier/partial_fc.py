@@ -63,7 +63,7 @@ class PartialFC(nn.Module):
     samples that had each class as label.
 
     A step synchronises with the device once, in `Exchange`. Nothing else here, in the row optimizers, or in the operator
-    below reads a tensor on the host (a test counts where there is a GPU).
+    below reads a tensor on the host (tests count).
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class PartialFC(nn.Module):
         filter_threshold negatives whose cosine to the sample is larger leave the denominator
         log_q            divide a drawn negative's exponential by its chance of being drawn, so that the denominator is an
                          unbiased estimate of the one over all classes
-        memory_budget_bytes  for the [chunk, S] matrices; None: 1 GiB
+        memory_budget_bytes  for the [chunk, S] matrices; None: 1 GiB, on a CPU 64 MiB or half of the rows' gradient
         """
         super().__init__()
         world = world_size(group)
@@ -110,6 +110,8 @@ class PartialFC(nn.Module):
             raise UserError(
                 f"num_classes is {num_classes}, wanted at least one class for each of {world} ranks: use fewer ranks"
             )
+        if num_classes >= 1 << 31:
+            raise UserError(f"num_classes is {num_classes}, wanted fewer than 2^31: products of ids must fit 64 bits")
         if embed_dim < 1:
             raise UserError(f"embed_dim is {embed_dim}, wanted the width of the embeddings")
         for name, rate in (("sample_rate", sample_rate), ("feature_rate", feature_rate)):
