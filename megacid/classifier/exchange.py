@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megacid.classifier.sampling import Draw, shard_range
-from megacid.distributed.collectives import rank, world_size
+from megacid.distributed.collectives import all_gather_single, rank, world_size
 from megacid.errors import UserError
 
 _NOWHERE = torch.iinfo(torch.int64).max  # above every class id
@@ -122,7 +122,7 @@ class Exchange:
         if self.world == 1:
             return mine[None]
         table = mine.new_empty(self.world * len(mine))
-        dist.all_gather_into_tensor(table, mine, group=self.group)
+        all_gather_single(table, mine, group=self.group)
         return table.view(self.world, -1)
 
     def _merge(self, draw: Draw, ordered: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.14 gave both a new name and warns, once per process, at the old one.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 GradReduction = Literal["mean", "sum"]
 Group = dist.ProcessGroup | None
 
@@ -64,7 +68,7 @@ def gather_sizes(local_size: int, group: Group = None) -> list[int]:
         return [local_size]
     device = _group_device(group)
     sizes = torch.empty(world_size(group), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(sizes, torch.tensor([local_size], dtype=torch.int64, device=device), group=group)
+    all_gather_single(sizes, torch.tensor([local_size], dtype=torch.int64, device=device), group=group)
     return [int(n) for n in sizes.tolist()]
 
 
@@ -84,7 +88,7 @@ def _gather(x: Tensor, sizes: list[int], group: Group) -> Tensor:
         mine = torch.cat([mine, mine.new_zeros(largest - mine.shape[0], *mine.shape[1:])])
     out = mine.new_empty(largest * len(sizes), *mine.shape[1:])
     if largest:
-        dist.all_gather_into_tensor(out, mine, group=group)
+        all_gather_single(out, mine, group=group)
     if all(n == largest for n in sizes):
         return out
     return torch.cat([out[i * largest : i * largest + n] for i, n in enumerate(sizes)])
@@ -115,7 +119,7 @@ def reduce_scatter_rows(x_GD: Tensor, sizes: list[int], group: Group = None) -> 
     me, largest = rank(group), max(sizes)
     if largest and all(n == largest for n in sizes):
         out = x_GD.new_empty(largest, *x_GD.shape[1:])
-        dist.reduce_scatter_tensor(out, x_GD.contiguous(), group=group)
+        reduce_scatter_single(out, x_GD.contiguous(), group=group)
         return out
     summed = x_GD.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(summed, group=group)

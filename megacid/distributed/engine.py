@@ -14,6 +14,7 @@ import importlib.util
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,6 +44,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def quiet(level: int = logging.WARNING) -> None:
     """DeepSpeed reports each start with a page of settings; warnings and errors stay."""
     deepspeed_logger.setLevel(level)
+    # It calls two collectives by names that torch 2.14 has replaced; its users can do nothing about that.
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", message=f".*{name}", category=FutureWarning)
 
 
 def _without_compiled_extension() -> None:
