@@ -40,10 +40,10 @@ def _over_z(factor: Tensor, log_z: Tensor) -> Tensor:
 
 def _one_label(negatives: Tensor, logit: Tensor, shift: float) -> _Softmax:
     """Cross entropy. negatives [b]: sum of exp(z - shift); logit [b, 1]: the label's."""
-    target = logit[:, 0] - shift
-    d = negatives.log() - target
+    target, log_n = logit[:, 0] - shift, negatives.log()
+    d = log_n - target
     loss = torch.logaddexp(d, torch.zeros_like(d))
-    log_z = target + loss
+    log_z = torch.logaddexp(log_n, target)  # not target + loss: the two may cancel
     return _Softmax(loss, torch.sigmoid(d)[:, None], log_z)
 
 

@@ -253,15 +253,20 @@ class _Run:
         self.raw += rows.raw.masked_fill(~self.labelled[part], 0.0).masked_fill(lost, torch.nan).sum(1)
         if on_x is not None:
             self.target_cosine[part] = torch.stack([stats[f"cos{i}"] for i in range(slot.shape[1])], 1)
-        on_label = rows.target_x * on_x.dpsi if on_x is not None else None  # dpsi is 0 where another rank owns it
-        if grad_x is not None and on_label is not None:
-            grad_x[part] = torch.bmm(on_label[:, None, :], w_y)[:, 0]
+        labels = []  # what pulls at the labels: (coefficient [b, l], embeddings, their cosines to the labels)
+        if on_x is not None:
+            labels.append((rows.target_x * on_x.dpsi, x, on_x.cos))  # dpsi is 0 where another rank owns the class
+        if t is not None and on_t is not None and rows.target_t is not None:
+            labels.append((rows.target_t * own, t, on_t.cos))
+        if grad_x is not None and on_x is not None:
+            pull = labels[0][0]
+            # Only what is tangential: at cos = +-1, where d psi is large, the rest would not cancel in through_norm.
+            grad_x[part] = torch.bmm(pull[:, None, :], w_y - on_x.cos[..., None] * x[:, None, :])[:, 0]
             for name, product in products.items():
                 if name in rows.with_x:
                     grad_x[part].addcmul_(rows.with_x[name][:, None], product)
         if grad_w is not None:
-            on_label_t = rows.target_t * own if rows.target_t is not None else None
-            _add_grad_w(grad_w, part.start == 0, chunk, rows, self.rows.columns, x, t, on_label, on_label_t)
+            _add_grad_w(grad_w, part.start == 0, chunk, rows, self.rows.columns, x, t, w_y, labels)
 
 
 def _by_label(on_x: _Target | None, on_t: _Target | None) -> list[tuple[str, Tensor]]:
@@ -316,11 +321,13 @@ def _add_grad_w(
     columns: Tensor | None,
     x: Tensor,
     t: Tensor | None,
-    target_x: Tensor | None,
-    target_t: Tensor | None,
+    w_blD: Tensor,
+    labels: list[tuple[Tensor, Tensor, Tensor]],
 ) -> None:
+    """labels: (coefficient [b, l], embeddings [b, D], their cosines to the labels [b, l]) of student and teacher."""
+
     def features(with_x: Tensor | None, with_t: Tensor | None) -> Tensor:
-        parts = [c[..., None] * unit for c, unit in ((with_x, x), (with_t, t)) if c is not None and unit is not None]
+        parts = [c[:, None] * unit for c, unit in ((with_x, x), (with_t, t)) if c is not None and unit is not None]
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     for name in {**rows.with_x, **rows.with_t}:
@@ -334,5 +341,6 @@ def _add_grad_w(
         return
     for i in range(chunk.slot.shape[1]):
         slot = chunk.slot[:, i]
-        label = features(*(None if c is None else c[:, i] for c in (target_x, target_t)))
-        grad_w.index_add_(0, slot, label if columns is None else label.mul_(columns[slot][:, None]))
+        for coefficient, unit, cos in labels:
+            toward = (unit - cos[:, i, None] * w_blD[:, i]).mul_(coefficient[:, i, None])  # tangential, as for x
+            grad_w.index_add_(0, slot, toward if columns is None else toward.mul_(columns[slot][:, None]))

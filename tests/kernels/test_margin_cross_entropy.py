@@ -263,6 +263,35 @@ def test_target_cosine_of_exactly_one_is_finite(sign: float, margin: Margin) -> 
     assert loss.item() == pytest.approx(want, rel=1e-5, abs=1e-25)
 
 
+@pytest.mark.parametrize("scale", [30.0, 64.0, 100.0])
+@pytest.mark.parametrize("margin", MARGINS, ids=str)
+def test_gradients_at_cosines_of_exactly_one_equal_their_limit(margin: Margin, scale: float) -> None:
+    """x = +-w_y: the label's own pull has no tangential part, so what is left are the negatives at a fixed psi.
+
+    Rows whose normalisation is exact (four entries of 1 / 2): autograd would divide by the zero sine.
+    """
+    g = torch.Generator().manual_seed(4)
+    w = torch.zeros(24, 16, dtype=torch.float64)
+    for row in w:
+        row[torch.randperm(16, generator=g)[:4]] = torch.tensor([0.5, -0.5, 0.5, 0.5], dtype=torch.float64)
+    y = torch.tensor([0, 3, 3, 9, 17, 20, -1])
+    sign = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
+    x = sign[:, None] * w[y] * 4
+    xs, ws = x.float().requires_grad_(), w.float().requires_grad_()
+    loss = linear_margin_cross_entropy(xs, ws, y, margin=margin, scale=scale)
+    loss.backward()
+
+    xr, wr, keep = x.clone().requires_grad_(), w.clone().requires_grad_(), y >= 0
+    cosine = torch.nn.functional.normalize(xr[keep]) @ torch.nn.functional.normalize(wr).T
+    psi = margin.target(sign[keep], torch.zeros_like(sign[keep]))[0]
+    z = scale * cosine.scatter(1, y[keep, None], psi[:, None])
+    want = torch.nn.functional.cross_entropy(z, y[keep])
+    want.backward()
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
+    for got, expected in ((xs.grad, xr.grad), (ws.grad, wr.grad)):
+        assert float((got.double() - expected).norm()) <= 1e-5 * max(float(expected.norm()), 1.0)
+
+
 def test_tiny_losses_keep_their_digits() -> None:
     """1 - P_y of 1e-13 and less: a softmax minus one would give 0."""
     w = torch.eye(6)
