@@ -157,7 +157,7 @@ class CheckpointReader:
                 with safe_open(path, "pt") as handle:
                     if name not in handle.keys():  # noqa: SIM118  (no mapping)
                         raise UserError(
-                            f"{self.directory} has no {name}: it was saved with other settings of the classifier's "
+                            f"{self.directory} has no {name}: it was saved by another version, or with other settings of the classifier's "
                             "optimizer; give the run the same ones"
                         )
                     parts.append(handle.get_slice(name)[lo - first : hi - first])
