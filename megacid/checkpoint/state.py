@@ -138,6 +138,13 @@ class CheckpointReader:
     def names(self, kind: str) -> list[str]:
         return [name.removeprefix(kind + "/") for name in self._where if name.startswith(kind + "/")]
 
+    def row_names(self) -> list[str]:
+        """Names of what is saved by global row: "head/weight", "optimizer/exp_avg", ...; empty without a classifier."""
+        if not self._rows:
+            return []
+        with safe_open(self._rows[0][2], "pt") as handle:
+            return sorted(handle.keys())
+
     def tensor(self, kind: str, name: str) -> Tensor:
         try:
             path = self._where[f"{kind}/{name}"]

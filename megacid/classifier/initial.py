@@ -86,6 +86,19 @@ def given_rows(init: Init, start: int, stop: int, shape: tuple[int, int]) -> Ten
     return rows
 
 
+def shape_of(init: Init) -> tuple[int, int]:
+    """(classes, width) of what `given_rows` would read. UserError for what it cannot read."""
+    path = None if isinstance(init, np.ndarray | Tensor) else Path(init)
+    if path is not None and path.is_dir():
+        said = f"init {str(init)!r}"
+        weights = [_load_weight(f"{said} file {file.name}", file) for file in _rank_files(said, path)]
+        return sum(len(weight) for weight in weights), weights[0].shape[1]
+    shape = _open(init, (0, 0)).shape
+    if len(shape) != 2:
+        raise UserError(f"{init} has shape {shape}, wanted (classes, width): name another file")
+    return shape[0], shape[1]
+
+
 def _open(init: Init, shape: tuple[int, int]) -> _Source:
     if isinstance(init, np.ndarray):
         return _of_array("init", init)

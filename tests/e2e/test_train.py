@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  imported once here, inherited by forked ranks
+import numpy as np
 import pytest
-import torch._dynamo  # noqa: F401
+import torch
+import torch._dynamo
 import torch.distributed as dist
 from conftest import Pipeline
 from harness import free_port, run_ranks
@@ -153,6 +155,39 @@ def test_several_labels_per_sample_train_and_need_labels_that_were_written(
     ):
         run_train(1, pipeline.run_file(name, data__labels=str(clusters), **changes), "--dry-run", expect=2)
         assert said in capfd.readouterr().err
+
+
+def test_checkpoints_are_listed_verified_shown_and_give_their_class_rows(pipeline: Pipeline, tmp_path: Path) -> None:
+    run_train(2, pipeline.run_file("ckpt"))
+    run = pipeline.root / "runs" / "ckpt"
+    newest = run / "step-00000006"
+    assert run_tool_inside("ckpt", "list", run).count("ok") == 2
+    assert "every byte as written" in run_tool_inside("ckpt", "verify", newest)
+    said = run_tool_inside("ckpt", "show", run)
+    assert "optimizer/exp_avg" in said and '"step": 6' in said and '"num_classes": 13' in said
+    run_tool_inside("ckpt", "export", run, "--out", tmp_path / "rows.npy")
+    rows = np.load(tmp_path / "rows.npy")
+    assert rows.shape == (13, 32) and np.array_equal(rows, tensors(newest)["head/weight"].numpy())
+    # The exported rows start another run, which begins where this one ended.
+    again = pipeline.run_file("again", classifier__init=str(tmp_path / "rows.npy"), classifier__lr=0.0)
+    run_train(1, again, "--stop-after", "1", expect=143)
+    assert np.array_equal(tensors(pipeline.root / "runs" / "again" / "step-00000001")["head/weight"].numpy(), rows)
+    (newest / "classifier-00001.safetensors").write_bytes(b"damaged")
+    assert "classifier-00001.safetensors has 7 bytes" in run_tool_inside("ckpt", "list", run, expect=1)
+    assert "not a whole checkpoint" in run_tool_inside("ckpt", "verify", newest, expect=2)
+    assert "holds no checkpoint" in run_tool_inside("ckpt", "list", tmp_path, expect=2)
+
+
+def test_published_per_rank_files_become_one_file_of_rows(tmp_path: Path) -> None:
+    whole = torch.randn(11, 4)
+    for rank, part in enumerate(whole.split([4, 4, 3])):
+        torch.save({"state_dict_softmax_fc": {"weight": part.clone()}}, tmp_path / f"checkpoint_gpu_{rank}.pt")
+    run_tool_inside("ckpt", "import", tmp_path, "--out", tmp_path / "rows.npy")
+    assert np.array_equal(np.load(tmp_path / "rows.npy"), whole.numpy())
+    (tmp_path / "checkpoint_gpu_1.pt").unlink()
+    said = run_tool_inside("ckpt", "import", tmp_path, "--out", tmp_path / "other.npy", expect=2)
+    assert "none of rank 1" in said
+    assert not (tmp_path / "other.npy").exists()
 
 
 def test_the_classes_as_a_whole_are_reported_at_every_checkpoint(pipeline: Pipeline) -> None:
