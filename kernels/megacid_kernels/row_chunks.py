@@ -343,4 +343,12 @@ def _add_grad_w(
         slot = chunk.slot[:, i]
         for coefficient, unit, cos in labels:
             toward = (unit - cos[:, i, None] * w_blD[:, i]).mul_(coefficient[:, i, None])  # tangential, as for x
-            grad_w.index_add_(0, slot, toward if columns is None else toward.mul_(columns[slot][:, None]))
+            _add_rows_(grad_w, slot, toward if columns is None else toward.mul_(columns[slot][:, None]))
+
+
+def _add_rows_(total: Tensor, slot: Tensor, rows: Tensor) -> None:
+    """total[slot] += rows in an order that is the same in every run, also for slots that occur several times."""
+    if total.device.type == "cpu":
+        total.index_add_(0, slot, rows)  # one row after the other
+    else:
+        total.index_put_((slot,), rows, accumulate=True)  # sorts the slots, where index_add_ would use atomics
