@@ -168,10 +168,14 @@ def test_checkpoints_are_listed_verified_shown_and_give_their_class_rows(pipelin
     run_tool_inside("ckpt", "export", run, "--out", tmp_path / "rows.npy")
     rows = np.load(tmp_path / "rows.npy")
     assert rows.shape == (13, 32) and np.array_equal(rows, tensors(newest)["head/weight"].numpy())
-    # The exported rows start another run, which begins where this one ended.
-    again = pipeline.run_file("again", classifier__init=str(tmp_path / "rows.npy"), classifier__lr=0.0)
-    run_train(1, again, "--stop-after", "1", expect=143)
-    assert np.array_equal(tensors(pipeline.root / "runs" / "again" / "step-00000001")["head/weight"].numpy(), rows)
+    # The rows start other runs, from one file and from per-rank files as insightface writes them.
+    for rank, part in enumerate(torch.from_numpy(rows).split([5, 4, 4])):
+        torch.save({"weight": part.clone()}, tmp_path / f"softmax_fc_gpu_{rank}.pt")
+    for name, init in (("again", tmp_path / "rows.npy"), ("published", tmp_path)):
+        file = pipeline.run_file(name, classifier__init=str(init), classifier__lr=0.0)
+        run_train(2, file, "--stop-after", "1", expect=143)
+        begun = tensors(pipeline.root / "runs" / name / "step-00000001")["head/weight"]
+        assert np.array_equal(begun.numpy(), rows), name
     (newest / "classifier-00001.safetensors").write_bytes(b"damaged")
     assert "classifier-00001.safetensors has 7 bytes" in run_tool_inside("ckpt", "list", run, expect=1)
     assert "not a whole checkpoint" in run_tool_inside("ckpt", "verify", newest, expect=2)
