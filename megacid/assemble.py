@@ -19,7 +19,7 @@ from megacid.data.features import FeatureSet, FeatureStream
 from megacid.data.index import load_index
 from megacid.data.loader import PairStream
 from megacid.data.sidecar import KeepTable, LabelTable, TeacherTable
-from megacid.distributed.collectives import agree, gather_json
+from megacid.distributed.collectives import agree, fail_together
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.losses import ClusterDistillation, Objective
@@ -206,13 +206,7 @@ def make_objective(run: RunFile, head: PartialFC | None, parallel: Parallel) -> 
 
 
 def together(build: Callable[[], T], parallel: Parallel) -> T:
-    """build() on every rank; a UserError on one becomes the same UserError on all, so that nobody waits for it."""
-    value, error = None, None
-    try:
+    """build() on every rank, without collectives inside; what goes wrong on one is an error on all, so that nobody waits."""
+    with fail_together(parallel.group):
         value = build()
-    except UserError as problem:
-        error = str(problem)
-    first = next((said for said in gather_json(error, parallel.group) if said), None)
-    if first is not None:
-        raise UserError(first)
-    return value  # type: ignore[return-value]
+    return value

@@ -18,11 +18,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from megacid.distributed.collectives import fail_together
 from megacid.distributed.parallel import session
 from megacid.errors import run_tool
 from megacid.offline.cluster import cluster
 from megacid.offline.kmeans import KMeansSettings
-from megacid.offline.ranks import accept_launcher_arguments, fail_together
+from megacid.offline.ranks import accept_launcher_arguments
 from megacid.offline.rows import EmbeddingRows
 
 WAIT_S = 7200.0  # ranks on slower disks

@@ -20,11 +20,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from tqdm import tqdm
 
 from megacid.data.index import load_index
-from megacid.distributed.collectives import agree
+from megacid.distributed.collectives import agree, fail_together
 from megacid.distributed.parallel import session
 from megacid.errors import UserError, run_tool
 from megacid.offline import embed
-from megacid.offline.ranks import accept_launcher_arguments, fail_together
+from megacid.offline.ranks import accept_launcher_arguments
 from megacid.student import load_clip
 
 DAY_S = 86400.0  # shards are split beforehand: the first rank to finish waits for the last one

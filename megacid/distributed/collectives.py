@@ -14,12 +14,16 @@ engine and take no factor.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megacid.errors import UserError
 
 # torch 2.14 gave both a new name and warns, once per process, at the old one.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -216,3 +220,25 @@ def agree(value: str, what: str, group: Group = None) -> None:
             held.setdefault(str(other), []).append(index)
         said = "; ".join(f"{other!r} on rank {', '.join(map(str, ranks))}" for other, ranks in held.items())
         raise RuntimeError(f"the ranks disagree about {what}: {said}; start every rank with the same files and options")
+
+
+@contextlib.contextmanager
+def fail_together(group: Group = None) -> Iterator[None]:
+    """A block of local work (no collectives inside): when it fails on one rank, every rank raises the same message.
+
+    Without it the healthy ranks would wait in their next collective until its timeout. UserError stays UserError.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    kind = None if failure is None else "user" if isinstance(failure, UserError) else type(failure).__name__
+    said = gather_json([kind, str(failure)], group)
+    if failure is not None:
+        raise failure
+    for number, (kind, message) in enumerate(said):
+        if kind == "user":
+            raise UserError(message)
+        if kind is not None:
+            raise RuntimeError(f"rank {number} of {len(said)} failed: {kind}: {message}")

@@ -17,11 +17,10 @@ import torch
 import torch.distributed as dist
 
 from megacid.checkpoint.store import read_meta
-from megacid.distributed.collectives import broadcast_json, gather_plain, rank, world_size
+from megacid.distributed.collectives import broadcast_json, fail_together, gather_plain, rank, world_size
 from megacid.errors import UserError
 from megacid.offline.assign import prepare
 from megacid.offline.linking import Link, keep_mask, owners
-from megacid.offline.ranks import fail_together
 from megacid.offline.rows import EmbeddingRows, Rows
 
 log = logging.getLogger(__name__)

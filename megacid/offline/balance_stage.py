@@ -17,13 +17,12 @@ from PIL import Image
 from megacid.checkpoint.store import atomic_path, read_meta, write_atomic, write_json_atomic, write_meta
 from megacid.data.decode import decode_image
 from megacid.data.index import ShardIndex, ShardReader, load_index
-from megacid.distributed.collectives import barrier
+from megacid.distributed.collectives import barrier, fail_together
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.offline import gallery, report
 from megacid.offline.assign import prepare
 from megacid.offline.balance import BalanceSettings, Decision, decide, group_by_cluster, preference, read_labels
-from megacid.offline.ranks import fail_together
 from megacid.offline.rows import EmbeddingRows, Rows
 
 

@@ -16,12 +16,11 @@ import pyarrow.parquet as pq
 import torch
 
 from megacid.checkpoint.store import atomic_path, read_meta, write_json_atomic, write_meta
-from megacid.distributed.collectives import all_reduce_sum, barrier
+from megacid.distributed.collectives import all_reduce_sum, barrier, fail_together
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.offline.assign import Assigner, pad_rows, prepare, tile_rows
 from megacid.offline.kmeans import KMeansSettings, KMeansState, imbalance_factor, kmeans
-from megacid.offline.ranks import fail_together
 from megacid.offline.rows import EmbeddingRows, PartitionedRows
 
 log = logging.getLogger(__name__)

@@ -28,10 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 from megacid.checkpoint.store import atomic_path, read_meta, write_json_atomic, write_meta
 from megacid.data.decode import BadSample, decode_image
 from megacid.data.index import ShardIndex, ShardReader
-from megacid.distributed.collectives import barrier, gather_json
+from megacid.distributed.collectives import barrier, fail_together, gather_json
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
-from megacid.offline.ranks import fail_together
 from megacid.student import LoadedClip
 
 log = logging.getLogger(__name__)

@@ -27,9 +27,10 @@ from torch import Tensor
 
 from megacid.checkpoint.store import atomic_path
 from megacid.distributed import collectives
+from megacid.distributed.collectives import fail_together
 from megacid.errors import UserError
 from megacid.offline.assign import Assigner, Backend, Metric, check_backend, pad_rows, prepare, tile_rows
-from megacid.offline.ranks import fail_together, share
+from megacid.offline.ranks import share
 from megacid.offline.rows import Rows, SubsetRows
 
 log = logging.getLogger(__name__)
