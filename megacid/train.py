@@ -33,7 +33,7 @@ import torch
 from megacid import PartialFC, RowAdamW, RowSGD
 from megacid.assemble import make_classifier, make_objective, make_student, open_data, peak_rates, together
 from megacid.checkpoint import state, store
-from megacid.classifier.health import health, hit_histogram
+from megacid.classifier.health import concerns, health, hit_histogram
 from megacid.config import RunFile, load_run
 from megacid.data.batch import Batch, DataBudgetError
 from megacid.distributed import parallel as parallel_module
@@ -144,7 +144,10 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
         if stopped or (step + 1) % config.save_every == 0 or step + 1 == config.total_steps:
             save(step + 1)
             if head is not None:
-                metrics.log_classes(step, health(head), hit_histogram(head))
+                facts = health(head)
+                metrics.log_classes(step, facts, hit_histogram(head))
+                for concern in concerns(facts) if parallel.is_first else ():
+                    log.warning("%s", concern)
         if stopped:
             break
     metrics.close({"steps": step + 1 - start, "start_step": start, "skipped": guard.skipped, "world": parallel.world})

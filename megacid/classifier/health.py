@@ -78,6 +78,18 @@ def health(head: PartialFC, *, probes: int = 256) -> dict[str, float]:
     }
 
 
+def concerns(facts: dict[str, float]) -> list[str]:
+    """What in `health` an operator should look at now, one sentence each."""
+    found = []
+    if facts["not_finite"]:
+        found.append(f"{facts['not_finite']:.0f} class rows are not finite: go back to an earlier checkpoint")
+    if facts["mean_direction"] > 0.9:
+        found.append(f"the class rows have collapsed into one direction (their mean unit row has length {facts['mean_direction']:.2f}): lower classifier.lr, or look at the embeddings")  # fmt: skip
+    elif facts["duplicates"] > 0.05:
+        found.append(f"{100 * facts['duplicates']:.0f} % of the class rows have a duplicate (cosine above {DUPLICATE_COSINE}): take fewer clusters, or other centroids")  # fmt: skip
+    return found
+
+
 @torch.no_grad()
 def hit_histogram(head: PartialFC) -> Tensor:
     """int64 [33] on the host: classes with 0 hits, 1, 2-3, 4-7, ... 2^31 hits, over all ranks. A collective."""

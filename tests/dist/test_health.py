@@ -7,7 +7,7 @@ import torch
 from harness import run_ranks
 
 from megacid import PartialFC
-from megacid.classifier.health import health, hit_histogram
+from megacid.classifier.health import concerns, health, hit_histogram
 
 CLASSES = 101
 
@@ -46,6 +46,17 @@ def test_planted_faults_are_found(world: int) -> None:
 def test_collapsed_classes_have_one_direction() -> None:
     found = health(PartialFC(50, 8, init=torch.ones(50, 8)))
     assert found["mean_direction"] == pytest.approx(1.0, abs=1e-5) and found["duplicates"] == 1.0
+    (said,) = concerns(found)
+    assert "collapsed into one direction" in said
+
+
+def test_only_what_is_wrong_is_a_concern() -> None:
+    assert concerns(health(PartialFC(50, 32, seed=1))) == []
+    rows = torch.randn(40, 32)
+    said = concerns(health(PartialFC(50, 32, init=torch.cat([rows, rows[:10]]))))
+    assert said == [
+        "40 % of the class rows have a duplicate (cosine above 0.99): take fewer clusters, or other centroids"
+    ]
 
 
 def test_a_hit_is_a_training_sample_and_evaluation_counts_none() -> None:
