@@ -44,29 +44,52 @@ def builds() -> Iterator[Build]:
 
     # 512 and 4096 are one full block, 1000 is a ragged one, 129 has rows that are not aligned, 5120 takes two.
     for width in (129, 512, 1000, 4096, 5120):
-        units = {"w_ptr": "*fp32", "rows_ptr": "*i64", "first_ptr": "*fp16", "second_ptr": "*bf16", "inverse_ptr": "*fp32"}
-        yield build(
-            unit_rows_kernel, "unit_rows", width, units, HAS_ROWS=True, HAS_SECOND=True, INTERPRET=False
-        )  # fmt: skip
-        yield build(
-            through_norm_kernel, "through_norm", width, {"grad_ptr": "*fp32", "unit_ptr": "*fp32", "inverse_ptr": "*fp32"}
-        )
+        unit = {
+            "w_ptr": "*fp32",
+            "rows_ptr": "*i64",
+            "inverse_ptr": "*fp32",
+            "first_ptr": "*fp16",
+            "second_ptr": "*bf16",
+        }
+        yield build(unit_rows_kernel, "unit_rows", width, unit, HAS_ROWS=True, HAS_SECOND=True, INTERPRET=False)
+        back = {"grad_ptr": "*fp32", "unit_ptr": "*fp32", "inverse_ptr": "*fp32"}
+        yield build(through_norm_kernel, "through_norm", width, back)
         for moments in ("fp32", "bf16"):
-            step = {
-                "weight_ptr": "*fp32", "grad_ptr": "*fp32", "rows_ptr": "*i64", "row_key_ptr": "*i32",
-                "column_key_ptr": "*i32", "grad_scale": "*fp32",
-            }  # fmt: skip
-            moment = "*fp32" if moments == "fp32" else "*i16"
-            lazy = moments == "bf16"  # one of either kind of factor
-            factor = "*fp32" if lazy else "fp32"
-            options = {
-                "HAS_ROWS": True, "THROUGH_NORM": True, "COLUMNS": lazy, "SCALE_IN_MEMORY": True, "BF16": moments == "bf16",
-            }  # fmt: skip
-            adamw = {"mean_ptr": moment, "square_ptr": moment, "rate_ptr": "*fp32", "eps_ptr": "*fp32"}
-            adamw |= {"keep1": factor, "keep2": factor, "shrink": factor, "add1": "fp32", "add2": "fp32"}
-            yield build(adamw_rows_kernel, f"adamw_rows {moments}", width, step | adamw, **options)
-            sgd = {"velocity_ptr": moment, "keep": factor, "shrink": factor, "lr": "fp32", "weight_decay": "fp32"}
-            yield build(sgd_rows_kernel, f"sgd_rows {moments}", width, step | sgd, **options)
+            # lazy "none" with the one, "decay" with the other
+            for kernel, name, types in (
+                (adamw_rows_kernel, "adamw_rows", _adamw(moments, per_row=moments == "bf16")),
+                (sgd_rows_kernel, "sgd_rows", _sgd(moments, per_row=moments == "bf16")),
+            ):
+                constants = {"COLUMNS": moments == "bf16", "BF16": moments == "bf16", "SCALE_IN_MEMORY": True}
+                yield build(kernel, f"{name} {moments}", width, types, **constants, HAS_ROWS=True, THROUGH_NORM=True)
+    # All rows, a gradient that has been through the norm, a number for its scale: the other branches.
+    unit |= {"rows_ptr": "*fp32", "first_ptr": "*fp32", "second_ptr": "*fp32"}
+    yield build(unit_rows_kernel, "unit_rows plain", 512, unit, HAS_ROWS=False, HAS_SECOND=False, INTERPRET=False)
+    constants = {"COLUMNS": False, "BF16": True, "SCALE_IN_MEMORY": False, "HAS_ROWS": False, "THROUGH_NORM": False}
+    plain = {"rows_ptr": "*fp32", "grad_scale": "fp32"}
+    yield build(adamw_rows_kernel, "adamw_rows plain", 512, _adamw("bf16", per_row=False) | plain, **constants)
+    yield build(sgd_rows_kernel, "sgd_rows plain", 512, _sgd("bf16", per_row=False) | plain, **constants)
+
+
+_STEP = {
+    "weight_ptr": "*fp32",
+    "grad_ptr": "*fp32",
+    "rows_ptr": "*i64",
+    "row_key_ptr": "*i32",
+    "column_key_ptr": "*i32",
+    "grad_scale": "*fp32",
+}
+
+
+def _adamw(moments: str, *, per_row: bool) -> dict[str, str]:
+    moment, factor = "*fp32" if moments == "fp32" else "*i16", "*fp32" if per_row else "fp32"
+    types = _STEP | {"mean_ptr": moment, "square_ptr": moment, "rate_ptr": "*fp32", "eps_ptr": "*fp32"}
+    return types | {"keep1": factor, "keep2": factor, "shrink": factor, "add1": "fp32", "add2": "fp32"}
+
+
+def _sgd(moments: str, *, per_row: bool) -> dict[str, str]:
+    moment, factor = "*fp32" if moments == "fp32" else "*i16", "*fp32" if per_row else "fp32"
+    return _STEP | {"velocity_ptr": moment, "keep": factor, "shrink": factor, "lr": "fp32", "weight_decay": "fp32"}
 
 
 def ptxas_path() -> str | None:
@@ -95,7 +118,9 @@ def measure(build: Build, arch: int, ptxas: str) -> dict[str, Any]:
         constexprs={(names.index(name),): value for name, value in build.constants.items()},
         # What the launcher finds for tensors as PyTorch allocates them: pointers are multiples of 16 bytes.
         attrs={
-            (names.index(name),): [["tt.divisibility", 16]] for name, kind in build.types.items() if kind.startswith("*")
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name, kind in build.types.items()
+            if kind.startswith("*")
         },
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": build.warps})
@@ -139,9 +164,7 @@ def main() -> int:
     if ptxas is None:
         print("Triton or its ptxas is not installed", file=sys.stderr)
         return NO_COMPILER
-    found = {
-        f"{build.name} sm_{arch}": measure(build, arch, ptxas) for build in builds() for arch in ARCHITECTURES
-    }
+    found = {f"{build.name} sm_{arch}": measure(build, arch, ptxas) for build in builds() for arch in ARCHITECTURES}
     json.dump(found, sys.stdout, indent=1)
     return 0
 

@@ -1,0 +1,137 @@
+"""Unit rows of a matrix, and the way of a gradient back through the norm. One read and one write each.
+
+Legend: L rows in memory, S rows worked on, B rows of a batch, D width.
+
+    u = w / |w|        d loss / d w = (g - u (u . g)) / |w|,  g = d loss / d u
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megacid_kernels.fused.launch import (
+    INTERPRET,
+    Tile,
+    cast,
+    check_column,
+    check_matrix,
+    check_rows,
+    columns,
+    inverse_norm,
+    launch,
+    slots,
+    tile_of,
+)
+
+UNIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def unit_rows_kernel(
+    w_ptr,  # [L, D] fp32
+    rows_ptr,  # [S] int64, or anything with HAS_ROWS = False
+    first_ptr,  # [S, D] out
+    second_ptr,  # [S, D] out, or anything with HAS_SECOND = False
+    inverse_ptr,  # [S] fp32 out
+    num_rows,
+    D: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    HAS_SECOND: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    slot, inside, source = slots(rows_ptr, num_rows, HAS_ROWS, ROWS)
+    w_row, row = source[:, None] * D, slot[:, None] * D
+    squares = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, D, BLOCK):
+        column, mask = columns(start, inside, D, BLOCK)
+        w = tl.load(w_ptr + w_row + column, mask=mask, other=0.0)
+        squares += w * w
+    inverse = inverse_norm(tl.sum(squares, axis=1))
+    # Where D is one block both loops vanish and the compiler sees that this is the same load: w is read once. A store
+    # in between would make it two.
+    for start in range(0, D, BLOCK):
+        column, mask = columns(start, inside, D, BLOCK)
+        w = tl.load(w_ptr + w_row + column, mask=mask, other=0.0)
+        unit = w * inverse[:, None]
+        tl.store(first_ptr + row + column, cast(unit, first_ptr.dtype.element_ty, INTERPRET), mask=mask)
+        if HAS_SECOND:
+            tl.store(second_ptr + row + column, cast(unit, second_ptr.dtype.element_ty, INTERPRET), mask=mask)
+    tl.store(inverse_ptr + slot, inverse, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def through_norm_kernel(
+    grad_ptr,  # [B, D] fp32, in and out
+    unit_ptr,  # [B, D] fp32
+    inverse_ptr,  # [B] fp32
+    num_rows,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    slot, inside, _source = slots(grad_ptr, num_rows, False, ROWS)
+    row = slot[:, None] * D
+    products = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, D, BLOCK):
+        column, mask = columns(start, inside, D, BLOCK)
+        unit = tl.load(unit_ptr + row + column, mask=mask, other=0.0)
+        grad = tl.load(grad_ptr + row + column, mask=mask, other=0.0)
+        products += unit * grad
+    along = tl.sum(products, axis=1)[:, None]
+    inverse = tl.load(inverse_ptr + slot, mask=inside, other=0.0)[:, None]
+    for start in range(0, D, BLOCK):
+        column, mask = columns(start, inside, D, BLOCK)
+        unit = tl.load(unit_ptr + row + column, mask=mask, other=0.0)
+        grad = tl.load(grad_ptr + row + column, mask=mask, other=0.0)
+        tl.store(grad_ptr + row + column, (grad - unit * along) * inverse, mask=mask)
+
+
+def unit_rows(
+    w_LD: Tensor,
+    rows_S: Tensor | None = None,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+    *,
+    tile: Tile | None = None,
+) -> tuple[Tensor, ...]:
+    """(w[rows] / |w[rows]| [S, D] in each of `dtypes`, 1 / |w[rows]| fp32 [S]): gathered, normalised and cast in one pass.
+
+    w_LD     fp32, contiguous. Norms and quotients are fp32, rounded once to the output's type
+    rows_S   int64, each in [0, L), which is not checked; None: all rows
+    dtypes   one or two of fp32, fp16, bf16
+    tile     None: `tile_of(D)`
+
+    A zero row stays zero and its inverse is 0; so does one whose squared length underflows (|w| < 1e-23). Fixed order of
+    additions, bitwise repeatable, no host synchronisation. ValueError for what cannot be used.
+    """
+    check_matrix("w", w_LD, (torch.float32,))
+    num_rows = check_rows(rows_S, len(w_LD), w_LD)
+    if not 1 <= len(dtypes) <= 2 or any(dtype not in UNIT_DTYPES for dtype in dtypes):
+        raise ValueError(f"dtypes is {dtypes}, wanted one or two of {UNIT_DTYPES}")
+    width = w_LD.shape[1]
+    units = [torch.empty(num_rows, width, dtype=dtype, device=w_LD.device) for dtype in dtypes]
+    inverse = torch.empty(num_rows, dtype=torch.float32, device=w_LD.device)
+    launch(
+        unit_rows_kernel, num_rows, tile or tile_of(width),
+        w_LD, w_LD if rows_S is None else rows_S, units[0], units[-1], inverse, num_rows,
+        D=width, HAS_ROWS=rows_S is not None, HAS_SECOND=len(units) == 2, INTERPRET=INTERPRET,
+    )  # fmt: skip
+    return *units, inverse
+
+
+def through_norm_(grad_BD: Tensor, unit_BD: Tensor, inverse_B: Tensor, *, tile: Tile | None = None) -> Tensor:
+    """Turn the gradient with respect to x / |x| into that with respect to x, in place; returned.
+
+    grad_BD, unit_BD fp32 contiguous; inverse_B = 1 / |x|, fp32 [B] or [B, 1], 0 for a zero row, whose gradient becomes 0.
+    Linear in the gradient: may run on partial sums. Bitwise repeatable. ValueError for what cannot be used.
+    """
+    check_matrix("grad", grad_BD, (torch.float32,))
+    check_matrix("unit", unit_BD, (torch.float32,), tuple(grad_BD.shape), grad_BD)
+    inverse = check_column("inverse", inverse_B, len(grad_BD), torch.float32, grad_BD)
+    width = grad_BD.shape[1]
+    launch(through_norm_kernel, len(grad_BD), tile or tile_of(width), grad_BD, unit_BD, inverse, len(grad_BD), D=width)
+    return grad_BD

@@ -1,0 +1,346 @@
+"""AdamW and SGD steps of sampled rows: Jacobian of the norm, decay, moments and the write back, in one pass.
+
+Legend: L rows in memory, S rows of this step, D width.
+
+What a step is, and what the factors of a row are, is `megacid.classifier.row_optimizer`'s business; here is the same
+arithmetic, fp32, in the same order. In float operations per element it is nothing: what counts are the bytes. With fp32
+moments AdamW moves 28 per element (weight and both moments there and back, gradient), SGD 20; with bf16 moments 20 and 16.
+
+bf16 moments are rounded up or down at random without bias, see `megacid.classifier.row_state`: 32 bits per element,
+murmur3's finaliser (Appleby, public domain) of a key of the row and one of the column; the lower half for the first
+moment, the upper for the second. The kernels handle bf16 as int16 patterns, so nothing but these bits decides.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from typing import Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megacid_kernels.fused.launch import (
+    Tile,
+    check_column,
+    check_matrix,
+    check_rows,
+    columns,
+    inverse_norm,
+    launch,
+    slots,
+    tile_of,
+)
+
+Factor = float | Tensor  # of every row, or one per row: fp32 [S] or [S, 1]
+Keys = tuple[Tensor, Tensor]  # int32 [S] (or [S, 1]) and int32 [D] (or [1, D])
+GradientOf = Literal["unit", "weight"]
+
+
+class AdamWFactors(NamedTuple):
+    """m = keep1 m + (1 - beta1) g,  v = keep2 v + (1 - beta2) g^2,  w = shrink w - rate m / (sqrt(v) + eps).
+
+    With n steps counted, rate = lr sqrt(1 - beta2^n) / (1 - beta1^n) and eps = eps0 sqrt(1 - beta2^n) is AdamW
+    (Loshchilov and Hutter, 2019) with both bias corrections moved to the row. The first three: all floats, or all columns.
+    """
+
+    keep1: Factor
+    keep2: Factor
+    shrink: Factor
+    rate: Tensor
+    eps: Tensor
+
+
+class SGDFactors(NamedTuple):
+    """w = shrink w,  v = keep v + g + weight_decay w,  w = w - lr v. Both floats, or both columns."""
+
+    keep: Factor
+    shrink: Factor
+
+
+@triton.jit
+def _factor(x, slot, inside, COLUMN: tl.constexpr):
+    """[ROWS, 1] of a column in memory, or the number itself."""
+    if COLUMN:
+        return tl.load(x + slot, mask=inside, other=0.0)[:, None]
+    else:
+        return x
+
+
+@triton.jit
+def _scale(x, IN_MEMORY: tl.constexpr):
+    if IN_MEMORY:
+        return tl.load(x)
+    else:
+        return x
+
+
+@triton.jit
+def _norm_terms(weight_ptr, grad_ptr, row, grad_row, inside, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """(1 / |w|, u . g), both [ROWS, 1]. Where D is one block, the compiler sees that the caller's loads are these."""
+    squares = tl.zeros((ROWS, BLOCK), tl.float32)
+    products = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, D, BLOCK):
+        column, mask = columns(start, inside, D, BLOCK)
+        w = tl.load(weight_ptr + row + column, mask=mask, other=0.0)
+        g = tl.load(grad_ptr + grad_row + column, mask=mask, other=0.0)
+        squares += w * w
+        products += w * g
+    inverse = inverse_norm(tl.sum(squares, axis=1))
+    return inverse[:, None], (tl.sum(products, axis=1) * inverse)[:, None]
+
+
+@triton.jit
+def _random_bits(row_key, column_key_ptr, column, D: tl.constexpr):
+    """murmur3's finaliser, uint32 [ROWS, BLOCK]. Products are meant to wrap: no check in debug builds."""
+    column_key = tl.load(column_key_ptr + column, mask=column < D, other=0)
+    bits = (row_key ^ column_key).to(tl.uint32, bitcast=True)
+    bits = bits ^ (bits >> 16)
+    bits = tl.mul(bits, 0x85EBCA6B, sanitize_overflow=False)
+    bits = bits ^ (bits >> 13)
+    bits = tl.mul(bits, 0xC2B2AE35, sanitize_overflow=False)
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def _load_moment(pointer, mask, BF16: tl.constexpr):
+    """fp32; of bf16 patterns in int16 the upper half of the fp32 pattern."""
+    x = tl.load(pointer, mask=mask, other=0)
+    if BF16:
+        x = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def _to_bf16(x, bits):
+    """int16 patterns; `bits`: uint32 below 2^16. A carry out of the lower half is the rounding up."""
+    pattern = tl.add(x.to(tl.uint32, bitcast=True), bits, sanitize_overflow=False)
+    return (pattern >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def adamw_rows_kernel(
+    weight_ptr,  # [L, D] fp32, in and out
+    mean_ptr,  # [L, D] fp32, or bf16 as int16, in and out
+    square_ptr,  # [L, D] likewise
+    grad_ptr,  # [S, D] fp32
+    rows_ptr,  # [S] int64, or anything with HAS_ROWS = False
+    row_key_ptr,  # [S] int32, or anything with BF16 = False
+    column_key_ptr,  # [D] int32, likewise
+    keep1,  # [S] fp32 with COLUMNS, else a number; so the next two
+    keep2,
+    shrink,
+    rate_ptr,  # [S] fp32
+    eps_ptr,  # [S] fp32
+    grad_scale,  # fp32 in memory with SCALE_IN_MEMORY, else a number
+    num_rows,
+    add1,
+    add2,
+    D: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    THROUGH_NORM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SCALE_IN_MEMORY: tl.constexpr,
+    BF16: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    slot, inside, source = slots(rows_ptr, num_rows, HAS_ROWS, ROWS)
+    row, grad_row = source[:, None] * D, slot[:, None] * D
+    scale = _scale(grad_scale, SCALE_IN_MEMORY)
+    kept1 = _factor(keep1, slot, inside, COLUMNS)
+    kept2 = _factor(keep2, slot, inside, COLUMNS)
+    shrunk = _factor(shrink, slot, inside, COLUMNS)
+    rate = _factor(rate_ptr, slot, inside, True)
+    eps = tl.load(eps_ptr + slot, mask=inside, other=1.0)[:, None]  # 1: no 0 / 0 beyond the last row
+    if BF16:
+        row_key = tl.load(row_key_ptr + slot, mask=inside, other=0)[:, None]
+    if THROUGH_NORM:
+        inverse, along = _norm_terms(weight_ptr, grad_ptr, row, grad_row, inside, D, ROWS, BLOCK)
+    for start in range(0, D, BLOCK):
+        column, mask = columns(start, inside, D, BLOCK)
+        w = tl.load(weight_ptr + row + column, mask=mask, other=0.0)
+        g = tl.load(grad_ptr + grad_row + column, mask=mask, other=0.0)
+        if THROUGH_NORM:
+            g = (g - w * inverse * along) * inverse
+        g = g * scale
+        mean = kept1 * _load_moment(mean_ptr + row + column, mask, BF16) + add1 * g
+        square = kept2 * _load_moment(square_ptr + row + column, mask, BF16) + add2 * g * g
+        tl.store(weight_ptr + row + column, shrunk * w - rate * tl.div_rn(mean, tl.sqrt_rn(square) + eps), mask=mask)
+        if BF16:
+            bits = _random_bits(row_key, column_key_ptr, column, D)
+            tl.store(mean_ptr + row + column, _to_bf16(mean, bits & 0xFFFF), mask=mask)
+            tl.store(square_ptr + row + column, _to_bf16(square, bits >> 16), mask=mask)
+        else:
+            tl.store(mean_ptr + row + column, mean, mask=mask)
+            tl.store(square_ptr + row + column, square, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def sgd_rows_kernel(
+    weight_ptr,  # [L, D] fp32, in and out
+    velocity_ptr,  # [L, D] fp32, or bf16 as int16, in and out
+    grad_ptr,  # [S, D] fp32
+    rows_ptr,  # [S] int64, or anything with HAS_ROWS = False
+    row_key_ptr,  # [S] int32, or anything with BF16 = False
+    column_key_ptr,  # [D] int32, likewise
+    keep,  # [S] fp32 with COLUMNS, else a number; so the next one
+    shrink,
+    grad_scale,  # fp32 in memory with SCALE_IN_MEMORY, else a number
+    num_rows,
+    lr,
+    weight_decay,
+    D: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    THROUGH_NORM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SCALE_IN_MEMORY: tl.constexpr,
+    BF16: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    slot, inside, source = slots(rows_ptr, num_rows, HAS_ROWS, ROWS)
+    row, grad_row = source[:, None] * D, slot[:, None] * D
+    scale = _scale(grad_scale, SCALE_IN_MEMORY)
+    kept = _factor(keep, slot, inside, COLUMNS)
+    shrunk = _factor(shrink, slot, inside, COLUMNS)
+    if BF16:
+        row_key = tl.load(row_key_ptr + slot, mask=inside, other=0)[:, None]
+    if THROUGH_NORM:
+        inverse, along = _norm_terms(weight_ptr, grad_ptr, row, grad_row, inside, D, ROWS, BLOCK)
+    for start in range(0, D, BLOCK):
+        column, mask = columns(start, inside, D, BLOCK)
+        w = tl.load(weight_ptr + row + column, mask=mask, other=0.0)
+        g = tl.load(grad_ptr + grad_row + column, mask=mask, other=0.0)
+        if THROUGH_NORM:
+            g = (g - w * inverse * along) * inverse
+        w = w * shrunk
+        velocity = kept * _load_moment(velocity_ptr + row + column, mask, BF16) + g * scale + weight_decay * w
+        tl.store(weight_ptr + row + column, w - lr * velocity, mask=mask)
+        if BF16:
+            bits = _random_bits(row_key, column_key_ptr, column, D)
+            tl.store(velocity_ptr + row + column, _to_bf16(velocity, bits & 0xFFFF), mask=mask)
+        else:
+            tl.store(velocity_ptr + row + column, velocity, mask=mask)
+
+
+def adamw_rows_(
+    weight_LD: Tensor,
+    exp_avg_LD: Tensor,
+    exp_avg_sq_LD: Tensor,
+    grad_SD: Tensor,
+    factors: AdamWFactors,
+    *,
+    betas: tuple[float, float],
+    rows_S: Tensor | None = None,
+    grad_scale: float | Tensor = 1.0,
+    gradient_of: GradientOf = "unit",
+    keys: Keys | None = None,
+    tile: Tile | None = None,
+) -> None:
+    """One AdamW step of rows `rows_S` in place. Other rows keep every bit.
+
+    weight_LD    fp32 [L, D]. Both moments: fp32, or both bf16, which need `keys`
+    grad_SD      fp32 [S, D], with respect to w / |w| ("unit"; a zero row gets none) or to w ("weight")
+    factors      decay and bias correction per row, see `AdamWFactors`
+    rows_S       int64 [S], sorted, unique, in [0, L), which is not checked: two programs that write one row race, and
+                 others write elsewhere in memory. None: all rows, S = L
+    grad_scale   factor of the gradient; a tensor of one fp32 is read on the device
+    keys         `megacid.classifier.row_state.rounding_keys`; not used for fp32 moments
+    tile         None: `tile_of(D)`
+
+    All tensors contiguous and on one device. Bitwise repeatable, no host synchronisation, not seen by autograd.
+    ValueError for what cannot be used.
+    """
+    moments = {"exp_avg": exp_avg_LD, "exp_avg_sq": exp_avg_sq_LD}
+    call = _Call(weight_LD, moments, grad_SD, rows_S, grad_scale, gradient_of, keys)
+    keep1, keep2, shrink = call.factors({"keep1": factors.keep1, "keep2": factors.keep2, "shrink": factors.shrink})
+    rate, eps = (call.column(name, x) for name, x in (("rate", factors.rate), ("eps", factors.eps)))
+    launch(
+        adamw_rows_kernel, call.num_rows, tile or tile_of(call.width),
+        weight_LD, *call.moments, grad_SD, call.rows, *call.keys, keep1, keep2, shrink, rate, eps, call.grad_scale,
+        call.num_rows, float(1 - betas[0]), float(1 - betas[1]), COLUMNS=isinstance(keep1, Tensor), **call.constants,
+    )  # fmt: skip
+
+
+def sgd_rows_(
+    weight_LD: Tensor,
+    velocity_LD: Tensor,
+    grad_SD: Tensor,
+    factors: SGDFactors,
+    *,
+    lr: float,
+    weight_decay: float,
+    rows_S: Tensor | None = None,
+    grad_scale: float | Tensor = 1.0,
+    gradient_of: GradientOf = "unit",
+    keys: Keys | None = None,
+    tile: Tile | None = None,
+) -> None:
+    """One SGD step with momentum of rows `rows_S` in place; everything as in `adamw_rows_`, see `SGDFactors`."""
+    call = _Call(weight_LD, {"velocity": velocity_LD}, grad_SD, rows_S, grad_scale, gradient_of, keys)
+    keep, shrink = call.factors({"keep": factors.keep, "shrink": factors.shrink})
+    launch(
+        sgd_rows_kernel, call.num_rows, tile or tile_of(call.width),
+        weight_LD, *call.moments, grad_SD, call.rows, *call.keys, keep, shrink, call.grad_scale,
+        call.num_rows, float(lr), float(weight_decay), COLUMNS=isinstance(keep, Tensor), **call.constants,
+    )  # fmt: skip
+
+
+class _Call:
+    """The checked arguments that both optimizers have, as the kernels take them."""
+
+    def __init__(
+        self,
+        weight_LD: Tensor,
+        moments: dict[str, Tensor],
+        grad_SD: Tensor,
+        rows_S: Tensor | None,
+        grad_scale: float | Tensor,
+        gradient_of: str,
+        keys: Keys | None,
+    ):
+        check_matrix("weight", weight_LD, (torch.float32,))
+        self.width, self.like = weight_LD.shape[1], weight_LD
+        self.num_rows = check_rows(rows_S, len(weight_LD), weight_LD)
+        self.rows = weight_LD if rows_S is None else rows_S
+        first = next(iter(moments.values()))
+        for name, moment in moments.items():
+            known = (torch.float32, torch.bfloat16) if moment is first else (first.dtype,)
+            check_matrix(name, moment, known, tuple(weight_LD.shape), weight_LD)
+        check_matrix("grad", grad_SD, (torch.float32,), (self.num_rows, self.width), weight_LD)
+        bf16 = first.dtype == torch.bfloat16
+        self.moments = [moment.view(torch.int16) if bf16 else moment for moment in moments.values()]
+        if gradient_of not in ("unit", "weight"):
+            raise ValueError(f"gradient_of is {gradient_of!r}, wanted 'unit' or 'weight'")
+        if bf16 and keys is None:
+            raise ValueError(
+                "keys is None with bf16 moments, wanted the rows' and the columns' int32 keys of the rounding"
+            )
+        self.keys = [weight_LD, weight_LD]
+        if bf16 and keys is not None:
+            self.keys = [
+                check_column("keys[0]", keys[0], self.num_rows, torch.int32, weight_LD),
+                check_column("keys[1]", keys[1], self.width, torch.int32, weight_LD),
+            ]
+        self.grad_scale = grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale)
+        if isinstance(grad_scale, Tensor):
+            self.grad_scale = check_column("grad_scale", grad_scale.reshape(-1), 1, torch.float32, weight_LD)
+        self.constants = {
+            "D": self.width,
+            "HAS_ROWS": rows_S is not None,
+            "THROUGH_NORM": gradient_of == "unit",
+            "SCALE_IN_MEMORY": isinstance(grad_scale, Tensor),
+            "BF16": bf16,
+        }
+
+    def column(self, name: str, x: Tensor) -> Tensor:
+        return check_column(name, x, self.num_rows, torch.float32, self.like)
+
+    def factors(self, named: dict[str, Factor]) -> list[Factor]:
+        """All floats, or all columns [S]."""
+        kinds = {name: isinstance(x, Tensor) for name, x in named.items()}
+        if len(set(kinds.values())) > 1:
+            columns_of = [name for name, is_column in kinds.items() if is_column]
+            raise ValueError(f"of the factors {list(kinds)} only {columns_of} are tensors, wanted all of them or none")
+        return [self.column(name, x) if isinstance(x, Tensor) else float(x) for name, x in named.items()]
