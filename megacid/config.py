@@ -365,7 +365,7 @@ def _check_source(block: Megacid) -> None:
     for path in _FOR_PAIRS if data.features is not None else _FOR_FEATURES:
         section, name = path.split(".")
         found = getattr(getattr(block, section), name)
-        default = next(f.default for f in dataclasses.fields(getattr(block, section)) if f.name == name)
+        default = defaults()[section][name]
         if found != default:
             why = "data.features" if data.features is not None else "data.shards"
             raise UserError(

@@ -49,7 +49,9 @@ class _RowMode(torch.autograd.Function):
         grad_enabled: bool,
     ) -> tuple[Tensor, ...]:
         need_x, need_w = (grad_enabled and ctx.needs_input_grad[i] for i in (0, 1))
-        found = _compute(x, w, target, problem, rows, teacher, bias, need_x, need_w, False)
+        found = discrimination_with_gradients(
+            x, w, target, problem, rows=rows, teacher=teacher, bias=bias, need_x=need_x, need_w=need_w
+        )
         ctx.save_for_backward(found.x, found.w)
         ctx.mark_non_differentiable(*found.result[1:])
         return tuple(found.result)
@@ -58,34 +60,6 @@ class _RowMode(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         grads = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors]
         return grads[0], grads[1], None, None, None, None, None, None
-
-
-def _compute(
-    x: Tensor,
-    w: Tensor,
-    target: Tensor,
-    problem: Problem,
-    rows: Tensor | None,
-    teacher: Tensor | None,
-    bias: Tensor | None,
-    need_x: bool,
-    need_w: bool,
-    overwrite_w: bool,
-) -> Gradients:
-    dtype = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        out = row_mode(
-            x.to(dtype), w.to(dtype), target[:, None] if target.ndim == 1 else target, rows,
-            None if teacher is None else teacher.to(dtype), None if bias is None else bias.to(dtype),
-            problem, need_x, need_w, overwrite_w=overwrite_w or w.dtype != dtype,
-        )  # fmt: skip
-        cosine = out.target_cosine[:, 0] if target.ndim == 1 else out.target_cosine
-        result = Discrimination(out.terms.sum(), out.raw, cosine, out.largest_negative, out.removed)
-        return Gradients(
-            result,
-            None if out.grad_x is None else out.grad_x.to(x.dtype),
-            None if out.grad_w is None else out.grad_w.to(w.dtype),
-        )
 
 
 def linear_margin_discrimination(
@@ -117,7 +91,6 @@ def linear_margin_discrimination(
     ranks is the gradient (the backward of `megacid.distributed.collectives.gather_rows` does it). With no labelled
     sample loss and gradients are 0. Raises ValueError for shapes and dtypes that do not fit.
     """
-    _check(x, w, target, problem, rows, teacher, bias)
     return Discrimination(*_RowMode.apply(x, w, target, rows, teacher, bias, problem, torch.is_grad_enabled()))
 
 
@@ -137,10 +110,22 @@ def discrimination_with_gradients(
     """`linear_margin_discrimination` without autograd: the result and the gradients of its loss at once.
 
     For callers with an autograd of their own: no second copy of the gradient [S, D] is made for scaling it. overwrite_w:
-    w is scratch, its rows are normalised in place instead of in another [S, D].
+    w is scratch; its rows are normalised in place, which saves two passes over [chunk, S].
     """
     _check(x, w, target, problem, rows, teacher, bias)
-    return _compute(x, w, target, problem, rows, teacher, bias, need_x, need_w, overwrite_w)
+    dtype = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        out = row_mode(
+            x.to(dtype), w.to(dtype), target[:, None] if target.ndim == 1 else target, rows,
+            None if teacher is None else teacher.to(dtype), None if bias is None else bias.to(dtype),
+            problem, need_x, need_w, overwrite_w=overwrite_w or w.dtype != dtype,
+        )  # fmt: skip
+        cosine = out.target_cosine[:, 0] if target.ndim == 1 else out.target_cosine
+        return Gradients(
+            Discrimination(out.terms.sum(), out.raw, cosine, out.largest_negative, out.removed),
+            None if out.grad_x is None else out.grad_x.to(x.dtype),
+            None if out.grad_w is None else out.grad_w.to(w.dtype),
+        )
 
 
 def linear_margin_cross_entropy(

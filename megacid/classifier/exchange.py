@@ -73,10 +73,7 @@ class Exchange:
             self._edges = torch.tensor(self.starts, device=device)
         while True:
             table = self._gather(target_Bl, fault, device)
-            labels = table[:, 3:].flatten()
-            ordered = labels.sort().values
-            first = torch.ones_like(ordered, dtype=torch.bool)
-            first[1:] = ordered[1:] != ordered[:-1]
+            ordered, first = _first_of_each(table[:, 3:].flatten())
             counted = torch.cat([first.new_zeros(1, dtype=torch.int64), first.cumsum(0)])
             edges = torch.searchsorted(ordered, self._edges)
             present = counted[edges[1:]] - counted[edges[:-1]]

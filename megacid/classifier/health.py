@@ -6,22 +6,15 @@ Legend: D width, L local classes, P probed classes of all ranks.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megacid.classifier.partial_fc import PartialFC
 from megacid.classifier.sampling import Draw
-from megacid.distributed.collectives import gather_plain, world_size
+from megacid.distributed.collectives import all_reduce_max, all_reduce_sum, gather_plain
 
 DUPLICATE_COSINE = 0.99
 _BINS = 32  # 2^31 hits
 _BLOCK_BYTES = 1 << 24  # of rows at a time: the probe is to need little beside the rows
-
-
-def _reduce(x: Tensor, op: dist.ReduceOp.RedOpType, head: PartialFC) -> Tensor:
-    if world_size(head.group) > 1:
-        dist.all_reduce(x, op, group=head.group)
-    return x
 
 
 @torch.no_grad()
@@ -44,27 +37,27 @@ def health(head: PartialFC, *, probes: int = 256) -> dict[str, float]:
     draw = Draw.of_step(head.num_classes, min(1.0, probes / head.num_classes), seed=head.seed, step=0)
     mine = draw.classes(start, head.class_stop, weight.device)
     probe_ids = gather_plain(mine, head.group)
-    local = mine - start
-    unit = weight[local].masked_fill(~finite[local, None], 0.0) * inverse[local, None]
-    probe_PD = gather_plain(unit, head.group)
+
+    def unit(rows: slice | Tensor) -> Tensor:
+        return weight[rows].masked_fill(~finite[rows, None], 0.0) * inverse[rows, None]
+
+    probe_PD = gather_plain(unit(mine - start), head.group)
     nearest = weight.new_full((len(probe_ids),), -1.0)
     total = weight.new_zeros(head.embed_dim, dtype=torch.float64)
     step = max(1, _BLOCK_BYTES // (4 * head.embed_dim))
     for first in range(0, head.num_local, step):
         part = slice(first, min(first + step, head.num_local))
-        rows = weight[part].masked_fill(~finite[part, None], 0.0) * inverse[part, None]
+        rows = unit(part)
         total += rows.sum(0, dtype=torch.float64)
         cosine = probe_PD @ rows.T
         at = probe_ids - start - first  # a probe is not its own neighbour
         inside = (at >= 0) & (at < len(rows))
         cosine[inside, at[inside]] = -1.0
         nearest = torch.maximum(nearest, cosine.amax(1))
-    nearest = _reduce(nearest, dist.ReduceOp.MAX, head)
+    nearest = all_reduce_max(nearest, head.group)
     sums = torch.cat([total, torch.stack([norms.double().sum(), (~finite).sum().double(), (head.hits == 0).sum().double()])])  # fmt: skip
-    sums = _reduce(sums, dist.ReduceOp.SUM, head)
-    extremes = _reduce(
-        torch.stack([-norms.masked_fill(~finite, torch.inf).amin(), norms.amax()]), dist.ReduceOp.MAX, head
-    )
+    sums = all_reduce_sum(sums, head.group)
+    extremes = all_reduce_max(torch.stack([-norms.masked_fill(~finite, torch.inf).amin(), norms.amax()]), head.group)
     classes = head.num_classes
     return {
         "never_hit": float(sums[-1]) / classes,
@@ -97,4 +90,4 @@ def hit_histogram(head: PartialFC) -> Tensor:
     digits = torch.frexp(head.hits.double()).exponent.long()
     counts = torch.zeros(_BINS + 1, dtype=torch.int64, device=head.hits.device)
     counts.index_add_(0, digits, torch.ones_like(digits))
-    return _reduce(counts, dist.ReduceOp.SUM, head).cpu()
+    return all_reduce_sum(counts, head.group).cpu()

@@ -21,7 +21,16 @@ from megacid.classifier.initial import Init, given_rows, random_rows
 from megacid.classifier.margin import Margin
 from megacid.classifier.row_state import ReadRows, copy_rows, gather_state, reader_of
 from megacid.classifier.sampling import Draw, sample_dims, shard_range
-from megacid.distributed.collectives import GradReduction, gather_plain, gather_rows, gradient_factor, rank, world_size
+from megacid.distributed.collectives import (
+    GradReduction,
+    all_reduce_max,
+    all_reduce_sum,
+    gather_plain,
+    gather_rows,
+    gradient_factor,
+    rank,
+    world_size,
+)
 from megacid.errors import UserError
 from megacid_kernels import Discrimination, Gradients, Problem, Weights, discrimination_with_gradients
 
@@ -251,7 +260,7 @@ class PartialFC(nn.Module):
     @torch.no_grad()
     def _count_hits(self, batch: Exchanged) -> None:
         local = batch.target_Gl.flatten() - self.class_start
-        own = (local >= 0) & (local < self.num_local) & (batch.target_Gl.flatten() >= 0)
+        own = (local >= 0) & (local < self.num_local)  # -1, no label, is below every shard
         self.hits.index_add_(0, local.masked_fill(~own, 0), own.to(torch.int32))
 
     def _collect(self, batch: Exchanged, dims: Tensor | None, held: Tensor | None, grad: Tensor) -> None:
@@ -314,9 +323,8 @@ class PartialFC(nn.Module):
         rows = self.num_local if batch.rows is None else len(batch.rows)
         counts = torch.tensor([batch.num_positive, rows], dtype=torch.int64, device=largest.device)
         sums = torch.cat([(out.removed * labelled).sum()[None], counts])
-        if world_size(self.group) > 1:
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-            dist.all_reduce(sums, group=self.group)
+        all_reduce_max(largest, self.group)
+        all_reduce_sum(sums, self.group)
         best = cosine.masked_fill(~present, -torch.inf).amax(1)
         # A sample whose negatives are all filtered, or that has none, has -inf.
         seen = labelled & torch.isfinite(largest)

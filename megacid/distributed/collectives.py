@@ -151,6 +151,13 @@ def all_reduce_sum(x: Tensor, group: Group = None, *, async_op: bool = False) ->
     return handle if async_op else x
 
 
+def all_reduce_max(x: Tensor, group: Group = None) -> Tensor:
+    """The largest of x over the ranks, in place, no gradient. Returns x."""
+    if world_size(group) > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
+    return x
+
+
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:

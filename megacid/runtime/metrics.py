@@ -40,24 +40,27 @@ def _clock(seconds: float) -> str:
     return f"{hours:d}:{rest // 60:02d}:{rest % 60:02d}"
 
 
-def peak_memory_mib() -> float:
-    """Peak of the accelerator's allocated memory, or of this process's resident memory on a CPU."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**20
-    # Not ru_maxrss where the system has better: that survives exec, so a small process started by a large one would
-    # report the large one.
+def _status_mib(key: str) -> float:
+    """VmHWM or VmRSS of this process; its ru_maxrss where the system does not say.
+
+    Not ru_maxrss everywhere: that survives exec, so a small process started by a large one would report the large one.
+    """
     if _STATUS.exists():
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{key}:"))
         return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def peak_memory_mib() -> float:
+    """Peak of the accelerator's allocated memory, or of this process's resident memory on a CPU."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return _status_mib("VmHWM")
+
+
 def resident_memory_mib() -> float:
     """Resident memory of this process now; where the system does not say, its peak."""
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return int(statm.read_text().split()[1]) * resource.getpagesize() / 2**20
+    return _status_mib("VmRSS")
 
 
 class Metrics:
