@@ -1,1 +1,1 @@
-"""Reading image-text shards: the index, the order, decoding, side tables and the stream of micro-batches."""
+"""Reading image-text shards and feature vectors: the index, the order, decoding, side tables, the stream of micro-batches."""
