@@ -44,7 +44,13 @@ class Run:
     log_every: int = 10
     """Steps between log lines and tensorboard points, > 0."""
     timeout_s: float = 600.0
-    """Seconds until a collective that a peer never joins is an error, > 0."""
+    """Seconds without progress until the watchdog names the stalled rank and ends the run, > 0."""
+    save_timeout_s: float = 1800.0
+    """The same while a checkpoint is saved, > 0."""
+    save_in_background: bool = False
+    """Copy to host memory and write while training goes on: needs that memory twice, same guarantees."""
+    check_every: int = 200
+    """Steps between checks that all ranks hold the same step, settings and student, >= 0; 0: only at the start."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,8 @@ class DataConfig:
     """Training augmentation, seeded per sample."""
     workers: int = 0
     """Loader processes per rank, >= 0; 0 decodes in the training process."""
+    worker_timeout_s: float = 120.0
+    """Seconds until a loader process that gives nothing is an error, > 0; only with workers."""
     block_shards: int = 16
     """Shards (files of features) that are shuffled together, > 0; larger mixes better, smaller reads more locally."""
     error_budget: float = 0.001
@@ -169,6 +177,12 @@ class ScheduleConfig:
 class GuardConfig:
     max_consecutive_skips: int = 5
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run ends, > 0."""
+    max_skipped_share: float = 0.01
+    """Share of the last 1000 steps that may be skipped before the run ends, 0 to 1."""
+    spike: Literal["off", "skip", "lower", "abort"] = "off"
+    """What a loss spike does: nothing, skip the step, multiply its gradients by 0.1, or end the run."""
+    spike_deviations: float = 10.0
+    """A spike is a loss above median + this many median absolute deviations of the last 200 losses, > 0."""
 
 
 @dataclass(frozen=True)
@@ -281,11 +295,11 @@ def _build(cls: type, values: Any, where: str) -> Any:
     return cls(**{key: _convert(value, hints[key], f"{where}.{key}") for key, value in values.items()})
 
 
-_POSITIVE = ("run.total_steps run.save_every run.log_every run.timeout_s data.labels_per_sample data.block_shards data.max_image_pixels "
+_POSITIVE = ("run.total_steps run.save_every run.log_every run.timeout_s run.save_timeout_s data.worker_timeout_s guard.spike_deviations data.labels_per_sample data.block_shards data.max_image_pixels "
              "student.hidden loss.cluster_temperature classifier.scale classifier.sample_rate classifier.feature_rate guard.max_consecutive_skips").split()  # fmt: skip
-_NOT_NEGATIVE = ("run.seed student.layers data.workers data.error_budget loss.contrastive loss.instance loss.cluster loss.mse loss.alpha loss.beta loss.gamma "
+_NOT_NEGATIVE = ("run.seed run.check_every guard.max_skipped_share student.layers data.workers data.error_budget loss.contrastive loss.instance loss.cluster loss.mse loss.alpha loss.beta loss.gamma "
                  "classifier.m2 classifier.m3 classifier.weight_decay schedule.warmup_steps schedule.final_share").split()  # fmt: skip
-_AT_MOST_ONE = "classifier.sample_rate classifier.feature_rate data.error_budget schedule.final_share".split()
+_AT_MOST_ONE = "classifier.sample_rate classifier.feature_rate data.error_budget schedule.final_share guard.max_skipped_share".split()
 
 
 def _check(block: Megacid) -> None:
@@ -345,7 +359,7 @@ def _check(block: Megacid) -> None:
 
 
 FEATURE_TOWER = "feature-mlp"
-_FOR_PAIRS = """data.teacher data.labels data.labels_per_sample data.keep data.augment data.workers data.error_budget data.max_image_pixels
+_FOR_PAIRS = """data.teacher data.labels data.labels_per_sample data.keep data.augment data.workers data.worker_timeout_s data.error_budget data.max_image_pixels
  student.image_size student.context_length student.pretrained student.grad_checkpointing loss.contrastive loss.instance loss.mse loss.beta loss.gamma""".split()
 _FOR_FEATURES = "student.hidden student.layers".split()
 

@@ -1,4 +1,7 @@
-"""Ranks for tests: `run_ranks` forks gloo ranks, which takes a tenth of a second instead of the seconds of a launcher."""
+"""Ranks for tests: `run_ranks` forks gloo ranks, which takes a tenth of a second instead of the seconds of a launcher.
+
+`rank_fates` is for ranks that are meant to die.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ import os
 import pickle
 import queue
 import socket
+import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -78,3 +83,56 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float =
                     process.kill()
                 process.join()
     return [out[r] for r in range(world)]
+
+
+def _fated_main(
+    fn: Callable[..., Any], rank: int, world: int, meeting: str, timeout_s: float, args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    code = 1
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
+        )
+        code = int(fn(*args) or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # no goodbye to ranks that may be gone
+
+
+def rank_fates(
+    fn: Callable[..., Any],
+    world: int,
+    *args: Any,
+    timeout_s: float = 60,
+    meanwhile: Callable[[list[int]], None] | None = None,
+) -> list[int]:
+    """Run fn(*args) on `world` forked gloo ranks and return how each ended: its exit code (what fn returned, 1 for an
+    exception) or minus the signal that killed it. meanwhile: called with the process ids once all have started. A rank
+    that is still there after timeout_s is killed and raises TimeoutError. No process is left behind."""
+    context = mp.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = os.path.join(folder, "meet")
+        ranks = [
+            context.Process(target=_fated_main, args=(fn, r, world, meeting, timeout_s, args)) for r in range(world)
+        ]
+        try:
+            for process in ranks:
+                process.start()
+            if meanwhile is not None:
+                meanwhile([int(process.pid or 0) for process in ranks])
+            deadline = time.monotonic() + timeout_s
+            for process in ranks:
+                process.join(max(0.0, deadline - time.monotonic()))
+            left = [r for r, process in enumerate(ranks) if process.is_alive()]
+            if left:
+                raise TimeoutError(f"ranks {left} of {world} had not ended after {timeout_s} s")
+        finally:
+            for process in ranks:
+                if process.pid is not None:
+                    if process.is_alive():
+                        process.kill()
+                    process.join()
+    return [int(process.exitcode or 0) for process in ranks]

@@ -30,7 +30,9 @@ class Batch:
 
     image: float32 [b, 3, H, W], or [b, d] feature vectors; text: int64 [b, T]; label: int64 [b] or [b, l], -1 for none;
     teacher_image, teacher_text: float32 [b, Dt], L2-normalised; sample_id: int64 [b], global row in the index of the
-    sample really used; replaced: one sentence for every bad sample that was passed over.
+    sample really used; replaced: one sentence for every bad sample that was passed over; failure: why the run has to
+    end after this batch (its samples are then not to be learned from), so that all ranks end together in the guard's
+    decision instead of one rank leaving the others waiting.
     """
 
     image: Tensor
@@ -40,6 +42,7 @@ class Batch:
     teacher_text: Tensor | None
     sample_id: Tensor
     replaced: tuple[str, ...] = ()
+    failure: str | None = None
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}

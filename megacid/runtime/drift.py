@@ -13,7 +13,8 @@ from megacid.errors import UserError
 
 # Where and how often files are written, and how the same global batch is split, change no result.
 MAY_CHANGE = (
-    "megacid.run.dir", "megacid.run.save_every", "megacid.run.keep_last", "megacid.run.log_every", "megacid.run.timeout_s", "megacid.data.workers",
+    "megacid.run.dir", "megacid.run.save_every", "megacid.run.keep_last", "megacid.run.log_every", "megacid.run.timeout_s", "megacid.run.save_timeout_s",
+    "megacid.run.save_in_background", "megacid.run.check_every", "megacid.data.workers", "megacid.data.worker_timeout_s",
     "megacid.data.error_budget", "megacid.student.grad_checkpointing", "train_micro_batch_size_per_gpu", "zero_optimization", "steps_per_print",
     "wall_clock_breakdown", "flops_profiler", "comms_logger", "megacid.guard",
 )  # fmt: skip
