@@ -24,7 +24,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -37,20 +37,70 @@ from megacid.classifier.health import concerns, health, hit_histogram
 from megacid.config import RunFile, load_run
 from megacid.data.batch import Batch, DataBudgetError
 from megacid.distributed import parallel as parallel_module
-from megacid.distributed.collectives import agree, barrier, broadcast_json
+from megacid.distributed.collectives import (
+    RanksDisagree,
+    agree,
+    agree_on_mapping,
+    barrier,
+    broadcast_json,
+    from_a_collective,
+)
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.losses import Objective
-from megacid.runtime.drift import check_drift, write_config
+from megacid.probes import probe
+from megacid.runtime.drift import check_drift, settings_of_this_rank, write_config
 from megacid.runtime.estimate import memory_estimate
 from megacid.runtime.guard import Guard, TooManySkips, Verdict
-from megacid.runtime.lifecycle import EXIT_DATA, EXIT_NOT_FINITE, EXIT_STOPPED, EXIT_USER, Lifecycle, RunLock
+from megacid.runtime.lifecycle import (
+    EXIT_AGAIN,
+    EXIT_DATA,
+    EXIT_DISAGREE,
+    EXIT_NOT_FINITE,
+    EXIT_NOT_SAVED,
+    EXIT_STOPPED,
+    EXIT_USER,
+    Launcher,
+    Lifecycle,
+    RunLock,
+    die_with_parent,
+)
 from megacid.runtime.metrics import Metrics, setup_logging
+from megacid.runtime.resume import Continuity, find_checkpoint
 from megacid.runtime.schedule import learning_rate_share, parameter_groups
+from megacid.runtime.watchdog import Watchdog
 from megacid.student import Student
 from megacid.tower import FeatureTower
 
 log = logging.getLogger("megacid")
+
+
+class SaveFailed(RuntimeError):  # TEMPORARY: the checkpoint package brings its own
+    pass
+
+
+class Saver:  # TEMPORARY
+    def __init__(self, root: Path, *, keep_last: int, group: Any, background: bool) -> None:
+        self.root, self.keep_last, self.group = root, keep_last, group
+
+    def save(self, step: int, engine: Any, rows: Any, row_range: tuple[int, int], facts: dict[str, Any]) -> None:
+        state.save_checkpoint(
+            self.root, step, engine, rows, row_range, facts, keep_last=self.keep_last, group=self.group
+        )
+
+    def poll(self) -> None: ...
+    def finish(self) -> None: ...
+
+
+EXIT_CODES: dict[type[Exception], int] = {
+    UserError: EXIT_USER,
+    TooManySkips: EXIT_NOT_FINITE,
+    DataBudgetError: EXIT_DATA,
+    RanksDisagree: EXIT_DISAGREE,
+    SaveFailed: EXIT_NOT_SAVED,
+}
+ON_EVERY_RANK = tuple(EXIT_CODES)
+"""Errors that all ranks raise together, with the same text."""
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------------
@@ -84,8 +134,7 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
         run,
         parallel,
     )
-    lifecycle = Lifecycle(parallel.group)
-    guard = Guard(run.gradient_clipping, run.megacid.guard.max_consecutive_skips, parallel.group)
+    guard = Guard(run.gradient_clipping, run.megacid.guard, parallel.group)
     rows: dict[str, state.RowState] = (
         {"head": head, "optimizer": row_optimizer} if head is not None and row_optimizer is not None else {}
     )
@@ -95,23 +144,34 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     if start_from is not None:
         engine.materialise_state(student.image_shape, student.text_length, run.accumulation)
         start = state.restore(Path(start_from), engine, rows, identity)
-        guard.skipped = start - int(store.read_manifest(Path(start_from))["updates"])
+        guard.load_state(store.read_manifest(Path(start_from))["guard"])
         log.info("resumed from %s", start_from)
     elif parallel.is_first:
         write_config(run, directory, parallel.world)
     barrier(parallel.group)
 
+    saver = Saver(directory, keep_last=config.keep_last, group=parallel.group, background=config.save_in_background)
+    lifecycle = Lifecycle(parallel.group)
+    watchdog = Watchdog(
+        directory, parallel.rank, parallel.world, token=broadcast_json(str(time.time_ns()), parallel.group),
+        limit_s=config.timeout_s, exit_code=EXIT_AGAIN, gone=Launcher().gone, on_orphan=lifecycle.ask,
+    )  # fmt: skip
+    continuity = Continuity(directory, start if start_from is not None else None, tolerance=1e-2 if run.bf16 else 1e-4)
+    saved_at = start
+
     def save(step: int) -> None:
+        nonlocal saved_at
+        watchdog.beat("save", step, config.save_timeout_s)
         facts = {
             **identity,
             "updates": step - guard.skipped,
             "samples_seen": step * run.global_batch,
             "world": parallel.world,
+            "guard": guard.state(),
         }
-        bounds = (head.class_start, head.class_stop) if head else (0, 0)
-        state.save_checkpoint(
-            directory, step, engine, rows, bounds, facts, keep_last=config.keep_last, group=parallel.group
-        )
+        saver.save(step, engine, rows, (head.class_start, head.class_stop) if head else (0, 0), facts)
+        saved_at = step
+        continuity.saved(step)
 
     metrics = Metrics(
         directory, first=parallel.is_first, start_step=start, total_steps=config.total_steps,
@@ -119,37 +179,66 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     )  # fmt: skip
     batches = iter(data.stream(start))
     stopped = False
-    for step in range(start, config.total_steps):
-        share = learning_rate_share(step, config.total_steps, run.megacid.schedule)
-        loss, terms, sample_ids = accumulate(step, run, batches, engine, objective, head, metrics)
-        student_norm = engine.gradient_norm()
-        verdict = guard.decide(
-            step, loss, student_norm, head.grad_norm_sq() if head else None, partial(describe, terms, sample_ids)
-        )
-        step_both(engine, row_optimizer, verdict, share, peak_rates(run))
-        if metrics.due(step):
-            diagnostics = {f"classifier/{name}": float(value) for name, value in head.metrics().items()} if head else {}
-            metrics.log(
+    probe("start:ready", step=start)
+    try:
+        for step in range(start, config.total_steps):
+            # The first step may compile kernels and open every shard.
+            beat = partial(watchdog.beat, step=step, limit_s=config.save_timeout_s if step == start else None)
+            share = learning_rate_share(step, config.total_steps, run.megacid.schedule)
+            loss, terms, sample_ids, finite, failure = accumulate(
+                step, run, batches, engine, objective, head, metrics, beat
+            )
+            probe("train:gradients", step=step, engine=engine, head=head)
+            beat("decision")
+            student_norm = engine.gradient_norm()
+            head_norm_sq = head.grad_norm_sq() if head else None
+            asked = lifecycle.asked or step + 1 == args.stop_after
+            verdict = guard.decide(
                 step,
                 loss,
-                terms,
-                {
+                student_norm,
+                head_norm_sq,
+                partial(describe, terms, sample_ids, finite),
+                failure=failure,
+                stop=asked,
+            )
+            if verdict.failure is not None:
+                if step > saved_at:
+                    save(step)
+                raise DataBudgetError(verdict.failure)
+            beat("update")
+            step_both(engine, row_optimizer, verdict, share, peak_rates(run))
+            probe("train:applied", step=step, engine=engine, head=head, verdict=verdict, sample_ids=sample_ids)
+            if parallel.is_first:
+                continuity.first_loss(step, verdict.loss)
+            if metrics.due(step):
+                diagnostics = {f"classifier/{n}": float(value) for n, value in head.metrics().items()} if head else {}
+                facts = {
                     "train/lr": share * peak_rates(run)[0],
                     "train/grad_norm": verdict.grad_norm,
                     "train/skipped": float(guard.skipped),
-                    **diagnostics,
-                },
-            )
-        stopped = lifecycle.stop_requested() or step + 1 == args.stop_after
-        if stopped or (step + 1) % config.save_every == 0 or step + 1 == config.total_steps:
-            save(step + 1)
-            if head is not None:
-                facts = health(head)
-                metrics.log_classes(step, facts, hit_histogram(head))
-                for concern in concerns(facts) if parallel.is_first else ():
-                    log.warning("%s", concern)
-        if stopped:
-            break
+                }
+                metrics.log(step, loss, terms, {**facts, **diagnostics})
+            if config.check_every and (step + 1) % config.check_every == 0:
+                beat("check")
+                check_ranks(step, engine, parallel)
+            saver.poll()
+            stopped = verdict.stop
+            if stopped or (step + 1) % config.save_every == 0 or step + 1 == config.total_steps:
+                save(step + 1)
+                if head is not None:
+                    report_classes(step, head, metrics, parallel)
+                stopped = lifecycle.stop_requested() or stopped
+            probe("train:step_end", step=step)
+            if stopped:
+                break
+        watchdog.beat("end", step, config.save_timeout_s)
+        saver.finish()
+    except ON_EVERY_RANK:
+        saver.finish()  # what is being written is of a good state
+        raise
+    finally:
+        watchdog.close()
     metrics.close({"steps": step + 1 - start, "start_step": start, "skipped": guard.skipped, "world": parallel.world})
     if lock is not None:
         lock.release()
@@ -168,28 +257,38 @@ def accumulate(
     objective: Objective,
     head: PartialFC | None,
     metrics: Metrics,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[int]]:
-    """Forward and backward of the micro-batches of one step: (mean loss, mean terms, sample ids of this rank)."""
+    beat: Callable[[str], None],
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[int], list[torch.Tensor], str | None]:
+    """Forward and backward of the micro-batches of one step: (mean loss, mean terms, sample ids of this rank, which of
+    them have finite embeddings, why the data of this rank end the run)."""
     losses: list[torch.Tensor] = []
     sums: dict[str, torch.Tensor] = {}
     sample_ids: list[int] = []
+    finite: list[torch.Tensor] = []
+    failure = None
     for micro in range(run.accumulation):
+        beat("data")
         began = time.perf_counter()
         batch = next(batches)
         sample_ids += batch.sample_id.tolist()
+        failure = failure or batch.failure
         batch = batch.to(engine.device)
         metrics.waited_for_data(time.perf_counter() - began)
+        probe("train:batch", step=step, batch=batch)
         if head is not None:
             head.set_step(step)  # micro-batches share their negatives: the rows of a step stay as many
+        beat("forward")
         out = engine(batch.image, batch.text)
         loss, terms = objective(out, batch)
+        finite.append(torch.isfinite(out.image.detach()).all(dim=-1))
+        beat("backward")
         engine.backward(loss)
         if micro + 1 < run.accumulation:
             engine.micro_step()
         losses.append(loss.detach())
         for name, value in terms.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value / run.accumulation
-    return torch.stack(losses).mean(), sums, sample_ids
+    return torch.stack(losses).mean(), sums, sample_ids, finite, failure
 
 
 def step_both(
@@ -207,37 +306,33 @@ def step_both(
         row_optimizer.zero_grad()
 
 
-def describe(terms: dict[str, torch.Tensor], sample_ids: list[int]) -> str:
-    shown = ", ".join(map(str, sample_ids[:8])) + (", ..." if len(sample_ids) > 8 else "")
-    return f"terms { ({name: float(value) for name, value in terms.items()}) }; samples of this rank {shown}"
+def describe(terms: dict[str, torch.Tensor], sample_ids: list[int], finite: list[torch.Tensor]) -> tuple[bool, str]:
+    """For the guard's warnings: whether samples of this rank have non-finite embeddings, and loss terms and samples."""
+    bad = [number for number, good in zip(sample_ids, torch.cat(finite).tolist()) if not good]
+    named = bad or sample_ids
+    shown = ", ".join(map(str, named[:8])) + (", ..." if len(named) > 8 else "")
+    kind = "samples with a non-finite embedding" if bad else "samples"
+    said = ", ".join(f"{name} {float(value):.6g}" for name, value in terms.items())
+    return bool(bad), f"terms {said}; {kind} {shown}"
+
+
+def check_ranks(step: int, engine: Any, parallel: Parallel) -> None:
+    """RanksDisagree when ranks are at different steps, or their replicas of the student differ in a bit."""
+    agree(str(step), "the step", parallel.group)
+    digest = engine.replica_digest()
+    if digest is not None:
+        agree(digest, f"the student's weights after step {step + 1} (replicas have drifted apart)", parallel.group)
+
+
+def report_classes(step: int, head: PartialFC, metrics: Metrics, parallel: Parallel) -> None:
+    """Facts about the classes as a whole, at every checkpoint. A collective."""
+    facts = health(head)
+    metrics.log_classes(step, facts, hit_histogram(head))
+    for concern in concerns(facts) if parallel.is_first else ():
+        log.warning("%s", concern)
 
 
 # ---- start -------------------------------------------------------------------------------------------------------
-
-
-def find_checkpoint(run: RunFile, resume: str) -> str | None:
-    """The directory to resume from; None to begin. Refuses to write over another run."""
-    directory = run.directory
-    if resume not in ("auto", "never"):
-        try:
-            store.verify(Path(resume))
-        except ValueError as error:
-            raise UserError(f"--resume {resume}: {error}; name a whole step-... directory, or use auto") from None
-        return resume
-    existing = store.list_steps(directory)
-    if resume == "never" and existing:
-        raise UserError(
-            f"{directory} already has checkpoints up to step {existing[-1][0]} and --resume is never: choose another run.name, or --resume auto"
-        )
-    store.sweep_stages(directory)
-    newest, problems = store.newest_valid(directory)
-    for problem in problems:
-        log.warning("not a whole checkpoint, passed over: %s", problem)
-    if existing and newest is None:
-        raise UserError(
-            f"none of the {len(existing)} checkpoints in {directory} is whole ({problems[0]}): restore one, or choose another run.name"
-        )
-    return str(newest) if newest else None
 
 
 def report_memory(run: RunFile, student: Student | FeatureTower, head: PartialFC | None, parallel: Parallel) -> None:
@@ -311,27 +406,32 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
+    die_with_parent()
     first = os.environ.get("RANK", "0") == "0"
     try:
-        run = load_run(args.deepspeed_config, args.set, world=int(os.environ.get("WORLD_SIZE", "1")))
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        run = load_run(args.deepspeed_config, args.set, world=world)
         if args.print_config:
             if first:
                 print(json.dumps(run.resolved(), indent=2))
             return 0
-        parallel = parallel_module.init(run.megacid.run.timeout_s, always=not args.dry_run)
-        agree(json.dumps(run.resolved(), sort_keys=True), "the run file", parallel.group)
+        limits = run.megacid.run
+        # The watchdog speaks first; the collectives' own timeout is for when it cannot.
+        longest = max(limits.timeout_s, limits.save_timeout_s) + 60
+        parallel = parallel_module.init(longest, always=not args.dry_run)
+        agree_on_mapping(settings_of_this_rank(run, world), "the run", parallel.group)
         return dry_run(run, parallel) if args.dry_run else train(run, args, parallel)
-    except UserError as error:
+    except ON_EVERY_RANK as error:
         if first:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER
-    except TooManySkips as error:
-        if first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_NOT_FINITE
-    except DataBudgetError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_DATA
+        return EXIT_CODES[type(error)]
+    except Exception as error:
+        if not from_a_collective(error):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"error: rank {rank} cannot reach the other ranks any more ({str(error).strip().splitlines()[0]}): one has "
+              "ended or is late, its own message says why; start the same command again", file=sys.stderr, flush=True)  # fmt: skip
+        return EXIT_AGAIN
     finally:
         parallel_module.shutdown()
 

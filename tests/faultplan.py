@@ -15,6 +15,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from megacid import probes
@@ -23,7 +24,7 @@ from megacid import probes
 @dataclass(frozen=True)
 class Fault:
     """at: a probe of megacid/probes.py. do: a key of ACTIONS. rank, step: None for any. nth: the visit that counts, from 1.
-    value: seconds of a sleep, number of a signal or of an errno."""
+    value: seconds of a sleep, number of a signal or of an errno, factor, difference. path: of the file of a trace."""
 
     at: str
     do: str
@@ -31,46 +32,80 @@ class Fault:
     step: int | None = None
     nth: int = 1
     value: float = 0.0
+    path: str = ""
 
 
 def kill(at: str, **where: Any) -> Fault:
     return Fault(at, "kill", **where)
 
 
-def _poison_batch(facts: dict[str, Any], value: float) -> None:
+def trace(path: Any) -> Fault:
+    """No fault: what every step did, read back by `read_trace`."""
+    return Fault("train:applied", "trace", nth=0, path=str(path))
+
+
+def read_trace(path: Any, world: int) -> dict[int, dict[str, Any]]:
+    """step -> {"ids": samples of the global batch in order of the ranks, "loss", "applied": by rank}."""
+    steps: dict[int, dict[str, Any]] = {}
+    for rank in range(world):
+        for line in Path(f"{path}.{rank}").read_text().splitlines():
+            step, ids, loss, applied = json.loads(line)
+            at = steps.setdefault(step, {"ids": [], "loss": loss, "applied": []})
+            at["ids"] += ids
+            at["applied"].append(applied)
+            assert at["loss"] == loss, "the ranks do not see the same loss"
+    return steps
+
+
+def _trace(facts: dict[str, Any], fault: Fault) -> None:
+    import torch.distributed as dist
+
+    verdict = facts["verdict"]
+    loss = repr(verdict.loss)
+    with open(f"{fault.path}.{dist.get_rank()}", "a") as file:
+        file.write(json.dumps([facts["step"], facts["sample_ids"], loss, verdict.apply]) + "\n")
+
+
+def _poison_batch(facts: dict[str, Any], fault: Fault) -> None:
     facts["batch"].image.fill_(float("nan"))
 
 
-def _scale_batch(facts: dict[str, Any], value: float) -> None:
-    facts["batch"].image.mul_(value)
+def _scale_batch(facts: dict[str, Any], fault: Fault) -> None:
+    facts["batch"].image.mul_(fault.value)
 
 
-def _poison_rows(facts: dict[str, Any], value: float) -> None:
+def _negate_batch(facts: dict[str, Any], fault: Fault) -> None:
+    facts["batch"].image.neg_()  # as far from what was learned about it as can be
+
+
+def _poison_rows(facts: dict[str, Any], fault: Fault) -> None:
     _, grad = facts["head"].row_grad()
     grad[0, 0] = float("nan")
 
 
-def _perturb_student(facts: dict[str, Any], value: float) -> None:
-    next(iter(facts["engine"].module.parameters())).data.view(-1)[0] += value
+def _perturb_student(facts: dict[str, Any], fault: Fault) -> None:
+    next(iter(facts["engine"].module.parameters())).data.view(-1)[0] += fault.value
 
 
-def _signal(facts: dict[str, Any], value: float) -> None:
-    os.kill(os.getpid(), int(value))
+def _signal(facts: dict[str, Any], fault: Fault) -> None:
+    os.kill(os.getpid(), int(fault.value))
 
 
-def _os_error(facts: dict[str, Any], value: float) -> None:
-    raise OSError(int(value) or errno.ENOSPC, os.strerror(int(value) or errno.ENOSPC))
+def _os_error(facts: dict[str, Any], fault: Fault) -> None:
+    raise OSError(int(fault.value) or errno.ENOSPC, os.strerror(int(fault.value) or errno.ENOSPC))
 
 
-ACTIONS: dict[str, Callable[[dict[str, Any], float], None]] = {
-    "kill": lambda facts, value: os.kill(os.getpid(), signal.SIGKILL),
+ACTIONS: dict[str, Callable[[dict[str, Any], Fault], None]] = {
+    "kill": lambda facts, fault: os.kill(os.getpid(), signal.SIGKILL),
     "signal": _signal,
-    "sleep": lambda facts, value: time.sleep(value),
+    "sleep": lambda facts, fault: time.sleep(fault.value),
     "os_error": _os_error,
     "nan_batch": _poison_batch,
     "scale_batch": _scale_batch,
     "nan_rows": _poison_rows,
     "perturb_student": _perturb_student,
+    "negate_batch": _negate_batch,
+    "trace": _trace,
 }
 
 
@@ -94,7 +129,7 @@ class FaultPlan:
                 continue
             self._visits[i] += 1
             if self._visits[i] == fault.nth or fault.nth == 0:  # 0: every time
-                ACTIONS[fault.do](facts, fault.value)
+                ACTIONS[fault.do](facts, fault)
 
     def to_json(self) -> str:
         return json.dumps([asdict(fault) for fault in self.faults])

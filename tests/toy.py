@@ -7,11 +7,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  imported once here, inherited by forked ranks
 import numpy as np
+import torch._dynamo
 import torch.distributed as dist
 from faultplan import FaultPlan
 from harness import rank_fates, run_ranks
 from torch import Tensor
+
+import megacid.distributed.engine  # noqa: F401  as above
 
 CLASSES, DIM, STEPS = 1001, 32, 24
 SIZES = (31, 7, 40, 1, 41)

@@ -16,6 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
+import traceback
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -218,15 +221,46 @@ def barrier(group: Group = None) -> None:
         dist.barrier(group=group)
 
 
+class RanksDisagree(RuntimeError):  # noqa: N818  the run ends with its own exit code
+    """The ranks hold different values of something that must be the same everywhere."""
+
+
 def agree(value: str, what: str, group: Group = None) -> None:
-    """Raise on every rank when `value` differs between ranks, naming each value and who holds it."""
+    """Raise RanksDisagree on every rank when `value` differs between ranks, naming each value and who holds it."""
     values = gather_json(value, group)
     if any(other != values[0] for other in values):
         held: dict[str, list[int]] = {}
         for index, other in enumerate(values):
             held.setdefault(str(other), []).append(index)
         said = "; ".join(f"{other!r} on rank {', '.join(map(str, ranks))}" for other, ranks in held.items())
-        raise RuntimeError(f"the ranks disagree about {what}: {said}; start every rank with the same files and options")
+        raise RanksDisagree(
+            f"the ranks disagree about {what}: {said}; start every rank with the same files and options"
+        )
+
+
+def agree_on_mapping(facts: dict[str, Any], what: str, group: Group = None) -> None:
+    """As `agree`, for a flat dict of JSON values: the message names only the keys that differ."""
+    held = gather_json(facts, group)
+    differing = sorted({key for one in held for key in one.keys() | held[0].keys() if one.get(key) != held[0].get(key)})
+    if differing:
+        said = "; ".join(f"{key} is {', '.join(f'{one.get(key)!r} on rank {r}' for r, one in enumerate(held))}"
+                         for key in differing)  # fmt: skip
+        raise RanksDisagree(
+            f"the ranks disagree about {what}: {said}; start every rank with the same files and options"
+        )
+
+
+_LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|timed out|connection refused|NCCL", re.IGNORECASE)
+
+
+def from_a_collective(error: BaseException) -> bool:
+    """Whether the error says that other ranks are gone or late, and not that this one did something wrong."""
+    # Also where the torch frame is not the innermost one: DeepSpeed and autograd wrap them.
+    frames = [entry.filename for entry in traceback.extract_tb(error.__traceback__)]
+    inside = any(f"{os.sep}torch{os.sep}distributed{os.sep}" in name for name in frames)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error))) and (inside or "gloo" in str(error))
+    )
 
 
 @contextlib.contextmanager

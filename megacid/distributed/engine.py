@@ -174,9 +174,12 @@ class Engine:
         checks = self.optimizer.__dict__.get("check_grad_overflow")
         if checks is False:
             self.optimizer.check_grad_overflow = True
+        level = deepspeed_logger.level
+        deepspeed_logger.setLevel(logging.ERROR)  # the guard has said it already, with the samples
         try:
             self.engine.step()
         finally:
+            deepspeed_logger.setLevel(level)
             delattr(self.optimizer, name)
             if checks is False:
                 self.optimizer.check_grad_overflow = False
@@ -223,6 +226,19 @@ class Engine:
             for name, value in self.module.state_dict().items()
             if name not in parameters
         }
+
+    @torch.no_grad()
+    def replica_digest(self) -> str | None:
+        """A number that differs when a bit of the student differs between ranks; None at ZeRO 3, where there are no
+        replicas. One pass over the parameters and one host synchronisation."""
+        if self.stage == 3:
+            return None
+        words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        sums = [p.detach().view(words[p.element_size()]).sum(dtype=torch.int64) for p in self.module.parameters()]
+        # Positions count, so that two parameters that change places are found.
+        return "-".join(f"{value & (2**64 - 1):x}" for value in torch.stack(
+            [torch.stack(sums).sum(), (torch.stack(sums) * torch.arange(1, len(sums) + 1, device=self.device)).sum()]
+        ).tolist())  # fmt: skip
 
     def materialise_state(self, image_shape: tuple[int, ...], text_length: int, accumulation: int) -> None:
         """Create the optimizer's state by one step with zero gradients at learning rate 0; `load_named_state` overwrites it."""

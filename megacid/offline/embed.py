@@ -3,7 +3,9 @@
 Legend: B batch, D width, n samples of one tar that could be decoded.
 
 A partition is three files, each written atomically; one is skipped when all three are there and agree. `settings.json` is written
-first, so that a folder begun with another model is refused; `meta.json` is written last.
+first, so that a folder begun with another model is refused; `meta.json` is written last. A batch never crosses from one
+tar into the next: a product of matrices rounds differently when its shape changes, so only then does a partition not
+depend on what else there was to do, and a run that was killed gives the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -23,14 +25,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from megacid.checkpoint.store import atomic_path, read_meta, write_json_atomic, write_meta
+from megacid.checkpoint.store import read_meta, write_json_atomic, write_meta
 from megacid.data.decode import BadSample, decode_image
 from megacid.data.index import ShardIndex, ShardReader
-from megacid.distributed.collectives import barrier, fail_together, gather_json
+from megacid.distributed.collectives import barrier, gather_json
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
+from megacid.offline.files import disk_errors, sweep, write_array, writing
+from megacid.offline.stopping import quiet_worker, together
+from megacid.probes import probe
 from megacid.student import LoadedClip
 
 log = logging.getLogger(__name__)
@@ -52,7 +57,7 @@ def complete_keys(out: Path, number: int, stem: str, keys: list[str], dim: int) 
     try:
         shapes = [np.load(path, mmap_mode="r", allow_pickle=False).shape for path in (image, text)]
         table = pq.read_table(metadata, columns=["image_path", "shard"])
-    except (OSError, ValueError, EOFError, KeyError):
+    except (OSError, ValueError, EOFError, KeyError, pa.ArrowException):
         return None
     have: list[str] = table["image_path"].to_pylist()
     known = set(have)
@@ -100,8 +105,24 @@ class Pairs(Dataset[Sample]):
         return Sample(shard, row, image, self.tokenizer([caption])[0], caption, "")
 
 
+class _Batches(Sampler[list[int]]):
+    """Positions of `Pairs` in batches of at most batch_size, none of which crosses from one tar into the next."""
+
+    def __init__(self, ends: np.ndarray, batch_size: int) -> None:
+        """ends: int64 [tars], last position + 1 of each."""
+        self.ends, self.batch_size = ends.tolist(), batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = 0
+        for end in self.ends:
+            for low in range(start, end, self.batch_size):
+                yield list(range(low, min(low + self.batch_size, end)))
+            start = end
+
+
 def _worker_init(worker: int) -> None:
     torch.set_num_threads(1)
+    quiet_worker(worker)
 
 
 def _as_list(samples: list[Sample]) -> list[Sample]:
@@ -120,55 +141,63 @@ class _Partition:
 
     def save(self, out: Path, number: int, stem: str, dim: int) -> None:
         image, text, metadata = files(out, number)
-        for path, parts in ((image, self.image), (text, self.text)):
-            with atomic_path(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, np.concatenate([np.empty((0, dim), np.float16), *parts]), allow_pickle=False)
+        for name, path, parts in (("image", image, self.image), ("text", text, self.text)):
+            write_array(path, np.concatenate([np.empty((0, dim), np.float16), *parts]))
+            probe(f"embed:{name}_written", step=number)
         columns = {"image_path": self.keys, "caption": self.captions, "shard": [stem] * len(self.keys)}
-        with atomic_path(metadata) as temporary:
-            pq.write_table(pa.table({name: pa.array(value, pa.string()) for name, value in columns.items()}), temporary)
+        table = pa.table({name: pa.array(value, pa.string()) for name, value in columns.items()})
+        with writing(metadata) as temporary:
+            pq.write_table(table, temporary)
+        probe("embed:metadata_written", step=number)
 
 
-def encode(clip: LoadedClip, samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
-    """Image and text embeddings of decodable samples: float16 [B, D], L2-normalised. UserError when one is not finite."""
+def encode(clip: LoadedClip, index: ShardIndex, samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
+    """Image and text embeddings of decodable samples: float16 [B, D], L2-normalised.
+
+    UserError naming the sample when one is not a finite vector of length 1.
+    """
     images = torch.stack([sample.image for sample in samples if sample.image is not None])
     texts = torch.stack([sample.text for sample in samples if sample.text is not None])
-    image_BD, text_BD = clip.encode_image(images).half().cpu(), clip.encode_text(texts).half().cpu()
-    bad = ~(torch.isfinite(image_BD).all(1) & torch.isfinite(text_BD).all(1))
-    if bad.any():
-        sample = samples[int(bad.nonzero()[0])]
-        raise UserError(
-            f"model {clip.name} gives an embedding that is not finite for row {sample.row} of shard number {sample.shard}: check the weights, or try --precision fp32"
-        )
-    return image_BD.numpy(), text_BD.numpy()
+    both = clip.encode_image(images).half().cpu(), clip.encode_text(texts).half().cpu()
+    for what, emb_BD in zip(("image", "text"), both):
+        length_B = emb_BD.float().norm(dim=1)
+        bad = ~((length_B - 1).abs() < 0.01)  # also true for NaN
+        if bad.any():
+            at = int(bad.nonzero()[0])
+            shard, row = samples[at].shard, samples[at].row
+            raise UserError(
+                f"model {clip.name} gives the {what} of sample {index.table(shard).keys[row]} (row {row} of "
+                f"{index.root / index.names[shard]}.tar) an embedding of length {float(length_B[at]):g}, wanted a finite "
+                "one of length 1: check the weights, or try --precision fp32"
+            )
+    return both[0].numpy(), both[1].numpy()
 
 
 def _finished(
     index: ShardIndex, shards: list[int], loader: DataLoader[Sample], clip: LoadedClip, tick: Callable[[int], None]
 ) -> Iterator[tuple[int, _Partition]]:
-    """(shard, its partition) as soon as the last sample of a tar is done; batches run across tars."""
-    waiting = {shard: _Partition() for shard in shards}
+    """(shard, its partition) as soon as the last sample of a tar is done; every batch is of one tar."""
     for shard in [shard for shard in shards if index.sizes[shard] == 0]:
-        yield shard, waiting.pop(shard)
+        yield shard, _Partition()
+    part = _Partition()
     for batch in loader:
+        shard = batch[0].shard
         good = [sample for sample in batch if sample.image is not None]
-        image_BD, text_BD = encode(clip, good) if good else (np.empty((0, 0)), np.empty((0, 0)))
-        owner = np.array([sample.shard for sample in good], np.int64)
-        for shard in dict.fromkeys(sample.shard for sample in batch):
-            part = waiting[shard]
-            part.seen += sum(sample.shard == shard for sample in batch)
-            if (owner == shard).any():
-                part.image.append(image_BD[owner == shard])
-                part.text.append(text_BD[owner == shard])
-                mine = [sample for sample in good if sample.shard == shard]
-                part.keys += [index.table(shard).keys[sample.row] for sample in mine]
-                part.captions += [sample.caption for sample in mine]
-            for sample in batch:
-                if sample.shard == shard and sample.image is None:
-                    log.warning(
-                        "left out %s/%s: %s", index.names[shard], index.table(shard).keys[sample.row], sample.reason
-                    )
-            if part.seen == index.sizes[shard]:
-                yield shard, waiting.pop(shard)
+        part.seen += len(batch)
+        if good:
+            image_BD, text_BD = encode(clip, index, good)
+            part.image.append(image_BD)
+            part.text.append(text_BD)
+            part.keys += [index.table(shard).keys[sample.row] for sample in good]
+            part.captions += [sample.caption for sample in good]
+        for sample in batch:
+            if sample.image is None:
+                log.warning(
+                    "left out %s/%s: %s", index.names[shard], index.table(shard).keys[sample.row], sample.reason
+                )
+        if part.seen == index.sizes[shard]:
+            yield shard, part
+            part = _Partition()
         tick(len(batch))
 
 
@@ -194,10 +223,12 @@ def weights_digest(model: str, pretrained: str | None) -> str:
     return digest.hexdigest()
 
 
-def claim(out: Path, settings: dict[str, Any]) -> None:
+def claim(out: Path, settings: dict[str, Any], batch_size: int) -> None:
     """Write settings.json, or check that the folder was begun with the same; UserError naming both otherwise."""
     path = out / "settings.json"
-    out.mkdir(parents=True, exist_ok=True)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
     if path.exists():
         try:
             before = json.loads(path.read_text())
@@ -208,10 +239,18 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
                 raise UserError(
                     f"{out} was made with {name} {before.get(name)!r}, this run has {value!r}: take another --out or delete it"
                 )
+        if before.get("batch_size") != batch_size:
+            log.warning(
+                "%s was begun with batch size %s, this run has %d: what is there is kept, it may differ in the last bit",
+                out,
+                before.get("batch_size"),
+                batch_size,
+            )
     elif any(out.iterdir()):
         raise UserError(f"{out} is not empty and was not made by tools/embed.py: take another --out")
     else:
-        write_json_atomic(path, settings)
+        with disk_errors(path):
+            write_json_atomic(path, {**settings, "batch_size": batch_size})
 
 
 def _check_space(out: Path, todo: int, dim: int) -> float:
@@ -237,39 +276,54 @@ def embed(
 ) -> dict[str, Any]:
     """Embed what is missing and write meta.json; returns it. `progress(total)` gives the function that takes samples done.
 
-    Shards are split over the ranks (shard number % world). Every rank fails together, with the same message.
+    Shards are split over the ranks (shard number % world). Every rank fails together, with the same message, and stops
+    together when the function of `progress` raises Stopped.
     """
     group = parallel.group
-    with fail_together(group):
+    with together(group):
         if parallel.is_first:
-            claim(out, settings)
+            claim(out, settings, batch_size)
             (out / "meta.json").unlink(missing_ok=True)
     mine = range(parallel.rank, len(index.names), parallel.world)
-    with fail_together(group):
+    with together(group):
         todo = [s for s in mine if complete_keys(out, s, index.names[s], index.table(s).keys, clip.embed_dim) is None]
         count = int(sum(index.sizes[shard] for shard in todo))
         need = _check_space(out, count, clip.embed_dim)
-    log.info(
-        "rank %d: %d of %d shards to do, %d samples, %.3f GB to write",
-        parallel.rank,
-        len(todo),
-        len(mine),
-        count,
-        need / 1e9,
-    )
-    with fail_together(group):
+        tick = progress(count)
+        log.info(
+            "rank %d: %d of %d shards to do, %d samples, %.3f GB to write",
+            parallel.rank,
+            len(todo),
+            len(mine),
+            count,
+            need / 1e9,
+        )
+    with together(group):
         pairs = Pairs(index, todo, clip.preprocess_eval, clip.tokenizer)
         loader = DataLoader(
-            pairs, batch_size=batch_size, num_workers=workers, collate_fn=_as_list, worker_init_fn=_worker_init
+            pairs,
+            batch_sampler=_Batches(pairs.ends, batch_size),
+            num_workers=workers,
+            collate_fn=_as_list,
+            worker_init_fn=_worker_init,
         )
-        tick = progress(count)
-        for shard, part in _finished(index, todo, loader, clip, tick):
-            part.save(out, shard, index.names[shard], clip.embed_dim)
-    with fail_together(group):
+        try:
+            for shard, part in _finished(index, todo, loader, clip, tick):
+                probe("embed:partition", step=shard)
+                part.save(out, shard, index.names[shard], clip.embed_dim)
+                probe("embed:shard_done", step=shard)
+        except RuntimeError:
+            tick(0)  # a signal to the whole process group ends the workers too: then it is no failure
+            raise
+    with together(group):
         mine_facts = _verify(index, out, list(mine), clip.embed_dim)
     facts = gather_json(mine_facts, group)
-    if parallel.is_first:
-        _write_meta(index, clip, out, settings, facts)
+    with together(group):
+        if parallel.is_first:
+            probe("embed:before_meta")
+            with disk_errors(out / "meta.json"):
+                _write_meta(index, clip, out, settings, facts)
+            probe("embed:done")
     barrier(group)
     return read_meta(out, expect="embed")
 
@@ -282,7 +336,10 @@ def _verify(index: ShardIndex, out: Path, shards: list[int], dim: int) -> dict[s
         keys = index.table(shard).keys
         have = complete_keys(out, shard, index.names[shard], keys, dim)
         if have is None:
-            raise RuntimeError(f"partition {shard} of {out} is not readable right after it was written: check the disk")
+            raise UserError(
+                f"partition {shard} of {out} ({files(out, shard)[0]} and the two beside it) is not readable right after it "
+                "was written: check the disk, and run the same command again"
+            )
         rows += len(have)
         failures += len(keys) - len(have)
         known = set(have)
@@ -325,7 +382,7 @@ def seconds_per_sample(clip: LoadedClip, index: ShardIndex, batch_size: int) -> 
     ]
     if not samples:
         return math.nan
-    encode(clip, samples)  # the first run pays for lazy initialisation
+    encode(clip, index, samples)  # the first run pays for lazy initialisation
     began = time.monotonic()
-    encode(clip, samples)
+    encode(clip, index, samples)
     return (time.monotonic() - began) / len(samples)

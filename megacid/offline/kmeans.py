@@ -10,72 +10,32 @@ and the result does not depend on the order of additions, so not on block size, 
 from __future__ import annotations
 
 import heapq
-import json
 import logging
 import math
 import time
-import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megacid.checkpoint.store import atomic_path
 from megacid.distributed import collectives
-from megacid.distributed.collectives import fail_together
 from megacid.errors import UserError
-from megacid.offline.assign import Assigner, Backend, Metric, check_backend, pad_rows, prepare, tile_rows
+from megacid.offline.assign import Assigner, Metric, pad_rows, prepare, tile_rows
+from megacid.offline.kmeans_state import KMeansSettings, KMeansState, load_state, save_state, settled
 from megacid.offline.ranks import share
-from megacid.offline.rows import Rows, SubsetRows
+from megacid.offline.rows import Rows, SubsetRows, odd_row
+from megacid.offline.stopping import together
+from megacid.probes import probe
 
 log = logging.getLogger(__name__)
 Group = dist.ProcessGroup | None
+Tick = Callable[[int], None]
 _GRID_BITS = 26
 _SPLIT = 1 / 1024  # relative step between the two halves of a split cluster
-
-
-@dataclass(frozen=True)
-class KMeansSettings:
-    """What decides the result (all but `memory_gb`, which only bounds what is held at once)."""
-
-    k: int
-    metric: Metric = "cosine"
-    iterations: int = 20
-    tolerance: float = 0.0  # stop when the objective improves by less than this share; 0: never
-    seed: int = 0
-    init: Literal["random", "k-means++"] = "random"
-    train_sample: int | None = None  # rows used for training; None: all
-    backend: Backend = "auto"
-    memory_gb: float = 4.0
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise UserError(f"k is {self.k}, wanted at least 1 cluster: give --k")
-        if self.metric not in ("cosine", "euclidean"):
-            raise UserError(f"metric is {self.metric!r}, wanted cosine or euclidean")
-        if self.init not in ("random", "k-means++"):
-            raise UserError(f"init is {self.init!r}, wanted random or k-means++")
-        if self.iterations < 1:
-            raise UserError(f"iterations is {self.iterations}, wanted at least 1")
-        if not 0 <= self.tolerance < 1:
-            raise UserError(f"tolerance is {self.tolerance}, wanted a share from 0 to below 1")
-        check_backend(self.backend)
-
-
-@dataclass
-class KMeansState:
-    """What an iteration leaves behind. `objective`: mean cosine, or mean squared distance, before each update."""
-
-    centroids: Tensor  # fp32 [K, D], CPU
-    iteration: int = 0
-    objective: list[float] = field(default_factory=list)
-    imbalance: float = math.nan
-    stopped: bool = False
 
 
 def block_rows(n: int, dim: int, settings: KMeansSettings, device: torch.device) -> int:
@@ -100,29 +60,37 @@ def imbalance_factor(sizes: np.ndarray) -> float:
     return float(len(sizes) * (sizes.astype(np.float64) ** 2).sum() / total**2) if total else math.nan
 
 
-def check_rows(rows: Rows, metric: Metric, block: int, group: Group = None) -> float:
-    """Largest absolute value of all rows. UserError on every rank naming the first row with NaN, inf or (cosine) zero norm."""
+def check_rows(
+    rows: Rows,
+    metric: Metric,
+    block: int,
+    group: Group = None,
+    *,
+    unit_rows: bool = False,
+    tick: Tick = lambda rows: None,
+) -> float:
+    """Largest absolute value of all rows. UserError on every rank naming the first row with NaN, inf, (cosine) zero norm,
+    or with `unit_rows` a length that is not 1."""
     start, stop = share(rows.num_rows, collectives.rank(group), collectives.world_size(group))
     largest = 0.0
-    with fail_together(group):
+    with together(group):
         for low in range(start, stop, block):
             x = np.asarray(rows.read(low, min(low + block, stop)), np.float32)
-            peak = np.abs(x).max(axis=1) if x.size else np.zeros(0)
-            bad = ~np.isfinite(peak)
-            if metric == "cosine":
-                bad |= peak == 0
-            if bad.any():
-                row = int(np.flatnonzero(bad)[0])
-                what = "is zero" if peak[row] == 0 else "holds NaN or infinity"
+            found = odd_row(x, zero_is_odd=metric == "cosine" or unit_rows, unit=unit_rows)
+            if found is not None:
+                row, what = found
                 raise UserError(
-                    f"{rows.name(low + row)} {what}, wanted finite rows{' of non-zero length' if metric == 'cosine' else ''}: embed that shard again"
+                    f"{rows.name(low + row)} {what}, wanted finite rows{' of length 1' if unit_rows else ' of non-zero length' if metric == 'cosine' else ''}: embed that shard again"
                 )
-            largest = max(largest, float(peak.max(initial=0)))
+            largest = max(largest, float(np.abs(x).max(initial=0)))
+            tick(0)
     return max(collectives.gather_json(largest, group))
 
 
-def initial_centroids(rows: Rows, settings: KMeansSettings, device: torch.device) -> Tensor:
-    """fp32 [K, D], the same on every rank; unit rows for the cosine."""
+def initial_centroids(
+    rows: Rows, settings: KMeansSettings, device: torch.device, tick: Tick = lambda rows: None
+) -> Tensor:
+    """fp32 [K, D], the same on every rank; unit rows for the cosine. tick: called with 0 for every drawn row."""
     rng = np.random.default_rng([settings.seed, 1])
     if settings.init == "random":
         chosen = np.sort(rng.choice(rows.num_rows, settings.k, replace=False))
@@ -135,6 +103,7 @@ def initial_centroids(rows: Rows, settings: KMeansSettings, device: torch.device
     distance_B = torch.full_like(square_B, math.inf)
     chosen_rows = [int(rng.integers(count))]
     while len(chosen_rows) < settings.k:
+        tick(0)
         last = x_BD[chosen_rows[-1]]
         new_B = (square_B + square_B[chosen_rows[-1]] - 2 * (x_BD @ last).double()).clamp_min(0)
         new_B[chosen_rows[-1]] = 0
@@ -211,7 +180,7 @@ def _one_pass(
     first, last = share(tiles, collectives.rank(group), collectives.world_size(group))
     start, stop = first * tile, min(last * tile, rows.num_rows)
     moved = 0
-    with fail_together(group):
+    with together(group):
         for low in range(start, stop, block):
             x_BD = prepare(rows.read(low, min(low + block, stop)), settings.metric, device)
             for at in range(0, len(x_BD), tile):
@@ -251,13 +220,15 @@ def kmeans(
     group: Group = None,
     checkpoint: Path | None = None,
     identity: dict[str, Any] | None = None,
-    tick: Callable[[int], None] = lambda rows: None,
+    unit_rows: bool = False,
+    tick: Tick = lambda rows: None,
 ) -> KMeansState:
     """Run (or go on with) Lloyd's iterations; the same centroids on every rank.
 
     checkpoint: file that holds the state after every iteration; an existing one is continued and gives the same result.
     identity: what the rows are (digest, model); a checkpoint of something else is refused.
-    tick: called with the number of rows done, for a progress bar.
+    unit_rows: the rows are embeddings and have to be of length 1, whatever the metric.
+    tick: called with the number of rows done (also 0), for a progress bar; when it raises Stopped, all ranks stop.
     Raises UserError for k > n, rows that are not finite or zero, a memory bound too small, a foreign checkpoint.
     """
     device = torch.device(device)
@@ -266,14 +237,23 @@ def kmeans(
     n = rows.num_rows
     if settings.k > n:
         raise UserError(f"k is {settings.k} but there are only {n} rows to train on: lower --k or give more data")
+    if n < 2 * settings.k and collectives.rank(group) == 0:
+        log.warning(
+            "%d rows to train on for %d clusters are %.2f per cluster, fewer than 2: most clusters will be single rows; "
+            "lower --k or give more data",
+            n,
+            settings.k,
+            n / settings.k,
+        )
     block = block_rows(math.ceil(n / collectives.world_size(group)), rows.dim, settings, device)
-    largest = check_rows(rows, settings.metric, block, group)
+    largest = check_rows(rows, settings.metric, block, group, unit_rows=unit_rows, tick=tick)
     scale = 1.0 if settings.metric == "cosine" else 2.0 ** math.ceil(math.log2(largest or 1.0))
-    with fail_together(group):
+    with together(group):
         state = load_state(checkpoint, settings, identity or {}) if checkpoint and checkpoint.exists() else None
     if state is None:
-        with fail_together(group):
-            state = KMeansState(initial_centroids(rows, settings, device))
+        with together(group):
+            state = KMeansState(initial_centroids(rows, settings, device, tick))
+            probe("cluster:init")
     else:
         log.info("continuing after iteration %d of %d", state.iteration, settings.iterations)
     tiles = math.ceil(n / tile_rows(device))
@@ -289,9 +269,13 @@ def kmeans(
         state.iteration += 1
         sizes, empty = _update(state, total, settings)
         state.imbalance = imbalance_factor(sizes)
-        state.stopped = _settled(state.objective, settings)
-        if checkpoint is not None and collectives.rank(group) == 0:
-            save_state(checkpoint, state, settings, identity or {})
+        state.stopped = settled(state.objective, settings)
+        with together(group):
+            probe("cluster:iteration", step=state.iteration)
+            if checkpoint is not None and collectives.rank(group) == 0:
+                save_state(checkpoint, state, settings, identity or {})
+            probe("cluster:iteration_saved", step=state.iteration)
+            tick(0)
         seconds = time.monotonic() - began
         moved = f"{float(total.flat[-1]) / n:.4f}" if known else "unknown"
         left = 0 if state.stopped else (settings.iterations - state.iteration) * seconds
@@ -309,14 +293,6 @@ def kmeans(
     return state
 
 
-def _settled(objective: list[float], settings: KMeansSettings) -> bool:
-    if settings.tolerance == 0 or len(objective) < 2:
-        return False
-    before, now = objective[-2:]
-    gain = now - before if settings.metric == "cosine" else before - now
-    return gain <= settings.tolerance * abs(before)
-
-
 def training_sample(rows: Rows, settings: KMeansSettings) -> Rows:
     """A uniform sample of rows without replacement, decided by the seed."""
     count = settings.train_sample or 0
@@ -328,41 +304,3 @@ def training_sample(rows: Rows, settings: KMeansSettings) -> Rows:
     log.info("training on a sample of %d of %d rows (%.1f per cluster)", count, rows.num_rows, count / settings.k)
     rng = np.random.default_rng([settings.seed, 0])
     return SubsetRows(rows, np.sort(rng.choice(rows.num_rows, count, replace=False)))
-
-
-def _fingerprint(settings: KMeansSettings, identity: dict[str, Any]) -> dict[str, Any]:
-    # The backend, the memory bound and the number of iterations may change between two parts of one run.
-    names = ("k", "metric", "seed", "init", "train_sample")
-    return {name: getattr(settings, name) for name in names} | identity
-
-
-def save_state(path: Path, state: KMeansState, settings: KMeansSettings, identity: dict[str, Any]) -> None:
-    facts = {
-        "settings": _fingerprint(settings, identity),
-        "iteration": state.iteration,
-        "objective": state.objective,
-        "imbalance": state.imbalance,
-        "stopped": state.stopped,
-    }
-    text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, centroids=state.centroids.numpy(), facts=text)
-
-
-def load_state(path: Path, settings: KMeansSettings, identity: dict[str, Any]) -> KMeansState:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            facts = json.loads(stored["facts"].tobytes())
-            centroids_KD = torch.from_numpy(stored["centroids"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it to start again") from None
-    wanted = _fingerprint(settings, identity)
-    for name, value in wanted.items():
-        if facts["settings"].get(name) != value:
-            raise UserError(
-                f"{path} was made with {name}={facts['settings'].get(name)!r}, this run has {name}={value!r}: take another --out, or delete that file"
-            )
-    # Stopping is decided anew: the tolerance may have been changed.
-    state = KMeansState(centroids_KD, facts["iteration"], facts["objective"], facts["imbalance"])
-    state.stopped = _settled(state.objective, settings)
-    return state

@@ -8,6 +8,7 @@ that is its own owner is kept. Owners always have a smaller number than what the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 Link = Literal["components", "greedy"]
+Tick = Callable[[int], None]
 BLOCK = 1024
 
 
@@ -23,14 +25,17 @@ def _cosine_bound(threshold: float) -> float:
     return 1.0 - threshold * threshold / 2.0
 
 
-def owners(x_MD: Tensor, threshold: float, link: Link, block: int = BLOCK) -> np.ndarray:
+def owners(
+    x_MD: Tensor, threshold: float, link: Link, block: int = BLOCK, tick: Tick = lambda rows: None
+) -> np.ndarray:
     """int64 [m]. x_MD: unit rows fp32, in order of preference. threshold: Euclidean distance, links are strictly below it.
+    tick: called with 0 before every row of blocks; it may raise.
 
     "components": connected components of the links; "greedy": a row stays unless it is near a row that was already kept.
     """
     if threshold <= 0 or len(x_MD) < 2:
         return np.arange(len(x_MD), dtype=np.int64)
-    return (_components if link == "components" else _greedy)(x_MD, _cosine_bound(threshold), block)
+    return (_components if link == "components" else _greedy)(x_MD, _cosine_bound(threshold), block, tick)
 
 
 def _find(parent: np.ndarray) -> np.ndarray:
@@ -55,10 +60,11 @@ def _unite(parent: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         parent = _find(parent)
 
 
-def _components(x_MD: Tensor, bound: float, block: int) -> np.ndarray:
+def _components(x_MD: Tensor, bound: float, block: int, tick: Tick) -> np.ndarray:
     m = len(x_MD)
     parent = np.arange(m, dtype=np.int64)
     for i in range(0, m, block):
+        tick(0)
         for j in range(i, m, block):
             left, right = parent[i : i + block], parent[j : j + block]
             # One component already: a cluster of a million copies costs one row of blocks, not all of them.
@@ -72,11 +78,12 @@ def _components(x_MD: Tensor, bound: float, block: int) -> np.ndarray:
     return parent
 
 
-def _greedy(x_MD: Tensor, bound: float, block: int) -> np.ndarray:
+def _greedy(x_MD: Tensor, bound: float, block: int, tick: Tick) -> np.ndarray:
     m = len(x_MD)
     owner = np.arange(m, dtype=np.int64)
     kept = np.empty(0, np.int64)
     for i in range(0, m, block):
+        tick(0)
         x_BD = x_MD[i : i + block]
         rows = np.arange(i, i + len(x_BD))
         for j in range(0, len(kept), block):

@@ -9,11 +9,37 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megacid.checkpoint.store import read_meta
 from megacid.data.mapped import MappedRows
 from megacid.errors import UserError
+
+
+_LENGTH_SLACK = 0.02  # of a unit vector in float16; the widest rows are off by less than 0.002
+
+
+def odd_row(x_BD: np.ndarray, *, zero_is_odd: bool, unit: bool) -> tuple[int, str] | None:
+    """(number, what is wrong with it) of the first row that holds NaN or infinity, is zero, or (unit) has not length 1.
+
+    x_BD: fp32. None when all rows are as they should be.
+    """
+    if not x_BD.size:
+        return None
+    peak = np.abs(x_BD).max(axis=1)
+    bad = ~np.isfinite(peak)
+    if zero_is_odd:
+        bad |= peak == 0
+    length = np.sqrt(np.einsum("bd,bd->b", x_BD, x_BD, dtype=np.float64)) if unit else peak
+    if unit:
+        bad |= ~(np.abs(length - 1) < _LENGTH_SLACK)
+    if not bad.any():
+        return None
+    row = int(np.flatnonzero(bad)[0])
+    if not np.isfinite(peak[row]):
+        return row, "holds NaN or infinity"
+    return row, "is zero" if peak[row] == 0 else f"has length {length[row]:.4g}"
 
 
 class Rows(Protocol):
@@ -90,10 +116,29 @@ class EmbeddingRows(MappedRows):
         self.stems = sorted(numbers, key=lambda stem: numbers[stem])
         self.numbers = [numbers[stem] for stem in self.stems]
         super().__init__([self._map(number, dim) for number in self.numbers], dim)
+        for number, array in zip(self.numbers, self.maps):
+            self._check_keys(number, len(array))
         if self.num_rows != int(self.meta["num_samples"]):
             raise UserError(
                 f"{self.directory} holds {self.num_rows} rows, its meta.json says {self.meta['num_samples']}: run tools/embed.py again"
             )
+
+    def _check_keys(self, number: int, rows: int) -> None:
+        """Before hours of work, not after: only the footer of the file is read."""
+        path = self._metadata_path(number)
+        try:
+            have = pq.read_metadata(path).num_rows
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}): run tools/embed.py again, it redoes what is missing"
+            ) from None
+        if have != rows:
+            raise UserError(
+                f"{path} has {have} rows, {self._path(number)} has {rows}: run tools/embed.py again, it redoes what does not fit"
+            )
+
+    def _metadata_path(self, number: int) -> Path:
+        return self.directory / "metadata" / f"metadata_{number:05d}.parquet"
 
     def _path(self, number: int) -> Path:
         return self.directory / f"{self.modality}_emb" / f"{self.modality}_emb_{number:05d}.npy"
@@ -106,16 +151,19 @@ class EmbeddingRows(MappedRows):
             raise UserError(
                 f"{path} cannot be read ({error}): run tools/embed.py again, it redoes what is missing"
             ) from None
-        if array.ndim != 2 or array.shape[1] != dim:
-            raise UserError(f"{path} has shape {array.shape}, wanted (n, {dim}): run tools/embed.py again")
+        if array.ndim != 2 or array.shape[1] != dim or array.dtype.kind != "f":
+            raise UserError(
+                f"{path} is {array.dtype} of shape {array.shape}, wanted floating point and (n, {dim}), the width in "
+                f"meta.json: run tools/embed.py again with another --out"
+            )
         return array
 
     def keys(self, partition: int) -> list[str]:
         """The keys of one partition, in row order."""
-        path = self.directory / "metadata" / f"metadata_{self.numbers[partition]:05d}.parquet"
+        path = self._metadata_path(self.numbers[partition])
         try:
             keys: list[str] = pq.read_table(path, columns=["image_path"])["image_path"].to_pylist()
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             raise UserError(f"{path} cannot be read ({error}): run tools/embed.py again") from None
         if len(keys) != len(self.maps[partition]):
             raise UserError(

@@ -20,14 +20,20 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+def flat(tree: Any, path: str = "") -> dict[str, Any]:
     if isinstance(tree, dict):
         return {
             key: value
             for name, sub in tree.items()
-            for key, value in _flat(sub, f"{path}.{name}" if path else name).items()
+            for key, value in flat(sub, f"{path}.{name}" if path else name).items()
         }
     return {path: list(tree) if isinstance(tree, tuple) else tree}
+
+
+def settings_of_this_rank(run: RunFile, world: int) -> dict[str, Any]:
+    """What all ranks of one start must hold alike: every setting, the number of ranks, the versions of packages."""
+    packages = {f"version of {name}": version for name, version in store.versions().items()}
+    return {**flat(run.resolved()), "number of ranks": world, **packages}
 
 
 def _code_version() -> str | None:
@@ -41,14 +47,14 @@ def _code_version() -> str | None:
 def check_drift(run: RunFile, directory: Path) -> None:
     """UserError with a diff when the directory belongs to a run with other settings."""
     try:
-        before = _flat(json.loads((directory / "config.json").read_text())["resolved"])
+        before = flat(json.loads((directory / "config.json").read_text())["resolved"])
     except FileNotFoundError:
         return
     except (json.JSONDecodeError, KeyError):
         raise UserError(f"{directory / 'config.json'} cannot be read: restore it, or choose another run.name") from None
     # A setting that the run was started without, because it did not exist, had what is its default now.
-    before = _flat({"megacid": defaults()}) | before
-    now = _flat(run.resolved())
+    before = flat({"megacid": defaults()}) | before
+    now = flat(run.resolved())
     changed = [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

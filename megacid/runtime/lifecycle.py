@@ -1,7 +1,9 @@
-"""Exit codes, the lock of a run directory, and the request to stop.
+"""Exit codes, the lock of a run directory, the request to stop, and what happens when the launcher is gone.
 
 0    finished                          2    the user can put it right (one line says how)
 65   too many non-finite steps         66   too many damaged samples
+70   the ranks hold different things   74   three checkpoints in a row could not be written
+75   a rank stalled, or a peer is gone: start the same command again
 143  stopped by SIGTERM or SIGUSR1 after a checkpoint: start the same command again
 """
 
@@ -21,7 +23,8 @@ from typing import IO
 from megacid.distributed.collectives import Group, any_rank
 from megacid.errors import UserError
 
-EXIT_USER, EXIT_NOT_FINITE, EXIT_DATA, EXIT_STOPPED = 2, 65, 66, 143
+EXIT_USER, EXIT_NOT_FINITE, EXIT_DATA = 2, 65, 66
+EXIT_DISAGREE, EXIT_NOT_SAVED, EXIT_AGAIN, EXIT_STOPPED = 70, 74, 75, 143
 _PR_SET_PDEATHSIG = 1
 
 
@@ -55,20 +58,62 @@ class RunLock:
 
 
 class Lifecycle:
-    """Turns SIGTERM and SIGUSR1 into a flag on which all ranks agree at the same step."""
+    """Turns SIGTERM and SIGUSR1 into a flag that all ranks learn of at the same step (the guard's all-reduce carries it).
+
+    Made just before the first step: until then there is nothing to save, and the signals end the process at once.
+    """
 
     def __init__(self, group: Group = None) -> None:
-        self.group, self._asked = group, False
+        self.group, self.asked = group, False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
-        if sys.platform == "linux":
-            # A launcher that dies without a word must not leave its ranks behind.
-            with contextlib.suppress(OSError):
-                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True  # a second signal changes nothing: the save under way ends first
+        self.ask()
+
+    def ask(self) -> None:
+        """Ask to stop after the step under way; again changes nothing: a save under way ends first."""
+        self.asked = True
 
     def stop_requested(self) -> bool:
         """True on every rank when one was asked to stop. A collective."""
-        return any_rank(self._asked, self.group)
+        return any_rank(self.asked, self.group)
+
+
+def die_with_parent() -> None:
+    """The kernel sends SIGTERM to this process when its parent ends, however it ends: no orphans."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _process(pid: int) -> tuple[int, str, str] | None:
+    """(parent, start time, command line) of a living process; None when there is none, or no /proc."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except (OSError, IndexError):
+        return None
+    return None if fields[0] == "Z" else (int(fields[1]), fields[19], line)
+
+
+class Launcher:
+    """The processes that started this rank: its parent, and above DeepSpeed's per-node launcher the `deepspeed` command.
+
+    DeepSpeed does not pass a signal that ends the command on to its per-node launcher, whose ranks would run on unseen.
+    """
+
+    def __init__(self) -> None:
+        self._alive: dict[int, str] = {}  # pid -> start time, which tells a pid that was given away again
+        parent = _process(os.getppid())
+        if parent is None:
+            return
+        self._alive[os.getppid()] = parent[1]
+        above = _process(parent[0])
+        if "deepspeed.launcher.launch" in parent[2] and above is not None and "deepspeed" in above[2]:
+            self._alive[parent[0]] = above[1]
+
+    def gone(self) -> bool:
+        """True when one of them has ended."""
+        now = {pid: _process(pid) for pid in self._alive}
+        return any(found is None or found[1] != self._alive[pid] for pid, found in now.items())

@@ -14,7 +14,7 @@ import pytest
 import torch
 from harness import run_ranks
 
-from megacid.config import ScheduleConfig, load_run
+from megacid.config import GuardConfig, ScheduleConfig, load_run
 from megacid.deepspeed_keys import lint_deepspeed
 from megacid.errors import UserError
 from megacid.runtime.drift import check_drift, write_config
@@ -45,8 +45,8 @@ def test_vectors_and_scalars_do_not_decay() -> None:
 def _decide(loss: float, norm: float, rows: list[float]) -> Verdict:
     import torch.distributed as dist
 
-    return Guard(1.0, 5).decide(
-        0, torch.tensor(loss), torch.tensor(norm), torch.tensor(rows[dist.get_rank()]), lambda: ""
+    return Guard(1.0, GuardConfig()).decide(
+        0, torch.tensor(loss), torch.tensor(norm), torch.tensor(rows[dist.get_rank()]), lambda: (False, "")
     )
 
 
@@ -70,13 +70,56 @@ def test_one_rank_that_is_not_finite_makes_all_ranks_skip(loss: float, norm: flo
 
 
 def test_the_guard_gives_up_after_consecutive_skips_only() -> None:
-    guard = Guard(0.0, 2)
+    guard = Guard(0.0, GuardConfig(max_consecutive_skips=2))
     good, bad = (torch.tensor(1.0), torch.tensor(2.0)), (torch.tensor(math.nan), torch.tensor(2.0))
-    assert not guard.decide(0, *bad, None, lambda: "").apply
-    assert guard.decide(1, *good, None, lambda: "") == Verdict(True, 2.0, 1.0)
-    assert not guard.decide(2, *bad, None, lambda: "").apply
+    assert not guard.decide(0, *bad, None, lambda: (False, "")).apply
+    assert guard.decide(1, *good, None, lambda: (False, "")) == Verdict(True, 2.0, 1.0, 1.0)
+    assert not guard.decide(2, *bad, None, lambda: (False, "")).apply
     with pytest.raises(TooManySkips, match="2 steps in a row up to step 3"):
-        guard.decide(3, *bad, None, lambda: "")
+        guard.decide(3, *bad, None, lambda: (False, ""))
+
+
+def test_the_guard_gives_up_when_too_many_of_the_last_thousand_steps_were_skipped() -> None:
+    def run(every: int) -> int:
+        """The step at which it gives up when each `every`-th step is bad; 5000 when it does not."""
+        guard = Guard(0.0, GuardConfig(max_consecutive_skips=3, max_skipped_share=0.01))
+        for step in range(5000):
+            loss = torch.tensor(math.nan if step % every == 0 else 1.0)
+            try:
+                guard.decide(step, loss, torch.tensor(1.0), None, lambda: (False, ""))
+            except TooManySkips as error:
+                assert "11 of the last 1000 steps" in str(error)
+                return step
+        return 5000
+
+    assert run(90) == 90 * 10 and run(100) == 5000
+
+
+@pytest.mark.parametrize("policy", ["off", "skip", "lower", "abort"])
+def test_a_spike_is_judged_by_median_and_deviation_and_the_state_travels(policy: Any) -> None:
+    config = GuardConfig(spike=policy, spike_deviations=8.0)
+    guard, norm = Guard(0.0, config), torch.tensor(1.0)
+    losses = [5.0 + 0.1 * math.sin(7.0 * step) for step in range(60)]  # deviation about 0.07
+    for step, loss in enumerate(losses):
+        if step == 30:  # in another process after a resume, by way of JSON
+            state = json.loads(json.dumps(guard.state()))
+            guard = Guard(0.0, config)
+            guard.load_state(state)
+        assert (
+            guard.decide(step, torch.tensor(loss, dtype=torch.float64), norm, None, lambda: (False, "")).clip_scale
+            == 1.0
+        )
+    limit = guard._spike_limit()
+    assert limit is None if policy == "off" else limit == pytest.approx(5.0 + 8 * 0.07, abs=0.1)
+    if policy == "abort":
+        with pytest.raises(TooManySkips, match=r"step 60 has loss 500.*guard.spike is abort"):
+            guard.decide(60, torch.tensor(500.0), norm, None, lambda: (False, ""))
+        return
+    verdict = guard.decide(60, torch.tensor(500.0), norm, None, lambda: (False, ""))
+    assert (verdict.apply, verdict.clip_scale) == {"off": (True, 1.0), "skip": (False, 0.0), "lower": (True, 0.1)}[
+        policy
+    ]
+    assert guard.skipped == (policy == "skip")
 
 
 OPTIMIZER: dict[str, Any] = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, "gradient_clipping": 1.0}
