@@ -33,6 +33,7 @@ import torch
 from megacid import PartialFC, RowAdamW, RowSGD
 from megacid.assemble import make_classifier, make_objective, make_student, open_data, peak_rates, together
 from megacid.checkpoint import state, store
+from megacid.checkpoint.saver import SaveFailed, Saver
 from megacid.classifier.health import concerns, health, hit_histogram
 from megacid.config import RunFile, load_run
 from megacid.data.batch import Batch, DataBudgetError
@@ -73,23 +74,6 @@ from megacid.student import Student
 from megacid.tower import FeatureTower
 
 log = logging.getLogger("megacid")
-
-
-class SaveFailed(RuntimeError):  # TEMPORARY: the checkpoint package brings its own
-    pass
-
-
-class Saver:  # TEMPORARY
-    def __init__(self, root: Path, *, keep_last: int, group: Any, background: bool) -> None:
-        self.root, self.keep_last, self.group = root, keep_last, group
-
-    def save(self, step: int, engine: Any, rows: Any, row_range: tuple[int, int], facts: dict[str, Any]) -> None:
-        state.save_checkpoint(
-            self.root, step, engine, rows, row_range, facts, keep_last=self.keep_last, group=self.group
-        )
-
-    def poll(self) -> None: ...
-    def finish(self) -> None: ...
 
 
 EXIT_CODES: dict[type[Exception], int] = {

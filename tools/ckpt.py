@@ -3,6 +3,7 @@
 
     tools/ckpt.py list runs/vit_b32                         every checkpoint, verified
     tools/ckpt.py verify runs/vit_b32/step-00010000         every byte against the manifest
+    tools/ckpt.py quarantine runs/vit_b32                   rename what does not verify to .bad-step-...
     tools/ckpt.py show runs/vit_b32                         what the newest one holds
     tools/ckpt.py export runs/vit_b32 --out rows.npy        the class rows [C, D] of all ranks in one file
     tools/ckpt.py import arcface_r50/ --out rows.npy        per-rank files of insightface's partial FC, the same
@@ -52,7 +53,7 @@ def list_(args: argparse.Namespace) -> int:
     if not found:
         raise UserError(f"{args.path} holds no checkpoint (step-...): name a run directory of train.py")
     for step, path, said in found:
-        size = sum(file.stat().st_size for file in path.iterdir())
+        size = sum(file.lstat().st_size for file in path.rglob("*"))
         print(f"step {step:>10,}  {size / 2**20:>12,.1f} MiB  {said}")
     return 0 if all(said == "ok" for *_, said in found) else 1
 
@@ -63,6 +64,17 @@ def verify(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(f"not a whole checkpoint: {error}") from None
     print(f"{args.path}: {len(manifest['files'])} files, every byte as written")
+    return 0
+
+
+def quarantine(args: argparse.Namespace) -> int:
+    for _, path, said in list(states(args.path)):
+        if said != "ok":
+            bad = path.with_name(f".bad-{path.name}")
+            if bad.exists():
+                raise UserError(f"{bad} exists already: look at it and remove it, then run this again")
+            path.rename(bad)
+            print(f"{path.name} -> {bad.name}: {said}")
     return 0
 
 
@@ -117,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, call, text in (
         ("list", list_, "every checkpoint of a run, verified; exit code 1 when one is damaged"),
         ("verify", verify, "one checkpoint against its manifest"),
+        ("quarantine", quarantine, "rename the checkpoints that do not verify, so that nobody meets them again"),
         ("show", show, "what a checkpoint holds"),
         ("export", export, "class rows of a checkpoint as one .npy"),
         ("import", import_, "class rows of published per-rank files, or of a .safetensors, as one .npy"),

@@ -7,6 +7,8 @@ A checkpoint is a directory `step-00001000/` with safetensors files and a `manif
     rank 0      renames the stage directory to its final name, fsync of the parent
     rank 0      prunes old checkpoints down to `keep_last`
 
+`saver.py` leads the ranks through it.
+
 There is no `latest` file: the newest checkpoint is the highest step whose manifest verifies. A published directory is
 never written to again.
 """
@@ -31,6 +33,7 @@ import torch
 from torch import Tensor
 
 from megacid.errors import UserError
+from megacid.probes import probe
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -145,9 +148,13 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def stage_path(root: Path, step: int) -> Path:
+    return root / f".tmp-{step_name(step)}"
+
+
 def make_stage(root: Path, step: int) -> Path:
     """A fresh, empty stage directory below `root`."""
-    stage = root / f".tmp-{step_name(step)}"
+    stage = stage_path(root, step)
     if stage.exists():
         shutil.rmtree(stage)
     stage.mkdir(parents=True)
@@ -162,9 +169,10 @@ _WRITE_BYTES = 1 << 24
 
 
 def write_tensors(
-    stage: Path, name: str, tensors: dict[str, Tensor], facts: dict[str, str] | None = None
+    stage: Path, name: str, tensors: dict[str, Tensor], facts: dict[str, str] | None = None, *, step: int = 0
 ) -> WrittenFile:
     """Write one safetensors file into the stage, durable, and hash what was written (not what a re-read gives back).
+    step: for the probes.
 
     Tensors may be on any device and are taken to the host one at a time: the library's own writer first makes one byte
     string of all of them, which for the rows of a classifier and their moments doubles what the process needs.
@@ -191,46 +199,59 @@ def write_tensors(
                 written += len(part)
 
         write(len(text).to_bytes(8, "little") + text)
-        for key in ordered:
+        for number, key in enumerate(ordered):
+            if number == len(ordered) // 2:
+                handle.flush()  # what a crash leaves here is half a file, not an empty one
+                probe("store:mid_file", step=step)
             host = tensors[key].detach().contiguous().cpu().reshape(-1)
             if host.numel():
                 write(host.view(torch.uint8).numpy().data)
         handle.flush()
+        probe("store:before_fsync", step=step)
         os.fsync(handle.fileno())
+    probe("store:after_fsync", step=step)
     return WrittenFile(name, written, digest.hexdigest())
 
 
-def publish(
-    root: Path, stage: Path, step: int, files: list[WrittenFile], facts: dict[str, Any], keep_last: int
-) -> Path:
-    """Rank 0: manifest, rename, prune. Returns the published directory."""
+def publish(root: Path, stage: Path, step: int, files: list[WrittenFile], facts: dict[str, Any]) -> Path:
+    """Rank 0: manifest, rename. Returns the published directory."""
     manifest = {
         "format": FORMAT_VERSION,
         "step": step,
         **facts,
         "files": [vars(file) for file in sorted(files, key=lambda f: f.name)],
     }
-    body = json.dumps(manifest, indent=1, sort_keys=True)
-    # The manifest carries its own hash, so that a flipped byte in it is found like one in any other file.
-    sealed = {"manifest": manifest, "sha256": hashlib.sha256(body.encode()).hexdigest()}
-    write_json_atomic(stage / MANIFEST, sealed)
+    probe("store:before_manifest", step=step)
+    write_atomic(stage / MANIFEST, seal(manifest))
     fsync_dir(stage)
     final = root / step_name(step)
     if final.exists():
-        # Only an invalid directory can stand here (a valid one would have been resumed from); move it, never overwrite.
-        final.rename(root / f".bad-{final.name}-{os.getpid()}")
+        # Damaged, or from a part of the run that was given up (--resume PATH): moved away, never overwritten.
+        final.rename(root / f".replaced-{final.name}-{os.getpid()}")
+    probe("store:before_rename", step=step)
     os.replace(stage, final)
     fsync_dir(root)
-    prune(root, keep_last)
+    probe("store:after_rename", step=step)
     return final
 
 
-def prune(root: Path, keep_last: int) -> None:
+def seal(manifest: dict[str, Any]) -> bytes:
+    """The content of manifest.json. It carries its own hash, and there is one way to write it, so that every flipped
+    byte is found as in any other file."""
+    body = json.dumps(manifest, indent=1, sort_keys=True)
+    sealed = {"manifest": manifest, "sha256": hashlib.sha256(body.encode()).hexdigest()}
+    return (json.dumps(sealed, indent=1, sort_keys=True) + "\n").encode()
+
+
+def prune(root: Path, keep_last: int, *, step: int = 0) -> None:
+    """Rank 0: remove the oldest checkpoints. step: the one just published, for the probes."""
     for _, path in list_steps(root)[:-keep_last]:
         # Renamed first: a half-deleted directory must not look like a checkpoint.
         doomed = root / f".tmp-pruned-{path.name}"
         os.replace(path, doomed)
+        probe("store:during_prune", step=step)
         shutil.rmtree(doomed)
+    probe("store:after_prune", step=step)
 
 
 def sweep_stages(root: Path) -> None:
@@ -253,20 +274,46 @@ def list_steps(root: Path) -> list[tuple[int, Path]]:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of one checkpoint. Raises ValueError naming what is wrong with it."""
+    """The manifest of one checkpoint. Raises ValueError naming what is wrong with it, whatever the file holds."""
+    path = directory / MANIFEST
     try:
-        sealed = json.loads((directory / MANIFEST).read_text())
-        manifest = sealed["manifest"]
-        body = json.dumps(manifest, indent=1, sort_keys=True)
-        if hashlib.sha256(body.encode()).hexdigest() != sealed["sha256"]:
-            raise ValueError(f"{directory / MANIFEST}: its sha256 does not match its content")
+        data = path.read_bytes()
+        manifest = json.loads(data)["manifest"]
+        if data != seal(manifest):
+            raise ValueError(f"{path}: its sha256 does not match its content")
+        version, step, files = manifest.get("format"), manifest.get("step"), manifest.get("files")
     except FileNotFoundError:
         raise ValueError(f"{directory} has no {MANIFEST}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory / MANIFEST} cannot be read: {error!r}") from None
-    if manifest.get("format") != FORMAT_VERSION:
-        raise ValueError(f"{directory} has format {manifest.get('format')}, this version reads format {FORMAT_VERSION}")
+    except (
+        OSError,
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        raise ValueError(f"{path} cannot be read: {str(error)[:200] or type(error).__name__}") from None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{directory} has format {version}, this version reads format {FORMAT_VERSION}")
+    named = _STEP.match(directory.name)
+    if type(step) is not int or (named and int(named.group(1)) != step):
+        raise ValueError(f"{path} says step {step!r}, its directory {directory.name}")
+    if not isinstance(files, list) or not all(map(_is_file_entry, files)):
+        raise ValueError(f"{path} has entries that are no files of a checkpoint")
+    names = [file["name"] for file in files]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{path} names a file twice")
     return dict(manifest)
+
+
+def _is_file_entry(entry: Any) -> bool:
+    """{"name", "bytes", "sha256"}, and nothing that could lead out of the directory."""
+    if not isinstance(entry, dict) or entry.keys() != {"name", "bytes", "sha256"}:
+        return False
+    name, size, digest = entry["name"], entry["bytes"], entry["sha256"]
+    good_name = isinstance(name, str) and re.fullmatch(r"[\w][\w.-]*", name) is not None and name != MANIFEST
+    return good_name and type(size) is int and size >= 0 and isinstance(digest, str)
 
 
 def _sha256(handle: BinaryIO) -> str:
@@ -281,14 +328,17 @@ def verify(directory: Path, *, hashes: bool = True) -> dict[str, Any]:
     manifest = read_manifest(directory)
     for file in manifest["files"]:
         path = directory / file["name"]
-        size = path.stat().st_size if path.exists() else None
+        size = path.stat().st_size if path.is_file() else None
         if size != file["bytes"]:
             raise ValueError(
                 f"{path} has {'no file' if size is None else f'{size} bytes'}, the manifest says {file['bytes']} bytes"
             )
         if hashes:
-            with open(path, "rb") as handle:
-                digest = _sha256(handle)
+            try:
+                with open(path, "rb") as handle:
+                    digest = _sha256(handle)
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read: {error.strerror}") from None
             if digest != file["sha256"]:
                 raise ValueError(f"{path} has sha256 {digest[:16]}..., the manifest says {file['sha256'][:16]}...")
     return manifest

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megacid.checkpoint.state import save_checkpoint
+from megacid.checkpoint.saver import Saver
 from megacid.checkpoint.store import read_meta
 from megacid.errors import UserError, run_tool
 from megacid.evaluate.datasets import load_benchmark
@@ -168,7 +168,7 @@ def test_names_that_would_break_or_be_taken_for_another_model_are_refused(traine
 
 
 class EngineOfOneRank:
-    """What `save_checkpoint` asks of the engine, for a student outside DeepSpeed; `offset` tells the checkpoints apart."""
+    """What `Saver` asks of the engine, for a student outside DeepSpeed; `offset` tells the checkpoints apart."""
 
     def __init__(self, student, offset):
         self.student, self.offset = student, offset
@@ -190,7 +190,7 @@ def run(trained, tmp_path):
     block = {"model": "digits-student", "embed_dim": 96, "image_size": None, "context_length": None}
     (directory / "config.json").write_text(json.dumps({"resolved": {"megacid": {"student": block}}}))
     for step in (10, 20):
-        save_checkpoint(directory, step, EngineOfOneRank(trained, step - 10), {}, (0, 0), {}, keep_last=3)
+        Saver(directory, keep_last=3).save(step, EngineOfOneRank(trained, step - 10), {}, (0, 0), {})
     victim = next((directory / "step-00000020").glob("*.safetensors"))
     victim.write_bytes(victim.read_bytes()[:1000])
     return directory

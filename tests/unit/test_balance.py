@@ -1,12 +1,17 @@
 """Linking and choosing against brute force on all pairs; the search; the numbers of the report."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from harness import run_ranks
 
 from megacid.errors import UserError
+from megacid.offline import balance
 from megacid.offline.balance import BalanceSettings, Clusters, Decision, decide, group_by_cluster
+from megacid.offline.files import PartialResults
 from megacid.offline.gallery import pick_groups, size_plot
 from megacid.offline.linking import keep_mask, owners
 from megacid.offline.report import planted_report, power_histogram, subset_array
@@ -134,6 +139,51 @@ def test_search_on_a_sample_of_the_clusters() -> None:
     assert decision.keep.mean() == pytest.approx(0.6, abs=0.04)
 
 
+def test_partial_results_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, label, priority = clustered()
+    clusters = group_by_cluster(label, priority, 15)
+    settings = BalanceSettings(target_keep=0.3, cap=30)
+    whole = decide(rows, clusters, settings)
+    monkeypatch.setattr(balance, "PART_PAIRS", 20_000)
+    assert len(balance.part_bounds(clusters.sizes)) > 4
+    work = PartialResults(tmp_path, {})
+    work.begin()
+    first = decide(rows, clusters, settings, work=work)
+    parts = sorted(work.folder.glob("links-*.npy"))
+    parts[1].unlink()
+    parts[2].write_bytes(parts[2].read_bytes()[:-8])
+    done = 0
+
+    def count(links: int) -> None:
+        nonlocal done
+        done += links
+
+    linked = 0
+    link = balance.owners
+
+    def counted(x: torch.Tensor, *rest: Any) -> np.ndarray:
+        nonlocal linked
+        linked += len(x)
+        return link(x, *rest)
+
+    monkeypatch.setattr(balance, "owners", counted)
+    again = decide(rows, clusters, settings, work=work, tick=count)
+    assert done == 1200  # the progress bar reaches its end
+    assert 0 < linked < 600  # two of the parts, and nothing of the search
+    for decision in (first, again, *run_ranks(_decide, 2, rows, clusters, settings)):
+        assert decision.threshold == whole.threshold and decision.curve == whole.curve
+        np.testing.assert_array_equal(decision.keep, whole.keep)
+        np.testing.assert_array_equal(decision.owner, whole.owner)
+
+
+def test_parts_are_whole_clusters_of_about_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(balance, "PART_PAIRS", 100)
+    assert balance.part_bounds(np.array([5, 5, 5, 5, 5, 5])).tolist() == [0, 3, 6]
+    assert balance.part_bounds(np.array([50, 1, 1])).tolist() == [0, 3]
+    assert balance.part_bounds(np.array([1, 50, 1, 50])).tolist() == [0, 1, 3, 4]
+    assert balance.part_bounds(np.zeros(4, np.int64)).tolist() == [0, 4]
+
+
 def _decide(rows: ArrayRows, clusters: Clusters, settings: BalanceSettings) -> Decision:
     return decide(rows, clusters, settings)
 
@@ -141,7 +191,7 @@ def _decide(rows: ArrayRows, clusters: Clusters, settings: BalanceSettings) -> D
 def test_ranks_decide_alike() -> None:
     rows, label, priority = clustered()
     clusters = group_by_cluster(label, priority, 15)
-    settings = BalanceSettings(target_keep=0.5, cap=30)
+    settings = BalanceSettings(target_keep=0.3, cap=30)
     alone = decide(rows, clusters, settings)
     for decision in run_ranks(_decide, 2, rows, clusters, settings):
         assert decision.threshold == alone.threshold

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from megacid.config import load_run
-from megacid.data.batch import Batch, DataBudgetError, Positions
+from megacid.data.batch import Batch, Positions
 from megacid.data.features import FeatureSet, FeatureStream
 from megacid.errors import UserError
 from megacid.tower import FeatureTower
@@ -84,13 +85,27 @@ def test_features_resume_from_the_step_alone(folder: Path) -> None:
     assert len(stream(folder, start_step=4, accumulation=2, micro_batch=4)) == 4
 
 
-def test_a_label_out_of_range_ends_the_stream_and_names_its_row(folder: Path, tmp_path: Path) -> None:
+def test_a_label_out_of_range_is_a_failure_that_names_its_row(folder: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(folder, tmp_path / "broken")
     labels = np.load(broken / "labels" / "labels_00001.npy")
     labels[3] = CLASSES
     np.save(broken / "labels" / "labels_00001.npy", labels)
-    with pytest.raises(DataBudgetError, match=r"labels_00001.npy row 3 has label 5, wanted 0 .. 4"):
-        list(stream(broken))
+    batches = list(stream(broken))
+    first = next(i for i, batch in enumerate(batches) if batch.failure)
+    assert len(batches) == 6 and first < 3 and {batch.failure for batch in batches[:first]} <= {None}
+    for batch in batches[first:]:
+        assert batch.failure and "labels_00001.npy row 3 has label 5, wanted 0 .. 4" in batch.failure
+        assert batch.image.shape == (8, DIM) and batch.label is not None and batch.label.tolist() == [-1] * 8
+    assert 12 in batches[first].sample_id.tolist() and batches[first].image.any()
+    assert not any(batch.image.any() for batch in batches[first + 1 :])
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_a_failure_not_a_crash(folder: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    batches = iter(stream(broken))
+    os.truncate(broken / "features" / "features_00001.npy", 130)
+    said = {batch.failure for batch in batches} - {None}
+    assert len(said) == 1 and "features_00001.npy ends before row" in said.pop()
 
 
 def spoil(root: Path, case: str) -> None:

@@ -38,6 +38,7 @@ ALLOWED = {
     "megacid.data": {"megacid.config", "megacid.data", "megacid.checkpoint.store"},
     "megacid.checkpoint.store": {"megacid.config"},
     "megacid.checkpoint.state": {"megacid.config", "megacid.checkpoint.store", "megacid.distributed.collectives"},
+    "megacid.checkpoint.saver": {"megacid.checkpoint", "megacid.distributed.collectives"},
     "megacid.runtime": {
         "megacid.config",
         "megacid.runtime",

@@ -138,25 +138,29 @@ def test_links_devices_and_unsafe_names_are_never_used(tmp_path: Path) -> None:
     assert index.table(0).keys == ["ok"] and index.dropped == {"not a regular file": 3, "unsafe name": 2}
 
 
-@pytest.mark.parametrize("where", ["payload", "header", "boundary", "garbage"])
+@pytest.mark.parametrize("where", ["payload", "header", "boundary", "garbage", "zeros", "without json"])
 def test_a_cut_tar_is_refused_or_used_up_to_the_cut(tmp_path: Path, where: str) -> None:
-    make_tar(tmp_path / "00000.tar", ["a", "b"])
+    make_tar(tmp_path / "00000.tar", ["a", "b", "c"])
     with tarfile.open(tmp_path / "00000.tar") as tar:
         members = tar.getmembers()
     data = (tmp_path / "00000.tar").read_bytes()
-    text_of_b = members[4]
+    text_of_c, image_of_c = members[7], members[6].offset
     cut = {
-        "payload": data[: text_of_b.offset_data + 4],
-        "header": data[: text_of_b.offset + 100],
-        "boundary": data[: members[3].offset],
-        "garbage": data[: members[3].offset] + b"\xff" * 2048,
+        "payload": data[: text_of_c.offset_data + 4],
+        "header": data[: text_of_c.offset + 100],
+        "boundary": data[:image_of_c],
+        "garbage": data[:image_of_c] + b"\xff" * 2048,
+        "zeros": data[:image_of_c] + bytes(512) + data[image_of_c + 512 :],
+        "without json": data[: members[8].offset],
     }[where]
     (tmp_path / "00000.tar").write_bytes(cut)
     with pytest.raises(UserError, match=r"00000.tar is damaged .* --allow-bad"):
         load_index(tmp_path)
     index = load_index(tmp_path, allow_bad=True)
-    assert index.table(0).keys == ["a"] and sum(index.dropped.values()) == (where in ("payload", "header"))
-    assert load_index(tmp_path).table(0).keys == ["a"]  # the decision was stored
+    assert index.table(0).keys == ["a", "b"]
+    partial = where in ("payload", "header", "without json")
+    assert index.shards[0]["dropped_names"] == ({"sample at the cut": ["c"]} if partial else {})
+    assert load_index(tmp_path).table(0).keys == ["a", "b"]  # the decision was stored
 
 
 def test_a_tar_cut_after_indexing_gives_bad_samples(tmp_path: Path) -> None:

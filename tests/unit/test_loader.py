@@ -1,5 +1,7 @@
 import io
+import os
 import random
+import re
 import signal
 import tarfile
 from pathlib import Path
@@ -12,8 +14,10 @@ from test_index import put
 from test_sidecar import keep_dir, label_dir, save, teacher_dir, write_parquet
 
 from megacid.data.index import ShardIndex, load_index
-from megacid.data.loader import BUDGET_FLOOR, Batch, DataBudgetError, PairStream, _start_worker
+from megacid.data.batch import Batch
+from megacid.data.loader import BUDGET_FLOOR, PairStream
 from megacid.data.sidecar import KeepTable, LabelTable, TeacherTable
+from megacid.data.workers import start_worker
 from megacid.errors import UserError
 
 SIZES = {"00000": 9, "00001": 7, "00002": 8}
@@ -39,7 +43,7 @@ def write_shards(folder: Path, damaged: set[int] = frozenset(), without_text: se
 
 
 def transform(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+    return torch.from_numpy(np.array(image.resize((4, 4)))).permute(2, 0, 1).float()
 
 
 def noisy(image: Image.Image) -> torch.Tensor:
@@ -47,7 +51,7 @@ def noisy(image: Image.Image) -> torch.Tensor:
 
 
 def tokenize(captions: list[str]) -> torch.Tensor:
-    return torch.tensor([[int(caption)] for caption in captions])
+    return torch.tensor([[int(caption or 0)] for caption in captions])
 
 
 def stream(index: ShardIndex, **changes: object) -> PairStream:
@@ -142,18 +146,33 @@ def test_bad_samples_are_replaced_named_and_counted(damaged: ShardIndex, caplog:
         assert whole.sample_id.tolist() == left.sample_id.tolist() + right.sample_id.tolist()
 
 
-def test_too_many_bad_samples_end_the_run(damaged: ShardIndex) -> None:
-    with pytest.raises(DataBudgetError, match=r"[12] bad samples .* 0 are allowed"):
-        list(stream(damaged, error_budget=0.0))
-    with pytest.raises(DataBudgetError, match=r"[34] bad samples"):
-        list(stream(damaged, error_budget=2 / BUDGET_FLOOR))
+def failures(batches: PairStream) -> list[str | None]:
+    """The failure of every batch; all have the same shapes, and after the first failure they are dummies."""
+    given = list(batches)
+    assert len(given) == len(batches) == 6 and len({(b.image.shape, b.text.shape, b.label is None) for b in given}) == 1
+    found = [batch.failure for batch in given]
+    first = next(i for i, failure in enumerate(found) if failure)
+    assert set(found[:first]) <= {None} and set(found[first:]) == {found[first]}
+    for batch in given[first + 1 :]:
+        assert not batch.image.any() and (batch.sample_id == -1).all()
+    return found
+
+
+def test_too_many_bad_samples_are_the_failure_of_their_batch(damaged: ShardIndex) -> None:
+    (said,) = {failure for failure in failures(stream(damaged, error_budget=0.0)) if failure}
+    assert re.search(r"[12] bad samples .* 0 are allowed", said)
+    found = failures(stream(damaged, error_budget=2 / BUDGET_FLOOR))
+    assert found[0] is None and re.search(r"[34] bad samples .* the last one 0000\d/k\d+: ", found[-1] or "")
+    # The batch that exceeds the budget is the real one.
+    first = next(batch for batch in stream(damaged, error_budget=2 / BUDGET_FLOOR) if batch.failure)
+    assert torch.equal(first.image[:, 0, 0, 0].long(), first.sample_id)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_decodable_ends_the_run_instead_of_looping(tmp_path: Path, workers: int) -> None:
+def test_nothing_decodable_is_a_failure_instead_of_a_loop(tmp_path: Path, workers: int) -> None:
     index = write_shards(tmp_path / "shards", damaged=set(range(24)))
-    with pytest.raises(DataBudgetError, match="7 bad samples in a row"):
-        list(stream(index, max_consecutive_errors=7, workers=workers))
+    found = failures(stream(index, max_consecutive_errors=7, workers=workers))
+    assert found[0] is not None and re.match(r"7 bad samples in a row, the last one 0000\d/k\d+: ", found[0])
 
 
 def test_one_decodable_sample_among_all_is_found(tmp_path: Path) -> None:
@@ -227,8 +246,7 @@ def test_a_sample_the_teacher_never_saw_is_replaced(tmp_path: Path) -> None:
     assert batches.facts()["teacher_share"] == 1.0  # b, which it lacks, is not kept
     without_keep = stream(index, global_batch=1, micro_batch=1, total_steps=5, teacher=batches.teacher)
     assert without_keep.facts()["teacher_share"] == pytest.approx(4 / 5)
-    with pytest.raises(DataBudgetError, match="not a readable"):
-        list(batches)
+    assert "not a readable" in (next(iter(batches)).failure or "")
 
 
 def test_sizes_that_do_not_fit_are_user_errors(index: ShardIndex) -> None:
@@ -250,7 +268,7 @@ def test_workers_do_not_run_the_trainers_signal_handlers() -> None:
     before = [signal.getsignal(name) for name in names]
     try:
         signal.signal(signal.SIGTERM, lambda *_: None)
-        _start_worker(0)
+        start_worker(os.getppid(), 0)
         assert [signal.getsignal(name) for name in names] == [signal.SIG_DFL, signal.SIG_DFL, signal.SIG_IGN]
     finally:
         for name, handler in zip(names, before):

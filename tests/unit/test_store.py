@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,9 @@ from megacid.errors import UserError
 def make(root: Path, step: int, keep_last: int = 2) -> Path:
     stage = store.make_stage(root, step)
     files = [store.write_tensors(stage, f"part-{i}.safetensors", {"x": torch.arange(100) + step + i}) for i in range(2)]
-    return store.publish(root, stage, step, files, {"updates": step}, keep_last)
+    final = store.publish(root, stage, step, files, {"updates": step})
+    store.prune(root, keep_last)
+    return final
 
 
 def test_only_the_newest_keep_last_checkpoints_stay(tmp_path: Path) -> None:
@@ -63,6 +67,51 @@ def test_truncated_missing_and_swapped_files_are_found(tmp_path: Path, harm: str
         two.write_bytes(a)
     with pytest.raises(ValueError, match="part-0"):
         store.verify(newest)
+
+
+def forge(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Change a manifest and seal it again, as somebody would who means harm."""
+
+    def harm(path: Path) -> None:
+        manifest = json.loads(path.read_text())["manifest"]
+        path.write_bytes(store.seal(change(manifest) or manifest))
+
+    return harm
+
+
+HOSTILE: dict[str, Callable[[Path], Any]] = {
+    "nothing": lambda path: path.write_bytes(b""),
+    "no text": lambda path: path.write_bytes(b"\xff\xfe{}"),
+    "a list": lambda path: path.write_text("[1, 2]"),
+    "a number": lambda path: path.write_text("7"),
+    "deep": lambda path: path.write_text("[" * 200_000),
+    "a directory": lambda path: (path.unlink(), path.mkdir()),
+    "other white space": lambda path: path.write_text(path.read_text().replace("\n", "  \n", 1)),
+    "manifest is a list": forge(lambda m: [m]),
+    "another format": forge(lambda m: m.update(format=99)),
+    "another step": forge(lambda m: m.update(step=7)),
+    "step is a text": forge(lambda m: m.update(step="1")),
+    "no files": forge(lambda m: m.pop("files") and m),
+    "files is a dict": forge(lambda m: m.update(files={})),
+    "a file is a text": forge(lambda m: m["files"].append("part-0.safetensors")),
+    "a file above": forge(lambda m: m["files"][0].update(name="../part-0.safetensors")),
+    "an absolute file": forge(lambda m: m["files"][0].update(name="/etc/passwd")),
+    "a file of negative size": forge(lambda m: m["files"][0].update(bytes=-1)),
+    "a file twice": forge(lambda m: m["files"].append(m["files"][0])),
+    "a directory as file": forge(lambda m: m["files"][0].update(name="sub", bytes=4096)),
+}
+
+
+@pytest.mark.parametrize("how", HOSTILE)
+def test_whatever_stands_in_a_manifest_is_one_kind_of_error_that_names_it(tmp_path: Path, how: str) -> None:
+    make(tmp_path, 1)
+    newest = make(tmp_path, 2)
+    (newest / "sub").mkdir()
+    HOSTILE[how](newest / store.MANIFEST)
+    with pytest.raises(ValueError, match=newest.name):
+        store.verify(newest)
+    found, problems = store.newest_valid(tmp_path)
+    assert found == tmp_path / "step-00000001" and len(problems) == 1
 
 
 def test_a_stage_that_was_never_published_is_no_checkpoint(tmp_path: Path) -> None:
