@@ -1,10 +1,20 @@
-"""What a user can put right, and how a tool says so."""
+"""What a user can put right, how a tool says so, and the exit codes of every program here.
+
+0    finished                          2    the user can put it right (one line says how)
+65   too many non-finite steps         66   too many damaged samples
+70   the ranks hold different things   74   several checkpoints in a row could not be written
+75   a rank stalled, or another rank is gone: start the same command again
+130  Ctrl-C                            143  stopped by SIGTERM or SIGUSR1, what is needed to go on is saved
+"""
 
 from __future__ import annotations
 
 import difflib
 import sys
 from collections.abc import Callable
+
+EXIT_USER, EXIT_NOT_FINITE, EXIT_DATA = 2, 65, 66
+EXIT_DISAGREE, EXIT_NOT_SAVED, EXIT_AGAIN, EXIT_STOPPED = 70, 74, 75, 143
 
 
 class UserError(ValueError):
@@ -17,7 +27,7 @@ def run_tool(main: Callable[[], int | None]) -> int:
         return main() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_USER
     except KeyboardInterrupt:
         print("error: interrupted; what was complete is kept, run the same command to go on", file=sys.stderr)
         return 130

@@ -5,12 +5,16 @@
 does nothing in production: one look at an empty dict. Nothing in the program installs a hook, reads a plan from the
 environment, or depends on one; `tests/faults/` does (see `tests/faultplan.py`). The names are the contract:
 
-    start:ready          everything is built, before the first step
-    train:batch          a micro-batch is about to be used (batch)          train:gradients   before the guard's decision (engine, head)
-    train:applied        after both optimizers stepped or skipped           train:step_end    after logging and saving (step)
-    store:stage_made     store:mid_file     store:before_fsync    store:after_fsync    store:files_written
-    store:before_manifest    store:before_rename    store:after_rename    store:during_prune    store:after_prune
-    eval:batch    embed:partition    embed:shard_done    cluster:iteration    cluster:labels    balance:cluster    balance:keep
+    start:          ready (everything is built, before the first step)
+    train:          batch (a micro-batch is about to be used), gradients (before the guard's decision), applied (both
+                    optimizers have stepped or skipped), step_end (after logging and saving)
+    store:          stage_made, mid_file, before_fsync, after_fsync, files_written on every rank;
+                    before_manifest, before_rename, after_rename, during_prune, after_prune on rank 0
+    embed:          partition, image_written, text_written, metadata_written, shard_done, before_meta, done
+    cluster:        init, iteration, iteration_saved, labels, labelled, before_meta, after_meta
+    balance:        search, cluster, part, keep, report, gallery, before_meta, after_meta
+    eval:           before_result, task_done                synthesize:     before_meta
+    offline:        file (inside every atomic write, before the rename), folder
 """
 
 from __future__ import annotations

@@ -47,13 +47,7 @@ from megacid.distributed.collectives import (
     from_a_collective,
 )
 from megacid.distributed.parallel import Parallel
-from megacid.errors import UserError
-from megacid.losses import Objective
-from megacid.probes import probe
-from megacid.runtime.drift import check_drift, settings_of_this_rank, write_config
-from megacid.runtime.estimate import memory_estimate
-from megacid.runtime.guard import Guard, TooManySkips, Verdict
-from megacid.runtime.lifecycle import (
+from megacid.errors import (
     EXIT_AGAIN,
     EXIT_DATA,
     EXIT_DISAGREE,
@@ -61,11 +55,14 @@ from megacid.runtime.lifecycle import (
     EXIT_NOT_SAVED,
     EXIT_STOPPED,
     EXIT_USER,
-    Launcher,
-    Lifecycle,
-    RunLock,
-    die_with_parent,
+    UserError,
 )
+from megacid.losses import Objective
+from megacid.probes import probe
+from megacid.runtime.drift import check_drift, settings_of_this_rank, write_config
+from megacid.runtime.estimate import memory_estimate
+from megacid.runtime.guard import Guard, TooManySkips, Verdict
+from megacid.runtime.lifecycle import Launcher, Lifecycle, RunLock, die_with_parent
 from megacid.runtime.metrics import Metrics, setup_logging
 from megacid.runtime.resume import Continuity, find_checkpoint
 from megacid.runtime.schedule import learning_rate_share, parameter_groups

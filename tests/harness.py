@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,3 +137,16 @@ def rank_fates(
                         process.kill()
                     process.join()
     return [int(process.exitcode or 0) for process in ranks]
+
+
+def living(mark: str) -> dict[int, str]:
+    """Process id -> command line of the living processes that mention `mark`."""
+    found: dict[int, str] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if mark in line and int(entry.name) != os.getpid():
+            found[int(entry.name)] = line
+    return found

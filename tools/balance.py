@@ -5,6 +5,8 @@
     tools/balance.py --embeddings teacher --clusters clusters --out balance --threshold 0.35 --link greedy --keep caption
 
 Writes keep/<tar>.npy (bool, in tar order), report.json, gallery.html and, when the shards carry uids, DataComp's subset.npy.
+Run it again after an interruption: it goes on with the links that OUT/.work holds and gives the same result. SIGTERM and
+Ctrl-C end it soon, on all ranks, with exit code 143 and 130. Other arguments for the same OUT make it afresh.
 Samples without an embedding (they could not be decoded) are not kept. Where samples carry an `origin` (tools/synthesize.py),
 the report says how many of the planted copies were found.
 """
@@ -20,11 +22,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from tqdm import tqdm
 
-from megacid.distributed.parallel import session
+from megacid.distributed.parallel import Parallel, launched
 from megacid.errors import UserError, run_tool
 from megacid.offline.balance import BalanceSettings
 from megacid.offline.balance_stage import balance
 from megacid.offline.ranks import accept_launcher_arguments
+from megacid.offline.stopping import StopRequest, run_stage
+from megacid.runtime.lifecycle import die_with_parent
 
 WAIT_S = 7200.0  # clusters are split by an estimate of their cost
 
@@ -82,26 +86,30 @@ def main(argv: list[str] | None = None) -> int:
         search_rows=args.search_rows,
         block=args.block,
     )
-    with session(WAIT_S) as parallel:
-        with tqdm(unit="row", desc="balance", disable=not parallel.is_first, unit_scale=True) as bar:
+    if launched():
+        die_with_parent()
+    return run_stage(lambda parallel, stop: work(args, settings, parallel, stop), args.out, WAIT_S)
 
-            def progress(total: int):
-                bar.reset(-(-total // parallel.world))
-                return bar.update
 
-            balance(
-                args.embeddings,
-                args.clusters,
-                args.out,
-                settings,
-                parallel,
-                shards=args.shards,
-                gallery_groups=args.gallery_groups,
-                progress=progress,
-            )
-        if parallel.is_first:
-            print_report(args, json.loads((args.out / "report.json").read_text()))
-    return 0
+def work(args: argparse.Namespace, settings: BalanceSettings, parallel: Parallel, stop: StopRequest) -> None:
+    with tqdm(unit="row", desc="balance", disable=not parallel.is_first, unit_scale=True) as bar:
+
+        def progress(total: int):
+            bar.reset(-(-total // parallel.world))
+            return stop.ticking(bar.update)
+
+        balance(
+            args.embeddings,
+            args.clusters,
+            args.out,
+            settings,
+            parallel,
+            shards=args.shards,
+            gallery_groups=args.gallery_groups,
+            progress=progress,
+        )
+    if parallel.is_first:
+        print_report(args, json.loads((args.out / "report.json").read_text()))
 
 
 def print_report(args: argparse.Namespace, report: dict) -> None:

@@ -4,7 +4,8 @@
     tools/cluster.py --embeddings data/digits/teacher --out data/digits/clusters --k 100
     torchrun --nproc_per_node 8 tools/cluster.py --embeddings teacher --out clusters --k 1000000 --train-sample 100000000
 
-Run it again after an interruption: it goes on after the last iteration and gives the same result.
+Run it again after an interruption: it goes on after the last iteration and gives the same result. SIGTERM and Ctrl-C end
+it soon, on all ranks, with exit code 143 and 130.
 """
 
 import argparse
@@ -19,12 +20,14 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megacid.distributed.collectives import fail_together
-from megacid.distributed.parallel import session
+from megacid.distributed.parallel import Parallel, launched
 from megacid.errors import run_tool
 from megacid.offline.cluster import cluster
 from megacid.offline.kmeans import KMeansSettings
 from megacid.offline.ranks import accept_launcher_arguments
 from megacid.offline.rows import EmbeddingRows
+from megacid.offline.stopping import StopRequest, run_stage
+from megacid.runtime.lifecycle import die_with_parent
 
 WAIT_S = 7200.0  # ranks on slower disks
 
@@ -89,34 +92,38 @@ def main(argv: list[str] | None = None) -> int:
         backend=args.backend,
         memory_gb=args.memory_gb,
     )
-    with session(WAIT_S) as parallel:
-        with fail_together(parallel.group):
-            rows = EmbeddingRows(args.embeddings)
-        if parallel.is_first:
-            trained = min(args.train_sample or rows.num_rows, rows.num_rows)
-            flop = 2.0 * rows.dim * args.k * (trained * args.iterations + rows.num_rows)
-            print(
-                f"{rows.num_rows:,} rows of width {rows.dim}, {args.k:,} clusters, training on {trained:,} rows ({trained / max(args.k, 1):.1f} per cluster): "
-                f"{flop:.3g} flop, centroids {args.k * rows.dim * 4 / 1e9:.3g} GB"
-            )
-        else:
-            logging.getLogger("megacid").setLevel(logging.WARNING)
-        with (
-            tqdm(unit="row", desc="cluster", disable=not parallel.is_first, unit_scale=True) as bar,
-            logging_redirect_tqdm(),
-        ):
+    if launched():
+        die_with_parent()
+    return run_stage(lambda parallel, stop: work(args, settings, parallel, stop), args.out, WAIT_S)
 
-            def progress(total: int):
-                bar.reset(-(-total // parallel.world))
-                return bar.update
 
-            meta = cluster(args.embeddings, args.out, settings, parallel, top_labels=args.top_labels, progress=progress)
-        if parallel.is_first:
-            print(
-                f"{args.out}: k {meta['k']:,}, objective {meta['final_objective']:.6f}, imbalance {meta['imbalance']:.3f}, empty {meta['empty']:,}, "
-                f"{meta['iterations']} iterations"
-            )
-    return 0
+def work(args: argparse.Namespace, settings: KMeansSettings, parallel: Parallel, stop: StopRequest) -> None:
+    with fail_together(parallel.group):
+        rows = EmbeddingRows(args.embeddings)
+    if parallel.is_first:
+        trained = min(args.train_sample or rows.num_rows, rows.num_rows)
+        flop = 2.0 * rows.dim * args.k * (trained * args.iterations + rows.num_rows)
+        print(
+            f"{rows.num_rows:,} rows of width {rows.dim}, {args.k:,} clusters, training on {trained:,} rows ({trained / max(args.k, 1):.1f} per cluster): "
+            f"{flop:.3g} flop, centroids {args.k * rows.dim * 4 / 1e9:.3g} GB"
+        )
+    else:
+        logging.getLogger("megacid").setLevel(logging.WARNING)
+    with (
+        tqdm(unit="row", desc="cluster", disable=not parallel.is_first, unit_scale=True) as bar,
+        logging_redirect_tqdm(),
+    ):
+
+        def progress(total: int):
+            bar.reset(-(-total // parallel.world))
+            return stop.ticking(bar.update)
+
+        meta = cluster(args.embeddings, args.out, settings, parallel, top_labels=args.top_labels, progress=progress)
+    if parallel.is_first:
+        print(
+            f"{args.out}: k {meta['k']:,}, objective {meta['final_objective']:.6f}, imbalance {meta['imbalance']:.3f}, empty {meta['empty']:,}, "
+            f"{meta['iterations']} iterations"
+        )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ Evaluate a classification run on the test split of a features directory: nearest
     tools/eval.py --model ViT-B-32 --pretrained laion2b_s34b_b79k --dataset-root wds/cifar10 --out results
     tools/eval.py --run runs/partial_fc_1m --features data/features-1m --limit 10000 --out results
 
-Every task writes one JSON that `clip_benchmark build` reads.
+Every task writes one JSON that `clip_benchmark build` reads. SIGTERM ends it at once with exit code 143; a result file is
+whole or not there, and the same command writes the same bytes.
 """
 
 import argparse
@@ -31,6 +32,9 @@ from megacid.evaluate.features import TASKS as FEATURE_TASKS
 from megacid.evaluate.features import accuracy, tasks_for, trained_tower
 from megacid.evaluate.linear_probe import linear_probe
 from megacid.evaluate.zero_shot import zero_shot
+from megacid.offline.files import disk_errors
+from megacid.offline.stopping import run_alone
+from megacid.probes import probe
 from megacid.student import LOCAL_DIR, LoadedClip, load_clip, loaded_student
 
 TASKS = {"zero_shot": "zeroshot_classification", "linear_probe": "linear_probe"}  # ours -> CLIP_benchmark's name
@@ -103,6 +107,16 @@ def evaluate(task: str, clip: LoadedClip, benchmark: Benchmark, args: argparse.N
     }
 
 
+def write_result(file: Path, result: dict[str, Any]) -> None:
+    """Write one JSON, whole or not at all, and remove what a killed run left of it. UserError when the disk is full."""
+    probe("eval:before_result")
+    with disk_errors(file):
+        for path in file.parent.glob(f".tmp-*-{file.name}"):
+            path.unlink(missing_ok=True)
+        write_json_atomic(file, result)
+    probe("eval:task_done")
+
+
 def evaluate_features(args: argparse.Namespace) -> int:
     """The tasks on feature vectors; only acc1 among the metrics."""
     train = FeatureSet(args.features)
@@ -120,15 +134,18 @@ def evaluate_features(args: argparse.Namespace) -> int:
             metrics = accuracy(task, trained, args.features, limit=args.limit, tick=bar.update)
         result = {"dataset": name, "model": "feature-mlp", "pretrained": run, "task": task, "metrics": metrics}
         file = args.out / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', '_'.join((name, run, task)))}.json"
-        write_json_atomic(file, {**result, "language": "en"})
+        write_result(file, {**result, "language": "en"})
         print(f"{task:20}acc1 {metrics['acc1']:.4f}  {file}")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    if args.features:
-        return evaluate_features(args)
+    return run_alone(lambda: evaluate_features(args) if args.features else evaluate_images(args))
+
+
+def evaluate_images(args: argparse.Namespace) -> int:
+    """The tasks on a classification set of images."""
     benchmark = load_benchmark(args.dataset_root, args.dataset_name)
     clip = load(args)
     rows = [("task", "acc1", "acc5", "mean_per_class_recall", "file")]
@@ -137,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         weights = [] if clip.pretrained.startswith(LOCAL_DIR) else [clip.pretrained]  # the name says it already
         stem = "_".join((benchmark.name, clip.name, *weights, result["task"]))
         file = args.out / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', stem)}.json"
-        write_json_atomic(file, result)
+        write_result(file, result)
         rows.append((task, *(f"{result['metrics'][key]:.4f}" for key in rows[0][1:4]), str(file)))
         if not result.get("probe", {}).get("converged", True):
             print(f"note: the fit stopped after {result['probe']['iterations']} iterations, short of the exact minimum")

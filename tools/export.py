@@ -14,6 +14,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from megacid.errors import UserError, run_tool
 from megacid.evaluate.export import export_student, student_from_run
+from megacid.offline.files import disk_errors, sweep
+from megacid.offline.stopping import run_alone
 from megacid.student import LOCAL_DIR
 
 
@@ -33,10 +35,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--name", help="model name and file name of the .pt (default: the run directory's name)")
     args = parser.parse_args(argv)
+    return run_alone(lambda: export(args))
 
+
+def export(args: argparse.Namespace) -> int:
     student, step = student_from_run(args.run, parse_step(args.step))
     name = args.name or args.run.resolve().name
-    files = export_student(student, args.out, name=name, source={"run": str(args.run), "step": step})
+    with disk_errors(args.out):
+        sweep(args.out)
+        files = export_student(student, args.out, name=name, source={"run": str(args.run), "step": step})
     for file in files:
         print(f"{file}  {file.stat().st_size:,} bytes")
     print(f"step {step}; load it with open_clip.create_model_and_transforms('{LOCAL_DIR}{args.out}')")

@@ -14,8 +14,6 @@ import argparse
 import io
 import itertools
 import json
-import os
-import shutil
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -34,6 +32,9 @@ from megacid.data.index import load_index
 from megacid.data.order import KeyedPermutation, derive_key
 from megacid.data.synthetic import SceneMaker, altered, class_features
 from megacid.errors import UserError, run_tool
+from megacid.offline.files import staged_folder, write_array, write_npy
+from megacid.offline.stopping import run_alone
+from megacid.probes import probe
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_CAPTIONS = (
@@ -142,25 +143,23 @@ def build(args: argparse.Namespace, make: Any) -> int:
     out: Path = args.out
     wanted = source_of(args)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        meta = read_meta(out, "synthesize") if (out / "meta.json").is_file() else None
-        if meta is None:
+        if not (out / "meta.json").is_file():
             raise UserError(f"{out} is not empty and was not made by this tool: give another --out")
-        if meta["source"] == wanted and not args.force:
+        try:
+            before = read_meta(out, "synthesize")["source"]
+        except UserError as error:
+            if not args.force or "not JSON" not in str(error):
+                raise UserError(f"{error}; with --force, or after {out} was deleted, it is made again") from None
+            before = None
+        if before == wanted and not args.force:
             print(f"{out} is there already, made with the same arguments (--force makes it again)")
             return 0
         if not args.force:
-            raise UserError(f"{out} was made with other arguments ({meta['source']}): give another --out, or --force")
-    stage = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
-    try:
+            raise UserError(f"{out} was made with other arguments ({before}): give another --out, or --force")
+    with staged_folder(out) as stage:
         facts = make(args, stage)
+        probe("synthesize:before_meta")
         write_meta(stage, "synthesize", wanted, **facts)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(stage, out)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
     print(f"\n{out}")
     for name, value in facts.items():
         print(f"  {name:<22}{value:>12,}" if isinstance(value, int) else f"  {name:<22}{value!s:>12}")
@@ -286,18 +285,18 @@ def write_features(folder: Path, args: argparse.Namespace, per_class: int, first
         for number, start in enumerate(range(0, total, args.rows_per_file)):
             rows = min(args.rows_per_file, total - start)
             name = folder / "features" / f"features_{number:05d}.npy"
-            out = np.lib.format.open_memmap(name, "w+", np.float16, (rows, args.dim))
             labels = np.empty(rows, np.int32)
-            for at in range(0, rows, step):
-                stop = min(at + step, rows)
-                sample = order(np.arange(start + at, start + stop))
-                labels[at:stop] = sample // per_class
-                out[at:stop] = class_features(
-                    sample // per_class, first_sample + sample, args.dim, args.noise, args.seed, args.nuisance
-                )
-                bar.update(stop - at)
-            out.flush()
-            np.save(folder / "labels" / f"labels_{number:05d}.npy", labels, allow_pickle=False)
+
+            def blocks(start: int = start, rows: int = rows, labels: np.ndarray = labels) -> Iterator[np.ndarray]:
+                for at in range(0, rows, step):
+                    sample = order(np.arange(start + at, start + min(at + step, rows)))
+                    label = labels[at : at + len(sample)] = sample // per_class
+                    yield class_features(label, first_sample + sample, args.dim, args.noise, args.seed, args.nuisance)
+                    bar.update(len(sample))
+
+            with open(name, "wb") as file:
+                write_npy(file, np.dtype(np.float16), (rows, args.dim), blocks())
+            write_array(folder / "labels" / f"labels_{number:05d}.npy", labels)
     return total
 
 
@@ -390,7 +389,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    return build(args, args.make)
+    return run_alone(lambda: build(args, args.make))
 
 
 if __name__ == "__main__":

@@ -250,7 +250,7 @@ def agree_on_mapping(facts: dict[str, Any], what: str, group: Group = None) -> N
         )
 
 
-_LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|timed out|connection refused|NCCL", re.IGNORECASE)
+_LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|timed out|connection refused|gloo|NCCL", re.IGNORECASE)
 
 
 def from_a_collective(error: BaseException) -> bool:
@@ -259,7 +259,7 @@ def from_a_collective(error: BaseException) -> bool:
     frames = [entry.filename for entry in traceback.extract_tb(error.__traceback__)]
     inside = any(f"{os.sep}torch{os.sep}distributed{os.sep}" in name for name in frames)
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error))) and (inside or "gloo" in str(error))
+        isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error))) and (inside or "gloo" in str(error).lower())
     )
 
 

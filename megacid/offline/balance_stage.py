@@ -5,8 +5,11 @@ Legend: n samples with an embedding.
 
 from __future__ import annotations
 
-import io
+import hashlib
+import json
+import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +17,30 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megacid.checkpoint.store import atomic_path, read_meta, write_atomic, write_json_atomic, write_meta
+from megacid.checkpoint.store import read_meta, write_meta
 from megacid.data.decode import decode_image
 from megacid.data.index import ShardIndex, ShardReader, load_index
-from megacid.distributed.collectives import barrier, fail_together
+from megacid.distributed.collectives import any_rank, barrier
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.offline import gallery, report
 from megacid.offline.assign import prepare
 from megacid.offline.balance import BalanceSettings, Decision, decide, group_by_cluster, preference, read_labels
+from megacid.offline.files import (
+    WORK,
+    PartialResults,
+    disk_errors,
+    finished_meta,
+    read_array,
+    sweep,
+    write_array,
+    write_text,
+)
 from megacid.offline.rows import EmbeddingRows, Rows
+from megacid.offline.stopping import Tick, together
+from megacid.probes import probe
+
+log = logging.getLogger(__name__)
 
 
 def tar_rows(index: ShardIndex, rows: EmbeddingRows) -> tuple[np.ndarray, np.ndarray]:
@@ -62,23 +79,112 @@ def balance(
 ) -> dict[str, Any]:
     """Decide, write everything, meta.json last; returns meta. Samples without an embedding are not kept: they cannot be decoded.
 
-    shards: the tars the embeddings were made from; None: where they were then.
+    shards: the tars the embeddings were made from; None: where they were then. An interrupted run goes on with the links
+    it has; a complete folder of the same arguments and inputs is left as it is; with others it is made afresh, with a
+    warning. All ranks stop together when the function of `progress` raises Stopped.
     """
     group = parallel.group
-    with fail_together(group):
+    tick = progress(0)
+    with together(group):
         rows = EmbeddingRows(embeddings)
         text = EmbeddingRows(embeddings, "text") if settings.keep == "caption" else None
+        if text is not None and not np.array_equal(text.starts, rows.starts):
+            at = int(np.flatnonzero(text.starts != rows.starts)[0]) - 1
+            raise UserError(
+                f"{text.name(int(text.starts[at]))} belongs to a partition with another number of rows than its images: "
+                "run tools/embed.py again"
+            )
         label, score, k = read_labels(clusters, rows)
         index = _index(shards or rows.meta["source"]["shards"], rows)
-        _check_out(out)
-        priority = preference(settings.keep, score, settings.seed, rows, text)
-        sorted_rows = group_by_cluster(label, priority, k)
-    decision = decide(rows, sorted_rows, settings, device=parallel.device, group=group, tick=progress(rows.num_rows))
-    with fail_together(group):
+        wanted = _wanted(settings, rows, label, score, k)
+        done = _complete(out, wanted | {"gallery_groups": gallery_groups}, index)
+    # Label files may be read at different moments: all ranks have to find the same.
+    if not any_rank(done is None, group):
+        with together(group):
+            if parallel.is_first:
+                _tidy(out)
+        log.info("%s is complete", out)
+        return read_meta(out, expect="balance")
+    work = PartialResults(out, wanted)
+    with together(group):
         if parallel.is_first:
-            _write(out, index, rows, label, k, decision, settings, clusters, gallery_groups)
+            _claim(out, work)
+        priority = preference(settings.keep, score, settings.seed, rows, text, tick=tick)
+        sorted_rows = group_by_cluster(label, priority, k)
+    barrier(group)
+    tick = progress(rows.num_rows)
+    decision = decide(rows, sorted_rows, settings, device=parallel.device, group=group, work=work, tick=tick)
+    with together(group):
+        if parallel.is_first:
+            _write(out, index, rows, label, k, decision, settings, clusters, gallery_groups, wanted, tick)
     barrier(group)
     return read_meta(out, expect="balance")
+
+
+def _wanted(
+    settings: BalanceSettings, rows: EmbeddingRows, label: np.ndarray, score: np.ndarray, k: int
+) -> dict[str, Any]:
+    """Everything that decides the result, as JSON: the arguments, the embeddings, and the labels to the last bit."""
+    digest = hashlib.sha256(np.ascontiguousarray(label).tobytes())
+    digest.update(np.ascontiguousarray(score).tobytes())
+    names = ("shards_digest", "model", "weights", "precision", "num_samples", "dim")
+    return asdict(settings) | {name: rows.meta.get(name) for name in names} | {"k": k, "labels": digest.hexdigest()}
+
+
+def _complete(out: Path, wanted: dict[str, Any], index: ShardIndex) -> dict[str, Any] | None:
+    """meta.json of a folder that was finished with these arguments and is whole; None when it has to be made."""
+    meta = finished_meta(out, "balance")
+    if meta is None:
+        return None
+    before = meta.get("arguments")
+    if before != wanted:
+        old = before if isinstance(before, dict) else {}
+        changed = ", ".join(name for name, value in wanted.items() if old.get(name) != value)
+        log.warning("%s was made with other arguments or inputs (%s): making it afresh", out, changed)
+        return None
+    for name, size in zip(index.names, index.sizes.tolist()):
+        path = out / "keep" / f"{name}.npy"
+        if read_array(path, (size,), "b") is None:
+            log.warning("%s is damaged or missing: making it again", path)
+            return None
+    subset = read_array(out / "subset.npy", (int(meta["kept"]),), "V")
+    page = out / "gallery.html"
+    whole = {
+        "report.json": _is_json(out / "report.json"),
+        "gallery.html": page.is_file() and page.stat().st_size == meta["gallery_bytes"],
+        "subset.npy": not meta["has_subset"] or subset is not None,
+    }
+    for name, good in whole.items():
+        if not good:
+            log.warning("%s is damaged or missing: making it again", out / name)
+            return None
+    return meta
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _claim(out: Path, work: PartialResults) -> None:
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in ("keep", WORK, "meta.json")):
+        sweep(out)
+        if any(out.iterdir()):
+            raise UserError(f"{out} is not empty and was not made by tools/balance.py: take another --out")
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        sweep(out)
+        (out / "meta.json").unlink(missing_ok=True)
+    work.begin()
+
+
+def _tidy(out: Path) -> None:
+    """Remove what only an unfinished run needs."""
+    PartialResults(out, {}).remove()
+    sweep(out)
 
 
 def _index(shards: Path | str, rows: EmbeddingRows) -> ShardIndex:
@@ -88,11 +194,6 @@ def _index(shards: Path | str, rows: EmbeddingRows) -> ShardIndex:
             f"{rows.directory} was made from other shards than {shards}: give the shards it was made from with --shards, or run tools/embed.py again"
         )
     return index
-
-
-def _check_out(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()) and not (out / "keep").is_dir():
-        raise UserError(f"{out} is not empty and was not made by tools/balance.py: take another --out")
 
 
 def _write(
@@ -105,58 +206,69 @@ def _write(
     settings: BalanceSettings,
     clusters: Path,
     gallery_groups: int,
+    wanted: dict[str, Any],
+    tick: Tick,
 ) -> None:
-    (out / "meta.json").unlink(missing_ok=True)
     shard, row = tar_rows(index, rows)
-    kept_of = _write_masks(out, index, shard, row, decision.keep)
-    facts = _report(index, rows, label, k, decision, settings, shard, row)
-    write_json_atomic(out / "report.json", facts)
-    _write_subset(out, index, shard, row, decision.keep)
+    kept_of = _write_masks(out, index, shard, row, decision.keep, tick)
+    facts = _report(index, rows, label, k, decision, settings, shard, row, tick)
+    write_text(out / "report.json", json.dumps(facts, indent=2) + "\n")
+    probe("balance:report")
+    has_subset = _write_subset(out, index, shard, row, decision.keep, tick)
     before, after = _sizes(label, decision.keep, k)
     distance = owner_distance(rows, decision.owner)
     reader = ShardReader(index)
 
     def show(number: int) -> tuple[Image.Image, str, str]:
+        tick(0)
         at = int(shard[number]), int(row[number])
         caption = reader.read(*at, "text").decode("utf-8", "replace")
         return decode_image(reader.read(*at, "image")), index.table(at[0]).keys[at[1]], caption
 
     summary = f"{facts['kept']:,} of {facts['total']:,} samples kept ({facts['share_kept']:.2%}), links below distance {decision.threshold:.5f}"
     groups = gallery.pick_groups(decision.owner, distance, gallery_groups, members=9)
-    write_atomic(
-        out / "gallery.html", gallery.page(groups, distance, show, gallery.size_plot(before, after), summary).encode()
-    )
+    page = gallery.page(groups, distance, show, gallery.size_plot(before, after), summary)
+    write_text(out / "gallery.html", page)
     reader.close()
+    probe("balance:gallery")
     source = {
         "embeddings": str(rows.directory.resolve()),
         "clusters": str(clusters.resolve()),
         "shards": str(index.root.resolve()),
     }
-    write_meta(
-        out,
-        "balance",
-        source=source,
-        shards_digest=index.digest,
-        kept=kept_of,
-        total=index.num_samples,
-        threshold=decision.threshold,
-        target_keep=settings.target_keep,
-        link=settings.link,
-        keep=settings.keep,
-        cap=settings.cap,
-        seed=settings.seed,
-        model=rows.meta["model"],
-    )
+    probe("balance:before_meta")
+    with disk_errors(out / "meta.json"):
+        write_meta(
+            out,
+            "balance",
+            source=source,
+            shards_digest=index.digest,
+            kept=kept_of,
+            total=index.num_samples,
+            threshold=decision.threshold,
+            target_keep=settings.target_keep,
+            link=settings.link,
+            keep=settings.keep,
+            cap=settings.cap,
+            seed=settings.seed,
+            model=rows.meta["model"],
+            gallery_bytes=(out / "gallery.html").stat().st_size,
+            has_subset=has_subset,
+            arguments=wanted | {"gallery_groups": gallery_groups},
+        )
+    probe("balance:after_meta")
+    _tidy(out)
 
 
-def _write_masks(out: Path, index: ShardIndex, shard: np.ndarray, row: np.ndarray, keep: np.ndarray) -> int:
+def _write_masks(out: Path, index: ShardIndex, shard: np.ndarray, row: np.ndarray, keep: np.ndarray, tick: Tick) -> int:
     total = 0
     for number, name in enumerate(index.names):
         mask = np.zeros(int(index.sizes[number]), bool)
         mask[row[(shard == number) & keep]] = True
         total += int(mask.sum())
-        with atomic_path(out / "keep" / f"{name}.npy") as temporary, open(temporary, "wb") as file:
-            np.save(file, mask, allow_pickle=False)
+        write_array(out / "keep" / f"{name}.npy", mask)
+        probe("balance:keep", step=number)
+        tick(0)
     return total
 
 
@@ -174,6 +286,7 @@ def _report(
     settings: BalanceSettings,
     shard: np.ndarray,
     row: np.ndarray,
+    tick: Tick,
 ) -> dict[str, Any]:
     before, after = _sizes(label, decision.keep, k)
     kept, total = int(decision.keep.sum()), rows.num_rows
@@ -196,17 +309,18 @@ def _report(
         "cluster_sizes_after": report.size_facts(after),
     }
     if report.has_field(index, "origin"):
-        origins = _origins(index, shard, row)
+        origins = _origins(index, shard, row, tick)
         facts["planted_copies"] = report.planted_report(origins, decision.keep, decision.owner, label)
     return facts
 
 
-def _origins(index: ShardIndex, shard: np.ndarray, row: np.ndarray) -> np.ndarray:
+def _origins(index: ShardIndex, shard: np.ndarray, row: np.ndarray, tick: Tick) -> np.ndarray:
     """int64 [n]: a number per planted group; a sample without `origin` is a group of its own."""
     reader = ShardReader(index)
     number: dict[str, int] = {}
     out = np.empty(len(shard), np.int64)
     for i, (s, r) in enumerate(zip(shard.tolist(), row.tolist())):
+        tick(0)
         own = index.table(s).keys[r]
         name = str(report.read_json(reader, s, r).get("origin", own))
         out[i] = number.setdefault(name, len(number))
@@ -214,14 +328,19 @@ def _origins(index: ShardIndex, shard: np.ndarray, row: np.ndarray) -> np.ndarra
     return out
 
 
-def _write_subset(out: Path, index: ShardIndex, shard: np.ndarray, row: np.ndarray, keep: np.ndarray) -> None:
-    """DataComp's list of kept uids, when the shards carry them; nothing otherwise."""
+def _write_subset(
+    out: Path, index: ShardIndex, shard: np.ndarray, row: np.ndarray, keep: np.ndarray, tick: Tick
+) -> bool:
+    """DataComp's list of kept uids, when the shards carry them (then True); nothing otherwise."""
     path = out / "subset.npy"
     path.unlink(missing_ok=True)
     if not report.has_field(index, "uid"):
-        return
+        return False
     reader = ShardReader(index)
-    found = [report.read_json(reader, s, r).get("uid") for s, r in zip(shard[keep].tolist(), row[keep].tolist())]
+    found = []
+    for s, r in zip(shard[keep].tolist(), row[keep].tolist()):
+        tick(0)
+        found.append(report.read_json(reader, s, r).get("uid"))
     reader.close()
     uids = [uid for uid in found if isinstance(uid, str)]
     if len(uids) < len(found):
@@ -232,6 +351,5 @@ def _write_subset(out: Path, index: ShardIndex, shard: np.ndarray, row: np.ndarr
         subset = report.subset_array(uids)
     except ValueError as error:
         raise UserError(f"{index.root}: {error}; correct the json members") from None
-    buffer = io.BytesIO()
-    np.save(buffer, subset, allow_pickle=False)
-    write_atomic(path, buffer.getvalue())
+    write_array(path, subset)
+    return True

@@ -82,16 +82,14 @@ def _write_labels(
         pq.write_table(table, temporary)
 
 
-def _read_labels(path: Path, keys: list[str], top: int, centroids: str | None) -> tuple[np.ndarray, float] | None:
-    """(first label int32 [n], sum of the similarities) of a label file that is whole and of these keys; else None.
-
-    centroids: sha256 of what it has to be made with; None: any.
-    """
+def _read_labels(path: Path, keys: list[str], top: int, centroids: str) -> tuple[np.ndarray, float] | None:
+    """(first label int32 [n], sum of the similarities) of a label file that is whole, of these keys and made with the
+    centroids of this sha256; else None."""
     try:
         table = pq.read_table(path)
         facts = table.schema.metadata or {}
         fits = table.num_columns == 2 + top and table["key"].to_pylist() == keys
-        if not fits or (centroids is not None and facts.get(_CENTROIDS) != centroids.encode()):
+        if not fits or facts.get(_CENTROIDS) != centroids.encode():
             return None
         return table["label"].to_numpy(), float.fromhex(facts[_SIMILARITY].decode())
     except (OSError, ValueError, KeyError, pa.ArrowException):
@@ -192,6 +190,7 @@ def _label_all(
                 label = labels[:, 0]
                 _write_labels(path, keys, labels, score, digest, value)
                 probe("cluster:labels", step=partition)
+                tick(0)
             count_K += torch.from_numpy(np.bincount(label, minlength=settings.k)).to(count_K)
             value_of[partition] = value
     all_reduce_sum(count_K, parallel.group)
@@ -241,7 +240,11 @@ def _damaged(out: Path, k: int, rows: EmbeddingRows, partitions: list[int], top:
         return out / "sizes.npy"
     for partition in partitions:
         path = out / "labels" / f"{rows.stems[partition]}.parquet"
-        if _read_labels(path, rows.keys(partition), top, None) is None:
+        try:
+            footer = pq.read_metadata(path)  # at the end of the file: gone when it was cut off
+        except (OSError, ValueError, pa.ArrowException):
+            return path
+        if (footer.num_rows, footer.num_columns) != (len(rows.maps[partition]), 2 + top):
             return path
     return None
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from megacid.checkpoint.store import atomic_path, read_meta, write_json_atomic, write_meta
+from megacid.checkpoint.store import read_meta, write_json_atomic, write_meta
 from megacid.data.features import FeatureSet
 from megacid.errors import UserError
 from megacid.offline.assign import Assigner
 from megacid.offline.cluster import label_partition
+from megacid.offline.files import finished_meta, sweep, write_array
 from megacid.offline.kmeans import KMeansSettings, kmeans
 
 Tick = Callable[[int], None]
@@ -41,8 +42,9 @@ def cluster_features(
     wanted = {"features": str(source.resolve()), "digest": rows.digest}
     wanted |= {name: getattr(settings, name) for name in ("k", "metric", "seed", "init", "iterations", "train_sample")}
     claim = out / "settings.json"
-    if (out / "meta.json").exists():
-        meta = read_meta(out, expect="sweep")
+    sweep(out)
+    meta = finished_meta(out, "sweep")
+    if meta is not None:
         if meta["source"] != wanted:
             raise UserError(f"{out} was made with {meta['source']}, wanted {wanted}: take another --out, or delete it")
         return meta
@@ -57,8 +59,7 @@ def cluster_features(
     sizes = np.zeros(settings.k, np.int64)
     for partition, path in enumerate(rows.label_paths):
         labels, _, _ = label_partition(rows, partition, assigner, 1, tick)
-        with atomic_path(out / "labels" / path.name) as temporary:
-            np.save(temporary, labels[:, 0], allow_pickle=False)
+        write_array(out / "labels" / path.name, labels[:, 0])
         sizes += np.bincount(labels[:, 0], minlength=settings.k)
     for folder, paths in (("features", rows.paths), ("true_labels", rows.label_paths),
                           ("test/features", test.paths), ("test/labels", test.label_paths)):  # fmt: skip

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -43,10 +44,22 @@ def writing(path: Path) -> Iterator[Path]:
         probe("offline:file", path=path)
 
 
+def write_npy(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...], blocks: Iterable[np.ndarray]) -> None:
+    """The bytes of np.save, blocks of rows one after the other. Raises OSError when not all could be written.
+
+    np.save hands the array to C's buffered output, whose last bytes may be lost to a full disk without an error.
+    """
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    )
+    for block in blocks:
+        file.write(np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8).data)
+
+
 def write_array(path: Path, array: np.ndarray) -> None:
     """A .npy without pickles, atomic and durable."""
     with writing(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array, allow_pickle=False)
+        write_npy(file, array.dtype, array.shape, [array])
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,6 +81,32 @@ def sweep(out: Path) -> None:
     for pattern in (".tmp-*", "*/.tmp-*"):
         for path in out.glob(pattern):
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staged_folder(out: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `out`, which takes its place (or the place of an older one) when the block ends well.
+
+    Removes the hidden folders of runs that were killed. UserError when the disk does not take it.
+    """
+    for left in out.parent.glob(f".{out.name}.tmp-*"):
+        with contextlib.suppress(ValueError, PermissionError):
+            try:
+                os.kill(int(left.name.rpartition("-")[2]), 0)
+            except ProcessLookupError:
+                shutil.rmtree(left, ignore_errors=True)
+    stage = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    shutil.rmtree(stage, ignore_errors=True)
+    with disk_errors(out):
+        stage.mkdir(parents=True)
+        try:
+            yield stage
+            probe("offline:folder", path=out)
+            if out.exists():
+                shutil.rmtree(out)
+            os.replace(stage, out)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def finished_meta(out: Path, tool: str) -> dict[str, Any] | None:

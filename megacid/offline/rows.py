@@ -16,7 +16,6 @@ from megacid.checkpoint.store import read_meta
 from megacid.data.mapped import MappedRows
 from megacid.errors import UserError
 
-
 _LENGTH_SLACK = 0.02  # of a unit vector in float16; the widest rows are off by less than 0.002
 
 

@@ -20,20 +20,18 @@ from types import FrameType, TracebackType
 
 import torch.distributed as dist
 
-from megacid.distributed.collectives import barrier, fail_together, gather_json
+from megacid.distributed.collectives import barrier, fail_together, from_a_collective, gather_json
 from megacid.distributed.parallel import Parallel, session
+from megacid.errors import EXIT_AGAIN
 
 Group = dist.ProcessGroup | None
 Tick = Callable[[int], None]  # takes the rows done since the last call; raises Stopped when the stage has to end
 
-EXIT_AGAIN = 75  # a peer is gone: start the same command again
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LOOK_EVERY_S = 0.5  # a look at the mark is a call to a disk that may be far away
-# What a collective says when its peer is gone: gloo and the store by message, newer versions also by type.
-_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "gloo", "NCCL")
 
 
-class Stopped(BaseException):  # noqa: N818  not an error; no `except Exception` on the way may hold it
+class Stopped(BaseException):  # not an error: no `except Exception` on the way may hold it
     """The stage was asked to end. code: 128 + the signal's number, what the process exits with."""
 
     def __init__(self, code: int) -> None:
@@ -58,7 +56,9 @@ class StopRequest:
         self._before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         if self._pipe is not None:
@@ -123,7 +123,7 @@ class StopRequest:
         return both
 
     def forget(self) -> None:
-        """Remove the mark. One rank, after all have agreed."""
+        """Remove the mark. One rank, when the others no longer need it."""
         if self._mark is not None:
             self._mark.unlink(missing_ok=True)
 
@@ -142,11 +142,6 @@ def together(group: Group = None) -> Iterator[None]:
         raise Stopped(code)
 
 
-def peer_is_gone(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has ended or does not answer."""
-    return isinstance(error, dist.DistError) or any(words in str(error) for words in _GONE)
-
-
 def run_stage(work: Callable[[Parallel, StopRequest], None], out: Path, timeout_s: float) -> int:
     """Run a stage on this rank and return the exit code: 0, 128 + signal when asked to stop, 75 when a peer is gone.
 
@@ -161,7 +156,7 @@ def run_stage(work: Callable[[Parallel, StopRequest], None], out: Path, timeout_
                     stop.share(out, parallel)
                     work(parallel, stop)
                 except RuntimeError as error:
-                    if parallel.world == 1 or not peer_is_gone(error):
+                    if parallel.world == 1 or not from_a_collective(error):
                         raise
                     if code := stop.asked():
                         raise Stopped(code) from None
@@ -174,9 +169,12 @@ def run_stage(work: Callable[[Parallel, StopRequest], None], out: Path, timeout_
                     return EXIT_AGAIN
         except Stopped as stopped:
             if rank == 0:
-                stop.forget()
                 _say(stopped)
             return stopped.code
+        finally:
+            # A request that came too late to matter leaves a mark as well.
+            if rank == 0:
+                stop.forget()
     return 0
 
 

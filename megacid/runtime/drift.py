@@ -47,10 +47,11 @@ def _code_version() -> str | None:
 def check_drift(run: RunFile, directory: Path) -> None:
     """UserError with a diff when the directory belongs to a run with other settings."""
     try:
-        before = flat(json.loads((directory / "config.json").read_text())["resolved"])
+        resolved = json.loads((directory / "config.json").read_text())["resolved"]
+        before = flat({**resolved})
     except FileNotFoundError:
         return
-    except (json.JSONDecodeError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{directory / 'config.json'} cannot be read: restore it, or choose another run.name") from None
     # A setting that the run was started without, because it did not exist, had what is its default now.
     before = flat({"megacid": defaults()}) | before

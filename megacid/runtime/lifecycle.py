@@ -1,11 +1,4 @@
-"""Exit codes, the lock of a run directory, the request to stop, and what happens when the launcher is gone.
-
-0    finished                          2    the user can put it right (one line says how)
-65   too many non-finite steps         66   too many damaged samples
-70   the ranks hold different things   74   three checkpoints in a row could not be written
-75   a rank stalled, or a peer is gone: start the same command again
-143  stopped by SIGTERM or SIGUSR1 after a checkpoint: start the same command again
-"""
+"""The lock of a run directory, the request to stop, and what happens when the launcher is gone."""
 
 from __future__ import annotations
 
@@ -23,8 +16,6 @@ from typing import IO
 from megacid.distributed.collectives import Group, any_rank
 from megacid.errors import UserError
 
-EXIT_USER, EXIT_NOT_FINITE, EXIT_DATA = 2, 65, 66
-EXIT_DISAGREE, EXIT_NOT_SAVED, EXIT_AGAIN, EXIT_STOPPED = 70, 74, 75, 143
 _PR_SET_PDEATHSIG = 1
 
 

@@ -1,18 +1,14 @@
 """embed -> cluster -> balance on a few real tars with a tiny open_clip model, restarted and spoiled on the way."""
 
-import contextlib
 import hashlib
-import importlib.util
 import io
 import json
-import logging
 import os
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,88 +16,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
+from offline_data import ROOT, cluster_args, embed_args, run, save_model, write_shards
 from PIL import Image
-from safetensors.torch import save_file
 
 from megacid.checkpoint.store import read_meta
 from megacid.data.index import load_index
 from megacid.data.sidecar import KeepTable, LabelTable, TeacherTable
 from megacid.distributed.parallel import Parallel
-from megacid.errors import run_tool
 from megacid.offline import embed
 from megacid.offline.balance import BalanceSettings
 from megacid.offline.balance_stage import balance
 from megacid.offline.cluster import cluster
 from megacid.offline.kmeans import KMeansSettings
-from megacid.student import build_student, load_clip, open_clip_config
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def load_tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(name: str, *args: object, expect: int = 0) -> str:
-    """Run a tool as its command line does, inside this process (starting torch anew takes seconds); returns what it said."""
-    tool, said = load_tool(name), io.StringIO()
-    handler = logging.StreamHandler(said)
-    root = logging.getLogger()
-    level = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            code = run_tool(lambda: tool.main([str(arg) for arg in args]))
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(level)
-    assert code == expect, said.getvalue()
-    return said.getvalue()
-
-
-def save_model(folder: Path, seed: int) -> Path:
-    student = build_student("digits-student", embed_dim=32, seed=seed)
-    folder.mkdir(parents=True)
-    (folder / "open_clip_config.json").write_text(json.dumps(open_clip_config(student)))
-    tensors = {name: value.detach().clone().contiguous() for name, value in student.clip.state_dict().items()}
-    save_file(tensors, folder / "open_clip_model.safetensors")
-    return folder
-
-
-def write_shards(folder: Path) -> None:
-    """Three tars of 12 pictures; every third picture is a copy of the one before; one picture is damaged."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for shard in range(3):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for row in range(12):
-                key = f"{shard:05d}{row:04d}"
-                redundant = row % 3 == 2
-                if not redundant:
-                    picture = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((40, 40))
-                    origin = key
-                buffer = io.BytesIO()
-                picture.save(buffer, "PNG")
-                image = b"not a picture" if key == "000010004" else buffer.getvalue()
-                facts = {
-                    "key": key,
-                    "origin": origin,
-                    "redundant": redundant,
-                    "uid": hashlib.md5(key.encode()).hexdigest(),
-                }
-                for ending, data in (
-                    ("png", image),
-                    ("txt", f"picture {key}".encode()),
-                    ("json", json.dumps(facts).encode()),
-                ):
-                    info = tarfile.TarInfo(f"{key}.{ending}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+from megacid.student import load_clip
 
 
 @pytest.fixture(scope="module")
@@ -113,25 +40,6 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     run("embed", *embed_args(folder))
     run("cluster", *cluster_args(folder))
     yield folder
-
-
-def embed_args(folder: Path, out: str = "emb", model: str = "model") -> list[object]:
-    return [
-        "--shards",
-        folder / "shards",
-        "--out",
-        folder / out,
-        "--model",
-        f"local-dir:{folder / model}",
-        "--workers",
-        0,
-        "--batch-size",
-        5,
-    ]
-
-
-def cluster_args(folder: Path, out: str = "clusters", k: int = 4, emb: str = "emb") -> list[object]:
-    return ["--embeddings", folder / emb, "--out", folder / out, "--k", k, "--iterations", 4, "--top-labels", 2]
 
 
 def snapshot(folder: Path, pattern: str) -> dict[str, tuple[str, int]]:

@@ -20,7 +20,7 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 from conftest import Pipeline
-from harness import free_port, run_ranks
+from harness import free_port, living, run_ranks
 from safetensors.torch import load_file
 from test_offline import run as run_tool_inside
 from torch import Tensor
@@ -323,19 +323,6 @@ def launch(launcher: str, file: Path, *options: str, port: int | None = None) ->
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
 
 
-def _left_behind(mark: str) -> list[str]:
-    """Command lines of living processes that mention `mark`."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if mark in line and "pytest" not in line:
-            found.append(line)
-    return found
-
-
 @pytest.mark.launch
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "python"])
 def test_every_launcher_starts_the_trainer(pipeline: Pipeline, launcher: str) -> None:
@@ -353,7 +340,7 @@ def test_bad_input_through_the_launcher_leaves_no_process(pipeline: Pipeline) ->
     done = launch("deepspeed", file, "--set", "data.labls=x")
     assert done.returncode == 2, done.stdout + done.stderr
     assert (done.stdout + done.stderr).count("error: unknown key") == 1
-    assert _left_behind(str(file)) == []
+    assert living(str(file)) == {}
 
 
 @pytest.mark.launch
@@ -366,7 +353,7 @@ def test_a_port_in_use_is_named(pipeline: Pipeline) -> None:
         said = done.stdout + done.stderr
         assert done.returncode == 2, said
         assert f"port {taken.getsockname()[1]} is in use" in said
-    assert _left_behind(str(file)) == []
+    assert living(str(file)) == {}
 
 
 @pytest.mark.launch

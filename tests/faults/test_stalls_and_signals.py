@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import toy
 from faultplan import Fault, FaultPlan, kill
-from harness import free_port
+from harness import free_port, living
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -121,7 +121,7 @@ def test_one_rank_that_is_asked_to_stop_stops_all_after_the_same_saved_step(
     file = toy.run_file(root, name)
     rank = 0 if probe.startswith("store:") else 1  # only rank 0 publishes
     again = Fault(probe, "signal", rank=rank, step=step, value=number)
-    plan = FaultPlan(again, again, Fault("store:before_fsync", "signal", rank=0, value=number))
+    plan = FaultPlan(again, again, Fault("store:before_fsync", "signal", rank=0, step=saved, value=number))
     assert toy.train_toy(2, file, plan=plan) == [143, 143]
     assert max(path.name for path in (root / "runs" / name).glob("step-*")) == f"step-{saved:08d}"
     assert f"stopped after step {saved} as asked" in capfd.readouterr().err
@@ -132,31 +132,24 @@ def test_one_rank_that_is_asked_to_stop_stops_all_after_the_same_saved_step(
 # ---- the real launchers ------------------------------------------------------------------------------------------
 
 
-def start(launcher: str, file: Path, *faults: Fault) -> subprocess.Popen[str]:
-    """Two ranks of the toy run under a launcher, in a process group of their own."""
+def start(launcher: str, file: Path, *faults: Fault) -> subprocess.Popen[bytes]:
+    """Two ranks of the toy run under a launcher, in a process group of their own. What they say goes to a file: a pipe
+    that nobody reads would stop them."""
     folder, port = Path(sys.executable).parent, str(free_port())
     words = {
         "deepspeed": [str(folder / "deepspeed"), "--num_gpus", "2", "--master_port", port],
         "torchrun": [str(folder / "torchrun"), "--nproc_per_node", "2", "--master_port", port],
     }[launcher]
     environment = {**os.environ, "FAULT_PLAN": FaultPlan(*faults).to_json()}
-    return subprocess.Popen(
-        [*words, "tests/faults/planned.py", "--deepspeed_config", str(file)], cwd=ROOT, env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+    with open(said_by(file), "wb") as said:
+        return subprocess.Popen(
+            [*words, "tests/faults/planned.py", "--deepspeed_config", str(file)], cwd=ROOT, env=environment,
+            stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
 
 
-def living(mark: str) -> dict[int, str]:
-    """Process id -> command line of the living processes that mention `mark`."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if mark in line and "pytest" not in line:
-            found[int(entry.name)] = line
-    return found
+def said_by(file: Path) -> Path:
+    return file.with_suffix(".said")
 
 
 def wait_until(true: Any, what: str, limit_s: float = 90) -> None:
@@ -187,8 +180,8 @@ def test_under_a_launcher_a_killed_rank_ends_the_job_and_leaves_nobody(
 ) -> None:
     file, _ = slow_run
     job = start(launcher, file, kill("train:batch", rank=1, step=12))
-    said, _ = job.communicate(timeout=120)
-    assert job.returncode != 0
+    assert job.wait(timeout=120) != 0
+    said = said_by(file).read_text()
     assert "rank 0 cannot reach the other ranks any more" in said or "SIGTERM" in said or "-9" in said, said
     wait_until(lambda: not living(str(file)), "ranks were left behind", 35)
 
@@ -207,7 +200,7 @@ def test_under_a_launcher_sigterm_saves_once_and_leaves_nobody(slow_run: tuple[P
         for pid, line in living(str(file)).items():
             if "deepspeed.launcher.launch" in line:
                 os.kill(pid, signal.SIGTERM)
-    job.communicate(timeout=60)
+    job.wait(timeout=60)
     wait_until(lambda: not living(str(file)), "ranks were left behind", 35)
     saved = [path.name for path in run.glob("step-*")]
     assert len(saved) == 1 and list(run.glob(".tmp-*")) == []

@@ -1,0 +1,142 @@
+"""Small inputs of the offline tools, and the tools run as their command lines do, inside a test's process."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import tarfile
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import save_file
+
+from megacid.errors import run_tool
+from megacid.student import build_student, open_clip_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name: str, *args: object, expect: int = 0) -> str:
+    """Run a tool as its command line does, inside this process (starting torch anew takes seconds); returns what it said."""
+    tool, said = load_tool(name), io.StringIO()
+    handler = logging.StreamHandler(said)
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            code = run_tool(lambda: tool.main([str(arg) for arg in args]))
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+    assert code == expect, said.getvalue()
+    return said.getvalue()
+
+
+def save_model(folder: Path, seed: int) -> Path:
+    student = build_student("digits-student", embed_dim=32, seed=seed)
+    folder.mkdir(parents=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(open_clip_config(student)))
+    tensors = {name: value.detach().clone().contiguous() for name, value in student.clip.state_dict().items()}
+    save_file(tensors, folder / "open_clip_model.safetensors")
+    return folder
+
+
+def write_shards(folder: Path) -> None:
+    """Three tars of 12 pictures; every third picture is a copy of the one before; one picture is damaged."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for shard in range(3):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for row in range(12):
+                key = f"{shard:05d}{row:04d}"
+                redundant = row % 3 == 2
+                if not redundant:
+                    picture = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((40, 40))
+                    origin = key
+                buffer = io.BytesIO()
+                picture.save(buffer, "PNG")
+                image = b"not a picture" if key == "000010004" else buffer.getvalue()
+                facts = {
+                    "key": key,
+                    "origin": origin,
+                    "redundant": redundant,
+                    "uid": hashlib.md5(key.encode()).hexdigest(),
+                }
+                for ending, data in (
+                    ("png", image),
+                    ("txt", f"picture {key}".encode()),
+                    ("json", json.dumps(facts).encode()),
+                ):
+                    info = tarfile.TarInfo(f"{key}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+
+
+def embed_args(folder: Path, out: str = "emb", model: str = "model") -> list[object]:
+    return [
+        "--shards",
+        folder / "shards",
+        "--out",
+        folder / out,
+        "--model",
+        f"local-dir:{folder / model}",
+        "--workers",
+        0,
+        "--batch-size",
+        5,
+    ]
+
+
+def cluster_args(folder: Path, out: str = "clusters", k: int = 4, emb: str = "emb") -> list[object]:
+    return ["--embeddings", folder / emb, "--out", folder / out, "--k", k, "--iterations", 4, "--top-labels", 2]
+
+
+def balance_args(folder: Path, out: str = "balance", *rest: object) -> list[object]:
+    return ["--embeddings", folder / "emb", "--clusters", folder / "clusters", "--out", folder / out, *rest]
+
+
+def write_benchmark(folder: Path) -> None:
+    """A classification set of 3 classes, 6 pictures in train and 6 in test."""
+    folder.mkdir()
+    (folder / "classnames.txt").write_text("one\ntwo\nthree\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("a {c}.\n")
+    rng = np.random.default_rng(1)
+    for split in ("train", "test"):
+        (folder / split).mkdir()
+        (folder / split / "nshards.txt").write_text("1\n")
+        with tarfile.open(folder / split / "0.tar", "w") as tar:
+            for row in range(6):
+                buffer = io.BytesIO()
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(buffer, "PNG")
+                for ending, data in (("png", buffer.getvalue()), ("cls", str(row % 3).encode())):
+                    info = tarfile.TarInfo(f"s{row}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+
+
+def results(out: Path) -> dict[str, object]:
+    """Everything a stage left, hidden files too, by name: a hash of the bytes, of meta.json all but its date."""
+    found: dict[str, object] = {}
+    for path in sorted(path for path in out.rglob("*") if path.is_file()):
+        name = str(path.relative_to(out))
+        if path.name == "meta.json":
+            found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key != "date"}
+        else:
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
