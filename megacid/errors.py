@@ -18,7 +18,12 @@ EXIT_DISAGREE, EXIT_NOT_SAVED, EXIT_AGAIN, EXIT_STOPPED = 70, 74, 75, 143
 
 
 class UserError(ValueError):
-    """Something the user can put right. The message names the value found, what was wanted, and the remedy."""
+    """Something the user can put right. The message names the value found, what was wanted, and the remedy.
+
+    on_every_rank: all ranks raise it together, so that one of them says it for all.
+    """
+
+    on_every_rank = False
 
 
 def run_tool(main: Callable[[], int | None]) -> int:

@@ -25,14 +25,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from megacid import PartialFC, RowAdamW, RowSGD
 from megacid.assemble import make_classifier, make_objective, make_student, open_data, peak_rates, together
-from megacid.checkpoint import state, store
+from megacid.checkpoint import store
 from megacid.checkpoint.saver import SaveFailed, Saver
 from megacid.classifier.health import concerns, health, hit_histogram
 from megacid.config import RunFile, load_run
@@ -42,9 +42,9 @@ from megacid.distributed.collectives import (
     RanksDisagree,
     agree,
     agree_on_mapping,
-    barrier,
     broadcast_json,
     from_a_collective,
+    gather_json,
 )
 from megacid.distributed.parallel import Parallel
 from megacid.errors import (
@@ -57,24 +57,20 @@ from megacid.errors import (
     EXIT_USER,
     UserError,
 )
-from megacid.losses import Objective
+from megacid.parts import Parts, build, report_memory, resume
 from megacid.probes import probe
-from megacid.runtime.drift import check_drift, settings_of_this_rank, write_config
-from megacid.runtime.estimate import memory_estimate
-from megacid.runtime.guard import Guard, TooManySkips, Verdict
+from megacid.runtime.drift import check_drift, settings_of_this_rank
+from megacid.runtime.guard import TooManySkips, Verdict
 from megacid.runtime.lifecycle import Launcher, Lifecycle, RunLock, die_with_parent
 from megacid.runtime.metrics import Metrics, setup_logging
 from megacid.runtime.resume import Continuity, find_checkpoint
-from megacid.runtime.schedule import learning_rate_share, parameter_groups
+from megacid.runtime.schedule import learning_rate_share
 from megacid.runtime.watchdog import Watchdog
-from megacid.student import Student
-from megacid.tower import FeatureTower
 
 log = logging.getLogger("megacid")
 
 
 EXIT_CODES: dict[type[Exception], int] = {
-    UserError: EXIT_USER,
     TooManySkips: EXIT_NOT_FINITE,
     DataBudgetError: EXIT_DATA,
     RanksDisagree: EXIT_DISAGREE,
@@ -88,9 +84,6 @@ ON_EVERY_RANK = tuple(EXIT_CODES)
 
 
 def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
-    # deepspeed takes seconds to import: not before the settings are known to be good.
-    from megacid.distributed.engine import Engine
-
     config, directory = run.megacid.run, run.directory
     lock = together(lambda: RunLock(directory) if parallel.is_first else None, parallel)
     setup_logging(parallel.rank, directory)
@@ -99,38 +92,8 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     if start_from is not None and store.read_manifest(Path(start_from))["step"] >= config.total_steps:
         log.info("already finished: %s has all %d steps", start_from, config.total_steps)
         return 0
-    data = open_data(run, parallel)
-    student = together(lambda: make_student(run, data), parallel)
-    width = student.embed_dim
-    run = run.with_embed_dim(width)
-    if start_from is not None:
-        together(lambda: check_drift(run, directory), parallel)
-    head, row_optimizer = together(lambda: make_classifier(run, data, width, parallel), parallel)
-    objective = make_objective(run, head, parallel)
-    student.to(parallel.device)
-    report_memory(run, student, head, parallel)
-    engine = Engine(
-        student,
-        parameter_groups(student, float(run.deepspeed["optimizer"]["params"].get("weight_decay", 0.0))),
-        run,
-        parallel,
-    )
-    guard = Guard(run.gradient_clipping, run.megacid.guard, parallel.group)
-    rows: dict[str, state.RowState] = (
-        {"head": head, "optimizer": row_optimizer} if head is not None and row_optimizer is not None else {}
-    )
-    identity = {"num_classes": head.num_classes if head else 0, "embed_dim": width}
-
-    start = 0
-    if start_from is not None:
-        engine.materialise_state(student.image_shape, student.text_length, run.accumulation)
-        start = state.restore(Path(start_from), engine, rows, identity)
-        guard.load_state(store.read_manifest(Path(start_from))["guard"])
-        log.info("resumed from %s", start_from)
-    elif parallel.is_first:
-        write_config(run, directory, parallel.world)
-    barrier(parallel.group)
-
+    parts = build(run, parallel)
+    start = resume(parts, start_from)
     saver = Saver(directory, keep_last=config.keep_last, group=parallel.group, background=config.save_in_background)
     lifecycle = Lifecycle(parallel.group)
     watchdog = Watchdog(
@@ -138,77 +101,39 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
         limit_s=config.timeout_s, exit_code=EXIT_AGAIN, gone=Launcher().gone, on_orphan=lifecycle.ask,
     )  # fmt: skip
     continuity = Continuity(directory, start if start_from is not None else None, tolerance=1e-2 if run.bf16 else 1e-4)
-    saved_at = start
-
-    def save(step: int) -> None:
-        nonlocal saved_at
-        watchdog.beat("save", step, config.save_timeout_s)
-        facts = {
-            **identity,
-            "updates": step - guard.skipped,
-            "samples_seen": step * run.global_batch,
-            "world": parallel.world,
-            "guard": guard.state(),
-        }
-        saver.save(step, engine, rows, (head.class_start, head.class_stop) if head else (0, 0), facts)
-        saved_at = step
-        continuity.saved(step)
-
     metrics = Metrics(
         directory, first=parallel.is_first, start_step=start, total_steps=config.total_steps,
         global_batch=run.global_batch, world=parallel.world, log_every=config.log_every,
     )  # fmt: skip
-    batches = iter(data.stream(start))
-    stopped = False
+
+    def save(step: int) -> None:
+        watchdog.beat("save", step, config.save_timeout_s)
+        saver.save(step, parts.engine, parts.rows, parts.row_range, parts.facts(step))
+        continuity.saved(step)
+
+    batches = iter(parts.data.stream(start))
     probe("start:ready", step=start)
     try:
         for step in range(start, config.total_steps):
             # The first step may compile kernels and open every shard.
             beat = partial(watchdog.beat, step=step, limit_s=config.save_timeout_s if step == start else None)
-            share = learning_rate_share(step, config.total_steps, run.megacid.schedule)
-            loss, terms, sample_ids, finite, failure = accumulate(
-                step, run, batches, engine, objective, head, metrics, beat
-            )
-            probe("train:gradients", step=step, engine=engine, head=head)
-            beat("decision")
-            student_norm = engine.gradient_norm()
-            head_norm_sq = head.grad_norm_sq() if head else None
             asked = lifecycle.asked or step + 1 == args.stop_after
-            verdict = guard.decide(
-                step,
-                loss,
-                student_norm,
-                head_norm_sq,
-                partial(describe, terms, sample_ids, finite),
-                failure=failure,
-                stop=asked,
-            )
+            done, verdict = train_step(step, parts, batches, metrics, beat, stop=asked)
             if verdict.failure is not None:
-                if step > saved_at:
-                    save(step)
+                save(step)  # what was learned so far is good
                 raise DataBudgetError(verdict.failure)
-            beat("update")
-            step_both(engine, row_optimizer, verdict, share, peak_rates(run))
-            probe("train:applied", step=step, engine=engine, head=head, verdict=verdict, sample_ids=sample_ids)
             if parallel.is_first:
                 continuity.first_loss(step, verdict.loss)
             if metrics.due(step):
-                diagnostics = {f"classifier/{n}": float(value) for n, value in head.metrics().items()} if head else {}
-                facts = {
-                    "train/lr": share * peak_rates(run)[0],
-                    "train/grad_norm": verdict.grad_norm,
-                    "train/skipped": float(guard.skipped),
-                }
-                metrics.log(step, loss, terms, {**facts, **diagnostics})
+                report_step(step, parts, done, verdict, metrics)
             if config.check_every and (step + 1) % config.check_every == 0:
                 beat("check")
-                check_ranks(step, engine, parallel)
+                check_ranks(step, parts.engine, parallel)
             saver.poll()
             stopped = verdict.stop
             if stopped or (step + 1) % config.save_every == 0 or step + 1 == config.total_steps:
                 save(step + 1)
-                if head is not None:
-                    report_classes(step, head, metrics, parallel)
+                report_classes(step, parts, metrics)
                 stopped = lifecycle.stop_requested() or stopped
             probe("train:step_end", step=step)
             if stopped:
@@ -216,11 +141,12 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
         watchdog.beat("end", step, config.save_timeout_s)
         saver.finish()
     except ON_EVERY_RANK:
-        saver.finish()  # what is being written is of a good state
+        saver.finish()  # a save under way is of a good state
         raise
     finally:
         watchdog.close()
-    metrics.close({"steps": step + 1 - start, "start_step": start, "skipped": guard.skipped, "world": parallel.world})
+    skipped = parts.guard.skipped
+    metrics.close({"steps": step + 1 - start, "start_step": start, "skipped": skipped, "world": parallel.world})
     if lock is not None:
         lock.release()
     if stopped and step + 1 < config.total_steps:
@@ -230,71 +156,110 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     return 0
 
 
-def accumulate(
+def train_step(
     step: int,
-    run: RunFile,
+    parts: Parts,
     batches: Iterator[Batch],
-    engine: Any,
-    objective: Objective,
-    head: PartialFC | None,
     metrics: Metrics,
     beat: Callable[[str], None],
-) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[int], list[torch.Tensor], str | None]:
-    """Forward and backward of the micro-batches of one step: (mean loss, mean terms, sample ids of this rank, which of
-    them have finite embeddings, why the data of this rank end the run)."""
-    losses: list[torch.Tensor] = []
-    sums: dict[str, torch.Tensor] = {}
-    sample_ids: list[int] = []
-    finite: list[torch.Tensor] = []
-    failure = None
-    for micro in range(run.accumulation):
+    *,
+    stop: bool,
+) -> tuple[Accumulated, Verdict]:
+    """Forward, backward, one decision of all ranks, and the step of both optimizers or of neither. stop: this rank was
+    asked to end; the decision tells all."""
+    run, engine, head = parts.run, parts.engine, parts.head
+    done = accumulate(step, parts, batches, metrics, beat)
+    probe("train:gradients", step=step, engine=engine, head=head)
+    beat("decision")
+    student_norm = engine.gradient_norm()
+    head_norm_sq = head.grad_norm_sq() if head is not None else None
+    verdict = parts.guard.decide(
+        step, done.loss, student_norm, head_norm_sq, done.describe, failure=done.failure, stop=stop
+    )
+    beat("update")
+    share = learning_rate_share(step, run.megacid.run.total_steps, run.megacid.schedule)
+    step_both(parts, verdict, share)
+    probe("train:applied", step=step, engine=engine, head=head, verdict=verdict, sample_ids=done.sample_ids)
+    return done, verdict
+
+
+def accumulate(
+    step: int, parts: Parts, batches: Iterator[Batch], metrics: Metrics, beat: Callable[[str], None]
+) -> Accumulated:
+    """Forward and backward of the micro-batches of one step."""
+    engine, accumulation, micro_batches = parts.engine, parts.run.accumulation, []
+    for micro in range(accumulation):
         beat("data")
         began = time.perf_counter()
-        batch = next(batches)
-        sample_ids += batch.sample_id.tolist()
-        failure = failure or batch.failure
-        batch = batch.to(engine.device)
+        batch = next(batches).to(engine.device)
         metrics.waited_for_data(time.perf_counter() - began)
         probe("train:batch", step=step, batch=batch)
-        if head is not None:
-            head.set_step(step)  # micro-batches share their negatives: the rows of a step stay as many
+        if parts.head is not None:
+            parts.head.set_step(step)  # micro-batches share their negatives: the rows of a step stay as many
         beat("forward")
         out = engine(batch.image, batch.text)
-        loss, terms = objective(out, batch)
-        finite.append(torch.isfinite(out.image.detach()).all(dim=-1))
+        loss, terms = parts.objective(out, batch)
         beat("backward")
         engine.backward(loss)
-        if micro + 1 < run.accumulation:
+        if micro + 1 < accumulation:
             engine.micro_step()
-        losses.append(loss.detach())
-        for name, value in terms.items():
-            sums[name] = sums.get(name, torch.zeros_like(value)) + value / run.accumulation
-    return torch.stack(losses).mean(), sums, sample_ids, finite, failure
+        finite = torch.isfinite(out.image.detach()).all(dim=-1)
+        micro_batches.append((loss.detach(), terms, batch.sample_id, finite, batch.failure))
+    losses, all_terms, sample_ids, finites, failures = zip(*micro_batches)
+    return Accumulated(
+        torch.stack(losses).mean(),
+        {name: sum(terms[name] for terms in all_terms) / accumulation for name in all_terms[0]},
+        torch.cat(sample_ids).tolist(),
+        torch.cat(finites),
+        next(filter(None, failures), None),
+    )
 
 
-def step_both(
-    engine: Any, row_optimizer: RowAdamW | RowSGD | None, verdict: Verdict, share: float, peaks: tuple[float, float]
-) -> None:
-    """Both optimizers step with the one clipping factor, or neither does."""
+@dataclass(frozen=True)
+class Accumulated:
+    """Of one step on this rank. loss, terms: 0-d means over the micro-batches. finite: bool, for each of sample_ids
+    whether its embedding is. failure: why the data of this rank end the run."""
+
+    loss: torch.Tensor
+    terms: dict[str, torch.Tensor]
+    sample_ids: list[int]
+    finite: torch.Tensor
+    failure: str | None
+
+    def describe(self) -> tuple[bool, str]:
+        """For the guard's warnings: whether samples of this rank have non-finite embeddings, and terms and samples."""
+        bad = [number for number, good in zip(self.sample_ids, self.finite.tolist()) if not good]
+        named = bad or self.sample_ids
+        shown = ", ".join(map(str, named[:8])) + (", ..." if len(named) > 8 else "")
+        kind = "samples with a non-finite embedding" if bad else "samples"
+        said = ", ".join(f"{name} {float(value):.6g}" for name, value in self.terms.items())
+        return bool(bad), f"terms {said}; {kind} {shown}"
+
+
+def step_both(parts: Parts, verdict: Verdict, share: float) -> None:
+    """Both optimizers step with the one clipping factor, or neither does. share: of the peak learning rates."""
+    student_rate, row_rate = peak_rates(parts.run)
     if verdict.apply:
-        engine.step(lr=share * peaks[0], clip_scale=verdict.clip_scale)
-        if row_optimizer is not None:
-            row_optimizer.lr = share * peaks[1]
-            row_optimizer.step(grad_scale=verdict.clip_scale)
+        parts.engine.step(lr=share * student_rate, clip_scale=verdict.clip_scale)
+        if parts.row_optimizer is not None:
+            parts.row_optimizer.lr = share * row_rate
+            parts.row_optimizer.step(grad_scale=verdict.clip_scale)
     else:
-        engine.skip()
-    if row_optimizer is not None:
-        row_optimizer.zero_grad()
+        parts.engine.skip()
+    if parts.row_optimizer is not None:
+        parts.row_optimizer.zero_grad()
 
 
-def describe(terms: dict[str, torch.Tensor], sample_ids: list[int], finite: list[torch.Tensor]) -> tuple[bool, str]:
-    """For the guard's warnings: whether samples of this rank have non-finite embeddings, and loss terms and samples."""
-    bad = [number for number, good in zip(sample_ids, torch.cat(finite).tolist()) if not good]
-    named = bad or sample_ids
-    shown = ", ".join(map(str, named[:8])) + (", ..." if len(named) > 8 else "")
-    kind = "samples with a non-finite embedding" if bad else "samples"
-    said = ", ".join(f"{name} {float(value):.6g}" for name, value in terms.items())
-    return bool(bad), f"terms {said}; {kind} {shown}"
+def report_step(step: int, parts: Parts, done: Accumulated, verdict: Verdict, metrics: Metrics) -> None:
+    share = learning_rate_share(step, parts.run.megacid.run.total_steps, parts.run.megacid.schedule)
+    diagnostics = parts.head.metrics() if parts.head is not None else {}
+    facts = {
+        "train/lr": share * peak_rates(parts.run)[0],
+        "train/grad_norm": verdict.grad_norm,
+        "train/skipped": float(parts.guard.skipped),
+        **{f"classifier/{name}": float(value) for name, value in diagnostics.items()},
+    }
+    metrics.log(step, done.loss, done.terms, facts)
 
 
 def check_ranks(step: int, engine: Any, parallel: Parallel) -> None:
@@ -305,37 +270,26 @@ def check_ranks(step: int, engine: Any, parallel: Parallel) -> None:
         agree(digest, f"the student's weights after step {step + 1} (replicas have drifted apart)", parallel.group)
 
 
-def report_classes(step: int, head: PartialFC, metrics: Metrics, parallel: Parallel) -> None:
+def report_classes(step: int, parts: Parts, metrics: Metrics) -> None:
     """Facts about the classes as a whole, at every checkpoint. A collective."""
-    facts = health(head)
-    metrics.log_classes(step, facts, hit_histogram(head))
-    for concern in concerns(facts) if parallel.is_first else ():
+    if parts.head is None:
+        return
+    facts = health(parts.head)
+    metrics.log_classes(step, facts, hit_histogram(parts.head))
+    for concern in concerns(facts) if parts.parallel.is_first else ():
         log.warning("%s", concern)
 
 
 # ---- start -------------------------------------------------------------------------------------------------------
 
 
-def report_memory(run: RunFile, student: Student | FeatureTower, head: PartialFC | None, parallel: Parallel) -> None:
-    parameters = sum(p.numel() for p in student.parameters())
-    parts = memory_estimate(
-        run, parameters, head.num_classes if head else 0, student.embed_dim, parallel.world, parallel.device.type
-    )
-    log.info("student %s: %.2f M parameters, width %d; classes %d; ranks %d; ZeRO stage %d; batch %d = %d x %d x %d ranks",
-             run.megacid.student.model, parameters / 1e6, student.embed_dim, head.num_classes if head else 0, parallel.world, run.zero_stage,
-             run.global_batch, run.micro_batch, run.accumulation, parallel.world)  # fmt: skip
-    log.info(
-        "memory of rank 0 without activations: %.1f MiB (%s)",
-        sum(parts.values()),
-        ", ".join(f"{name} {size:.1f}" for name, size in parts.items()),
-    )
-
-
 def dry_run(run: RunFile, parallel: Parallel) -> int:
     """Everything that can be checked without training: data, joins, one batch, student, classifier, memory. Writes nothing to the run directory."""
     setup_logging(parallel.rank, None)
     data = open_data(run, parallel)
-    together(lambda: next(iter(data.stream(0))), parallel)
+    batch = together(lambda: next(iter(data.stream(0))), parallel)
+    for failure in filter(None, gather_json(batch.failure, parallel.group)):
+        raise DataBudgetError(failure)
     student = together(lambda: make_student(run, data), parallel)
     together(lambda: check_drift(run.with_embed_dim(student.embed_dim), run.directory), parallel)
     head, _ = together(lambda: make_classifier(run, data, student.embed_dim, parallel), parallel)
@@ -388,33 +342,42 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = parse(argv)
     die_with_parent()
-    first = os.environ.get("RANK", "0") == "0"
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        world = int(os.environ.get("WORLD_SIZE", "1"))
         run = load_run(args.deepspeed_config, args.set, world=world)
-        if args.print_config:
-            if first:
-                print(json.dumps(run.resolved(), indent=2))
-            return 0
+    except UserError as error:
+        return say(error, EXIT_USER, rank, everywhere=True)
+    if args.print_config:
+        if rank == 0:
+            print(json.dumps(run.resolved(), indent=2))
+        return 0
+    try:
         limits = run.megacid.run
         # The watchdog speaks first; the collectives' own timeout is for when it cannot.
         longest = max(limits.timeout_s, limits.save_timeout_s) + 60
         parallel = parallel_module.init(longest, always=not args.dry_run)
         agree_on_mapping(settings_of_this_rank(run, world), "the run", parallel.group)
         return dry_run(run, parallel) if args.dry_run else train(run, args, parallel)
+    except UserError as error:
+        return say(error, EXIT_USER, rank, everywhere=error.on_every_rank)
     except ON_EVERY_RANK as error:
-        if first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_CODES[type(error)]
+        return say(error, EXIT_CODES[type(error)], rank, everywhere=True)
     except Exception as error:
         if not from_a_collective(error):
             raise
-        rank = os.environ.get("RANK", "0")
-        print(f"error: rank {rank} cannot reach the other ranks any more ({str(error).strip().splitlines()[0]}): one has "
-              "ended or is late, its own message says why; start the same command again", file=sys.stderr, flush=True)  # fmt: skip
-        return EXIT_AGAIN
+        reason = str(error).strip().splitlines()[0]
+        gone = RuntimeError(f"rank {rank} cannot reach the other ranks any more ({reason}): one has ended or is late, its own "
+                            "message says why; start the same command again")  # fmt: skip
+        return say(gone, EXIT_AGAIN, rank, everywhere=False)
     finally:
         parallel_module.shutdown()
+
+
+def say(error: Exception, code: int, rank: int, *, everywhere: bool) -> int:
+    """One line on stderr; by the first rank alone when all ranks say the same. Returns `code`."""
+    if rank == 0 or not everywhere:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":

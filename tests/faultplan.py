@@ -66,6 +66,13 @@ def _trace(facts: dict[str, Any], fault: Fault) -> None:
         file.write(json.dumps([facts["step"], facts["sample_ids"], loss, verdict.apply]) + "\n")
 
 
+def _rss(facts: dict[str, Any], fault: Fault) -> None:
+    from megacid.runtime.metrics import resident_memory_mib
+
+    with open(fault.path, "a") as file:
+        file.write(f"{resident_memory_mib()}\n")
+
+
 def _poison_batch(facts: dict[str, Any], fault: Fault) -> None:
     facts["batch"].image.fill_(float("nan"))
 
@@ -106,6 +113,7 @@ ACTIONS: dict[str, Callable[[dict[str, Any], Fault], None]] = {
     "perturb_student": _perturb_student,
     "negate_batch": _negate_batch,
     "trace": _trace,
+    "rss": _rss,
 }
 
 

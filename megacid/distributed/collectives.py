@@ -250,7 +250,9 @@ def agree_on_mapping(facts: dict[str, Any], what: str, group: Group = None) -> N
         )
 
 
-_LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|timed out|connection refused|gloo|NCCL", re.IGNORECASE)
+_LOST_PEER = re.compile(
+    r"closed by peer|reset by peer|broken pipe|timed out|connection refused|gloo|NCCL", re.IGNORECASE
+)
 
 
 def from_a_collective(error: BaseException) -> bool:
@@ -259,7 +261,9 @@ def from_a_collective(error: BaseException) -> bool:
     frames = [entry.filename for entry in traceback.extract_tb(error.__traceback__)]
     inside = any(f"{os.sep}torch{os.sep}distributed{os.sep}" in name for name in frames)
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error))) and (inside or "gloo" in str(error).lower())
+        isinstance(error, RuntimeError)
+        and bool(_LOST_PEER.search(str(error)))
+        and (inside or "gloo" in str(error).lower())
     )
 
 
@@ -276,10 +280,15 @@ def fail_together(group: Group = None) -> Iterator[None]:
         failure = error
     kind = None if failure is None else "user" if isinstance(failure, UserError) else type(failure).__name__
     said = gather_json([kind, str(failure)], group)
+    if failure is None:
+        for number, (kind, message) in enumerate(said):
+            if kind == "user":
+                failure = UserError(message)
+                break
+            if kind is not None:
+                failure = RuntimeError(f"rank {number} of {len(said)} failed: {kind}: {message}")
+                break
+    if isinstance(failure, UserError):
+        failure.on_every_rank = True
     if failure is not None:
         raise failure
-    for number, (kind, message) in enumerate(said):
-        if kind == "user":
-            raise UserError(message)
-        if kind is not None:
-            raise RuntimeError(f"rank {number} of {len(said)} failed: {kind}: {message}")

@@ -75,6 +75,17 @@ ALLOWED = {
         "megacid.student",
         "megacid.tower",
     },
+    "megacid.parts": {
+        "megacid.assemble",
+        "megacid.checkpoint",
+        "megacid.classifier",
+        "megacid.config",
+        "megacid.distributed",
+        "megacid.losses",
+        "megacid.runtime",
+        "megacid.student",
+        "megacid.tower",
+    },
     "megacid.train": {"megacid", "megacid_kernels"},
     "megacid": {"megacid.classifier"},
 }
