@@ -107,6 +107,7 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
             total_steps=run.megacid.run.total_steps,
             seeded=config.augment != "none",
             workers=config.workers,
+            worker_timeout_s=config.worker_timeout_s,
             teacher=teacher,
             labels=labels,
             keep=keep,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -408,7 +409,7 @@ def _apply_set(tree: dict[str, Any], assignment: str) -> None:
         raise UserError(f"--set {assignment!r}: wanted section.key=value, for example --set classifier.sample_rate=0.2")
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # the type that the key wants decides
         value = text
     *sections, key = path.removeprefix("megacid.").split(".")
     top = sections[0] if sections else key
@@ -432,6 +433,21 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return seen
 
 
+def _check_numbers(tree: dict[str, Any]) -> None:
+    """UserError for NaN, infinity and whole numbers beyond 64 bits anywhere in the run file: JSON's reader lets them pass."""
+    left: list[tuple[str, Any]] = [("", tree)]
+    while left:
+        where, value = left.pop()
+        if isinstance(value, dict | list):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            left += [(f"{where}.{key}" if where else str(key), inner) for key, inner in items]
+        elif (isinstance(value, float) and not math.isfinite(value)) or (
+            isinstance(value, int) and abs(value) >= 2**63
+        ):
+            raise UserError(f'"{where}" is {value:.3g}, wanted a finite number below 2^63' if isinstance(value, float) else
+                            f'"{where}" is a number of {value.bit_length()} bits, wanted one below 2^63')  # fmt: skip
+
+
 def load_run(path: str | Path, assignments: list[str] | None = None, *, world: int) -> RunFile:
     """Read, override, check. world: number of ranks, completes the batch sizes. Raises UserError."""
     path = Path(path)
@@ -439,12 +455,15 @@ def load_run(path: str | Path, assignments: list[str] | None = None, *, world: i
         tree = hjson.loads(path.read_text(), object_pairs_hook=_no_duplicates)
     except OSError as error:
         raise UserError(f"cannot read the run file {path} ({error.strerror}): correct --deepspeed_config") from None
-    except hjson.HjsonDecodeError as error:
-        raise UserError(f"the run file {path} is neither JSON nor Hjson: {error}") from None
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the run file {path} is neither JSON nor Hjson: {str(error)[:300]}") from None
     if not isinstance(tree, dict):
         raise UserError(f"the run file {path} holds {type(tree).__name__}, wanted a block {{...}}")
     for assignment in assignments or []:
         _apply_set(tree, assignment)
+    _check_numbers(tree)
     block = tree.pop("megacid", None)
     if block is None:
         raise UserError(

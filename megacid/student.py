@@ -7,7 +7,6 @@ Nothing here imports deepspeed or torch.distributed.
 import json
 import logging
 import math
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -358,7 +357,7 @@ def _checked_local_dir(model: str) -> Path:
     try:
         config = json.loads((directory / CONFIG_FILE).read_text())["model_cfg"]
         complete = {"embed_dim", "vision_cfg", "text_cfg"} <= set(config)
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         complete = False
     if not complete:
         raise UserError(
@@ -402,7 +401,7 @@ def _create(model: str, pretrained: str | None, **options: Any) -> Any:
     """open_clip.create_model with its several exceptions for unfitting weights turned into one UserError."""
     try:
         return open_clip.create_model(model, pretrained, **options)
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a file that is no checkpoint makes the loaders raise nearly anything
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"cannot build {model!r} with weights {pretrained!r}: {reason}; check that the file is complete and "

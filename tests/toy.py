@@ -9,7 +9,7 @@ from typing import Any
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  imported once here, inherited by forked ranks
 import numpy as np
-import torch._dynamo
+import torch._dynamo  # noqa: F401  as above
 import torch.distributed as dist
 from faultplan import FaultPlan
 from harness import rank_fates, run_ranks

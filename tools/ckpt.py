@@ -35,8 +35,14 @@ BLOCK_ROWS = 1 << 16
 
 
 def resolve(path: Path) -> Path:
-    """A step directory itself, or the newest valid checkpoint of a run directory."""
-    return path if (path / store.MANIFEST).exists() else checkpoint_of(path, None)
+    """A step directory itself, verified, or the newest valid checkpoint of a run directory."""
+    if not (path / store.MANIFEST).exists():
+        return checkpoint_of(path, None)
+    try:
+        store.verify(path)
+    except ValueError as error:
+        raise UserError(f"not a whole checkpoint: {error}; choose another") from None
+    return path
 
 
 def states(run: Path) -> Iterator[tuple[int, Path, str]]:
@@ -72,7 +78,7 @@ def quarantine(args: argparse.Namespace) -> int:
         if said != "ok":
             bad = path.with_name(f".bad-{path.name}")
             if bad.exists():
-                raise UserError(f"{bad} exists already: look at it and remove it, then run this again")
+                raise UserError(f"{bad} exists already: look at it and move it away, then run this again")
             path.rename(bad)
             print(f"{path.name} -> {bad.name}: {said}")
     return 0

@@ -5,14 +5,18 @@ the only pause, and a thread of each rank writes, syncs and hashes its own files
 ranks: collectives from a thread would meet the training's in another order on each rank, and hang. The second part,
 gathering the reports and publishing, is done on the main thread at the first `poll` at which every rank's thread has
 ended. Until then the stage directory is no checkpoint, so a crash at any moment leaves the older ones.
+
+What one rank does alone (directories, copies, files) may fail on that rank alone, and the others are then waiting in a
+collective. So it never raises: it ends as text in that rank's report, and the reports decide for all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import shutil
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,14 +41,27 @@ class _Save:
 
     step: int
     facts: dict[str, Any]
-    began: float
+    stage: Path | None = None
     error: str | None = None
     files: list[store.WrittenFile] = field(default_factory=list)
+    write_s: float = 0.0
     thread: threading.Thread | None = None
 
     @property
     def busy(self) -> bool:
         return self.thread is not None and self.thread.is_alive()
+
+    @contextlib.contextmanager
+    def local(self, rank: int) -> Iterator[None]:
+        """A block that no other rank takes part in: what it raises becomes this save's error."""
+        try:
+            yield
+        except Exception as error:  # not only OSError: the other ranks wait for a report
+            self.error = f"rank {rank}: {_said(error)}"
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
 
 class Saver:
@@ -76,26 +93,31 @@ class Saver:
         the manifest. When a rank cannot write, the older checkpoints stay and all ranks go on alike.
         """
         self.finish()
-        save = self._under_way = _Save(step, facts, time.perf_counter())
-        if rank(self.group) == 0:
-            try:
-                store.make_stage(self.root, step)
-            except OSError as error:
-                save.error = f"rank 0: {error}"
+        began, me = time.perf_counter(), rank(self.group)
+        save = self._under_way = _Save(step, facts)
+        if me == 0:
+            with save.local(me):
+                save.stage = store.make_stage(self.root, step)
+        name, save.error = broadcast_json([save.stage.name if save.stage else None, save.error], self.group)
+        save.stage = self.root / name if name else None
         # Collectives first, files afterwards: a full disk on one rank must not leave the others waiting.
-        save.error = broadcast_json(save.error, self.group)
         student = self._own_student_tensors(engine)
-        own = {f"{part}/{name}": value for part, owner in rows.items() for name, value in owner.state_rows().items()}
+        own: dict[str, Tensor] = {}
+        with save.local(me):
+            own = {f"{part}/{key}": value for part, owner in rows.items() for key, value in owner.state_rows().items()}
+            if self.background:
+                own = {key: value.detach().to("cpu", copy=True) for key, value in own.items()}
         bounds = {"start": str(row_range[0]), "stop": str(row_range[1])}
-        probe("store:stage_made", step=step)
         if not self.background:
-            self._write(save, student, own, bounds)
+            self._write(save, student, own, bounds, began)
             self.finish()
             return
-        own = {name: value.detach().to("cpu", copy=True) for name, value in own.items()}
         size = sum(t.numel() * t.element_size() for t in (*student.values(), *own.values())) / 2**20
-        log.info("copied step %d: %.1f MiB in %.2f s; writing goes on in the background", step, size, time.perf_counter() - save.began)  # fmt: skip
-        save.thread = threading.Thread(target=self._write, args=(save, student, own, bounds), name="saver", daemon=True)
+        began_writing = time.perf_counter()
+        log.info("copied step %d: %.1f MiB in %.2f s; writing goes on in the background", step, size, began_writing - began)  # fmt: skip
+        save.thread = threading.Thread(
+            target=self._write, args=(save, student, own, bounds, began_writing), name="saver", daemon=True
+        )
         save.thread.start()
 
     def poll(self) -> None:
@@ -110,7 +132,8 @@ class Saver:
         save, self._under_way = self._under_way, None
         if save.thread is not None:
             save.thread.join()
-        reports = gather_json({"error": save.error, "files": [vars(file) for file in save.files]}, self.group)
+        report = {"error": save.error, "files": [vars(file) for file in save.files], "write_s": save.write_s}
+        reports = gather_json(report, self.group)
         error = broadcast_json(self._publish(save, reports) if rank(self.group) == 0 else None, self.group)
         self._failures = 0 if error is None else self._failures + 1
         if self._failures >= self.max_failures:
@@ -129,36 +152,41 @@ class Saver:
             own |= {f"buffer/{name.removeprefix(PREFIX)}": value for name, value in engine.named_buffers().items()}
         return own
 
-    def _write(self, save: _Save, student: dict[str, Tensor], rows: dict[str, Tensor], bounds: dict[str, str]) -> None:
-        """This rank's files; what goes wrong is kept for the report. In the background: the body of the thread."""
-        if save.error is not None:
-            return
-        me, stage = rank(self.group), store.stage_path(self.root, save.step)
-        try:
-            save.files.append(store.write_tensors(stage, f"student-{me:05d}.safetensors", student, step=save.step))
-            if rows:
-                name = f"classifier-{me:05d}.safetensors"
-                save.files.append(store.write_tensors(stage, name, rows, bounds, step=save.step))
-        except Exception as error:  # not only OSError: the other ranks wait for a report
-            save.error = f"rank {me}: {error}"
-        probe("store:files_written", step=save.step)
+    def _write(
+        self, save: _Save, student: dict[str, Tensor], rows: dict[str, Tensor], bounds: dict[str, str], began: float
+    ) -> None:
+        """This rank's files. In the background: the body of the thread."""
+        me = rank(self.group)
+        if save.stage is not None and save.error is None:
+            with save.local(me):
+                probe("store:stage_made", step=save.step)
+                name = f"student-{me:05d}.safetensors"
+                save.files.append(store.write_tensors(save.stage, name, student, step=save.step))
+                if rows:
+                    name = f"classifier-{me:05d}.safetensors"
+                    save.files.append(store.write_tensors(save.stage, name, rows, bounds, step=save.step))
+                probe("store:files_written", step=save.step)
+        save.write_s = time.perf_counter() - began
 
     def _publish(self, save: _Save, reports: list[Any]) -> str | None:
         """Rank 0: publish, or clean up and say why not."""
-        stage = store.stage_path(self.root, save.step)
-        errors = [report["error"] for report in reports if report["error"]]
+        began, errors = time.perf_counter(), [report["error"] for report in reports if report["error"]]
         files = [store.WrittenFile(**file) for report in reports for file in report["files"]]
         try:
-            if errors:
+            if errors or save.stage is None:
                 raise OSError("; ".join(dict.fromkeys(errors)))
-            final = store.publish(self.root, stage, save.step, files, save.facts)
-        except OSError as error:
-            log.warning("could not save step %d, the older checkpoints stay: %s", save.step, error)
-            shutil.rmtree(stage, ignore_errors=True)
-            return str(error)
-        seconds, size = time.perf_counter() - save.began, sum(file.bytes for file in files) / 2**20
+            final = store.publish(self.root, save.stage, save.step, files, save.facts)
+        except Exception as error:  # the other ranks wait for the outcome, whatever it is
+            log.warning("could not save step %d, the older checkpoints stay: %s", save.step, _said(error))
+            if save.stage is not None:
+                store.drop(save.stage)
+            return _said(error)
+        # Of the slowest rank: in the background it is not the time that training lost.
+        seconds = max(report["write_s"] for report in reports) + time.perf_counter() - began
+        size = sum(file.bytes for file in files) / 2**20
         log.info("saved %s: %.1f MiB in %.2f s (%.0f MiB/s)", final, size, seconds, size / seconds)
         try:
+            probe("store:after_rename", step=save.step)
             store.prune(self.root, self.keep_last, step=save.step)
         except OSError as error:  # this checkpoint is whole all the same
             log.warning("could not remove an old checkpoint below %s: %s", self.root, error)

@@ -10,12 +10,12 @@ Random numbers need no state: order, augmentation, class sampling are pure funct
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megacid.checkpoint import store
@@ -28,7 +28,10 @@ PREFIX = "clip."
 class NamedState(Protocol):
     """The part of the engine that a checkpoint needs."""
 
-    def named_state(self) -> Any: ...
+    def named_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """(name, {kind: copy on the host}) of every parameter: training may go on while it is written. A collective."""
+        ...
+
     def named_buffers(self) -> dict[str, Tensor]: ...
     def load_named_state(self, state: Callable[[str, str], Tensor], step: int) -> None: ...
     def load_buffers(self, buffers: dict[str, Tensor]) -> None: ...
@@ -45,36 +48,54 @@ class CheckpointReader:
     """Tensors of one published checkpoint by name, and classifier rows by global row."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory, self.manifest = directory, store.read_manifest(directory)
+        """Reads the names and shapes. UserError when they are not those of a whole checkpoint."""
+        self.directory = directory
         self._where: dict[str, Path] = {}
-        self._read: set[str] = set()
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._rows: list[tuple[int, int, Path]] = []
-        for file in self.manifest["files"]:
-            path = directory / file["name"]
-            with safe_open(path, "pt") as handle:
-                if file["name"].startswith("classifier-"):
-                    facts = handle.metadata()
-                    self._rows.append((int(facts["start"]), int(facts["stop"]), path))
-                else:
-                    self._where |= dict.fromkeys(handle.keys(), path)
-        self._rows.sort()
+        self._row_shapes: dict[str, tuple[int, ...]] = {}
+        try:
+            self.manifest: dict[str, Any] = store.read_manifest(directory)
+            for file in self.manifest["files"]:
+                self._add(directory / file["name"])
+            self._rows.sort()
+            bounds = [0, *(stop for _, stop, _ in self._rows)]
+            if [start for start, _, _ in self._rows] != bounds[:-1] or bounds[-1] != self.manifest.get(
+                "num_classes", 0
+            ):
+                raise ValueError(f"its files hold the classifier rows up to {bounds[1:]}, not each row once")
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{directory} cannot be read: {error!r}; choose another checkpoint") from None
+
+    def _add(self, path: Path) -> None:
+        with safe_open(path, "pt") as handle:
+            shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+            if path.name.startswith("classifier-"):
+                facts = handle.metadata()
+                start, stop = int(facts["start"]), int(facts["stop"])
+                self._rows.append((start, stop, path))
+                rows = {name: shape[1:] for name, shape in shapes.items() if shape[0] == stop - start}
+                if len(rows) < len(shapes) or rows != (self._row_shapes or rows):
+                    raise ValueError(f"{path.name} holds other tensors of rows than its bounds or the other files say")
+                self._row_shapes = rows
+            elif twice := sorted(shapes.keys() & self._shapes.keys()):
+                raise ValueError(f"two files hold {twice[0]}")
+            else:
+                self._shapes |= shapes
+                self._where |= dict.fromkeys(shapes, path)
 
     def names(self, kind: str) -> list[str]:
         return [name.removeprefix(kind + "/") for name in self._where if name.startswith(kind + "/")]
 
     def row_names(self) -> list[str]:
         """Names of what is saved by global row: "head/weight", "optimizer/exp_avg", ...; empty without a classifier."""
-        if not self._rows:
-            return []
-        with safe_open(self._rows[0][2], "pt") as handle:
-            return sorted(handle.keys())
+        return sorted(self._row_shapes)
 
-    def unread(self) -> list[str]:
-        """What the checkpoint holds and nobody has asked for."""
-        return sorted((self._where.keys() | set(self.row_names())) - self._read)
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of everything that is held, by name; of what is saved by row, the shape of a row."""
+        return self._shapes | self._row_shapes
 
     def tensor(self, kind: str, name: str) -> Tensor:
-        self._read.add(f"{kind}/{name}")
         try:
             path = self._where[f"{kind}/{name}"]
         except KeyError:
@@ -85,20 +106,22 @@ class CheckpointReader:
             return handle.get_tensor(f"{kind}/{name}")
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Global rows [start, stop) of `name` ("head/weight", "optimizer/exp_avg", ...), whoever wrote them."""
-        self._read.add(name)
+        """Global rows [start, stop) of `name` ("head/weight", "optimizer/exp_avg", ...), whoever wrote them.
+
+        Rows that one file holds, as they do where the number of ranks has not changed, are mapped and take no memory.
+        """
+        if name not in self._row_shapes:
+            raise UserError(
+                f"{self.directory} has no {name}: it was saved by another version, or with other settings of the classifier's "
+                "optimizer; give the run the same ones"
+            )
         parts = []
         for first, last, path in self._rows:
             lo, hi = max(start, first), min(stop, last)
-            if lo < hi:
+            if lo < hi or (first, last) == (start, stop):
                 with safe_open(path, "pt") as handle:
-                    if name not in handle.keys():  # noqa: SIM118  (no mapping)
-                        raise UserError(
-                            f"{self.directory} has no {name}: it was saved by another version, or with other settings of the classifier's "
-                            "optimizer; give the run the same ones"
-                        )
                     parts.append(handle.get_slice(name)[lo - first : hi - first])
-        out = torch.cat(parts) if parts else torch.empty(0)
+        out = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0, *self._row_shapes[name])
         if out.shape[0] != stop - start:
             raise UserError(
                 f"{self.directory} has {out.shape[0]} of the classifier rows {start} to {stop}: it belongs to another number of classes"
@@ -107,26 +130,49 @@ class CheckpointReader:
 
 
 def restore(directory: Path, engine: NamedState, rows: dict[str, RowState], facts: dict[str, Any]) -> int:
-    """Load everything from `directory`; returns its step. Shapes that differ, and names that only the checkpoint or only
-    the run has, are UserErrors. A collective."""
+    """Load everything from `directory`; returns its step. A collective.
+
+    Names that only the checkpoint or only the run has, and shapes that differ, are UserErrors, before anything changes.
+    """
     reader = CheckpointReader(directory)
     for key in ("num_classes", "embed_dim"):
         if reader.manifest.get(key) != facts.get(key):
             raise UserError(
                 f"{directory} has {key} {reader.manifest.get(key)}, this run has {facts.get(key)}: start another run, or correct data.labels"
             )
-    engine.load_named_state(
-        lambda name, kind: reader.tensor(kind, name.removeprefix(PREFIX)), int(reader.manifest["updates"])
-    )
+    updates = reader.manifest.get("updates")
+    if type(updates) is not int:
+        raise UserError(f"{directory} says updates {updates!r}, wanted a number: it was saved by another version")
+    _refuse_other_state(reader, engine, rows)
+    engine.load_named_state(lambda name, kind: reader.tensor(kind, name.removeprefix(PREFIX)), updates)
     engine.load_buffers({name: reader.tensor("buffer", name.removeprefix(PREFIX)) for name in engine.named_buffers()})
     for part, owner in rows.items():
         owner.load_state_rows(lambda name, start, stop, part=part: reader.rows(f"{part}/{name}", start, stop))  # type: ignore[misc]
-    if unread := reader.unread():
-        raise UserError(
-            f"{directory} holds {', '.join(unread[:5])}{' and more' if len(unread) > 5 else ''}, for which this run has no "
-            "place: it was saved by a run with another student or optimizer, or by another version; give the run the same"
-        )
     return int(reader.manifest["step"])
+
+
+def _refuse_other_state(reader: CheckpointReader, engine: NamedState, rows: dict[str, RowState]) -> None:
+    # Asked for one by one, a tensor that the run lacks would never be missed, and one of another shape be broadcast.
+    want: dict[str, tuple[int, ...]] = {}
+    for name, tensors in engine.named_state():
+        want |= {f"{kind}/{name.removeprefix(PREFIX)}": tuple(value.shape) for kind, value in tensors.items()}
+    want |= {f"buffer/{name.removeprefix(PREFIX)}": tuple(t.shape) for name, t in engine.named_buffers().items()}
+    for part, owner in rows.items():
+        want |= {f"{part}/{name}": tuple(value.shape[1:]) for name, value in owner.state_rows().items()}
+    held = reader.shapes()
+    said = [f"has no {name}" for name in sorted(want.keys() - held.keys())]
+    said += [f"has {name}, for which this run has no place" for name in sorted(held.keys() - want.keys())]
+    said += [
+        f"has {name} of shape {held[name]}, in this run {want[name]}"
+        for name in sorted(want.keys() & held.keys())
+        if want[name] != held[name]
+    ]
+    if said:
+        more = f", and {len(said) - 5} more such differences" if len(said) > 5 else ""
+        raise UserError(
+            f"{reader.directory} {'; '.join(said[:5])}{more}: it was saved by a run with another student or optimizer, or by "
+            "another version; give the run the same"
+        )
 
 
 def load_student_tensors(directory: str | Path) -> dict[str, Tensor]:

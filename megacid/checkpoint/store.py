@@ -3,7 +3,7 @@
 A checkpoint is a directory `step-00001000/` with safetensors files and a `manifest.json`, published in this order:
 
     all ranks   write their files into `.tmp-step-...`, flush, fsync, hash the bytes they wrote
-    rank 0      writes the manifest (every file with size and sha256), fsync
+    rank 0      finds every file with its size, writes the manifest (name, size, sha256 of each), fsync
     rank 0      renames the stage directory to its final name, fsync of the parent
     rank 0      prunes old checkpoints down to `keep_last`
 
@@ -22,6 +22,8 @@ import os
 import platform
 import re
 import shutil
+import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -37,7 +39,7 @@ from megacid.probes import probe
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-_STEP = re.compile(r"step-(\d{8,})$")
+_STEP = re.compile(r"step-([0-9]{8,})")
 
 
 # ---- single files ------------------------------------------------------------------------------------------------
@@ -123,8 +125,12 @@ def read_meta(directory: str | Path, expect: str | None = None) -> dict[str, Any
         raise UserError(
             f"{directory} has no meta.json, so the stage that writes it did not finish: run {tool} again with the same arguments"
         ) from None
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{directory / 'meta.json'} is not JSON ({error}): run {tool} again") from None
+    if not isinstance(meta, dict):
+        raise UserError(
+            f"{directory / 'meta.json'} holds {type(meta).__name__}, wanted a block {{...}}: run {tool} again"
+        )
     if expect is not None and meta.get("made_by") != expect:
         raise UserError(
             f"{directory} was made by {meta.get('made_by')!r}, wanted a directory made by {expect!r}: correct the path"
@@ -148,17 +154,20 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def stage_path(root: Path, step: int) -> Path:
-    return root / f".tmp-{step_name(step)}"
-
-
 def make_stage(root: Path, step: int) -> Path:
-    """A fresh, empty stage directory below `root`."""
-    stage = stage_path(root, step)
-    if stage.exists():
-        shutil.rmtree(stage)
+    """A fresh, empty stage directory below `root`.
+
+    Its name is new each time: a rank of an earlier start that outlived rank 0, or whose disk hung, may still be writing,
+    and would write over the files of this one.
+    """
+    stage = root / f".tmp-{step_name(step)}-{time.time_ns():x}"
     stage.mkdir(parents=True)
     return stage
+
+
+def drop(directory: Path) -> None:
+    """Remove a directory, or as much of it as can be: the reason to remove it is often a disk that fails."""
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 _DTYPES = {
@@ -188,21 +197,24 @@ def write_tensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest, written = hashlib.sha256(), 0
+    half = (8 + len(text) + end) // 2
     with open(stage / name, "wb") as handle:
 
         def write(data: bytes | memoryview) -> None:
             nonlocal written
-            for at in range(0, len(data), _WRITE_BYTES):
-                part = data[at : at + _WRITE_BYTES]
+            at = 0
+            while at < len(data):
+                # One of the cuts is in the middle of the file.
+                part = data[at : at + min(_WRITE_BYTES, half - written if written < half else _WRITE_BYTES)]
                 handle.write(part)
                 digest.update(part)
-                written += len(part)
+                at, written = at + len(part), written + len(part)
+                if written == half:
+                    handle.flush()  # what a crash leaves here is half a file, not an empty one
+                    probe("store:mid_file", step=step)
 
         write(len(text).to_bytes(8, "little") + text)
-        for number, key in enumerate(ordered):
-            if number == len(ordered) // 2:
-                handle.flush()  # what a crash leaves here is half a file, not an empty one
-                probe("store:mid_file", step=step)
+        for key in ordered:
             host = tensors[key].detach().contiguous().cpu().reshape(-1)
             if host.numel():
                 write(host.view(torch.uint8).numpy().data)
@@ -214,24 +226,27 @@ def write_tensors(
 
 
 def publish(root: Path, stage: Path, step: int, files: list[WrittenFile], facts: dict[str, Any]) -> Path:
-    """Rank 0: manifest, rename. Returns the published directory."""
+    """Rank 0: manifest, rename. Returns the published directory. Raises OSError, then nothing is published."""
+    for file in files:
+        path = stage / file.name
+        if (size := path.stat().st_size) != file.bytes:
+            raise OSError(f"{path} has {size} of the {file.bytes} bytes that were written to it")
     manifest = {
+        **facts,
         "format": FORMAT_VERSION,
         "step": step,
-        **facts,
         "files": [vars(file) for file in sorted(files, key=lambda f: f.name)],
     }
     probe("store:before_manifest", step=step)
     write_atomic(stage / MANIFEST, seal(manifest))
     fsync_dir(stage)
     final = root / step_name(step)
-    if final.exists():
+    if os.path.lexists(final):
         # Damaged, or from a part of the run that was given up (--resume PATH): moved away, never overwritten.
-        final.rename(root / f".replaced-{final.name}-{os.getpid()}")
+        final.rename(root / f".replaced-{final.name}-{time.time_ns():x}")
     probe("store:before_rename", step=step)
     os.replace(stage, final)
     fsync_dir(root)
-    probe("store:after_rename", step=step)
     return final
 
 
@@ -243,9 +258,16 @@ def seal(manifest: dict[str, Any]) -> bytes:
     return (json.dumps(sealed, indent=1, sort_keys=True) + "\n").encode()
 
 
-def prune(root: Path, keep_last: int, *, step: int = 0) -> None:
-    """Rank 0: remove the oldest checkpoints. step: the one just published, for the probes."""
-    for _, path in list_steps(root)[:-keep_last]:
+def prune(root: Path, keep_last: int, *, step: int) -> None:
+    """Rank 0, after `step` was published: remove older checkpoints, so that `keep_last` whole ones stay. Raises OSError.
+
+    Damaged ones do not count and stay: they must not push out the ones that the run can go on from. Nor do those of
+    later steps, which a run that was sent back (--resume PATH) has left behind: they would push out the new one.
+    """
+    for left in root.glob(".tmp-pruned-*"):
+        drop(left)
+    older = [path for number, path in list_steps(root) if number <= step and _has_its_sizes(path)]
+    for path in older[:-keep_last]:
         # Renamed first: a half-deleted directory must not look like a checkpoint.
         doomed = root / f".tmp-pruned-{path.name}"
         os.replace(path, doomed)
@@ -254,52 +276,60 @@ def prune(root: Path, keep_last: int, *, step: int = 0) -> None:
     probe("store:after_prune", step=step)
 
 
+def _has_its_sizes(directory: Path) -> bool:
+    try:
+        verify(directory, hashes=False)
+    except ValueError:
+        return False
+    return True
+
+
 def sweep_stages(root: Path) -> None:
     """Remove what killed saves left behind."""
     for path in root.glob(".tmp-*"):
-        if path.is_dir():
-            shutil.rmtree(path)
+        if path.is_dir() and not path.is_symlink():
+            drop(path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def list_steps(root: Path) -> list[tuple[int, Path]]:
     """(step, directory) of every published checkpoint, oldest first, verified or not."""
     found = []
     for path in root.iterdir() if root.is_dir() else ():
-        match = _STEP.match(path.name)
-        if match and path.is_dir():
-            found.append((int(match.group(1)), path))
+        step = _step_of(path)
+        if step is not None and path.is_dir():
+            found.append((step, path))
     return sorted(found)
+
+
+def _step_of(directory: Path) -> int | None:
+    """The step that the directory's name says; None when it is not the name of a checkpoint."""
+    match = _STEP.fullmatch(directory.name)
+    return int(match[1]) if match and step_name(int(match[1])) == directory.name else None
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of one checkpoint. Raises ValueError naming what is wrong with it, whatever the file holds."""
     path = directory / MANIFEST
+    data = None
     try:
-        data = path.read_bytes()
-        manifest = json.loads(data)["manifest"]
-        if data != seal(manifest):
-            raise ValueError(f"{path}: its sha256 does not match its content")
-        version, step, files = manifest.get("format"), manifest.get("step"), manifest.get("files")
-    except FileNotFoundError:
-        raise ValueError(f"{directory} has no {MANIFEST}") from None
-    except (
-        OSError,
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+        if _size_of_file(path) is not None:
+            data = path.read_bytes()
+            manifest = json.loads(data)["manifest"]
+            sealed = seal(manifest)
+            version, step, files = manifest.get("format"), manifest.get("step"), manifest.get("files")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {str(error)[:200] or type(error).__name__}") from None
+    if data is None:
+        raise ValueError(f"{directory} has no {MANIFEST}")
+    if data != sealed:
+        raise ValueError(f"{path}: its sha256 does not match its content")
     if version != FORMAT_VERSION:
-        raise ValueError(f"{directory} has format {version}, this version reads format {FORMAT_VERSION}")
-    named = _STEP.match(directory.name)
-    if type(step) is not int or (named and int(named.group(1)) != step):
+        raise ValueError(f"{directory} has format {version!r}, this version reads format {FORMAT_VERSION}")
+    if type(step) is not int or _step_of(directory) not in (None, step):
         raise ValueError(f"{path} says step {step!r}, its directory {directory.name}")
-    if not isinstance(files, list) or not all(map(_is_file_entry, files)):
+    if not isinstance(files, list) or not files or not all(map(_is_file_entry, files)):
         raise ValueError(f"{path} has entries that are no files of a checkpoint")
     names = [file["name"] for file in files]
     if len(set(names)) != len(names):
@@ -328,20 +358,29 @@ def verify(directory: Path, *, hashes: bool = True) -> dict[str, Any]:
     manifest = read_manifest(directory)
     for file in manifest["files"]:
         path = directory / file["name"]
-        size = path.stat().st_size if path.is_file() else None
-        if size != file["bytes"]:
-            raise ValueError(
-                f"{path} has {'no file' if size is None else f'{size} bytes'}, the manifest says {file['bytes']} bytes"
-            )
-        if hashes:
-            try:
-                with open(path, "rb") as handle:
-                    digest = _sha256(handle)
-            except OSError as error:
-                raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-            if digest != file["sha256"]:
-                raise ValueError(f"{path} has sha256 {digest[:16]}..., the manifest says {file['sha256'][:16]}...")
+        try:
+            size = _size_of_file(path)
+            if size != file["bytes"]:
+                held = "no file" if size is None else f"{size} bytes"
+                raise ValueError(f"{path} has {held}, the manifest says {file['bytes']} bytes")
+            if not hashes:
+                continue
+            with open(path, "rb") as handle:
+                digest = _sha256(handle)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        if digest != file["sha256"]:
+            raise ValueError(f"{path} has sha256 {digest[:16]}..., the manifest says {file['sha256'][:16]}...")
     return manifest
+
+
+def _size_of_file(path: Path) -> int | None:
+    """None where there is nothing, or something that is no file (opening a pipe would wait for ever)."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def newest_valid(root: Path, *, hashes: bool = True) -> tuple[Path | None, list[str]]:

@@ -135,11 +135,15 @@ def _of_tensor(said: str, given: Tensor, remedy: str = _Source.remedy) -> _Sourc
 
 def _of_npy(said: str, path: Path) -> _Source:
     try:
-        return _of_array(said, np.load(path, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a header is parsed as Python: RecursionError, MemoryError, TokenError, ...
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"{said} is not a readable .npy file ({error}): pass centroids.npy of a clusters directory"
+            f"{said} is not a readable .npy file ({reason}): pass centroids.npy of a clusters directory"
         ) from error
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{said} is an .npz archive, wanted a .npy file: pass centroids.npy of a clusters directory")
+    return _of_array(said, array)
 
 
 def _of_safetensors(said: str, path: Path) -> _Source:

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from megacid.checkpoint.store import read_meta
-from megacid.data.batch import Batch, DataBudgetError, Positions
+from megacid.data.arrays import load_npy
+from megacid.data.batch import Batch, Positions
 from megacid.data.mapped import MappedRows, take_rows
 from megacid.data.order import SampleOrder
 from megacid.errors import UserError
@@ -72,6 +73,12 @@ class FeatureSet(MappedRows):
                 f"{self.directory} was made by {meta.get('made_by')!r} and holds no class-labelled features: "
                 "name the output of tools/synthesize.py features"
             )
+        for name in {"classes", "dim", "true_classes"} & meta.keys():
+            value = meta[name]
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+                raise UserError(
+                    f"{self.directory}/meta.json has {name} {str(value)[:40]!r}, wanted a whole number above 0: {_AGAIN}"
+                )
         return meta
 
     def take_labels(self, rows: np.ndarray) -> np.ndarray:
@@ -94,10 +101,7 @@ class FeatureSet(MappedRows):
 
 def _map(path: Path, dtype: type[np.generic], shape: tuple[int | None, ...]) -> np.ndarray:
     """A memory map of that dtype and shape (None: any); UserError otherwise."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is not a readable .npy array ({error}): {_AGAIN}") from None
+    array = load_npy(path, _AGAIN)
     fits = len(array.shape) == len(shape) and all(w is None or g == w for g, w in zip(array.shape, shape))
     if array.dtype != dtype or not fits:
         wanted = "(" + ", ".join("n" if w is None else str(w) for w in shape) + ")"
@@ -114,7 +118,11 @@ class FeatureStream:
     Reads in this process: a batch is a few hundred kilobytes of a memory map. seed decides the order; block_shards:
     files that are shuffled with each other, see `SampleOrder`; pin_memory: batches in page-locked memory.
 
-    Raises UserError for fewer rows than one global batch, DataBudgetError for a label out of range, while iterating.
+    There are always `len` micro-batches. A label out of range, or a file that was cut since it was opened, is no exception,
+    which would leave the other ranks waiting: the batch gets a `failure`, and so does every later one. That of a label
+    has its features, and no labels; the others are dummies: zeros, labels and ids -1.
+
+    Raises UserError for fewer rows than one global batch, never while iterating.
     """
 
     def __init__(
@@ -132,26 +140,39 @@ class FeatureStream:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Batch]:
+        failure: str | None = None
         for positions in self.plan:
-            batch = self._read(np.array(positions, np.int64))
+            batch = (
+                self._read(np.array(positions, np.int64)) if failure is None else self._dummy(len(positions), failure)
+            )
+            failure = batch.failure
             yield batch.pin_memory() if self.pin_memory else batch
 
     def _read(self, positions: np.ndarray) -> Batch:
         _, file, row = self.order.locate_many(positions)
         rows = self.features.starts[file] + row
         try:
-            label = self.features.take_labels(rows)
-        except UserError as error:
-            # One rank alone meets it, so it is not one of the errors that all ranks raise together and rank 0 reports.
-            raise DataBudgetError(str(error)) from None
+            image = self.features.take(rows)
+        except OSError as error:
+            return self._dummy(len(rows), f"{error}: {_AGAIN}")
+        try:
+            label, failure = self.features.take_labels(rows), None
+        except (OSError, UserError) as error:
+            label, failure = np.full(len(rows), -1), str(error)
         return Batch(
-            image=torch.from_numpy(self.features.take(rows).astype(np.float32)),
+            image=torch.from_numpy(image.astype(np.float32)),
             text=torch.empty(len(rows), 0, dtype=torch.int64),
             label=torch.from_numpy(label.astype(np.int64)),
             teacher_image=None,
             teacher_text=None,
             sample_id=torch.from_numpy(rows),
+            failure=failure,
         )
+
+    def _dummy(self, size: int, failure: str) -> Batch:
+        nothing = torch.full((size,), -1)
+        image, text = torch.zeros(size, self.features.dim), torch.empty(size, 0, dtype=torch.int64)
+        return Batch(image, text, nothing, None, None, nothing.clone(), failure=failure)
 
     def facts(self) -> dict[str, Any]:
         """Counts for the log."""

@@ -24,43 +24,27 @@ from typing import Any
 
 import numpy as np
 
-from megacid.checkpoint.store import atomic_path, write_json_atomic
+from megacid.checkpoint.store import write_json_atomic
 from megacid.data.cache import SmallCache
 from megacid.data.decode import BadSample
+from megacid.data.index_files import (
+    VERSION,
+    ShardTable,
+    file_sha256,
+    is_entry,
+    keys_sha256,
+    load_table,
+    read_json,
+    save_table,
+    stored_entries,
+)
 from megacid.data.scan import COLUMN, Kind, scan_tar
 from megacid.errors import UserError
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
 _NAMED = 20  # dropped samples that are named in full; the others are only counted
-
-
-@dataclass(frozen=True)
-class ShardTable:
-    """The samples of one tar, in tar order.
-
-    `image`, `text`, `json`, `cls`: int64 [n, 2] offset and size in bytes; -1 where absent.
-    """
-
-    keys: list[str]
-    members: np.ndarray
-
-    @property
-    def image(self) -> np.ndarray:
-        return self.members[:, 0:2]
-
-    @property
-    def text(self) -> np.ndarray:
-        return self.members[:, 2:4]
-
-    @property
-    def json(self) -> np.ndarray:
-        return self.members[:, 4:6]
-
-    @property
-    def cls(self) -> np.ndarray:
-        return self.members[:, 6:8]
+_MAX_TEXT_BYTES = 1 << 16  # a caption has some hundred
 
 
 @dataclass(frozen=True)
@@ -103,7 +87,7 @@ class ShardIndex:
         """The samples of shard number `shard`; the last 64 tables stay in memory."""
         if self.in_memory is not None:
             return self.in_memory[shard]
-        return self._tables.get(shard, lambda: _load_table(self.root / "index", self.shards[shard]))
+        return self._tables.get(shard, lambda: load_table(self.root / "index", self.shards[shard]))
 
 
 def load_index(
@@ -118,16 +102,15 @@ def load_index(
     Args:
         shards_dir: a directory with `*.tar`.
         verify: also compare the sha256 of every tar (reads everything), not only its size.
-        allow_bad: use the intact samples of a cut tar instead of refusing it; the index remembers the decision.
+        allow_bad: use the intact samples of a damaged tar, those before the damage, instead of refusing it; the index
+            remembers the decision.
         on_shard: called as (done, total) while building.
 
     Raises:
-        UserError: no such directory, no tar, no sample, or a damaged tar.
+        UserError: no such directory, no tar, no sample, a damaged tar, or one that cannot be read.
     """
     root = _check_root(shards_dir)
-    tars = sorted(
-        path for path in root.iterdir() if path.name.endswith(".tar") and path.name[0] != "." and path.is_file()
-    )
+    tars = _tars(root)
     if not tars:
         raise UserError(f"{root} holds no .tar file: give the directory that img2dataset or tools/synthesize.py wrote")
     entries = None if verify else _load_entries(root, tars)
@@ -154,28 +137,26 @@ def verify_index(shards_dir: str | Path, on_shard: Callable[[int, int], None] | 
     """Hash every tar again and compare with the stored index; returns one sentence for each thing that does not
     fit. Changes nothing."""
     root = _check_root(shards_dir)
-    stored = _read_json(root / "index" / "index.json")
+    stored = stored_entries(root)
     if stored is None:
         return [f"{root}/index/index.json is missing or unreadable"]
-    on_disk = {path.name.removesuffix(".tar") for path in root.glob("*.tar")}
-    problems = [
-        f"{name}.tar is not in the index" for name in sorted(on_disk - {entry["name"] for entry in stored["shards"]})
-    ]
-    for done, entry in enumerate(stored["shards"], 1):
+    on_disk = {path.name.removesuffix(".tar") for path in _tars(root)}
+    problems = [f"{name}.tar is not in the index" for name in sorted(on_disk - {entry["name"] for entry in stored})]
+    for done, entry in enumerate(stored, 1):
         path = root / f"{entry['name']}.tar"
         if not path.is_file():
             problems.append(f"{path.name} is in the index but not on disk")
         elif path.stat().st_size != entry["bytes"]:
             problems.append(f"{path.name} has {path.stat().st_size} bytes, the index says {entry['bytes']}")
-        elif _sha256(path) != entry["sha256"]:
+        elif file_sha256(path) != entry["sha256"]:
             problems.append(f"{path.name} has the right size but another sha256")
         else:
             try:
-                _load_table(root / "index", entry)
+                load_table(root / "index", entry)
             except UserError as error:
                 problems.append(str(error))
         if on_shard:
-            on_shard(done, len(stored["shards"]))
+            on_shard(done, len(stored))
     return problems
 
 
@@ -195,18 +176,20 @@ class ShardReader:
     def read(self, shard: int, row: int, kind: Kind) -> bytes:
         """One member of one sample.
 
-        Raises BadSample when it is absent, too large, or the file no longer reaches that far.
+        Raises BadSample when it is absent, too large (more than `max_member_bytes`, or 64 KiB of text or class), or the
+        file no longer reaches that far.
         """
         table = self.index.table(shard)
         column = COLUMN[kind]
         offset, size = (int(v) for v in table.members[row, column : column + 2])
-        if size < 0 or size > self.max_member_bytes:
-            reason = f"no {kind} member" if size < 0 else f"{kind} of {size} bytes, more than {self.max_member_bytes}"
+        most = min(self.max_member_bytes, _MAX_TEXT_BYTES) if kind in ("text", "cls") else self.max_member_bytes
+        if size < 0 or size > most:
+            reason = f"no {kind} member" if size < 0 else f"{kind} of {size} bytes, more than {most}"
             raise BadSample(self.index.names[shard], table.keys[row], reason)
         try:
             descriptor = self._open.get(shard, lambda: os.open(self.index.tar_path(shard), os.O_RDONLY))
             data = os.pread(descriptor, size, offset)
-        except OSError as error:
+        except (OSError, OverflowError) as error:  # an index that was tampered with may hold any offset
             raise BadSample(self.index.names[shard], table.keys[row], f"cannot be read: {error}") from error
         if len(data) != size:
             raise BadSample(
@@ -228,6 +211,16 @@ def _check_root(shards_dir: str | Path) -> Path:
     if not Path(text).is_dir():
         raise UserError(f"shards directory {text} does not exist: make one with img2dataset or tools/synthesize.py")
     return Path(text)
+
+
+def _tars(root: Path) -> list[Path]:
+    """The shards, sorted. UserError for one that is no file: to pass over it would be to train on less than was meant."""
+    tars = sorted(path for path in root.iterdir() if path.name.endswith(".tar") and path.name[0] != ".")
+    for path in tars:
+        if not path.is_file():
+            what = "a link to nothing" if path.is_symlink() and not path.exists() else "no regular file"
+            raise UserError(f"{path} is {what}, wanted a tar: restore it, or move it out of {root}")
+    return tars
 
 
 def _build(
@@ -255,7 +248,7 @@ def _build(
             if in_memory is not None:
                 in_memory[number] = table
             else:
-                _save_table(folder, entry, table)
+                save_table(folder, entry, table)
         entries.append(entry)
         if on_shard:
             on_shard(number + 1, len(tars))
@@ -276,23 +269,30 @@ def _assemble(root: Path, entries: list[dict[str, Any]], in_memory: dict[int, Sh
 
 
 def _index_tar(path: Path, *, allow_bad: bool) -> tuple[dict[str, Any], ShardTable]:
-    scan = scan_tar(path)
-    if scan.damage and not allow_bad:
+    try:
+        size = path.stat().st_size  # before it is read: one that still grows will not fit the index, and is found
+        scan = scan_tar(path)
+        if scan.damage and not allow_bad:
+            raise UserError(
+                f"{path} is damaged ({scan.damage}) after {len(scan.keys)} intact samples: fetch it again, "
+                f"or run tools/index_shards.py --allow-bad to use the intact ones"
+            )
+        digest = file_sha256(path)
+    except OSError as error:
         raise UserError(
-            f"{path} is damaged ({scan.damage}) after {len(scan.keys)} intact samples: fetch it again, "
-            f"or run tools/index_shards.py --allow-bad to use the intact ones"
-        )
+            f"{path} cannot be read ({error.strerror}): correct its permissions, or fetch it again"
+        ) from None
     for reason, names in scan.dropped.items():
         shown = ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
         log.warning("%s: left out %d (%s): %s", path.name, len(names), reason, shown)
     table = ShardTable(scan.keys, np.array(scan.members, np.int64).reshape(-1, 8))
     entry = {
         "name": path.name.removesuffix(".tar"),
-        "bytes": path.stat().st_size,
+        "bytes": size,
         "samples": len(scan.keys),
         "without_text": int((table.text[:, 1] < 0).sum()),
-        "sha256": _sha256(path),
-        "keys_sha256": _keys_sha256(scan.keys),
+        "sha256": digest,
+        "keys_sha256": keys_sha256(scan.keys),
         "dropped": {reason: len(names) for reason, names in scan.dropped.items()},
         "dropped_names": {reason: names[:_NAMED] for reason, names in scan.dropped.items()},
         "damage": scan.damage,
@@ -303,31 +303,11 @@ def _index_tar(path: Path, *, allow_bad: bool) -> tuple[dict[str, Any], ShardTab
 # ---- on disk ---------------------------------------------------------------------------------------------
 
 
-def _keys_sha256(keys: list[str]) -> str:
-    return hashlib.sha256(json.dumps(keys).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
 def _load_entries(root: Path, tars: list[Path]) -> list[dict[str, Any]] | None:
     """The stored entries when they fit the files on disk; None says that (part of) the index must be made."""
-    stored = _read_json(root / "index" / "index.json")
-    if not isinstance(stored, dict) or stored.get("version") != VERSION:
+    entries = stored_entries(root)
+    if entries is None:
         return None
-    entries = stored.get("shards", [])
     if [(entry["name"], entry["bytes"]) for entry in entries] != [
         (p.name.removesuffix(".tar"), p.stat().st_size) for p in tars
     ]:
@@ -335,43 +315,25 @@ def _load_entries(root: Path, tars: list[Path]) -> list[dict[str, Any]] | None:
             "the index of %s does not fit its tars (added, removed or changed): making it again where needed", root
         )
         return None
-    return list(entries)
+    return entries
 
 
 def _reusable_entry(folder: Path, path: Path, *, verify: bool, allow_bad: bool) -> dict[str, Any] | None:
     """What an earlier, perhaps interrupted, run stored for this tar, when it still fits."""
     name = path.name.removesuffix(".tar")
-    stored = _read_json(folder / f"{name}.keys.json")
+    stored = read_json(folder / f"{name}.keys.json")
     if not isinstance(stored, dict) or stored.get("version") != VERSION:
         return None
-    entry: dict[str, Any] = stored["entry"]
+    entry: dict[str, Any] = stored.get("entry", {})
+    if not is_entry(entry) or entry["name"] != name:
+        return None
     if entry["bytes"] != path.stat().st_size or (entry["damage"] and not allow_bad):
         return None
-    if verify and entry["sha256"] != _sha256(path):
+    if verify and entry["sha256"] != file_sha256(path):
         log.warning("%s has the right size but another sha256: indexing it again", path)
         return None
     try:
-        _load_table(folder, entry)
+        load_table(folder, entry)
     except UserError:
         return None
     return entry
-
-
-def _save_table(folder: Path, entry: dict[str, Any], table: ShardTable) -> None:
-    with atomic_path(folder / f"{entry['name']}.members.npy") as tmp, open(tmp, "wb") as file:
-        np.save(file, table.members, allow_pickle=False)
-    write_json_atomic(folder / f"{entry['name']}.keys.json", {"version": VERSION, "entry": entry, "keys": table.keys})
-
-
-def _load_table(folder: Path, entry: dict[str, Any]) -> ShardTable:
-    stored = _read_json(folder / f"{entry['name']}.keys.json")
-    try:
-        members = np.load(folder / f"{entry['name']}.members.npy", allow_pickle=False)
-    except (OSError, ValueError):
-        members = None
-    keys = stored.get("keys") if isinstance(stored, dict) else None
-    if keys is None or members is None or members.shape != (len(keys), 8) or _keys_sha256(keys) != entry["keys_sha256"]:
-        raise UserError(
-            f"the index of {entry['name']}.tar in {folder} is damaged: delete {folder} and run tools/index_shards.py"
-        )
-    return ShardTable(keys, members)

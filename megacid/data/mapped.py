@@ -49,15 +49,16 @@ def take_rows(maps: list[np.ndarray], starts: np.ndarray, rows: np.ndarray) -> n
     bounds = np.searchsorted(ascending, starts)
     for partition in np.flatnonzero(np.diff(bounds)):
         low, high = bounds[partition], bounds[partition + 1]
-        out[order[low:high]] = _scattered(maps[partition], ascending[low:high] - starts[partition])
+        out[order[low:high]] = gather_rows(maps[partition], ascending[low:high] - starts[partition])
     return out
 
 
-def _scattered(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """array[rows]; of a mapped file through read calls.
+def gather_rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """array[rows] (rows: int64 [m], not negative); of a mapped file through read calls. OSError when it has been cut.
 
     A fault of the mapping brings sixteen pages into the process for one row of a few hundred bytes: single rows of a large
-    file would soon count as resident memory of the size of the file, and look like a leak.
+    file would soon count as resident memory of the size of the file, and look like a leak. And to touch a page behind the
+    end of a file that was cut since would end the process without a word.
     """
     if not (isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) and array.flags.c_contiguous):
         return np.asarray(array[rows])

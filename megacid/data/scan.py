@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import tarfile
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
+
+from megacid.data.tar import Member, TarDamage, is_safe, members
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 Kind = Literal["image", "text", "json", "cls"]
@@ -26,78 +28,67 @@ class Scan:
     members: list[list[int]] = field(default_factory=list)
     dropped: dict[str, list[str]] = field(default_factory=dict)  # reason -> names
     damage: str | None = None
+    _seen: set[str] = field(default_factory=set)
+    _kinds: set[Kind] = field(default_factory=set)  # that samples of this tar have
 
     def drop(self, reason: str, name: str) -> None:
-        self.dropped.setdefault(reason, []).append(name)
+        # Escaped: a name with bytes that are no UTF-8 could not be logged or stored.
+        self.dropped.setdefault(reason, []).append(name if is_safe(name) else repr(name)[1:-1])
+
+    def add(self, key: str, found: dict[Kind, tuple[int, int]], *, at_damage: bool = False) -> None:
+        """Use a sample, or drop it and say why."""
+        if key in self._seen:
+            self.drop("duplicate key", key)
+        elif at_damage and not (self._kinds and self._kinds <= found.keys()):
+            # Nothing tells what else it had; what the other samples have is the best measure.
+            self.drop("sample at the cut", key)
+        elif "image" not in found:
+            self.drop("sample without an image", key)
+        elif "text" not in found and "cls" not in found:
+            self.drop("sample without a text", key)
+        else:
+            self._seen.add(key)
+            self._kinds |= found.keys()
+            self.keys.append(key)
+            self.members.append([v for kind in COLUMN for v in found.get(kind, (-1, -1))])
 
 
 def scan_tar(path: Path) -> Scan:
-    """Walk the headers of a tar and group its members into samples."""
+    """Walk the headers of a tar and group its members into samples. Raises OSError when it cannot be opened."""
     scan = Scan()
-    seen: set[str] = set()
-    current: tuple[str, dict[Kind, tuple[int, int]]] | None = None
-
-    def flush() -> None:
-        nonlocal current
-        if current is None:
-            return
-        (key, found), current = current, None
-        if key in seen:
-            scan.drop("duplicate key", key)
-        elif "image" not in found:
-            scan.drop("sample without an image", key)
-        elif "text" not in found and "cls" not in found:
-            scan.drop("sample without a text", key)
-        else:
-            seen.add(key)
-            scan.keys.append(key)
-            scan.members.append([v for kind in COLUMN for v in found.get(kind, (-1, -1))])
-
+    key: str | None = None
+    found: dict[Kind, tuple[int, int]] = {}
     with open(path, "rb") as file:
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    if (split := _accept(member, scan)) is None:
-                        continue
-                    key, extension = split
-                    kind = _KIND_OF_EXTENSION.get(extension.lower())
-                    if current is None or current[0] != key or (kind is not None and kind in current[1]):
-                        flush()
-                        current = (key, {})
-                    if kind is not None:
-                        current[1][kind] = (member.offset_data, member.size)
-                scan.damage = _missing_end(file, tar.offset)
-            # After damage in a header nothing tells whether the last sample is whole; its payload did pass
-            # the reader's own check.
-            flush()
-        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-            scan.damage = str(error) or type(error).__name__
-            if current is not None:
-                scan.drop("sample at the cut", current[0])
+            for member in members(file, os.fstat(file.fileno()).st_size):
+                if (split := _accept(member, scan)) is None:
+                    continue
+                kind = _KIND_OF_EXTENSION.get(split[1].lower())
+                if key != split[0] or kind in found:
+                    if key is not None:
+                        scan.add(key, found)
+                    key, found = split[0], {}
+                if kind is not None:
+                    found[kind] = (member.offset, member.size)
+        except (TarDamage, OSError) as error:
+            scan.damage = str(error)
+        if key is not None:
+            scan.add(key, found, at_damage=scan.damage is not None)
     return scan
 
 
-def _accept(member: tarfile.TarInfo, scan: Scan) -> tuple[str, str] | None:
-    """(key, extension) of a usable member, None for one to pass over. Nothing is ever extracted, so a bad name
-    cannot do harm; it is a sign of a tar that was not made for this, and is counted.
-    """
-    if member.isdir():
+def _accept(member: Member, scan: Scan) -> tuple[str, str] | None:
+    """(key, extension) of a usable member; None for one to pass over, counted where it is a sign of something odd."""
+    if member.directory:
         return None
-    if not member.isreg() or member.issparse():
+    if not member.regular:
         scan.drop("not a regular file", member.name)
         return None
-    directory, _, base = member.name.rpartition("/")
-    if member.name.startswith("/") or ".." in member.name.split("/"):
+    if not is_safe(member.name):
         scan.drop("unsafe name", member.name)
         return None
+    directory, _, base = member.name.rpartition("/")
     stem, dot, extension = base.partition(".")
     if not dot or not stem:
         return None
     return (f"{directory}/{stem}" if directory else stem), extension
-
-
-def _missing_end(file: BinaryIO, offset: int) -> str | None:
-    """tarfile takes a header cut short for the end of the archive; a real end is a block of zeros."""
-    file.seek(offset)
-    block = file.read(512)
-    return None if len(block) == 512 and not any(block) else f"no end-of-archive mark at byte {offset}"

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megacid.checkpoint.store import read_meta
+from megacid.data.arrays import load_npy
 from megacid.data.cache import SmallCache
 from megacid.data.decode import BadSample
 from megacid.data.index import ShardIndex
+from megacid.data.mapped import gather_rows
 from megacid.errors import UserError
 
 _OPEN_SHARDS = 64
@@ -33,30 +36,68 @@ def _checked_meta(directory: str | Path, index: ShardIndex, made_by: str) -> dic
     return meta
 
 
-def _load_npy(path: Path, *, mmap: bool) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except FileNotFoundError:
+def _fact(meta: dict[str, Any], directory: Path, name: str) -> int:
+    """A number of meta.json, at least 1."""
+    value = meta.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
         raise UserError(
-            f"{path} is missing although the stage is complete: run the tool that made {path.parents[1]} again"
-        ) from None
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            f"{path} is not a readable .npy array ({error}): run the tool that made {path.parents[1]} again"
-        ) from None
+            f"{directory}/meta.json has {name} {str(value)[:40]!r}, wanted a whole number above 0: make {directory} again"
+        )
+    return value
 
 
-def _read_parquet(path: Path, columns: list[str] | None = None) -> Any:
+def _again(path: Path) -> str:
+    return f"run the tool that made {path.parents[1]} again"
+
+
+def _check_present(path: Path) -> None:
+    if not path.exists():
+        raise UserError(f"{path} is missing although the stage is complete: {_again(path)}")
+
+
+def _load_npy(path: Path) -> np.ndarray:
+    """A read-only memory map."""
+    _check_present(path)
+    return load_npy(path, _again(path))
+
+
+def _read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
+    _check_present(path)
     try:
         return pq.read_table(path, columns=columns)
-    except FileNotFoundError:
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        said = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} is not a readable parquet file ({said}): {_again(path)}") from None
+
+
+def _keys(table: pa.Table, column: str, path: Path) -> list[str]:
+    """A column of keys. UserError when it is missing or holds no strings: nothing would ever match."""
+    kind = table.schema.field(column).type if column in table.column_names else None
+    if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise UserError(f"{path} has the column {column} of type {kind}, wanted strings: {_again(path)}")
+    return list(table[column].to_pylist())
+
+
+def _labels(table: pa.Table, column: str, keys: list[str], classes: int, path: Path) -> np.ndarray:
+    """int64 [rows] of a column of labels: integers, -1 .. classes - 1. UserError names the sample otherwise."""
+    values = table[column]
+    if not pa.types.is_integer(values.type) or values.null_count:
+        what = f"{values.null_count} nulls" if values.null_count else f"{values.type}"
+        row = next((i for i, value in enumerate(values.to_pylist()) if not isinstance(value, int)), 0)
+        named = f", the first one of sample {keys[row]}" if keys else ""
+        raise UserError(f"{path} has the column {column} with {what}{named}, wanted integers: {_again(path)}")
+    found = values.to_numpy()
+    outside = (
+        np.flatnonzero((found < -1) | (found >= classes))
+        if found.dtype != np.uint64
+        else np.flatnonzero(found >= classes)
+    )
+    if outside.size:
         raise UserError(
-            f"{path} is missing although the stage is complete: run the tool that made {path.parents[1]} again"
-        ) from None
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors derive from these
-        raise UserError(
-            f"{path} is not a readable parquet file ({error}): run the tool that made {path.parents[1]} again"
-        ) from None
+            f"{path} holds labels {found.min()} .. {found.max()}, but -1 .. {classes - 1} is allowed by meta.json; the "
+            f"first one outside is {column} {found[outside[0]]} of sample {keys[outside[0]]}: run tools/cluster.py again"
+        )
+    return found.astype(np.int64)
 
 
 def _match(wanted: list[str], present: list[str], where: Path) -> np.ndarray:
@@ -86,14 +127,15 @@ class TeacherTable:
     def __init__(self, directory: str | Path, index: ShardIndex) -> None:
         self.directory, self.index = Path(directory), index
         self.meta = _checked_meta(directory, index, "embed")
-        self.dim = int(self.meta["dim"])
+        self.dim = _fact(self.meta, self.directory, "dim")
         self.has_text = (self.directory / "text_emb").is_dir()
         # Numbers are padded to different widths by different writers of this layout, so files are found by number.
         self._image_files = _by_number(self.directory / "img_emb", "img_emb_*.npy")
         self._text_files = _by_number(self.directory / "text_emb", "text_emb_*.npy")
         self._metadata_files = _by_number(self.directory / "metadata", "metadata_*.parquet")
-        self._partitions: dict[str, int] = self.meta["partitions"]
-        missing = [name for name in index.names if self._partitions.get(name) not in self._image_files]
+        self._partitions = self._checked_partitions()
+        needed = [self._image_files] + [self._text_files] * self.has_text
+        missing = [name for name in index.names if any(self._partitions.get(name) not in files for files in needed)]
         if missing:
             raise UserError(
                 f"{directory} has no embeddings of {len(missing)} shards ({', '.join(missing[:5])}): "
@@ -101,18 +143,27 @@ class TeacherTable:
             )
         self._shards: SmallCache[_TeacherShard] = SmallCache(_OPEN_SHARDS)
 
+    def _checked_partitions(self) -> dict[str, int]:
+        found = self.meta.get("partitions")
+        if not isinstance(found, dict) or not all(isinstance(number, int) for number in found.values()):
+            raise UserError(
+                f"{self.directory}/meta.json has partitions {str(found)[:40]!r}, wanted a number for every shard: "
+                "run tools/embed.py again"
+            )
+        return found
+
     def _open(self, shard: int) -> _TeacherShard:
         number = self._partitions[self.index.names[shard]]
-        image = _load_npy(self._image_files[number], mmap=True)
-        text = _load_npy(self._text_files[number], mmap=True) if self.has_text else None
+        image = _load_npy(self._image_files[number])
+        text = _load_npy(self._text_files[number]) if self.has_text else None
         metadata = self._metadata_files.get(number, self.directory / "metadata" / f"metadata_{number:05d}.parquet")
-        keys = _read_parquet(metadata, ["image_path"])["image_path"].to_pylist()
-        for name, array in (("img_emb", image), ("text_emb", text)):
-            if array is not None and array.shape != (len(keys), self.dim):
+        keys = _keys(_read_parquet(metadata, ["image_path"]), "image_path", metadata)
+        files = (self._image_files[number], image), (self._text_files.get(number), text)
+        for path, array in files:
+            if array is not None and (array.shape != (len(keys), self.dim) or array.dtype.kind != "f"):
                 raise UserError(
-                    f"{name} of partition {number} in {self.directory} has shape {array.shape}, "
-                    f"but {(len(keys), self.dim)} fits its metadata: "
-                    "run tools/embed.py again"
+                    f"{path} has shape {array.shape} of {array.dtype}, "
+                    f"but {(len(keys), self.dim)} of floating point fits its metadata: run tools/embed.py again"
                 )
         return _TeacherShard(_match(self.index.table(shard).keys, keys, metadata), image, text)
 
@@ -123,7 +174,7 @@ class TeacherTable:
     def rows(self, shard: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """(image, text) embeddings of rows of the tar, float16 [m, d] each; text is None when no texts were embedded.
 
-        Raises BadSample for a row without an embedding (`has` tells).
+        Raises BadSample for a row without an embedding (`has` tells), OSError when the file was cut since it was opened.
         """
         opened = self._shards.get(shard, lambda: self._open(shard))
         at = opened.row_of[rows]
@@ -132,7 +183,7 @@ class TeacherTable:
             raise BadSample(
                 self.index.names[shard], self.index.table(shard).keys[row], f"no teacher embedding in {self.directory}"
             )
-        return np.asarray(opened.image[at]), None if opened.text is None else np.asarray(opened.text[at])
+        return gather_rows(opened.image, at), None if opened.text is None else gather_rows(opened.text, at)
 
 
 def _by_number(folder: Path, pattern: str) -> dict[int, Path]:
@@ -154,10 +205,11 @@ class LabelTable:
     def __init__(self, directory: str | Path, index: ShardIndex, labels_per_sample: int | None = None) -> None:
         self.directory, self.index = Path(directory), index
         self.meta = _checked_meta(directory, index, "cluster")
-        self.num_classes = int(self.meta["k"])
+        self.num_classes = _fact(self.meta, self.directory, "k")
         self._shards: SmallCache[np.ndarray] = SmallCache(_OPEN_SHARDS)
         self._wanted = labels_per_sample
-        self.labels_per_sample = self._labels(0).shape[1]
+        # All shards as the first one, when nothing was asked for.
+        self._wanted = self.labels_per_sample = self._labels(0).shape[1]
 
     def _open(self, shard: int) -> np.ndarray:
         path = self.directory / "labels" / f"{self.index.names[shard]}.parquet"
@@ -175,14 +227,9 @@ class LabelTable:
                 f"run tools/cluster.py with --top-labels {self._wanted}, or use fewer"
             )
         names = names[: self._wanted]
-        at = _match(self.index.table(shard).keys, table["key"].to_pylist(), path)
-        stored = np.stack([table[name].to_numpy().astype(np.int64) for name in names], axis=1)
-        if stored.size and (stored.min() < -1 or stored.max() >= self.num_classes):
-            raise UserError(
-                f"{path} holds labels {stored.min()} .. {stored.max()}, "
-                f"but -1 .. {self.num_classes - 1} is allowed by meta.json: "
-                "run tools/cluster.py again"
-            )
+        keys = _keys(table, "key", path)
+        at = _match(self.index.table(shard).keys, keys, path)
+        stored = np.stack([_labels(table, name, keys, self.num_classes, path) for name in names], axis=1)
         labels = np.full((len(at), len(names)), -1, np.int64)
         labels[at >= 0] = stored[at[at >= 0]]
         return labels
@@ -207,13 +254,13 @@ class KeepTable:
 
     def _mask(self, shard: int) -> np.ndarray:
         path = self.directory / "keep" / f"{self.index.names[shard]}.npy"
-        mask = _load_npy(path, mmap=False)
+        mask = _load_npy(path)
         if mask.dtype != np.bool_ or mask.shape != (int(self.index.sizes[shard]),):
             raise UserError(
                 f"{path} is {mask.dtype} {mask.shape}, "
                 f"but bool ({int(self.index.sizes[shard])},) fits the shard: run tools/balance.py again"
             )
-        return mask
+        return np.array(mask)  # all of it, so that nothing is mapped that may be cut
 
     def kept(self, shard: int) -> np.ndarray:
         """int64: rows of the tar that are kept, ascending."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megacid.checkpoint.store import read_meta, write_json_atomic, write_meta
-from megacid.data.decode import BadSample, decode_image
+from megacid.data.decode import BadSample, decode_caption, decode_image
 from megacid.data.index import ShardIndex, ShardReader
 from megacid.distributed.collectives import barrier, gather_json
 from megacid.distributed.parallel import Parallel
@@ -96,7 +96,9 @@ class Pairs(Dataset[Sample]):
         shard = self.shards[which]
         row = int(position - (self.ends[which - 1] if which else 0))
         try:
-            caption = self.reader.read(shard, row, "text").decode("utf-8")
+            data = self.reader.read(shard, row, "text")
+            data.decode("utf-8")  # a caption is written to the metadata, where replaced bytes would pass for its words
+            caption = decode_caption(data)
             image = self.transform(decode_image(self.reader.read(shard, row, "image")))
         except BadSample as error:
             return Sample(shard, row, None, None, "", error.reason)

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megacid.checkpoint.store import atomic_path, read_meta, write_json_atomic
+from megacid.data.arrays import load_npy
 from megacid.errors import UserError
 from megacid.probes import probe
 
@@ -70,8 +71,8 @@ def write_text(path: Path, text: str) -> None:
 def read_array(path: Path, shape: tuple[int, ...], kind: str) -> np.ndarray | None:
     """A memory map of the array; None when the file is missing, cut off, or not of that shape and dtype kind."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        array = load_npy(path, "it is made again")
+    except UserError:
         return None
     return array if array.shape == shape and array.dtype.kind == kind else None
 
@@ -172,5 +173,5 @@ class PartialResults:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megacid.checkpoint.store import read_meta
+from megacid.data.arrays import load_npy
 from megacid.data.mapped import MappedRows
 from megacid.errors import UserError
 
@@ -144,12 +145,7 @@ class EmbeddingRows(MappedRows):
 
     def _map(self, number: int, dim: int) -> np.ndarray:
         path = self._path(number)
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(
-                f"{path} cannot be read ({error}): run tools/embed.py again, it redoes what is missing"
-            ) from None
+        array = load_npy(path, "run tools/embed.py again, it redoes what is missing")
         if array.ndim != 2 or array.shape[1] != dim or array.dtype.kind != "f":
             raise UserError(
                 f"{path} is {array.dtype} of shape {array.shape}, wanted floating point and (n, {dim}), the width in "

@@ -1,5 +1,4 @@
 import importlib.util
-import io
 import json
 import os
 import tarfile
@@ -8,20 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset as wds
+from pair_data import put
 
 from megacid.data.decode import BadSample
 from megacid.data.index import ShardReader, load_index, verify_index
 from megacid.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def put(tar: tarfile.TarFile, name: str, data: bytes = b"x", **fields: object) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    for field, value in fields.items():
-        setattr(info, field, value)
-    tar.addfile(info, io.BytesIO(data))
 
 
 def make_tar(path: Path, keys: list[str], ending: str = "jpg") -> None:

@@ -1,69 +1,27 @@
-import io
 import os
 import random
 import re
 import signal
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pair_data import SIZES, same, stream, tokenize, transform, write_shards
 from PIL import Image
-from test_index import put
 from test_sidecar import keep_dir, label_dir, save, teacher_dir, write_parquet
 
 from megacid.data.index import ShardIndex, load_index
-from megacid.data.batch import Batch
 from megacid.data.loader import BUDGET_FLOOR, PairStream
 from megacid.data.sidecar import KeepTable, LabelTable, TeacherTable
 from megacid.data.workers import start_worker
 from megacid.errors import UserError
 
-SIZES = {"00000": 9, "00001": 7, "00002": 8}
 DAMAGED = {5, 17}  # global rows of the `damaged` fixture
-
-
-def write_shards(folder: Path, damaged: set[int] = frozenset(), without_text: set[int] = frozenset()) -> ShardIndex:
-    """Every image has one colour, its global row number, so that a batch shows what was really read."""
-    folder.mkdir()
-    number = 0
-    for name, size in SIZES.items():
-        with tarfile.open(folder / f"{name}.tar", "w") as tar:
-            for _ in range(size):
-                buffer = io.BytesIO()
-                Image.new("RGB", (4, 4), (number, 0, 0)).save(buffer, "PNG")
-                data = buffer.getvalue()
-                put(tar, f"k{number}.png", data[:40] if number in damaged else data)
-                put(tar, f"k{number}.cls", b"0")
-                if number not in without_text:
-                    put(tar, f"k{number}.txt", f"{number}".encode())
-                number += 1
-    return load_index(folder)
-
-
-def transform(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image.resize((4, 4)))).permute(2, 0, 1).float()
 
 
 def noisy(image: Image.Image) -> torch.Tensor:
     return transform(image) + torch.rand(3, 4, 4) + random.random()
-
-
-def tokenize(captions: list[str]) -> torch.Tensor:
-    return torch.tensor([[int(caption or 0)] for caption in captions])
-
-
-def stream(index: ShardIndex, **changes: object) -> PairStream:
-    options: dict = dict(
-        transform=transform, tokenize=tokenize, global_batch=8, micro_batch=8, accumulation=1, rank=0, world=1,
-        seed=1, start_step=0, total_steps=6,
-    )  # fmt: skip
-    return PairStream(index, **{**options, **changes})
-
-
-def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(getattr(a, f), getattr(b, f)) for f in ("image", "text", "sample_id"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,120 @@
+"""The files of a shard index: written whole, and believed only when everything in them fits.
+
+Layout: see `index.py`. Nothing is unpickled; offsets and sizes may be any numbers, which the reader holds against the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megacid.checkpoint.store import atomic_path, write_json_atomic
+from megacid.data.arrays import load_npy
+from megacid.errors import UserError
+
+VERSION = 1
+_ENTRY: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "bytes": int,
+    "samples": int,
+    "without_text": int,
+    "sha256": str,
+    "keys_sha256": str,
+    "dropped": dict,
+    "dropped_names": dict,
+    "damage": (str, type(None)),
+}
+
+
+@dataclass(frozen=True)
+class ShardTable:
+    """The samples of one tar, in tar order.
+
+    `image`, `text`, `json`, `cls`: int64 [n, 2] offset and size in bytes; -1 where absent.
+    """
+
+    keys: list[str]
+    members: np.ndarray
+
+    @property
+    def image(self) -> np.ndarray:
+        return self.members[:, 0:2]
+
+    @property
+    def text(self) -> np.ndarray:
+        return self.members[:, 2:4]
+
+    @property
+    def json(self) -> np.ndarray:
+        return self.members[:, 4:6]
+
+    @property
+    def cls(self) -> np.ndarray:
+        return self.members[:, 6:8]
+
+
+def keys_sha256(keys: list[str]) -> str:
+    return hashlib.sha256(json.dumps(keys).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def is_entry(entry: Any) -> bool:
+    """Whether a stored description of a tar has everything, of the right types."""
+    return (
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(name), kind) for name, kind in _ENTRY.items())
+        and 0 <= entry["samples"] < 2**31
+        and all(isinstance(count, int) for count in entry["dropped"].values())
+    )
+
+
+def stored_entries(root: Path) -> list[dict[str, Any]] | None:
+    """The entries of index.json; None when it is missing, damaged or of another version."""
+    stored = read_json(root / "index" / "index.json")
+    if not isinstance(stored, dict) or stored.get("version") != VERSION:
+        return None
+    entries = stored.get("shards")
+    return entries if isinstance(entries, list) and all(map(is_entry, entries)) else None
+
+
+def save_table(folder: Path, entry: dict[str, Any], table: ShardTable) -> None:
+    with atomic_path(folder / f"{entry['name']}.members.npy") as tmp, open(tmp, "wb") as file:
+        np.save(file, table.members, allow_pickle=False)
+    write_json_atomic(folder / f"{entry['name']}.keys.json", {"version": VERSION, "entry": entry, "keys": table.keys})
+
+
+def load_table(folder: Path, entry: dict[str, Any]) -> ShardTable:
+    remedy = f"the index of {entry['name']}.tar is damaged, delete {folder} and run tools/index_shards.py"
+    members = load_npy(folder / f"{entry['name']}.members.npy", remedy)
+    stored = read_json(folder / f"{entry['name']}.keys.json")
+    keys = stored.get("keys") if isinstance(stored, dict) else None
+    whole = (
+        isinstance(keys, list)
+        and all(isinstance(key, str) for key in keys)
+        and len(keys) == entry["samples"]
+        and members.dtype == np.int64
+        and members.shape == (len(keys), 8)
+        and keys_sha256(keys) == entry["keys_sha256"]
+    )
+    if not isinstance(keys, list) or not whole:
+        raise UserError(f"{folder}/{entry['name']}.keys.json and .members.npy do not fit: {remedy}")
+    return ShardTable(keys, np.array(members))

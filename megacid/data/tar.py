@@ -1,0 +1,168 @@
+"""The headers of a tar, read from a file that may be damaged or made to do harm.
+
+Not the standard library's reader: on the Python versions that we support it loops for ever on a negative size, recurses
+once for every extended header, allocates what a header asks for before it looks at the file, and takes a header that is
+cut, or zeros in its place, for the end of the archive. Here every number is held against the size of the file before it
+is used, nothing recurses, and an archive ends with its mark and nothing behind it.
+
+Read are ustar, old GNU and pax archives: what webdataset, img2dataset, GNU tar and Python write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+BLOCK = 512
+MAX_MEMBERS = 1_000_000
+_MAX_EXTENDED = 1 << 16  # bytes of a long name or of a pax header; a path has 4096 at most
+_REGULAR = b"0\x007"
+_DIRECTORY = b"5"
+_LINKS_AND_DEVICES = b"12346"  # whose size says nothing: no data follow
+_LONG_NAME, _LONG_LINK, _SPARSE, _PAX, _PAX_GLOBAL = b"L", b"K", b"S", b"x", b"g"
+_ZERO = bytes(BLOCK)
+
+
+class TarDamage(ValueError):  # noqa: N818  a fault of the data
+    """The archive cannot be read on from here; the text says at which byte, and why."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One entry. offset, size: bytes of its data, inside the file. regular: a plain file; directory: of no interest."""
+
+    name: str
+    offset: int
+    size: int
+    regular: bool
+    directory: bool
+
+
+def members(file: BinaryIO, total: int) -> Iterator[Member]:
+    """The entries of an archive of `total` bytes, in order. Raises TarDamage where it stops making sense."""
+    at, count = 0, 0
+    long_name: str | None = None
+    pax: dict[str, str] = {}
+    while True:
+        header = _read(file, at, BLOCK, total, "a header")
+        if header == _ZERO:
+            _check_end(file, at, total)
+            return
+        if (count := count + 1) > MAX_MEMBERS:
+            raise TarDamage(f"more than {MAX_MEMBERS:,} members, at byte {at}")
+        _check_sum(header, at)
+        kind, size, data = header[156:157], _number(header[124:136], at, "size"), at + BLOCK
+        if kind in (_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL):
+            if size > _MAX_EXTENDED:
+                raise TarDamage(f"an extended header of {size} bytes, more than {_MAX_EXTENDED}, at byte {at}")
+            payload = _read(file, data, size, total, "an extended header")
+            if kind == _LONG_NAME:
+                long_name = _text(payload.partition(b"\0")[0])
+            elif kind == _PAX:
+                pax = _records(payload, at)
+            at = data + _padded(size)
+            continue
+        if kind == _SPARSE:
+            extended = header[482]
+            while extended:
+                extended, data = _read(file, data, BLOCK, total, "a sparse header")[504], data + BLOCK
+        if "size" in pax:
+            size = _decimal(pax["size"], at)
+        name = pax.get("path", long_name)
+        if name is None:
+            prefix = header[345:500].partition(b"\0")[0]
+            name = _text((prefix + b"/" if prefix and kind != _SPARSE else b"") + header[:100].partition(b"\0")[0])
+        if kind in _LINKS_AND_DEVICES or kind == _DIRECTORY:
+            size = 0
+        if data + _padded(size) > total:
+            # The padding belongs to it: a file cut there has lost its end mark as well.
+            if data + size > total:
+                raise TarDamage(f"{name} has {size} bytes from byte {data} on, but the file ends at byte {total}")
+            raise TarDamage(f"the file ends at byte {total}, in the padding behind {name}")
+        directory = kind == _DIRECTORY or (kind == b"\0" and name.endswith("/"))
+        sparse = kind == _SPARSE or any(key.startswith("GNU.sparse") for key in pax)
+        yield Member(name, data, size, kind in _REGULAR and not sparse and not directory, directory)
+        long_name, pax = None, {}
+        at = data + _padded(size)
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def _read(file: BinaryIO, at: int, size: int, total: int, what: str) -> bytes:
+    if at + size > total:
+        if what == "a header" and at >= total:
+            raise TarDamage(
+                f"no end-of-archive mark where the file ends, at byte {total}" if total else "the file is empty"
+            )
+        raise TarDamage(f"the file ends at byte {total}, inside {what} that begins at byte {at}")
+    file.seek(at)
+    data = file.read(size)
+    if len(data) != size:
+        raise TarDamage(f"only {len(data)} of {size} bytes can be read at byte {at}")
+    return data
+
+
+def _check_end(file: BinaryIO, at: int, total: int) -> None:
+    """Zeros where a header was overwritten would hide every sample behind them."""
+    file.seek(at)
+    while block := file.read(1 << 20):
+        if block.strip(b"\0"):
+            raise TarDamage(f"data behind the end-of-archive mark at byte {at} (of {total} bytes)")
+
+
+def _check_sum(header: bytes, at: int) -> None:
+    said = _number(header[148:156], at, "checksum")
+    rest = header[:148] + b" " * 8 + header[156:]
+    signed = sum(byte - 256 if byte > 127 else byte for byte in rest) if said != sum(rest) else said
+    if said != signed:  # some old writers summed signed bytes
+        raise TarDamage(f"no valid header at byte {at}")
+
+
+def _number(field: bytes, at: int, what: str) -> int:
+    """Octal digits, or a big-endian number behind a byte 0x80."""
+    if field[:1] == b"\x80":
+        return int.from_bytes(field[1:], "big")
+    digits = field.partition(b"\0")[0].strip()
+    if digits.strip(b"01234567"):  # int() alone would take signs, underscores and spaces
+        raise TarDamage(f"no valid header at byte {at}: its {what} is {field!r}")
+    return int(digits or b"0", 8)
+
+
+def _decimal(digits: str, at: int) -> int:
+    """The number of a pax record."""
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 20):
+        raise TarDamage(f"a pax header with size {digits[:24]!r} at byte {at}")
+    return int(digits)
+
+
+def _records(payload: bytes, at: int) -> dict[str, str]:
+    """The pax records `LENGTH KEY=VALUE\\n`, LENGTH being that of the whole record."""
+    found: dict[str, str] = {}
+    begin = 0
+    while begin < len(payload):
+        digits, _, _ = payload[begin : begin + 8].partition(b" ")
+        length = int(digits) if digits.isdigit() else 0
+        record = payload[begin + len(digits) + 1 : begin + length]
+        key, equals, value = record.partition(b"=")
+        if length <= len(digits) + 1 or begin + length > len(payload) or not equals or value[-1:] != b"\n":
+            raise TarDamage(f"a pax header that cannot be read at byte {at}")
+        found[_text(key)] = _text(value[:-1])
+        begin += length
+    return found
+
+
+def _text(name: bytes) -> str:
+    """Bytes that are no UTF-8 stay visible, and are told apart by the caller: `is_safe` refuses them."""
+    return name.decode("utf-8", errors="surrogateescape")
+
+
+def is_safe(name: str) -> bool:
+    """Whether a member's name is one that a data set has: relative, inside, printable, UTF-8.
+
+    Nothing is ever extracted, so that a bad name cannot do harm; it is a sign of a tar that was not made for this.
+    """
+    control = any(ord(c) < 32 or ord(c) == 127 or 0xDC80 <= ord(c) <= 0xDCFF for c in name)
+    return not (control or name.startswith("/") or ".." in name.split("/"))
