@@ -16,7 +16,8 @@ ALLOWED = {
     "megacid.errors": set(),
     "megacid.probes": set(),
     "megacid.deepspeed_keys": set(),
-    "megacid.config": {"megacid.deepspeed_keys"},
+    "megacid.config": {"megacid.config_checks", "megacid.deepspeed_keys"},
+    "megacid.config_checks": {"megacid.config"},  # for its types alone
     "megacid.distributed.parallel": {"megacid.config"},
     "megacid.distributed.collectives": {"megacid.config"},
     "megacid.distributed.engine": {"megacid.config", "megacid.distributed.parallel", "megacid.distributed.collectives"},
