@@ -17,6 +17,7 @@ from megacid.config import RunFile
 from megacid.distributed.collectives import barrier
 from megacid.distributed.parallel import Parallel
 from megacid.losses import Objective
+from megacid.probes import probe
 from megacid.runtime.drift import check_drift, write_config
 from megacid.runtime.estimate import memory_estimate
 from megacid.runtime.guard import Guard
@@ -77,6 +78,7 @@ def build(run: RunFile, parallel: Parallel) -> Parts:
     run = run.with_embed_dim(student.embed_dim)
     if store.list_steps(run.directory):
         together(lambda: check_drift(run, run.directory), parallel)
+    probe("start:building", step=0)
     head, row_optimizer = together(lambda: make_classifier(run, data, student.embed_dim, parallel), parallel)
     objective = make_objective(run, head, parallel)
     student.to(parallel.device)

@@ -5,7 +5,7 @@
 does nothing in production: one look at an empty dict. Nothing in the program installs a hook, reads a plan from the
 environment, or depends on one; `tests/faults/` does (see `tests/faultplan.py`). The names are the contract:
 
-    start:          ready (everything is built, before the first step)
+    start:          building (before the classifier is made), ready (everything is built, before the first step)
     train:          batch (a micro-batch is about to be used), gradients (before the guard's decision), applied (both
                     optimizers have stepped or skipped), step_end (after logging and saving)
     store:          stage_made, mid_file, before_fsync, after_fsync, files_written on every rank;

@@ -114,6 +114,7 @@ ACTIONS: dict[str, Callable[[dict[str, Any], Fault], None]] = {
     "negate_batch": _negate_batch,
     "trace": _trace,
     "rss": _rss,
+    "touch": lambda facts, fault: Path(fault.path).touch(),
 }
 
 

@@ -129,6 +129,17 @@ def test_one_rank_that_is_asked_to_stop_stops_all_after_the_same_saved_step(
         goes_on_as_if_nothing_had_been(root, name)
 
 
+def test_asked_to_stop_while_it_is_built_it_ends_at_once_for_there_is_nothing_to_save(root: Path) -> None:
+    """Also on the way back from a checkpoint, which stays what it was."""
+    file = toy.run_file(root, "building")
+    plan = FaultPlan(Fault("start:building", "signal", rank=1, value=signal.SIGTERM))
+    assert toy.train_toy(2, file, plan=plan) == [75, -signal.SIGTERM]
+    assert list((root / "runs" / "building").glob("step-*")) == []
+    assert toy.train_toy(2, file, "--stop-after", "7") == [143, 143]
+    assert toy.train_toy(2, file, plan=plan) == [75, -signal.SIGTERM]
+    goes_on_as_if_nothing_had_been(root, "building")
+
+
 # ---- the real launchers ------------------------------------------------------------------------------------------
 
 
