@@ -38,6 +38,7 @@ def _rank_main(
         dist.init_process_group(
             "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
         )
+        dist.barrier()  # a rank that leaves at once must not meet one that is still connecting
         # Bytes, not tensors: torch would send a file descriptor that dies with this process.
         results.put((rank, True, pickle.dumps(fn(*args))))
         if dist.is_initialized():
@@ -95,6 +96,7 @@ def _fated_main(
         dist.init_process_group(
             "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
         )
+        dist.barrier()
         code = int(fn(*args) or 0)
     except BaseException:
         traceback.print_exc()

@@ -15,7 +15,8 @@ from faultplan import FaultPlan
 from harness import rank_fates, run_ranks
 from torch import Tensor
 
-import megacid.distributed.engine  # noqa: F401  as above
+import megacid.distributed.engine
+import megacid.train
 
 CLASSES, DIM, STEPS = 1001, 32, 24
 SIZES = (31, 7, 40, 1, 41)
@@ -62,13 +63,11 @@ def run_file(root: Path, name: str, **changes: Any) -> Path:
 
 def train_here(argv: list[str], plan: str | None = None) -> int:
     """The trainer on an already formed group of ranks; plan: a FaultPlan as JSON."""
-    from megacid import train
-
     rank = dist.get_rank()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=str(rank))
     if plan is not None:
         FaultPlan.from_json(plan).install(rank)
-    return train.main(argv)
+    return megacid.train.main(argv)
 
 
 def train_toy(world: int, file: Path, *options: str, plan: FaultPlan | None = None, timeout_s: float = 60) -> list[int]:

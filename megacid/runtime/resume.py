@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import time
 from pathlib import Path
 
 from megacid.checkpoint import store
@@ -22,6 +23,7 @@ def find_checkpoint(run: RunFile, resume: str) -> str | None:
             store.verify(Path(resume))
         except ValueError as error:
             raise UserError(f"--resume {resume}: {error}; name a whole step-... directory, or use auto") from None
+        _go_back(directory, Path(resume))
         return resume
     existing = store.list_steps(directory)
     if resume == "never" and existing:
@@ -37,6 +39,21 @@ def find_checkpoint(run: RunFile, resume: str) -> str | None:
             f"none of the {len(existing)} checkpoints in {directory} is whole ({problems[0]}): restore one, or choose another run.name"
         )
     return str(newest) if newest else None
+
+
+def _go_back(directory: Path, chosen: Path) -> None:
+    """Move later checkpoints of the run aside: the next start would go on from them, and not from what comes now."""
+    existing = store.list_steps(directory)
+    if existing and chosen.resolve().parent != directory.resolve():
+        raise UserError(
+            f"--resume {chosen} is of another run, and {directory} already has checkpoints up to step {existing[-1][0]}: choose another run.name"
+        )
+    start = store.read_manifest(chosen)["step"]
+    for step, path in existing:
+        if step > start:
+            aside = path.with_name(f".abandoned-{path.name}-{time.time_ns():x}")
+            path.rename(aside)
+            log.warning("going back to step %d: %s is moved to %s, remove it when it is not needed", start, path, aside)
 
 
 class Continuity:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import random
@@ -12,9 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import toy
 from faultplan import Fault, FaultPlan, read_trace, trace
 from harness import rank_fates
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megacid.checkpoint import store
 
 EVERY_STEP: dict[str, Any] = {"run__save_every": 1, "run__keep_last": 100}
 
@@ -156,6 +162,26 @@ def test_twenty_random_kills_leave_the_same_run(root: Path) -> None:
     assert [step for step, _ in curve] == list(range(1, 61)) and curve == losses(root / "runs" / "undisturbed")
 
 
+def test_a_run_that_is_sent_back_goes_on_from_there_also_at_the_next_start(
+    root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = toy.run_file(root, "back", **EVERY_STEP)
+    assert toy.train_toy(1, file) == [0]
+    run = root / "runs" / "back"
+    want = toy.tensors(run / "step-00000024")
+    options = ("--resume", str(run / "step-00000005"))
+    assert toy.train_toy(1, file, *options, "--stop-after", "7") == [143]
+    assert f"going back to step 5: {run / 'step-00000006'} is moved to" in capfd.readouterr().err
+    assert [path.name for path in sorted(run.glob("step-*"))][-1] == "step-00000007"
+    assert toy.train_toy(1, file) == [0]
+    assert f"resumed from {run / 'step-00000007'}" in capfd.readouterr().err
+    assert toy.differing(want, toy.tensors(run / "step-00000024")) == []
+    other = toy.run_file(root, "begun_elsewhere")
+    assert toy.train_toy(1, other, "--stop-after", "1") == [143]
+    assert toy.train_toy(1, other, *options) == [2]
+    assert "is of another run" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("how", ["a file", "no such place"])
 def test_a_run_directory_that_cannot_be_made_is_an_error_before_the_first_step(
     root: Path, how: str, capfd: pytest.CaptureFixture[str]
@@ -172,12 +198,6 @@ def test_the_first_loss_after_resuming_is_compared_with_what_it_was(
     root: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A checkpoint that misses something loads without an error; the loss tells."""
-    import torch
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    from megacid.checkpoint import store
-
     file = toy.run_file(root, "continuity", run__save_every=4)
     assert toy.train_toy(1, file, "--stop-after", "6") == [143]
     run = root / "runs" / "continuity"
@@ -199,14 +219,9 @@ def test_the_first_loss_after_resuming_is_compared_with_what_it_was(
     )
     manifest = store.read_manifest(step)
     data = (step / "student-00000.safetensors").read_bytes()
-    import hashlib
-    import json
-
     for entry in manifest["files"]:
         if entry["name"].startswith("student"):
             entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    body = json.dumps(manifest, indent=1, sort_keys=True)
-    sealed = {"manifest": manifest, "sha256": hashlib.sha256(body.encode()).hexdigest()}
-    (step / store.MANIFEST).write_text(json.dumps(sealed))
+    (step / store.MANIFEST).write_bytes(store.seal(manifest))
     assert toy.train_toy(1, file, "--stop-after", "5") == [143]
     assert "misses something" in capfd.readouterr().err
