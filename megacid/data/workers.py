@@ -80,9 +80,8 @@ def watched(loader: DataLoader[Any], count: int, timeout_s: float) -> Iterator[A
             if not ok:
                 if isinstance(item, Exception) and (dead := _dead(workers, _DYING_S)):
                     raise WorkersLost(dead)
-                if isinstance(
-                    item, OSError | EOFError
-                ):  # on the way: those of reading are sentences already, see `Pairs`
+                # On the way: what went wrong while reading is a sentence already, see `Pairs`.
+                if isinstance(item, OSError | EOFError):
                     raise WorkersLost(
                         f"what loader workers made cannot be taken over ({item}): mostly too many open files or too "
                         "little shared memory; raise the limit (ulimit -n), or use fewer data.workers"

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import IO
 
 from megacid.distributed.collectives import Group, any_rank
+from megacid.distributed.parallel import launched
 from megacid.errors import UserError
 
 _PR_SET_PDEATHSIG = 1
@@ -72,8 +73,11 @@ class Lifecycle:
 
 
 def die_with_parent() -> None:
-    """The kernel sends SIGTERM to this process when its parent ends, however it ends: no orphans."""
-    if sys.platform == "linux":
+    """The kernel sends SIGTERM to this rank when the launcher that started it ends, however it ends: no orphans.
+
+    Not without a launcher: a shell that is left must not end what was started with nohup.
+    """
+    if sys.platform == "linux" and launched():
         with contextlib.suppress(OSError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -90,13 +94,14 @@ def _process(pid: int) -> tuple[int, str, str] | None:
 
 class Launcher:
     """The processes that started this rank: its parent, and above DeepSpeed's per-node launcher the `deepspeed` command.
+    None for a program that no launcher started.
 
     DeepSpeed does not pass a signal that ends the command on to its per-node launcher, whose ranks would run on unseen.
     """
 
     def __init__(self) -> None:
         self._alive: dict[int, str] = {}  # pid -> start time, which tells a pid that was given away again
-        parent = _process(os.getppid())
+        parent = _process(os.getppid()) if launched() else None
         if parent is None:
             return
         self._alive[os.getppid()] = parent[1]

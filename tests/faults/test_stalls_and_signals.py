@@ -238,3 +238,23 @@ def test_when_the_launcher_is_killed_the_ranks_save_and_end_by_themselves(
     assert len(list(run.glob("step-*"))) == 1 and list(run.glob(".tmp-*")) == []
     job.kill()
     job.wait()
+
+
+@pytest.mark.launch
+def test_without_a_launcher_it_outlives_the_shell_that_started_it(slow_run: tuple[Path, Path]) -> None:
+    """As with nohup: the parent ends, the run goes on."""
+    file, run = slow_run
+    words = f"exec {sys.executable} tests/faults/planned.py --deepspeed_config {file} > {said_by(file)} 2>&1"
+    shell = subprocess.Popen(
+        ["/bin/sh", "-c", f"({words}) & read wait"], cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True
+    )
+    wait_until(lambda: at_step(run, 20), "step 20")
+    shell.kill()
+    shell.wait()
+    reached = (run / "log.txt").read_text().count("step ")
+    wait_until(lambda: (run / "log.txt").read_text().count("step ") > reached + 100, "it goes on")
+    pids = living(str(file))
+    assert len(pids) == 1 and not list(run.glob("step-*"))
+    os.kill(next(iter(pids)), signal.SIGTERM)
+    wait_until(lambda: not living(str(file)), "it stops when it is asked", 35)
+    assert len(list(run.glob("step-*"))) == 1

@@ -46,6 +46,7 @@ ALLOWED = {
         "megacid.checkpoint.store",
         "megacid.classifier.sampling",
         "megacid.distributed.collectives",
+        "megacid.distributed.parallel",
         "megacid_kernels",
     },
     "megacid.student": {"megacid.config"},
