@@ -106,10 +106,14 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
         global_batch=run.global_batch, world=parallel.world, log_every=config.log_every,
     )  # fmt: skip
 
+    saved_at = start
+
     def save(step: int) -> None:
+        nonlocal saved_at
         watchdog.beat("save", step, config.save_timeout_s)
         saver.save(step, parts.engine, parts.rows, parts.row_range, parts.facts(step))
         continuity.saved(step)
+        saved_at = step
 
     batches = iter(parts.data.stream(start))
     probe("start:ready", step=start)
@@ -117,10 +121,12 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
         for step in range(start, config.total_steps):
             # The first step may compile kernels and open every shard.
             beat = partial(watchdog.beat, step=step, limit_s=config.save_timeout_s if step == start else None)
-            asked = lifecycle.asked or step + 1 == args.stop_after
-            done, verdict = train_step(step, parts, batches, metrics, beat, stop=asked)
+            if step + 1 == args.stop_after:
+                lifecycle.ask()
+            done, verdict = train_step(step, parts, batches, metrics, beat, lifecycle)
             if verdict.failure is not None:
-                save(step)  # what was learned so far is good
+                if step > saved_at:
+                    save(step)  # what was learned so far is good
                 raise DataBudgetError(verdict.failure)
             if parallel.is_first:
                 continuity.first_loss(step, verdict.loss)
@@ -162,11 +168,10 @@ def train_step(
     batches: Iterator[Batch],
     metrics: Metrics,
     beat: Callable[[str], None],
-    *,
-    stop: bool,
+    lifecycle: Lifecycle,
 ) -> tuple[Accumulated, Verdict]:
-    """Forward, backward, one decision of all ranks, and the step of both optimizers or of neither. stop: this rank was
-    asked to end; the decision tells all."""
+    """Forward, backward, one decision of all ranks (which also tells all when one was asked to stop), and the step of both
+    optimizers or of neither."""
     run, engine, head = parts.run, parts.engine, parts.head
     done = accumulate(step, parts, batches, metrics, beat)
     probe("train:gradients", step=step, engine=engine, head=head)
@@ -174,7 +179,7 @@ def train_step(
     student_norm = engine.gradient_norm()
     head_norm_sq = head.grad_norm_sq() if head is not None else None
     verdict = parts.guard.decide(
-        step, done.loss, student_norm, head_norm_sq, done.describe, failure=done.failure, stop=stop
+        step, done.loss, student_norm, head_norm_sq, done.describe, failure=done.failure, stop=lifecycle.asked
     )
     beat("update")
     share = learning_rate_share(step, run.megacid.run.total_steps, run.megacid.schedule)

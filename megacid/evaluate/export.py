@@ -39,7 +39,8 @@ def student_from_run(run: Path | str, step: int | None = None) -> tuple[Student,
     run = Path(run)
     try:
         block = json.loads((run / "config.json").read_text())["resolved"]["megacid"]["student"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        block["model"], block["embed_dim"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{run} is no run directory (config.json: {error!r}); give the directory train.py wrote"
         ) from error

@@ -65,13 +65,13 @@ def trained_tower(
     """Of the newest valid checkpoint of `run`, or that of `step`. UserError where run, checkpoint and features do not fit."""
     try:
         block = json.loads((run / "config.json").read_text())["resolved"]["megacid"]
-        student, of_features = block["student"], block["data"].get("features")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        student, of_features, of_shards = block["student"], block["data"].get("features"), block["data"].get("shards")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{run} is no run directory (config.json: {error!r}): give the one that train.py wrote"
         ) from error
     if of_features is None:
-        raise UserError(f"{run} was trained on {block['data']['shards']}, not on features: use --dataset-root")
+        raise UserError(f"{run} was trained on {of_shards}, not on features: use --dataset-root")
     reader = CheckpointReader(checkpoint_of(run, step))
     tower = FeatureTower(features.dim, student["embed_dim"], hidden=student["hidden"], layers=student["layers"])
     try:

@@ -164,7 +164,7 @@ def _complete(out: Path, wanted: dict[str, Any], index: ShardIndex) -> dict[str,
 def _is_json(path: Path) -> bool:
     try:
         json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return True
 

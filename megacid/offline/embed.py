@@ -233,8 +233,8 @@ def claim(out: Path, settings: dict[str, Any], batch_size: int) -> None:
     sweep(out)
     if path.exists():
         try:
-            before = json.loads(path.read_text())
-        except ValueError:
+            before = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError, RecursionError):
             raise UserError(f"{path} is damaged: delete {out} or take another --out") from None
         for name, value in settings.items():
             if before.get(name) != value:

@@ -119,7 +119,7 @@ def finished_meta(out: Path, tool: str) -> dict[str, Any] | None:
     except UserError as error:
         try:
             json.loads((out / "meta.json").read_text())
-        except ValueError:
+        except (ValueError, RecursionError):
             log.warning("%s is damaged: doing this stage again where needed", out / "meta.json")
             return None
         raise error

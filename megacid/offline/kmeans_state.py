@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -96,16 +95,22 @@ def load_state(path: Path, settings: KMeansSettings, identity: dict[str, Any]) -
         with np.load(path, allow_pickle=False) as stored:
             facts = json.loads(stored["facts"].tobytes())
             centroids_KD = torch.from_numpy(stored["centroids"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it to start again") from None
+        before = dict(facts["settings"])
+        # Stopping is decided anew: the tolerance may have been changed.
+        state = KMeansState(centroids_KD, facts["iteration"], facts["objective"], facts["imbalance"])
+        if len(state.objective) != state.iteration or not all(isinstance(value, float) for value in state.objective):
+            raise ValueError("it has not one number for each iteration")
+        if state.centroids.ndim != 2 or len(state.centroids) != before["k"] or state.centroids.dtype != torch.float32:
+            raise ValueError(f"its centroids are {state.centroids.dtype} {tuple(state.centroids.shape)}")
+    except Exception as error:  # a zip archive, the header of an array and JSON raise nearly anything between them
+        said = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path} is damaged ({said}): delete it to start again") from None
     wanted = _fingerprint(settings, identity)
     for name, value in wanted.items():
-        if facts["settings"].get(name) != value:
+        if before.get(name) != value:
             raise UserError(
-                f"{path} was made with {name}={facts['settings'].get(name)!r}, this run has {name}={value!r}: take another --out, or delete that file"
+                f"{path} was made with {name}={before.get(name)!r}, this run has {name}={value!r}: take another --out, or delete that file"
             )
-    # Stopping is decided anew: the tolerance may have been changed.
-    state = KMeansState(centroids_KD, facts["iteration"], facts["objective"], facts["imbalance"])
     ends = [n for n in range(1, state.iteration) if n >= settings.iterations or settled(state.objective[:n], settings)]
     if ends:
         raise UserError(

@@ -21,7 +21,7 @@ def read_json(reader: ShardReader, shard: int, row: int) -> dict[str, Any]:
     """The json member of a sample; {} when it has none or an unreadable one."""
     try:
         value = json.loads(reader.read(shard, row, "json"))
-    except (BadSample, ValueError):
+    except (BadSample, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -70,7 +70,7 @@ class Continuity:
             try:
                 before = json.loads(self._file.read_text())
                 self._expected = float(before["loss"]) if before["step"] == resumed_at else None
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 pass  # the run ended before that step, and nothing can be compared
 
     def saved(self, step: int) -> None:

@@ -141,6 +141,7 @@ def webp_canvas(side: int) -> bytes:
 
 HARM = {
     "png 20000 x 20000": lambda: png(20000, 20000),
+    "png 9000 x 9000": lambda: png(9000, 9000),  # which the decoder alone would make
     "png 2^31 x 1": lambda: png(2**31 - 1, 1),
     "png 1 x 4 million": lambda: png(1, 4_000_000),  # few pixels, until the shorter side is made 224
     "jpeg 65500 x 65500": lambda: _resized_jpeg(65500),
@@ -178,7 +179,7 @@ def test_a_picture_made_to_fill_the_memory_is_refused_or_harmless(case: str) -> 
         image = decode_image(data, shard="s", key="k")
     except BadSample as bad:
         # From the header: the memory alone would not show it, which is not touched before there are pixels.
-        wanted = r"s/k: \d+ x \d+ pixels, " if case.startswith(("png", "jpeg")) else "s/k: "
+        wanted = "s/k: .* pixels" if case.startswith(("png", "jpeg")) else "s/k: "
         assert re.match(wanted, str(bad))
     else:
         # Text, profiles and what lies behind the pixels may be passed over; a large picture may not.

@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import toy
 from faultplan import FaultPlan
+from harness import run_ranks
 from pair_data import same, stream, transform, write_shards
 from PIL import Image
 
 from megacid.data.batch import Batch, Positions
 from megacid.data.features import FeatureSet, FeatureStream
 from megacid.data.index import ShardIndex, load_index
+from megacid.distributed.collectives import gather_json
 from megacid.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -317,6 +320,34 @@ def test_a_table_that_turns_out_damaged_in_a_worker_is_a_failure(tmp_path: Path,
         finally:
             path.write_bytes(whole)
         assert len(found) == 6 and found[-1].failure and "the index of 00002.tar is damaged" in found[-1].failure
+
+
+def until_a_failure(root: str, act: Callable[[], object]) -> tuple[int, list[str | None]]:
+    """(step, failures by rank) where this rank stops: the worker of the last rank meets `act`."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    index = load_index(root)
+    options: dict[str, Any] = {"rank": rank, "world": world, "micro_batch": 8 // world}
+    own = [batch.sample_id for batch in stream(index, **options)]
+    transform = At(int(own[4][0]) if rank == world - 1 else 255, act)  # of the second epoch
+    options |= {"workers": 1, "worker_timeout_s": 1.5, "transform": transform, "start_step": 3}
+    for step, batch in enumerate(stream(index, **options), 3):
+        said = gather_json(batch.failure, None)
+        if any(said):
+            return step, said
+    raise AssertionError("no failure")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("act", [kill_me, hang])
+def test_a_lost_worker_of_one_rank_is_heard_of_by_all_in_the_same_step(
+    index: ShardIndex, act: Callable[[], object], world: int
+) -> None:
+    began = time.monotonic()
+    fates = run_ranks(until_a_failure, world, str(index.root), act)
+    assert time.monotonic() - began < 1.5 + 5
+    assert fates == [fates[0]] * world and fates[0][0] <= 4
+    assert fates[0][1][:-1] == [None] * (world - 1)
+    assert fates[0][1][-1].startswith(f"rank {world - 1}: ")
 
 
 # ---- through the trainer -----------------------------------------------------------------------------------------

@@ -198,9 +198,7 @@ def test_a_tar_cut_after_indexing_is_indexed_again_or_gives_bad_samples(tmp_path
     batches = list(stream(index, total_steps=3, error_budget=1.0))
     assert all(b.image[:, 0, 0, 0].long().equal(b.text[:, 0]) for b in batches)
     replaced = {s.partition(":")[0] for b in batches for s in b.replaced}
-    assert (
-        replaced == {f"00001/{key_of(PER_TAR + row)}" for row in (6, 7)} | {f"00001/{key_of(PER_TAR + 5)}"} or replaced
-    )
+    assert replaced == {f"00001/{key_of(PER_TAR + row)}" for row in (5, 6, 7)}
     assert all("the tar was cut" in s for b in batches for s in b.replaced)
     # The next start sees another size.
     with pytest.raises(UserError, match=r"00001.tar is damaged .* after 5 intact samples"):
