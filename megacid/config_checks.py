@@ -15,6 +15,7 @@ _POSITIVE = ("run.total_steps run.save_every run.log_every run.timeout_s run.sav
              "student.hidden loss.cluster_temperature classifier.scale classifier.sample_rate classifier.feature_rate guard.max_consecutive_skips").split()  # fmt: skip
 _NOT_NEGATIVE = ("run.seed run.check_every guard.max_skipped_share student.layers data.workers data.error_budget loss.contrastive loss.instance loss.cluster loss.mse loss.alpha loss.beta loss.gamma "
                  "classifier.m2 classifier.m3 classifier.weight_decay schedule.warmup_steps schedule.final_share").split()  # fmt: skip
+_DECODER_PIXELS = 89_478_485  # PIL's own limit, a warning there and an error here
 _AT_MOST_ONE = "classifier.sample_rate classifier.feature_rate data.error_budget schedule.final_share guard.max_skipped_share".split()
 
 
@@ -34,6 +35,10 @@ def check(block: Megacid, defaults: dict[str, dict[str, Any]]) -> None:
             if not ok(value(path)):
                 raise UserError(f'"megacid.{path}" is {value(path)}, wanted {wish}')
     loss, data, run = block.loss, block.data, block.run
+    if data.max_image_pixels > _DECODER_PIXELS:
+        raise UserError(
+            f'"megacid.data.max_image_pixels" is {data.max_image_pixels}, wanted {_DECODER_PIXELS} at most: the decoder itself refuses larger images'
+        )
     if run.keep_last < 2:
         raise UserError(
             f'"megacid.run.keep_last" is {run.keep_last}, wanted 2 or more: the newest checkpoint may be the damaged one'
