@@ -154,8 +154,8 @@ def _components(x_MD: Tensor | UnitRows, bound: float, block: int, tick: Tick, p
         for q in range(p, m, panel):
             mine, other = node[p : p + panel], node[q : q + panel]
             root = roots(parent, mine)
-            if q > p and (root == root[0]).all() and (roots(parent, other) == root[0]).all():
-                continue
+            if (root == root[0]).all() and (roots(parent, other) == root[0]).all():
+                continue  # without reading them
             if left is None:
                 left = x_MD[p : p + panel]
             right = left if q == p else x_MD[q : q + panel]
