@@ -3,6 +3,7 @@
 
     tools/balance.py --embeddings data/digits/teacher --clusters data/digits/clusters --out data/digits/balance --target-keep 0.563
     tools/balance.py --embeddings teacher --clusters clusters --out balance --threshold 0.35 --link greedy --keep caption
+    tools/balance.py --embeddings teacher --clusters clusters --out balance --threshold 0.1 --across 4 --reshard kept
 
 Writes keep/<tar>.npy (bool, in tar order), report.json, gallery.html and, when the shards carry uids, DataComp's subset.npy.
 Run it again after an interruption: it goes on with the links that OUT/.work holds and gives the same result. SIGTERM and
@@ -22,11 +23,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from tqdm import tqdm
 
+from megacid.checkpoint.store import read_meta
+from megacid.data.index import load_index
 from megacid.distributed.parallel import Parallel, launched
 from megacid.errors import UserError, run_tool
 from megacid.offline.balance import BalanceSettings
 from megacid.offline.balance_stage import balance
 from megacid.offline.ranks import accept_launcher_arguments
+from megacid.offline.reshard import reshard
 from megacid.offline.stopping import StopRequest, run_stage
 from megacid.runtime.lifecycle import die_with_parent
 
@@ -57,6 +61,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="who stays: by distance to the centroid, or best image-text cosine",
     )
     parser.add_argument("--cap", type=int, help="keep at most so many samples of one cluster")
+    parser.add_argument(
+        "--across",
+        type=int,
+        default=0,
+        metavar="M",
+        help="also compare every sample with the M other clusters whose centroids are nearest to it: copies fall on both "
+        "sides of a border (default 0; 4 finds nearly all; --target-keep searches without it)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--search-rows",
@@ -65,6 +77,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="samples (whole clusters) the threshold is searched on (default 200000)",
     )
     parser.add_argument("--block", type=int, default=1024, help="rows of one block of pairwise products")
+    parser.add_argument(
+        "--reshard",
+        type=Path,
+        metavar="DIR",
+        help="also copy the kept samples to new tars there, with sizes.json; embeddings and labels join them as they are",
+    )
     parser.add_argument("--gallery-groups", type=int, default=40, help="groups shown in gallery.html")
     accept_launcher_arguments(parser)
     return parser.parse_args(argv)
@@ -82,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         link=args.link,
         keep=args.keep,
         cap=args.cap,
+        across=args.across,
         seed=args.seed,
         search_rows=args.search_rows,
         block=args.block,
@@ -108,8 +127,23 @@ def work(args: argparse.Namespace, settings: BalanceSettings, parallel: Parallel
             gallery_groups=args.gallery_groups,
             progress=progress,
         )
+    if args.reshard is not None:
+        copy_kept(args, parallel, stop)
     if parallel.is_first:
         print_report(args, json.loads((args.out / "report.json").read_text()))
+
+
+def copy_kept(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> None:
+    shards = args.shards or read_meta(args.out, expect="balance")["source"]["shards"]
+    with tqdm(unit="sample", desc="reshard", disable=not parallel.is_first, unit_scale=True) as bar:
+
+        def progress(total: int):
+            bar.reset(-(-total // parallel.world))
+            return stop.ticking(bar.update)
+
+        meta = reshard(args.out, load_index(shards), args.reshard, parallel, progress=progress)
+    if parallel.is_first:
+        print(f"{args.reshard}: {meta['kept']:,} samples in {len(meta['bytes']):,} tars")
 
 
 def print_report(args: argparse.Namespace, report: dict) -> None:
@@ -122,8 +156,9 @@ def print_report(args: argparse.Namespace, report: dict) -> None:
         print(
             f"  threshold searched on {report['searched_samples']:,} samples{'' if exact else ' (a sample of the clusters)'}"
         )
+    across = f" ({report['removed_across']:,} of them across clusters)" if args.across else ""
     print(
-        f"  removed: {report['removed_by_links']:,} by links, {report['removed_by_cap']:,} by the cap; without an embedding: {report['without_embedding']:,}"
+        f"  removed: {report['removed_by_links']:,} by links{across}, {report['removed_by_cap']:,} by the cap; without an embedding: {report['without_embedding']:,}"
     )
     for name, value in report.get("planted_copies", {}).items():
         print(f"  planted copies, {name}: {value if not isinstance(value, float) else f'{value:.4f}'}")

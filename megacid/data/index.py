@@ -13,8 +13,6 @@ webdataset groups them; never across tars.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -30,6 +28,7 @@ from megacid.data.decode import BadSample
 from megacid.data.index_files import (
     VERSION,
     ShardTable,
+    content_digest,
     file_sha256,
     is_entry,
     keys_sha256,
@@ -261,11 +260,9 @@ def _build(
 
 
 def _assemble(root: Path, entries: list[dict[str, Any]], in_memory: dict[int, ShardTable] | None) -> ShardIndex:
-    digest = hashlib.sha256()
-    for entry in entries:
-        digest.update(json.dumps([entry["name"], entry["keys_sha256"]]).encode())
+    digest = content_digest((entry["name"], entry["keys_sha256"]) for entry in entries)
     sizes = np.array([entry["samples"] for entry in entries], np.int64)
-    return ShardIndex(root, [entry["name"] for entry in entries], sizes, digest.hexdigest(), entries, in_memory)
+    return ShardIndex(root, [entry["name"] for entry in entries], sizes, digest, entries, in_memory)
 
 
 def _index_tar(path: Path, *, allow_bad: bool) -> tuple[dict[str, Any], ShardTable]:

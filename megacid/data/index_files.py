@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,14 @@ class ShardTable:
 
 def keys_sha256(keys: list[str]) -> str:
     return hashlib.sha256(json.dumps(keys).encode()).hexdigest()
+
+
+def content_digest(shards: Iterable[tuple[str, str]]) -> str:
+    """Names the content of a folder of shards. shards: (tar stem, keys_sha256) in order."""
+    digest = hashlib.sha256()
+    for name, keys in shards:
+        digest.update(json.dumps([name, keys]).encode())
+    return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -53,27 +54,56 @@ class Scan:
             self.members.append([v for kind in COLUMN for v in found.get(kind, (-1, -1))])
 
 
-def scan_tar(path: Path) -> Scan:
-    """Walk the headers of a tar and group its members into samples. Raises OSError when it cannot be opened."""
-    scan = Scan()
-    key: str | None = None
-    found: dict[Kind, tuple[int, int]] = {}
+@dataclass
+class Run:
+    """Neighbouring members of one key: a sample, where they are enough for one."""
+
+    key: str
+    found: dict[Kind, tuple[int, int]] = field(default_factory=dict)  # offset and size of what is read
+    spans: list[tuple[int, int]] = field(default_factory=list)  # bytes of each member, known or not, with its headers
+    at_damage: bool = False
+
+
+def runs(path: Path, scan: Scan) -> Iterator[Run]:
+    """The runs of a tar in order; what is passed over is counted in `scan`.
+
+    Raises OSError when it cannot be opened or read, TarDamage where it is damaged, after the run that was cut.
+    """
+    run: Run | None = None
     with open(path, "rb") as file:
         try:
+            stop = 0
             for member in members(file, os.fstat(file.fileno()).st_size):
+                start, stop = stop, member.stop
                 if (split := _accept(member, scan)) is None:
                     continue
                 kind = _KIND_OF_EXTENSION.get(split[1].lower())
-                if key != split[0] or kind in found:
-                    if key is not None:
-                        scan.add(key, found)
-                    key, found = split[0], {}
+                if run is None or run.key != split[0] or kind in run.found:
+                    if run is not None:
+                        yield run
+                    run = Run(split[0])
+                run.spans.append((start, stop))
                 if kind is not None:
-                    found[kind] = (member.offset, member.size)
-        except (TarDamage, OSError) as error:
-            scan.damage = str(error)
-        if key is not None:
-            scan.add(key, found, at_damage=scan.damage is not None)
+                    run.found[kind] = (member.offset, member.size)
+        except (TarDamage, OSError):
+            if run is not None:
+                run.at_damage = True
+                yield run
+            raise
+    if run is not None:
+        yield run
+
+
+def scan_tar(path: Path) -> Scan:
+    """Walk the headers of a tar and group its members into samples. Raises OSError when it cannot be opened."""
+    scan = Scan()
+    with open(path, "rb"):
+        pass
+    try:
+        for run in runs(path, scan):
+            scan.add(run.key, run.found, at_damage=run.at_damage)
+    except (TarDamage, OSError) as error:
+        scan.damage = str(error)
     return scan
 
 

@@ -26,14 +26,25 @@ _OPEN_SHARDS = 64
 
 
 def _checked_meta(directory: str | Path, index: ShardIndex, made_by: str) -> dict[str, Any]:
-    """meta.json of a stage, after checking that the stage was made from these shards."""
+    """meta.json of a stage, after checking that the stage was made from these shards, or from those they are a copy of."""
     meta = read_meta(directory, expect=made_by)
-    if meta.get("shards_digest") != index.digest:
+    # What was kept has the tar names and keys it had, so that embeddings and labels still join; masks of rows do not.
+    fitting = [index.digest] if made_by == "balance" else [index.digest, _copied_from(index)]
+    if meta.get("shards_digest") not in fitting:
         raise UserError(
             f"{directory} was made from other shards (digest {str(meta.get('shards_digest'))[:12]}) than {index.root} "
             f"(digest {index.digest[:12]}): run tools/{made_by}.py again for these shards"
         )
     return meta
+
+
+def _copied_from(index: ShardIndex) -> str:
+    """Digest of the shards whose kept samples `tools/balance.py --reshard` copied to these; their own for any others."""
+    if (index.root / "meta.json").is_file():
+        meta = read_meta(index.root)
+        if meta.get("made_by") == "reshard" and meta.get("digest") == index.digest:
+            return str(meta.get("shards_digest"))
+    return index.digest
 
 
 def _fact(meta: dict[str, Any], directory: Path, name: str) -> int:

@@ -38,6 +38,11 @@ class Member:
     regular: bool
     directory: bool
 
+    @property
+    def stop(self) -> int:
+        """The byte behind its padding: the next member's headers begin there."""
+        return self.offset + _padded(self.size)
+
 
 def members(file: BinaryIO, total: int) -> Iterator[Member]:
     """The entries of an archive of `total` bytes, in order. Raises TarDamage where it stops making sense."""

@@ -8,22 +8,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
-from megacid.checkpoint.store import read_meta
 from megacid.distributed.collectives import broadcast_json, gather_plain, rank, world_size
 from megacid.errors import UserError
-from megacid.offline.assign import prepare
+from megacid.offline import across, linking
+from megacid.offline.assign import Assigner, Metric, prepare
 from megacid.offline.files import PartialResults
-from megacid.offline.linking import Link, keep_mask, owners
-from megacid.offline.rows import EmbeddingRows, Rows
+from megacid.offline.linking import Link, UnitRows, check_unit, keep_mask, owners, panel_rows
+from megacid.offline.rows import Rows
 from megacid.offline.stopping import together
 from megacid.probes import probe
 
@@ -45,6 +42,7 @@ class BalanceSettings:
     link: Link = "components"
     keep: Keep = "nearest"
     cap: int | None = None  # at most so many kept samples per cluster
+    across: int = 0  # every sample is also compared with so many clusters that come next to it
     seed: int = 0
     search_rows: int = 200_000  # the threshold is searched on whole clusters with about so many samples
     block: int = 1024
@@ -62,16 +60,22 @@ class BalanceSettings:
             raise UserError(f"keep is {self.keep!r}, wanted nearest, farthest, random or caption")
         if self.cap is not None and self.cap < 1:
             raise UserError(f"cap is {self.cap}, wanted at least 1 sample per cluster")
+        if self.across < 0:
+            raise UserError(
+                f"across is {self.across}, wanted 0 (inside clusters only) or a number of neighbouring clusters"
+            )
         if self.search_rows < 1 or self.block < 1:
             raise UserError(f"search rows is {self.search_rows} and block {self.block}, wanted at least 1 each")
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """Samples sorted by cluster, inside a cluster by preference. `order`: int64 [n] row numbers; cluster c is order[starts[c]:starts[c+1]]."""
+    """Samples sorted by cluster, inside a cluster by preference. `order`: int64 [n] row numbers; cluster c is order[starts[c]:starts[c+1]].
+    `priority`: [n] by row number, smaller is preferred."""
 
     order: np.ndarray
     starts: np.ndarray
+    priority: np.ndarray
 
     @property
     def sizes(self) -> np.ndarray:
@@ -87,48 +91,7 @@ class Decision:
     threshold: float
     curve: list[tuple[float, float]]  # (threshold, share kept) visited by the search
     searched_rows: int  # 0 when the threshold was given
-
-
-def read_labels(clusters: Path, rows: EmbeddingRows) -> tuple[np.ndarray, np.ndarray, int]:
-    """(label int32 [n], score float16 [n], k) of a cluster folder, joined by key. UserError when they do not belong together."""
-    meta = read_meta(clusters, expect="cluster")
-    if meta["shards_digest"] != rows.meta["shards_digest"]:
-        raise UserError(
-            f"{clusters} was made from other shards than {rows.directory}: run tools/cluster.py on {rows.directory}"
-        )
-    for name in ("model", "weights", "precision"):
-        if meta.get(name) != rows.meta.get(name):
-            raise UserError(
-                f"{clusters} was made from embeddings of another teacher ({name} {meta.get(name)!r}) than "
-                f"{rows.directory} ({rows.meta.get(name)!r}): run tools/cluster.py on {rows.directory}"
-            )
-    k = int(meta["k"])
-    label, score = np.full(rows.num_rows, -1, np.int32), np.zeros(rows.num_rows, np.float16)
-    for partition, stem in enumerate(rows.stems):
-        path = clusters / "labels" / f"{stem}.parquet"
-        try:
-            table = pq.read_table(path, columns=["key", "label", "score"])
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            raise UserError(f"{path} cannot be read ({error}): run tools/cluster.py again") from None
-        keys, have = rows.keys(partition), table["key"].to_pylist()
-        where = slice(int(rows.starts[partition]), int(rows.starts[partition + 1]))
-        stored = table["label"].to_numpy()
-        if stored.size and (stored.min() < -1 or stored.max() >= k):
-            raise UserError(
-                f"{path} holds labels {stored.min()} .. {stored.max()}, wanted -1 .. {k - 1} as meta.json says: run "
-                "tools/cluster.py again"
-            )
-        if keys == have:
-            label[where], score[where] = stored, table["score"].to_numpy()
-            continue
-        row_of = {key: row for row, key in enumerate(have)}
-        at = np.array([row_of.get(key, -1) for key in keys], np.int64)
-        if (at < 0).any():
-            raise UserError(
-                f"{path} has no label for {int((at < 0).sum())} embedded samples: run tools/cluster.py on {rows.directory} again"
-            )
-        label[where], score[where] = stored[at], table["score"].to_numpy()[at]
-    return label, score, k
+    removed_across: int = 0  # kept by the first pass, not by the second
 
 
 def preference(
@@ -153,7 +116,7 @@ def preference(
         high = min(low + block, len(score))
         v, t = (prepare(rows.read(low, high), "cosine", torch.device("cpu")) for rows in (image, text))
         for x_BD, rows in ((v, image), (t, text)):
-            _check_unit(x_BD, rows, np.arange(low, high))
+            check_unit(x_BD, rows, np.arange(low, high))
         tick(0)
         out[low:high] = -(v * t).sum(1).numpy()
     return out
@@ -163,17 +126,7 @@ def group_by_cluster(label: np.ndarray, priority: np.ndarray, k: int) -> Cluster
     """Sort samples by cluster and preference; equal preference: earlier rows first. Samples without a label (-1) are in no cluster."""
     order = np.lexsort((priority, label))
     starts = np.searchsorted(label[order], np.arange(k + 1))
-    return Clusters(order.astype(np.int64), starts.astype(np.int64))
-
-
-def _check_unit(x_BD: torch.Tensor, rows: Rows, numbers: np.ndarray) -> None:
-    """UserError when a normalised row has no length: it was zero, NaN or infinite. numbers: int64 [B], its place in `rows`."""
-    bad = ~(x_BD.norm(dim=1) > 0.5)
-    if bad.any():
-        raise UserError(
-            f"{rows.name(int(numbers[int(bad.nonzero()[0])]))} is zero or holds NaN or infinity, wanted a unit vector: "
-            "embed that shard again"
-        )
+    return Clusters(order.astype(np.int64), starts.astype(np.int64), priority)
 
 
 def _link(
@@ -189,9 +142,11 @@ def _link(
     members = clusters.order[clusters.starts[cluster] : clusters.starts[cluster + 1]]
     if len(members) < 2 or threshold <= 0:
         return np.arange(len(members), dtype=np.int64)
-    x_MD = prepare(image.take(members), "cosine", device)
-    _check_unit(x_MD, image, members)
-    return owners(x_MD, threshold, settings.link, settings.block, tick)
+    panel = panel_rows(image.dim, settings.block)
+    unit = UnitRows(image, members, device)
+    # Small clusters, which are most of them, are held whole.
+    x_MD = unit[:] if len(members) <= panel else unit
+    return owners(x_MD, threshold, settings.link, settings.block, tick, panel)
 
 
 def search_threshold(
@@ -255,9 +210,12 @@ def decide(
     group: Group = None,
     work: PartialResults | None = None,
     tick: Tick = lambda rows: None,
+    centroids: np.ndarray | None = None,
+    metric: Metric = "cosine",
 ) -> Decision:
     """Link and choose in every cluster; clusters are split over the ranks and every rank gets the whole decision.
 
+    centroids: float32 [k, D], for `settings.across`; metric: the one the labels were made with.
     work: holds the points of the search and the links of parts of the clusters; what is there is not done again.
     tick: called with rows done (also 0); when it raises Stopped, all ranks stop.
     """
@@ -278,14 +236,10 @@ def decide(
         sizes.max(initial=0),
         (sizes**2).sum() * image.dim,
     )
-    bounds = part_bounds(sizes)
-    cost = np.concatenate([[0.0], np.cumsum(sizes**2 + 1)])[bounds]
-    cuts = np.searchsorted(cost, np.linspace(0, cost[-1], world_size(group) + 1))
-    cuts[0], cuts[-1] = 0, len(bounds) - 1
-    first, last = int(cuts[rank(group)]), int(cuts[rank(group) + 1])
+    bounds = part_bounds(sizes**2)
+    first, last = _my_parts(bounds, sizes**2, group)
     base = int(clusters.starts[bounds[first]])
-    owner = np.empty(int(clusters.starts[bounds[last]]) - base, np.int64)
-    keep = np.empty(len(owner), bool)
+    mine = np.empty(int(clusters.starts[bounds[last]]) - base, np.int64)
     with together(group):
         for part in range(first, last):
             low, high = int(bounds[part]), int(bounds[part + 1])
@@ -293,24 +247,100 @@ def decide(
             begin = int(clusters.starts[low])
             for cluster in range(low, high):
                 start, stop = int(clusters.starts[cluster]), int(clusters.starts[cluster + 1])
-                inside = local[start - begin : stop - begin]
-                keep[start - base : stop - base] = keep_mask(inside, settings.cap)
-                owner[start - base : stop - base] = clusters.order[start:stop][inside]
-    all_owner = _gathered(owner, device, group)
-    all_keep = _gathered(keep.astype(np.uint8), device, group).astype(bool)
-    inside = clusters.order[clusters.starts[0] :]
+                mine[start - base : stop - base] = clusters.order[start:stop][local[start - begin : stop - begin]]
     # A sample without a cluster cannot be compared with anything and stays.
-    by_row = Decision(np.ones(image.num_rows, bool), np.arange(image.num_rows), threshold, curve, searched)
-    by_row.keep[inside], by_row.owner[inside] = all_keep, all_owner
-    return by_row
+    owner = np.arange(image.num_rows)
+    owner[clusters.order[clusters.starts[0] :]] = _gathered(mine, device, group)
+    before = int((owner == np.arange(len(owner))).sum())
+    if settings.across and threshold > 0:
+        if centroids is None:
+            raise UserError(f"across is {settings.across} but there are no centroids: run tools/cluster.py again")
+        links = _links_across(image, clusters, owner, threshold, settings, centroids, metric, device, group, work, tick)
+        owner = across.joined(owner, links, clusters.priority, settings.link)
+    removed = before - int((owner == np.arange(len(owner))).sum())
+    return Decision(_kept(clusters, owner, settings.cap), owner, threshold, curve, searched, removed)
 
 
-def part_bounds(sizes: np.ndarray) -> np.ndarray:
-    """int64 [parts + 1]: first cluster of every part, of about PART_PAIRS pairs or one larger cluster each. The same for
-    every number of ranks. sizes: [k]."""
-    cost = np.cumsum(np.asarray(sizes, np.float64) ** 2 + 1)
-    marks = np.arange(PART_PAIRS, cost[-1], PART_PAIRS, dtype=np.float64) if len(cost) else np.empty(0)
-    return np.unique(np.concatenate([[0], np.searchsorted(cost, marks), [len(cost)]])).astype(np.int64)
+def _kept(clusters: Clusters, owner: np.ndarray, cap: int | None) -> np.ndarray:
+    """bool [n]: rows that are their own owner, of every cluster at most the `cap` most preferred."""
+    keep = owner == np.arange(len(owner))
+    if cap is not None:
+        for start, stop in zip(clusters.starts[:-1].tolist(), clusters.starts[1:].tolist()):
+            if stop - start > cap:
+                members = clusters.order[start:stop]
+                own = keep[members]
+                keep[members] = own & (np.cumsum(own) <= cap)
+    return keep
+
+
+def _links_across(
+    image: Rows,
+    clusters: Clusters,
+    owner: np.ndarray,
+    threshold: float,
+    settings: BalanceSettings,
+    centroids: np.ndarray,
+    metric: Metric,
+    device: torch.device,
+    group: Group,
+    work: PartialResults | None,
+    tick: Tick,
+) -> np.ndarray:
+    """int64 [E, 2]: links between groups of neighbouring clusters, the same on every rank. owner: of the first pass."""
+    rows = clusters.order[clusters.starts[0] :]
+    if settings.link == "greedy":
+        rows = rows[owner[rows] == rows]  # what the first pass removed is gone
+    label = np.full(image.num_rows, -1, np.int32)
+    label[clusters.order[clusters.starts[0] :]] = np.repeat(
+        np.arange(len(clusters.sizes), dtype=np.int32), clusters.sizes
+    )
+    assigner = Assigner(prepare(centroids, metric, device), metric, device)
+    chunks = -(-len(rows) // across.LIST_ROWS)
+    parts = [np.empty((0, 2), np.int64)]
+    with together(group):
+        for chunk in range(rank(group) * chunks // world_size(group), (rank(group) + 1) * chunks // world_size(group)):
+            parts.append(
+                across.listed(image, rows, label[rows], assigner, settings.across, threshold, chunk, work, tick)
+            )
+    pairs = across.match_lists(_gathered(np.concatenate(parts), device, group), label, len(centroids))
+    left, right = (side.astype(np.float64) for side in pairs.sizes)
+    log.info(
+        "%d pairs of neighbouring clusters, %d samples at their borders, %.3g flop",
+        len(pairs),
+        len(pairs.rows),
+        2 * (left @ right) * image.dim,
+    )
+    panel = panel_rows(image.dim, settings.block, linking.PANEL_BYTES // 4)
+    # A part is as large as its work, or as the rows that are held for it.
+    cost = np.maximum(left * right, (left + right) / panel * PART_PAIRS)
+    bounds = part_bounds(cost)
+    first, last = _my_parts(bounds, cost, group)
+    parts = [np.empty((0, 2), np.int64)]
+    with together(group):
+        for part in range(first, last):
+            low, high = int(bounds[part]), int(bounds[part + 1])
+            parts.append(
+                across.link_pairs(
+                    image, pairs, low, high, owner, threshold, settings.link, settings.block, panel, device, work, tick
+                )
+            )
+    return _gathered(np.concatenate(parts), device, group)
+
+
+def _my_parts(bounds: np.ndarray, cost: np.ndarray, group: Group) -> tuple[int, int]:
+    """(first, last) of this rank's parts: about the same cost on every rank. cost: of each piece that `bounds` counts."""
+    total = np.concatenate([[0.0], np.cumsum(cost + 1)])[bounds]
+    cuts = np.searchsorted(total, np.linspace(0, total[-1], world_size(group) + 1))
+    cuts[0], cuts[-1] = 0, len(bounds) - 1
+    return int(cuts[rank(group)]), int(cuts[rank(group) + 1])
+
+
+def part_bounds(cost: np.ndarray) -> np.ndarray:
+    """int64 [parts + 1]: first piece of every part, of about PART_PAIRS pairs or one larger piece each. The same for every
+    number of ranks. cost: [pieces], pairs of samples in each cluster, or in each pair of clusters."""
+    total = np.cumsum(np.asarray(cost, np.float64) + 1)
+    marks = np.arange(PART_PAIRS, total[-1], PART_PAIRS, dtype=np.float64) if len(total) else np.empty(0)
+    return np.unique(np.concatenate([[0], np.searchsorted(total, marks), [len(total)]])).astype(np.int64)
 
 
 def _link_part(

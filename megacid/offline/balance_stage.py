@@ -24,8 +24,8 @@ from megacid.distributed.collectives import any_rank, barrier
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.offline import gallery, report
-from megacid.offline.assign import prepare
-from megacid.offline.balance import BalanceSettings, Decision, decide, group_by_cluster, preference, read_labels
+from megacid.offline.assign import Metric, prepare
+from megacid.offline.balance import BalanceSettings, Decision, decide, group_by_cluster, preference
 from megacid.offline.files import (
     WORK,
     PartialResults,
@@ -36,6 +36,7 @@ from megacid.offline.files import (
     write_array,
     write_text,
 )
+from megacid.offline.labels import read_centroids, read_labels
 from megacid.offline.rows import EmbeddingRows, Rows
 from megacid.offline.stopping import Tick, together
 from megacid.probes import probe
@@ -95,8 +96,14 @@ def balance(
                 "run tools/embed.py again"
             )
         label, score, k = read_labels(clusters, rows)
+        centroids: np.ndarray | None = None
+        metric: Metric = "cosine"
+        if settings.across:
+            centroids, metric = read_centroids(clusters, rows.dim)
         index = _index(shards or rows.meta["source"]["shards"], rows)
         wanted = _wanted(settings, rows, label, score, k)
+        if centroids is not None:
+            wanted["centroids"] = hashlib.sha256(centroids.tobytes()).hexdigest()
         done = _complete(out, wanted | {"gallery_groups": gallery_groups}, index)
     # Label files may be read at different moments: all ranks have to find the same.
     if not any_rank(done is None, group):
@@ -113,7 +120,17 @@ def balance(
         sorted_rows = group_by_cluster(label, priority, k)
     barrier(group)
     tick = progress(rows.num_rows)
-    decision = decide(rows, sorted_rows, settings, device=parallel.device, group=group, work=work, tick=tick)
+    decision = decide(
+        rows,
+        sorted_rows,
+        settings,
+        device=parallel.device,
+        group=group,
+        work=work,
+        tick=tick,
+        centroids=centroids,
+        metric=metric,
+    )
     with together(group):
         if parallel.is_first:
             _write(out, index, rows, label, k, decision, settings, clusters, gallery_groups, wanted, tick)
@@ -250,6 +267,7 @@ def _write(
             link=settings.link,
             keep=settings.keep,
             cap=settings.cap,
+            across=settings.across,
             seed=settings.seed,
             model=rows.meta["model"],
             gallery_bytes=(out / "gallery.html").stat().st_size,
@@ -297,6 +315,7 @@ def _report(
         "share_kept": kept / total,
         "share_removed": 1 - kept / total,
         "removed_by_links": int((~linked_kept).sum()),
+        "removed_across": decision.removed_across,
         "removed_by_cap": int((linked_kept & ~decision.keep).sum()),
         "without_embedding": index.num_samples - total,
         "threshold": decision.threshold,

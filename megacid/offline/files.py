@@ -68,13 +68,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
-def read_array(path: Path, shape: tuple[int, ...], kind: str) -> np.ndarray | None:
-    """A memory map of the array; None when the file is missing, cut off, or not of that shape and dtype kind."""
+def read_array(path: Path, shape: tuple[int | None, ...], kind: str) -> np.ndarray | None:
+    """A memory map of the array; None when the file is missing, cut off, or not of that shape (None: any) and dtype kind."""
     try:
         array = load_npy(path, "it is made again")
     except UserError:
         return None
-    return array if array.shape == shape and array.dtype.kind == kind else None
+    fits = array.ndim == len(shape) and all(want in (None, have) for want, have in zip(shape, array.shape))
+    return array if fits and array.dtype.kind == kind else None
 
 
 def sweep(out: Path) -> None:
@@ -160,7 +161,7 @@ class PartialResults:
     def save_json(self, name: str, value: Any) -> None:
         write_text(self.folder / f"{name}.json", json.dumps(value))
 
-    def array(self, name: str, shape: tuple[int, ...], kind: str) -> np.ndarray | None:
+    def array(self, name: str, shape: tuple[int | None, ...], kind: str) -> np.ndarray | None:
         return read_array(self.folder / f"{name}.npy", shape, kind)
 
     def save_array(self, name: str, array: np.ndarray) -> None:

@@ -5,6 +5,7 @@ The tools run in forked ranks, as their command lines do. F27 of the fault list.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -227,6 +228,29 @@ def test_balance_goes_on_where_it_was_killed(stage: Path, tool: Callable[[str], 
         "the search or the links were done again"
     )
     one.equals(stage / REFERENCE["balance"])
+
+
+ACROSS = ["balance:pair", "balance:across", "reshard:tar", "reshard:before_meta"]
+
+
+def test_second_pass_and_copy_killed_anywhere_give_the_same_bits(stage: Path, tool: Callable[[str], Tool]) -> None:
+    """One run is killed at every stage in turn, first one of two ranks; another is never interrupted."""
+
+    def options(copy: str) -> list[object]:
+        return ["--across", 3, "--reshard", stage / copy]
+
+    whole, cut = Tool("balance", stage, "across-whole", tool("balance").log), tool("balance")
+    assert whole.fates(1, more=options("kept-whole")) == [0], whole.said
+    assert json.loads((whole.out / "meta.json").read_text())["across"] == 3
+    assert cut.fates(2, kill("balance:listed", rank=1), more=options("kept-cut")) == [EXIT_AGAIN, KILLED], cut.said
+    for at in ACROSS:
+        assert cut.fates(1, kill(at), more=options("kept-cut")) == [KILLED], (at, cut.said)
+    assert cut.fates(2, more=options("kept-cut")) == [0, 0], cut.said
+    cut.equals(whole.out)
+    mine, wanted = results(stage / "kept-cut"), results(stage / "kept-whole")
+    for found in (mine, wanted):
+        del found["meta.json"]["source"]  # type: ignore[attr-defined]  # names the folder of the masks
+    assert mine == wanted and "sizes.json" in mine
 
 
 def test_cluster_keeps_the_labels_that_fit(stage: Path, tool: Callable[[str], Tool]) -> None:

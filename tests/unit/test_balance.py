@@ -145,7 +145,7 @@ def test_partial_results_change_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     settings = BalanceSettings(target_keep=0.3, cap=30)
     whole = decide(rows, clusters, settings)
     monkeypatch.setattr(balance, "PART_PAIRS", 20_000)
-    assert len(balance.part_bounds(clusters.sizes)) > 4
+    assert len(balance.part_bounds(clusters.sizes**2)) > 4
     work = PartialResults(tmp_path, {})
     work.begin()
     first = decide(rows, clusters, settings, work=work)
@@ -178,9 +178,9 @@ def test_partial_results_change_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_parts_are_whole_clusters_of_about_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(balance, "PART_PAIRS", 100)
-    assert balance.part_bounds(np.array([5, 5, 5, 5, 5, 5])).tolist() == [0, 3, 6]
-    assert balance.part_bounds(np.array([50, 1, 1])).tolist() == [0, 3]
-    assert balance.part_bounds(np.array([1, 50, 1, 50])).tolist() == [0, 1, 3, 4]
+    assert balance.part_bounds(np.array([25, 25, 25, 25, 25, 25])).tolist() == [0, 3, 6]
+    assert balance.part_bounds(np.array([2500, 1, 1])).tolist() == [0, 3]
+    assert balance.part_bounds(np.array([1, 2500, 1, 2500])).tolist() == [0, 1, 3, 4]
     assert balance.part_bounds(np.zeros(4, np.int64)).tolist() == [0, 4]
 
 
