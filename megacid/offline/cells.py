@@ -14,7 +14,8 @@ import numpy as np
 
 from megacid.offline.files import PartialResults
 
-PARTS = 256  # at most: two small files each
+PARTS = 256  # at most
+PART_TILES = 16  # at least, of all parts but the last: each is two files
 
 
 class Cells:
@@ -26,7 +27,7 @@ class Cells:
     def __init__(self, partial: PartialResults, num_rows: int, count: int, tile: int) -> None:
         """tile: parts are whole tiles of so many rows, the last one excepted."""
         self.partial, self.num_rows, self.count = partial, num_rows, count
-        self.part_rows = max(1, math.ceil(num_rows / (PARTS * tile))) * tile
+        self.part_rows = max(PART_TILES, math.ceil(num_rows / (PARTS * tile))) * tile
         self.parts = math.ceil(num_rows / self.part_rows)
         self.sizes = np.zeros(count, np.int64)
         self._parts: list[tuple[np.ndarray, np.ndarray]] = []

@@ -83,7 +83,7 @@ def fingerprint(settings: KMeansSettings, identity: dict[str, Any]) -> dict[str,
     """What must be the same for a run to be continued, JSON-able."""
     # The backend and the memory bound may change between two parts of one run; so may the number of iterations and the
     # tolerance, as far as they do not say that it should have ended before.
-    names = ["k", "metric", "seed", "init", "train_sample", "method"]
+    names = ["method", "k", "metric", "seed", "init", "train_sample"]
     if settings.method == "hierarchical":
         names.append("refine_cells")
     return {name: getattr(settings, name) for name in names} | identity

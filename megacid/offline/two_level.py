@@ -1,11 +1,11 @@
 """k-means in two levels: coarse clusters ("cells"), k-means inside each of them, then some iterations over all k.
 
-Legend: n rows, K clusters, C cells (about sqrt(K)), D width, B rows of a block, T rows of a tile, N cells near a cell.
+Legend: n rows, K clusters, C cells (about sqrt(K)), D width, B rows of a block, T rows of a tile.
 
 A flat iteration compares n rows with K centroids. Here a row is compared with C cells, then with the about K / C
-centroids of its own cell, and in the last iterations with those of the `refine_cells` nearest cells: rows of one cell
-have the same candidates, so that this too is a plain product of matrices. What that restriction costs is a row near a
-border whose nearest centroid lies in a cell further away; labels are given without it.
+centroids of its own cell, and in the last iterations with the centroids nearest to its cell, as many as `refine_cells`
+cells have: rows of one cell have the same candidates, so that this too is a plain product of matrices. What that
+restriction costs is a row near a border whose nearest centroid lies further away; labels are given without it.
 
 Everything is kept on the way, and nothing depends on the number of ranks: the sums are exact (see `kmeans.py`), the
 seed of a cell follows from its number, and tiles begin at the first row of a cell.
@@ -254,48 +254,39 @@ def _inside(run: _Run, members: Rows, settings: KMeansSettings) -> Tensor:
     return state.centroids
 
 
-def _near_cells(run: _Run, coarse_CD: Tensor, filled: np.ndarray) -> list[np.ndarray] | None:
-    """For every cell the `refine_cells` nearest filled cells, int64 [N] each; None when that is all of them."""
-    count = run.settings.refine_cells
-    if count == 0 or count >= len(filled):
-        return None
-    assigner, found = run.assigner(coarse_CD[torch.from_numpy(filled)]), []
-    for _, part_TD in run.tiles(coarse_CD.to(run.device)):
-        found += [filled[near] for near in run.nearest(assigner, part_TD, count)[1].cpu().numpy()]
-    return found
-
-
-def _candidates(run: _Run, centroids_KD: Tensor, coarse_CD: Tensor, near: list[np.ndarray] | None) -> list[Tensor]:
-    """For every cell the centroids its rows are compared with, int64, ascending; all K where no cell near has one.
-
-    Where a centroid belongs is found anew each time: one that was empty now stands beside the worst of all.
+def _candidates(run: _Run, centroids_KD: Tensor, coarse_CD: Tensor) -> list[Tensor]:
+    """For every cell the centroids its rows are compared with, int64, ascending: those that lie in it, and those nearest
+    to its middle, as many as `refine_cells` cells have on average. Found anew in every iteration, as centroids move.
     """
-    every = torch.arange(len(centroids_KD))
-    if near is None:
-        return [every] * len(coarse_CD)
-    assigner = run.assigner(coarse_CD)
-    cell_K = [run.nearest(assigner, x_TD.to(run.device))[1][:, 0].cpu().numpy() for _, x_TD in run.tiles(centroids_KD)]
-    order, begins = by_label(np.concatenate(cell_K), len(coarse_CD))
+    k, count = len(centroids_KD), len(coarse_CD)
+    wanted = math.ceil(run.settings.refine_cells * k / count)
+    if wanted == 0 or wanted >= k:
+        return [torch.arange(k)] * count
+    to_cells, to_fine, cell_K, nearest = run.assigner(coarse_CD), run.assigner(centroids_KD), [], []
+    for _, x_TD in run.tiles(centroids_KD):
+        cell_K.append(run.nearest(to_cells, x_TD.to(run.device))[1][:, 0].cpu().numpy())
+    for _, x_TD in run.tiles(coarse_CD):
+        nearest.append(run.nearest(to_fine, x_TD.to(run.device), wanted)[1].cpu().numpy())
+    order, begins = by_label(np.concatenate(cell_K), count)
     found = []
-    for cells in near:
-        ids = np.sort(np.concatenate([order[begins[c] : begins[c + 1]] for c in cells.tolist()]))
-        found.append(torch.from_numpy(ids) if len(ids) else every)
+    for cell, near in enumerate(np.concatenate(nearest)):
+        found.append(torch.from_numpy(np.union1d(near, order[begins[cell] : begins[cell + 1]])))
     return found
 
 
 def _refine(run: _Run, cells: Cells, coarse_CD: Tensor, state: KMeansState, save: Callable[[], None]) -> None:
     """Lloyd's iterations over all K, cells dealt out over the ranks; changes `state` in place. save: called on rank 0."""
     settings, n = run.settings, run.rows.num_rows
-    near = _near_cells(run, coarse_CD, np.flatnonzero(cells.sizes))
     rank_of = deal(cells.sizes, run.world)
     mine = np.flatnonzero((rank_of == run.rank) & (cells.sizes > 0)).tolist()
     previous = {cell: np.full(int(cells.sizes[cell]), -1, np.int32) for cell in mine}
     known = False
-    log.info("%d iterations over all k, rows compared with %s", settings.refine, _compared(settings, near))
     while state.iteration < settings.refine and not state.stopped:
         began, moved = time.monotonic(), 0
         total = Accumulator(settings, run.rows.dim, run.device, run.scale)
-        candidates = _candidates(run, state.centroids, coarse_CD, near)
+        candidates = _candidates(run, state.centroids, coarse_CD)
+        compared = sum(len(ids) * int(size) for ids, size in zip(candidates, cells.sizes)) / n
+        log.info("iteration %d: a row is compared with %.0f of %d centroids", state.iteration + 1, compared, settings.k)
         with together(run.group):
             for cell in mine:
                 members, ids = cells.members(cell), candidates[cell].to(run.device)
@@ -327,7 +318,3 @@ def _refine(run: _Run, cells: Cells, coarse_CD: Tensor, state: KMeansState, save
         share = float(total.flat[-1]) / n if known else None
         report(state, settings.refine, empty, share, time.monotonic() - began)
         known = True
-
-
-def _compared(settings: KMeansSettings, near: list[np.ndarray] | None) -> str:
-    return "all of them" if near is None else f"those of the {settings.refine_cells} nearest coarse clusters"
