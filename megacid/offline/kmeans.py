@@ -38,12 +38,15 @@ _GRID_BITS = 26
 _SPLIT = 1 / 1024  # relative step between the two halves of a split cluster
 
 
-def block_rows(n: int, dim: int, settings: KMeansSettings, device: torch.device) -> int:
-    """Rows held at once under `memory_gb`; a multiple of the tile. UserError when the bound is below the fixed part."""
+def block_rows(n: int, dim: int, settings: KMeansSettings, device: torch.device, extra: int = 0) -> int:
+    """Rows held at once under `memory_gb`; a multiple of the tile. UserError when the bound is below the fixed part.
+
+    n: rows of this rank; extra: more bytes that are held all the time.
+    """
     tile = tile_rows(device)
     k = settings.k
     # centroids fp32 twice and sums fp64 twice (own and reduced), one tile of products, the previous labels
-    fixed = k * dim * (4 + 4 + 8 + 8) + tile * min(k, 16384) * 4 + tile * dim * 16 + 4 * n
+    fixed = k * dim * (4 + 4 + 8 + 8) + tile * min(k, 16384) * 4 + tile * dim * 16 + 4 * n + extra
     spare = settings.memory_gb * 1e9 - fixed
     if spare < tile * dim * 12:
         need = (fixed + tile * dim * 12) / 1e9

@@ -81,7 +81,8 @@ def two_level(
         rows = training_sample(rows, settings)
     n = rows.num_rows
     check_amount(n, settings.k, group)
-    block = block_rows(math.ceil(n / collectives.world_size(group)), rows.dim, settings, device)
+    extra = _extra_bytes(settings, device)
+    block = block_rows(math.ceil(n / collectives.world_size(group)), rows.dim, settings, device, extra)
     final = replace(settings, iterations=max(settings.refine, 1))
     checkpoint, partial = work / "state.npz", PartialResults(work, _fingerprint(rows, settings, device, identity))
     with together(group):
@@ -118,6 +119,20 @@ def two_level(
     return state
 
 
+def _near_middle(settings: KMeansSettings) -> int:
+    """How many of the centroids nearest to its cell a row is compared with when refining; 0: with all."""
+    wanted = math.ceil(settings.refine_cells * settings.k / cell_count(settings.k))
+    return wanted if wanted < settings.k else 0
+
+
+def _extra_bytes(settings: KMeansSettings, device: torch.device) -> int:
+    """What two levels hold beside the blocks and what a flat run holds: lists of candidates, and the search for them."""
+    wanted, count = _near_middle(settings), cell_count(settings.k)
+    if wanted == 0:
+        return 8 * settings.k
+    return 8 * (count * wanted + settings.k) + min(tile_rows(device), count) * 2 * wanted * 12
+
+
 @dataclass(frozen=True)
 class _Run:
     """What all stages need."""
@@ -144,10 +159,10 @@ class _Run:
         for at in range(0, len(x_BD), tile):
             yield at, x_BD[at : at + tile]
 
-    def nearest(self, assigner: Assigner, x_TD: Tensor, top: int = 1) -> tuple[Tensor, Tensor]:
-        """(similarity [T, L], label int64 [T, L]) of at most one tile of rows."""
-        value_TL, label_TL = assigner.tile(pad_rows(x_TD, tile_rows(self.device)), top)
-        return value_TL[: len(x_TD)], label_TL[: len(x_TD)]
+    def nearest(self, assigner: Assigner, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """(similarity [T], label int64 [T]) of at most one tile of rows."""
+        value_TL, label_TL = assigner.tile(pad_rows(x_TD, tile_rows(self.device)))
+        return value_TL[: len(x_TD), 0], label_TL[: len(x_TD), 0]
 
     def assigner(self, centroids_KD: Tensor) -> Assigner:
         return Assigner(centroids_KD, self.settings.metric, self.device, self.settings.backend)
@@ -175,7 +190,7 @@ def _assign_cells(run: _Run, coarse_CD: Tensor, cells: Cells) -> None:
                 block = run.rows.read(low, min(low + run.block, stop))
                 for at, x_TD in run.tiles(prepare(block, run.settings.metric, run.device)):
                     where = slice(low + at - start, low + at - start + len(x_TD))
-                    label[where] = run.nearest(assigner, x_TD)[1][:, 0].cpu().numpy()
+                    label[where] = run.nearest(assigner, x_TD)[1].cpu().numpy()
                     run.tick(len(x_TD))
             cells.save(part, label)
             probe("cluster:cells", step=part)
@@ -243,8 +258,8 @@ def _inside(run: _Run, members: Rows, settings: KMeansSettings) -> Tensor:
         for low in range(0, n, block):
             x_BD = held if held is not None else prepare(members.read(low, low + block), settings.metric, run.device)
             for _at, x_TD in run.tiles(x_BD):
-                value_TL, label_TL = run.nearest(assigner, x_TD)
-                total.add(x_TD, label_TL[:, 0], value_TL[:, 0])
+                value_T, label_T = run.nearest(assigner, x_TD)
+                total.add(x_TD, label_T, value_T)
                 run.tick(len(x_TD))
         state.objective.append(total.objective(n))
         state.iteration += 1
@@ -258,15 +273,15 @@ def _candidates(run: _Run, centroids_KD: Tensor, coarse_CD: Tensor) -> list[Tens
     """For every cell the centroids its rows are compared with, int64, ascending: those that lie in it, and those nearest
     to its middle, as many as `refine_cells` cells have on average. Found anew in every iteration, as centroids move.
     """
-    k, count = len(centroids_KD), len(coarse_CD)
-    wanted = math.ceil(run.settings.refine_cells * k / count)
-    if wanted == 0 or wanted >= k:
-        return [torch.arange(k)] * count
+    wanted, count = _near_middle(run.settings), len(coarse_CD)
+    if wanted == 0:
+        return [torch.arange(len(centroids_KD))] * count
     to_cells, to_fine, cell_K, nearest = run.assigner(coarse_CD), run.assigner(centroids_KD), [], []
+    # Every rank does all of this with the same shapes: no need to fill up the last tile.
     for _, x_TD in run.tiles(centroids_KD):
-        cell_K.append(run.nearest(to_cells, x_TD.to(run.device))[1][:, 0].cpu().numpy())
+        cell_K.append(to_cells.tile(x_TD.to(run.device))[1][:, 0].cpu().numpy())
     for _, x_TD in run.tiles(coarse_CD):
-        nearest.append(run.nearest(to_fine, x_TD.to(run.device), wanted)[1].cpu().numpy())
+        nearest.append(to_fine.tile(x_TD.to(run.device), wanted)[1].cpu().numpy())
     order, begins = by_label(np.concatenate(cell_K), count)
     found = []
     for cell, near in enumerate(np.concatenate(nearest)):
@@ -294,9 +309,9 @@ def _refine(run: _Run, cells: Cells, coarse_CD: Tensor, state: KMeansState, save
                 for low in range(0, len(members), run.block):
                     block = run.rows.take(members[low : low + run.block])
                     for at, x_TD in run.tiles(prepare(block, settings.metric, run.device)):
-                        value_TL, label_TL = run.nearest(assigner, x_TD)
-                        label_T = ids[label_TL[:, 0]]
-                        total.add(x_TD, label_T, value_TL[:, 0])
+                        value_T, place_T = run.nearest(assigner, x_TD)
+                        label_T = ids[place_T]
+                        total.add(x_TD, label_T, value_T)
                         label = label_T.cpu().numpy().astype(np.int32)
                         before = previous[cell][low + at : low + at + len(label)]
                         moved += int((before != label).sum())
