@@ -13,9 +13,12 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 from safetensors.torch import save_file
 
+from megacid.checkpoint.store import write_meta
 from megacid.errors import run_tool
 from megacid.student import build_student, open_clip_config
 
@@ -86,6 +89,26 @@ def write_shards(folder: Path) -> None:
                     info = tarfile.TarInfo(f"{key}.{ending}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
+
+
+def write_embeddings(folder: Path, x: np.ndarray, tars: int, **facts: object) -> Path:
+    """A directory as tools/embed.py writes it, of the rows x (fp16 [n, D]) in so many tars. facts: of its meta.json."""
+    (folder / "img_emb").mkdir(parents=True)
+    (folder / "metadata").mkdir()
+    for number, part in enumerate(np.array_split(x, tars)):
+        np.save(folder / "img_emb" / f"img_emb_{number:05d}.npy", part)
+        keys = pa.table({"image_path": [f"{number:05d}{row:04d}" for row in range(len(part))]})
+        pq.write_table(keys, folder / "metadata" / f"metadata_{number:05d}.parquet")
+    about: dict[str, object] = {
+        "dim": x.shape[1],
+        "num_samples": len(x),
+        "shards_digest": "d",
+        "model": "m",
+        "weights": "w",
+    }
+    about |= {"precision": "fp32", "partitions": {f"{number:05d}": number for number in range(tars)}}
+    write_meta(folder, "embed", source={"shards": "s"}, **(about | facts))
+    return folder
 
 
 def embed_args(folder: Path, out: str = "emb", model: str = "model") -> list[object]:

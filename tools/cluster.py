@@ -2,7 +2,8 @@
 """Cluster teacher image embeddings with k-means: centroids that initialise the classifier, one label per sample.
 
     tools/cluster.py --embeddings data/digits/teacher --out data/digits/clusters --k 100
-    torchrun --nproc_per_node 8 tools/cluster.py --embeddings teacher --out clusters --k 1000000 --train-sample 100000000
+    torchrun --nproc_per_node 8 tools/cluster.py --embeddings teacher --out clusters --k 1000000 --method hierarchical
+    tools/cluster.py --embeddings new/teacher --out new/clusters --assign-only data/digits/clusters --top-labels 3
 
 Run it again after an interruption: it goes on after the last iteration and gives the same result. SIGTERM and Ctrl-C end
 it soon, on all ranks, with exit code 143 and 130.
@@ -22,11 +23,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from megacid.distributed.collectives import fail_together
 from megacid.distributed.parallel import Parallel, launched
 from megacid.errors import run_tool
-from megacid.offline.cluster import cluster
+from megacid.offline.cluster import assign_only, cluster
 from megacid.offline.kmeans import KMeansSettings
 from megacid.offline.ranks import accept_launcher_arguments
 from megacid.offline.rows import EmbeddingRows
 from megacid.offline.stopping import StopRequest, run_stage
+from megacid.offline.two_level import cell_count
 from megacid.runtime.lifecycle import die_with_parent
 
 WAIT_S = 7200.0  # ranks on slower disks
@@ -41,8 +43,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="directory to write; continued when it was begun with the same arguments",
     )
-    parser.add_argument("--k", required=True, type=int, help="number of clusters")
-    parser.add_argument("--iterations", type=int, default=20)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--k", type=int, help="number of clusters")
+    what.add_argument(
+        "--assign-only",
+        type=Path,
+        metavar="CLUSTERS_DIR",
+        help="no clustering: labels from the centroids of that finished directory; of the options below only --backend and "
+        "--top-labels count",
+    )
+    parser.add_argument("--iterations", type=int, default=20, help="hierarchical: of the coarse and of the fine level")
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -50,13 +60,28 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="stop when the objective improves by less than this share (default 0: never)",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--method", choices=("flat",), default="flat", help="flat: one k-means over everything")
+    parser.add_argument(
+        "--method",
+        choices=("flat", "hierarchical"),
+        default="flat",
+        help="flat: one k-means over everything; hierarchical: about sqrt(k) coarse clusters, k-means inside each, then --refine",
+    )
+    parser.add_argument(
+        "--refine", type=int, default=2, help="hierarchical: iterations over all k after the two levels (default 2)"
+    )
+    parser.add_argument(
+        "--refine-cells",
+        type=int,
+        default=8,
+        help="hierarchical: in these, rows are compared with the centroids of so many nearest coarse clusters (default 8; "
+        "0: with all k, as slow as flat iterations); labels are always found among all k",
+    )
     parser.add_argument("--metric", choices=("cosine", "euclidean"), default="cosine")
     parser.add_argument(
         "--init",
         choices=("random", "k-means++"),
-        default="random",
-        help="k-means++ draws from a sample of 32 k rows and takes k steps",
+        help="k-means++ draws from a sample of 32 k rows and takes k steps (default: random; hierarchical: k-means++, "
+        "which is cheap there)",
     )
     parser.add_argument(
         "--train-sample",
@@ -81,31 +106,53 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("megacid").setLevel(logging.INFO)
-    settings = KMeansSettings(
-        k=args.k,
-        metric=args.metric,
-        iterations=args.iterations,
-        tolerance=args.tolerance,
-        seed=args.seed,
-        init=args.init,
-        train_sample=args.train_sample,
-        backend=args.backend,
-        memory_gb=args.memory_gb,
-    )
+    settings = None if args.assign_only else asked(args)
     if launched():
         die_with_parent()
     return run_stage(lambda parallel, stop: work(args, settings, parallel, stop), args.out, WAIT_S)
 
 
-def work(args: argparse.Namespace, settings: KMeansSettings, parallel: Parallel, stop: StopRequest) -> None:
+def asked(args: argparse.Namespace) -> KMeansSettings:
+    return KMeansSettings(
+        k=args.k,
+        metric=args.metric,
+        iterations=args.iterations,
+        tolerance=args.tolerance,
+        seed=args.seed,
+        init=args.init or ("k-means++" if args.method == "hierarchical" else "random"),
+        train_sample=args.train_sample,
+        backend=args.backend,
+        memory_gb=args.memory_gb,
+        method=args.method,
+        refine=args.refine,
+        refine_cells=args.refine_cells,
+    )
+
+
+def estimate(settings: KMeansSettings, n: int, dim: int) -> str:
+    """One line: the rows, the work and the memory of the centroids."""
+    k, trained = settings.k, min(settings.train_sample or n, n)
+    passes = float(k * settings.iterations)  # centroids a training row is compared with
+    if settings.method == "hierarchical":
+        cells = cell_count(k)
+        near = min(settings.refine_cells or cells, cells)
+        passes = cells + k / cells * (settings.iterations + near * settings.refine)
+    flop = 2.0 * dim * (trained * passes + float(n) * k)
+    return (
+        f"{n:,} rows of width {dim}, {k:,} clusters ({settings.method}), training on {trained:,} rows "
+        f"({trained / max(k, 1):.1f} per cluster): {flop:.3g} flop, {2.0 * dim * n * k:.3g} of them for the labels, "
+        f"centroids {k * dim * 4 / 1e9:.3g} GB"
+    )
+
+
+def work(args: argparse.Namespace, settings: KMeansSettings | None, parallel: Parallel, stop: StopRequest) -> None:
     with fail_together(parallel.group):
         rows = EmbeddingRows(args.embeddings)
     if parallel.is_first:
-        trained = min(args.train_sample or rows.num_rows, rows.num_rows)
-        flop = 2.0 * rows.dim * args.k * (trained * args.iterations + rows.num_rows)
         print(
-            f"{rows.num_rows:,} rows of width {rows.dim}, {args.k:,} clusters, training on {trained:,} rows ({trained / max(args.k, 1):.1f} per cluster): "
-            f"{flop:.3g} flop, centroids {args.k * rows.dim * 4 / 1e9:.3g} GB"
+            estimate(settings, rows.num_rows, rows.dim)
+            if settings
+            else f"{rows.num_rows:,} rows of width {rows.dim}, labels from the centroids of {args.assign_only}"
         )
     else:
         logging.getLogger("megacid").setLevel(logging.WARNING)
@@ -118,11 +165,22 @@ def work(args: argparse.Namespace, settings: KMeansSettings, parallel: Parallel,
             bar.reset(-(-total // parallel.world))
             return stop.ticking(bar.update)
 
-        meta = cluster(args.embeddings, args.out, settings, parallel, top_labels=args.top_labels, progress=progress)
+        if settings is None:
+            meta = assign_only(
+                args.embeddings,
+                args.assign_only,
+                args.out,
+                parallel,
+                top_labels=args.top_labels,
+                backend=args.backend,
+                progress=progress,
+            )
+        else:
+            meta = cluster(args.embeddings, args.out, settings, parallel, top_labels=args.top_labels, progress=progress)
     if parallel.is_first:
         print(
-            f"{args.out}: k {meta['k']:,}, objective {meta['final_objective']:.6f}, imbalance {meta['imbalance']:.3f}, empty {meta['empty']:,}, "
-            f"{meta['iterations']} iterations"
+            f"{args.out}: k {meta['k']:,}, objective {meta['final_objective']:.6f}, imbalance {meta['imbalance']:.3f}, empty {meta['empty']:,}"
+            + (f", {meta['iterations']} iterations" if settings else "")
         )
 
 

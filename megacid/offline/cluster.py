@@ -1,15 +1,12 @@
-"""The clustering stage: k-means over an embedding folder, then one label file per tar.
+"""The clustering stage: k-means over an embedding folder, then one label file per tar; or labels from finished centroids.
 
-Legend: K clusters, D width, T rows of one tile, L labels per sample.
-
-A label file says in its own metadata which centroids it was made with, so a run that was killed keeps those that fit.
+Legend: K clusters, D width.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,80 +17,20 @@ import pyarrow.parquet as pq
 import torch
 
 from megacid.checkpoint.store import read_meta, write_json_atomic, write_meta
-from megacid.distributed.collectives import all_reduce_sum, any_rank, barrier
+from megacid.distributed.collectives import any_rank, barrier
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
-from megacid.offline.assign import Assigner, pad_rows, prepare, tile_rows
-from megacid.offline.files import disk_errors, finished_meta, read_array, sweep, write_array, writing
+from megacid.offline.assign import Backend, check_backend
+from megacid.offline.files import WORK, disk_errors, finished_meta, read_array, sweep, write_array
 from megacid.offline.kmeans import KMeansSettings, KMeansState, imbalance_factor, kmeans
-from megacid.offline.rows import EmbeddingRows, PartitionedRows, odd_row
+from megacid.offline.labelling import centroids_digest, label_all
+from megacid.offline.rows import EmbeddingRows
 from megacid.offline.stopping import together
+from megacid.offline.two_level import two_level
 from megacid.probes import probe
 
 log = logging.getLogger(__name__)
-_CENTROIDS, _SIMILARITY = b"centroids", b"similarity"  # in the metadata of a label file: sha256, and a sum as hex
-
-
-def label_partition(
-    rows: PartitionedRows,
-    partition: int,
-    assigner: Assigner,
-    top: int,
-    tick: Callable[[int], None],
-    *,
-    unit_rows: bool = False,
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """(labels int32 [n, L] best first, cosine to the first float32 [n], sum of the similarities) of one partition.
-
-    UserError naming a row with NaN, infinity, (cosine) no length, or with unit_rows another length than 1.
-    """
-    start, stop = int(rows.starts[partition]), int(rows.starts[partition + 1])
-    tile = tile_rows(assigner.device)
-    labels = np.empty((stop - start, top), np.int32)
-    score = np.empty(stop - start, np.float32)
-    total = 0.0
-    for low in range(start, stop, tile):
-        block = rows.read(low, min(low + tile, stop))
-        # Training on a sample has not seen all rows.
-        found = odd_row(
-            np.asarray(block, np.float32), zero_is_odd=assigner.metric == "cosine" or unit_rows, unit=unit_rows
-        )
-        if found is not None:
-            raise UserError(f"{rows.name(low + found[0])} {found[1]}: embed that shard again")
-        x_TD = prepare(block, assigner.metric, assigner.device)
-        value_TL, label_TL = assigner.tile(pad_rows(x_TD, tile), top)
-        value_TL, label_TL = value_TL[: len(x_TD)], label_TL[: len(x_TD)]
-        where = slice(low - start, low - start + len(x_TD))
-        labels[where] = label_TL.cpu().numpy()
-        score[where] = assigner.cosine(x_TD, label_TL[:, 0]).cpu().numpy()
-        total += float(value_TL[:, 0].double().sum())
-        tick(len(x_TD))
-    return labels, score, total
-
-
-def _write_labels(
-    path: Path, keys: list[str], labels: np.ndarray, score: np.ndarray, centroids: str, value: float
-) -> None:
-    columns = {"key": pa.array(keys, pa.string()), "label": pa.array(labels[:, 0], pa.int32())}
-    columns["score"] = pa.array(score.astype(np.float16), pa.float16())
-    columns |= {f"label_{i}": pa.array(labels[:, i], pa.int32()) for i in range(1, labels.shape[1])}
-    table = pa.table(columns).replace_schema_metadata({_CENTROIDS: centroids, _SIMILARITY: value.hex()})
-    with writing(path) as temporary:
-        pq.write_table(table, temporary)
-
-
-def _read_labels(path: Path, keys: list[str], top: int, centroids: str) -> tuple[np.ndarray, float] | None:
-    """(first label int32 [n], sum of the similarities) of a label file that is whole, of these keys and made with the
-    centroids of this sha256; else None."""
-    try:
-        table = pq.read_table(path)
-        facts = table.schema.metadata or {}
-        fits = table.num_columns == 2 + top and table["key"].to_pylist() == keys
-        if not fits or facts.get(_CENTROIDS) != centroids.encode():
-            return None
-        return table["label"].to_numpy(), float.fromhex(facts[_SIMILARITY].decode())
-    except (OSError, ValueError, KeyError, pa.ArrowException):
-        return None
+Progress = Callable[[int], Callable[[int], None]]  # takes the rows to do, gives what is told the rows done
 
 
 def cluster(
@@ -103,7 +40,7 @@ def cluster(
     parallel: Parallel,
     *,
     top_labels: int = 1,
-    progress: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None,
+    progress: Progress = lambda total: lambda done: None,
 ) -> dict[str, Any]:
     """Cluster the image embeddings and write centroids, sizes, labels and meta.json; returns it.
 
@@ -116,12 +53,7 @@ def cluster(
         rows = EmbeddingRows(embeddings)
         if not 1 <= top_labels <= settings.k:
             raise UserError(f"top labels is {top_labels}, wanted 1 to k = {settings.k}")
-        identity = {
-            "shards_digest": rows.meta["shards_digest"],
-            "model": rows.meta["model"],
-            "weights": rows.meta.get("weights"),
-            "precision": rows.meta.get("precision"),
-        }
+        identity = _identity(rows)
         wanted = _wanted(settings, top_labels) | identity
         done = _finished(out, wanted)
     state: KMeansState | None = None
@@ -145,58 +77,117 @@ def cluster(
         if parallel.is_first:
             _claim(out, wanted)
     if state is None:
-        state = kmeans(
+        state = _train(rows, out, settings, parallel, identity, progress)
+    sizes, similarity = label_all(
+        out, rows, state.centroids, settings.metric, settings.backend, parallel, top_labels, progress(rows.num_rows)
+    )
+    with together(group):
+        _check_spread(sizes, rows, warn=parallel.is_first)
+        if parallel.is_first:
+            facts = wanted | {"iterations": state.iteration, "iterations_asked": wanted["iterations"]}
+            facts["objective"] = state.objective
+            _finish(out, rows, state.centroids, facts, sizes, similarity)
+    barrier(group)
+    return read_meta(out, expect="cluster")
+
+
+def _train(
+    rows: EmbeddingRows,
+    out: Path,
+    settings: KMeansSettings,
+    parallel: Parallel,
+    identity: dict[str, Any],
+    progress: Progress,
+) -> KMeansState:
+    if settings.method == "flat":
+        return kmeans(
             rows,
             settings,
             device=parallel.device,
-            group=group,
+            group=parallel.group,
             checkpoint=out / "state.npz",
             identity=identity,
             unit_rows=True,
             tick=progress(rows.num_rows * settings.iterations),
         )
-    sizes, similarity = _label_all(out, rows, state, settings, parallel, top_labels, progress(rows.num_rows))
+    return two_level(
+        rows,
+        settings,
+        out,
+        device=parallel.device,
+        group=parallel.group,
+        identity=identity,
+        unit_rows=True,
+        tick=progress(rows.num_rows * (1 + settings.iterations + settings.refine)),
+    )
+
+
+def assign_only(
+    embeddings: Path,
+    clusters: Path,
+    out: Path,
+    parallel: Parallel,
+    *,
+    top_labels: int = 1,
+    backend: Backend = "auto",
+    progress: Progress = lambda total: lambda done: None,
+) -> dict[str, Any]:
+    """Label embeddings with the finished centroids of `clusters`, in the layout of `cluster`; returns meta.json.
+
+    meta.json has the method "assign-only", names the directory in `source` and holds the sha256 of its centroids. Sizes
+    are those of the new data. UserError when the width, the model or its weights are not those the centroids were made
+    with. Interruptions and complete folders are dealt with as in `cluster`.
+    """
+    group = parallel.group
     with together(group):
-        _check_spread(sizes, rows, warn=parallel.is_first)
+        check_backend(backend)
+        rows, origin = EmbeddingRows(embeddings), read_meta(clusters, expect="cluster")
+        _check_origin(rows, clusters, origin)
+        k = int(origin["k"])
+        if not 1 <= top_labels <= k:
+            raise UserError(f"top labels is {top_labels}, wanted 1 to k = {k}: correct --top-labels")
+        stored = read_array(clusters / "centroids.npy", (k, rows.dim), "f")
+        if stored is None:
+            raise UserError(
+                f"{clusters / 'centroids.npy'} is missing or not {(k, rows.dim)} numbers, wanted what its meta.json says: "
+                "run tools/cluster.py there again"
+            )
+        if out.resolve() == clusters.resolve():
+            raise UserError(f"--out is {out}, the directory the centroids come from: take another --out")
+        if (out / "state.npz").exists() or (out / WORK).exists():
+            raise UserError(f"{out} holds a clustering that has not ended: end it first, or take another --out")
+        centroids_KD = torch.from_numpy(np.array(stored, np.float32))
+        wanted: dict[str, Any] = {"method": "assign-only", "labels_per_sample": top_labels, "k": k}
+        wanted |= {"metric": origin["metric"], "centroids_sha256": centroids_digest(centroids_KD)} | _identity(rows)
+        done = _finished(out, wanted)
+    if done is not None:
+        with together(group):
+            damage = _damaged(out, k, rows, list(range(parallel.rank, len(rows.stems), parallel.world)), top_labels)
+        if not any_rank(damage is not None, group):
+            log.info("%s is complete", out)
+            return done
+        log.warning("%s is damaged or missing: making again what is needed", damage or "a file that another rank reads")
+    with together(group):
         if parallel.is_first:
-            _finish(out, rows, state, wanted, sizes, similarity)
+            _claim(out, wanted)
+    sizes, similarity = label_all(
+        out, rows, centroids_KD, origin["metric"], backend, parallel, top_labels, progress(rows.num_rows)
+    )
+    with together(group):
+        if parallel.is_first:
+            _finish(out, rows, centroids_KD, wanted, sizes, similarity, clusters=str(clusters.resolve()))
     barrier(group)
     return read_meta(out, expect="cluster")
 
 
-def _label_all(
-    out: Path,
-    rows: EmbeddingRows,
-    state: KMeansState,
-    settings: KMeansSettings,
-    parallel: Parallel,
-    top: int,
-    tick: Callable[[int], None],
-) -> tuple[np.ndarray, float]:
-    """Write the label files that are missing; (sizes int64 [K], sum of the similarities) of all, the same on every rank."""
-    assigner = Assigner(state.centroids, settings.metric, parallel.device, settings.backend)
-    digest = hashlib.sha256(np.ascontiguousarray(state.centroids.numpy()).tobytes()).hexdigest()
-    count_K = torch.zeros(settings.k, dtype=torch.float64, device=parallel.device)
-    value_of = torch.zeros(len(rows.stems), dtype=torch.float64, device=parallel.device)
-    with together(parallel.group):
-        for partition in range(parallel.rank, len(rows.stems), parallel.world):
-            path, keys = out / "labels" / f"{rows.stems[partition]}.parquet", rows.keys(partition)
-            before = _read_labels(path, keys, top, digest)
-            if before is not None:
-                label, value = before
-                tick(len(label))
-            else:
-                labels, score, value = label_partition(rows, partition, assigner, top, tick, unit_rows=True)
-                label = labels[:, 0]
-                _write_labels(path, keys, labels, score, digest, value)
-                probe("cluster:labels", step=partition)
-                tick(0)
-            count_K += torch.from_numpy(np.bincount(label, minlength=settings.k)).to(count_K)
-            value_of[partition] = value
-    all_reduce_sum(count_K, parallel.group)
-    all_reduce_sum(value_of, parallel.group)
-    # One order of additions for every number of ranks.
-    return count_K.cpu().numpy().astype(np.int64), math.fsum(value_of.tolist())
+def _check_origin(rows: EmbeddingRows, clusters: Path, origin: dict[str, Any]) -> None:
+    for name, label in (("dim", "width"), ("model", "model"), ("weights", "weights")):
+        have, made = rows.meta.get(name), origin.get(name)
+        if have != made:
+            raise UserError(
+                f"{rows.directory} has {label} {have!r}, the centroids of {clusters} were made with {label} {made!r}: "
+                "take embeddings of that teacher, or other clusters"
+            )
 
 
 def _check_spread(sizes: np.ndarray, rows: EmbeddingRows, *, warn: bool) -> None:
@@ -215,9 +206,18 @@ def _check_spread(sizes: np.ndarray, rows: EmbeddingRows, *, warn: bool) -> None
         )
 
 
+def _identity(rows: EmbeddingRows) -> dict[str, Any]:
+    """What the rows are."""
+    return {"shards_digest": rows.meta["shards_digest"], "model": rows.meta["model"]} | {
+        name: rows.meta.get(name) for name in ("weights", "precision")
+    }
+
+
 def _wanted(settings: KMeansSettings, top_labels: int) -> dict[str, Any]:
-    names = ("k", "metric", "seed", "init", "train_sample", "iterations", "tolerance")
-    return {"method": "flat", "labels_per_sample": top_labels} | {name: getattr(settings, name) for name in names}
+    names = ["method", "k", "metric", "seed", "init", "train_sample", "iterations", "tolerance"]
+    if settings.method == "hierarchical":
+        names += ["refine", "refine_cells"]
+    return {name: getattr(settings, name) for name in names} | {"labels_per_sample": top_labels}
 
 
 def _finished(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -262,25 +262,31 @@ def _claim(out: Path, wanted: dict[str, Any]) -> None:
 def _tidy(out: Path) -> None:
     """Remove what only an unfinished run needs."""
     (out / "state.npz").unlink(missing_ok=True)
+    shutil.rmtree(out / WORK, ignore_errors=True)
     sweep(out)
 
 
 def _finish(
-    out: Path, rows: EmbeddingRows, state: KMeansState, wanted: dict[str, Any], sizes: np.ndarray, similarity: float
+    out: Path,
+    rows: EmbeddingRows,
+    centroids_KD: torch.Tensor,
+    facts: dict[str, Any],
+    sizes: np.ndarray,
+    similarity: float,
+    **source: str,
 ) -> None:
+    """Write what stands beside the labels. source: more of where it comes from, for meta.json."""
     probe("cluster:labelled")
-    write_array(out / "centroids.npy", state.centroids.numpy())
+    write_array(out / "centroids.npy", centroids_KD.numpy())
     write_array(out / "sizes.npy", sizes)
-    facts = wanted | {"iterations": state.iteration, "iterations_asked": wanted["iterations"]}
     probe("cluster:before_meta")
     with disk_errors(out / "meta.json"):
         write_meta(
             out,
             "cluster",
-            source={"embeddings": str(rows.directory.resolve()), "shards": rows.meta["source"].get("shards")},
+            source={"embeddings": str(rows.directory.resolve()), "shards": rows.meta["source"].get("shards")} | source,
             dim=rows.dim,
             num_samples=rows.num_rows,
-            objective=state.objective,
             final_objective=similarity / rows.num_rows,
             imbalance=imbalance_factor(sizes),
             empty=int((sizes == 0).sum()),

@@ -17,9 +17,9 @@ from megacid.checkpoint.store import read_meta, write_json_atomic, write_meta
 from megacid.data.features import FeatureSet
 from megacid.errors import UserError
 from megacid.offline.assign import Assigner
-from megacid.offline.cluster import label_partition
 from megacid.offline.files import finished_meta, sweep, write_array
 from megacid.offline.kmeans import KMeansSettings, kmeans
+from megacid.offline.labelling import label_partition
 
 Tick = Callable[[int], None]
 

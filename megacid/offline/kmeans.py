@@ -38,12 +38,15 @@ _GRID_BITS = 26
 _SPLIT = 1 / 1024  # relative step between the two halves of a split cluster
 
 
-def block_rows(n: int, dim: int, settings: KMeansSettings, device: torch.device) -> int:
-    """Rows held at once under `memory_gb`; a multiple of the tile. UserError when the bound is below the fixed part."""
+def block_rows(n: int, dim: int, settings: KMeansSettings, device: torch.device, extra: int = 0) -> int:
+    """Rows held at once under `memory_gb`; a multiple of the tile. UserError when the bound is below the fixed part.
+
+    n: rows of this rank; extra: more bytes that are held all the time.
+    """
     tile = tile_rows(device)
     k = settings.k
     # centroids fp32 twice and sums fp64 twice (own and reduced), one tile of products, the previous labels
-    fixed = k * dim * (4 + 4 + 8 + 8) + tile * min(k, 16384) * 4 + tile * dim * 16 + 4 * n
+    fixed = k * dim * (4 + 4 + 8 + 8) + tile * min(k, 16384) * 4 + tile * dim * 16 + 4 * n + extra
     spare = settings.memory_gb * 1e9 - fixed
     if spare < tile * dim * 12:
         need = (fixed + tile * dim * 12) / 1e9
@@ -58,6 +61,11 @@ def imbalance_factor(sizes: np.ndarray) -> float:
     """1 when all clusters are equal; k when one holds everything."""
     total = float(sizes.sum())
     return float(len(sizes) * (sizes.astype(np.float64) ** 2).sum() / total**2) if total else math.nan
+
+
+def grid_scale(metric: Metric, largest: float) -> float:
+    """A power of two that no value is above: what the grid of the sums is laid over."""
+    return 1.0 if metric == "cosine" else 2.0 ** math.ceil(math.log2(largest or 1.0))
 
 
 def check_rows(
@@ -87,6 +95,10 @@ def check_rows(
     return max(collectives.gather_json(largest, group))
 
 
+def _plus_plus_sample(n: int, k: int) -> int:
+    return min(n, max(32 * k, 4096))
+
+
 def initial_centroids(
     rows: Rows, settings: KMeansSettings, device: torch.device, tick: Tick = lambda rows: None
 ) -> Tensor:
@@ -95,8 +107,7 @@ def initial_centroids(
     if settings.init == "random":
         chosen = np.sort(rng.choice(rows.num_rows, settings.k, replace=False))
         return prepare(rows.take(chosen), settings.metric, torch.device("cpu"))
-    count = min(rows.num_rows, max(32 * settings.k, 4096))
-    log.info("k-means++: %d centroids from a sample of %d of %d rows", settings.k, count, rows.num_rows)
+    count = _plus_plus_sample(rows.num_rows, settings.k)
     sample = np.sort(rng.choice(rows.num_rows, count, replace=False))
     x_BD = prepare(rows.take(sample), settings.metric, device)
     square_B = x_BD.double().pow(2).sum(1)
@@ -143,7 +154,7 @@ def split_empty(
     return len(empty)
 
 
-class _Accumulator:
+class Accumulator:
     """Sums of one pass over this rank's rows: flat float64 [K * D + 2 K + 2] = sums, counts, errors, objective, moved rows."""
 
     def __init__(self, settings: KMeansSettings, dim: int, device: torch.device, scale: float) -> None:
@@ -155,10 +166,14 @@ class _Accumulator:
 
     def add(self, x_TD: Tensor, label_T: Tensor, value_T: Tensor) -> None:
         self.sums_KD.index_add_(0, label_T, (x_TD.double() * self.grid).round() / self.grid)
-        self.counts_K += torch.bincount(label_T, minlength=self.k)
+        self.counts_K.index_add_(0, label_T, torch.ones_like(label_T, dtype=torch.float64))
         error_T = 1 - value_T.double() if self.metric == "cosine" else value_T.double()
         self.errors_K.index_add_(0, label_T, (error_T * self.grid).round() / self.grid)
         self.flat[-2] += value_T.double().sum()
+
+    def objective(self, n: int) -> float:
+        """Mean over n rows. Twelve digits are above the noise of the order of additions: every layout decides the same."""
+        return float(f"{float(self.flat[-2]) / n:.12g}")
 
 
 def _one_pass(
@@ -171,11 +186,11 @@ def _one_pass(
     device: torch.device,
     group: Group,
     tick: Callable[[int], None],
-) -> tuple[_Accumulator, np.ndarray]:
+) -> tuple[Accumulator, np.ndarray]:
     """Assign this rank's rows and add them up; `previous` (int32, this rank's rows, -1 unknown) is brought up to date."""
     tile = tile_rows(device)
     assigner = Assigner(state.centroids, settings.metric, device, settings.backend)
-    total = _Accumulator(settings, rows.dim, device, scale)
+    total = Accumulator(settings, rows.dim, device, scale)
     tiles = math.ceil(rows.num_rows / tile)
     first, last = share(tiles, collectives.rank(group), collectives.world_size(group))
     start, stop = first * tile, min(last * tile, rows.num_rows)
@@ -198,7 +213,7 @@ def _one_pass(
     return total, previous
 
 
-def _update(state: KMeansState, total: _Accumulator, settings: KMeansSettings) -> tuple[np.ndarray, int]:
+def update(state: KMeansState, total: Accumulator, settings: KMeansSettings) -> tuple[np.ndarray, int]:
     """New centroids from the sums; returns (sizes int64 [K], clusters that were empty and were split off another)."""
     sums_KD, counts_K = total.sums_KD.cpu(), total.counts_K.cpu()
     sizes = counts_K.numpy().astype(np.int64)
@@ -210,6 +225,20 @@ def _update(state: KMeansState, total: _Accumulator, settings: KMeansSettings) -
         means = torch.where(length > 1e-12, means / length.clamp_min(1e-12), state.centroids.double())
     state.centroids = means.float()
     return sizes, split_empty(state.centroids, sizes, total.errors_K.cpu().numpy(), settings, state.iteration)
+
+
+def check_amount(n: int, k: int, group: Group = None) -> None:
+    """UserError for more clusters than rows to train on; a warning for fewer than 2 rows per cluster."""
+    if k > n:
+        raise UserError(f"k is {k} but there are only {n} rows to train on: lower --k or give more data")
+    if n < 2 * k and collectives.rank(group) == 0:
+        log.warning(
+            "%d rows to train on for %d clusters are %.2f per cluster, fewer than 2: most clusters will be single rows; "
+            "lower --k or give more data",
+            n,
+            k,
+            n / k,
+        )
 
 
 def kmeans(
@@ -235,22 +264,16 @@ def kmeans(
     if settings.train_sample is not None:
         rows = training_sample(rows, settings)
     n = rows.num_rows
-    if settings.k > n:
-        raise UserError(f"k is {settings.k} but there are only {n} rows to train on: lower --k or give more data")
-    if n < 2 * settings.k and collectives.rank(group) == 0:
-        log.warning(
-            "%d rows to train on for %d clusters are %.2f per cluster, fewer than 2: most clusters will be single rows; "
-            "lower --k or give more data",
-            n,
-            settings.k,
-            n / settings.k,
-        )
+    check_amount(n, settings.k, group)
     block = block_rows(math.ceil(n / collectives.world_size(group)), rows.dim, settings, device)
     largest = check_rows(rows, settings.metric, block, group, unit_rows=unit_rows, tick=tick)
-    scale = 1.0 if settings.metric == "cosine" else 2.0 ** math.ceil(math.log2(largest or 1.0))
+    scale = grid_scale(settings.metric, largest)
     with together(group):
         state = load_state(checkpoint, settings, identity or {}) if checkpoint and checkpoint.exists() else None
     if state is None:
+        if settings.init == "k-means++":
+            sample = _plus_plus_sample(n, settings.k)
+            log.info("k-means++: %d centroids from a sample of %d of %d rows", settings.k, sample, n)
         with together(group):
             state = KMeansState(initial_centroids(rows, settings, device, tick))
             probe("cluster:init")
@@ -264,10 +287,9 @@ def kmeans(
         known = bool(len(labels) == 0 or labels[0] >= 0) and state.iteration > 0 and len(state.objective) > 0
         known = not collectives.any_rank(not known, group)
         total, labels = _one_pass(rows, state, settings, labels, scale, block, device, group, tick)
-        # Twelve digits are above the noise of the order of additions, so every layout takes the same decision.
-        state.objective.append(float(f"{float(total.flat[-2]) / n:.12g}"))
+        state.objective.append(total.objective(n))
         state.iteration += 1
-        sizes, empty = _update(state, total, settings)
+        sizes, empty = update(state, total, settings)
         state.imbalance = imbalance_factor(sizes)
         state.stopped = settled(state.objective, settings)
         with together(group):
@@ -276,21 +298,26 @@ def kmeans(
                 save_state(checkpoint, state, settings, identity or {})
             probe("cluster:iteration_saved", step=state.iteration)
             tick(0)
-        seconds = time.monotonic() - began
-        moved = f"{float(total.flat[-1]) / n:.4f}" if known else "unknown"
-        left = 0 if state.stopped else (settings.iterations - state.iteration) * seconds
-        log.info(
-            "iteration %d/%d: objective %.6f, imbalance %.3f, empty %d, moved share %s, %.1f s, %.0f s to go",
-            state.iteration,
-            settings.iterations,
-            state.objective[-1],
-            state.imbalance,
-            empty,
-            moved,
-            seconds,
-            left,
+        report(
+            state, settings.iterations, empty, float(total.flat[-1]) / n if known else None, time.monotonic() - began
         )
     return state
+
+
+def report(state: KMeansState, iterations: int, empty: int, moved: float | None, seconds: float) -> None:
+    """Log one iteration. moved: share of the rows whose label has changed, None when it is not known."""
+    left = 0 if state.stopped else (iterations - state.iteration) * seconds
+    log.info(
+        "iteration %d/%d: objective %.6f, imbalance %.3f, empty %d, moved share %s, %.1f s, %.0f s to go",
+        state.iteration,
+        iterations,
+        state.objective[-1],
+        state.imbalance,
+        empty,
+        "unknown" if moved is None else f"{moved:.4f}",
+        seconds,
+        left,
+    )
 
 
 def training_sample(rows: Rows, settings: KMeansSettings) -> Rows:

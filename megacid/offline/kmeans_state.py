@@ -33,6 +33,9 @@ class KMeansSettings:
     train_sample: int | None = None  # rows used for training; None: all
     backend: Backend = "auto"
     memory_gb: float = 4.0
+    method: Literal["flat", "hierarchical"] = "flat"
+    refine: int = 2  # hierarchical: iterations over all k after the two levels
+    refine_cells: int = 8  # hierarchical: coarse clusters whose centroids a row is compared with in these; 0: all
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -45,6 +48,13 @@ class KMeansSettings:
             raise UserError(f"iterations is {self.iterations}, wanted at least 1")
         if not 0 <= self.tolerance < 1:
             raise UserError(f"tolerance is {self.tolerance}, wanted a share from 0 to below 1")
+        if self.method not in ("flat", "hierarchical"):
+            raise UserError(f"method is {self.method!r}, wanted flat or hierarchical")
+        for name in ("refine", "refine_cells"):
+            if getattr(self, name) < 0:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}, wanted 0 or more: correct --{name.replace('_', '-')}"
+                )
         check_backend(self.backend)
 
 
@@ -68,17 +78,20 @@ def settled(objective: list[float], settings: KMeansSettings) -> bool:
     return gain <= settings.tolerance * abs(before)
 
 
-def _fingerprint(settings: KMeansSettings, identity: dict[str, Any]) -> dict[str, Any]:
+def fingerprint(settings: KMeansSettings, identity: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for a run to be continued, JSON-able."""
     # The backend and the memory bound may change between two parts of one run; so may the number of iterations and the
     # tolerance, as far as they do not say that it should have ended before.
-    names = ("k", "metric", "seed", "init", "train_sample")
+    names = ["method", "k", "metric", "seed", "init", "train_sample"]
+    if settings.method == "hierarchical":
+        names.append("refine_cells")
     return {name: getattr(settings, name) for name in names} | identity
 
 
 def save_state(path: Path, state: KMeansState, settings: KMeansSettings, identity: dict[str, Any]) -> None:
     """Write the state, atomic and durable; UserError when the disk does not take it."""
     facts = {
-        "settings": _fingerprint(settings, identity),
+        "settings": fingerprint(settings, identity),
         "iteration": state.iteration,
         "objective": state.objective,
         "imbalance": state.imbalance,
@@ -105,7 +118,7 @@ def load_state(path: Path, settings: KMeansSettings, identity: dict[str, Any]) -
     except Exception as error:  # a zip archive, the header of an array and JSON raise nearly anything between them
         said = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path} is damaged ({said}): delete it to start again") from None
-    wanted = _fingerprint(settings, identity)
+    wanted = fingerprint(settings, identity)
     for name, value in wanted.items():
         if before.get(name) != value:
             raise UserError(

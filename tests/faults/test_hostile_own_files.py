@@ -24,7 +24,7 @@ from megacid.evaluate.export import student_from_run
 from megacid.evaluate.features import trained_tower
 from megacid.offline.embed import claim
 from megacid.offline.files import finished_meta
-from megacid.offline.kmeans_state import KMeansSettings, KMeansState, load_state, save_state
+from megacid.offline.kmeans_state import KMeansSettings, KMeansState, fingerprint, load_state, save_state
 from megacid.offline.report import read_json
 from megacid.runtime.drift import check_drift
 from megacid.runtime.resume import Continuity
@@ -105,8 +105,7 @@ def npz(path: Path, **arrays: Any) -> None:
 
 
 def facts(**changes: Any) -> np.ndarray:
-    names = ("k", "metric", "seed", "init", "train_sample")
-    settings = {name: getattr(SETTINGS, name) for name in names}
+    settings = fingerprint(SETTINGS, {})
     found: Any = {
         "settings": settings,
         "iteration": 1,
