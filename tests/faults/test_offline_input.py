@@ -84,10 +84,10 @@ BAD_EMBEDDINGS = {
     "unnormalised": (IMAGES, row(None, 1.5), f"row 3 of .*{IMAGES} .*has length 1.5.*wanted .*length 1"),
     "width": (IMAGES, array(lambda x: x[:, :31]), rf"{IMAGES} is float16 of shape \(11, 31\), wanted .*\(n, 32\)"),
     "integers": (IMAGES, array(lambda x: x.astype(np.int8)), f"{IMAGES} is int8"),
-    "objects": (IMAGES, array(lambda x: x.astype(object)), f"{IMAGES} cannot be read .*[Oo]bject"),
+    "objects": (IMAGES, array(lambda x: x.astype(object)), f"{IMAGES} is not a readable .npy array .*[Oo]bject"),
     "rows": (IMAGES, array(lambda x: x[:9]), f"{KEYS} has 11 rows, .*{IMAGES} has 9"),
-    "cut": (IMAGES, cut, f"{IMAGES} cannot be read"),
-    "no images": (IMAGES, Path.unlink, f"{IMAGES} cannot be read"),
+    "cut": (IMAGES, cut, f"{IMAGES} is not a readable .npy array"),
+    "no images": (IMAGES, Path.unlink, f"{IMAGES} is not a readable .npy array"),
     "keys cut": (KEYS, cut, f"{KEYS} cannot be read"),
     "no keys": (KEYS, Path.unlink, f"{KEYS} cannot be read"),
     "meta cut": ("meta.json", cut, "meta.json is not JSON .*: run tools/embed.py again"),
@@ -140,8 +140,8 @@ BAD_FOR_BALANCE = {
     "nan": ("emb/" + IMAGES, row(np.nan), f"row 3 of .*{IMAGES} .*is zero or holds NaN"),
     "zero": ("emb/" + IMAGES, row(0), f"row 3 of .*{IMAGES} .*is zero or holds NaN"),
     "nan caption": ("emb/" + TEXTS, row(np.nan), f"row 3 of .*{TEXTS} .*is zero or holds NaN"),
-    "captions cut": ("emb/" + TEXTS, cut, f"{TEXTS} cannot be read"),
-    "images cut": ("emb/" + IMAGES, cut, f"{IMAGES} cannot be read"),
+    "captions cut": ("emb/" + TEXTS, cut, f"{TEXTS} is not a readable .npy array"),
+    "images cut": ("emb/" + IMAGES, cut, f"{IMAGES} is not a readable .npy array"),
 }
 
 
