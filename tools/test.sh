@@ -11,5 +11,5 @@ echo "test: ruff"
 "$bin/ruff" check . || { echo 'test: step "ruff" failed. remedy: .venv/bin/ruff check --fix .' >&2; exit 1; }
 echo "test: mypy"
 "$bin/mypy" || { echo 'test: step "mypy" failed. remedy: correct the types named above' >&2; exit 1; }
-echo "test: pytest (about 5 minutes on 2 cores)"
+echo "test: pytest (about 13 minutes on 2 cores)"
 exec "$bin/python" -m pytest --durations=15 "$@"

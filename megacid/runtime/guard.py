@@ -137,7 +137,7 @@ class Guard:
         """One warning, on rank 0, that names the ranks at fault with their samples. A collective."""
         guilty, text = what()
         values = ", ".join(f"{name} {value}" for name, value in numbers.items())
-        reports = gather_json([2 * guilty or int(rows_bad), f"{values}; {text}"], self.group)
+        reports = gather_json([2 * guilty or int(rows_bad), f"{values}; {text}" if values else text], self.group)
         # Through the shared loss every rank sees what one rank caused: samples at fault come before rows, rows before none.
         worst = max(fault for fault, _ in reports)
         named = [(r, words) for r, (fault, words) in enumerate(reports) if fault == worst][: None if worst else 1]
