@@ -76,8 +76,8 @@ def build(run: RunFile, parallel: Parallel) -> Parts:
     data = open_data(run, parallel)
     student = together(lambda: make_student(run, data), parallel)
     run = run.with_embed_dim(student.embed_dim)
-    if store.list_steps(run.directory):
-        together(lambda: check_drift(run, run.directory), parallel)
+    # The question is part of the block: ranks that see other files must not part over a collective.
+    together(lambda: check_drift(run, run.directory) if store.list_steps(run.directory) else None, parallel)
     probe("start:building", step=0)
     head, row_optimizer = together(lambda: make_classifier(run, data, student.embed_dim, parallel), parallel)
     objective = make_objective(run, head, parallel)
