@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -346,10 +346,12 @@ def _is_file_entry(entry: Any) -> bool:
     return good_name and type(size) is int and size >= 0 and isinstance(digest, str)
 
 
-def _sha256(handle: BinaryIO) -> str:
+def file_sha256(path: Path) -> str:
+    """Of the whole file, as hex. Raises OSError."""
     digest = hashlib.sha256()
-    while block := handle.read(1 << 22):
-        digest.update(block)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -365,8 +367,7 @@ def verify(directory: Path, *, hashes: bool = True) -> dict[str, Any]:
                 raise ValueError(f"{path} has {held}, the manifest says {file['bytes']} bytes")
             if not hashes:
                 continue
-            with open(path, "rb") as handle:
-                digest = _sha256(handle)
+            digest = file_sha256(path)
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from None
         if digest != file["sha256"]:

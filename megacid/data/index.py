@@ -22,14 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from megacid.checkpoint.store import write_json_atomic
+from megacid.checkpoint.store import file_sha256, write_json_atomic
 from megacid.data.cache import SmallCache
 from megacid.data.decode import BadSample
 from megacid.data.index_files import (
     VERSION,
     ShardTable,
     content_digest,
-    file_sha256,
     is_entry,
     keys_sha256,
     load_table,

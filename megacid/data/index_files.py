@@ -71,14 +71,6 @@ def content_digest(shards: Iterable[tuple[str, str]]) -> str:
     return digest.hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import multiprocessing
 import os
@@ -19,7 +18,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-_PR_SET_PDEATHSIG = 1
+from megacid.orphans import end_with_parent
+
 _LOOK_EVERY_S = 0.5
 _FAREWELL_S = 5.0
 _DYING_S = 1.0  # a process that was killed closes its files a moment before it is known to be dead
@@ -34,13 +34,13 @@ def start_worker(parent: int, _: int) -> None:
 
     It must neither run the trainer's signal handlers nor print at Ctrl-C.
     """
+    signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         # torch's own look at the parent happens between two batches only: a worker that hangs would stay for ever.
-        with contextlib.suppress(OSError):
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent(signal.SIGKILL)
         if os.getppid() != parent:  # it ended before the line above
             os._exit(1)
     torch.set_num_threads(1)

@@ -222,7 +222,10 @@ def barrier(group: Group = None) -> None:
 
 
 class RanksDisagree(RuntimeError):  # noqa: N818  the run ends with its own exit code
-    """The ranks hold different values of something that must be the same everywhere."""
+    """The ranks hold different values of something that must be the same everywhere. what: that; said: who holds which."""
+
+    def __init__(self, what: str, said: str) -> None:
+        super().__init__(f"the ranks disagree about {what}: {said}; start every rank with the same files and options")
 
 
 def agree(value: str, what: str, group: Group = None) -> None:
@@ -233,9 +236,7 @@ def agree(value: str, what: str, group: Group = None) -> None:
         for index, other in enumerate(values):
             held.setdefault(str(other), []).append(index)
         said = "; ".join(f"{other!r} on rank {', '.join(map(str, ranks))}" for other, ranks in held.items())
-        raise RanksDisagree(
-            f"the ranks disagree about {what}: {said}; start every rank with the same files and options"
-        )
+        raise RanksDisagree(what, said)
 
 
 def agree_on_mapping(facts: dict[str, Any], what: str, group: Group = None) -> None:
@@ -245,9 +246,7 @@ def agree_on_mapping(facts: dict[str, Any], what: str, group: Group = None) -> N
     if differing:
         said = "; ".join(f"{key} is {', '.join(f'{one.get(key)!r} on rank {r}' for r, one in enumerate(held))}"
                          for key in differing)  # fmt: skip
-        raise RanksDisagree(
-            f"the ranks disagree about {what}: {said}; start every rank with the same files and options"
-        )
+        raise RanksDisagree(what, said)
 
 
 _LOST_PEER = re.compile(

@@ -30,11 +30,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from megacid.checkpoint.store import read_meta, write_json_atomic, write_meta
 from megacid.data.decode import BadSample, decode_caption, decode_image
 from megacid.data.index import ShardIndex, ShardReader
+from megacid.data.workers import worker_start
 from megacid.distributed.collectives import barrier, gather_json
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.offline.files import disk_errors, sweep, write_array, writing
-from megacid.offline.stopping import quiet_worker, together
+from megacid.offline.stopping import together
 from megacid.probes import probe
 from megacid.student import LoadedClip
 
@@ -120,11 +121,6 @@ class _Batches(Sampler[list[int]]):
             for low in range(start, end, self.batch_size):
                 yield list(range(low, min(low + self.batch_size, end)))
             start = end
-
-
-def _worker_init(worker: int) -> None:
-    torch.set_num_threads(1)
-    quiet_worker(worker)
 
 
 def _as_list(samples: list[Sample]) -> list[Sample]:
@@ -307,7 +303,7 @@ def embed(
             batch_sampler=_Batches(pairs.ends, batch_size),
             num_workers=workers,
             collate_fn=_as_list,
-            worker_init_fn=_worker_init,
+            worker_init_fn=worker_start(),
         )
         try:
             for shard, part in _finished(index, todo, loader, clip, tick):

@@ -197,10 +197,3 @@ def run_alone(work: Callable[[], int]) -> int:
 def _say(stopped: Stopped) -> None:
     name = signal.Signals(stopped.code - 128).name
     print(f"stopped by {name}: what was complete is kept, run the same command to go on", file=sys.stderr)
-
-
-def quiet_worker(worker: int) -> None:
-    """Of a decoding process: it must not inherit a handler that only takes notes, or it could not be ended."""
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal: the parent decides

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import fcntl
 import os
 import signal
 import socket
-import sys
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -16,8 +13,7 @@ from typing import IO
 from megacid.distributed.collectives import Group, any_rank
 from megacid.distributed.parallel import launched
 from megacid.errors import UserError
-
-_PR_SET_PDEATHSIG = 1
+from megacid.orphans import end_with_parent
 
 
 class RunLock:
@@ -77,9 +73,8 @@ def die_with_parent() -> None:
 
     Not without a launcher: a shell that is left must not end what was started with nohup.
     """
-    if sys.platform == "linux" and launched():
-        with contextlib.suppress(OSError):
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if launched():
+        end_with_parent(signal.SIGTERM)
 
 
 def _process(pid: int) -> tuple[int, str, str] | None:

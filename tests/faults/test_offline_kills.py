@@ -20,8 +20,9 @@ from offline_data import cluster_args, results, save_model, write_benchmark, wri
 from offline_tool import KILLED, REFERENCE, Tool, tool_rank
 from torch.utils.data import DataLoader, Dataset
 
+from megacid.data.workers import worker_start
 from megacid.errors import EXIT_AGAIN
-from megacid.offline.embed import _Batches, _worker_init
+from megacid.offline.embed import _Batches
 from megacid.offline.stopping import StopRequest
 
 TERM = 128 + signal.SIGTERM
@@ -284,7 +285,7 @@ class _Handlers(Dataset[tuple[bool, bool]]):
 
 def test_workers_do_not_inherit_a_handler_that_only_takes_notes() -> None:
     with StopRequest():
-        loader: DataLoader[tuple[bool, bool]] = DataLoader(_Handlers(), num_workers=1, worker_init_fn=_worker_init)
+        loader: DataLoader[tuple[bool, bool]] = DataLoader(_Handlers(), num_workers=1, worker_init_fn=worker_start())
         assert [bool(flag) for batch in loader for flag in batch] == [True] * 4
         assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -162,6 +162,13 @@ def start(launcher: str, file: Path, *faults: Fault) -> subprocess.Popen[bytes]:
         )  # fmt: skip
 
 
+def signal_node_launcher(file: Path, number: int) -> None:
+    """To DeepSpeed's launch.py of the job with this run file."""
+    for pid, line in living(str(file)).items():
+        if "deepspeed.launcher.launch" in line:
+            os.kill(pid, number)
+
+
 def said_by(file: Path) -> Path:
     return file.with_suffix(".said")
 
@@ -211,9 +218,7 @@ def test_under_a_launcher_sigterm_saves_once_and_leaves_nobody(slow_run: tuple[P
     elif to == "torchrun":
         os.kill(job.pid, signal.SIGTERM)
     else:
-        for pid, line in living(str(file)).items():
-            if "deepspeed.launcher.launch" in line:
-                os.kill(pid, signal.SIGTERM)
+        signal_node_launcher(file, signal.SIGTERM)
     job.wait(timeout=60)
     wait_until(lambda: not living(str(file)), "ranks were left behind", 35)
     saved = [path.name for path in run.glob("step-*")]
@@ -234,9 +239,7 @@ def test_when_the_launcher_is_killed_the_ranks_save_and_end_by_themselves(
     if who == "deepspeed":
         os.kill(job.pid, signal.SIGKILL)
     else:
-        for pid, line in living(str(file)).items():
-            if "deepspeed.launcher.launch" in line:
-                os.kill(pid, signal.SIGKILL)
+        signal_node_launcher(file, signal.SIGKILL)
     wait_until(lambda: not living(str(file)), "ranks were left behind", 35)
     assert len(list(run.glob("step-*"))) == 1 and list(run.glob(".tmp-*")) == []
     job.kill()

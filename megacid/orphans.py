@@ -1,0 +1,16 @@
+"""A process that must not outlive the one that started it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(number: int) -> None:
+    """The kernel sends signal `number` to this process when the thread that started it ends, however it ends; Linux only."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
