@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megacid.checkpoint.store import atomic_path, write_json_atomic
-from megacid.data.arrays import load_npy
+from megacid.data.arrays import load_npy, write_npy
 from megacid.errors import UserError
 
 VERSION = 1
@@ -99,7 +99,7 @@ def stored_entries(root: Path) -> list[dict[str, Any]] | None:
 
 def save_table(folder: Path, entry: dict[str, Any], table: ShardTable) -> None:
     with atomic_path(folder / f"{entry['name']}.members.npy") as tmp, open(tmp, "wb") as file:
-        np.save(file, table.members, allow_pickle=False)
+        write_npy(file, table.members.dtype, table.members.shape, [table.members])
     write_json_atomic(folder / f"{entry['name']}.keys.json", {"version": VERSION, "entry": entry, "keys": table.keys})
 
 

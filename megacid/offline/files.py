@@ -10,14 +10,15 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from megacid.checkpoint.store import atomic_path, read_meta, write_json_atomic
-from megacid.data.arrays import load_npy
+from megacid.data.arrays import load_npy, write_npy
+from megacid.data.index_files import read_json
 from megacid.errors import UserError
 from megacid.probes import probe
 
@@ -43,18 +44,6 @@ def writing(path: Path) -> Iterator[Path]:
     with disk_errors(path), atomic_path(path) as temporary:
         yield temporary
         probe("offline:file", path=path)
-
-
-def write_npy(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...], blocks: Iterable[np.ndarray]) -> None:
-    """The bytes of np.save, blocks of rows one after the other. Raises OSError when not all could be written.
-
-    np.save hands the array to C's buffered output, whose last bytes may be lost to a full disk without an error.
-    """
-    np.lib.format.write_array_header_1_0(
-        file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    )
-    for block in blocks:
-        file.write(np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8).data)
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
@@ -139,7 +128,7 @@ class PartialResults:
     def begin(self) -> None:
         """Drop what was made with other arguments, with a warning, and make the folder."""
         path = self.folder / "settings.json"
-        before = _json(path)
+        before = read_json(path)
         if before is not None and before != self.fingerprint:
             old = before if isinstance(before, dict) else {}
             changed = [name for name, value in self.fingerprint.items() if old.get(name) != value]
@@ -156,7 +145,7 @@ class PartialResults:
 
     def json(self, name: str) -> Any:
         """What was stored under that name; None when it is missing or damaged."""
-        return _json(self.folder / f"{name}.json")
+        return read_json(self.folder / f"{name}.json")
 
     def save_json(self, name: str, value: Any) -> None:
         write_text(self.folder / f"{name}.json", json.dumps(value))
@@ -169,10 +158,3 @@ class PartialResults:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
