@@ -1,10 +1,10 @@
 """Class-parallel margin softmax: the operators of the megacid classifier. Needs torch only; see ../README.md."""
 
+from megacid_kernels.cross_entropy import linear_margin_cross_entropy
 from megacid_kernels.discrimination import (
     Discrimination,
     Gradients,
     discrimination_with_gradients,
-    linear_margin_cross_entropy,
     linear_margin_discrimination,
 )
 from megacid_kernels.problem import Problem, TargetMargin, Weights

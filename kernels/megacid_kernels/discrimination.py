@@ -1,18 +1,22 @@
-"""The public operators: validation, dispatch, autograd.
+"""The loss of all terms and its gradients: validation, dispatch, autograd.
 
-Legend: G gathered batch, D width, S rows of w on this rank, l labels per sample.
+Legend: G gathered batch, D width, L rows in memory, S rows of w that are used on this rank, l labels per sample.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megacid_kernels.problem import Problem, TargetMargin
-from megacid_kernels.row_chunks import row_mode
+from megacid_kernels.check import check_inputs, check_label_values
+from megacid_kernels.dispatch import Implementation, engine_for, resolve
+from megacid_kernels.engine import Call
+from megacid_kernels.plan import plan_rows, plan_slabs
+from megacid_kernels.problem import Problem
+from megacid_kernels.schedule import Consume, Run
 
 
 class Discrimination(NamedTuple):
@@ -30,10 +34,13 @@ class Gradients(NamedTuple):
 
     result: Discrimination  # detached
     x: Tensor | None  # [G, D] this shard's partial sum
-    w: Tensor | None  # [S, D]
+    w: Tensor | None  # [S, D]; None as well where slabs were consumed
+    # In slab mode: call consume(start, stop, slab) for all slabs of the gradient of w once more, with the same bits. The
+    # rows of a slab are read when its turn comes: those of the slabs before may have changed by then.
+    each_slab: Callable[[Consume], None] | None = None
 
 
-class _RowMode(torch.autograd.Function):
+class _InForward(torch.autograd.Function):
     """The loss is the last operator, so its gradients are made in forward and only scaled in backward."""
 
     @staticmethod
@@ -89,9 +96,11 @@ def linear_margin_discrimination(
     rank, otherwise the loss is NaN. Memory: the [chunk, S] matrices within `problem.memory_budget_bytes`, and the
     gradients [G, D] and [S, D]. The gradient of w is exact. The gradient of x is THIS SHARD'S PARTIAL SUM: the sum over
     ranks is the gradient (the backward of `megacid.distributed.collectives.gather_rows` does it). With no labelled
-    sample loss and gradients are 0. Raises ValueError for shapes and dtypes that do not fit.
+    sample loss and gradients are 0. Raises ValueError for shapes, dtypes and devices that do not fit, and for labels out of
+    range where they lie on the host.
     """
-    return Discrimination(*_RowMode.apply(x, w, target, rows, teacher, bias, problem, torch.is_grad_enabled()))
+    check_label_values(target, problem)
+    return Discrimination(*_InForward.apply(x, w, target, rows, teacher, bias, problem, torch.is_grad_enabled()))
 
 
 def discrimination_with_gradients(
@@ -106,66 +115,46 @@ def discrimination_with_gradients(
     need_x: bool = True,
     need_w: bool = True,
     overwrite_w: bool = False,
+    gather: bool = False,
+    on_grad_x: Callable[[Tensor], None] | None = None,
+    consume: Consume | None = None,
 ) -> Gradients:
     """`linear_margin_discrimination` without autograd: the result and the gradients of its loss at once.
 
-    For callers with an autograd of their own: no second copy of the gradient [S, D] is made for scaling it. overwrite_w:
-    w is scratch; its rows are normalised in place, which saves two passes over [chunk, S].
+    For callers with an autograd of their own: no second copy of the gradient [S, D] is made for scaling it.
+
+    overwrite_w  w is scratch; in row mode PyTorch normalises its rows in place, which saves two passes over [chunk, S]
+    gather       w is [L, D], all class rows of this rank, of which `rows` are used: they are read where they lie, and no
+                 [S, D] copy has to exist beside them. bias and the gradient stay [S] and [S, D]
+    on_grad_x    called with the finished gradient of x before the last matrix products, so that a reduction of it over the
+                 ranks runs under them
+    consume      called with (start, stop, gradient of rows [start, stop) of the S), slab by slab in slab mode, else once;
+                 then the gradient as a whole is nowhere, and `Gradients.w` is None
+
+    Without need_x and need_w no matrix is kept, whatever the mode: 2 G S D FLOP, memory within the budget.
     """
-    _check(x, w, target, problem, rows, teacher, bias)
-    dtype = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
+    check_inputs(x, w, target, problem, rows, teacher, bias, gather)
+    wide = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
+    chosen = resolve(problem.impl, x.device, wide)
+    if chosen == "torch" and problem.precision not in ("auto", "fp32"):
+        raise ValueError(
+            f"precision is {problem.precision!r} in PyTorch, which computes in {wide}: wanted 'auto' or 'fp32'"
+        )
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        out = row_mode(
-            x.to(dtype), w.to(dtype), target[:, None] if target.ndim == 1 else target, rows,
-            None if teacher is None else teacher.to(dtype), None if bias is None else bias.to(dtype),
-            problem, need_x, need_w, overwrite_w=overwrite_w or w.dtype != dtype,
+        run = _prepare(
+            x, w, target, problem, rows, teacher, bias, gather, overwrite_w, need_x or need_w, chosen, wide
         )  # fmt: skip
+        out = run.outcome(need_x, need_w, on_grad_x, consume if need_w else None)
         cosine = out.target_cosine[:, 0] if target.ndim == 1 else out.target_cosine
         return Gradients(
             Discrimination(out.terms.sum(), out.raw, cosine, out.largest_negative, out.removed),
             None if out.grad_x is None else out.grad_x.to(x.dtype),
             None if out.grad_w is None else out.grad_w.to(w.dtype),
+            run.each_slab if run.plan.mode == "slab" else None,
         )
 
 
-def linear_margin_cross_entropy(
-    x: Tensor,
-    w: Tensor,
-    target: Tensor,
-    *,
-    margin: TargetMargin | None = None,
-    scale: float = 64.0,
-    rows: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
-    reduction: Literal["mean", "sum"] = "mean",
-    impl: str = "auto",
-    mode: str = "auto",
-    memory_budget_bytes: int | None = None,
-    class_start: int = 0,
-    num_classes: int | None = None,
-    max_rows: int | None = None,
-    margin_grad: Literal["exact", "straight_through"] = "exact",
-    filter_threshold: float | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Mean (or sum) over the labelled samples of CE(scale * psi_y(cos(x, w)), y), classes sharded over `group`.
-
-    Tensors and gradients as in `linear_margin_discrimination`; x's gradient is this shard's partial sum. On several
-    ranks `num_classes` (all ranks together) and `max_rows` (most rows of w on any rank) must be given and equal on
-    every rank: the fixed shift and the chunks follow from them. impl: "auto" or "torch"; mode: "auto" or "row".
-    """
-    world = dist.get_world_size(group) if dist.is_initialized() else 1
-    if num_classes is None and world > 1:
-        raise ValueError(f"num_classes is None on {world} ranks: pass the number of classes of all ranks together")
-    problem = Problem(
-        num_classes=w.shape[0] if num_classes is None else num_classes, scale=scale, margin=margin, margin_grad=margin_grad, filter_threshold=filter_threshold,
-        class_start=class_start, max_rows=max_rows, reduction=reduction, group=group, impl=impl, mode=mode,
-        memory_budget_bytes=memory_budget_bytes,
-    )  # fmt: skip
-    return linear_margin_discrimination(x, w, target, problem, rows=rows, bias=bias).loss
-
-
-def _check(
+def _prepare(
     x: Tensor,
     w: Tensor,
     target: Tensor,
@@ -173,30 +162,21 @@ def _check(
     rows: Tensor | None,
     teacher: Tensor | None,
     bias: Tensor | None,
-) -> None:
-    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
-        raise ValueError(f"x is {tuple(x.shape)} and w is {tuple(w.shape)}, wanted [G, D] and [S, D] with one D")
-    if target.ndim not in (1, 2) or target.shape[:1] != x.shape[:1] or target.dtype != torch.int64:
-        raise ValueError(
-            f"target is {tuple(target.shape)} {target.dtype}, wanted torch.int64 [{x.shape[0]}] or [{x.shape[0]}, l]"
-        )
-    if target.ndim == 2 and (target.shape[1] == 0 or (target.shape[1] > 1 and problem.weights.gamma > 0)):
-        raise ValueError(
-            f"target is {tuple(target.shape)} with gamma {problem.weights.gamma}, wanted at least one label per sample, "
-            "and one alone for the KL: set gamma to 0, or pass the nearest label only"
-        )
-    if rows is not None and (rows.shape != w.shape[:1] or rows.dtype != torch.int64):
-        raise ValueError(f"rows is {tuple(rows.shape)} {rows.dtype}, wanted [{w.shape[0]}] torch.int64, sorted")
-    if bias is not None and (bias.shape != w.shape[:1] or not bias.is_floating_point()):
-        raise ValueError(f"bias is {tuple(bias.shape)} {bias.dtype}, wanted floating point [{w.shape[0]}]")
-    if problem.weights.needs_teacher:
-        if teacher is None:
-            raise ValueError("teacher is None, but beta or gamma is > 0: pass the stored embeddings [G, D]")
-        if teacher.shape != x.shape:
-            raise ValueError(f"teacher is {tuple(teacher.shape)}, wanted {tuple(x.shape)} like x")
-    if problem.world > 1 and problem.max_rows is None:
-        raise ValueError(f"max_rows is None on {problem.world} ranks: pass the most rows of w that any rank holds")
-    if problem.num_classes < w.shape[0]:
-        raise ValueError(
-            f"num_classes is {problem.num_classes}, but w has {w.shape[0]} rows: pass the classes of all ranks"
-        )
+    gather: bool,
+    overwrite_w: bool,
+    gradients: bool,
+    chosen: Implementation,
+    wide: torch.dtype,
+) -> Run:
+    by_rows = gradients and problem.mode != "slab"
+    target_Gl = target[:, None] if target.ndim == 1 else target
+    call = Call(w, rows if gather else None, bias, problem, by_rows, overwrite_w and not gather)
+    engine = engine_for(chosen, call, wide)
+    count, device = engine.num_rows, x.device.type
+    if by_rows:
+        labels = target_Gl.shape[1]
+        plan = plan_rows(problem, len(x), count, x.shape[1], labels, engine.matrix_bytes(), device)
+    else:
+        plan = plan_slabs(problem, count, engine.slab_bytes(len(x), gradients), gradients, device)
+    teacher = None if teacher is None else teacher.to(wide)
+    return Run(engine, problem, plan, x.to(wide), target_Gl, rows, teacher)

@@ -9,10 +9,13 @@ from typing import Literal, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-IMPLEMENTATIONS = ("auto", "torch")
-MODES = ("auto", "row")
+IMPLEMENTATIONS = ("auto", "torch", "triton")
+MODES = ("auto", "row", "slab")
+PRECISIONS = ("auto", "fp16", "bf16", "fp32")
 DEFAULT_BUDGET_BYTES = 1 << 30
 _CPU_BUDGET_BYTES = 1 << 26  # at least, see `Problem.chunk`
+# Of the shift. Up to here negatives at cosine 0 and a little below keep exponentials that float32 can hold.
+_MOST_SHIFT = 80.0
 
 
 class TargetMargin(Protocol):
@@ -72,15 +75,22 @@ class Problem:
     max_rows: int | None = None  # most rows that any rank passes as w; None: as many as here
     reduction: Literal["mean", "sum"] = "mean"
     group: dist.ProcessGroup | None = None
-    impl: str = "auto"
-    mode: str = "auto"
+    impl: str = "auto"  # see `dispatch.resolve`
+    mode: str = "auto"  # "row", which "auto" is, or "slab": see `schedule`
+    # Triton's products: "fp16" (which "auto" is) rounds the unit rows to it for the cosines, and everything in the products
+    # of the gradients to bf16; "bf16" does so for both and holds one copy of the rows; "fp32" rounds nothing. PyTorch
+    # computes in the inputs' precision, at least float32, and takes no other word than "auto" and "fp32".
+    precision: str = "auto"
     memory_budget_bytes: int | None = None  # for the [chunk, S] matrices; None: see `chunk`
 
     def __post_init__(self) -> None:
-        if self.impl not in IMPLEMENTATIONS:
-            raise ValueError(f"impl is {self.impl!r}, available are {', '.join(map(repr, IMPLEMENTATIONS))}")
-        if self.mode not in MODES:
-            raise ValueError(f"mode is {self.mode!r}, available are {', '.join(map(repr, MODES))}")
+        for name, value, known in (
+            ("impl", self.impl, IMPLEMENTATIONS),
+            ("mode", self.mode, MODES),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, available are {', '.join(map(repr, known))}")
         if self.margin_grad not in ("exact", "straight_through"):
             raise ValueError(f"margin_grad is {self.margin_grad!r}, wanted 'exact' or 'straight_through'")
         if self.reduction not in ("mean", "sum"):
@@ -91,6 +101,12 @@ class Problem:
             raise ValueError(f"memory_budget_bytes is {self.memory_budget_bytes}, wanted > 0, or None for the default")
         if self.num_classes < 1:
             raise ValueError(f"num_classes is {self.num_classes}, wanted the number of classes of all ranks together")
+        hottest = self.weights.temperature if self.weights.gamma > 0 else 1.0
+        if self.shift(min(hottest, 1.0)) > _MOST_SHIFT:
+            raise ValueError(
+                f"scale is {self.scale} with {self.num_classes} classes and temperature {hottest}, wanted scale / "
+                f"temperature + ln(num_classes) <= {80 + _MOST_SHIFT:g}: float32 has no exponents for more"
+            )
 
     @property
     def world(self) -> int:
@@ -100,6 +116,10 @@ class Problem:
         """kappa, subtracted from every logit / temperature before exp. Cosine logits are bounded by the scale, so no
         maximum is needed: num_classes * exp(scale - kappa) <= exp(80) stays finite in float32."""
         return max(0.0, self.scale / temperature + math.log(self.num_classes) - 80.0)
+
+    def budget(self, device: str) -> int:
+        """Bytes for the matrices, where nothing else says how many: see `chunk`."""
+        return self.memory_budget_bytes or (_CPU_BUDGET_BYTES if device == "cpu" else DEFAULT_BUDGET_BYTES)
 
     def softened(self, name: str) -> str:
         """The matrix whose exponentials are those of the KL: "S/", "T/", or "S", "T" themselves at temperature 1."""

@@ -430,7 +430,7 @@ def test_zero_rows_give_finite_gradients_and_16_bit_inputs_keep_their_dtype() ->
     ("change", "says"),
     [
         ({"impl": "triton"}, "available are 'auto', 'torch'"),
-        ({"mode": "slab"}, "available are 'auto', 'row'"),
+        ({"mode": "column"}, "available are 'auto', 'row', 'slab'"),
         ({"scale": -1.0}, "scale is -1.0"),
         ({"reduction": "none"}, "reduction is 'none'"),
         ({"memory_budget_bytes": 0}, "memory_budget_bytes is 0"),

@@ -1,0 +1,63 @@
+"""Products of 16-bit matrices with an fp32 result: the two gradient products, by cuBLAS.
+
+A result in 16 bits would round every chunk of the sum. torch >= 2.8 has the product on CUDA. Elsewhere (older torch,
+Triton's interpreter on a CPU) blocks of the factors are widened to fp32: their products are exact in TF32, which holds
+bf16's 8 bits, so tensor cores do that too, at half their rate and with a block's copy in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_WIDENED_BYTES = 1 << 28
+_HAS_OUT_DTYPE = torch.__version__ >= (2, 8)  # type: ignore[operator]  # a TorchVersion compares with tuples
+
+
+def product_fp32(a_mk: Tensor, b_kn: Tensor, total_mn: Tensor | None = None) -> Tensor:
+    """a @ b, fp32 [m, n], added to `total_mn` in place if there is one. a and b: one dtype of fp32, bf16, fp16; either may
+    be a transposed view. fp32 factors are multiplied as PyTorch's settings say."""
+    if a_mk.dtype == torch.float32:
+        return a_mk @ b_kn if total_mn is None else total_mn.addmm_(a_mk, b_kn)
+    if a_mk.device.type == "cuda" and _HAS_OUT_DTYPE:
+        if total_mn is None:
+            return torch.mm(a_mk, b_kn, out_dtype=torch.float32)
+        return torch.addmm(total_mn, a_mk, b_kn, out_dtype=torch.float32, out=total_mn)
+    return _widened(a_mk, b_kn, total_mn)
+
+
+def _widened(a_mk: Tensor, b_kn: Tensor, total_mn: Tensor | None) -> Tensor:
+    """Cut along the longest side: of class rows, which may be the sum's or the result's."""
+    m, k = a_mk.shape
+    n = b_kn.shape[1]
+    if total_mn is None:
+        total_mn = torch.zeros(m, n, dtype=torch.float32, device=a_mk.device)
+    with _tf32(a_mk.device):
+        if k > m:
+            step = max(1, _WIDENED_BYTES // (4 * (m + n)))
+            for start in range(0, k, step):
+                part = slice(start, start + step)
+                total_mn.addmm_(a_mk[:, part].float(), b_kn[part].float())
+        else:
+            step = max(1, _WIDENED_BYTES // (4 * max(k, 1)))
+            b = b_kn.float()
+            for start in range(0, m, step):
+                part = slice(start, start + step)
+                total_mn[part].addmm_(a_mk[part].float(), b)
+    return total_mn
+
+
+@contextlib.contextmanager
+def _tf32(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
