@@ -7,11 +7,13 @@ from megacid_kernels.discrimination import (
     discrimination_with_gradients,
     linear_margin_discrimination,
 )
+from megacid_kernels.margin import Margin
 from megacid_kernels.problem import Problem, TargetMargin, Weights
 
 __all__ = [
     "Discrimination",
     "Gradients",
+    "Margin",
     "Problem",
     "TargetMargin",
     "Weights",

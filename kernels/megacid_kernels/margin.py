@@ -1,0 +1,85 @@
+"""The combined margin on the target class: cos(m1 * theta + m2) - m3.
+
+ArcFace (1, m, 0), CosFace (1, 0, m), SphereFace (m, 0, 0), combined (Deng et al., 2019). Works on the B target cosines
+only; the negatives have no margin.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SIN_FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class Margin:
+    """psi(theta) = cos(m1 * theta + m2) - m3, made monotone where the angle passes pi.
+
+    m1 = 1: past theta + m2 = pi, psi = cos - m2 * sin(pi - m2) - m3 (ArcFace's linear continuation; psi jumps down by
+    about m2^2 / 2 there). m1 != 1: SphereFace's continuation (-1)^k cos(m1 * theta + m2) - 2k, continuous.
+    easy_margin: the margin m1, m2 acts only where cos > 0 (psi jumps at cos = 0); m3 always acts.
+    """
+
+    m1: float = 1.0
+    m2: float = 0.0
+    m3: float = 0.0
+    easy_margin: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.m1) and self.m1 >= 1):
+            raise ValueError(f"margin m1 is {self.m1}, wanted >= 1: 1 leaves the angle as it is")
+        if not 0 <= self.m2 < math.pi:
+            raise ValueError(f"margin m2 is {self.m2} rad, wanted 0 <= m2 < pi: 0.5 is usual")
+        if not (math.isfinite(self.m3) and self.m3 >= 0):
+            raise ValueError(f"margin m3 is {self.m3}, wanted >= 0: 0.3 is usual")
+
+    @classmethod
+    def arcface(cls, m: float = 0.5, *, easy_margin: bool = False) -> Margin:
+        return cls(m2=m, easy_margin=easy_margin)
+
+    @classmethod
+    def cosface(cls, m: float = 0.3) -> Margin:
+        return cls(m3=m)
+
+    @classmethod
+    def sphereface(cls, m: float = 1.35, *, easy_margin: bool = False) -> Margin:
+        return cls(m1=m, easy_margin=easy_margin)
+
+    def target(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """(psi, d psi / d cos), both like cos. `sin` comes from the caller, who can compute it without cancellation.
+
+        d psi / d cos grows like 1 / sin towards cos = +-1 while the gradient of the embedding stays bounded; the
+        derivative alone takes sin >= 0.001, so that it is finite (<= 1000 m1) at cos = +-1 exactly.
+        """
+        one = torch.ones_like(cos)
+        if self.m1 == 1.0 and self.m2 == 0.0:
+            return cos - self.m3, one
+        if self.m1 == 1.0:
+            cos_m, sin_m = math.cos(self.m2), math.sin(self.m2)
+            psi = cos * cos_m - sin * sin_m
+            dpsi = cos_m + sin_m * cos / sin.clamp_min(SIN_FLOOR)
+            if not self.easy_margin:
+                inside = cos > math.cos(math.pi - self.m2)
+                psi = torch.where(inside, psi, cos - self.m2 * sin_m)
+                dpsi = torch.where(inside, dpsi, one)
+        else:
+            psi, dpsi = self._multiplied(cos, sin)
+        if self.easy_margin:
+            psi, dpsi = torch.where(cos > 0, psi, cos), torch.where(cos > 0, dpsi, one)
+        return psi - self.m3, dpsi
+
+    def _multiplied(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        theta = torch.atan2(sin, cos)
+        angle = self.m1 * theta + self.m2
+        fold = torch.floor(angle / math.pi).detach()
+        sign = 1 - 2 * torch.remainder(fold, 2)
+        psi = sign * torch.cos(angle) - 2 * fold
+        # The derivative is taken at an angle away from 0 and pi: sin(m1 theta) / sin(theta) is smooth there.
+        inner = theta.clamp(SIN_FLOOR, math.pi - SIN_FLOOR)
+        angle = self.m1 * inner + self.m2
+        sign = 1 - 2 * torch.remainder(torch.floor(angle / math.pi), 2)
+        return psi, sign * self.m1 * torch.sin(angle) / torch.sin(inner)
