@@ -7,10 +7,13 @@ from megacid_kernels.discrimination import (
     discrimination_with_gradients,
     linear_margin_discrimination,
 )
+from megacid_kernels.dispatch import resolve
 from megacid_kernels.margin import Margin
 from megacid_kernels.problem import Problem, TargetMargin, Weights
+from megacid_kernels.schedule import Consume
 
 __all__ = [
+    "Consume",
     "Discrimination",
     "Gradients",
     "Margin",
@@ -20,4 +23,5 @@ __all__ = [
     "discrimination_with_gradients",
     "linear_margin_cross_entropy",
     "linear_margin_discrimination",
+    "resolve",
 ]

@@ -37,7 +37,7 @@ from megacid_kernels.labels import Target, locate, within, without_repeats
 from megacid_kernels.plan import Plan
 from megacid_kernels.problem import Problem
 
-Consume = Callable[[int, int, Tensor], None]  # (start, stop, gradient of rows [start, stop) of w)
+Consume = Callable[[int, int, Tensor], object]  # (start, stop, gradient of rows [start, stop) of w)
 
 
 class Outcome(NamedTuple):

@@ -10,15 +10,17 @@ beside the data-parallel engine: its rows have their own gradient (`row_grad`) a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megacid.classifier.exchange import Exchange, Exchanged
+from megacid.classifier.in_forward import Computed, Discriminate
 from megacid.classifier.initial import Init, given_rows, random_rows
 from megacid.classifier.margin import Margin
+from megacid.classifier.row_gradient import HeldGradient, SlabGradient, TakeRows, second_backward
 from megacid.classifier.row_state import ReadRows, copy_rows, gather_state, reader_of
 from megacid.classifier.sampling import Draw, sample_dims, shard_range
 from megacid.distributed.collectives import (
@@ -26,42 +28,13 @@ from megacid.distributed.collectives import (
     all_reduce_max,
     all_reduce_sum,
     gather_plain,
-    gather_rows,
     gradient_factor,
     rank,
+    start_reduce_scatter_rows,
     world_size,
 )
 from megacid.errors import UserError
-from megacid_kernels import Discrimination, Gradients, Problem, Weights, discrimination_with_gradients
-
-
-class _Discriminate(torch.autograd.Function):
-    """Joins a loss whose gradients are made in forward to autograd: the embeddings' go on, the rows' are collected.
-
-    `anchor` is a scalar that requires grad, so that a loss without a trainable student still has a backward.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        emb_GD: Tensor,
-        anchor: Tensor,
-        compute: Callable[[bool], Gradients],
-        collect: Callable[[Tensor], None] | None,
-    ) -> tuple[Tensor, ...]:
-        found = compute(ctx.needs_input_grad[0])
-        ctx.found, ctx.collect = found, collect
-        ctx.mark_non_differentiable(*found.result[1:])
-        return tuple(found.result)
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if ctx.found is None:
-            raise RuntimeError("second backward through one loss of PartialFC, wanted one: compute the loss again")
-        found, ctx.found = ctx.found, None
-        if ctx.collect is not None and found.w is not None:
-            ctx.collect(found.w.mul_(grad_loss))  # in place: [S, D] is the largest tensor of the step
-        return None if found.x is None else found.x * grad_loss, None, None, None
+from megacid_kernels import Discrimination, Problem, Weights, discrimination_with_gradients, resolve
 
 
 class PartialFC(nn.Module):
@@ -111,6 +84,10 @@ class PartialFC(nn.Module):
         filter_threshold negatives whose cosine to the sample is larger leave the denominator
         log_q            divide a drawn negative's exponential by its chance of being drawn, so that the denominator is an
                          unbiased estimate of the one over all classes
+        impl             "torch", "triton", or "auto": Triton on CUDA where it imports, else PyTorch
+        mode             "row" (which "auto" is), or "slab": least memory, for no [S, D] gradient exists. A step is 12 instead
+                         of 6 G S D FLOP: forward makes the slabs for their norm, the optimizer makes them again, because no
+                         row may move before the guard's decision. One backward per step
         memory_budget_bytes  for the [chunk, S] matrices; None: 1 GiB, on a CPU 64 MiB or half of the rows' gradient
         """
         super().__init__()
@@ -136,6 +113,7 @@ class PartialFC(nn.Module):
             "filter_threshold": filter_threshold, "impl": impl, "mode": mode, "memory_budget_bytes": memory_budget_bytes,
             "reduction": reduction,
         }  # fmt: skip
+        self.mode, self._impl = mode, impl
         self._problem(Weights(), 1)
         self.log_q = log_q
         self._exchange = Exchange(num_classes, group)
@@ -145,15 +123,23 @@ class PartialFC(nn.Module):
             # A copy: training must not write into what was given.
             rows = given_rows(init, self.class_start, self.class_stop, (num_classes, embed_dim)).clone()
         self.weight = nn.Parameter(rows.to(device), requires_grad=False)
+        try:
+            _ = self.fused
+        except ValueError as error:
+            raise UserError(str(error)) from error
         self.hits: Tensor
         self.register_buffer("hits", torch.zeros(self.num_local, dtype=torch.int32, device=device))
         self.step = 0
-        self._grad_rows: Tensor | None = None  # [S] sorted unique
-        self._grad: Tensor | None = None  # [S, D]
+        self._row_grad: HeldGradient | SlabGradient | None = None
         self._last: tuple[Discrimination, Exchanged] | None = None
 
     def extra_repr(self) -> str:
         return f"{self.num_classes} classes, here {self.class_start}..{self.class_stop}, width {self.embed_dim}"
+
+    @property
+    def fused(self) -> bool:
+        """Whether Triton's kernels are used, here and by the row optimizers."""
+        return resolve(self._impl, self.weight.device, torch.float32) == "triton"
 
     def set_step(self, step: int) -> None:
         """The optimizer step of the next batches. Sampling is a pure function of (seed, step), so micro-batches of one
@@ -184,35 +170,45 @@ class PartialFC(nn.Module):
         draw = None
         if self.sample_rate < 1:
             draw = Draw.of_step(self.num_classes, self.sample_rate, seed=self.seed, step=self.step)
-        held = self._grad_rows
+        held = None if self._row_grad is None else self._row_grad.rows
         batch = self._exchange(target_Bl, fault, draw, self.weight.device, held)
-        emb_GD, _ = gather_rows(emb_BD, self.group, grad_reduction=self.grad_reduction, sizes=batch.sizes)
-        teacher_GD = None if teacher_BD is None else gather_plain(teacher_BD, self.group, sizes=batch.sizes)
         bias_S = self._log_q_bias(draw, batch) if draw is not None and self.log_q else None
         dims = None
         if self.feature_rate < 1:
-            dims = sample_dims(self.embed_dim, self.feature_rate, seed=self.seed, step=self.step, device=emb_GD.device)
-            emb_GD = emb_GD.index_select(1, dims)
-            teacher_GD = teacher_GD.index_select(1, dims) if teacher_GD is not None else None
+            dims = sample_dims(self.embed_dim, self.feature_rate, seed=self.seed, step=self.step, device=emb_BD.device)
+            emb_BD = emb_BD.index_select(1, dims)
+            teacher_BD = teacher_BD.index_select(1, dims) if teacher_BD is not None else None
+        emb_GD = gather_plain(emb_BD, self.group, sizes=batch.sizes)
+        teacher_GD = None if teacher_BD is None else gather_plain(teacher_BD, self.group, sizes=batch.sizes)
         problem = self._problem(weights, batch.most_rows)
         train = torch.is_grad_enabled()
 
-        def compute(need_x: bool) -> Gradients:
-            w_SD = self.weight.detach()
-            w_SD = w_SD if batch.rows is None else w_SD.index_select(0, batch.rows)
-            w_SD = w_SD if dims is None else w_SD.index_select(1, dims)
-            return discrimination_with_gradients(
-                emb_GD.detach(), w_SD, batch.target_Gl if several else batch.target_Gl[:, 0], problem, rows=batch.rows,
-                teacher=teacher_GD, bias=bias_S, need_x=need_x, need_w=train,
-                overwrite_w=not (batch.rows is None and dims is None),
+        def compute(need_x: bool) -> Computed:
+            w = self.weight.detach()
+            if dims is not None:
+                w = (w if batch.rows is None else w.index_select(0, batch.rows)).index_select(1, dims)
+            scattered: list[Callable[[], Tensor]] = []
+            norm_sq = torch.zeros((), device=w.device)
+            found = discrimination_with_gradients(
+                emb_GD, w, batch.target_Gl if several else batch.target_Gl[:, 0], problem, rows=batch.rows,
+                teacher=teacher_GD, bias=bias_S, need_x=need_x, need_w=train, overwrite_w=dims is not None,
+                gather=batch.rows is not None and dims is None,
+                # Under the last products of the rows' gradient; every rank comes by here.
+                on_grad_x=lambda grad: scattered.append(
+                    start_reduce_scatter_rows(grad.to(emb_GD.dtype), batch.sizes, self.group)
+                ),
+                consume=(lambda start, stop, grad: norm_sq.add_(grad.square().sum())) if self.mode == "slab" else None,
             )  # fmt: skip
+            return Computed(found, scattered[0]() if scattered else None, norm_sq)
+
+        def collect(found: Computed, grad_loss: Tensor) -> None:
+            self._collect(batch, dims, held, found, grad_loss)
 
         if train:
             self._count_hits(batch)
-        anchor = torch.zeros((), device=emb_GD.device, requires_grad=train)
-        out = Discrimination(
-            *_Discriminate.apply(emb_GD, anchor, compute, lambda grad: self._collect(batch, dims, held, grad))
-        )
+        anchor = torch.zeros((), device=emb_BD.device, requires_grad=train)
+        factor = gradient_factor(self.group, self.grad_reduction)
+        out = Discrimination(*Discriminate.apply(emb_BD, anchor, compute, collect, factor))
         self._last = (Discrimination(*(part.detach() for part in out)), batch)
         return out
 
@@ -263,42 +259,54 @@ class PartialFC(nn.Module):
         own = (local >= 0) & (local < self.num_local)  # -1, no label, is below every shard
         self.hits.index_add_(0, local.masked_fill(~own, 0), own.to(torch.int32))
 
-    def _collect(self, batch: Exchanged, dims: Tensor | None, held: Tensor | None, grad: Tensor) -> None:
-        if dims is not None:
-            grad = grad.new_zeros(len(grad), self.embed_dim).index_copy_(1, dims, grad)
-        rows = torch.arange(self.num_local, device=grad.device) if batch.rows is None else batch.rows
-        if self._grad is None or self._grad_rows is None:
-            self._grad_rows, self._grad = rows, grad
-        elif batch.rows is None:
-            self._grad += grad
+    def _collect(
+        self, batch: Exchanged, dims: Tensor | None, held: Tensor | None, found: Computed, grad_loss: Tensor
+    ) -> None:
+        def widen(grad: Tensor) -> Tensor:
+            return grad if dims is None else grad.new_zeros(len(grad), self.embed_dim).index_copy_(1, dims, grad)
+
+        gradients, grad = found.gradients, found.gradients.w
+        if grad is None and gradients.each_slab is None:
+            return
+        rows = torch.arange(self.num_local, device=grad_loss.device) if batch.rows is None else batch.rows
+        new: HeldGradient | SlabGradient
+        if grad is not None:
+            new = HeldGradient(rows, widen(grad.mul_(grad_loss)))  # in place: [S, D] is the largest tensor of the step
         else:
-            union = batch.union
-            if union is None or held is not self._grad_rows:
-                # Two forwards before the first backward: the exchange could not know. This asks the device once more.
-                union = torch.unique(torch.cat([self._grad_rows, rows]))
-            total = grad.new_zeros(len(union), grad.shape[1])
-            # Each part's rows are unique, so both additions are of one number per element: any order, same bits.
-            total.index_add_(0, torch.searchsorted(union, self._grad_rows), self._grad)
-            total.index_add_(0, torch.searchsorted(union, rows), grad)
-            self._grad_rows, self._grad = union, total
+            assert gradients.each_slab is not None
+            new = SlabGradient(rows, self.embed_dim, gradients.each_slab, found.norm_sq, grad_loss.detach(), widen)
+        if self._row_grad is None:
+            self._row_grad = new
+        elif isinstance(self._row_grad, SlabGradient) or isinstance(new, SlabGradient):
+            raise second_backward()
+        else:
+            # Two forwards before the first backward: the exchange could not know the union.
+            union = batch.union if held is self._row_grad.rows else None
+            self._row_grad = self._row_grad.add(new, union, same_rows=batch.rows is None)
 
     def row_grad(self) -> tuple[Tensor, Tensor]:
         """(local row ids [S] sorted unique, d loss / d weight[rows] [S, D] fp32), summed over the backwards since
-        `zero_grad`. Exact: no factor of the number of ranks. Empty before the first backward."""
-        if self._grad is None or self._grad_rows is None:
-            return torch.empty(0, dtype=torch.int64, device=self.weight.device), self.weight.new_empty(
-                0, self.embed_dim
-            )
-        return self._grad_rows, self._grad
+        `zero_grad`. Exact: no factor of the number of ranks. Empty before the first backward. In slab mode the matrix is
+        put together for this call: `each_row_grad` does without it."""
+        if self._row_grad is None:
+            none = torch.empty(0, dtype=torch.int64, device=self.weight.device)
+            return none, self.weight.new_empty(0, self.embed_dim)
+        return self._row_grad.rows, self._row_grad.matrix()
+
+    def each_row_grad(self, take: TakeRows) -> None:
+        """take(rows, gradient) for parts of `row_grad` that cover it: in slab mode the slabs, else all at once. It may
+        change the weight of these rows."""
+        if self._row_grad is not None:
+            self._row_grad.each(take)
 
     def grad_norm_sq(self) -> Tensor:
         """Squared norm of this rank's row gradient, 0-d fp32; the sum over ranks is the classifier's."""
-        return self.row_grad()[1].square().sum()
+        return self.weight.new_zeros(()) if self._row_grad is None else self._row_grad.norm_sq()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the row gradients."""
         super().zero_grad(set_to_none)
-        self._grad_rows = self._grad = None
+        self._row_grad = None
 
     @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ that comes late does not change.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -88,6 +88,10 @@ class RowOptimizer:
         """One step of a block of rows in place, all fp32. spare_bD may be overwritten."""
         raise NotImplementedError
 
+    def _step_fused(self, grad_SD: Tensor, factors: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """The same of all rows in one pass by Triton."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def step(self, grad_scale: float | Tensor = 1.0) -> None:
         """Update the rows of `head.row_grad()` with their gradient times `grad_scale` (gradient clipping).
@@ -101,14 +105,23 @@ class RowOptimizer:
                 f"classifier lr * weight_decay is {self.lr} * {self.weight_decay} = {shrink}, wanted less than 1 with "
                 'lazy "decay": lower one of them'
             )
-        rows, grad = self.head.row_grad()
-        if len(rows):
-            self._step_rows(rows, grad, grad_scale)
+        steps, decay = self._steps + 1, self._decay
         if self.lazy == "decay":
-            self._steps += 1
-            self._decay += round(math.log1p(-shrink) * _DECAY_UNIT)
-            self._steps_then.index_fill_(0, rows, self._steps)
-            self._decay_then.index_fill_(0, rows, self._decay)
+            decay += round(math.log1p(-shrink) * _DECAY_UNIT)
+
+        def take(rows_S: Tensor, grad_SD: Tensor) -> None:
+            if len(rows_S):
+                self._step_rows(rows_S, grad_SD, grad_scale)
+            if self.lazy == "decay":
+                self._steps_then.index_fill_(0, rows_S, steps)
+                self._decay_then.index_fill_(0, rows_S, decay)
+
+        if isinstance(self.head, PartialFC):
+            self.head.each_row_grad(take)
+        else:  # whoever has rows and their gradient
+            take(*self.head.row_grad())
+        if self.lazy == "decay":
+            self._steps, self._decay = steps, decay
 
     def _step_rows(self, rows_S: Tensor, grad_SD: Tensor, grad_scale: float | Tensor) -> None:
         count = self.updates[rows_S] + 1
@@ -122,6 +135,22 @@ class RowOptimizer:
         if self.moments == "bf16":
             ids = rows_S + self.head.class_start
             keys = rounding_keys(ids, count, grad_SD.shape[1], seed=self.head.seed)
+        if isinstance(self.head, PartialFC) and self.head.fused:
+            # Rows are sorted and unique: as many as there are means all of them.
+            chosen = None if len(rows_S) == self.head.num_local else rows_S
+            self._step_fused(grad_SD, factors, {"rows_S": chosen, "grad_scale": grad_scale, "keys": keys})
+        else:
+            self._step_blocks(rows_S, grad_SD, grad_scale, factors, keys)
+        self.updates.index_copy_(0, rows_S, count)
+
+    def _step_blocks(
+        self,
+        rows_S: Tensor,
+        grad_SD: Tensor,
+        grad_scale: float | Tensor,
+        factors: tuple[Factor, ...],
+        keys: tuple[Tensor, Tensor] | None,
+    ) -> None:
         stored = list(self._averages().values())
         size = min(len(rows_S), _block_rows(grad_SD))
         spares = grad_SD.new_empty(3 + len(stored), size, grad_SD.shape[1])
@@ -147,7 +176,6 @@ class RowOptimizer:
                 averages = [round_to_bf16(average, half) for average, half in zip(averages, halves)]
             for state, average in zip(stored, averages):
                 _put(state, where, average)
-        self.updates.index_copy_(0, rows_S, count)
 
     def zero_grad(self) -> None:
         self.head.zero_grad()
@@ -256,6 +284,14 @@ class RowAdamW(RowOptimizer):
         assert isinstance(rate, Tensor)
         weight_bD.mul_(shrink).addcmul_(spare_bD, rate, value=-1)
 
+    def _step_fused(self, grad_SD: Tensor, factors: tuple[Any, ...], options: dict[str, Any]) -> None:
+        from megacid_kernels.fused import AdamWFactors, adamw_rows_  # needs triton
+
+        adamw_rows_(
+            self.head.weight, self.exp_avg, self.exp_avg_sq, grad_SD, AdamWFactors(*factors), betas=self.betas,
+            gradient_of="weight", **options,
+        )  # fmt: skip
+
 
 class RowSGD(RowOptimizer):
     """SGD with momentum and (coupled) weight decay on sampled rows; with every row used it is torch.optim.SGD.
@@ -296,3 +332,11 @@ class RowSGD(RowOptimizer):
             weight_bD.mul_(shrink)
         velocity.mul_(keep).add_(grad_bD).add_(weight_bD, alpha=self.weight_decay)
         weight_bD.add_(velocity, alpha=-self.lr)
+
+    def _step_fused(self, grad_SD: Tensor, factors: tuple[Any, ...], options: dict[str, Any]) -> None:
+        from megacid_kernels.fused import SGDFactors, sgd_rows_  # needs triton
+
+        sgd_rows_(
+            self.head.weight, self.velocity, grad_SD, SGDFactors(*factors), lr=self.lr, weight_decay=self.weight_decay,
+            gradient_of="weight", **options,
+        )  # fmt: skip

@@ -19,7 +19,7 @@ import json
 import os
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -121,17 +121,28 @@ class _GatherRows(torch.autograd.Function):
 
 def reduce_scatter_rows(x_GD: Tensor, sizes: list[int], group: Group = None) -> Tensor:
     """Sum x_GD over the ranks and return this rank's rows [B, D]."""
+    return start_reduce_scatter_rows(x_GD, sizes, group)()
+
+
+def start_reduce_scatter_rows(x_GD: Tensor, sizes: list[int], group: Group = None) -> Callable[[], Tensor]:
+    """`reduce_scatter_rows` beside what is computed until its result is asked for. x_GD must not change before that."""
     if len(sizes) == 1:
-        return x_GD
+        return lambda: x_GD
     me, largest = rank(group), max(sizes)
     if largest and all(n == largest for n in sizes):
-        out = x_GD.new_empty(largest, *x_GD.shape[1:])
-        reduce_scatter_single(out, x_GD.contiguous(), group=group)
+        out, sent = x_GD.new_empty(largest, *x_GD.shape[1:]), x_GD.contiguous()
+        handle: Any = reduce_scatter_single(out, sent, group=group, async_op=True)
+    else:
+        summed = x_GD.clone(memory_format=torch.contiguous_format)
+        handle = dist.all_reduce(summed, group=group, async_op=True)
+        start = sum(sizes[:me])
+        out = summed[start : start + sizes[me]]
+
+    def result() -> Tensor:
+        handle.wait()
         return out
-    summed = x_GD.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(summed, group=group)
-    start = sum(sizes[:me])
-    return summed[start : start + sizes[me]]
+
+    return result
 
 
 def gather_rows(
