@@ -1,0 +1,363 @@
+"""Both engines under every schedule: Triton against float64 and PyTorch, slabs and losses alone against row mode, the
+classifier's step through Triton, ranks.
+
+Triton decides at the import between its compiler and its interpreter. So without a GPU its comparisons run in a process of
+their own, with TRITON_INTERPRET=1 (the first test here starts it on this file); with one they run here, on "cuda".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+from torch import Tensor
+
+from megacid import Margin, PartialFC, RowAdamW, RowSGD
+from megacid.distributed.collectives import rank, world_size
+from megacid.errors import UserError
+from megacid_kernels import Discrimination, Gradients, Problem, Weights, discrimination_with_gradients
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from megacid_kernels.fused import INTERPRET, tiles_for
+from megacid_kernels.fused.gemm import product_fp32
+from megacid_kernels.fused.tuning import TABLE_VARIABLE, as_json
+
+on_devices = pytest.mark.parametrize("device", ["cpu" if INTERPRET else pytest.param("cuda", marks=pytest.mark.gpu)])
+in_pytorch = pytest.mark.skipif(INTERPRET, reason="runs in the outer process")
+
+BATCH, CLASSES, WIDTH = 24, 150, 48
+# Relative Frobenius errors of the gradients, by what the first product's factors are rounded to.
+GATES = {"fp16": 2.5e-3, "bf16": 5e-3, "fp32": 5e-6}
+# weights, labels per sample, bias, filter
+TERMS: dict[str, tuple[Weights, int, bool, float | None]] = {
+    "alpha": (Weights(), 1, False, None),
+    "alpha, bias, filter": (Weights(), 1, True, 0.3),
+    "several labels": (Weights(0.7), 3, False, 0.3),
+    "alpha, beta": (Weights(0.5, 0.7), 1, True, None),
+    "beta, several, filter": (Weights(0.0, 1.0), 3, False, 0.3),
+    "all at temperature 1": (Weights(1.0, 0.5, 0.5), 1, False, 0.3),
+    "all at temperature 2": (Weights(0.4, 0.6, 1.0, 2.0), 1, True, 0.3),
+}
+
+
+if not INTERPRET:
+
+    def test_every_comparison_holds_in_the_interpreter() -> None:
+        env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def inputs(labels: int, bias: bool, classes: int = CLASSES) -> dict[str, Tensor | None]:
+    g = torch.Generator().manual_seed(7)
+    w = torch.randn(classes, WIDTH, generator=g) * torch.logspace(-1, 1, classes)[:, None]
+    target = torch.randint(-1, classes, (BATCH, labels), generator=g)
+    target[0], target[5], target[9] = 3, 3, -1  # one class twice, a sample without any
+    unit = w / w.norm(dim=1, keepdim=True)
+    x = 5 * unit[target[:, 0].clamp_min(0)] + torch.randn(BATCH, WIDTH, generator=g)
+    teacher = 6 * unit[target[:, -1].clamp_min(0)] + torch.randn(BATCH, WIDTH, generator=g)
+    offset = torch.rand(classes, generator=g) * 2 if bias else None
+    return {"x": x, "w": w, "target": target if labels > 1 else target[:, 0], "teacher": teacher, "bias": offset}
+
+
+def call(problem: Problem, given: dict[str, Tensor | None], device: str = "cpu", **options: Any) -> Gradients:
+    moved: dict[str, Any] = {name: None if t is None else t.to(device) for name, t in given.items()}
+    x, w, target = (moved.pop(name) for name in ("x", "w", "target"))
+    return discrimination_with_gradients(x, w, target, problem, **moved, **options)
+
+
+def problem_of(name: str, **changes: Any) -> Problem:
+    weights, _, _, threshold = TERMS[name]
+    given = {"scale": 20.0, "margin": Margin(m2=0.3, m3=0.1), "weights": weights, "filter_threshold": threshold}
+    return Problem(num_classes=CLASSES, **(given | changes))
+
+
+def relative(got: Tensor | None, want: Tensor | None) -> float:
+    assert got is not None and want is not None
+    return float((got.cpu().double() - want.cpu().double()).norm() / want.double().norm().clamp_min(1e-3))
+
+
+def assert_near(got: Gradients, want: Gradients, gate: float, what: str) -> None:
+    for name, a, b in (("x", got.x, want.x), ("w", got.w, want.w), ("raw", got.result.raw, want.result.raw)):
+        error = relative(a, b)
+        assert error <= gate, f"{what}: {name} is off by {error:.1e} of its norm, gate {gate:.1e}"
+
+
+@on_devices
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [*((name, "fp16") for name in TERMS), ("all at temperature 2", "bf16"), ("alpha, bias, filter", "fp32")],
+)
+def test_every_term_is_within_its_gate_of_float64(name: str, precision: str, device: str) -> None:
+    given = inputs(*TERMS[name][1:3])
+    exact = call(problem_of(name), {k: t.double() if t is not None and t.is_floating_point() else t for k, t in given.items()})  # fmt: skip
+    got = call(problem_of(name, impl="triton", precision=precision), given, device)
+    assert_near(got, exact, GATES[precision], name)
+    result, want = got.result, exact.result
+    torch.testing.assert_close(result.target_cosine.cpu().double(), want.target_cosine, rtol=0, atol=1e-6)
+    near = (result.largest_negative.cpu().double() - want.largest_negative).nan_to_num(0, 0, 0).abs().max()
+    assert float(near) < {"fp16": 1e-3, "bf16": 8e-3, "fp32": 1e-6}[precision]
+    assert torch.equal(result.removed.cpu(), want.removed)
+    if precision == "fp32":  # PyTorch's own engine in float32 has to stand the same gate
+        assert_near(call(problem_of(name), given), exact, GATES["fp32"], name)
+
+
+@on_devices
+@pytest.mark.parametrize("name", ["alpha, bias, filter", "all at temperature 2"])
+def test_chunks_slabs_and_losses_alone_change_nothing_but_the_order_of_sums(name: str, device: str) -> None:
+    """fp32, where an order of sums is a matter of 1e-7; and with fp16 two runs are equal bit for bit."""
+    given = inputs(*TERMS[name][1:3])
+    whole = call(problem_of(name, impl="triton", precision="fp32"), given, device)
+    chunks = problem_of(name, impl="triton", precision="fp32", memory_budget_bytes=CLASSES * 4 * 60)
+    assert_near(call(chunks, given, device), whole, 2e-6, "chunks")
+    slabs = problem_of(name, impl="triton", precision="fp32", mode="slab", memory_budget_bytes=40_000)
+    found = call(slabs, given, device)
+    assert_near(found, whole, 2e-6, "slabs")
+    alone = call(slabs, given, device, need_x=False, need_w=False)
+    assert alone.x is None and alone.w is None
+    torch.testing.assert_close(alone.result.raw, whole.result.raw, rtol=1e-6, atol=1e-6)
+    assert torch.equal(alone.result.removed, whole.result.removed)
+    if name != "alpha, bias, filter":
+        return
+    half = problem_of(name, impl="triton")
+    first, again = (call(half, given, device) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip((*first.result, first.x, first.w), (*again.result, again.x, again.w)))
+
+
+@on_devices
+def test_cosines_by_cublas_give_what_the_fused_product_gives(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, problem = inputs(1, True), problem_of("alpha, beta", impl="triton")
+    fused = call(problem, given, device)
+    architecture = "interpreter"
+    if device == "cuda":
+        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    entry = dataclasses.replace(tiles_for(torch.device(device), torch.float16, WIDTH), matrix="in-place")
+    (tmp_path / "table.json").write_text(as_json({(architecture, "float16", WIDTH): entry}))
+    assert json.loads((tmp_path / "table.json").read_text())[0]["matrix"] == "in-place"
+    monkeypatch.setenv(TABLE_VARIABLE, str(tmp_path / "table.json"))
+    assert_near(call(problem, given, device), fused, 3e-3, "in place")
+
+
+@on_devices
+@pytest.mark.parametrize("mode", ["row", "slab"])
+def test_rows_read_where_they_lie_are_rows_passed_as_a_matrix(mode: str, device: str) -> None:
+    """Also: x's gradient is finished when it is announced, slabs are the whole gradient, and come again bit for bit."""
+    given = inputs(1, False)
+    rows = torch.unique(torch.cat([given["target"].clamp_min(0), torch.arange(0, CLASSES, 2)]))  # type: ignore[union-attr]
+    problem = problem_of("alpha", impl="triton", mode=mode, memory_budget_bytes=20_000)
+    picked = call(problem, given | {"w": given["w"][rows]}, device, rows=rows.to(device))  # type: ignore[index]
+    announced: list[Tensor] = []
+    slabs: list[tuple[int, int, Tensor]] = []
+    found = call(
+        problem, given, device, rows=rows.to(device), gather=True, on_grad_x=lambda grad: announced.append(grad.clone()),
+        consume=lambda start, stop, grad: slabs.append((start, stop, grad.clone())),
+    )  # fmt: skip
+    assert torch.equal(found.x, picked.x) and torch.equal(announced[0], picked.x) and len(announced) == 1
+    assert found.w is None and torch.equal(torch.cat([grad for *_, grad in slabs]), picked.w)
+    assert [start for start, *_ in slabs] == [0, *(stop for _, stop, _ in slabs[:-1])] and slabs[-1][1] == len(rows)
+    assert (len(slabs) > 1) == (mode == "slab") == (found.each_slab is not None)
+    if found.each_slab is not None:
+        again: list[Tensor] = []
+        found.each_slab(lambda start, stop, grad: again.append(grad.clone()))
+        assert all(torch.equal(a, b) for a, (*_, b) in zip(again, slabs))
+
+
+@on_devices
+def test_nothing_to_do_is_done(device: str) -> None:
+    given = inputs(1, False)
+    nobody = given | {"w": given["w"][:0], "target": torch.full((BATCH,), -1)}  # type: ignore[index]
+    for mode in ("row", "slab"):
+        problem = problem_of("alpha", impl="triton", mode=mode)
+        out = call(problem, nobody, device)
+        assert float(out.result.loss) == 0 and out.w.shape == (0, WIDTH) and not out.x.any()
+        empty = {k: None if t is None else t if k == "w" else t[:0] for k, t in given.items()}
+        out = call(problem, empty, device)
+        assert out.x.shape == (0, WIDTH) and not out.w.any()
+
+
+@on_devices
+def test_the_widened_product_is_the_product(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where cuBLAS has no fp32 result, blocks are widened: of either factor's long side."""
+    from megacid_kernels.fused import gemm
+
+    monkeypatch.setattr(gemm, "_HAS_OUT_DTYPE", False)
+    monkeypatch.setattr(gemm, "_WIDENED_BYTES", 4 * 60)
+    g = torch.Generator().manual_seed(0)
+    for m, k, n in ((3, 50, 7), (50, 3, 7)):
+        a = torch.randn(m, k, generator=g).bfloat16().to(device)
+        b = torch.randn(n, k, generator=g).bfloat16().to(device).T
+        total = torch.ones(m, n, device=device)
+        want = a.double() @ b.double()
+        torch.testing.assert_close(product_fp32(a, b).double(), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(product_fp32(a, b, total).double(), want + 1, rtol=1e-5, atol=1e-5)
+
+
+@on_devices
+@pytest.mark.parametrize(("optimizer", "lazy", "moments"), [(RowAdamW, "decay", "bf16"), (RowSGD, "none", "fp32")])
+def test_steps_of_the_classifier_through_triton_are_those_in_pytorch(
+    optimizer: Any, lazy: str, moments: str, device: str
+) -> None:
+    given, found = inputs(1, False), []
+    for options in ({"impl": "torch"}, {"impl": "triton"}, {"impl": "triton", "mode": "slab", "memory_budget_bytes": 20_000}):  # fmt: skip
+        head = PartialFC(CLASSES, WIDTH, sample_rate=0.4, init=given["w"], scale=20.0, device=device, **options)  # type: ignore[arg-type]
+        rows = optimizer(head, lr=0.02, lazy=lazy, moments=moments)
+        x = given["x"].to(device).requires_grad_()  # type: ignore[union-attr]
+        for step in range(2):
+            head.set_step(step)
+            loss = head(x, given["target"])
+            loss.backward()
+            norm = head.grad_norm_sq()
+            rows.step(grad_scale=torch.tensor(0.5, device=device))
+            rows.zero_grad()
+        found.append((loss.detach().cpu(), norm.cpu(), x.grad.cpu(), head.weight.cpu()))
+    for got in found[1:]:
+        torch.testing.assert_close(got[:2], found[0][:2], rtol=1e-3, atol=1e-4)
+        assert relative(got[2], found[0][2]) < 2.5e-3 and relative(got[3], found[0][3]) < 1e-3
+    assert relative(found[2][3], found[1][3]) < 1e-4
+
+
+# ---- PyTorch's engine, and ranks -----------------------------------------------------------------------------------
+
+
+@in_pytorch
+@pytest.mark.parametrize("name", list(TERMS))
+def test_in_pytorch_slabs_and_losses_alone_are_row_mode(name: str) -> None:
+    given = {k: t.double() if t is not None and t.is_floating_point() else t for k, t in inputs(*TERMS[name][1:3]).items()}  # fmt: skip
+    whole = call(problem_of(name), given)
+    for budget in (30_000, 1_000_000):
+        problem = problem_of(name, mode="slab", memory_budget_bytes=budget)
+        assert_near(call(problem, given), whole, 1e-12, f"slabs within {budget} bytes")
+        alone = call(problem, given, need_x=False, need_w=False)
+        torch.testing.assert_close(tuple(alone.result), tuple(whole.result), rtol=1e-12, atol=1e-12)
+
+
+@in_pytorch
+@pytest.mark.parametrize("feature_rate", [1.0, 0.5])
+@pytest.mark.parametrize("optimizer", [RowAdamW, RowSGD])
+def test_slab_mode_trains_like_row_mode_and_holds_no_gradient(optimizer: Any, feature_rate: float) -> None:
+    given, found = inputs(1, False), []
+    for mode in ("row", "slab"):
+        head = PartialFC(
+            CLASSES, WIDTH, sample_rate=0.6, init=given["w"], scale=20.0, mode=mode, memory_budget_bytes=12_000,
+            feature_rate=feature_rate,
+        )  # fmt: skip
+        rows = optimizer(head, lr=0.02, lazy="decay")
+        for step in range(3):
+            head.set_step(step)
+            (0.3 * head(given["x"], given["target"])).backward()  # type: ignore[arg-type]
+            parts: list[tuple[Tensor, Tensor]] = []
+            head.each_row_grad(lambda *part: parts.append(part))  # noqa: B023
+            ids, grad = head.row_grad()
+            assert torch.equal(torch.cat([part[0] for part in parts]), ids) and (len(parts) > 1) == (mode == "slab")
+            torch.testing.assert_close(head.grad_norm_sq(), grad.square().sum())
+            rows.step(grad_scale=0.7)
+            rows.zero_grad()
+        found.append((head.weight, grad, rows.state_rows()))
+    torch.testing.assert_close(found[1], found[0], rtol=2e-5, atol=1e-6)
+
+
+@in_pytorch
+def test_slab_mode_refuses_what_it_cannot_add_up() -> None:
+    given = inputs(1, False)
+    head = PartialFC(CLASSES, WIDTH, init=given["w"], mode="slab")
+    head(given["x"], given["target"]).backward()  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r'second backward .* take one micro-batch per step, or mode "row"'):
+        head(given["x"], given["target"]).backward()  # type: ignore[arg-type]
+
+
+def on_a_rank(options: dict[str, Any], train: bool) -> tuple[Discrimination, Tensor | None, Tensor]:
+    """(result, gradient of the global batch's embeddings of this rank, gradient of its rows); uneven batches."""
+    given = inputs(1, False, classes=53)
+    head = PartialFC(53, WIDTH, init=given["w"], scale=20.0, sample_rate=0.7, grad_reduction="sum", **options)
+    cut = {1: [0, 24], 2: [0, 15, 24], 4: [0, 3, 13, 13, 24]}[world_size()]
+    mine = slice(cut[rank()], cut[rank() + 1])
+    x = given["x"][mine].clone().requires_grad_()  # type: ignore[index]
+    with torch.set_grad_enabled(train):
+        weights = Weights(0.5, 0.4, 0.8, 2.0)
+        out = head.discriminate(x, given["target"][mine], teacher_BD=given["teacher"][mine], weights=weights)  # type: ignore[index]
+    if train:
+        out.loss.backward()
+    return Discrimination(*(part.detach() for part in out)), x.grad, head.row_grad()[1]
+
+
+IN_PYTORCH = [
+    pytest.param(world, {"mode": mode, "memory_budget_bytes": budget}, id=f"{mode}-{world}", marks=in_pytorch)
+    for world in (2, 4)
+    for mode, budget in (("row", 2000), ("slab", 9000))
+]
+IN_TRITON = [
+    pytest.param(
+        world, {"impl": "triton", "mode": mode, "memory_budget_bytes": budget}, id=f"triton-{mode}-{world}",
+        marks=pytest.mark.skipif(not INTERPRET, reason="runs in the interpreter"),
+    )
+    for world, mode, budget in ((2, "slab", 10_000), (4, "row", 40_000))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("world", "options"), IN_PYTORCH + IN_TRITON)
+def test_ranks_equal_one_process(world: int, options: dict[str, Any]) -> None:
+    """Gradients, and the loss alone."""
+    want = on_a_rank({}, True)
+    gate = GATES["fp16"] if INTERPRET else 2e-6
+    trained, alone = (run_ranks(on_a_rank, world, options, train) for train in (True, False))
+    for part in (*trained, *alone):
+        torch.testing.assert_close(part[0].loss, want[0].loss, rtol=gate, atol=gate)
+        torch.testing.assert_close(part[0].target_cosine, want[0].target_cosine, rtol=1e-5, atol=1e-5)
+    assert relative(torch.cat([part[1] for part in trained]), want[1]) < gate
+    assert relative(torch.cat([part[2] for part in trained]), want[2]) < gate
+
+
+# ---- what needs a GPU ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_memory_stays_within_the_matrix_and_the_gradient() -> None:
+    """At most 2 b C + 4 C D bytes and 5 %; the loss alone at ten million classes within 1 GiB."""
+    batch, classes, width = 4096, 131072, 512
+    x, w = (torch.randn(n, width, device="cuda") for n in (batch, classes))
+    target = torch.randint(classes, (batch,), device="cuda")
+
+    def peak(problem: Problem, w: Tensor, **options: Any) -> int:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        discrimination_with_gradients(x, w, target, problem, **options)
+        return torch.cuda.max_memory_allocated() - before
+
+    assert peak(Problem(num_classes=classes), w) <= 1.05 * (2 * batch * classes + 4 * classes * width)
+    budget = 1 << 28
+    slab = peak(Problem(num_classes=classes, mode="slab", memory_budget_bytes=budget), w, consume=lambda *_: None)
+    assert slab <= 1.05 * budget + 40 * batch * width
+    if torch.cuda.mem_get_info()[0] > 24 << 30:
+        del w
+        w = torch.randn(10_000_000, width, device="cuda")
+        assert peak(Problem(num_classes=len(w)), w, need_x=False, need_w=False) <= 1 << 30
+
+
+@pytest.mark.gpu
+def test_matrices_beyond_2_to_the_31_entries_are_reached() -> None:
+    batch, classes, width = 4096, (1 << 19) + 24, 128
+    if torch.cuda.mem_get_info()[0] < 16 << 30:
+        pytest.skip("needs 16 GiB of GPU memory")
+    g = torch.Generator("cuda").manual_seed(0)
+    w = torch.randn(classes, width, device="cuda", generator=g)
+    target = torch.randint(classes - 50, classes, (batch,), device="cuda", generator=g)
+    x = w[target] + torch.randn(batch, width, device="cuda", generator=g)
+    whole = discrimination_with_gradients(x, w, target, Problem(num_classes=classes, memory_budget_bytes=8 << 30))
+    parts = discrimination_with_gradients(x, w, target, Problem(num_classes=classes, memory_budget_bytes=1 << 29))
+    plain = discrimination_with_gradients(x, w, target, Problem(num_classes=classes, impl="torch"))
+    assert_near(parts, whole, 1e-3, "chunks")
+    assert_near(whole, plain, GATES["fp16"], "PyTorch")
+    again = discrimination_with_gradients(x, w, target, Problem(num_classes=classes, memory_budget_bytes=8 << 30))
+    assert torch.equal(whole.x, again.x) and torch.equal(whole.w, again.w)
