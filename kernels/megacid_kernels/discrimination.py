@@ -18,6 +18,8 @@ from megacid_kernels.plan import plan_rows, plan_slabs
 from megacid_kernels.problem import Problem
 from megacid_kernels.schedule import Consume, Run
 
+_LEAST_SAMPLES = 16  # the shortest side of a tensor core's product
+
 
 class Discrimination(NamedTuple):
     """Result of `linear_margin_discrimination`. Only `loss` carries a gradient."""
@@ -174,8 +176,18 @@ def _prepare(
     engine = engine_for(chosen, call, wide)
     count, device = engine.num_rows, x.device.type
     if by_rows:
-        labels = target_Gl.shape[1]
-        plan = plan_rows(problem, len(x), count, x.shape[1], labels, engine.matrix_bytes(), device)
+        triton = chosen == "triton"
+        labels = 0 if triton else target_Gl.shape[1]  # whose rows PyTorch copies
+        plan = plan_rows(
+            problem,
+            len(x),
+            count,
+            x.shape[1],
+            labels,
+            engine.matrix_bytes(),
+            device,
+            least=_LEAST_SAMPLES if triton else 0,
+        )
     else:
         plan = plan_slabs(problem, count, engine.slab_bytes(len(x), gradients), gradients, device)
     teacher = None if teacher is None else teacher.to(wide)

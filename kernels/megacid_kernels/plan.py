@@ -23,9 +23,17 @@ class Plan(NamedTuple):
     slabs: list[tuple[int, int]]  # (start, stop) of class rows; one with all of them in mode "row"
 
 
-def plan_rows(problem: Problem, batch: int, rows: int, width: int, labels: int, itemsize: int, device: str) -> Plan:
-    """The same number of chunks on every rank, see `Problem.chunk`."""
+def plan_rows(
+    problem: Problem, batch: int, rows: int, width: int, labels: int, itemsize: int, device: str, *, least: int
+) -> Plan:
+    """The same number of chunks on every rank, see `Problem.chunk`. ValueError where the budget does not hold `least`
+    samples; PyTorch asks for none and takes one at a time then, Triton would be a thousand times slower."""
     step = problem.chunk(batch, rows, width, labels, itemsize, device)
+    if step < min(batch, least):
+        raise ValueError(
+            f"memory_budget_bytes is {problem.budget(device)}, which holds {step} samples beside "
+            f"{problem.max_rows or rows} class rows, wanted at least {min(batch, least)}: raise it, or take mode 'slab'"
+        )
     return Plan("row", [slice(start, min(start + step, batch)) for start in range(0, batch, step)], [(0, rows)])
 
 

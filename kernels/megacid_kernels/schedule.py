@@ -170,6 +170,7 @@ class Chunk:
         parts = [
             (self.rows.with_x[name], product) for name, product in self.products.items() if name in self.rows.with_x
         ]
+        self.products = {}
         return self.engine.finish_x(parts, self.pulls[0], self.labels)
 
     def add_gradient_of_w(self, grad_nD: Tensor | None, block: Block, start: int, stop: int) -> Tensor:

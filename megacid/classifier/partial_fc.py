@@ -67,6 +67,7 @@ class PartialFC(nn.Module):
         log_q: bool = False,
         impl: str = "auto",
         mode: str = "auto",
+        precision: str = "auto",
         memory_budget_bytes: int | None = None,
         device: torch.device | str | None = None,
     ):
@@ -88,6 +89,7 @@ class PartialFC(nn.Module):
         mode             "row" (which "auto" is), or "slab": least memory, for no [S, D] gradient exists. A step is 12 instead
                          of 6 G S D FLOP: forward makes the slabs for their norm, the optimizer makes them again, because no
                          row may move before the guard's decision. One backward per step
+        precision        of Triton's products: "fp16" (which "auto" is), "bf16", "fp32", see `megacid_kernels.Problem`
         memory_budget_bytes  for the [chunk, S] matrices; None: 1 GiB, on a CPU 64 MiB or half of the rows' gradient
         """
         super().__init__()
@@ -110,7 +112,7 @@ class PartialFC(nn.Module):
         self.num_local = self.class_stop - self.class_start
         self._options = {
             "scale": scale, "margin": margin or Margin.cosface(0.3), "margin_grad": margin_grad,
-            "filter_threshold": filter_threshold, "impl": impl, "mode": mode, "memory_budget_bytes": memory_budget_bytes,
+            "filter_threshold": filter_threshold, "impl": impl, "mode": mode, "precision": precision, "memory_budget_bytes": memory_budget_bytes,
             "reduction": reduction,
         }  # fmt: skip
         self.mode, self._impl = mode, impl

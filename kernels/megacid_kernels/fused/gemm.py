@@ -1,20 +1,23 @@
 """Products of 16-bit matrices with an fp32 result: the two gradient products, by cuBLAS.
 
-A result in 16 bits would round every chunk of the sum. torch >= 2.8 has the product on CUDA. Elsewhere (older torch,
-Triton's interpreter on a CPU) blocks of the factors are widened to fp32: their products are exact in TF32, which holds
-bf16's 8 bits, so tensor cores do that too, at half their rate and with a block's copy in memory.
+A result in 16 bits would round every chunk of the sum. On CUDA torch >= 2.8 has the product, and >= 2.11 surely adds it to
+an fp32 matrix as well; in between blocks of the product are added. Elsewhere (older torch, Triton's interpreter on a CPU)
+blocks of the factors are widened to fp32: their products are exact in TF32, which holds bf16's 8 bits, so tensor cores do
+that too, at half their rate and with a block's copy in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_WIDENED_BYTES = 1 << 28
-_HAS_OUT_DTYPE = torch.__version__ >= (2, 8)  # type: ignore[operator]  # a TorchVersion compares with tuples
+_BLOCK_BYTES = 1 << 28
+_VERSION: Any = torch.__version__  # a TorchVersion, which compares with tuples
+_HAS_MM, _HAS_ADDMM = _VERSION >= (2, 8), _VERSION >= (2, 11)
 
 
 def product_fp32(a_mk: Tensor, b_kn: Tensor, total_mn: Tensor | None = None) -> Tensor:
@@ -22,11 +25,17 @@ def product_fp32(a_mk: Tensor, b_kn: Tensor, total_mn: Tensor | None = None) -> 
     be a transposed view. fp32 factors are multiplied as PyTorch's settings say."""
     if a_mk.dtype == torch.float32:
         return a_mk @ b_kn if total_mn is None else total_mn.addmm_(a_mk, b_kn)
-    if a_mk.device.type == "cuda" and _HAS_OUT_DTYPE:
-        if total_mn is None:
-            return torch.mm(a_mk, b_kn, out_dtype=torch.float32)
+    if a_mk.device.type != "cuda" or not _HAS_MM:
+        return _widened(a_mk, b_kn, total_mn)
+    if total_mn is None:
+        return torch.mm(a_mk, b_kn, out_dtype=torch.float32)
+    if _HAS_ADDMM:
         return torch.addmm(total_mn, a_mk, b_kn, out_dtype=torch.float32, out=total_mn)
-    return _widened(a_mk, b_kn, total_mn)
+    step = max(1, _BLOCK_BYTES // (4 * b_kn.shape[1]))
+    for start in range(0, len(a_mk), step):
+        part = slice(start, start + step)
+        total_mn[part] += torch.mm(a_mk[part], b_kn, out_dtype=torch.float32)
+    return total_mn
 
 
 def _widened(a_mk: Tensor, b_kn: Tensor, total_mn: Tensor | None) -> Tensor:
@@ -37,12 +46,12 @@ def _widened(a_mk: Tensor, b_kn: Tensor, total_mn: Tensor | None) -> Tensor:
         total_mn = torch.zeros(m, n, dtype=torch.float32, device=a_mk.device)
     with _tf32(a_mk.device):
         if k > m:
-            step = max(1, _WIDENED_BYTES // (4 * (m + n)))
+            step = max(1, _BLOCK_BYTES // (4 * (m + n)))
             for start in range(0, k, step):
                 part = slice(start, start + step)
                 total_mn.addmm_(a_mk[:, part].float(), b_kn[part].float())
         else:
-            step = max(1, _WIDENED_BYTES // (4 * max(k, 1)))
+            step = max(1, _BLOCK_BYTES // (4 * max(k, 1)))
             b = b_kn.float()
             for start in range(0, m, step):
                 part = slice(start, start + step)
