@@ -18,7 +18,7 @@ from megacid_kernels.plan import plan_rows, plan_slabs
 from megacid_kernels.problem import Problem
 from megacid_kernels.schedule import Consume, Run
 
-_LEAST_SAMPLES = 16  # the shortest side of a tensor core's product
+_LEAST_SAMPLES = 8  # in a chunk; tensor cores multiply 16, and equal chunks may be half of what the budget holds
 
 
 class Discrimination(NamedTuple):

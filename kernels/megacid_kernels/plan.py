@@ -31,7 +31,7 @@ def plan_rows(
     step = problem.chunk(batch, rows, width, labels, itemsize, device)
     if step < min(batch, least):
         raise ValueError(
-            f"memory_budget_bytes is {problem.budget(device)}, which holds {step} samples beside "
+            f"memory_budget_bytes is {problem.budget(device)}, which allows chunks of {step} samples beside "
             f"{problem.max_rows or rows} class rows, wanted at least {min(batch, least)}: raise it, or take mode 'slab'"
         )
     return Plan("row", [slice(start, min(start + step, batch)) for start in range(0, batch, step)], [(0, rows)])
