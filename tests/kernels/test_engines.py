@@ -24,6 +24,7 @@ from megacid import Margin, PartialFC, RowAdamW, RowSGD
 from megacid.distributed.collectives import rank, world_size
 from megacid.errors import UserError
 from megacid_kernels import Discrimination, Gradients, Problem, Weights, discrimination_with_gradients
+from megacid_kernels.torch_engine import TorchBlock
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -256,6 +257,26 @@ def test_in_pytorch_slabs_and_losses_alone_are_row_mode(name: str) -> None:
         assert_near(call(problem, given), whole, 1e-12, f"slabs within {budget} bytes")
         alone = call(problem, given, need_x=False, need_w=False)
         torch.testing.assert_close(tuple(alone.result), tuple(whole.result), rtol=1e-12, atol=1e-12)
+
+
+@in_pytorch
+@pytest.mark.parametrize(("mode", "budget", "pieces"), [("row", CLASSES * 4 * 12, 5), ("slab", 15_000, 3)])
+def test_the_gradient_of_x_is_announced_before_the_last_product_of_w(
+    mode: str, budget: int, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under which its reduction over the ranks is to run. One product per chunk or slab."""
+    said: list[str] = []
+    multiply = TorchBlock.add_gradient
+
+    def noted(block: TorchBlock, *given: Any) -> Tensor:
+        said.append("w")
+        return multiply(block, *given)
+
+    monkeypatch.setattr(TorchBlock, "add_gradient", noted)
+    problem = problem_of("alpha", mode=mode, memory_budget_bytes=budget)
+    found = call(problem, inputs(1, False), on_grad_x=lambda grad: said.append("x"))
+    assert said == ["w"] * (pieces - 1) + ["x", "w"]
+    assert_near(found, call(problem_of("alpha"), inputs(1, False)), 1e-6, mode)
 
 
 @in_pytorch
