@@ -234,7 +234,18 @@ def preprocess_for(student: StudentFields) -> tuple[Transform, Tokenizer]:
 def tokenizer_for(student: StudentFields) -> Tokenizer:
     """The architecture's tokenizer: list of n texts -> [n, T] int64."""
     model_config(student.model)  # registers our names and refuses unknown ones: open_clip would fall back to a default
-    return open_clip.get_tokenizer(student.model, context_length=student.context_length)
+    return _tokenizer(student.model, student.context_length)
+
+
+def _tokenizer(model: str, context_length: int | None = None) -> Tokenizer:
+    try:
+        return open_clip.get_tokenizer(model, context_length=context_length)
+    except Exception as error:  # transformers is missing, or its files are not here and cannot be fetched
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the tokenizer of {model!r} cannot be loaded ({reason}): install transformers, or put its files beside the "
+            f"weights and use {LOCAL_DIR}PATH"
+        ) from None
 
 
 def train_transform(student: StudentFields, augment: Augment) -> Transform:
@@ -309,7 +320,7 @@ def load_clip(
     return LoadedClip(
         model=clip,
         preprocess_eval=image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False),
-        tokenizer=open_clip.get_tokenizer(model),
+        tokenizer=_tokenizer(model),
         embed_dim=int(config["embed_dim"]),
         name=name,
         pretrained=pretrained or model,

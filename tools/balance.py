@@ -5,7 +5,8 @@
     tools/balance.py --embeddings teacher --clusters clusters --out balance --threshold 0.35 --link greedy --keep caption
     tools/balance.py --embeddings teacher --clusters clusters --out balance --threshold 0.1 --across 4 --reshard kept
 
-Writes keep/<tar>.npy (bool, in tar order), report.json, gallery.html and, when the shards carry uids, DataComp's subset.npy.
+Writes keep/<tar>.npy (bool, in tar order), owner/<tar>.npy (the sample that is kept for each, counted over all tars; -1:
+without an embedding), report.json, gallery.html and, when the shards carry uids, DataComp's subset.npy.
 Run it again after an interruption: it goes on with the links that OUT/.work holds and gives the same result. SIGTERM and
 Ctrl-C end it soon, on all ranks, with exit code 143 and 130. Other arguments for the same OUT make it afresh.
 Samples without an embedding (they could not be decoded) are not kept. Where samples carry an `origin` (tools/synthesize.py),
@@ -67,7 +68,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         default=0,
         metavar="M",
         help="also compare every sample with the M other clusters whose centroids are nearest to it: copies fall on both "
-        "sides of a border (default 0; 4 finds nearly all; --target-keep searches without it)",
+        "sides of a border (default 0; 4 finds nearly all; --target-keep counts with it)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

@@ -24,11 +24,11 @@ from megacid.distributed.collectives import fail_together
 from megacid.distributed.parallel import Parallel, launched
 from megacid.errors import run_tool
 from megacid.offline.cluster import assign_only, cluster
+from megacid.offline.cost import describe_cost
 from megacid.offline.kmeans import KMeansSettings
 from megacid.offline.ranks import accept_launcher_arguments
 from megacid.offline.rows import EmbeddingRows
 from megacid.offline.stopping import StopRequest, run_stage
-from megacid.offline.two_level import cell_count
 from megacid.runtime.lifecycle import die_with_parent
 
 WAIT_S = 7200.0  # ranks on slower disks
@@ -129,28 +129,12 @@ def asked(args: argparse.Namespace) -> KMeansSettings:
     )
 
 
-def estimate(settings: KMeansSettings, n: int, dim: int) -> str:
-    """One line: the rows, the work and the memory of the centroids."""
-    k, trained = settings.k, min(settings.train_sample or n, n)
-    passes = float(k * settings.iterations)  # centroids a training row is compared with
-    if settings.method == "hierarchical":
-        cells = cell_count(k)
-        near = min(settings.refine_cells or cells, cells)
-        passes = cells + k / cells * (settings.iterations + near * settings.refine)
-    flop = 2.0 * dim * (trained * passes + float(n) * k)
-    return (
-        f"{n:,} rows of width {dim}, {k:,} clusters ({settings.method}), training on {trained:,} rows "
-        f"({trained / max(k, 1):.1f} per cluster): {flop:.3g} flop, {2.0 * dim * n * k:.3g} of them for the labels, "
-        f"centroids {k * dim * 4 / 1e9:.3g} GB"
-    )
-
-
 def work(args: argparse.Namespace, settings: KMeansSettings | None, parallel: Parallel, stop: StopRequest) -> None:
     with fail_together(parallel.group):
         rows = EmbeddingRows(args.embeddings)
     if parallel.is_first:
         print(
-            estimate(settings, rows.num_rows, rows.dim)
+            describe_cost(settings, rows.num_rows, rows.dim, parallel.world, parallel.device)
             if settings
             else f"{rows.num_rows:,} rows of width {rows.dim}, labels from the centroids of {args.assign_only}"
         )

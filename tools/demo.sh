@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole method on real pictures, on a machine without a GPU: handwritten digits, a small teacher, clusters, a balanced
-# subset, four students, evaluation, export, and a table. About 6 minutes on 2 cores after the installation.
+# subset with its figures, four students, evaluation, export, and a table. About 6 minutes on 2 cores after the installation.
 # Every stage is the real tool and can be run again: what is complete is kept.
 #   bash tools/demo.sh             results in runs/demo, data in data/digits
 #   STEPS=100 bash tools/demo.sh   shorter training (the accuracies fall)
@@ -54,8 +54,10 @@ stage embed "teacher embeddings of every image and caption" "$again" \
     alone tools/embed.py --shards data/digits/train --out $out/teacher_embeddings --model "local-dir:$out/teacher/export"
 stage cluster "k-means over the image embeddings" "$again" \
     alone tools/cluster.py --embeddings $out/teacher_embeddings --out $out/clusters --k 64
-stage balance "semantic balance: keep 56.3 % of the pairs, as the paper does" "$again" \
-    alone tools/balance.py --shards data/digits/train --embeddings $out/teacher_embeddings --clusters $out/clusters --out $out/balance --target-keep 0.563
+stage balance "semantic balance inside clusters and across their borders: keep 56.3 % of the pairs, as the paper does" "$again" \
+    alone tools/balance.py --shards data/digits/train --embeddings $out/teacher_embeddings --clusters $out/clusters --out $out/balance --target-keep 0.563 --across 4
+stage figures "what was called redundant, one cluster step by step, cluster sizes: Figure 2 of the paper" "$again" \
+    alone tools/figures.py --demo $out --out $out/figures
 stage student_plain "student without a teacher (contrastive loss)" "$again" \
     train_student student_plain configs/digits_cpu.json --set loss.contrastive=1 --set loss.instance=0 --set loss.cluster=0 --set student.embed_dim=128
 stage student_instance "student with instance distillation" "$again" \
@@ -68,4 +70,4 @@ for name in student_plain student_instance student_cluster student_balanced; do
     stage ${name}_eval "export and evaluate $name" "$again" evaluate $name
 done
 alone tools/summary.py --demo $out
-echo "demo: whole run $SECONDS s; tensorboard: $bin/tensorboard --logdir $out; gallery: $out/balance/gallery.html"
+echo "demo: whole run $SECONDS s; tensorboard: $bin/tensorboard --logdir $out; gallery: $out/balance/gallery.html; figures: $out/figures/index.html"

@@ -3,8 +3,10 @@
 
     tools/embed.py --shards data/digits/train --out data/digits/teacher --model local-dir:exports/teacher
     tools/embed.py --shards laion --out teacher --model ViT-bigG-14 --pretrained laion2b_s39b_b160k
-    torchrun --nproc_per_node 8 tools/embed.py ...       (or deepspeed): shards are split over the ranks
+    torchrun --nproc_per_node 8 tools/embed.py ...       (or deepspeed): the ranks share the shards
 
+Writes img_emb/*.npy and text_emb/*.npy (float16, L2-normalised), metadata/*.parquet, one of each per tar, and, where
+samples were left out, failures/*.parquet with the reasons; `embedding-reader`, `autofaiss` and `clip-retrieval` read them.
 Run it again after an interruption: partitions that are complete are skipped. SIGTERM and Ctrl-C end it after the batch
 under way, on all ranks, with exit code 143 and 130.
 """
@@ -20,17 +22,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from tqdm import tqdm
 
-from megacid.data.index import load_index
+from megacid.data.index import ShardIndex, load_index
 from megacid.distributed.collectives import agree, fail_together
 from megacid.distributed.parallel import Parallel, launched
 from megacid.errors import UserError, run_tool
 from megacid.offline import embed
 from megacid.offline.ranks import accept_launcher_arguments
-from megacid.offline.stopping import StopRequest, run_stage
+from megacid.offline.stopping import StopRequest, Tick, run_stage
 from megacid.runtime.lifecycle import die_with_parent
-from megacid.student import load_clip
+from megacid.student import LoadedClip, load_clip
 
-DAY_S = 86400.0  # shards are split beforehand: the first rank to finish waits for the last one
+SHOWN = 10  # shards and samples that were left out
+DAY_S = 86400.0  # with --split static the first rank to finish waits for the last one
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -53,6 +56,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         default=min(8, os.cpu_count() or 1),
         help="processes per rank that decode; 0: none besides this one",
+    )
+    parser.add_argument(
+        "--split",
+        choices=("steal", "static"),
+        default="steal",
+        help="steal: a rank that has done its share takes over shards nobody has begun (needs a file system with locks "
+        "between the nodes; default). static: shard number modulo ranks. The files are the same",
     )
     accept_launcher_arguments(parser)
     return parser.parse_args(argv)
@@ -88,16 +98,18 @@ def work(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> Non
             "shards_digest": index.digest,
         }
     agree(str(settings), "shards and model", parallel.group)
-    with fail_together(parallel.group):
-        if parallel.is_first:
-            each = embed.seconds_per_sample(clip, index, args.batch_size)
-            hours = each * index.num_samples / parallel.world / 3600
-            print(
-                f"{index.num_samples:,} pairs in {len(index.names)} shards, width {clip.embed_dim}, {precision}: about {hours:.3g} h of model time on {parallel.world} ranks"
-            )
-    with tqdm(unit="sample", desc="embed", disable=not parallel.is_first, unit_scale=True) as bar:
+    with tqdm(
+        unit="sample",
+        desc="embed",
+        disable=not parallel.is_first,
+        unit_scale=True,
+        smoothing=0,  # the samples of other ranks become known in bursts
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    ) as bar:
 
-        def progress(total: int):
+        def progress(total: int) -> Tick:
+            if parallel.is_first and total:
+                print(estimate(index, clip, args, total, precision, parallel.world))
             bar.reset(total)
             return stop.ticking(bar.update)
 
@@ -109,12 +121,40 @@ def work(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> Non
             settings=settings,
             batch_size=args.batch_size,
             workers=args.workers,
+            split=args.split,
             progress=progress,
         )
+        facts = bar.format_dict
     if parallel.is_first:
-        print(f"{args.out}: {meta['num_samples']:,} samples embedded, {meta['failures']['count']:,} left out")
-        for name in meta["failures"]["named"]:
-            print(f"  left out: {name}")
+        print_result(args.out, meta, int(facts.get("n", 0)), float(facts.get("elapsed", 0)), parallel.world)
+
+
+def estimate(
+    index: ShardIndex, clip: LoadedClip, args: argparse.Namespace, total: int, precision: str, ranks: int
+) -> str:
+    """What is to be done and about how long it takes, before it begins."""
+    decoding, model = embed.seconds_per_sample(clip, index, args.batch_size)
+    decoding /= max(1, args.workers)
+    # Workers decode while the model runs; without any, one waits for the other.
+    each = max(decoding, model) if args.workers else decoding + model
+    return (
+        f"{total:,} of {index.num_samples:,} pairs in {len(index.names):,} shards, width {clip.embed_dim}, {precision}: "
+        f"about {each * total / ranks / 3600:.3g} h on {ranks} ranks (per sample and rank {1e3 * model:.3g} ms of the "
+        f"model, {1e3 * decoding:.3g} ms of {args.workers} decoding processes)"
+    )
+
+
+def print_result(out: Path, meta: dict, done: int, seconds: float, ranks: int) -> None:
+    failed, by_shard = meta["failures"], meta["failures_by_shard"]
+    print(f"{out}: {meta['num_samples']:,} samples embedded, {failed['count']:,} left out")
+    if done:
+        print(f"  this run: {done:,} samples in {seconds:,.0f} s, {done / seconds:,.1f} samples/s on {ranks} ranks")
+    if by_shard:
+        worst = sorted(by_shard, key=by_shard.__getitem__, reverse=True)[:SHOWN]
+        print(f"  left out in {len(by_shard):,} shards, most in {', '.join(f'{s}: {by_shard[s]:,}' for s in worst)}")
+        print(f"  reasons are in {out / 'failures'}; the first ones:")
+    for name in failed["named"][:SHOWN]:
+        print(f"  left out: {name}")
 
 
 if __name__ == "__main__":

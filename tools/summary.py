@@ -73,13 +73,16 @@ def main() -> int:
     report = read(demo / "balance" / "report.json")
     times = dict(line.split("\t") for line in (demo / "times.tsv").read_text().splitlines())
     planted = report.get("planted_copies", {})
+    inside = report.get("planted_copies_inside_clusters", {})
     summary = {
         "runs": runs,
         "balance": {
             "share_kept": report["share_kept"],
             "share_removed": report["share_removed"],
             "threshold": report["threshold"],
+            "removed_across": report["removed_across"],
             "planted_copies": planted,
+            "planted_copies_inside_clusters": inside,
         },
         "seconds_per_stage": {name: int(seconds) for name, seconds in times.items()},
         "machine": machine(),
@@ -91,6 +94,8 @@ def main() -> int:
     print(
         f"balance: {100 * report['share_removed']:.1f} % of the pairs removed at distance {report['threshold']:.4f}; planted copies: {json.dumps(planted)}"
     )
+    if inside:
+        print(f"  without the pass across clusters: {json.dumps(inside)}")
     print("seconds per stage: " + ", ".join(f"{name} {seconds}" for name, seconds in times.items()))
     print(
         f"{summary['machine']['cpu']}, {summary['machine']['cores']} cores, {summary['date']}; all of it: {demo / 'summary.json'}"

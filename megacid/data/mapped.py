@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,7 +15,7 @@ class MappedRows:
     `.maps`: the partitions; `.starts`: int64 [partitions + 1] first row of each; `.num_rows`; `.dim`.
     """
 
-    def __init__(self, maps: list[np.ndarray], dim: int) -> None:
+    def __init__(self, maps: Sequence[np.ndarray], dim: int) -> None:
         self.maps, self.dim = maps, dim
         self.starts = np.concatenate([[0], np.cumsum([len(array) for array in maps])]).astype(np.int64)
         self.num_rows = int(self.starts[-1])
@@ -40,14 +41,14 @@ class MappedRows:
         return partition, row - int(self.starts[partition])
 
 
-def take_rows(maps: list[np.ndarray], starts: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def take_rows(maps: Sequence[np.ndarray], starts: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Rows of these numbers of the arrays `maps` laid end to end; starts: int64 [len(maps) + 1]."""
     out = np.empty((len(rows), *maps[0].shape[1:]), maps[0].dtype)
     # Ascending order turns random access into a walk through the files.
     order = np.argsort(rows, kind="stable")
     ascending = rows[order]
     bounds = np.searchsorted(ascending, starts)
-    for partition in np.flatnonzero(np.diff(bounds)):
+    for partition in np.flatnonzero(np.diff(bounds)).tolist():
         low, high = bounds[partition], bounds[partition + 1]
         out[order[low:high]] = gather_rows(maps[partition], ascending[low:high] - starts[partition])
     return out

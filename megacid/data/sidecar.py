@@ -145,8 +145,13 @@ class TeacherTable:
         self._text_files = _by_number(self.directory / "text_emb", "text_emb_*.npy")
         self._metadata_files = _by_number(self.directory / "metadata", "metadata_*.parquet")
         self._partitions = self._checked_partitions()
+        self._empty = frozenset(self.meta.get("empty", ()))  # tars of which nothing could be embedded: without files
         needed = [self._image_files] + [self._text_files] * self.has_text
-        missing = [name for name in index.names if any(self._partitions.get(name) not in files for files in needed)]
+        missing = [
+            name
+            for name in index.names
+            if name not in self._empty and any(self._partitions.get(name) not in files for files in needed)
+        ]
         if missing:
             raise UserError(
                 f"{directory} has no embeddings of {len(missing)} shards ({', '.join(missing[:5])}): "
@@ -164,6 +169,9 @@ class TeacherTable:
         return found
 
     def _open(self, shard: int) -> _TeacherShard:
+        if self.index.names[shard] in self._empty:
+            none = np.empty((0, self.dim), np.float16)
+            return _TeacherShard(np.full(int(self.index.sizes[shard]), -1), none, none if self.has_text else None)
         number = self._partitions[self.index.names[shard]]
         image = _load_npy(self._image_files[number])
         text = _load_npy(self._text_files[number]) if self.has_text else None

@@ -1,7 +1,8 @@
 """Contrastive losses between two towers or two models, and feature mimicry.
 
 Legend: b local batch, G gathered batch, D width. Every loss is the mean over the global batch and has the same value on
-every rank. Each rank computes its own rows [b, G] of a similarity matrix, never [G, G].
+every rank. Each rank computes its own rows [b, G] of a similarity matrix, never [G, G], in chunks of which one is in
+memory.
 
 The gradient at the student's outputs follows `grad_reduction` (see megacid.distributed.collectives): after the engine's
 mean or sum over ranks the student's gradient is the one of a single process with the whole batch.
@@ -12,7 +13,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from megacid.distributed.collectives import (
     GradReduction,
@@ -25,6 +25,7 @@ from megacid.distributed.collectives import (
     sum_over_ranks,
 )
 from megacid.errors import UserError
+from megacid_kernels import contrastive_cross_entropy
 
 Group = dist.ProcessGroup | None
 
@@ -42,14 +43,6 @@ def _same_shape(image: Tensor, **others: Tensor) -> None:
             )
 
 
-def _cross_entropy_sum(anchor_bD: Tensor, other_GD: Tensor, logit_scale: Tensor, start: int) -> Tensor:
-    """Sum over this rank's anchors of -log softmax(logit_scale * anchor . other)[its own pair]."""
-    logits_bG = logit_scale * anchor_bD @ other_GD.T
-    return F.cross_entropy(
-        logits_bG, torch.arange(start, start + len(anchor_bD), device=logits_bG.device), reduction="sum"
-    )
-
-
 def _mean_of_pairs(
     pairs: list[tuple[Tensor, Tensor]],
     logit_scale: Tensor,
@@ -63,8 +56,7 @@ def _mean_of_pairs(
     own = slice(start, start + sizes[me])
     # The scale is one replicated parameter: each rank's part of its gradient is summed or averaged by the engine.
     scale = scale_gradient(_precise(logit_scale), gradient_factor(group, grad_reduction))
-    with torch.autocast(logit_scale.device.type, enabled=False):
-        parts = [_cross_entropy_sum(a[own], b, scale, start) for a, b in pairs]
+    parts = [contrastive_cross_entropy(a[own], b, scale, start) for a, b in pairs]
     return sum_over_ranks(torch.stack(parts).sum() / (2 * total), group)
 
 

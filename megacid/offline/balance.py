@@ -18,9 +18,11 @@ from megacid.distributed.collectives import broadcast_json, gather_plain, rank, 
 from megacid.errors import UserError
 from megacid.offline import across, linking
 from megacid.offline.assign import Assigner, Metric, prepare
+from megacid.offline.clusters import Clusters
 from megacid.offline.files import PartialResults
 from megacid.offline.linking import Link, UnitRows, check_unit, keep_mask, owners, panel_rows
-from megacid.offline.rows import Rows
+from megacid.offline.rows import Rows, SubsetRows
+from megacid.offline.search import FARTHEST, draw, narrow
 from megacid.offline.stopping import together
 from megacid.probes import probe
 
@@ -28,8 +30,6 @@ log = logging.getLogger(__name__)
 Group = dist.ProcessGroup | None
 Tick = Callable[[int], None]
 Keep = Literal["nearest", "farthest", "random", "caption"]
-_FARTHEST = 2.0  # no two unit vectors are farther apart
-_RESOLUTION = 1e-5  # the search stops when its interval is this narrow
 PART_PAIRS = 1 << 28  # pairs of samples in one partial result: seconds to minutes of work
 
 
@@ -50,7 +50,7 @@ class BalanceSettings:
     def __post_init__(self) -> None:
         if (self.threshold is None) == (self.target_keep is None):
             raise UserError("give exactly one of --threshold and --target-keep")
-        if self.threshold is not None and not 0 <= self.threshold <= _FARTHEST:
+        if self.threshold is not None and not 0 <= self.threshold <= FARTHEST:
             raise UserError(f"threshold is {self.threshold}, wanted a distance of unit vectors, 0 to 2")
         if self.target_keep is not None and not 0 < self.target_keep <= 1:
             raise UserError(f"target keep is {self.target_keep}, wanted a share above 0 and at most 1")
@@ -69,20 +69,6 @@ class BalanceSettings:
 
 
 @dataclass(frozen=True)
-class Clusters:
-    """Samples sorted by cluster, inside a cluster by preference. `order`: int64 [n] row numbers; cluster c is order[starts[c]:starts[c+1]].
-    `priority`: [n] by row number, smaller is preferred."""
-
-    order: np.ndarray
-    starts: np.ndarray
-    priority: np.ndarray
-
-    @property
-    def sizes(self) -> np.ndarray:
-        return np.diff(self.starts)
-
-
-@dataclass(frozen=True)
 class Decision:
     """keep: bool [n]; owner: int64 [n], the row kept for each row's group (before the cap); both by embedding row."""
 
@@ -91,7 +77,13 @@ class Decision:
     threshold: float
     curve: list[tuple[float, float]]  # (threshold, share kept) visited by the search
     searched_rows: int  # 0 when the threshold was given
-    removed_across: int = 0  # kept by the first pass, not by the second
+    owner_inside: np.ndarray  # int64 [n], of the first pass; `owner` itself without a second one
+
+    @property
+    def removed_across(self) -> int:
+        """Samples kept by the first pass, not by the second."""
+        number = np.arange(len(self.owner))
+        return int((self.owner_inside == number).sum() - (self.owner == number).sum())
 
 
 def preference(
@@ -156,49 +148,49 @@ def search_threshold(
     device: torch.device,
     work: PartialResults | None = None,
     tick: Tick = lambda rows: None,
+    assigner: Assigner | None = None,
 ) -> tuple[float, list[tuple[float, float]], int]:
-    """(threshold whose share kept is nearest to the target, the visited curve, samples used) by bisection on whole clusters.
+    """(threshold whose share kept is nearest to the target, the visited curve, samples used), searched on whole clusters.
 
     Clusters are drawn by the seed until they hold `search_rows` samples; when that is all of them the share is exact.
     work: holds the points visited so far, which are not worked out again. tick: called with 0 for every cluster.
+    assigner: of the centroids, for `settings.across`.
     """
-    target = settings.target_keep
-    assert target is not None
-    chosen, count = [], 0
-    for cluster in np.random.default_rng([settings.seed, 4]).permutation(len(clusters.sizes)):
-        if count >= settings.search_rows:
-            break
-        if clusters.sizes[cluster]:
-            chosen.append(int(cluster))
-            count += int(clusters.sizes[cluster])
-    if not count:
-        raise UserError("no sample has a cluster: run tools/cluster.py again")
-
+    assert settings.target_keep is not None
+    chosen = draw(clusters.sizes, settings.search_rows, settings.seed, assigner)
+    numbers, part = clusters.of(chosen)
+    rows, count = SubsetRows(image, numbers), len(numbers)
+    lists = np.empty((0, 2), np.int64)
+    if assigner is not None:
+        # At the largest threshold a list leaves nothing out, so that it serves all of them.
+        lists = _lists(rows, part, np.arange(count), FARTHEST, settings, assigner, (0, 1), None, tick)
+    listed_here = np.isin(lists[:, 1], chosen).mean() if len(lists) else 1.0
     # JSON keeps every bit of a float.
-    visited: dict[float, int] = {float(at): int(kept) for at, kept in (work.json("search") if work else None) or []}
+    visited: dict[float, float] = {float(at): float(kept) for at, kept in (work.json("search") if work else None) or []}
 
     def share(threshold: float) -> float:
         if threshold not in visited:
-            kept = 0
+            owner, kept = np.arange(count), 0.0
             for c in chosen:
                 tick(0)
-                kept += int(keep_mask(_link(image, clusters, c, threshold, settings, device, tick), settings.cap).sum())
+                local = _link(rows, part, c, threshold, settings, device, tick)
+                members = part.order[part.starts[c] : part.starts[c + 1]]
+                owner[members] = members[local]
+                kept += int(keep_mask(local, settings.cap).sum())
+            if assigner is not None and threshold > 0:
+                pairs = _pairs(part, lists, owner, settings)
+                links = _links_across(rows, pairs, owner, threshold, settings, device, (0, 1), None, tick)
+                both = _kept(part, across.joined(owner, links, part.priority, settings.link), settings.cap).sum()
+                # What was removed across the borders that lie inside of the sample, for all borders that were listed.
+                kept = max(kept - (kept - float(both)) / max(listed_here, 1 / count), 0.0)
             visited[threshold] = kept
             if work:
                 work.save_json("search", list(visited.items()))
             probe("balance:search", step=len(visited))
         return visited[threshold] / count
 
-    low, high = 0.0, _FARTHEST
-    curve = [(low, share(low)), (high, share(high))]
-    # More is kept at `low`, less at `high`; ties (equal distances) can make the target unreachable.
-    while high - low > _RESOLUTION and min(abs(kept - target) for _, kept in curve) * count >= 0.5:
-        middle = (low + high) / 2
-        kept = share(middle)
-        curve.append((middle, kept))
-        low, high = (middle, high) if kept > target else (low, middle)
-    best = min(curve, key=lambda point: (abs(point[1] - target), point[0]))
-    return best[0], sorted(curve), count
+    threshold, curve = narrow(settings.target_keep, count, share)
+    return threshold, curve, count
 
 
 def decide(
@@ -219,13 +211,20 @@ def decide(
     work: holds the points of the search and the links of parts of the clusters; what is there is not done again.
     tick: called with rows done (also 0); when it raises Stopped, all ranks stop.
     """
-    device = torch.device(device)
+    device, me = torch.device(device), (rank(group), world_size(group))
     curve: list[tuple[float, float]] = []
     threshold, searched = settings.threshold, 0
+    assigner: Assigner | None = None
+    if settings.across:
+        if centroids is None:
+            raise UserError(f"across is {settings.across} but there are no centroids: run tools/cluster.py again")
+        assigner = Assigner(prepare(centroids, metric, device), metric, device)
     if threshold is None:
         with together(group):
             # One rank decides: two devices may round a product differently.
-            found = search_threshold(image, clusters, settings, device, work, tick) if rank(group) == 0 else None
+            found = None
+            if me[0] == 0:
+                found = search_threshold(image, clusters, settings, device, work, tick, assigner)
         threshold, points, searched = broadcast_json(found, group)
         curve = [(float(at), float(kept)) for at, kept in points]
         log.info("threshold %.5f found on %d of %d samples", threshold, searched, image.num_rows)
@@ -237,7 +236,7 @@ def decide(
         (sizes**2).sum() * image.dim,
     )
     bounds = part_bounds(sizes**2)
-    first, last = _my_parts(bounds, sizes**2, group)
+    first, last = _my_parts(bounds, sizes**2, me)
     base = int(clusters.starts[bounds[first]])
     mine = np.empty(int(clusters.starts[bounds[last]]) - base, np.int64)
     with together(group):
@@ -251,14 +250,25 @@ def decide(
     # A sample without a cluster cannot be compared with anything and stays.
     owner = np.arange(image.num_rows)
     owner[clusters.order[clusters.starts[0] :]] = _gathered(mine, device, group)
-    before = int((owner == np.arange(len(owner))).sum())
-    if settings.across and threshold > 0:
-        if centroids is None:
-            raise UserError(f"across is {settings.across} but there are no centroids: run tools/cluster.py again")
-        links = _links_across(image, clusters, owner, threshold, settings, centroids, metric, device, group, work, tick)
-        owner = across.joined(owner, links, clusters.priority, settings.link)
-    removed = before - int((owner == np.arange(len(owner))).sum())
-    return Decision(_kept(clusters, owner, settings.cap), owner, threshold, curve, searched, removed)
+    inside = owner
+    if assigner is not None and threshold > 0:
+        rows = clusters.order[clusters.starts[0] :]
+        if settings.link == "greedy":
+            rows = rows[owner[rows] == rows]  # the others need no list
+        with together(group):
+            lists = _lists(image, clusters, rows, threshold, settings, assigner, me, work, tick)
+        pairs = _pairs(clusters, _gathered(lists, device, group), owner, settings)
+        left, right = (side.astype(np.float64) for side in pairs.sizes)
+        log.info(
+            "%d pairs of neighbouring clusters, %d samples at their borders, %.3g flop",
+            len(pairs),
+            len(pairs.rows),
+            2 * (left @ right) * image.dim,
+        )
+        with together(group):
+            links = _links_across(image, pairs, owner, threshold, settings, device, me, work, tick)
+        owner = across.joined(owner, _gathered(links, device, group), clusters.priority, settings.link)
+    return Decision(_kept(clusters, owner, settings.cap), owner, threshold, curve, searched, inside)
 
 
 def _kept(clusters: Clusters, owner: np.ndarray, cap: int | None) -> np.ndarray:
@@ -273,66 +283,68 @@ def _kept(clusters: Clusters, owner: np.ndarray, cap: int | None) -> np.ndarray:
     return keep
 
 
-def _links_across(
+def _lists(
     image: Rows,
     clusters: Clusters,
-    owner: np.ndarray,
+    rows: np.ndarray,
     threshold: float,
     settings: BalanceSettings,
-    centroids: np.ndarray,
-    metric: Metric,
-    device: torch.device,
-    group: Group,
+    assigner: Assigner,
+    me: tuple[int, int],
     work: PartialResults | None,
     tick: Tick,
 ) -> np.ndarray:
-    """int64 [E, 2]: links between groups of neighbouring clusters, the same on every rank. owner: of the first pass."""
-    rows = clusters.order[clusters.starts[0] :]
-    if settings.link == "greedy":
-        rows = rows[owner[rows] == rows]  # what the first pass removed is gone
-    label = np.full(image.num_rows, -1, np.int32)
-    label[clusters.order[clusters.starts[0] :]] = np.repeat(
-        np.arange(len(clusters.sizes), dtype=np.int32), clusters.sizes
-    )
-    assigner = Assigner(prepare(centroids, metric, device), metric, device)
+    """int64 [entries, 2]: (row, cluster it lists), of this rank's part of these rows. me: rank, number of ranks."""
+    label = clusters.labels(image.num_rows)[rows]
     chunks = -(-len(rows) // across.LIST_ROWS)
     parts = [np.empty((0, 2), np.int64)]
-    with together(group):
-        for chunk in range(rank(group) * chunks // world_size(group), (rank(group) + 1) * chunks // world_size(group)):
-            parts.append(
-                across.listed(image, rows, label[rows], assigner, settings.across, threshold, chunk, work, tick)
-            )
-    pairs = across.match_lists(_gathered(np.concatenate(parts), device, group), label, len(centroids))
+    for chunk in range(me[0] * chunks // me[1], (me[0] + 1) * chunks // me[1]):
+        parts.append(across.listed(image, rows, label, assigner, settings.across, threshold, chunk, work, tick))
+    return np.concatenate(parts)
+
+
+def _pairs(clusters: Clusters, lists: np.ndarray, owner: np.ndarray, settings: BalanceSettings) -> across.Pairs:
+    """Which samples of which clusters are compared. lists: int64 [entries, 2]; owner: of the first pass."""
+    if settings.link == "greedy":
+        lists = lists[owner[lists[:, 0]] == lists[:, 0]]  # what the first pass removed is gone
+    return across.match_lists(lists, clusters.labels(len(owner)), len(clusters.sizes))
+
+
+def _links_across(
+    image: Rows,
+    pairs: across.Pairs,
+    owner: np.ndarray,
+    threshold: float,
+    settings: BalanceSettings,
+    device: torch.device,
+    me: tuple[int, int],
+    work: PartialResults | None,
+    tick: Tick,
+) -> np.ndarray:
+    """int64 [E, 2]: links between groups of neighbouring clusters, of this rank's part of the pairs. owner: of the first pass."""
     left, right = (side.astype(np.float64) for side in pairs.sizes)
-    log.info(
-        "%d pairs of neighbouring clusters, %d samples at their borders, %.3g flop",
-        len(pairs),
-        len(pairs.rows),
-        2 * (left @ right) * image.dim,
-    )
     panel = panel_rows(image.dim, settings.block, linking.PANEL_BYTES // 4)
     # A part is as large as its work, or as the rows that are held for it.
     cost = np.maximum(left * right, (left + right) / panel * PART_PAIRS)
     bounds = part_bounds(cost)
-    first, last = _my_parts(bounds, cost, group)
+    first, last = _my_parts(bounds, cost, me)
     parts = [np.empty((0, 2), np.int64)]
-    with together(group):
-        for part in range(first, last):
-            low, high = int(bounds[part]), int(bounds[part + 1])
-            parts.append(
-                across.link_pairs(
-                    image, pairs, low, high, owner, threshold, settings.link, settings.block, panel, device, work, tick
-                )
+    for part in range(first, last):
+        low, high = int(bounds[part]), int(bounds[part + 1])
+        parts.append(
+            across.link_pairs(
+                image, pairs, low, high, owner, threshold, settings.link, settings.block, panel, device, work, tick
             )
-    return _gathered(np.concatenate(parts), device, group)
+        )
+    return np.concatenate(parts)
 
 
-def _my_parts(bounds: np.ndarray, cost: np.ndarray, group: Group) -> tuple[int, int]:
+def _my_parts(bounds: np.ndarray, cost: np.ndarray, me: tuple[int, int]) -> tuple[int, int]:
     """(first, last) of this rank's parts: about the same cost on every rank. cost: of each piece that `bounds` counts."""
     total = np.concatenate([[0.0], np.cumsum(cost + 1)])[bounds]
-    cuts = np.searchsorted(total, np.linspace(0, total[-1], world_size(group) + 1))
+    cuts = np.searchsorted(total, np.linspace(0, total[-1], me[1] + 1))
     cuts[0], cuts[-1] = 0, len(bounds) - 1
-    return int(cuts[rank(group)]), int(cuts[rank(group) + 1])
+    return int(cuts[me[0]]), int(cuts[me[0] + 1])
 
 
 def part_bounds(cost: np.ndarray) -> np.ndarray:

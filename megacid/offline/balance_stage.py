@@ -1,4 +1,4 @@
-"""The balance stage: from embeddings and clusters to keep masks per tar, a report and a gallery.
+"""The balance stage: from embeddings and clusters to keep masks and owners per tar, a report and a gallery.
 
 Legend: n samples with an embedding.
 """
@@ -14,17 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 
 from megacid.checkpoint.store import read_meta, write_meta
-from megacid.data.decode import decode_image
 from megacid.data.index import ShardIndex, ShardReader, load_index
 from megacid.distributed.collectives import any_rank, barrier
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.offline import gallery, report
-from megacid.offline.assign import Metric, prepare
+from megacid.offline.assign import Metric
 from megacid.offline.balance import BalanceSettings, Decision, decide, group_by_cluster, preference
 from megacid.offline.files import (
     WORK,
@@ -37,7 +34,15 @@ from megacid.offline.files import (
     write_text,
 )
 from megacid.offline.labels import read_centroids, read_labels
-from megacid.offline.rows import EmbeddingRows, Rows
+from megacid.offline.redundancy import (
+    PERCEPTUAL_SHARE,
+    Groups,
+    owner_distance,
+    perceptual_below,
+    process,
+    sample_cluster,
+)
+from megacid.offline.rows import EmbeddingRows
 from megacid.offline.stopping import Tick, together
 from megacid.probes import probe
 
@@ -54,17 +59,6 @@ def tar_rows(index: ShardIndex, rows: EmbeddingRows) -> tuple[np.ndarray, np.nda
         shard[where] = number[stem]
         row[where] = [at[key] for key in rows.keys(partition)]
     return shard, row
-
-
-def owner_distance(image: Rows, owner: np.ndarray, block: int = 16384) -> np.ndarray:
-    """Euclidean distance float32 [n] of every sample to the one kept for it; 0 for kept ones."""
-    out = np.zeros(len(owner), np.float32)
-    linked = np.flatnonzero(owner != np.arange(len(owner)))
-    for low in range(0, len(linked), block):
-        part = linked[low : low + block]
-        a, b = (prepare(image.take(which), "cosine", torch.device("cpu")) for which in (part, owner[part]))
-        out[part] = (a - b).norm(dim=1).numpy()
-    return out
 
 
 def balance(
@@ -100,7 +94,7 @@ def balance(
         metric: Metric = "cosine"
         if settings.across:
             centroids, metric = read_centroids(clusters, rows.dim)
-        index = _index(shards or rows.meta["source"]["shards"], rows)
+        index = index_of(shards or rows.meta["source"]["shards"], rows)
         wanted = _wanted(settings, rows, label, score, k)
         if centroids is not None:
             wanted["centroids"] = hashlib.sha256(centroids.tobytes()).hexdigest()
@@ -142,10 +136,19 @@ def _wanted(
     settings: BalanceSettings, rows: EmbeddingRows, label: np.ndarray, score: np.ndarray, k: int
 ) -> dict[str, Any]:
     """Everything that decides the result, as JSON: the arguments, the embeddings, and the labels to the last bit."""
+    names = ("shards_digest", "model", "weights", "precision", "num_samples", "dim")
+    return (
+        asdict(settings)
+        | {name: rows.meta.get(name) for name in names}
+        | {"k": k, "labels": labels_digest(label, score)}
+    )
+
+
+def labels_digest(label: np.ndarray, score: np.ndarray) -> str:
+    """sha256 of the labels and scores of all samples: what tells whether clusters are those that were balanced."""
     digest = hashlib.sha256(np.ascontiguousarray(label).tobytes())
     digest.update(np.ascontiguousarray(score).tobytes())
-    names = ("shards_digest", "model", "weights", "precision", "num_samples", "dim")
-    return asdict(settings) | {name: rows.meta.get(name) for name in names} | {"k": k, "labels": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def _complete(out: Path, wanted: dict[str, Any], index: ShardIndex) -> dict[str, Any] | None:
@@ -160,10 +163,10 @@ def _complete(out: Path, wanted: dict[str, Any], index: ShardIndex) -> dict[str,
         log.warning("%s was made with other arguments or inputs (%s): making it afresh", out, changed)
         return None
     for name, size in zip(index.names, index.sizes.tolist()):
-        path = out / "keep" / f"{name}.npy"
-        if read_array(path, (size,), "b") is None:
-            log.warning("%s is damaged or missing: making it again", path)
-            return None
+        for path, kind in ((out / "keep" / f"{name}.npy", "b"), (out / "owner" / f"{name}.npy", "i")):
+            if read_array(path, (size,), kind) is None:
+                log.warning("%s is damaged or missing: making it again", path)
+                return None
     subset = read_array(out / "subset.npy", (int(meta["kept"]),), "V")
     page = out / "gallery.html"
     whole = {
@@ -204,7 +207,8 @@ def _tidy(out: Path) -> None:
     sweep(out)
 
 
-def _index(shards: Path | str, rows: EmbeddingRows) -> ShardIndex:
+def index_of(shards: Path | str, rows: EmbeddingRows) -> ShardIndex:
+    """The tars that the embeddings were made from. UserError when they are others."""
     index = load_index(shards)
     if index.digest != rows.meta["shards_digest"]:
         raise UserError(
@@ -228,24 +232,17 @@ def _write(
 ) -> None:
     shard, row = tar_rows(index, rows)
     kept_of = _write_masks(out, index, shard, row, decision.keep, tick)
-    facts = _report(index, rows, label, k, decision, settings, shard, row, tick)
+    _write_owners(out, index, shard, row, decision.owner)
+    facts = report.decision_facts(decision, label, k, settings.target_keep)
+    facts["without_embedding"] = index.num_samples - rows.num_rows
+    if report.has_field(index, "origin"):
+        facts |= report.planted_facts(report.origins(index, shard, row, tick), decision, label)
     write_text(out / "report.json", json.dumps(facts, indent=2) + "\n")
     probe("balance:report")
     has_subset = _write_subset(out, index, shard, row, decision.keep, tick)
-    before, after = _sizes(label, decision.keep, k)
-    distance = owner_distance(rows, decision.owner)
     reader = ShardReader(index)
-
-    def show(number: int) -> tuple[Image.Image, str, str]:
-        tick(0)
-        at = int(shard[number]), int(row[number])
-        caption = reader.read(*at, "text").decode("utf-8", "replace")
-        return decode_image(reader.read(*at, "image")), index.table(at[0]).keys[at[1]], caption
-
-    summary = f"{facts['kept']:,} of {facts['total']:,} samples kept ({facts['share_kept']:.2%}), links below distance {decision.threshold:.5f}"
-    groups = gallery.pick_groups(decision.owner, distance, gallery_groups, members=9)
-    page = gallery.page(groups, distance, show, gallery.size_plot(before, after), summary)
-    write_text(out / "gallery.html", page)
+    show = gallery.pictures(reader, shard, row, tick)
+    write_text(out / "gallery.html", _gallery(rows, label, k, decision, facts, gallery_groups, show))
     reader.close()
     probe("balance:gallery")
     source = {
@@ -290,61 +287,51 @@ def _write_masks(out: Path, index: ShardIndex, shard: np.ndarray, row: np.ndarra
     return total
 
 
-def _sizes(label: np.ndarray, keep: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    has = label >= 0
-    return np.bincount(label[has], minlength=k), np.bincount(label[has & keep], minlength=k)
+def _write_owners(out: Path, index: ShardIndex, shard: np.ndarray, row: np.ndarray, owner: np.ndarray) -> None:
+    """owner/<tar>.npy: for every sample, counted over all tars in their order, the one kept for it; -1: without an embedding."""
+    place = index.starts[shard] + row
+    of = np.full(index.num_samples, -1, np.int64)
+    of[place] = place[owner]
+    for number, name in enumerate(index.names):
+        write_array(out / "owner" / f"{name}.npy", of[index.starts[number] : index.starts[number + 1]])
 
 
-def _report(
-    index: ShardIndex,
+def _gallery(
     rows: EmbeddingRows,
     label: np.ndarray,
     k: int,
     decision: Decision,
-    settings: BalanceSettings,
-    shard: np.ndarray,
-    row: np.ndarray,
-    tick: Tick,
-) -> dict[str, Any]:
-    before, after = _sizes(label, decision.keep, k)
-    kept, total = int(decision.keep.sum()), rows.num_rows
-    linked_kept = decision.owner == np.arange(total)
-    facts: dict[str, Any] = {
-        "total": total,
-        "kept": kept,
-        "share_kept": kept / total,
-        "share_removed": 1 - kept / total,
-        "removed_by_links": int((~linked_kept).sum()),
-        "removed_across": decision.removed_across,
-        "removed_by_cap": int((linked_kept & ~decision.keep).sum()),
-        "without_embedding": index.num_samples - total,
-        "threshold": decision.threshold,
-        "cosine": 1 - decision.threshold**2 / 2,
-        "target_keep": settings.target_keep,
-        "threshold_curve": [{"threshold": t, "share_kept": s} for t, s in decision.curve],
-        "searched_samples": decision.searched_rows,
-        "group_sizes": report.power_histogram(np.unique(decision.owner, return_counts=True)[1]),
-        "cluster_sizes_before": report.size_facts(before),
-        "cluster_sizes_after": report.size_facts(after),
-    }
-    if report.has_field(index, "origin"):
-        origins = _origins(index, shard, row, tick)
-        facts["planted_copies"] = report.planted_report(origins, decision.keep, decision.owner, label)
-    return facts
-
-
-def _origins(index: ShardIndex, shard: np.ndarray, row: np.ndarray, tick: Tick) -> np.ndarray:
-    """int64 [n]: a number per planted group; a sample without `origin` is a group of its own."""
-    reader = ShardReader(index)
-    number: dict[str, int] = {}
-    out = np.empty(len(shard), np.int64)
-    for i, (s, r) in enumerate(zip(shard.tolist(), row.tolist())):
-        tick(0)
-        own = index.table(s).keys[r]
-        name = str(report.read_json(reader, s, r).get("origin", own))
-        out[i] = number.setdefault(name, len(number))
-    reader.close()
-    return out
+    facts: dict[str, Any],
+    count: int,
+    show: gallery.Show,
+) -> str:
+    """gallery.html: about half of the groups of each kind, one cluster, the sizes."""
+    groups = Groups(decision.owner, owner_distance(rows, decision.owner))
+    below = perceptual_below(decision.threshold)
+    cluster = sample_cluster(label, decision.owner, k)
+    sections = [
+        (
+            "Perceptual redundancy",
+            f"{groups.count_perceptual(below):,} groups in which every removed picture is nearer than {below:.4f}, {PERCEPTUAL_SHARE:.0%} of the threshold, to the one that is kept (blue frame).",
+            gallery.group_rows(groups.perceptual(below, -(-count // 2), 9), decision.keep, show),
+        ),
+        (
+            "Semantic redundancy",
+            f"{len(groups) - groups.count_perceptual(below):,} groups with a removed picture that is farther: the same thing seen again.",
+            gallery.group_rows(groups.semantic(below, count // 2, 9), decision.keep, show),
+        ),
+        (
+            "Cluster sizes",
+            "Before and after, on logarithmic axes.",
+            gallery.size_plot(*report.cluster_sizes(label, decision.keep, k)),
+        ),
+    ]
+    if cluster is not None:
+        shown = process(rows, label, decision.owner, decision.keep, decision.threshold, cluster)
+        text = f"Cluster {cluster}, the one of median size among those with two groups or more: its embeddings along their first two principal components, pictures moved apart where they would overlap. Lines are pairs nearer than {decision.threshold:.4f}, colours are groups (grey: alone), pale pictures are removed."
+        sections.insert(2, ("The process on one cluster", text, gallery.process_plot(shown, show)))
+    summary = f"{facts['kept']:,} of {facts['total']:,} samples kept ({facts['share_kept']:.2%}), links below distance {decision.threshold:.5f}"
+    return gallery.page("Redundant images", summary, sections)
 
 
 def _write_subset(

@@ -244,7 +244,7 @@ def _damaged(out: Path, k: int, rows: EmbeddingRows, partitions: list[int], top:
             footer = pq.read_metadata(path)  # at the end of the file: gone when it was cut off
         except (OSError, ValueError, pa.ArrowException):
             return path
-        if (footer.num_rows, footer.num_columns) != (len(rows.maps[partition]), 2 + top):
+        if (footer.num_rows, footer.num_columns) != (rows.rows_of[partition], 2 + top):
             return path
     return None
 

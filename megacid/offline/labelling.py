@@ -60,7 +60,7 @@ def label_partition(
             np.asarray(block, np.float32), zero_is_odd=assigner.metric == "cosine" or unit_rows, unit=unit_rows
         )
         if found is not None:
-            raise UserError(f"{rows.name(low + found[0])} {found[1]}: embed that shard again")
+            raise UserError(f"{rows.name(low + found[0])} {found[1]}: delete that file and run tools/embed.py again")
         x_TD = prepare(block, assigner.metric, assigner.device)
         value_TL, label_TL = assigner.tile(pad_rows(x_TD, tile), top)
         value_TL, label_TL = value_TL[: len(x_TD)], label_TL[: len(x_TD)]

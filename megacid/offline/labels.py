@@ -32,6 +32,8 @@ def read_labels(clusters: Path, rows: EmbeddingRows) -> tuple[np.ndarray, np.nda
     label, score = np.full(rows.num_rows, -1, np.int32), np.zeros(rows.num_rows, np.float16)
     for partition, stem in enumerate(rows.stems):
         path = clusters / "labels" / f"{stem}.parquet"
+        if not path.exists():
+            raise UserError(f"{path} is missing although the stage is complete: run tools/cluster.py again")
         try:
             table = pq.read_table(path, columns=["key", "label", "score"])
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:

@@ -66,7 +66,7 @@ def check_unit(x_BD: Tensor, rows: Rows, numbers: np.ndarray) -> None:
     if bad.any():
         raise UserError(
             f"{rows.name(int(numbers[int(bad.nonzero()[0])]))} is zero or holds NaN or infinity, wanted a unit vector: "
-            "embed that shard again"
+            "delete that file and run tools/embed.py again"
         )
 
 

@@ -13,6 +13,9 @@ import numpy as np
 
 from megacid.data.decode import BadSample
 from megacid.data.index import ShardIndex, ShardReader
+from megacid.offline.balance import Decision
+from megacid.offline.kmeans import imbalance_factor
+from megacid.offline.stopping import Tick
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +53,71 @@ def power_histogram(sizes: np.ndarray) -> dict[str, int]:
 
 
 def size_facts(sizes: np.ndarray) -> dict[str, Any]:
-    """Largest, median and histogram of cluster sizes (int64 [k])."""
+    """Largest, median, imbalance factor and histogram of cluster sizes (int64 [k])."""
     return {
+        "imbalance": imbalance_factor(sizes) if sizes.any() else None,
         "largest": int(sizes.max(initial=0)),
         "median": float(np.median(sizes)) if len(sizes) else 0.0,
         "empty": int((sizes == 0).sum()),
         "histogram": power_histogram(sizes),
     }
+
+
+def cluster_sizes(label: np.ndarray, keep: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [k] each: samples of every cluster before and after. label: int [n], -1 for none; keep: bool [n]."""
+    has = label >= 0
+    return np.bincount(label[has], minlength=k), np.bincount(label[has & keep], minlength=k)
+
+
+def decision_facts(decision: Decision, label: np.ndarray, k: int, target_keep: float | None) -> dict[str, Any]:
+    """What was kept, by what it was removed, the search, the sizes of the groups and of the clusters. label: int [n]."""
+    before, after = cluster_sizes(label, decision.keep, k)
+    kept, total = int(decision.keep.sum()), len(decision.keep)
+    linked_kept = decision.owner == np.arange(total)
+    given = [(0.0, 1.0), (decision.threshold, kept / total)]  # without a search all that is known of the curve
+    return {
+        "total": total,
+        "kept": kept,
+        "share_kept": kept / total,
+        "share_removed": 1 - kept / total,
+        "removed_by_links": int((~linked_kept).sum()),
+        "removed_across": decision.removed_across,
+        "removed_by_cap": int((linked_kept & ~decision.keep).sum()),
+        "threshold": decision.threshold,
+        "cosine": 1 - decision.threshold**2 / 2,
+        "target_keep": target_keep,
+        "threshold_curve": [{"threshold": t, "share_kept": s} for t, s in decision.curve or given],
+        "searched_samples": decision.searched_rows,
+        "group_sizes": power_histogram(np.unique(decision.owner, return_counts=True)[1]),
+        "cluster_sizes_before": size_facts(before),
+        "cluster_sizes_after": size_facts(after),
+    }
+
+
+def planted_facts(origin: np.ndarray, decision: Decision, label: np.ndarray) -> dict[str, Any]:
+    """How well planted copies were found; where there was a second pass, also by the first alone (same threshold, before the cap)."""
+    facts = {"planted_copies": planted_report(origin, decision.keep, decision.owner, label)}
+    first = decision.owner_inside
+    if first is not decision.owner:
+        facts["planted_copies_inside_clusters"] = planted_report(origin, first == np.arange(len(first)), first, label)
+    return facts
+
+
+def origins(index: ShardIndex, shard: np.ndarray, row: np.ndarray, tick: Tick) -> np.ndarray:
+    """int64 [n]: a number per planted group; a sample without `origin` is a group of its own.
+
+    shard, row: [n], where each sample lies; tick: called with 0 for every sample.
+    """
+    reader = ShardReader(index)
+    number: dict[str, int] = {}
+    out = np.empty(len(shard), np.int64)
+    for i, (s, r) in enumerate(zip(shard.tolist(), row.tolist())):
+        tick(0)
+        own = index.table(s).keys[r]
+        name = str(read_json(reader, s, r).get("origin", own))
+        out[i] = number.setdefault(name, len(number))
+    reader.close()
+    return out
 
 
 def planted_report(origin: np.ndarray, keep: np.ndarray, owner: np.ndarray, label: np.ndarray) -> dict[str, Any]:

@@ -5,8 +5,10 @@ Legend: n rows, D width.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +16,12 @@ import pyarrow.parquet as pq
 
 from megacid.checkpoint.store import read_meta
 from megacid.data.arrays import load_npy
+from megacid.data.cache import SmallCache
 from megacid.data.mapped import MappedRows
 from megacid.errors import UserError
+from megacid.offline.partitions import PartitionFiles, partition_files
 
+_OPEN_MAPS = 128
 _LENGTH_SLACK = 0.02  # of a unit vector in float16; the widest rows are off by less than 0.002
 
 
@@ -101,11 +106,29 @@ class SubsetRows:
         return self.rows.name(int(self.chosen[row]))
 
 
+class _Maps(Sequence[np.ndarray]):
+    """Arrays that are mapped when they are asked for, and kept a while. A map holds its file open, of which a process may
+    have 1,024 (and 65,530 maps); the images and texts of LAION400M are 82,816 files."""
+
+    def __init__(self, count: int, map_one: Callable[[int], np.ndarray]) -> None:
+        self._count, self._map_one = count, map_one
+        self._open: SmallCache[np.ndarray] = SmallCache(_OPEN_MAPS)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, partition: Any) -> Any:
+        if not 0 <= partition < self._count:
+            raise IndexError(partition)
+        return self._open.get(partition, lambda: self._map_one(partition))
+
+
 class EmbeddingRows(MappedRows):
     """One modality ("img" or "text") of a folder written by `tools/embed.py`, partitions in order of their number.
 
-    `.meta`: its meta.json; `.stems`: tar stem of each partition; `.starts`: int64 [partitions + 1] first row of each.
-    Arrays are memory-mapped: nothing is read before it is asked for. UserError for a missing or torn partition.
+    `.meta`: its meta.json; `.stems`: tar stem of each partition; `.starts`: int64 [partitions + 1] first row of each,
+    `.rows_of`: int64 [partitions] rows of each. Arrays are memory-mapped: nothing is read before it is asked for.
+    UserError for a missing or torn partition.
     """
 
     def __init__(self, directory: str | Path, modality: str = "img") -> None:
@@ -115,13 +138,30 @@ class EmbeddingRows(MappedRows):
         numbers: dict[str, int] = self.meta["partitions"]
         self.stems = sorted(numbers, key=lambda stem: numbers[stem])
         self.numbers = [numbers[stem] for stem in self.stems]
-        super().__init__([self._map(number, dim) for number in self.numbers], dim)
-        for number, array in zip(self.numbers, self.maps):
-            self._check_keys(number, len(array))
+        self._empty = set(self.meta.get("empty", ()))  # tars of which nothing could be embedded: they have no files
+        self._check_present()
+        super().__init__(_Maps(len(self.stems), lambda partition: self._map(partition, dim)), dim)
+        self.rows_of = np.diff(self.starts)
+        for partition, stem in enumerate(self.stems):
+            if stem not in self._empty:
+                self._check_keys(self.numbers[partition], int(self.rows_of[partition]))
         if self.num_rows != int(self.meta["num_samples"]):
             raise UserError(
                 f"{self.directory} holds {self.num_rows} rows, its meta.json says {self.meta['num_samples']}: run tools/embed.py again"
             )
+
+    def _check_present(self) -> None:
+        """One sentence for all that is missing, from two listings: there may be a hundred thousand partitions."""
+        for place in ("image" if self.modality == "img" else "text", "metadata"):
+            paths = {stem: getattr(self._files(number), place) for stem, number in zip(self.stems, self.numbers)}
+            folder = next(iter(paths.values())).parent
+            present = set(os.listdir(folder)) if folder.is_dir() else set()
+            missing = [stem for stem, path in paths.items() if path.name not in present and stem not in self._empty]
+            if missing:
+                raise UserError(
+                    f"{folder} lacks {len(missing)} of {len(paths)} partitions, those of the shards {', '.join(missing[:5])}"
+                    f"{' ...' if len(missing) > 5 else ''}: run tools/embed.py again, it redoes what is missing"
+                )
 
     def _check_keys(self, number: int, rows: int) -> None:
         """Before hours of work, not after: only the footer of the file is read."""
@@ -137,32 +177,40 @@ class EmbeddingRows(MappedRows):
                 f"{path} has {have} rows, {self._path(number)} has {rows}: run tools/embed.py again, it redoes what does not fit"
             )
 
+    def _files(self, number: int) -> PartitionFiles:
+        return partition_files(self.directory, number, len(self.numbers))
+
     def _metadata_path(self, number: int) -> Path:
-        return self.directory / "metadata" / f"metadata_{number:05d}.parquet"
+        return self._files(number).metadata
 
     def _path(self, number: int) -> Path:
-        return self.directory / f"{self.modality}_emb" / f"{self.modality}_emb_{number:05d}.npy"
+        files = self._files(number)
+        return files.image if self.modality == "img" else files.text
 
-    def _map(self, number: int, dim: int) -> np.ndarray:
-        path = self._path(number)
+    def _map(self, partition: int, dim: int) -> np.ndarray:
+        if self.stems[partition] in self._empty:
+            return np.empty((0, dim), np.float16)
+        path = self._path(self.numbers[partition])
         array = load_npy(path, "run tools/embed.py again, it redoes what is missing")
         if array.ndim != 2 or array.shape[1] != dim or array.dtype.kind != "f":
             raise UserError(
                 f"{path} is {array.dtype} of shape {array.shape}, wanted floating point and (n, {dim}), the width in "
-                f"meta.json: run tools/embed.py again with another --out"
+                "meta.json: run tools/embed.py again, it redoes what does not fit"
             )
         return array
 
     def keys(self, partition: int) -> list[str]:
         """The keys of one partition, in row order."""
+        if self.stems[partition] in self._empty:
+            return []
         path = self._metadata_path(self.numbers[partition])
         try:
             keys: list[str] = pq.read_table(path, columns=["image_path"])["image_path"].to_pylist()
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             raise UserError(f"{path} cannot be read ({error}): run tools/embed.py again") from None
-        if len(keys) != len(self.maps[partition]):
+        if len(keys) != self.rows_of[partition]:
             raise UserError(
-                f"{path} has {len(keys)} rows, its embeddings have {len(self.maps[partition])}: run tools/embed.py again"
+                f"{path} has {len(keys)} rows, its embeddings have {self.rows_of[partition]}: run tools/embed.py again"
             )
         return keys
 

@@ -63,6 +63,15 @@ def resident_memory_mib() -> float:
     return _status_mib("VmRSS")
 
 
+def _curve(folder: Path, step: int) -> SummaryWriter:
+    """A new event file, whose first point is `step`: points that a crashed run wrote beyond its last checkpoint are
+    taken back. Readers go through the files in the order of their names, which begin with whole seconds and go on with
+    the process's number: a second start within one second might be read before the first, so it waits for the next."""
+    while list(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
+        time.sleep(0.05)
+    return SummaryWriter(str(folder), purge_step=step)
+
+
 class Metrics:
     """Rank 0 writes; the other ranks only keep the clock."""
 
@@ -79,8 +88,7 @@ class Metrics:
     ) -> None:
         self.directory, self.first, self.total_steps = directory, first, total_steps
         self.global_batch, self.world, self.log_every = global_batch, world, log_every
-        # purge_step: points that a crashed run wrote after its last checkpoint are taken back.
-        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1) if first else None
+        self.writer = _curve(directory / "tensorboard", start_step + 1) if first else None
         self.began, self.start_step = time.perf_counter(), start_step
         self._last, self._last_step, self._data_s = self.began, start_step, 0.0
 

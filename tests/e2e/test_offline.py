@@ -4,11 +4,13 @@ import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -56,7 +58,7 @@ def test_embeddings_join_by_key_and_name_what_is_missing(stage: Path) -> None:
     assert meta["failures"] == {"count": 1, "named": ["00001/000010004"]}
     assert meta["partitions"] == {"00000": 0, "00001": 1, "00002": 2}
     keys = pq.read_table(stage / "emb" / "metadata" / "metadata_00001.parquet")
-    assert keys.column_names == ["image_path", "caption", "shard"]
+    assert keys.column_names == ["image_path", "caption", "shard", "key", "uid", "url"]
     assert keys["image_path"].to_pylist() == [f"00001{row:04d}" for row in range(12) if row != 4]
     index = load_index(stage / "shards")
     table = TeacherTable(stage / "emb", index)
@@ -215,8 +217,43 @@ def test_balance_finds_the_planted_copies(stage: Path) -> None:
     uids = sorted(hashlib.md5(key.encode()).hexdigest() for key in kept_keys)
     assert [f"{high:016x}{low:016x}" for high, low in subset.tolist()] == uids
     page = (out / "gallery.html").read_text()
-    assert page.count('class="kept"') == 11 and page.count("data:image/jpeg;base64,") == 22 and "<svg" in page
-    assert "http" not in page
+    kept_and_removed = page.count('class="kept"'), page.count('class="removed"')
+    # All copies are exact, so all groups are perceptual; half of the 40 places are theirs.
+    assert kept_and_removed == (11, 11) and "11 groups in which every removed picture" in page
+    assert "0 groups with a removed picture" in page and "http" not in page
+    # Every picture of the sample cluster is in the file once and stands in the first two of its three panels.
+    members = page.count("<image ")
+    assert page.count("data:image/jpeg;base64,") == 22 + members and f"before: {members:,} samples" in page
+    for svg in re.findall(r"<svg.*?</svg>", page):
+        ElementTree.fromstring(svg)
+    owner = np.concatenate([np.load(out / "owner" / f"{shard:05d}.npy") for shard in range(3)])
+    # Every third sample is a copy of the one before; whichever has the smaller row stays. Row 16 could not be decoded.
+    wanted = [row - 1 if row % 3 == 2 else row for row in range(36)]
+    wanted[16], wanted[17] = -1, 17
+    assert owner.tolist() == wanted
+
+
+def test_figures_of_the_stages(stage: Path, tmp_path: Path) -> None:
+    """Needs the folders that the test before this one made."""
+    said = run("figures", "--balance", stage / "balance", "--out", tmp_path / "figures", "--groups", 3, "--members", 3)
+    names = ["fig2a_perceptual", "fig2b_semantic", "fig2c_process", "fig2d_clusters"]
+    for name in names:
+        assert (tmp_path / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        with Image.open(tmp_path / "figures" / f"{name}.png") as picture:
+            # One column or both of a paper, at 300 dots per inch.
+            assert picture.size[0] == (2100 if name == "fig2c_process" else 1020)
+            assert len(np.unique(np.asarray(picture.convert("L")))) > 10
+    page = (tmp_path / "figures" / "index.html").read_text()
+    assert all(f"{name}.png" in page and f"{name}.pdf" in page and name in said for name in names)
+    assert "11 of 11 groups" in page and "24 of 35 samples kept" in page and "http" not in page
+    again = tmp_path / "again"
+    run("figures", "--balance", stage / "balance", "--out", again, "--groups", 3, "--members", 3)
+    assert snapshot(again, "*").keys() == snapshot(tmp_path / "figures", "*").keys()
+    for name, (digest, _) in snapshot(again, "*").items():
+        assert digest == snapshot(tmp_path / "figures", "*")[name][0], name
+    run("cluster", *cluster_args(stage, out="clusters5", k=5))
+    said = run("figures", "--balance", stage / "balance", "--clusters", stage / "clusters5", "--out", again, expect=2)
+    assert "other clusters than" in said and "--clusters" in said
 
 
 @pytest.mark.parametrize("keep", ["farthest", "random", "caption"])

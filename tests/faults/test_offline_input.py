@@ -17,12 +17,22 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from faultplan import Fault, FaultPlan, kill
-from offline_data import balance_args, cluster_args, embed_args, results, run, save_model, write_shards
+from offline_data import (
+    balance_args,
+    cluster_args,
+    embed_args,
+    results,
+    run,
+    save_model,
+    write_embeddings,
+    write_shards,
+)
 from offline_tool import KILLED, Tool
 
 from megacid.errors import UserError
 from megacid.offline import embed
 from megacid.offline.files import PartialResults
+from megacid.offline.rows import EmbeddingRows
 from megacid.student import load_clip
 
 IMAGES, TEXTS, KEYS = "img_emb/img_emb_00001.npy", "text_emb/text_emb_00001.npy", "metadata/metadata_00001.parquet"
@@ -87,9 +97,14 @@ BAD_EMBEDDINGS = {
     "objects": (IMAGES, array(lambda x: x.astype(object)), f"{IMAGES} is not a readable .npy array .*[Oo]bject"),
     "rows": (IMAGES, array(lambda x: x[:9]), f"{KEYS} has 11 rows, .*{IMAGES} has 9"),
     "cut": (IMAGES, cut, f"{IMAGES} is not a readable .npy array"),
-    "no images": (IMAGES, Path.unlink, f"{IMAGES} is not a readable .npy array"),
+    "no images": (
+        IMAGES,
+        Path.unlink,
+        "img_emb lacks 1 of 3 partitions, those of the shards 00001: run tools/embed.py",
+    ),
+    "no folder": ("img_emb", shutil.rmtree, r"img_emb lacks 3 of 3 partitions, .* 00000, 00001, 00002"),
     "keys cut": (KEYS, cut, f"{KEYS} cannot be read"),
-    "no keys": (KEYS, Path.unlink, f"{KEYS} cannot be read"),
+    "no keys": (KEYS, Path.unlink, "metadata lacks 1 of 3 partitions, those of the shards 00001"),
     "meta cut": ("meta.json", cut, "meta.json is not JSON .*: run tools/embed.py again"),
     "no meta": ("meta.json", Path.unlink, "emb has no meta.json"),
     "count": ("meta.json", changed(num_samples=34), "holds 35 rows, its meta.json says 34"),
@@ -130,7 +145,7 @@ def test_a_bad_row_outside_the_training_sample_is_found_when_it_is_labelled(metr
 
 BAD_FOR_BALANCE = {
     "labels cut": ("clusters/labels/00001.parquet", cut, "labels/00001.parquet cannot be read"),
-    "no labels": ("clusters/labels/00001.parquet", Path.unlink, "labels/00001.parquet cannot be read"),
+    "no labels": ("clusters/labels/00001.parquet", Path.unlink, "labels/00001.parquet is missing"),
     "meta cut": ("clusters/meta.json", cut, "clusters/meta.json is not JSON"),
     "no meta": ("clusters/meta.json", Path.unlink, "clusters has no meta.json"),
     "smaller k": ("clusters/meta.json", changed(k=2), r"labels/0000.\.parquet holds labels .*wanted -1 \.\. 1"),
@@ -182,6 +197,22 @@ def test_a_finished_file_that_was_spoiled_is_made_again(
         assert "is complete" in run(tool, *arguments)
 
 
+def test_more_partitions_than_files_that_may_be_open(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(800, 4)).astype(np.float16)
+    write_embeddings(tmp_path / "emb", x, 400)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (350, limits[1]))
+    try:
+        rows = EmbeddingRows(tmp_path / "emb")
+        for _ in range(2):
+            for low in range(0, 800, 100):
+                np.testing.assert_array_equal(rows.read(low, low + 100), x[low : low + 100])
+        chosen = np.arange(799, -1, -7)
+        np.testing.assert_array_equal(rows.take(chosen), x[chosen])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_too_many_clusters_for_the_rows(copy: Path) -> None:
     assert_one_error(run("cluster", *cluster_args(copy, "c", k=36), expect=2), "k is 36 but there are only 35 rows")
     assert "1.94 per cluster, fewer than 2" in run("cluster", *cluster_args(copy, "d", k=18))
@@ -215,9 +246,9 @@ def test_a_model_that_gives_no_unit_vectors_is_named_with_the_sample(copy: Path)
     from megacid.data.index import load_index
 
     index = load_index(copy / "shards")
-    pairs = embed.Pairs(index, [1], clip.preprocess_eval, clip.tokenizer)
+    batch = embed.Pairs(index, clip.preprocess_eval, clip.tokenizer).__getitems__([13, 14])
     with pytest.raises(UserError, match=r"sample 000010001 \(row 1 of .*00001.tar\) an embedding of length nan"):
-        embed.encode(clip, index, [pairs[1], pairs[2]])
+        embed.encode(clip, index, batch)
 
 
 ARGUMENTS = {

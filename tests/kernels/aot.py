@@ -30,9 +30,17 @@ class Build(NamedTuple):
     types: dict[str, str]  # of the arguments that are not constants
     constants: dict[str, Any]
     warps: int
+    stages: int = 3  # Triton's default
+    aligned: tuple[str, ...] = ()  # numbers that are multiples of 16
 
 
-def builds() -> Iterator[Build]:
+def builds(arch: int) -> Iterator[Build]:
+    yield from row_builds()
+    yield from head_builds()
+    yield from product_builds(arch)
+
+
+def row_builds() -> Iterator[Build]:
     from megacid_kernels.fused import tile_of
     from megacid_kernels.fused.rows import through_norm_kernel, unit_rows_kernel
     from megacid_kernels.fused.update import adamw_rows_kernel, sgd_rows_kernel
@@ -69,6 +77,162 @@ def builds() -> Iterator[Build]:
     plain = {"rows_ptr": "*fp32", "grad_scale": "fp32"}
     yield build(adamw_rows_kernel, "adamw_rows plain", 512, _adamw("bf16", per_row=False) | plain, **constants)
     yield build(sgd_rows_kernel, "sgd_rows plain", 512, _sgd("bf16", per_row=False) | plain, **constants)
+
+
+_FP32_ROWS = {"x_ptr": "*fp32", "w_ptr": "*fp32", "inverse_x_ptr": "*fp32", "inverse_w_ptr": "*fp32", "row_ptr": "*i64"}
+_PULL = {"pull_ptr": "*fp32", "cos_ptr": "*fp32"}
+
+
+def head_builds() -> Iterator[Build]:
+    """What of the head is bound by memory."""
+    from megacid_kernels.fused import epilogue, finish, inplace, labels, negatives, target, tile_of
+    from megacid_kernels.fused.nearest import best_strip_kernel
+
+    # One full block, and two of which one is ragged.
+    for width in (512, 5120):
+        tile = tile_of(width)
+        cut = {"D": width, "ROWS": tile.rows, "BLOCK": tile.block}
+        types = _FP32_ROWS | {
+            "slot_ptr": "*i64",
+            "own_ptr": "*u8",
+            "cos_ptr": "*fp32",
+            "sin_ptr": "*fp32",
+            "num_pairs": "i32",
+        }
+        yield Build(f"target_cosines D={width}", target.target_cosines_kernel, types, cut | {"LABELS": 1}, tile.warps)
+        types = _FP32_ROWS | _PULL | {"product_ptr": "*fp32", "coefficient_ptr": "*fp32", "slot_ptr": "*i64"}
+        types |= {"num_rows": "i32", "num_w": "i32", "num_slots": "i32"}
+        for count in (1, 4) if width == 512 else (1,):
+            name = "finish_x" if count == 1 else f"finish_x {count} labels"
+            yield Build(f"{name} D={width}", finish.finish_x_kernel, types, cut | {"LABELS": count}, tile.warps)
+        types = {
+            "grad_ptr": "*fp32",
+            "w_ptr": "*fp32",
+            "rows_ptr": "*i64",
+            "inverse_ptr": "*fp32",
+            "square_ptr": "*fp32",
+        }
+        yield Build(
+            f"rows_through_norm D={width}",
+            finish.rows_through_norm_kernel,
+            types | {"num_rows": "i32"},
+            cut | {"HAS_ROWS": True},
+            tile.warps,
+        )
+        types = _FP32_ROWS | _PULL | {"grad_ptr": "*fp32", "order_slot_ptr": "*i64", "order_entry_ptr": "*i64"}
+        tile = labels.tile_of_row(width)
+        cut |= {"ROWS": tile.rows, "BLOCK": tile.block, "LABELS": 1}
+        yield Build(
+            f"add_labels D={width}",
+            labels.add_labels_kernel,
+            types | {"num_entries": "i32", "num_slots": "i32"},
+            cut,
+            tile.warps,
+        )
+
+    tile = inplace.TILE
+    cut = {"BLOCKS": inplace.BLOCKS, "ROWS": tile.rows, "BLOCK": tile.block, "INTERPRET": False}
+    for name, cosines, stored, every in (
+        ("in_place fp16", "*fp16", "*bf16", False),
+        ("in_place fp16 filter and bias", "*fp16", "*bf16", True),
+        ("in_place fp32", "*fp32", "*fp32", False),
+    ):
+        types = _NEGATIVES | {"cos_ptr": cosines, "matrix_ptr": stored, "stride": "i32"}
+        yield Build(
+            name,
+            inplace.exponentials_in_place_kernel,
+            types,
+            cut | _negatives(every),
+            tile.warps,
+            aligned=("stride", "hidden_stride"),
+        )
+
+    tile = negatives.REDUCTION_TILE
+    types = {"sums_part_ptr": "*fp32", "largest_part_ptr": "*fp32", "removed_part_ptr": "*i32", "sums_ptr": "*fp32"}
+    types |= {"largest_ptr": "*fp32", "removed_ptr": "*i64", "num_tiles": "i32", "num_rows": "i32"}
+    types |= {"scale_log2": "fp32", "shift_log2": "fp32"}
+    cut = {"LARGEST": True, "FILTER": True, "HAS_BIAS": True, "ROWS": tile.rows, "BLOCK": tile.block}
+    yield Build("reduce_tiles", negatives.reduce_tiles_kernel, types, cut, tile.warps)
+
+    types = {"value_part_ptr": "*fp32", "label_part_ptr": "*i32", "value_ptr": "*fp32", "label_ptr": "*i64"}
+    cut = {"ROWS": 32, "BLOCK": 64}
+    yield Build("best_strip", best_strip_kernel, types | {"num_rows": "i32", "num_strips": "i32"}, cut, 4)
+
+    tile = epilogue.TILE
+    types = {f"{name}_ptr": "*fp32" for name in ("sums", "psi", "share", "loss", "coefficient", "pull")}
+    types |= {"num_rows": "i32", "scale": "fp32", "shift": "fp32"}
+    cut = {"ROWS": tile.rows, "BLOCK": tile.block}
+    yield Build("row_epilogue", epilogue.row_epilogue_kernel, types, cut, tile.warps)
+
+
+def product_builds(arch: int) -> Iterator[Build]:
+    """What of the head is bound by arithmetic, with the tiles that the table has for this architecture."""
+    import torch
+
+    from megacid_kernels.fused.forward import exponentials_kernel
+    from megacid_kernels.fused.nearest import nearest_kernel
+    from megacid_kernels.fused.tuning import lookup, tiles_for
+
+    names = {"fp16": "float16", "bf16": "bfloat16"}
+    fp32 = tiles_for(torch.device("cpu"), torch.float32, 512)
+    # 512 and 768 are whole steps, 1000 is not.
+    for kind, dtype, width in (
+        ("", "fp16", 512),
+        ("", "bf16", 1000),
+        (" filter and bias", "fp16", 768),
+        (" hidden", "fp16", 768),
+        (" filter and bias", "fp32", 512),
+    ):
+        tiles = lookup(f"sm_{arch}", names[dtype], width) if dtype in names else fp32
+        assert tiles is not None
+        masks = kind in (" filter and bias", " hidden")
+        tile = tiles.forward.with_room_for_masks() if masks else tiles.forward
+        types = _NEGATIVES | {"x_ptr": "*" + dtype, "w_ptr": "*" + dtype, "matrix_stride": "i32"}
+        types |= {"matrix_ptr": "*fp32" if dtype == "fp32" else "*bf16"}
+        constants = _negatives("bias" in kind) | {"D": width, "INTERPRET": False, "STORE": True}
+        constants |= {"HAS_HIDDEN": kind == " hidden"} | _cut(tile)
+        aligned = ("matrix_stride", "hidden_stride")
+        title = f"exponentials{kind} {dtype} D={width}"
+        yield Build(title, exponentials_kernel, types, constants, tile.warps, tile.stages, aligned)
+    for precision, dtype, width in (
+        ("ieee", "fp16", 512),
+        ("ieee", "bf16", 1000),
+        ("ieee", "fp32", 512),
+        ("tf32x3", "fp32", 512),
+    ):
+        tiles = lookup(f"sm_{arch}", names[dtype], width) if dtype in names else fp32
+        assert tiles is not None
+        tile = tiles.nearest
+        types = {"x_ptr": "*" + dtype, "c_ptr": "*" + dtype, "half_norm_ptr": "*fp32", "value_ptr": "*fp32"}
+        types |= {"label_ptr": "*i32", "num_rows": "i32", "num_columns": "i32", "tiles_per_strip": "i32"}
+        constants = {"D": width, "HAS_NORM": dtype != "bf16", "PRECISION": precision, "INTERPRET": False} | _cut(tile)
+        title = f"nearest {precision} {dtype} D={width}"
+        yield Build(title, nearest_kernel, types, constants, tile.warps, tile.stages)
+
+
+def _cut(tile: Any) -> dict[str, int]:
+    return {"ROWS": tile.rows, "BLOCK": tile.columns, "DEPTH": tile.depth, "GROUP": tile.group}
+
+
+_NEGATIVES = {
+    "slot_ptr": "*i64",
+    "own_ptr": "*u8",
+    "bias_ptr": "*fp32",
+    "hidden_ptr": "*u8",
+    "sums_ptr": "*fp32",
+    "largest_ptr": "*fp32",
+    "removed_ptr": "*i32",
+    "num_rows": "i32",
+    "num_columns": "i32",
+    "hidden_stride": "i32",
+    "scale_log2": "fp32",
+    "shift_log2": "fp32",
+    "threshold": "fp32",
+}
+
+
+def _negatives(every: bool) -> dict[str, Any]:
+    return {"LABELS": 1, "HAS_BIAS": every, "FILTER": every, "HAS_HIDDEN": False, "LARGEST": True}
 
 
 _STEP = {
@@ -120,10 +284,11 @@ def measure(build: Build, arch: int, ptxas: str) -> dict[str, Any]:
         attrs={
             (names.index(name),): [["tt.divisibility", 16]]
             for name, kind in build.types.items()
-            if kind.startswith("*")
+            if kind.startswith("*") or name in build.aligned
         },
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": build.warps})
+    options = {"num_warps": build.warps, "num_stages": build.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
     target = re.search(r"\.target (\w+)", ptx)
     assert target is not None
@@ -148,6 +313,8 @@ def measure(build: Build, arch: int, ptxas: str) -> dict[str, Any]:
         "wide_loads": wide("ld"),
         "wide_stores": wide("st"),
         "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "exponentials": ptx.count("ex2.approx"),
         "elements": build.constants["ROWS"] * build.constants["BLOCK"],
     }
 
@@ -164,7 +331,7 @@ def main() -> int:
     if ptxas is None:
         print("Triton or its ptxas is not installed", file=sys.stderr)
         return NO_COMPILER
-    found = {f"{build.name} sm_{arch}": measure(build, arch, ptxas) for build in builds() for arch in ARCHITECTURES}
+    found = {f"{build.name} sm_{arch}": measure(build, arch, ptxas) for arch in ARCHITECTURES for build in builds(arch)}
     json.dump(found, sys.stdout, indent=1)
     return 0
 

@@ -12,7 +12,6 @@ from megacid.errors import UserError
 from megacid.offline import balance
 from megacid.offline.balance import BalanceSettings, Clusters, Decision, decide, group_by_cluster
 from megacid.offline.files import PartialResults
-from megacid.offline.gallery import pick_groups, size_plot
 from megacid.offline.linking import keep_mask, owners
 from megacid.offline.report import planted_report, power_histogram, subset_array
 from megacid.offline.rows import ArrayRows
@@ -233,13 +232,8 @@ def test_subset_array_is_sorted_datacomp() -> None:
         subset_array(["abc"])
 
 
-def test_histogram_and_gallery_parts() -> None:
+def test_histogram_of_sizes() -> None:
     assert power_histogram(np.array([0, 1, 1, 2, 3, 4, 9])) == {"0": 1, "1": 2, "2-3": 2, "4-7": 1, "8-15": 1}
-    owner, distance = np.array([0, 0, 2, 2, 2, 5]), np.array([0, 0.5, 0, 0.1, 0.2, 0])
-    groups = pick_groups(owner, distance, count=5, members=2)
-    assert [(spread, rows.tolist()) for spread, rows in groups] == [(0.2, [2, 3]), (0.5, [0, 1])]
-    assert pick_groups(np.arange(4), np.zeros(4), 5, 2) == []
-    assert size_plot(np.array([5, 3, 0]), np.array([1, 1, 0])).count("<polyline") == 2
 
 
 @pytest.mark.parametrize(

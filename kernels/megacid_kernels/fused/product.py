@@ -1,0 +1,108 @@
+"""The matrix product under the exponentials and under the search for the nearest centroid: a tile of x . w in registers.
+
+Legend: b rows of x, S rows of w, D width. One program makes tiles of [ROWS, BLOCK] dot products, DEPTH columns at a time.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megacid_kernels.fused.launch import Tile, check_matrix
+
+PRODUCT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """How a product is cut: `rows` rows of x times `columns` rows of w, `depth` of the width at a time in a pipeline of
+    `stages`, by `warps` warps. `group` row tiles follow each other before the next columns: what is read of w meanwhile
+    stays in the L2 cache. Powers of two but for `stages` and `group`; `rows`, `columns` and `depth` at least 16, the
+    smallest product of a tensor core."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    group: int = 8
+
+    def __post_init__(self):
+        for name in ("rows", "columns", "depth"):
+            value = getattr(self, name)
+            if value < 16 or value & (value - 1):
+                raise ValueError(f"{name} of a tile is {value}, wanted a power of two >= 16")
+        for name in ("stages", "group"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} of a tile is {getattr(self, name)}, wanted at least 1")
+        _ = self.launch_tile  # whose check is that of the warps
+
+    @property
+    def launch_tile(self) -> Tile:
+        return Tile(self.rows, self.columns, self.warps)
+
+    def with_room_for_masks(self) -> "ProductTile":
+        """Half the columns: a matrix of masks besides the products would not fit the registers."""
+        return replace(self, columns=max(16, self.columns // 2))
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What a product's kernel needs besides the `launch_tile`."""
+        return {"DEPTH": self.depth, "GROUP": self.group, "num_stages": self.stages}
+
+
+@triton.jit
+def tile_of_program(row_tiles, column_tiles, GROUP: tl.constexpr):
+    """(row tile, column tile) of this program: GROUP row tiles times all column tiles, then the next GROUP row tiles."""
+    program = tl.program_id(0)
+    per_group = GROUP * column_tiles
+    first = program // per_group * GROUP
+    height = tl.minimum(row_tiles - first, GROUP)
+    within = program % per_group
+    return first + within % height, within // height
+
+
+@triton.jit
+def product(
+    x_ptr,
+    w_ptr,
+    x_row,
+    w_row,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """x[x_row] . w[w_row], fp32 [ROWS, BLOCK]. The rows are int64 and exist: whoever calls clamps them and looks away from
+    what is beyond, for masks of rows would cost registers in every step. D is constexpr, see `launch.columns`."""
+    depth = tl.arange(0, DEPTH)
+    x_at = x_ptr + x_row[:, None] * D + depth[None, :]
+    w_at = w_ptr + w_row[None, :] * D + depth[:, None]
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, D, DEPTH):
+        if D % DEPTH == 0:
+            x = tl.load(x_at)
+            w = tl.load(w_at)
+        else:
+            inside = depth < D - start
+            x = tl.load(x_at, mask=inside[None, :], other=0.0)
+            w = tl.load(w_at, mask=inside[:, None], other=0.0)
+        if INTERPRET:  # it multiplies bf16 as if its bits were integers
+            total += tl.dot(x.to(tl.float32), w.to(tl.float32), input_precision="ieee")
+        else:
+            total = tl.dot(x, w, total, input_precision=PRECISION)
+        x_at += DEPTH
+        w_at += DEPTH
+    return total
+
+
+def check_factors(x_bD: Tensor, w_SD: Tensor, w_name: str = "w") -> None:
+    """ValueError unless both are contiguous matrices of one dtype of `PRODUCT_DTYPES` and one width on one device."""
+    check_matrix("x", x_bD, PRODUCT_DTYPES)
+    check_matrix(w_name, w_SD, (x_bD.dtype,), (len(w_SD), x_bD.shape[1]), x_bD)

@@ -1,0 +1,131 @@
+"""Which tile a product is cut into, by device, dtype and width: a table that is looked up, never searched for at run time.
+
+Why no autotuning: kernels that work in place would spoil their data while they are timed, ranks could choose differently,
+and two runs would not give the same bits.
+
+MEGACID_KERNEL_TABLE names a JSON file whose entries go before those here (`tools/tune.py` measures one):
+
+    [{"architecture": "sm_90", "dtype": "float16", "width": 512, "matrix": "fused",
+      "forward": {"rows": 128, "columns": 256, "depth": 64, "warps": 8, "stages": 4, "group": 8},
+      "nearest": {"rows": 128, "columns": 256, "depth": 64, "warps": 8, "stages": 4, "group": 64}}]
+
+An entry is for widths up to its own and above the next smaller one of its architecture and dtype; the largest of them is
+for all that are wider, too.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from megacid_kernels.fused.launch import INTERPRET
+from megacid_kernels.fused.product import PRODUCT_DTYPES, ProductTile
+
+TABLE_VARIABLE = "MEGACID_KERNEL_TABLE"
+MatrixBy = Literal["fused", "in-place"]
+Key = tuple[str, str, int]  # architecture such as "sm_90", dtype such as "float16", largest width
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the products of one device, dtype and range of widths are made."""
+
+    forward: ProductTile
+    nearest: ProductTile
+    matrix: MatrixBy  # the exponentials: "fused" with their product, or "in-place" over a product by cuBLAS
+    measured: bool = False  # on such a device, or estimated from its data sheet and from what the compiler says
+
+
+def _entry(forward: tuple[int, ...], nearest: tuple[int, ...], matrix: MatrixBy) -> Tiles:
+    return Tiles(ProductTile(*forward), ProductTile(*nearest), matrix)
+
+
+# rows, columns, depth, warps, stages, group. 228 KiB of shared memory: 128 x 256 keeps the tensor cores of sm_90 busy
+# from L2, and for short rows two programs of 128 x 128 hide each other's epilogue.
+_WIDE_90 = _entry((128, 256, 64, 8, 4, 8), (128, 256, 64, 8, 4, 64), "in-place")
+_SHORT_90 = _entry((128, 128, 64, 8, 3, 8), (128, 256, 64, 8, 4, 64), "fused")
+# mma.sync in Triton is close to cuBLAS: fused at any width. With 256 columns both would spill registers.
+_ANY_80 = _entry((128, 128, 32, 8, 4, 8), (128, 128, 32, 8, 4, 64), "fused")
+# 99 KiB (sm_86, sm_89, sm_120) and all that is not known: what fits everywhere.
+_ELSEWHERE = _entry((64, 128, 32, 4, 3, 8), (64, 128, 32, 4, 3, 64), "fused")
+# fp32 has no tensor core of its precision: small tiles, and cuBLAS for the matrix.
+_FLOAT32 = _entry((64, 128, 16, 8, 2, 8), (64, 128, 16, 8, 2, 64), "in-place")
+# Triton's interpreter pays by the operation, not by its size.
+_INTERPRETED = _entry((128, 256, 512, 8, 1, 8), (128, 256, 512, 8, 1, 8), "fused")
+
+_HALVES = ("float16", "bfloat16")
+TABLE: dict[Key, Tiles] = {
+    **{("sm_80", dtype, 512): _ANY_80 for dtype in _HALVES},
+    **{("sm_90", dtype, 512): _SHORT_90 for dtype in _HALVES},
+    **{("sm_90", dtype, 768): _WIDE_90 for dtype in _HALVES},
+}
+
+
+def tiles_for(device: torch.device, dtype: torch.dtype, width: int) -> Tiles:
+    """The entry for products of such rows on this device. ValueError for a dtype without kernels, or a bad table."""
+    if dtype not in PRODUCT_DTYPES:
+        raise ValueError(f"dtype is {dtype}, wanted one of {PRODUCT_DTYPES}")
+    name = str(dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        found = lookup(f"sm_{major}{minor}", name, width)
+    else:
+        found = lookup("interpreter", name, width) if INTERPRET else None
+    return found or (_INTERPRETED if INTERPRET else _FLOAT32 if dtype == torch.float32 else _ELSEWHERE)
+
+
+def lookup(architecture: str, dtype: str, width: int) -> Tiles | None:
+    """The entry of the file that MEGACID_KERNEL_TABLE names, else of the table here, else None."""
+    path = os.environ.get(TABLE_VARIABLE)
+    for table in (read_table(path) if path else {}, TABLE):
+        widths = sorted(w for arch, kind, w in table if (arch, kind) == (architecture, dtype))
+        if widths:
+            return table[architecture, dtype, next((w for w in widths if width <= w), widths[-1])]
+    return None
+
+
+@lru_cache
+def read_table(path: str) -> dict[Key, Tiles]:
+    """The table in a JSON file; read once per process. ValueError that names the file where it is not one."""
+    try:
+        entries = json.loads(Path(path).read_text())
+        table = dict(_parsed(entry) for entry in entries)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{TABLE_VARIABLE} is {path!r}, wanted a JSON table as tools/tune.py writes it, or unset it: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if len(table) != len(entries):
+        raise ValueError(f"{TABLE_VARIABLE} is {path!r}, wanted one entry per architecture, dtype and width")
+    return table
+
+
+def _parsed(entry: dict[str, Any]) -> tuple[Key, Tiles]:
+    wanted = {"architecture", "dtype", "width", "matrix", "forward", "nearest"}
+    if set(entry) != wanted:
+        raise ValueError(f"an entry has {sorted(entry)}, wanted {sorted(wanted)}")
+    if entry["matrix"] not in get_args(MatrixBy):
+        raise ValueError(f"matrix is {entry['matrix']!r}, wanted one of {get_args(MatrixBy)}")
+    forward, nearest = ProductTile(**entry["forward"]), ProductTile(**entry["nearest"])
+    key = (str(entry["architecture"]), str(entry["dtype"]), int(entry["width"]))
+    return key, Tiles(forward, nearest, entry["matrix"], measured=True)
+
+
+def as_json(table: dict[Key, Tiles]) -> str:
+    """The text of a table's file, for `read_table`."""
+    entries = [
+        {
+            "architecture": architecture,
+            "dtype": dtype,
+            "width": width,
+            "matrix": tiles.matrix,
+            "forward": asdict(tiles.forward),
+            "nearest": asdict(tiles.nearest),
+        }
+        for (architecture, dtype, width), tiles in table.items()
+    ]
+    return json.dumps(entries, indent=1) + "\n"

@@ -1,0 +1,1 @@
+"""What tools/bench.py measures, one module per suite. See `megacid.benchmarks.suite` for what a suite is."""
