@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from harness import run_ranks
 from torch import Tensor, nn
 
 from megacid import Margin
@@ -16,6 +18,10 @@ from megacid_kernels import (
     linear_margin_cross_entropy,
     linear_margin_discrimination,
 )
+
+# Fake tensors announce a CUDA device to autograd even where there is none. It starts a thread per device at the first
+# backward, and a process with such threads cannot fork ranks that go backward: so the first one is before all of them.
+torch.ones(1, requires_grad=True).sum().backward()
 
 
 def tensors(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,3 +154,43 @@ def test_several_labels_and_no_rows_are_allowed() -> None:
     want = linear_margin_discrimination(x, w, several, Problem(num_classes=14, scale=16.0)).loss
     assert torch.equal(got, want)
     assert float(linear_margin_cross_entropy(x, w[:0], target.fill_(-1), num_classes=14)) == 0
+
+
+def on_a_rank(explicit: bool, compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, x's gradient summed over the ranks, this shard's gradient of w) of 14 classes in uneven shards."""
+    x, w, target = tensors(dtype=torch.float64)
+    group, start, stop = None, 0, 14
+    if dist.is_initialized():
+        group = dist.new_group([0, 1]) if explicit else None
+        start, stop = ((0, 9), (9, 14))[dist.get_rank()]
+    w = w[start:stop].clone().requires_grad_()
+    x.requires_grad_()
+
+    def loss_of(x: Tensor, w: Tensor) -> Tensor:
+        return linear_margin_cross_entropy(
+            x,
+            w,
+            target,
+            margin=Margin.cosface(0.2),
+            scale=16.0,
+            group=group,
+            class_start=start,
+            num_classes=14,
+            max_rows=9,
+        )
+
+    loss = (torch.compile(loss_of, fullgraph=True, backend="aot_eager") if compiled else loss_of)(x, w)
+    loss.backward()
+    assert x.grad is not None and w.grad is not None
+    if dist.is_initialized():
+        dist.all_reduce(x.grad)
+    return loss.detach(), x.grad, w.grad
+
+
+@pytest.mark.parametrize(("explicit", "compiled"), [(False, False), (True, False), (False, True)])
+def test_the_group_is_found_by_its_name(explicit: bool, compiled: bool) -> None:
+    want = on_a_rank(False, False)
+    found = run_ranks(on_a_rank, 2, explicit, compiled)
+    for loss, x, _ in found:
+        torch.testing.assert_close((loss, x), want[:2])
+    torch.testing.assert_close(torch.cat([part[2] for part in found]), want[2])
