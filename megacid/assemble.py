@@ -169,6 +169,7 @@ def make_classifier(
         feature_rate=config.feature_rate,
         filter_threshold=config.filter_threshold,
         log_q=config.log_q,
+        mode=config.mode,
         device=parallel.device,
     )
     peak = peak_rates(run)[1]

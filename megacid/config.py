@@ -145,6 +145,8 @@ class ClassifierConfig:
     """Negatives with a larger cosine leave the denominator; null: none do."""
     log_q: bool = False
     """Weigh sampled negatives by 1 / their chance, so that the denominator is unbiased for the one over all classes."""
+    mode: Literal["row", "slab"] = "row"
+    """Order of work of the class rows: row, or slab: no gradient of all sampled rows in memory, for twice the arithmetic."""
     init: str = "centroids"
     """Start rows: centroids (of data.labels), random (N(0, 0.01)), or a path: .npy, .safetensors, or a directory of per-rank insightface checkpoints."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -351,4 +353,10 @@ def load_run(path: str | Path, assignments: list[str] | None = None, *, world: i
         )
     megacid: Megacid = _build(Megacid, block, "megacid")
     check(megacid, defaults())
-    return RunFile(path, megacid, lint_deepspeed(tree, world))
+    run = RunFile(path, megacid, lint_deepspeed(tree, world))
+    if megacid.classifier.mode == "slab" and run.accumulation > 1:
+        raise UserError(
+            f'"megacid.classifier.mode" is "slab" and there are {run.accumulation} micro-batches in a step, wanted one: no '
+            'gradient is held that a second one could be added to; write "row", or a larger micro-batch'
+        )
+    return run

@@ -14,13 +14,57 @@ The last line holds because z is linear in both: no product is made for the grad
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megacid_kernels.dispatch import resolve
+
 DEFAULT_BUDGET_BYTES = 1 << 28
+
+
+class Negatives(NamedTuple):
+    """Of a chunk of anchors; `matrix` is 0 at each anchor's own pair."""
+
+    matrix: Tensor  # [c, G] exp(z - shift)
+    sums: Tensor  # [c]
+    shift: Tensor  # [c] or 0-d
+
+
+class Candidates(Protocol):
+    """What touches a matrix [c, G] or all candidates: one way for PyTorch, one for Triton's kernels and cuBLAS."""
+
+    def negatives(self, scaled_cD: Tensor, target_c: Tensor, first: int) -> Negatives:
+        """scaled_cD: scale times the anchors, whose pairs are `first` and the following; target_c: their logits to them."""
+        ...
+
+    def product(self, matrix_cG: Tensor) -> Tensor:
+        """matrix @ candidates, fp32 (fp64) [c, D]."""
+        ...
+
+    def add_gradient_(self, grad_GD: Tensor, matrix_cG: Tensor, features_cD: Tensor) -> None:
+        """grad += matrix.T @ features"""
+        ...
+
+
+class TorchCandidates:
+    def __init__(self, other_GD: Tensor):
+        self.other = other_GD
+
+    def negatives(self, scaled_cD: Tensor, target_c: Tensor, first: int) -> Negatives:
+        z_cG = scaled_cD @ self.other.T
+        z_cG[:, first : first + len(z_cG)].diagonal().fill_(-torch.inf)
+        shift_c = torch.maximum(z_cG.amax(1), target_c)
+        e_cG = z_cG.sub_(shift_c[:, None]).exp_()
+        return Negatives(e_cG, e_cG.sum(1), shift_c)
+
+    def product(self, matrix_cG: Tensor) -> Tensor:
+        return matrix_cG @ self.other
+
+    def add_gradient_(self, grad_GD: Tensor, matrix_cG: Tensor, features_cD: Tensor) -> None:
+        grad_GD.addmm_(matrix_cG.T, features_cD)
 
 
 class _Sums:
@@ -32,49 +76,44 @@ class _Sums:
         other_GD: Tensor,
         scale: Tensor,
         start: int,
+        candidates: Candidates,
         need_anchor: bool,
         need_other: bool,
-        need_scale: bool,
     ):
         self.anchor, self.other, self.scale, self.start = anchor_bD, other_GD, scale, start
+        self.candidates = candidates
         self.loss = anchor_bD.new_zeros(())
-        self.grad_anchor = torch.empty_like(anchor_bD) if need_anchor or need_scale else None
+        self.grad_anchor = torch.empty_like(anchor_bD) if need_anchor else None
         self.grad_other = torch.zeros_like(other_GD) if need_other else None
 
     def chunk(self, part: slice) -> None:
         own = slice(self.start + part.start, self.start + part.stop)
-        anchor_cD, pair_cD = self.anchor[part], self.other[own]
-        scaled_cD = anchor_cD * self.scale
-        z_cG = scaled_cD @ self.other.T
-        pair_c = z_cG[:, own].diagonal()
-        target_c = pair_c.clone()
-        pair_c.fill_(-torch.inf)
-        shift_c = torch.maximum(z_cG.amax(1), target_c)
-        e_cG = z_cG.sub_(shift_c[:, None]).exp_()
-        log_n = e_cG.sum(1).log()
-        target_c = target_c - shift_c
+        scaled_cD, pair_cD = self.anchor[part] * self.scale, self.other[own]
+        target_c = torch.linalg.vecdot(scaled_cD, pair_cD)
+        found = self.candidates.negatives(scaled_cD, target_c, own.start)
+        log_n, target_c = found.sums.log(), target_c - found.shift
         d = log_n - target_c
         self.loss += torch.logaddexp(d, torch.zeros_like(d)).sum()
         inverse_z = torch.exp(-torch.logaddexp(log_n, target_c))[:, None]
         pull = torch.sigmoid(d)[:, None]
         if self.grad_anchor is not None:
-            grad = torch.mm(e_cG, self.other, out=self.grad_anchor[part])
-            grad.mul_(inverse_z).addcmul_(pull, pair_cD, value=-1).mul_(self.scale)
+            grad = self.candidates.product(found.matrix).mul_(inverse_z)
+            self.grad_anchor[part] = grad.addcmul_(pull, pair_cD, value=-1).mul_(self.scale)
         if self.grad_other is not None:
-            self.grad_other.addmm_(e_cG.T, scaled_cD * inverse_z)
+            self.candidates.add_gradient_(self.grad_other, found.matrix, scaled_cD * inverse_z)
             self.grad_other[own].addcmul_(pull, scaled_cD, value=-1)
 
 
 class _Contrastive(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, anchor_bD: Tensor, other_GD: Tensor, scale: Tensor, start: int, step: int, train: bool
+        ctx: Any, anchor_bD: Tensor, other_GD: Tensor, scale: Tensor, start: int, step: int, chosen: str, train: bool
     ) -> Tensor:
         ctx.dtypes = [x.dtype for x in (anchor_bD, other_GD, scale)]
         dtype = torch.float64 if torch.float64 in ctx.dtypes[:2] else torch.float32
         anchor, other, scale = anchor_bD.to(dtype), other_GD.to(dtype), scale.to(dtype)
-        needs = tuple(train and needed for needed in ctx.needs_input_grad[:3])
-        sums = _Sums(anchor, other, scale, start, *needs)
+        needs = [train and needed for needed in ctx.needs_input_grad[:3]]
+        sums = _Sums(anchor, other, scale, start, _candidates(chosen, other, scale), needs[0] or needs[2], needs[1])
         for low in range(0, len(anchor), step):
             sums.chunk(slice(low, min(low + step, len(anchor))))
         grad_scale = None
@@ -88,21 +127,38 @@ class _Contrastive(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grads = [None if g is None else (g * grad_loss).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
-        return *grads, None, None, None
+        return *grads, None, None, None, None
+
+
+def _candidates(chosen: str, other_GD: Tensor, scale: Tensor) -> Candidates:
+    if chosen == "torch":
+        return TorchCandidates(other_GD)
+    from megacid_kernels.fused.contrastive import TritonCandidates
+
+    return TritonCandidates(other_GD, scale)
 
 
 def contrastive_cross_entropy(
-    anchor_bD: Tensor, other_GD: Tensor, scale: Tensor, start: int = 0, *, memory_budget_bytes: int | None = None
+    anchor_bD: Tensor,
+    other_GD: Tensor,
+    scale: Tensor,
+    start: int = 0,
+    *,
+    impl: str = "auto",
+    memory_budget_bytes: int | None = None,
 ) -> Tensor:
     """Sum over the anchors of -ln softmax(scale * anchor . other)[own pair], 0-d, differentiable once.
 
     anchor_bD  this rank's anchors, any b
     other_GD   the candidates of all ranks; the pair of anchor i is row start + i
     scale      0-d, 1 / temperature > 0, on the device of the others
+    impl       "torch": float32, and float64 where an input is; 16-bit inputs are computed in float32. "triton": unit rows,
+               scale < 60,000; fp16 factors of the logits, bf16 exponentials, fp32 sums and own pairs; see
+               `fused.contrastive`. "auto": Triton on CUDA where it imports and no input is float64
     memory_budget_bytes  for the one live [chunk, G] matrix; None: 256 MiB. One anchor at a time at least
 
-    float32, and float64 where an input is; 16-bit inputs are computed in float32. The gradient of other_GD is this rank's
-    part: the sum over ranks is the gradient. No host synchronisation. ValueError for shapes that do not fit.
+    The gradient of other_GD is this rank's part: the sum over ranks is the gradient. No host synchronisation. ValueError
+    for shapes that do not fit, and for an `impl` that cannot be had.
     """
     if anchor_bD.ndim != 2 or other_GD.ndim != 2 or anchor_bD.shape[1] != other_GD.shape[1]:
         raise ValueError(
@@ -116,10 +172,12 @@ def contrastive_cross_entropy(
         raise ValueError(f"scale is {tuple(scale.shape)}, wanted a 0-d tensor")
     if memory_budget_bytes is not None and memory_budget_bytes <= 0:
         raise ValueError(f"memory_budget_bytes is {memory_budget_bytes}, wanted > 0, or None for the default")
-    itemsize = 8 if torch.float64 in (anchor_bD.dtype, other_GD.dtype) else 4
+    widest = torch.promote_types(anchor_bD.dtype, other_GD.dtype)
+    chosen = resolve(impl, anchor_bD.device, widest)
+    itemsize = 2 if chosen == "triton" else 8 if widest == torch.float64 else 4
     most = max(1, (memory_budget_bytes or DEFAULT_BUDGET_BYTES) // (max(1, len(other_GD)) * itemsize))
     chunks = -(-len(anchor_bD) // most) or 1
     step = -(-len(anchor_bD) // chunks) or 1  # equal chunks, not many full ones and a small last one
     with torch.autocast(anchor_bD.device.type, enabled=False):
-        loss: Tensor = _Contrastive.apply(anchor_bD, other_GD, scale, start, step, torch.is_grad_enabled())
+        loss: Tensor = _Contrastive.apply(anchor_bD, other_GD, scale, start, step, chosen, torch.is_grad_enabled())
     return loss

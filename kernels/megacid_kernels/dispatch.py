@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from megacid_kernels.engine import Call, Engine
+from megacid_kernels.problem import IMPLEMENTATIONS
 from megacid_kernels.torch_engine import TorchEngine
 
 Implementation = Literal["torch", "triton"]
@@ -29,7 +30,7 @@ def _why_no_triton() -> str | None:
 @lru_cache
 def _warn_once(why: str) -> None:
     warnings.warn(
-        f"Triton cannot be imported ({why}): the classifier on CUDA computes in plain PyTorch, several times slower; "
+        f"Triton cannot be imported ({why}): losses on CUDA are computed in plain PyTorch, several times slower; "
         'install triton, or say impl="torch" to agree',
         stacklevel=2,
     )
@@ -41,6 +42,8 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Implementati
     dtype: the widest of the inputs. ValueError for "triton" where it cannot be. TRITON_INTERPRET=1, set before the import
     of triton, lets "triton" run on a CPU, for tests.
     """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is {impl!r}, available are {', '.join(map(repr, IMPLEMENTATIONS))}")
     if impl == "auto":
         if device.type != "cuda" or dtype == torch.float64:
             return "torch"

@@ -51,15 +51,21 @@ def _classifier(
         filter_threshold=config.filter_threshold,
         max_rows=rows,
     )
-    chunk = problem.chunk(gathered, rows, used, run.megacid.data.labels_per_sample, 4, device)
     matrices = len(problem.matrices("S")) + len(problem.matrices("T"))
-    per_logit = 4 * max(1, matrices) + (config.filter_threshold is not None)
+    itemsize = 2 if device == "cuda" else 4  # of an exponential in Triton's engine, and in PyTorch's
+    per_logit = itemsize * max(1, matrices) + (config.filter_threshold is not None)
+    held: dict[str, float] = {
+        "classifier rows": local * (embed_dim * 4 + 4),
+        "classifier optimizer": local * (embed_dim * moments + 4 + (12 if config.lazy == "decay" else 0)),
+    }
+    if config.mode == "slab":
+        whole = rows * (used * 8 + gathered * per_logit)
+        return held | {"a slab: rows, logits, gradient": min(problem.budget(device), whole)}
+    chunk = problem.chunk(gathered, rows, used, run.megacid.data.labels_per_sample, itemsize, device)
     gradients = rows * used * 4
     if used < embed_dim or run.accumulation > 1:  # the gradient over all dimensions; the sum of the micro-batches
         gradients += rows * embed_dim * 4
-    return {
-        "classifier rows": local * (embed_dim * 4 + 4),
-        "classifier optimizer": local * (embed_dim * moments + 4 + (12 if config.lazy == "decay" else 0)),
+    return held | {
         "sampled rows": rows * used * 4,
         "their gradient": gradients,
         "their logits": chunk * rows * per_logit,

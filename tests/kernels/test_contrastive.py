@@ -1,6 +1,15 @@
-"""contrastive_cross_entropy against float64 autograd of the written-out formula."""
+"""contrastive_cross_entropy against float64 autograd of the written-out formula.
+
+Triton decides at the import between its compiler and its interpreter. So without a GPU its comparisons run in a process of
+their own, with TRITON_INTERPRET=1 (the first test here starts it on this file); with one they run here, on "cuda".
+"""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +17,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megacid_kernels import contrastive_cross_entropy
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from megacid_kernels.fused import INTERPRET
+
+on_devices = pytest.mark.parametrize("device", ["cpu" if INTERPRET else pytest.param("cuda", marks=pytest.mark.gpu)])
+
+if not INTERPRET:
+
+    def test_every_comparison_holds_in_the_interpreter() -> None:
+        env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 def pairs(anchors: int, candidates: int, width: int, start: int, noise: float) -> tuple[Tensor, Tensor]:
@@ -44,6 +67,26 @@ def test_loss_and_gradients_are_those_of_float64(
             assert (mine.grad.double() - other.grad).norm() <= tolerance * scale * (1 + other.grad.norm())
 
 
+@on_devices
+@pytest.mark.parametrize("scale", [14.3, 100.0])
+def test_triton_is_within_the_gate_of_16_bit_factors(scale: float, device: str) -> None:
+    """In chunks; the mean of the pairs' probabilities is far from 0 and 1, where a gradient would be a difference."""
+    anchors, start, width = 50, 9, 64
+    exact = [*pairs(anchors, 130, width, start, 0.35), torch.tensor(scale, dtype=torch.float64)]
+    tensors = [x.clone().requires_grad_() for x in exact]
+    want = written_out(*tensors, start)
+    want.backward()
+    given = [x.to(device, torch.float32).requires_grad_() for x in exact]
+    loss = contrastive_cross_entropy(*given, start, impl="triton", memory_budget_bytes=130 * 2 * 20)
+    loss.backward()
+    # Eight sigma of a logit whose factors are rounded to fp16, for every anchor.
+    assert abs(loss.item() - want.item()) <= anchors * 8 * 0.58 * scale * 2**-11 / width**0.5
+    for name, mine, other in zip(("anchor", "other", "scale"), given, tensors):
+        assert mine.grad is not None and other.grad is not None
+        error = (mine.grad.cpu().double() - other.grad).norm() / other.grad.norm()
+        assert error <= 2.5e-3, f"gradient of {name} is off by {error:.1e} of its norm"
+
+
 def test_a_confident_pair_keeps_the_digits_of_its_loss() -> None:
     """-ln P of P = 1 - 1e-13 is not 0; a softmax that is normalised first would round it away."""
     anchor, other = torch.eye(2, 8), torch.eye(2, 8)
@@ -77,6 +120,7 @@ def test_only_what_is_asked_for_gets_a_gradient_and_16_bits_are_computed_in_32()
         ({"start": 3}, "start is 3 with 2 anchors and 4 candidates"),
         ({"scale": torch.ones(1)}, r"scale is \(1,\), wanted a 0-d tensor"),
         ({"memory_budget_bytes": 0}, "memory_budget_bytes is 0, wanted > 0"),
+        ({"impl": "cuda"}, "impl is 'cuda'"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict, says: str) -> None:
