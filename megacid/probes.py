@@ -12,7 +12,7 @@ environment, or depends on one; `tests/faults/` does (see `tests/faultplan.py`).
                     before_manifest, before_rename, after_rename, during_prune, after_prune on rank 0
     embed:          partition, image_written, text_written, metadata_written, shard_done, before_meta, done
     cluster:        init, iteration, iteration_saved, labels, labelled, before_meta, after_meta
-                    two levels: coarse, cells, fine, refine, refine_saved
+                    two levels: coarse, cells, start, fine, merge, refine, refine_saved
     balance:        search, cluster, part, listed, pair, across, keep, report, gallery, before_meta, after_meta
     reshard:        tar, before_meta
     eval:           before_result, task_done                synthesize:     before_meta

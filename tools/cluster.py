@@ -32,6 +32,7 @@ from megacid.offline.stopping import StopRequest, run_stage
 from megacid.runtime.lifecycle import die_with_parent
 
 WAIT_S = 7200.0  # ranks on slower disks
+PLUS_PLUS_K = 4096  # clusters up to which a flat k-means++ takes no longer than a few iterations
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -80,8 +81,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--init",
         choices=("random", "k-means++"),
-        help="k-means++ draws from a sample of 32 k rows and takes k steps (default: random; hierarchical: k-means++, "
-        "which is cheap there)",
+        help="k-means++ draws from a sample of 32 k rows and takes k steps (default: k-means++; flat above "
+        f"{PLUS_PLUS_K:,} clusters: random)",
     )
     parser.add_argument(
         "--train-sample",
@@ -90,9 +91,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--backend",
-        choices=("auto", "torch", "faiss"),
+        choices=("auto", "torch", "faiss", "triton"),
         default="auto",
-        help="who finds the nearest centroid; auto is torch",
+        help="who finds the nearest centroid; auto is triton on a GPU, on the CPU faiss for rows of 128 columns or more where it "
+        "is installed, else torch",
     )
     parser.add_argument("--memory-gb", type=float, default=4.0, help="bound on what one rank holds at once (default 4)")
     parser.add_argument(
@@ -119,7 +121,7 @@ def asked(args: argparse.Namespace) -> KMeansSettings:
         iterations=args.iterations,
         tolerance=args.tolerance,
         seed=args.seed,
-        init=args.init or ("k-means++" if args.method == "hierarchical" else "random"),
+        init=args.init or ("k-means++" if args.method == "hierarchical" or args.k <= PLUS_PLUS_K else "random"),
         train_sample=args.train_sample,
         backend=args.backend,
         memory_gb=args.memory_gb,
@@ -132,14 +134,15 @@ def asked(args: argparse.Namespace) -> KMeansSettings:
 def work(args: argparse.Namespace, settings: KMeansSettings | None, parallel: Parallel, stop: StopRequest) -> None:
     with fail_together(parallel.group):
         rows = EmbeddingRows(args.embeddings)
-    if parallel.is_first:
-        print(
-            describe_cost(settings, rows.num_rows, rows.dim, parallel.world, parallel.device)
-            if settings
-            else f"{rows.num_rows:,} rows of width {rows.dim}, labels from the centroids of {args.assign_only}"
-        )
-    else:
-        logging.getLogger("megacid").setLevel(logging.WARNING)
+    with fail_together(parallel.group):
+        if parallel.is_first:
+            print(
+                describe_cost(settings, rows.num_rows, rows.dim, parallel.world, parallel.device)
+                if settings
+                else f"{rows.num_rows:,} rows of width {rows.dim}, labels from the centroids of {args.assign_only}"
+            )
+        else:
+            logging.getLogger("megacid").setLevel(logging.WARNING)
     with (
         tqdm(unit="row", desc="cluster", disable=not parallel.is_first, unit_scale=True) as bar,
         logging_redirect_tqdm(),

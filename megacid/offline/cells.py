@@ -80,27 +80,33 @@ def global_rows(part: int, part_rows: int, inside: np.ndarray) -> np.ndarray:
     return inside.astype(np.int64) + np.int64(part) * np.int64(part_rows)
 
 
-def budgets(sizes: np.ndarray, k: int) -> np.ndarray:
-    """How many of k centroids each cell gets, int64 [C]: its share by size (largest remainder), at least 1 unless it is
-    empty, never more than its rows, k together.
+def budgets(left: list[np.ndarray], k: int) -> np.ndarray:
+    """How many of k centroids each cell gets, int64 [C], k together: each goes where it takes away most summed error.
 
-    sizes: int64 [C]. ValueError unless filled cells <= k <= rows.
+    left: float64 [m] of each cell, the summed error with 1, 2, ... m centroids; empty for an empty cell, which gets none.
+    Every other one gets at least 1. ValueError unless filled cells <= k <= all m together.
     """
-    # Python's integers: rows times k is above 2^63 for data that is not out of reach.
-    size, total = [int(s) for s in sizes], int(sizes.sum())
-    filled = [c for c, s in enumerate(size) if s]
-    if not len(filled) <= k <= total:
-        raise ValueError(f"k is {k}, wanted {len(filled)} filled cells to {total} rows")
-    # k <= total, so the exact share is at most the size, and rounding it up is as well.
-    given = [max(1, k * s // total) if s else 0 for s in size]
-    owed = [k * size[c] - given[c] * total for c in range(len(size))]  # exact share minus given, in 1/total
-    left = k - sum(given)
-    for cell in sorted(filled, key=lambda c: (-owed[c], c))[: max(left, 0)]:
-        given[cell] += 1
-    while left < 0:  # small cells took more than their share: those that have most above theirs give back
-        cell = min((c for c in filled if given[c] > 1), key=lambda c: (owed[c], c))
-        given[cell], owed[cell], left = given[cell] - 1, owed[cell] + total, left + 1
-    return np.array(given, np.int64)
+    filled = sum(len(curve) > 0 for curve in left)
+    if not filled <= k <= sum(map(len, left)):
+        raise ValueError(f"k is {k}, wanted {filled} filled cells to {sum(map(len, left))} centroids")
+    gains = [_falling(curve[:-1] - curve[1:]) for curve in left]
+    cell = np.repeat(np.arange(len(left)), [len(gain) for gain in gains])
+    best = np.argsort(-np.concatenate([*gains, np.empty(0)]), kind="stable")[: k - filled]
+    given = np.bincount(cell[best], minlength=len(left)) + np.array([len(curve) > 0 for curve in left])
+    return given.astype(np.int64)
+
+
+def _falling(gain: np.ndarray) -> np.ndarray:
+    """float64 [m]: the gains with rises averaged away (pool adjacent violators): a large one may come after a small one
+    that was drawn badly, and both have to be taken for it."""
+    pools: list[tuple[float, int]] = []
+    for value in gain.tolist():
+        total, count = value, 1
+        while pools and pools[-1][0] * count <= total * pools[-1][1]:
+            more, others = pools.pop()
+            total, count = total + more, count + others
+        pools.append((total, count))
+    return np.repeat([total / count for total, count in pools], [count for _, count in pools]).astype(np.float64)
 
 
 def deal(work: np.ndarray, world: int) -> np.ndarray:

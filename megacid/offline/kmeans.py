@@ -24,10 +24,11 @@ from torch import Tensor
 
 from megacid.distributed import collectives
 from megacid.errors import UserError
-from megacid.offline.assign import Assigner, Metric, pad_rows, prepare, tile_rows
+from megacid.offline.assign import Assigner, Metric, pad_rows, prepare, product_bytes, tile_rows
 from megacid.offline.kmeans_state import KMeansSettings, KMeansState, load_state, save_state, settled
 from megacid.offline.ranks import share
 from megacid.offline.rows import Rows, SubsetRows, odd_row
+from megacid.offline.seeding import check_memory, initial_centroids, sample_rows
 from megacid.offline.stopping import together
 from megacid.probes import probe
 
@@ -35,26 +36,36 @@ log = logging.getLogger(__name__)
 Group = dist.ProcessGroup | None
 Tick = Callable[[int], None]
 _GRID_BITS = 26
+_READ_BYTES = 8  # of a value while rows are read: fp32 at most, gathered from several files
+_BLOCK_TILES = 64  # read at once: more is no faster
+_NO_LENGTH = 1e-12  # of the mean of unit rows
 _SPLIT = 1 / 1024  # relative step between the two halves of a split cluster
 
 
-def block_rows(n: int, dim: int, settings: KMeansSettings, device: torch.device, extra: int = 0) -> int:
-    """Rows held at once under `memory_gb`; a multiple of the tile. UserError when the bound is below the fixed part.
+def spare_bytes(n: int, dim: int, settings: KMeansSettings, device: torch.device, extra: int = 0) -> int:
+    """Bytes that `memory_gb` leaves for rows. UserError when that is less than a tile of them.
 
     n: rows of this rank; extra: more bytes that are held all the time.
     """
-    tile = tile_rows(device)
-    k = settings.k
-    # centroids fp32 twice and sums fp64 twice (own and reduced), one tile of products, the previous labels
-    fixed = k * dim * (4 + 4 + 8 + 8) + tile * min(k, 16384) * 4 + tile * dim * 16 + 4 * n + extra
-    spare = settings.memory_gb * 1e9 - fixed
-    if spare < tile * dim * 12:
-        need = (fixed + tile * dim * 12) / 1e9
+    tile, k = tile_rows(device), settings.k
+    # centroids fp32 twice and sums fp64 twice (own and reduced), the previous labels
+    fixed = k * dim * (4 + 4 + 8 + 8) + 4 * n + extra
+    # one tile of products; one of rows in fp16, fp32 before and after they are normalised, on the grid, in fp64
+    fixed += product_bytes(k, device) + tile * dim * 32
+    spare, least = int(settings.memory_gb * 1e9) - fixed, tile * dim * _READ_BYTES
+    if spare < least:
+        need = (fixed + least) / 1e9
         raise UserError(
             f"memory bound is {settings.memory_gb:g} GB, {k} clusters of width {dim} need {need:.3g} GB: raise --memory-gb or lower --k"
         )
-    # A row is held as it was read, in fp32, and for a moment a second time while it is normalised.
-    return int(min(spare // (dim * 12), max(n, tile)) // tile * tile) or tile
+    return spare
+
+
+def block_rows(n: int, dim: int, settings: KMeansSettings, device: torch.device, extra: int = 0) -> int:
+    """Rows read at once under `memory_gb`; a multiple of the tile. Arguments and errors: those of `spare_bytes`."""
+    tile = tile_rows(device)
+    tiles = spare_bytes(n, dim, settings, device, extra) // (tile * dim * _READ_BYTES)
+    return min(tiles, _BLOCK_TILES, max(n // tile, 1)) * tile
 
 
 def imbalance_factor(sizes: np.ndarray) -> float:
@@ -80,50 +91,21 @@ def check_rows(
     """Largest absolute value of all rows. UserError on every rank naming the first row with NaN, inf, (cosine) zero norm,
     or with `unit_rows` a length that is not 1."""
     start, stop = share(rows.num_rows, collectives.rank(group), collectives.world_size(group))
-    largest = 0.0
+    largest, tile = 0.0, tile_rows(torch.device("cpu"))
     with together(group):
         for low in range(start, stop, block):
-            x = np.asarray(rows.read(low, min(low + block, stop)), np.float32)
-            found = odd_row(x, zero_is_odd=metric == "cosine" or unit_rows, unit=unit_rows)
-            if found is not None:
-                row, what = found
-                raise UserError(
-                    f"{rows.name(low + row)} {what}, wanted finite rows{' of length 1' if unit_rows else ' of non-zero length' if metric == 'cosine' else ''}: embed that shard again"
-                )
-            largest = max(largest, float(np.abs(x).max(initial=0)))
+            x_BD = rows.read(low, min(low + block, stop))
+            for at in range(0, len(x_BD), tile):
+                x = np.asarray(x_BD[at : at + tile], np.float32)
+                found = odd_row(x, zero_is_odd=metric == "cosine" or unit_rows, unit=unit_rows)
+                if found is not None:
+                    row, what = found
+                    raise UserError(
+                        f"{rows.name(low + at + row)} {what}, wanted finite rows{' of length 1' if unit_rows else ' of non-zero length' if metric == 'cosine' else ''}: delete that file and run tools/embed.py again"
+                    )
+                largest = max(largest, float(np.abs(x).max(initial=0)))
             tick(0)
     return max(collectives.gather_json(largest, group))
-
-
-def _plus_plus_sample(n: int, k: int) -> int:
-    return min(n, max(32 * k, 4096))
-
-
-def initial_centroids(
-    rows: Rows, settings: KMeansSettings, device: torch.device, tick: Tick = lambda rows: None
-) -> Tensor:
-    """fp32 [K, D], the same on every rank; unit rows for the cosine. tick: called with 0 for every drawn row."""
-    rng = np.random.default_rng([settings.seed, 1])
-    if settings.init == "random":
-        chosen = np.sort(rng.choice(rows.num_rows, settings.k, replace=False))
-        return prepare(rows.take(chosen), settings.metric, torch.device("cpu"))
-    count = _plus_plus_sample(rows.num_rows, settings.k)
-    sample = np.sort(rng.choice(rows.num_rows, count, replace=False))
-    x_BD = prepare(rows.take(sample), settings.metric, device)
-    square_B = x_BD.double().pow(2).sum(1)
-    distance_B = torch.full_like(square_B, math.inf)
-    chosen_rows = [int(rng.integers(count))]
-    while len(chosen_rows) < settings.k:
-        tick(0)
-        last = x_BD[chosen_rows[-1]]
-        new_B = (square_B + square_B[chosen_rows[-1]] - 2 * (x_BD @ last).double()).clamp_min(0)
-        new_B[chosen_rows[-1]] = 0
-        distance_B = torch.minimum(distance_B, new_B)
-        cumulative = distance_B.cpu().numpy().cumsum()
-        # Fewer distinct rows than clusters: any row will do, empty clusters are split later.
-        draw = rng.random() * cumulative[-1]
-        chosen_rows.append(min(int(np.searchsorted(cumulative, draw, side="right")), count - 1))
-    return x_BD[chosen_rows].cpu()
 
 
 def split_empty(
@@ -155,28 +137,42 @@ def split_empty(
 
 
 class Accumulator:
-    """Sums of one pass over this rank's rows: flat float64 [K * D + 2 K + 2] = sums, counts, errors, objective, moved rows."""
+    """Sums of one pass over this rank's rows: flat float64 [K * D + 2 K + 2] = sums, counts, values, objective, moved rows.
+
+    Values: the cosine or squared distance of each row to its centroid. Sums and values are whole numbers, in units of
+    1 / `grid`.
+    """
 
     def __init__(self, settings: KMeansSettings, dim: int, device: torch.device, scale: float) -> None:
         k = settings.k
         self.k, self.metric, self.grid = k, settings.metric, 2.0**_GRID_BITS / scale
         self.flat = torch.zeros(k * dim + 2 * k + 2, dtype=torch.float64, device=device)
         self.sums_KD = self.flat[: k * dim].view(k, dim)
-        self.counts_K, self.errors_K = self.flat[k * dim : -2].view(2, k)
+        self.counts_K, self.values_K = self.flat[k * dim : -2].view(2, k)
 
     def add(self, x_TD: Tensor, label_T: Tensor, value_T: Tensor) -> None:
-        self.sums_KD.index_add_(0, label_T, (x_TD.double() * self.grid).round() / self.grid)
+        # A power of two: neither the product nor the rounding loses a bit in fp32.
+        self.sums_KD.index_add_(0, label_T, (x_TD * self.grid).round_().double())
         self.counts_K.index_add_(0, label_T, torch.ones_like(label_T, dtype=torch.float64))
-        error_T = 1 - value_T.double() if self.metric == "cosine" else value_T.double()
-        self.errors_K.index_add_(0, label_T, (error_T * self.grid).round() / self.grid)
-        self.flat[-2] += value_T.double().sum()
+        value_T = value_T.double()
+        self.values_K.index_add_(0, label_T, (value_T * self.grid).round_())
+        self.flat[-2] += value_T.sum()
+
+    def errors(self) -> np.ndarray:
+        """float64 [K] what all rows of a cluster lack of cosine 1, or their squared distances."""
+        error_K = self.values_K / self.grid
+        return (self.counts_K - error_K if self.metric == "cosine" else error_K).cpu().numpy()
+
+    def means(self) -> Tensor:
+        """float64 [K, D] mean row of every cluster, 0 of an empty one; takes the place of the sums."""
+        return self.sums_KD.div_(self.counts_K.clamp_min(1)[:, None] * self.grid)
 
     def objective(self, n: int) -> float:
         """Mean over n rows. Twelve digits are above the noise of the order of additions: every layout decides the same."""
         return float(f"{float(self.flat[-2]) / n:.12g}")
 
 
-def _one_pass(
+def one_pass(
     rows: Rows,
     state: KMeansState,
     settings: KMeansSettings,
@@ -197,9 +193,10 @@ def _one_pass(
     moved = 0
     with together(group):
         for low in range(start, stop, block):
-            x_BD = prepare(rows.read(low, min(low + block, stop)), settings.metric, device)
+            x_BD = rows.read(low, min(low + block, stop))
             for at in range(0, len(x_BD), tile):
-                x_TD = x_BD[at : at + tile]
+                # Tile by tile, from where they were read into the processor's cache.
+                x_TD = prepare(x_BD[at : at + tile], settings.metric, device)
                 value_TL, label_TL = assigner.tile(pad_rows(x_TD, tile))
                 label_T = label_TL[: len(x_TD), 0]
                 total.add(x_TD, label_T, value_TL[: len(x_TD), 0])
@@ -215,16 +212,17 @@ def _one_pass(
 
 def update(state: KMeansState, total: Accumulator, settings: KMeansSettings) -> tuple[np.ndarray, int]:
     """New centroids from the sums; returns (sizes int64 [K], clusters that were empty and were split off another)."""
-    sums_KD, counts_K = total.sums_KD.cpu(), total.counts_K.cpu()
-    sizes = counts_K.numpy().astype(np.int64)
-    # The sum, not the mean, decides a direction: normalising is all a spherical update needs.
-    means = sums_KD / counts_K.clamp_min(1)[:, None]
+    sizes = total.counts_K.cpu().numpy().astype(np.int64)
+    means = total.means().cpu()
+    before, stays = state.centroids, torch.zeros(len(means), dtype=torch.bool)
     if settings.metric == "cosine":
         length = means.norm(dim=1, keepdim=True)
+        means /= length.clamp_min(_NO_LENGTH)
         # Rows that cancel exactly have no direction; the old centroid stays.
-        means = torch.where(length > 1e-12, means / length.clamp_min(1e-12), state.centroids.double())
+        stays = length[:, 0] <= _NO_LENGTH
     state.centroids = means.float()
-    return sizes, split_empty(state.centroids, sizes, total.errors_K.cpu().numpy(), settings, state.iteration)
+    state.centroids[stays] = before[stays]
+    return sizes, split_empty(state.centroids, sizes, total.errors(), settings, state.iteration)
 
 
 def check_amount(n: int, k: int, group: Group = None) -> None:
@@ -266,13 +264,14 @@ def kmeans(
     n = rows.num_rows
     check_amount(n, settings.k, group)
     block = block_rows(math.ceil(n / collectives.world_size(group)), rows.dim, settings, device)
+    check_memory(n, rows.dim, settings)
     largest = check_rows(rows, settings.metric, block, group, unit_rows=unit_rows, tick=tick)
     scale = grid_scale(settings.metric, largest)
     with together(group):
         state = load_state(checkpoint, settings, identity or {}) if checkpoint and checkpoint.exists() else None
     if state is None:
         if settings.init == "k-means++":
-            sample = _plus_plus_sample(n, settings.k)
+            sample = sample_rows(n, settings.k, rows.dim)
             log.info("k-means++: %d centroids from a sample of %d of %d rows", settings.k, sample, n)
         with together(group):
             state = KMeansState(initial_centroids(rows, settings, device, tick))
@@ -286,7 +285,7 @@ def kmeans(
         began = time.monotonic()
         known = bool(len(labels) == 0 or labels[0] >= 0) and state.iteration > 0 and len(state.objective) > 0
         known = not collectives.any_rank(not known, group)
-        total, labels = _one_pass(rows, state, settings, labels, scale, block, device, group, tick)
+        total, labels = one_pass(rows, state, settings, labels, scale, block, device, group, tick)
         state.objective.append(total.objective(n))
         state.iteration += 1
         sizes, empty = update(state, total, settings)

@@ -19,6 +19,8 @@ from megacid.errors import UserError
 from megacid.offline.assign import Backend, Metric, check_backend
 from megacid.offline.files import writing
 
+Init = Literal["random", "k-means++"]
+
 
 @dataclass(frozen=True)
 class KMeansSettings:
@@ -29,7 +31,7 @@ class KMeansSettings:
     iterations: int = 20
     tolerance: float = 0.0  # stop when the objective improves by less than this share; 0: never
     seed: int = 0
-    init: Literal["random", "k-means++"] = "random"
+    init: Init = "random"
     train_sample: int | None = None  # rows used for training; None: all
     backend: Backend = "auto"
     memory_gb: float = 4.0

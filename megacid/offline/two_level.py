@@ -16,8 +16,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from megacid.distributed import collectives
-from megacid.offline.assign import Assigner, pad_rows, prepare, tile_rows
-from megacid.offline.cells import Cells, budgets, by_label, deal
+from megacid.offline.assign import tile_rows
+from megacid.offline.cells import Cells, by_label, deal
 from megacid.offline.files import PartialResults
+from megacid.offline.fine import fine_level
 from megacid.offline.kmeans import (
     Accumulator,
     Group,
@@ -38,14 +39,16 @@ from megacid.offline.kmeans import (
     check_rows,
     grid_scale,
     imbalance_factor,
-    initial_centroids,
     kmeans,
     report,
     training_sample,
     update,
 )
 from megacid.offline.kmeans_state import KMeansSettings, KMeansState, fingerprint, load_state, save_state, settled
-from megacid.offline.rows import Rows, SubsetRows
+from megacid.offline.level_run import LevelRun
+from megacid.offline.merging import NEIGHBOURS, merge_nearest
+from megacid.offline.rows import Rows
+from megacid.offline.seeding import check_memory, more_than
 from megacid.offline.stopping import together
 from megacid.probes import probe
 
@@ -83,6 +86,7 @@ def two_level(
     check_amount(n, settings.k, group)
     extra = _extra_bytes(settings, device)
     block = block_rows(math.ceil(n / collectives.world_size(group)), rows.dim, settings, device, extra)
+    check_memory(n, rows.dim, settings)
     final = replace(settings, iterations=max(settings.refine, 1))
     checkpoint, partial = work / "state.npz", PartialResults(work, _fingerprint(rows, settings, device, identity))
     with together(group):
@@ -92,7 +96,7 @@ def two_level(
         if collectives.rank(group) == 0:
             partial.begin()
     largest = check_rows(rows, settings.metric, block, group, unit_rows=unit_rows, tick=tick)
-    run = _Run(rows, settings, grid_scale(settings.metric, largest), block, device, group, tick)
+    run = LevelRun(rows, settings, grid_scale(settings.metric, largest), block, device, group, tick)
 
     count = cell_count(settings.k)
     log.info("coarse clusters: %d, about the square root of k", count)
@@ -111,7 +115,13 @@ def two_level(
     cells = Cells(partial, n, count, tile_rows(device))
     _assign_cells(run, coarse_CD, cells)
     if state is None:
-        state = KMeansState(_fine(run, cells, partial))
+        centroids_KD, weight_K = fine_level(run, cells, partial, min(n, more_than(settings.k)))
+        probe("cluster:merge")
+        state = KMeansState(
+            merge_nearest(
+                centroids_KD, weight_K, settings.k, settings.metric, lambda c_KD: _neighbours(run, c_KD, coarse_CD)
+            )
+        )
     else:
         log.info("continuing after iteration %d of %d over all clusters", state.iteration, settings.refine)
     if settings.refine:
@@ -133,41 +143,6 @@ def _extra_bytes(settings: KMeansSettings, device: torch.device) -> int:
     return 8 * (count * wanted + settings.k) + min(tile_rows(device), count) * 2 * wanted * 12
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What all stages need."""
-
-    rows: Rows
-    settings: KMeansSettings
-    scale: float
-    block: int
-    device: torch.device
-    group: Group
-    tick: Tick
-
-    @property
-    def rank(self) -> int:
-        return collectives.rank(self.group)
-
-    @property
-    def world(self) -> int:
-        return collectives.world_size(self.group)
-
-    def tiles(self, x_BD: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(place, rows fp32 [at most T, D]) one tile after the other."""
-        tile = tile_rows(self.device)
-        for at in range(0, len(x_BD), tile):
-            yield at, x_BD[at : at + tile]
-
-    def nearest(self, assigner: Assigner, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """(similarity [T], label int64 [T]) of at most one tile of rows."""
-        value_TL, label_TL = assigner.tile(pad_rows(x_TD, tile_rows(self.device)))
-        return value_TL[: len(x_TD), 0], label_TL[: len(x_TD), 0]
-
-    def assigner(self, centroids_KD: Tensor) -> Assigner:
-        return Assigner(centroids_KD, self.settings.metric, self.device, self.settings.backend)
-
-
 def _fingerprint(
     rows: Rows, settings: KMeansSettings, device: torch.device, identity: dict[str, Any]
 ) -> dict[str, Any]:
@@ -176,7 +151,7 @@ def _fingerprint(
     return {name: value for name, value in every.items() if name != "refine_cells"}
 
 
-def _assign_cells(run: _Run, coarse_CD: Tensor, cells: Cells) -> None:
+def _assign_cells(run: LevelRun, coarse_CD: Tensor, cells: Cells) -> None:
     """Find the cell of every row, part by part, parts dealt out over the ranks; opens `cells`."""
     assigner = run.assigner(coarse_CD)
     with together(run.group):
@@ -188,7 +163,7 @@ def _assign_cells(run: _Run, coarse_CD: Tensor, cells: Cells) -> None:
             label = np.empty(stop - start, np.int32)
             for low in range(start, stop, run.block):
                 block = run.rows.read(low, min(low + run.block, stop))
-                for at, x_TD in run.tiles(prepare(block, run.settings.metric, run.device)):
+                for at, x_TD in run.tiles(block):
                     where = slice(low + at - start, low + at - start + len(x_TD))
                     label[where] = run.nearest(assigner, x_TD)[1].cpu().numpy()
                     run.tick(len(x_TD))
@@ -198,98 +173,47 @@ def _assign_cells(run: _Run, coarse_CD: Tensor, cells: Cells) -> None:
         cells.open()
 
 
-def _fine(run: _Run, cells: Cells, partial: PartialResults) -> Tensor:
-    """k-means inside every cell, cells dealt out over the ranks; all centroids fp32 [K, D], in order of the cells."""
-    settings = run.settings
-    budget = budgets(cells.sizes, settings.k)
-    filled = np.flatnonzero(budget)
-    # A cell costs its rows times its centroids; floats, as the product may be above 2^63.
-    rank_of = deal(cells.sizes.astype(np.float64) * budget, run.world)
-    mine = filled[rank_of[filled] == run.rank].tolist()
-    log.info(
-        "%d filled cells of %d to %d rows (imbalance %.3f), %d to %d centroids each",
-        len(filled),
-        cells.sizes[filled].min(),
-        cells.sizes.max(),
-        imbalance_factor(cells.sizes),
-        budget[filled].min(),
-        budget.max(),
-    )
-    began, done = time.monotonic(), 0
-    shapes = {cell: (int(budget[cell]), run.rows.dim) for cell in filled.tolist()}
-    with together(run.group):
-        for number, cell in enumerate(mine, 1):
-            if partial.array(f"fine_{cell:05d}", shapes[cell], "f") is not None:
-                run.tick(int(cells.sizes[cell]) * settings.iterations)
-                continue
-            one = replace(settings, k=int(budget[cell]), seed=_cell_seed(settings.seed, cell), method="flat")
-            centroids_KD = _inside(run, SubsetRows(run.rows, cells.members(cell)), one)
-            partial.save_array(f"fine_{cell:05d}", centroids_KD.numpy())
-            probe("cluster:fine", step=cell)
-            run.tick(0)
-            done += 1
-            if number == len(mine) or number * 10 // len(mine) > (number - 1) * 10 // len(mine):
-                seconds = time.monotonic() - began
-                left = seconds / done * (len(mine) - number)
-                log.info("cells %d/%d of this rank: %.1f s, %.0f s to go", number, len(mine), seconds, left)
-    with together(run.group):
-        parts = [(cell, partial.array(f"fine_{cell:05d}", shape, "f")) for cell, shape in shapes.items()]
-        missing = [cell for cell, part in parts if part is None]
-        if missing:
-            raise RuntimeError(f"the centroids of the cells {missing} are missing in {partial.folder}")
-        return torch.from_numpy(np.concatenate([part for _, part in parts if part is not None]))
+def _by_cell(run: LevelRun, centroids_KD: Tensor, coarse_CD: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(centroids in order of the cell they lie in int64 [K], first place of each cell int64 [C + 1])."""
+    assigner, cell_K = run.assigner(coarse_CD), []
+    # Every rank does all of this with the same shapes: no need to fill up the last tile.
+    for _, x_TD in run.pieces(centroids_KD):
+        cell_K.append(assigner.tile(x_TD.to(run.device))[1][:, 0].cpu().numpy())
+    return by_label(np.concatenate(cell_K), len(coarse_CD))
 
 
-def _cell_seed(seed: int, cell: int) -> int:
-    return int(np.random.SeedSequence([seed, 3, cell]).generate_state(1, np.uint64)[0])
-
-
-def _inside(run: _Run, members: Rows, settings: KMeansSettings) -> Tensor:
-    """Centroids fp32 [k, D] of the rows of one cell, on this rank alone. Rows are held when `memory_gb` allows it, else
-    read again in every iteration: the same result."""
-    n = members.num_rows
-    block = block_rows(n, members.dim, settings, run.device)
-    state = KMeansState(initial_centroids(members, settings, run.device, run.tick))
-    held = prepare(members.read(0, n), settings.metric, run.device) if block >= n else None
-    # The mean of everything does not move.
-    for _ in range(settings.iterations if settings.k > 1 else 1):
-        assigner = run.assigner(state.centroids)
-        total = Accumulator(settings, members.dim, run.device, run.scale)
-        for low in range(0, n, block):
-            x_BD = held if held is not None else prepare(members.read(low, low + block), settings.metric, run.device)
-            for _at, x_TD in run.tiles(x_BD):
-                value_T, label_T = run.nearest(assigner, x_TD)
-                total.add(x_TD, label_T, value_T)
-                run.tick(len(x_TD))
-        state.objective.append(total.objective(n))
-        state.iteration += 1
-        update(state, total, settings)
-        if settled(state.objective, settings):
-            break
-    return state.centroids
-
-
-def _candidates(run: _Run, centroids_KD: Tensor, coarse_CD: Tensor) -> list[Tensor]:
+def _candidates(run: LevelRun, centroids_KD: Tensor, coarse_CD: Tensor) -> list[Tensor]:
     """For every cell the centroids its rows are compared with, int64, ascending: those that lie in it, and those nearest
     to its middle, as many as `refine_cells` cells have on average. Found anew in every iteration, as centroids move.
     """
     wanted, count = _near_middle(run.settings), len(coarse_CD)
     if wanted == 0:
         return [torch.arange(len(centroids_KD))] * count
-    to_cells, to_fine, cell_K, nearest = run.assigner(coarse_CD), run.assigner(centroids_KD), [], []
-    # Every rank does all of this with the same shapes: no need to fill up the last tile.
-    for _, x_TD in run.tiles(centroids_KD):
-        cell_K.append(to_cells.tile(x_TD.to(run.device))[1][:, 0].cpu().numpy())
-    for _, x_TD in run.tiles(coarse_CD):
-        nearest.append(to_fine.tile(x_TD.to(run.device), wanted)[1].cpu().numpy())
-    order, begins = by_label(np.concatenate(cell_K), count)
+    assigner, nearest = run.assigner(centroids_KD), []
+    for _, x_TD in run.pieces(coarse_CD):
+        nearest.append(assigner.tile(x_TD.to(run.device), wanted)[1].cpu().numpy())
+    order, begins = _by_cell(run, centroids_KD, coarse_CD)
     found = []
     for cell, near in enumerate(np.concatenate(nearest)):
         found.append(torch.from_numpy(np.union1d(near, order[begins[cell] : begins[cell + 1]])))
     return found
 
 
-def _refine(run: _Run, cells: Cells, coarse_CD: Tensor, state: KMeansState, save: Callable[[], None]) -> None:
+def _neighbours(run: LevelRun, centroids_KD: Tensor, coarse_CD: Tensor) -> Tensor:
+    """int64 [K, M]: the nearest of each centroid's candidates; itself where there are not so many."""
+    order, begins = _by_cell(run, centroids_KD, coarse_CD)
+    near_KM = torch.arange(len(centroids_KD))[:, None].repeat(1, NEIGHBOURS + 1)
+    for cell, ids in enumerate(_candidates(run, centroids_KD, coarse_CD)):
+        own = torch.from_numpy(order[begins[cell] : begins[cell + 1]])
+        assigner = run.assigner(centroids_KD[ids])
+        for at, x_TD in run.pieces(centroids_KD[own]):
+            found = assigner.tile(x_TD.to(run.device), min(NEIGHBOURS + 1, len(ids)))[1].cpu()
+            near_KM[own[at : at + len(x_TD)], : found.shape[1]] = ids[found]
+        run.tick(0)
+    return near_KM
+
+
+def _refine(run: LevelRun, cells: Cells, coarse_CD: Tensor, state: KMeansState, save: Callable[[], None]) -> None:
     """Lloyd's iterations over all K, cells dealt out over the ranks; changes `state` in place. save: called on rank 0."""
     settings, n = run.settings, run.rows.num_rows
     rank_of = deal(cells.sizes, run.world)
@@ -308,7 +232,7 @@ def _refine(run: _Run, cells: Cells, coarse_CD: Tensor, state: KMeansState, save
                 assigner = run.assigner(state.centroids[candidates[cell]])
                 for low in range(0, len(members), run.block):
                     block = run.rows.take(members[low : low + run.block])
-                    for at, x_TD in run.tiles(prepare(block, settings.metric, run.device)):
+                    for at, x_TD in run.tiles(block):
                         value_T, place_T = run.nearest(assigner, x_TD)
                         label_T = ids[place_T]
                         total.add(x_TD, label_T, value_T)

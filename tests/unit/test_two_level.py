@@ -56,28 +56,33 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- budgets and cells -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_budgets_follow_the_sizes_and_add_up(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(5))
+def test_budgets_go_where_most_error_is_taken_away(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    sizes = np.floor(rng.lognormal(2, 2, 40)).astype(np.int64)
-    filled, total = int((sizes > 0).sum()), int(sizes.sum())
-    for k in (filled, filled + 1, (filled + total) // 2, total - 1, total):
-        given = budgets(sizes, k)
+    # Falling gains, as k-means has them in a cell: then the greedy choice is the best of all choices.
+    gains = [np.sort(rng.lognormal(0, 2, m))[::-1] for m in rng.integers(0, 6, 5)]
+    left = [gain.sum() - np.cumsum(gain) + 1 for gain in gains]
+    filled, most = sum(len(curve) > 0 for curve in left), sum(map(len, left))
+    choices = [range(1, len(curve) + 1) if len(curve) else [0] for curve in left]
+    for k in {filled, (filled + most) // 2, most}:
+        given = budgets(left, k)
         assert given.sum() == k
-        assert ((given >= 1) == (sizes > 0)).all() and (given <= sizes).all()
-        exact = sizes * k / total
-        # Whoever is above the floor of 1 has its share, less what the small ones took.
-        taken = np.maximum(1 - exact[sizes > 0], 0).sum()
-        assert (given[given > 1] < exact[given > 1] + 1).all() and (given > exact - 1 - taken).all()
 
+        def error(counts: tuple[int, ...]) -> float:
+            return sum(curve[count - 1] for curve, count in zip(left, counts) if count)
 
-def test_budgets_by_largest_remainder() -> None:
-    assert budgets(np.array([50, 30, 20]), 7).tolist() == [4, 2, 1]  # 3.5, 2.1, 1.4
-    assert budgets(np.array([0, 97, 1, 1, 1]), 5).tolist() == [0, 2, 1, 1, 1]
-    assert budgets(np.array([2, 2, 2]), 4).tolist() == [2, 1, 1]
-    for k in (1, 7):
+        best = min(error(counts) for counts in itertools.product(*choices) if sum(counts) == k)
+        assert error(tuple(given)) == pytest.approx(best)
+    for k in (filled - 1, most + 1):
         with pytest.raises(ValueError, match="filled cells"):
-            budgets(np.array([2, 0, 4]), k)
+            budgets(left, k)
+
+
+def test_budgets_average_a_gain_that_comes_late() -> None:
+    # The second centroid of cell 0 was drawn badly, the third one shows what it lacked.
+    late, even = np.array([10.0, 10.0, 2.0]), np.array([10.0, 7.0, 4.0])
+    assert budgets([late, even], 4).tolist() == [3, 1]
+    assert budgets([np.empty(0), late, np.array([5.0])], 2).tolist() == [0, 1, 1]
 
 
 def test_cells_hold_every_row_once(tmp_path: Path) -> None:
@@ -147,7 +152,7 @@ def test_ranks_and_memory_give_the_same_bits(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(module, "COARSE_POINTS", 64)
     settings = replace(HIERARCHICAL, refine_cells=3)
     alone = two_level(ArrayRows(x), settings, tmp_path / "alone")
-    tight = two_level(ArrayRows(x), replace(settings, memory_gb=0.00078), tmp_path / "tight")
+    tight = two_level(ArrayRows(x), replace(settings, memory_gb=0.00125), tmp_path / "tight")
     assert torch.equal(tight.centroids, alone.centroids) and tight.objective == alone.objective
     for world in (2, 4):
         for centroids, objective in run_ranks(_on_ranks, world, x, settings, tmp_path / str(world)):
@@ -243,7 +248,7 @@ def test_labels_above_2_to_the_18() -> None:
     total = Accumulator(KMeansSettings(k=k), 6, CPU, 8.0)
     total.add(centroids[wanted], wanted, value[:, 0])
     assert total.counts_K.nonzero()[:, 0].tolist() == wanted.tolist()
-    torch.testing.assert_close(total.sums_KD[wanted].float(), centroids[wanted], rtol=0, atol=1e-6)
+    torch.testing.assert_close(total.means()[wanted].float(), centroids[wanted], rtol=0, atol=1e-6)
     order, begins = by_label(wanted.numpy(), k)
     assert order.tolist() == list(range(6)) and begins[-1] == 6 and begins[262_144] == 2
 
@@ -251,7 +256,7 @@ def test_labels_above_2_to_the_18() -> None:
 def test_sums_of_ten_million_clusters_have_their_places() -> None:
     total = Accumulator(KMeansSettings(k=LARGE_K), 768, torch.device("meta"), 1.0)
     assert total.flat.numel() == LARGE_K * 770 + 2 > 2**31
-    assert total.sums_KD.shape == (LARGE_K, 768) and total.counts_K.shape == total.errors_K.shape == (LARGE_K,)
+    assert total.sums_KD.shape == (LARGE_K, 768) and total.counts_K.shape == total.values_K.shape == (LARGE_K,)
     assert total.counts_K.storage_offset() == LARGE_K * 768
 
 
@@ -259,8 +264,7 @@ def test_products_of_rows_and_clusters_above_2_to_the_31() -> None:
     rng = np.random.default_rng(0)
     assert cell_count(LARGE_K) == 3162
     sizes = rng.multinomial(LARGE_N, np.full(3162, 1 / 3162)).astype(np.int64)
-    given = budgets(sizes, LARGE_K)
-    assert given.sum() == LARGE_K and np.abs(given - sizes * (LARGE_K / LARGE_N)).max() <= 1
+    given = sizes * LARGE_K // LARGE_N
     assert int(sizes.max()) * int(given.max()) < 2**63  # what a cell costs
     rank_of = deal(sizes.astype(np.float64) * given, 64)
     load = np.bincount(rank_of, weights=sizes.astype(np.float64) * given)

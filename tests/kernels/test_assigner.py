@@ -1,0 +1,73 @@
+"""k-means' assignment through Triton's kernel, against PyTorch.
+
+Triton decides at the import between its compiler and its interpreter. So without a GPU the comparisons run in a process of
+their own, with TRITON_INTERPRET=1 (the first test here starts it on this file); with one they run here, on "cuda".
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megacid.errors import UserError
+from megacid.offline.assign import Assigner, prepare
+from megacid.offline.kmeans import KMeansSettings, kmeans
+from megacid.offline.rows import ArrayRows
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from megacid_kernels.fused import INTERPRET
+
+on_devices = pytest.mark.parametrize("device", ["cpu" if INTERPRET else pytest.param("cuda", marks=pytest.mark.gpu)])
+
+if not INTERPRET:
+
+    def test_every_comparison_holds_in_the_interpreter() -> None:
+        env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
+
+    def test_a_cpu_is_refused_with_a_remedy() -> None:
+        with pytest.raises(UserError, match=r"backend is 'triton', which cannot be had here .*take --backend torch"):
+            Assigner(torch.eye(3), "cosine", torch.device("cpu"), "triton")
+
+
+def some(n: int, dim: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(n, dim)).astype(np.float32)
+
+
+@on_devices
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_labels_lose_no_more_than_their_rounding(metric: Any, device: str) -> None:
+    where = torch.device(device)
+    x_TD, c_KD = (prepare(some(n, 48, seed), metric, where) for n, seed in ((300, 0), (70, 1)))
+    value_T, label_T = (found[:, 0] for found in Assigner(c_KD, metric, where, "triton").tile(x_TD))
+    best_TL, want_TL = Assigner(c_KD, metric, where, "torch").tile(x_TD, 2)
+    torch.testing.assert_close(value_T, best_TL[:, 0], rtol=1e-3, atol=1e-3)
+    # Another label only where the second best is as good.
+    other = label_T != want_TL[:, 0]
+    assert other.float().mean() < 0.05 and torch.equal(label_T[other], want_TL[other, 1])
+    assert ((best_TL[other, 0] - best_TL[other, 1]).abs() < 2e-3).all()
+    # Several labels are PyTorch's.
+    several = Assigner(c_KD, metric, where, "triton").tile(x_TD, 3)[1]
+    assert torch.equal(several[:, :2], want_TL)
+
+
+@on_devices
+def test_a_fit_does_not_depend_on_the_memory_it_may_use(device: str) -> None:
+    rows = ArrayRows(some(2500, 32, 2).astype(np.float16))
+    settings = KMeansSettings(k=6, iterations=3, backend="triton")
+    whole = kmeans(rows, settings, device=device)
+    tight = kmeans(rows, replace(settings, memory_gb=1.0 if device == "cuda" else 0.0025), device=device)
+    assert torch.equal(whole.centroids, tight.centroids) and whole.objective == tight.objective
+    want = kmeans(rows, replace(settings, backend="torch"), device=device)
+    assert whole.objective[-1] == pytest.approx(want.objective[-1], abs=2e-3)
