@@ -1,36 +1,23 @@
 """contrastive_cross_entropy against float64 autograd of the written-out formula.
 
-Triton decides at the import between its compiler and its interpreter. So without a GPU its comparisons run in a process of
-their own, with TRITON_INTERPRET=1 (the first test here starts it on this file); with one they run here, on "cuda".
+Without a GPU in Triton's interpreter, see `interpreter.py`.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import assert_holds_in_the_interpreter, on_devices
 from torch import Tensor
 from torch.nn import functional as F
 
 from megacid_kernels import contrastive_cross_entropy
-
-pytest.importorskip("triton", reason="Triton is not installed")
-
 from megacid_kernels.fused import INTERPRET
-
-on_devices = pytest.mark.parametrize("device", ["cpu" if INTERPRET else pytest.param("cuda", marks=pytest.mark.gpu)])
 
 if not INTERPRET:
 
     def test_every_comparison_holds_in_the_interpreter() -> None:
-        env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
+        assert_holds_in_the_interpreter(__file__)
 
 
 def pairs(anchors: int, candidates: int, width: int, start: int, noise: float) -> tuple[Tensor, Tensor]:

@@ -1,38 +1,31 @@
 """Both engines under every schedule: Triton against float64 and PyTorch, slabs and losses alone against row mode, the
 classifier's step through Triton, ranks.
 
-Triton decides at the import between its compiler and its interpreter. So without a GPU its comparisons run in a process of
-their own, with TRITON_INTERPRET=1 (the first test here starts it on this file); with one they run here, on "cuda".
+Without a GPU in Triton's interpreter, see `interpreter.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from harness import run_ranks
+from interpreter import assert_holds_in_the_interpreter, on_devices
 from torch import Tensor
 
 from megacid import Margin, PartialFC, RowAdamW, RowSGD
 from megacid.distributed.collectives import rank, world_size
 from megacid.errors import UserError
 from megacid_kernels import Discrimination, Gradients, Problem, Weights, discrimination_with_gradients
-from megacid_kernels.torch_engine import TorchBlock
-
-pytest.importorskip("triton", reason="Triton is not installed")
-
 from megacid_kernels.fused import INTERPRET, tiles_for
 from megacid_kernels.fused.gemm import product_fp32
 from megacid_kernels.fused.tuning import TABLE_VARIABLE, as_json
+from megacid_kernels.torch_engine import TorchBlock
 
-on_devices = pytest.mark.parametrize("device", ["cpu" if INTERPRET else pytest.param("cuda", marks=pytest.mark.gpu)])
 in_pytorch = pytest.mark.skipif(INTERPRET, reason="runs in the outer process")
 
 BATCH, CLASSES, WIDTH = 24, 150, 48
@@ -53,10 +46,7 @@ TERMS: dict[str, tuple[Weights, int, bool, float | None]] = {
 if not INTERPRET:
 
     def test_every_comparison_holds_in_the_interpreter() -> None:
-        env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
+        assert_holds_in_the_interpreter(__file__, timeout_s=500)
 
 
 def inputs(labels: int, bias: bool, classes: int = CLASSES) -> dict[str, Tensor | None]:

@@ -1,7 +1,6 @@
 """The Triton kernels of the head, megacid_kernels.fused, against float64 and against plain PyTorch at the same dtypes.
 
-Triton decides at the import between its compiler and its interpreter. So without a GPU the comparisons run in a process of
-their own, with TRITON_INTERPRET=1 (the first test here starts it on this file); with one they run here, on "cuda".
+Without a GPU in Triton's interpreter, see `interpreter.py`.
 """
 
 from __future__ import annotations
@@ -10,17 +9,13 @@ import dataclasses
 import importlib
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from interpreter import assert_holds_in_the_interpreter, on_devices
 from torch import Tensor
-
-pytest.importorskip("triton", reason="Triton is not installed")
 
 from megacid.classifier.margin import Margin
 from megacid_kernels import Problem
@@ -46,7 +41,6 @@ from megacid_kernels.fused import (
 from megacid_kernels.labels import locate
 
 HERE = "cpu" if INTERPRET else "cuda"
-on_devices = pytest.mark.parametrize("device", [HERE if INTERPRET else pytest.param(HERE, marks=pytest.mark.gpu)])
 SMALL = ProductTile(rows=32, columns=64, depth=32, warps=4, stages=2, group=2)
 IN_PLACE = Tile(rows=64, block=16, warps=4)  # a strip is 128 columns: most cases have several
 # The interpreter pays by the program: more rows in each.
@@ -55,10 +49,7 @@ MANY_ROWS = Tile(rows=64, block=512, warps=8) if INTERPRET else None
 if not INTERPRET:
 
     def test_every_comparison_holds_in_the_interpreter() -> None:
-        env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
+        assert_holds_in_the_interpreter(__file__)
 
 
 def numbers(*shape: int, seed: int) -> Tensor:

@@ -1,28 +1,21 @@
 """The Triton kernels of megacid_kernels.fused against float64 and against the row optimizers in PyTorch.
 
-Triton decides at the import between its compiler and its interpreter. So without a GPU the comparisons run in a process of
-their own, with TRITON_INTERPRET=1 (the first test here starts it on this file); with one they run here, on "cuda".
+Without a GPU in Triton's interpreter, see `interpreter.py`.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from interpreter import assert_holds_in_the_interpreter, on_devices
 from torch import Tensor
 
 from megacid.classifier.row_optimizer import RowAdamW, RowOptimizer, RowSGD
 from megacid.classifier.row_state import round_to_bf16, rounding_bits, rounding_keys
-
-pytest.importorskip("triton", reason="Triton is not installed")
-
 from megacid_kernels.fused import (
     INTERPRET,
     AdamWFactors,
@@ -35,7 +28,6 @@ from megacid_kernels.fused import (
     unit_rows,
 )
 
-on_devices = pytest.mark.parametrize("device", ["cpu" if INTERPRET else pytest.param("cuda", marks=pytest.mark.gpu)])
 # (L, S, D): one row, rows that fill no tile, widths that are no multiple of 4 or of a block. The tile is the default, or
 # one with several blocks per row, as the default has above 4096 columns.
 SHAPES: list[tuple[int, int, int, Tile | None]] = [
@@ -56,10 +48,7 @@ shapes = pytest.mark.parametrize(("num_local", "sampled", "width", "tile"), SHAP
 if not INTERPRET:
 
     def test_every_comparison_holds_in_the_interpreter() -> None:
-        env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
+        assert_holds_in_the_interpreter(__file__)
 
     def test_a_cpu_without_the_interpreter_is_refused() -> None:
         with pytest.raises(ValueError, match="the tensors are on the cpu, wanted a GPU"):
