@@ -18,6 +18,7 @@ torch.set_num_threads(1)
 TOGETHER = {"test_aot", "test_classification", "test_export", "test_offline", "test_resume_everywhere"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in TOGETHER:

@@ -123,7 +123,9 @@ def all_stages(stage: Path) -> None:
         "shards_digest": index.digest,
     }
     embed.embed(index, load_clip(model), stage / "emb2", parallel, settings=settings, batch_size=5, workers=0)
-    cluster(stage / "emb2", stage / "clusters2", KMeansSettings(k=4, iterations=4), parallel, top_labels=2)
+    cluster(
+        stage / "emb2", stage / "clusters2", KMeansSettings(k=4, iterations=4, init="k-means++"), parallel, top_labels=2
+    )
     balance(stage / "emb2", stage / "clusters2", stage / "balance2", BalanceSettings(threshold=0.02), parallel)
 
 
