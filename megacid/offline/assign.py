@@ -41,8 +41,9 @@ def chosen_backend(backend: Backend, device: torch.device, dim: int) -> Backend:
     installed; else torch. A rule, not a measurement in every run: they round differently, and a run that goes on has to
     give the same bits. For a GPU nothing has been measured yet (`tools/bench.py --suite assignment`).
 
-    Measured (`tools/bench.py --suite kmeans`, AMD EPYC, 4,096 centroids): an iteration costs 1.04 times faiss's assignment
-    with faiss and 1.13 times with torch (MKL) at D = 256; at D = 64 torch's products take 0.7 times as long as faiss.
+    Measured (`tools/bench.py --suite kmeans`, AMD EPYC, 4,096 centroids): an iteration costs 1.04 to 1.06 times faiss's
+    assignment with faiss and 1.13 (one thread) to 1.27 times (two) with torch's MKL at D = 256; at D = 64 torch's products
+    take 0.7 times as long as faiss.
     """
     if backend != "auto":
         return backend

@@ -24,7 +24,15 @@ from torch import Tensor
 
 from megacid.distributed import collectives
 from megacid.errors import UserError
-from megacid.offline.assign import Assigner, Metric, pad_rows, prepare, product_bytes, tile_rows
+from megacid.offline.assign import (
+    Assigner,
+    Metric,
+    chosen_backend,
+    pad_rows,
+    prepare,
+    product_bytes,
+    tile_rows,
+)
 from megacid.offline.kmeans_state import KMeansSettings, KMeansState, load_state, save_state, settled
 from megacid.offline.ranks import share
 from megacid.offline.rows import Rows, SubsetRows, odd_row
@@ -38,8 +46,16 @@ Tick = Callable[[int], None]
 _GRID_BITS = 26
 _READ_BYTES = 8  # of a value while rows are read: fp32 at most, gathered from several files
 _BLOCK_TILES = 64  # read at once: more is no faster
+_FAISS_TILES = 4
 _NO_LENGTH = 1e-12  # of the mean of unit rows
 _SPLIT = 1 / 1024  # relative step between the two halves of a split cluster
+
+
+def pass_rows(settings: KMeansSettings, dim: int, device: torch.device) -> int:
+    """Rows of one tile of a pass over all of them. For faiss more than elsewhere: its threads and torch's, which wait
+    for each other's cores after every search, then take turns less often."""
+    by_faiss = device.type == "cpu" and chosen_backend(settings.backend, device, dim) == "faiss"
+    return tile_rows(device) * (_FAISS_TILES if by_faiss else 1)
 
 
 def spare_bytes(n: int, dim: int, settings: KMeansSettings, device: torch.device, extra: int = 0) -> int:
@@ -47,7 +63,7 @@ def spare_bytes(n: int, dim: int, settings: KMeansSettings, device: torch.device
 
     n: rows of this rank; extra: more bytes that are held all the time.
     """
-    tile, k = tile_rows(device), settings.k
+    tile, k = pass_rows(settings, dim, device), settings.k
     # centroids fp32 twice and sums fp64 twice (own and reduced), the previous labels
     fixed = k * dim * (4 + 4 + 8 + 8) + 4 * n + extra
     # one tile of products; one of rows in fp16, fp32 before and after they are normalised, on the grid, in fp64
@@ -62,8 +78,8 @@ def spare_bytes(n: int, dim: int, settings: KMeansSettings, device: torch.device
 
 
 def block_rows(n: int, dim: int, settings: KMeansSettings, device: torch.device, extra: int = 0) -> int:
-    """Rows read at once under `memory_gb`; a multiple of the tile. Arguments and errors: those of `spare_bytes`."""
-    tile = tile_rows(device)
+    """Rows read at once under `memory_gb`; a multiple of `pass_rows`. Arguments and errors: those of `spare_bytes`."""
+    tile = pass_rows(settings, dim, device)
     tiles = spare_bytes(n, dim, settings, device, extra) // (tile * dim * _READ_BYTES)
     return min(tiles, _BLOCK_TILES, max(n // tile, 1)) * tile
 
@@ -184,7 +200,7 @@ def one_pass(
     tick: Callable[[int], None],
 ) -> tuple[Accumulator, np.ndarray]:
     """Assign this rank's rows and add them up; `previous` (int32, this rank's rows, -1 unknown) is brought up to date."""
-    tile = tile_rows(device)
+    tile = pass_rows(settings, rows.dim, device)
     assigner = Assigner(state.centroids, settings.metric, device, settings.backend)
     total = Accumulator(settings, rows.dim, device, scale)
     tiles = math.ceil(rows.num_rows / tile)
@@ -278,9 +294,10 @@ def kmeans(
             probe("cluster:init")
     else:
         log.info("continuing after iteration %d of %d", state.iteration, settings.iterations)
-    tiles = math.ceil(n / tile_rows(device))
+    tile = pass_rows(settings, rows.dim, device)
+    tiles = math.ceil(n / tile)
     first, last = share(tiles, collectives.rank(group), collectives.world_size(group))
-    labels = np.full(max(0, min(last * tile_rows(device), n) - first * tile_rows(device)), -1, np.int32)
+    labels = np.full(max(0, min(last * tile, n) - first * tile), -1, np.int32)
     while state.iteration < settings.iterations and not state.stopped:
         began = time.monotonic()
         known = bool(len(labels) == 0 or labels[0] >= 0) and state.iteration > 0 and len(state.objective) > 0

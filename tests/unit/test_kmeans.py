@@ -1,5 +1,6 @@
 """k-means against faiss, against a float64 reference, and against itself cut, split and blocked differently."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,13 +87,14 @@ class CountingRows(ArrayRows):
         return super().read(start, stop)
 
 
-def test_memory_bound_changes_the_blocks_and_not_a_bit_of_the_result() -> None:
-    x = blobs(5000, unit=False)
-    settings = KMeansSettings(k=15, metric="euclidean", iterations=5, memory_gb=1.0)
+@pytest.mark.parametrize(("backend", "tight_gb", "tile"), [("torch", 0.0009, 1024), ("faiss", 0.003, 4096)])
+def test_memory_bound_changes_the_blocks_and_not_a_bit_of_the_result(backend: str, tight_gb: float, tile: int) -> None:
+    x = blobs(9000, unit=False)
+    settings = KMeansSettings(k=15, metric="euclidean", iterations=5, memory_gb=1.0, backend=backend)
     large, small = CountingRows(x), CountingRows(x)
     whole = kmeans(large, settings)
-    parts = kmeans(small, KMeansSettings(k=15, metric="euclidean", iterations=5, memory_gb=0.0008))
-    assert small.largest == 1024 < large.largest
+    parts = kmeans(small, replace(settings, memory_gb=tight_gb))
+    assert small.largest == tile < large.largest
     assert torch.equal(whole.centroids, parts.centroids)
     assert whole.objective == parts.objective
     with pytest.raises(UserError, match="memory-gb"):
@@ -104,10 +106,10 @@ def _on_ranks(x: np.ndarray, settings: KMeansSettings) -> tuple[torch.Tensor, li
     return state.centroids, state.objective
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_give_the_same_bits(world: int) -> None:
-    x = blobs(4500)
-    settings = KMeansSettings(k=10, iterations=4)
+@pytest.mark.parametrize(("world", "backend"), [(2, "torch"), (3, "torch"), (3, "faiss")])
+def test_ranks_give_the_same_bits(world: int, backend: str) -> None:
+    x = blobs(9000)
+    settings = KMeansSettings(k=10, iterations=4, backend=backend)
     alone = kmeans(ArrayRows(x), settings)
     for centroids, objective in run_ranks(_on_ranks, world, x, settings):
         assert torch.equal(centroids, alone.centroids)
