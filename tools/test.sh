@@ -13,5 +13,5 @@ echo "test: mypy"
 "$bin/mypy" || { echo 'test: step "mypy" failed. remedy: correct the types named above' >&2; exit 1; }
 # Many tests wait for ranks, time limits or disks: one worker more than there are cores.
 workers=$(($(nproc) < 8 ? $(nproc) + 1 : 8))
-echo "test: pytest, $workers workers (about 8 minutes on 2 cores)"
+echo "test: pytest, $workers workers (about 11 minutes on 2 cores)"
 exec "$bin/python" -m pytest -n $workers --dist loadgroup --durations=15 "$@"
