@@ -14,15 +14,9 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-# Files whose fixtures take longer than most tests: their tests stay together when several workers share the suite.
-TOGETHER = {"test_aot", "test_classification", "test_export", "test_offline", "test_resume_everywhere"}
 
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.stem in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if "slow" in item.keywords and "slow" not in (config.getoption("markexpr") or ""):

@@ -11,7 +11,9 @@ echo "test: ruff"
 "$bin/ruff" check . || { echo 'test: step "ruff" failed. remedy: .venv/bin/ruff check --fix .' >&2; exit 1; }
 echo "test: mypy"
 "$bin/mypy" || { echo 'test: step "mypy" failed. remedy: correct the types named above' >&2; exit 1; }
-# Many tests wait for ranks, time limits or disks: one worker more than there are cores.
-workers=$(($(nproc) < 8 ? $(nproc) + 1 : 8))
+# Many tests wait for ranks, time limits or disks: one worker more than there are cores. Each begins with a run of files, so
+# that their fixtures are made once.
+cores=$(env -u OMP_NUM_THREADS nproc)
+workers=$((cores < 8 ? cores + 1 : 8))
 echo "test: pytest, $workers workers (about 11 minutes on 2 cores)"
-exec "$bin/python" -m pytest -n $workers --dist loadgroup --durations=15 "$@"
+exec "$bin/python" -m pytest -n $workers --dist worksteal --durations=15 "$@"
