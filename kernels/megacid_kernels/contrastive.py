@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megacid_kernels.dispatch import resolve
+from megacid_kernels.epilogue import one_label, over_z
+from megacid_kernels.problem import equal_chunk
 
 DEFAULT_BUDGET_BYTES = 1 << 28
 
@@ -91,11 +93,10 @@ class _Sums:
         scaled_cD, pair_cD = self.anchor[part] * self.scale, self.other[own]
         target_c = torch.linalg.vecdot(scaled_cD, pair_cD)
         found = self.candidates.negatives(scaled_cD, target_c, own.start)
-        log_n, target_c = found.sums.log(), target_c - found.shift
-        d = log_n - target_c
-        self.loss += torch.logaddexp(d, torch.zeros_like(d)).sum()
-        inverse_z = torch.exp(-torch.logaddexp(log_n, target_c))[:, None]
-        pull = torch.sigmoid(d)[:, None]
+        softmax = one_label(found.sums, target_c[:, None], found.shift)
+        self.loss += softmax.loss.sum()
+        inverse_z = over_z(torch.ones_like(target_c), softmax.log_z)[:, None]
+        pull = softmax.pull
         if self.grad_anchor is not None:
             grad = self.candidates.product(found.matrix).mul_(inverse_z)
             self.grad_anchor[part] = grad.addcmul_(pull, pair_cD, value=-1).mul_(self.scale)
@@ -176,8 +177,7 @@ def contrastive_cross_entropy(
     chosen = resolve(impl, anchor_bD.device, widest)
     itemsize = 2 if chosen == "triton" else 8 if widest == torch.float64 else 4
     most = max(1, (memory_budget_bytes or DEFAULT_BUDGET_BYTES) // (max(1, len(other_GD)) * itemsize))
-    chunks = -(-len(anchor_bD) // most) or 1
-    step = -(-len(anchor_bD) // chunks) or 1  # equal chunks, not many full ones and a small last one
+    step = equal_chunk(len(anchor_bD), most)
     with torch.autocast(anchor_bD.device.type, enabled=False):
         loss: Tensor = _Contrastive.apply(anchor_bD, other_GD, scale, start, step, chosen, torch.is_grad_enabled())
     return loss

@@ -24,7 +24,7 @@ class Coefficients(NamedTuple):
     with_t: dict[str, Tensor]  # [b] the same for the teacher's cosines
 
 
-class _Softmax(NamedTuple):
+class Softmax(NamedTuple):
     """Row quantities of one distribution."""
 
     loss: Tensor  # [b]
@@ -32,29 +32,29 @@ class _Softmax(NamedTuple):
     log_z: Tensor  # [b] -ln(d loss / d logit of a negative, divided by its exponential); for one label ln Z - kappa
 
 
-def _over_z(factor: Tensor, log_z: Tensor) -> Tensor:
+def over_z(factor: Tensor, log_z: Tensor) -> Tensor:
     """factor / Z for factor >= 0, finite: the bound only acts where every exponential underflowed to 0, and 0 * finite
     is 0 where 0 * inf would be NaN."""
     return torch.exp((factor.log() - log_z).clamp_max(88.0 if log_z.dtype == torch.float32 else 700.0))
 
 
-def _one_label(negatives: Tensor, logit: Tensor, shift: float) -> _Softmax:
-    """Cross entropy. negatives [b]: sum of exp(z - shift); logit [b, 1]: the label's."""
+def one_label(negatives: Tensor, logit: Tensor, shift: float | Tensor) -> Softmax:
+    """Cross entropy. negatives [b]: sum of exp(z - shift); logit [b, 1]: the label's; shift: a tensor is [b] or 0-d."""
     target, log_n = logit[:, 0] - shift, negatives.log()
     d = log_n - target
     loss = torch.logaddexp(d, torch.zeros_like(d))
     log_z = torch.logaddexp(log_n, target)  # not target + loss: the two may cancel
-    return _Softmax(loss, torch.sigmoid(d)[:, None], log_z)
+    return Softmax(loss, torch.sigmoid(d)[:, None], log_z)
 
 
-def _several_labels(negatives: Tensor, logit: Tensor, present: Tensor, shift: float) -> _Softmax:
+def _several_labels(negatives: Tensor, logit: Tensor, present: Tensor, shift: float) -> Softmax:
     """MLCD: ln(1 + sum_i exp(-z_i)) + ln(1 + sum_j exp(z_j)); present [b, l]: which labels there are."""
     pull = torch.where(present, -logit, -torch.inf)
     zero = torch.zeros_like(negatives)
     positive = torch.logaddexp(torch.logsumexp(pull, 1), zero)
     log_z = torch.logaddexp(negatives.log(), zero - shift)  # ln(1 + sum_j exp(z_j)) - shift
     loss = positive + log_z + shift
-    return _Softmax(loss, torch.exp(pull - positive[:, None]), log_z)
+    return Softmax(loss, torch.exp(pull - positive[:, None]), log_z)
 
 
 def epilogue(problem: Problem, stats: dict[str, Tensor], present: Tensor, share: Tensor) -> Coefficients:
@@ -66,20 +66,20 @@ def epilogue(problem: Problem, stats: dict[str, Tensor], present: Tensor, share:
     with_x: dict[str, Tensor] = {}
     with_t: dict[str, Tensor] = {}
 
-    def softmax(name: str, cosine: str, temperature: float) -> _Softmax:
+    def softmax(name: str, cosine: str, temperature: float) -> Softmax:
         logit = torch.stack([stats[f"{cosine}{i}"] for i in range(labels)], 1) * (s / temperature)
         shift = problem.shift(temperature)
         if labels == 1:
-            return _one_label(stats[name], logit, shift)
+            return one_label(stats[name], logit, shift)
         return _several_labels(stats[name], logit, present, shift)
 
     if w.alpha > 0:
         student, each = softmax("S", "psi", 1.0), share * (w.alpha * s)
-        raw[0], with_x["S"] = student.loss, _over_z(each, student.log_z)
+        raw[0], with_x["S"] = student.loss, over_z(each, student.log_z)
         target_x = target_x - each[:, None] * student.pull
     if w.beta > 0:
         teacher, each = softmax("T", "cos_t", 1.0), share * (w.beta * s)
-        raw[1], with_t["T"] = teacher.loss, _over_z(each, teacher.log_z)
+        raw[1], with_t["T"] = teacher.loss, over_z(each, teacher.log_z)
         target_t = -each[:, None] * teacher.pull
     if w.gamma > 0:
         soft = s / w.temperature
@@ -88,12 +88,12 @@ def epilogue(problem: Problem, stats: dict[str, Tensor], present: Tensor, share:
         teacher = softmax(name_T, "cos_t", w.temperature)
         target_gap = (1 - teacher.pull[:, 0]) * (stats["cos_t0"] - stats["psi0"])
         raw[2] = (
-            soft * (stats["gap"] * _over_z(torch.ones_like(each), teacher.log_z) + target_gap)
+            soft * (stats["gap"] * over_z(torch.ones_like(each), teacher.log_z) + target_gap)
             + student.log_z
             - teacher.log_z
         )
         # With temperature 1 a matrix serves two terms: their coefficients are added, not their products.
-        with_x[name_S] = with_x.get(name_S, 0) + _over_z(each, student.log_z)
-        with_x[name_T] = -_over_z(each, teacher.log_z)
+        with_x[name_S] = with_x.get(name_S, 0) + over_z(each, student.log_z)
+        with_x[name_T] = -over_z(each, teacher.log_z)
         target_x = target_x + each[:, None] * (teacher.pull - student.pull)
     return Coefficients(torch.stack(raw), target_x, target_t, with_x, with_t)

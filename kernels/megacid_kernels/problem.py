@@ -13,9 +13,15 @@ IMPLEMENTATIONS = ("auto", "torch", "triton")
 MODES = ("auto", "row", "slab")
 PRECISIONS = ("auto", "fp16", "bf16", "fp32")
 DEFAULT_BUDGET_BYTES = 1 << 30
+LARGEST_LOG_SUM = 80.0  # of exponentials: e^80 and what it is multiplied with stay finite in float32
 _CPU_BUDGET_BYTES = 1 << 26  # at least, see `Problem.chunk`
 # Of the shift. Up to here negatives at cosine 0 and a little below keep exponentials that float32 can hold.
 _MOST_SHIFT = 80.0
+
+
+def equal_chunk(batch: int, most: int) -> int:
+    """Samples of a chunk: at most `most`, in equal chunks, not many full ones and a small last one; 1 of an empty batch."""
+    return -(-batch // -(-batch // most)) if batch else 1
 
 
 class TargetMargin(Protocol):
@@ -115,7 +121,7 @@ class Problem:
     def shift(self, temperature: float = 1.0) -> float:
         """kappa, subtracted from every logit / temperature before exp. Cosine logits are bounded by the scale, so no
         maximum is needed: num_classes * exp(scale - kappa) <= exp(80) stays finite in float32."""
-        return max(0.0, self.scale / temperature + math.log(self.num_classes) - 80.0)
+        return max(0.0, self.scale / temperature + math.log(self.num_classes) - LARGEST_LOG_SUM)
 
     def budget(self, device: str) -> int:
         """Bytes for the matrices, where nothing else says how many: see `chunk`."""
@@ -154,4 +160,4 @@ class Problem:
         else:
             per_sample += 4 * labels * width
         most = max(1, min(batch, int(budget / (per_sample * itemsize))))
-        return -(-batch // -(-batch // most)) if batch else 1  # equal chunks, not many full ones and a small last one
+        return equal_chunk(batch, most)

@@ -2,7 +2,7 @@
 
 Legend: G candidates, c anchors of one chunk, D width.
 
-Cosines are bounded, so one shift serves all anchors: kappa = max(0, scale + ln G - 80) keeps every sum finite in fp32. The
+Cosines are bounded, so one shift serves all anchors: kappa = max(0, scale + ln G - 80), as in `Problem.shift`, keeps every sum finite in fp32. The
 scale is a parameter, known to the device alone: it goes into the anchors and, as kappa, into the bias of every column.
 """
 
@@ -16,15 +16,14 @@ from torch import Tensor
 from megacid_kernels.contrastive import Negatives
 from megacid_kernels.fused.forward import exponentials
 from megacid_kernels.fused.gemm import product_fp32
-
-_LARGEST_LOG = 80.0  # of a sum of exponentials; fp32 ends at 88.7
+from megacid_kernels.problem import LARGEST_LOG_SUM
 
 
 class TritonCandidates:
     def __init__(self, other_GD: Tensor, scale: Tensor):
         """other_GD: fp32 unit rows."""
         self._first, self._second = other_GD.half(), other_GD.bfloat16()
-        self._shift = (scale.float() + (math.log(max(1, len(other_GD))) - _LARGEST_LOG)).clamp_min(0)
+        self._shift = (scale.float() + (math.log(max(1, len(other_GD))) - LARGEST_LOG_SUM)).clamp_min(0)
         self._bias = (-self._shift).repeat(len(other_GD))
 
     def negatives(self, scaled_cD: Tensor, target_c: Tensor, first: int) -> Negatives:

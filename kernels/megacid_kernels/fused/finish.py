@@ -15,7 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megacid_kernels.fused.launch import Tile, check_column, check_matrix, check_rows, columns, launch, slots, tile_of
+from megacid_kernels.fused.launch import (
+    Tile,
+    check_column,
+    check_matrix,
+    check_pulls,
+    check_rows,
+    columns,
+    launch,
+    slots,
+    tile_of,
+)
 
 
 @triton.jit
@@ -161,20 +171,15 @@ def finish_x_(
     """
     check_matrix("product", product_bD, (torch.float32,))
     samples, width = product_bD.shape
-    shape = (samples, pull_bl.shape[-1])
-    check_matrix("x", x_bD, (torch.float32,), (samples, width), product_bD)
-    check_matrix("w", w_LD, (torch.float32,), (len(w_LD), width), product_bD)
-    for name, value in (("pull", pull_bl), ("cos", cos_bl)):
-        check_matrix(name, value, (torch.float32,), shape, product_bD)
-    for name, index in (("row", row_bl), ("slot", slot_bl)):
-        check_matrix(name, index, (torch.int64,), shape, product_bD)
+    inverse_x, inverse_w = check_pulls(
+        product_bD, samples, inverse_w_S.numel(), pull_bl, cos_bl, x_bD, inverse_x_b, w_LD, inverse_w_S, row_bl
+    )
+    check_matrix("slot", slot_bl, (torch.int64,), tuple(pull_bl.shape), product_bD)
     coefficient = check_column("coefficient", coefficient_b, samples, torch.float32, product_bD)
-    inverse_x = check_column("inverse_x", inverse_x_b, samples, torch.float32, product_bD)
-    inverse_w = check_column("inverse_w", inverse_w_S, inverse_w_S.numel(), torch.float32, product_bD)
     launch(
         finish_x_kernel, samples, tile or tile_of(width),
         product_bD, coefficient, pull_bl, cos_bl, x_bD, inverse_x, w_LD, inverse_w, row_bl, slot_bl,
-        samples, len(w_LD), len(inverse_w), D=width, LABELS=shape[1],
+        samples, len(w_LD), len(inverse_w), D=width, LABELS=pull_bl.shape[1],
     )  # fmt: skip
     return product_bD
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megacid_kernels.fused.launch import Tile, check_column, check_matrix, columns, launch, tile_of
+from megacid_kernels.fused.launch import Tile, check_column, check_matrix, check_pulls, columns, launch, tile_of
 
 
 class LabelOrder(NamedTuple):
@@ -110,15 +110,11 @@ def add_labels_(
     check_matrix("grad", grad_SD, (torch.float32,))
     num_slots, width = grad_SD.shape
     samples, labels = len(x_bD), pull_bl.shape[-1]
-    check_matrix("x", x_bD, (torch.float32,), (samples, width), grad_SD)
-    check_matrix("w", w_LD, (torch.float32,), (len(w_LD), width), grad_SD)
-    for name, value in (("pull", pull_bl), ("cos", cos_bl)):
-        check_matrix(name, value, (torch.float32,), (samples, labels), grad_SD)
-    check_matrix("row", row_bl, (torch.int64,), (samples, labels), grad_SD)
+    inverse_x, inverse_w = check_pulls(
+        grad_SD, samples, num_slots, pull_bl, cos_bl, x_bD, inverse_x_b, w_LD, inverse_w_S, row_bl
+    )
     for name, index in (("order.slot", order.slot), ("order.entry", order.entry)):
         check_column(name, index, samples * labels, torch.int64, grad_SD)
-    inverse_x = check_column("inverse_x", inverse_x_b, samples, torch.float32, grad_SD)
-    inverse_w = check_column("inverse_w", inverse_w_S, num_slots, torch.float32, grad_SD)
     launch(
         add_labels_kernel, samples * labels, tile or tile_of_row(width),
         grad_SD, *order, pull_bl, cos_bl, x_bD, inverse_x, w_LD, inverse_w, row_bl, samples * labels, num_slots,

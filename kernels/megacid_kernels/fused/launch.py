@@ -139,6 +139,30 @@ def _check_storage(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], like: 
         raise ValueError(f"{name} is on {x.device}, wanted {like.device} like the other tensors")
 
 
+def check_pulls(
+    like: Tensor,
+    samples: int,
+    num_slots: int,
+    pull_bl: Tensor,
+    cos_bl: Tensor,
+    x_bD: Tensor,
+    inverse_x_b: Tensor,
+    w_LD: Tensor,
+    inverse_w_S: Tensor,
+    row_bl: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(inverse_x [b], inverse_w [S]). ValueError unless these are the labels' pulls of b = `samples`, their embeddings, and
+    class rows of which S = `num_slots` are used: fp32, row int64, of the width of `like` [n, D] and on its device."""
+    width, shape = like.shape[1], (samples, pull_bl.shape[-1])
+    check_matrix("x", x_bD, (torch.float32,), (samples, width), like)
+    check_matrix("w", w_LD, (torch.float32,), (len(w_LD), width), like)
+    for name, value in (("pull", pull_bl), ("cos", cos_bl)):
+        check_matrix(name, value, (torch.float32,), shape, like)
+    check_matrix("row", row_bl, (torch.int64,), shape, like)
+    inverse_x = check_column("inverse_x", inverse_x_b, samples, torch.float32, like)
+    return inverse_x, check_column("inverse_w", inverse_w_S, num_slots, torch.float32, like)
+
+
 def check_rows(rows_S: Tensor | None, num_rows: int, like: Tensor) -> int:
     """S. ValueError unless rows_S is int64 [S] on the right device. Its values are not looked at: that would wait for
     the device."""
