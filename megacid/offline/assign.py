@@ -30,10 +30,11 @@ def tile_rows(device: torch.device) -> int:
     return 8192 if device.type == "cuda" else 1024
 
 
-def product_bytes(k: int, device: torch.device, top: int = 1) -> int:
-    """What an Assigner of k centroids holds while it looks at a tile of rows."""
-    width = _CACHED_CENTROIDS if top == 1 and device.type == "cpu" else TILE_CENTROIDS
-    return tile_rows(device) * (min(k, width) * 4 + 48 * top)
+def search_bytes(k: int, rows: int, device: torch.device) -> int:
+    """What an Assigner of k centroids holds beside two copies of them while it looks for the one nearest to each of a tile
+    of rows. faiss, too, makes products of 1,024 centroids at a time, for all rows."""
+    width = _CACHED_CENTROIDS if device.type == "cpu" else TILE_CENTROIDS
+    return rows * (min(k, width) * 4 + 48)
 
 
 def chosen_backend(backend: Backend, device: torch.device, dim: int) -> Backend:

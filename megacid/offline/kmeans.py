@@ -28,9 +28,8 @@ from megacid.offline.assign import (
     Assigner,
     Metric,
     chosen_backend,
-    pad_rows,
     prepare,
-    product_bytes,
+    search_bytes,
     tile_rows,
 )
 from megacid.offline.kmeans_state import KMeansSettings, KMeansState, load_state, save_state, settled
@@ -64,10 +63,12 @@ def spare_bytes(n: int, dim: int, settings: KMeansSettings, device: torch.device
     n: rows of this rank; extra: more bytes that are held all the time.
     """
     tile, k = pass_rows(settings, dim, device), settings.k
-    # centroids fp32 twice and sums fp64 twice (own and reduced), the previous labels
+    # centroids fp32 twice (those of faiss's index are gone when new ones are made) and sums fp64 twice (own and reduced),
+    # the previous labels
     fixed = k * dim * (4 + 4 + 8 + 8) + 4 * n + extra
-    # one tile of products; one of rows in fp16, fp32 before and after they are normalised, on the grid, in fp64
-    fixed += product_bytes(k, device) + tile * dim * 32
+    # what looks for the nearest; a tile of rows in fp32, and of a part of it fp16, fp32 before and after it is normalised,
+    # on the grid, in fp64
+    fixed += search_bytes(k, tile, device) + tile * dim * 4 + tile_rows(device) * dim * 28
     spare, least = int(settings.memory_gb * 1e9) - fixed, tile * dim * _READ_BYTES
     if spare < least:
         need = (fixed + least) / 1e9
@@ -200,7 +201,8 @@ def one_pass(
     tick: Callable[[int], None],
 ) -> tuple[Accumulator, np.ndarray]:
     """Assign this rank's rows and add them up; `previous` (int32, this rank's rows, -1 unknown) is brought up to date."""
-    tile = pass_rows(settings, rows.dim, device)
+    tile, piece = pass_rows(settings, rows.dim, device), tile_rows(device)
+    room_TD = torch.zeros(tile, rows.dim, device=device)
     assigner = Assigner(state.centroids, settings.metric, device, settings.backend)
     total = Accumulator(settings, rows.dim, device, scale)
     tiles = math.ceil(rows.num_rows / tile)
@@ -211,12 +213,16 @@ def one_pass(
         for low in range(start, stop, block):
             x_BD = rows.read(low, min(low + block, stop))
             for at in range(0, len(x_BD), tile):
-                # Tile by tile, from where they were read into the processor's cache.
-                x_TD = prepare(x_BD[at : at + tile], settings.metric, device)
-                value_TL, label_TL = assigner.tile(pad_rows(x_TD, tile))
-                label_T = label_TL[: len(x_TD), 0]
-                total.add(x_TD, label_T, value_TL[: len(x_TD), 0])
-                labels = label_T.cpu().numpy().astype(np.int32)
+                count = min(tile, len(x_BD) - at)
+                pieces = [slice(begin, min(begin + piece, count)) for begin in range(0, count, piece)]
+                for part in pieces:
+                    # Piece by piece, from where they were read into the processor's cache.
+                    room_TD[part] = prepare(x_BD[at + part.start : at + part.stop], settings.metric, device)
+                room_TD[count:] = 0
+                value_TL, label_TL = assigner.tile(room_TD)
+                for part in pieces:
+                    total.add(room_TD[part], label_TL[part, 0], value_TL[part, 0])
+                labels = label_TL[:count, 0].cpu().numpy().astype(np.int32)
                 where = slice(low + at - start, low + at - start + len(labels))
                 moved += int((previous[where] != labels).sum())
                 previous[where] = labels

@@ -87,7 +87,7 @@ class CountingRows(ArrayRows):
         return super().read(start, stop)
 
 
-@pytest.mark.parametrize(("backend", "tight_gb", "tile"), [("torch", 0.0009, 1024), ("faiss", 0.003, 4096)])
+@pytest.mark.parametrize(("backend", "tight_gb", "tile"), [("torch", 0.0009, 1024), ("faiss", 0.002, 4096)])
 def test_memory_bound_changes_the_blocks_and_not_a_bit_of_the_result(backend: str, tight_gb: float, tile: int) -> None:
     x = blobs(9000, unit=False)
     settings = KMeansSettings(k=15, metric="euclidean", iterations=5, memory_gb=1.0, backend=backend)
