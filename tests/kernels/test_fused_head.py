@@ -262,15 +262,12 @@ def test_bits_are_the_same_again_and_in_any_order_of_programs(device: str, monke
     options: dict[str, Any] = {"scale": 64.0, "shift": 0.0, "threshold": 0.3}
     want = exponentials(x, w, slot, own, **options, tile=SMALL)
 
-    def same(got: Exponentials, rows: slice = slice(None)) -> bool:
-        pairs = [(a, b[rows]) for a, b in zip(got, want) if a is not None and b is not None]
-        return all(torch.equal(a, b) for a, b in pairs)
+    def same(got: Exponentials) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(got, want) if a is not None and b is not None)
 
     assert same(exponentials(x, w, slot, own, **options, tile=SMALL))
     assert same(exponentials(x, w, slot, own, **options, tile=dataclasses.replace(SMALL, group=8)))
     assert same(exponentials(x, w, slot, own, **options, store=False, largest=False, tile=SMALL))
-    rows = slice(37, 90)
-    assert same(exponentials(x[rows], w, slot[rows], own[rows], **options, tile=SMALL), rows)
     # Row statistics of 2 row tiles at a time: 12 bytes per row and tile of columns.
     monkeypatch.setattr("megacid_kernels.fused.forward._PARTS_BYTES", 2 * 32 * 12 * 4)
     assert same(exponentials(x, w, slot, own, **options, tile=SMALL))
@@ -278,6 +275,19 @@ def test_bits_are_the_same_again_and_in_any_order_of_programs(device: str, monke
     cos = (x @ w.T).contiguous()
     first, second = (exponentials_(cos.clone(), slot, own, **options, tile=IN_PLACE) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second) if a is not None and b is not None)
+
+
+@on_devices
+def test_part_of_a_batch_gets_the_same_values_within_rounding(device: str) -> None:
+    """Not the same bits: in the interpreter the product is NumPy's, whose rounding depends on shape and processor."""
+    x, w, slot, own = samples(150, 200, 32, 1, torch.float16).to(device)
+    options: dict[str, Any] = {"scale": 64.0, "shift": 0.0, "threshold": None, "tile": SMALL}
+    rows = slice(37, 90)
+    whole = exponentials(x, w, slot, own, **options)
+    part = exponentials(x[rows], w, slot[rows], own[rows], **options)
+    for a, b in zip(part, whole):
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b[rows], rtol=1e-2 if a.dtype.itemsize == 2 else 1e-3, atol=1e-30)
 
 
 def plain_target(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
