@@ -31,14 +31,14 @@ from typing import Any
 
 import torch
 
-from megacid.assemble import make_classifier, make_objective, make_student, open_data, peak_rates, together
 from megacid.checkpoint import store
 from megacid.checkpoint.saver import SaveFailed, Saver
 from megacid.classifier.health import concerns, health, hit_histogram
-from megacid.config import RunFile, load_run
+from megacid.config.load import load_run
+from megacid.config.schema import RunFile
 from megacid.data.batch import Batch, DataBudgetError
 from megacid.distributed import parallel as parallel_module
-from megacid.distributed.collectives import (
+from megacid.distributed.consensus import (
     RanksDisagree,
     agree,
     agree_on_mapping,
@@ -57,15 +57,16 @@ from megacid.errors import (
     EXIT_USER,
     UserError,
 )
-from megacid.parts import Parts, build, report_memory, resume
-from megacid.probes import probe
-from megacid.runtime.drift import check_drift, settings_of_this_rank
-from megacid.runtime.guard import TooManySkips, Verdict
-from megacid.runtime.lifecycle import Launcher, Lifecycle, RunLock, die_with_parent
-from megacid.runtime.metrics import Metrics, setup_logging
-from megacid.runtime.resume import Continuity, find_checkpoint
-from megacid.runtime.schedule import learning_rate_share
-from megacid.runtime.watchdog import Watchdog
+from megacid.failpoints import probe
+from megacid.training.components import make_classifier, make_objective, make_student, open_data, peak_rates, together
+from megacid.training.guard import TooManySkips, Verdict
+from megacid.training.lifecycle import Launcher, Lifecycle, RunLock, die_with_parent
+from megacid.training.metrics import Metrics, setup_logging
+from megacid.training.resume import Continuity, find_checkpoint
+from megacid.training.run_settings import check_drift, settings_of_this_rank
+from megacid.training.schedule import learning_rate_share
+from megacid.training.state import Parts, build, report_memory, resume
+from megacid.training.watchdog import Watchdog
 
 log = logging.getLogger("megacid")
 

@@ -3,7 +3,7 @@
     FaultPlan(kill("store:after_fsync", rank=1, step=4)).install(rank)
 
 installs the faults of one rank in this process; `to_json` and `from_json` carry a plan to a process that a real
-launcher starts (`tests/faults/planned.py`). Everything is deterministic: a fault fires at the n-th matching visit.
+launcher starts (`tests/planned.py`). Everything is deterministic: a fault fires at the n-th matching visit.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megacid import probes
+from megacid import failpoints
 
 
 @dataclass(frozen=True)
 class Fault:
-    """at: a probe of megacid/probes.py. do: a key of ACTIONS. rank, step: None for any. nth: the visit that counts, from 1.
+    """at: a probe of megacid/failpoints.py. do: a key of ACTIONS. rank, step: None for any. nth: the visit that counts, from 1.
     value: seconds of a sleep, number of a signal or of an errno, factor, difference. path: of the file of a trace."""
 
     at: str
@@ -67,7 +67,7 @@ def _trace(facts: dict[str, Any], fault: Fault) -> None:
 
 
 def _rss(facts: dict[str, Any], fault: Fault) -> None:
-    from megacid.runtime.metrics import resident_memory_mib
+    from megacid.training.metrics import resident_memory_mib
 
     with open(fault.path, "a") as file:
         file.write(f"{resident_memory_mib()}\n")
@@ -126,11 +126,11 @@ class FaultPlan:
     def install(self, rank: int) -> None:
         """Hook this process into the probes that the plan names for this rank."""
         for name in {fault.at for fault in self.faults}:
-            probes.hooks[name] = lambda name=name, **facts: self._visit(name, rank, facts)
+            failpoints.hooks[name] = lambda name=name, **facts: self._visit(name, rank, facts)
 
     @staticmethod
     def remove() -> None:
-        probes.hooks.clear()
+        failpoints.hooks.clear()
 
     def _visit(self, name: str, rank: int, facts: dict[str, Any]) -> None:
         for i, fault in enumerate(self.faults):

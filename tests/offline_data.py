@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 from safetensors.torch import save_file
 
-from megacid.checkpoint.store import write_meta
 from megacid.errors import run_tool
-from megacid.student import build_student, open_clip_config
+from megacid.models.student import build_student, open_clip_config
+from megacid.storage.metadata import write_meta
 
 ROOT = Path(__file__).resolve().parents[1]
 

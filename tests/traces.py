@@ -29,7 +29,7 @@ from offline_data import save_model
 from toy import run_file, tensors, write_features
 
 import megacid.train
-from megacid import probes
+from megacid import failpoints
 
 WORLDS = (1, 2)
 
@@ -48,7 +48,7 @@ def _train_rank(argv: list[str]) -> list[float]:
     rank = dist.get_rank()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=str(rank))
     losses: list[float] = []
-    probes.hooks["train:applied"] = lambda verdict, **_: losses.append(float(verdict.loss))
+    failpoints.hooks["train:applied"] = lambda verdict, **_: losses.append(float(verdict.loss))
     code = megacid.train.main(argv)
     assert code == 0, code
     return losses

@@ -24,16 +24,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from tqdm import tqdm
 
-from megacid.checkpoint.store import read_meta
 from megacid.data.index import load_index
-from megacid.distributed.parallel import Parallel, launched
+from megacid.distributed.parallel import Parallel, accept_launcher_arguments, launched
+from megacid.distributed.stopping import StopRequest, run_stage
 from megacid.errors import UserError, run_tool
-from megacid.offline.balance import BalanceSettings
-from megacid.offline.balance_stage import balance
-from megacid.offline.ranks import accept_launcher_arguments
-from megacid.offline.reshard import reshard
-from megacid.offline.stopping import StopRequest, run_stage
-from megacid.runtime.lifecycle import die_with_parent
+from megacid.offline.balance.deduplicate import BalanceSettings
+from megacid.offline.balance.reshard import reshard
+from megacid.offline.balance.stage import balance
+from megacid.storage.metadata import read_meta
+from megacid.training.lifecycle import die_with_parent
 
 WAIT_S = 7200.0  # clusters are split by an estimate of their cost
 

@@ -26,16 +26,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
 
-from megacid.benchmarks.suite import (
-    Suite,
-    add_shared_arguments,
-    describe_machine,
-    print_bars,
-    print_comparison,
-    read_report,
-)
-from megacid.checkpoint.store import write_json_atomic
+from benchmarks.suite import Suite, add_shared_arguments, describe_machine, print_bars, print_comparison, read_report
 from megacid.errors import UserError, run_tool
+from megacid.storage.atomic import write_json_atomic
 
 MODULES = {
     "head": "head",
@@ -56,7 +49,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Suite]:
     only_suite = argparse.ArgumentParser(add_help=False)
     only_suite.add_argument("--suite", choices=tuple(MODULES))
     asked = only_suite.parse_known_args(argv)[0].suite
-    suite = importlib.import_module(f"megacid.benchmarks.{MODULES[asked]}") if asked else None
+    suite = importlib.import_module(f"benchmarks.{MODULES[asked]}") if asked else None
     text = __doc__ if suite is None else f"{__doc__}\n{asked}: {suite.HELP}"
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", required=True, choices=tuple(MODULES))

@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 from megacid.checkpoint import store
 from megacid.checkpoint.state import CheckpointReader
-from megacid.classifier.initial import given_rows, shape_of
+from megacid.classifier.initialization import given_rows, shape_of
 from megacid.errors import UserError, run_tool
 from megacid.evaluate.export import checkpoint_of
+from megacid.storage.atomic import atomic_path
 
 BLOCK_ROWS = 1 << 16
 
@@ -103,7 +104,7 @@ def write_rows(out: Path, shape: tuple[int, int], read: Callable[[int, int], np.
     """`out` .npy float32 [C, D] from read(start, stop), whole or not at all."""
     if out.suffix != ".npy":
         raise UserError(f"--out is {out}, wanted a name that ends in .npy")
-    with store.atomic_path(out) as temporary, tqdm(total=shape[0], unit="class") as bar:
+    with atomic_path(out) as temporary, tqdm(total=shape[0], unit="class") as bar:
         rows = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
         for start in range(0, shape[0], BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, shape[0])

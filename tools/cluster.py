@@ -20,16 +20,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from megacid.distributed.collectives import fail_together
-from megacid.distributed.parallel import Parallel, launched
+from megacid.distributed.consensus import fail_together
+from megacid.distributed.parallel import Parallel, accept_launcher_arguments, launched
+from megacid.distributed.stopping import StopRequest, run_stage
 from megacid.errors import run_tool
-from megacid.offline.cluster import assign_only, cluster
-from megacid.offline.cost import describe_cost
-from megacid.offline.kmeans import KMeansSettings
-from megacid.offline.ranks import accept_launcher_arguments
+from megacid.offline.cluster.cost import describe_cost
+from megacid.offline.cluster.kmeans import KMeansSettings
+from megacid.offline.cluster.stage import assign_only, cluster
 from megacid.offline.rows import EmbeddingRows
-from megacid.offline.stopping import StopRequest, run_stage
-from megacid.runtime.lifecycle import die_with_parent
+from megacid.training.lifecycle import die_with_parent
 
 WAIT_S = 7200.0  # ranks on slower disks
 PLUS_PLUS_K = 4096  # clusters up to which a flat k-means++ takes no longer than a few iterations

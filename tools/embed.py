@@ -23,14 +23,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from tqdm import tqdm
 
 from megacid.data.index import ShardIndex, load_index
-from megacid.distributed.collectives import agree, fail_together
-from megacid.distributed.parallel import Parallel, launched
+from megacid.distributed.consensus import agree, fail_together
+from megacid.distributed.parallel import Parallel, accept_launcher_arguments, launched
+from megacid.distributed.stopping import StopRequest, Tick, run_stage
 from megacid.errors import UserError, run_tool
-from megacid.offline import embed
-from megacid.offline.ranks import accept_launcher_arguments
-from megacid.offline.stopping import StopRequest, Tick, run_stage
-from megacid.runtime.lifecycle import die_with_parent
-from megacid.student import LoadedClip, load_clip
+from megacid.models.clip import LoadedClip, load_clip
+from megacid.offline.embed import stage as embed_stage
+from megacid.training.lifecycle import die_with_parent
 
 SHOWN = 10  # shards and samples that were left out
 DAY_S = 86400.0  # with --split static the first rank to finish waits for the last one
@@ -93,7 +92,7 @@ def work(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> Non
             "model": args.model,
             "pretrained": args.pretrained,
             "precision": precision,
-            "weights": embed.weights_digest(args.model, args.pretrained),
+            "weights": embed_stage.weights_digest(args.model, args.pretrained),
             "dim": clip.embed_dim,
             "shards_digest": index.digest,
         }
@@ -113,7 +112,7 @@ def work(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> Non
             bar.reset(total)
             return stop.ticking(bar.update)
 
-        meta = embed.embed(
+        meta = embed_stage.embed(
             index,
             clip,
             args.out,
@@ -133,7 +132,7 @@ def estimate(
     index: ShardIndex, clip: LoadedClip, args: argparse.Namespace, total: int, precision: str, ranks: int
 ) -> str:
     """What is to be done and about how long it takes, before it begins."""
-    decoding, model = embed.seconds_per_sample(clip, index, args.batch_size)
+    decoding, model = embed_stage.seconds_per_sample(clip, index, args.batch_size)
     decoding /= max(1, args.workers)
     # Workers decode while the model runs; without any, one waits for the other.
     each = max(decoding, model) if args.workers else decoding + model

@@ -17,12 +17,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
 
-from megacid.assemble import Data, make_student, open_data
-from megacid.config import RunFile, load_run
+from megacid.config.load import load_run
+from megacid.config.schema import RunFile
 from megacid.distributed.parallel import init
 from megacid.errors import UserError, run_tool
-from megacid.runtime.estimate import memory_estimate
-from megacid.runtime.metrics import resident_memory_mib
+from megacid.training.components import Data, make_student, open_data
+from megacid.training.memory import memory_estimate
+from megacid.training.metrics import resident_memory_mib
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -23,8 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import torch
 from tqdm import tqdm
 
-from megacid.checkpoint.store import write_json_atomic
 from megacid.data.features import FeatureSet
+from megacid.distributed.stopping import run_alone
 from megacid.errors import UserError, run_tool
 from megacid.evaluate.datasets import Benchmark, load_benchmark
 from megacid.evaluate.export import student_from_run
@@ -32,10 +32,11 @@ from megacid.evaluate.features import TASKS as FEATURE_TASKS
 from megacid.evaluate.features import accuracy, tasks_for, trained_tower
 from megacid.evaluate.linear_probe import linear_probe
 from megacid.evaluate.zero_shot import zero_shot
-from megacid.offline.files import disk_errors
-from megacid.offline.stopping import run_alone
-from megacid.probes import probe
-from megacid.student import LOCAL_DIR, LoadedClip, load_clip, loaded_student
+from megacid.failpoints import probe
+from megacid.models.clip import LOCAL_DIR, LoadedClip, load_clip
+from megacid.models.student import loaded_student
+from megacid.storage.atomic import write_json_atomic
+from megacid.storage.stage_files import disk_errors
 
 TASKS = {"zero_shot": "zeroshot_classification", "linear_probe": "linear_probe"}  # ours -> CLIP_benchmark's name
 

@@ -12,11 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+from megacid.distributed.stopping import run_alone
 from megacid.errors import UserError, run_tool
 from megacid.evaluate.export import export_student, student_from_run
-from megacid.offline.files import disk_errors, sweep
-from megacid.offline.stopping import run_alone
-from megacid.student import LOCAL_DIR
+from megacid.models.clip import LOCAL_DIR
+from megacid.storage.stage_files import disk_errors, sweep
 
 
 def parse_step(text: str) -> int | None:

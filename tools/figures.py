@@ -17,9 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+from megacid.distributed.stopping import run_alone
 from megacid.errors import UserError, run_tool
-from megacid.figures import Choice, make_figures, read_balanced
-from megacid.offline.stopping import run_alone
+from megacid.offline.balance.figures import Choice, make_figures, read_balanced
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

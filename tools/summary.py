@@ -17,8 +17,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from megacid.checkpoint.store import machine, versions, write_json_atomic
 from megacid.errors import UserError, run_tool
+from megacid.storage.atomic import write_json_atomic
+from megacid.storage.metadata import machine, versions
 
 RUNS = {
     "teacher": "teacher (contrastive)",

@@ -29,14 +29,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import torch
 from tqdm import tqdm
 
-from megacid.checkpoint.store import atomic_path, machine, versions, write_atomic, write_json_atomic
-from megacid.config import RunFile, load_run
+from megacid.config.load import load_run
+from megacid.config.schema import RunFile
 from megacid.data.features import FeatureSet
 from megacid.errors import UserError, run_tool
 from megacid.evaluate.features import accuracy, tasks_for, trained_tower, untrained_accuracy
-from megacid.offline.feature_clusters import cluster_features
-from megacid.offline.kmeans import KMeansSettings
-from megacid.runtime.drift import check_drift
+from megacid.offline.cluster.features import cluster_features
+from megacid.offline.cluster.kmeans import KMeansSettings
+from megacid.storage.atomic import atomic_path, write_atomic, write_json_atomic
+from megacid.storage.metadata import machine, versions
+from megacid.training.run_settings import check_drift
 
 AXES = {"rate": "sampling rate r", "clusters": "number of clusters k"}
 OWN_KEYS = ("run.name", "run.dir", "run.seed", "data.features", "classifier.sample_rate")

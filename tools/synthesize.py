@@ -27,14 +27,15 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from megacid.checkpoint.store import read_meta, write_json_atomic, write_meta
 from megacid.data.index import load_index
 from megacid.data.order import KeyedPermutation, derive_key
 from megacid.data.synthetic import SceneMaker, altered, class_features
+from megacid.distributed.stopping import run_alone
 from megacid.errors import UserError, run_tool
-from megacid.offline.files import staged_folder, write_array, write_npy
-from megacid.offline.stopping import run_alone
-from megacid.probes import probe
+from megacid.failpoints import probe
+from megacid.storage.atomic import write_json_atomic
+from megacid.storage.metadata import read_meta, write_meta
+from megacid.storage.stage_files import staged_folder, write_array, write_npy
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_CAPTIONS = (

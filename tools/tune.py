@@ -17,9 +17,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
 
-from megacid.benchmarks import measure, tiles
-from megacid.checkpoint.store import write_atomic
+from benchmarks import measure, tiles
 from megacid.errors import UserError, run_tool
+from megacid.storage.atomic import write_atomic
 from megacid_kernels.fused.tuning import Key, Tiles, as_json
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

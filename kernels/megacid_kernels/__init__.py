@@ -8,7 +8,7 @@ from megacid_kernels.discrimination import (
     discrimination_with_gradients,
     linear_margin_discrimination,
 )
-from megacid_kernels.dispatch import resolve
+from megacid_kernels.engines.dispatch import resolve
 from megacid_kernels.margin import Margin
 from megacid_kernels.problem import Problem, TargetMargin, Weights
 from megacid_kernels.schedule import Consume

@@ -14,59 +14,18 @@ The last line holds because z is linear in both: no product is made for the grad
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megacid_kernels.dispatch import resolve
+from megacid_kernels.engines.candidates import Candidates, TorchCandidates
+from megacid_kernels.engines.dispatch import resolve
 from megacid_kernels.epilogue import one_label, over_z
 from megacid_kernels.problem import equal_chunk
 
 DEFAULT_BUDGET_BYTES = 1 << 28
-
-
-class Negatives(NamedTuple):
-    """Of a chunk of anchors; `matrix` is 0 at each anchor's own pair."""
-
-    matrix: Tensor  # [c, G] exp(z - shift)
-    sums: Tensor  # [c]
-    shift: Tensor  # [c] or 0-d
-
-
-class Candidates(Protocol):
-    """What touches a matrix [c, G] or all candidates: one way for PyTorch, one for Triton's kernels and cuBLAS."""
-
-    def negatives(self, scaled_cD: Tensor, target_c: Tensor, first: int) -> Negatives:
-        """scaled_cD: scale times the anchors, whose pairs are `first` and the following; target_c: their logits to them."""
-        ...
-
-    def product(self, matrix_cG: Tensor) -> Tensor:
-        """matrix @ candidates, fp32 (fp64) [c, D]."""
-        ...
-
-    def add_gradient_(self, grad_GD: Tensor, matrix_cG: Tensor, features_cD: Tensor) -> None:
-        """grad += matrix.T @ features"""
-        ...
-
-
-class TorchCandidates:
-    def __init__(self, other_GD: Tensor):
-        self.other = other_GD
-
-    def negatives(self, scaled_cD: Tensor, target_c: Tensor, first: int) -> Negatives:
-        z_cG = scaled_cD @ self.other.T
-        z_cG[:, first : first + len(z_cG)].diagonal().fill_(-torch.inf)
-        shift_c = torch.maximum(z_cG.amax(1), target_c)
-        e_cG = z_cG.sub_(shift_c[:, None]).exp_()
-        return Negatives(e_cG, e_cG.sum(1), shift_c)
-
-    def product(self, matrix_cG: Tensor) -> Tensor:
-        return matrix_cG @ self.other
-
-    def add_gradient_(self, grad_GD: Tensor, matrix_cG: Tensor, features_cD: Tensor) -> None:
-        grad_GD.addmm_(matrix_cG.T, features_cD)
 
 
 class _Sums:
@@ -134,7 +93,7 @@ class _Contrastive(torch.autograd.Function):
 def _candidates(chosen: str, other_GD: Tensor, scale: Tensor) -> Candidates:
     if chosen == "torch":
         return TorchCandidates(other_GD)
-    from megacid_kernels.fused.contrastive import TritonCandidates
+    from megacid_kernels.engines.triton_candidates import TritonCandidates
 
     return TritonCandidates(other_GD, scale)
 

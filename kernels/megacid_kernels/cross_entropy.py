@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_group, _resolve_process_group
 
-from megacid_kernels.check import check_label_values
+from megacid_kernels.checks import check_label_values
 from megacid_kernels.discrimination import discrimination_with_gradients, linear_margin_discrimination
 from megacid_kernels.margin import Margin
 from megacid_kernels.problem import Problem, TargetMargin

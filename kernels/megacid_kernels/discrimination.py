@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megacid_kernels.check import check_inputs, check_label_values
-from megacid_kernels.dispatch import Implementation, engine_for, resolve
-from megacid_kernels.engine import Call
+from megacid_kernels.checks import check_inputs, check_label_values
+from megacid_kernels.engines.dispatch import Implementation, engine_for, resolve
+from megacid_kernels.engines.interface import Call
 from megacid_kernels.plan import plan_rows, plan_slabs
 from megacid_kernels.problem import Problem
 from megacid_kernels.schedule import Consume, Run

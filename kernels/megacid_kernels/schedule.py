@@ -31,11 +31,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megacid_kernels.engine import Block, Engine, Labels, Negatives, Pull
+from megacid_kernels.engines.interface import Block, Engine, Labels, Negatives, Pull
 from megacid_kernels.epilogue import Coefficients
-from megacid_kernels.labels import Target, locate, within, without_repeats
 from megacid_kernels.plan import Plan
 from megacid_kernels.problem import Problem
+from megacid_kernels.targets import Target, locate, within, without_repeats
 
 Consume = Callable[[int, int, Tensor], object]  # (start, stop, gradient of rows [start, stop) of w)
 

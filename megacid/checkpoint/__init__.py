@@ -1,0 +1,1 @@
+"""Checkpoints: the directory protocol, what is saved, who publishes."""

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from megacid.checkpoint import store
 from megacid.checkpoint.state import PREFIX, NamedState, RowState
-from megacid.distributed.collectives import Group, any_rank, broadcast_json, gather_json, rank, world_size
-from megacid.probes import probe
+from megacid.distributed.collectives import Group, rank, world_size
+from megacid.distributed.consensus import any_rank, broadcast_json, gather_json
+from megacid.failpoints import probe
 
 log = logging.getLogger(__name__)
 

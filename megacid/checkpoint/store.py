@@ -15,27 +15,22 @@ never written to again.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import platform
 import re
 import shutil
 import stat
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megacid.errors import UserError
-from megacid.probes import probe
+from megacid.failpoints import probe
+from megacid.storage.atomic import file_sha256, fsync_dir, write_atomic
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -45,97 +40,7 @@ _STEP = re.compile(r"step-([0-9]{8,})")
 # ---- single files ------------------------------------------------------------------------------------------------
 
 
-def fsync_dir(path: Path) -> None:
-    """Make renames inside `path` durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; what was written there replaces `path` when the block ends well.
-
-    The temporary file is removed when the block raises. A reader sees the old file or the whole new one.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The ending is kept: numpy appends one to names it does not know.
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-        fsync_dir(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomic(path: str | Path, data: bytes) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def write_json_atomic(path: str | Path, obj: Any) -> None:
-    write_atomic(path, (json.dumps(obj, indent=2) + "\n").encode())
-
-
 # ---- meta.json of the stage directories --------------------------------------------------------------------------
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages whose behaviour a result depends on; absent ones are left out."""
-    found = {}
-    for name in ("megacid", "torch", "deepspeed", "open_clip_torch", "webdataset", "triton", "numpy", "faiss-cpu"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """What a time was measured on: {"cpu", "cores", "system"}."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {"cpu": (names or [platform.processor()])[0], "cores": os.cpu_count(), "system": platform.platform()}
-
-
-def write_meta(directory: str | Path, made_by: str, source: dict[str, Any], **facts: Any) -> None:
-    """Write `directory/meta.json`, last of all: its presence says that the stage is complete."""
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    write_json_atomic(
-        Path(directory) / "meta.json",
-        {"made_by": made_by, "source": source, **facts, "versions": versions(), "date": now},
-    )
-
-
-def read_meta(directory: str | Path, expect: str | None = None) -> dict[str, Any]:
-    """Read `directory/meta.json`; UserError when it is missing, unreadable or made by another tool than `expect`."""
-    directory = Path(directory)
-    tool = f"tools/{expect}.py" if expect else "its tool"
-    if not directory.is_dir():
-        raise UserError(
-            f"there is no directory {directory}, wanted the output of {tool}: run {tool} first, or correct the path"
-        )
-    try:
-        meta = json.loads((directory / "meta.json").read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"{directory} has no meta.json, so the stage that writes it did not finish: run {tool} again with the same arguments"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{directory / 'meta.json'} is not JSON ({error}): run {tool} again") from None
-    if not isinstance(meta, dict):
-        raise UserError(
-            f"{directory / 'meta.json'} holds {type(meta).__name__}, wanted a block {{...}}: run {tool} again"
-        )
-    if expect is not None and meta.get("made_by") != expect:
-        raise UserError(
-            f"{directory} was made by {meta.get('made_by')!r}, wanted a directory made by {expect!r}: correct the path"
-        )
-    return dict(meta)
 
 
 # ---- checkpoint directories --------------------------------------------------------------------------------------
@@ -344,15 +249,6 @@ def _is_file_entry(entry: Any) -> bool:
     name, size, digest = entry["name"], entry["bytes"], entry["sha256"]
     good_name = isinstance(name, str) and re.fullmatch(r"[\w][\w.-]*", name) is not None and name != MANIFEST
     return good_name and type(size) is int and size >= 0 and isinstance(digest, str)
-
-
-def file_sha256(path: Path) -> str:
-    """Of the whole file, as hex. Raises OSError."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def verify(directory: Path, *, hashes: bool = True) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The class-sharded, sampled margin classifier and its row-sparse optimizers."""
 
-from megacid.classifier.margin import Margin
 from megacid.classifier.partial_fc import PartialFC
 from megacid.classifier.row_optimizer import RowAdamW, RowSGD
-from megacid.classifier.sampling import shard_range
+from megacid.distributed.parallel import shard_range
+from megacid_kernels.margin import Margin
 
 __all__ = ["Margin", "PartialFC", "RowAdamW", "RowSGD", "shard_range"]

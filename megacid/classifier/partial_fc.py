@@ -16,13 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megacid.classifier.exchange import Exchange, Exchanged
-from megacid.classifier.in_forward import Computed, Discriminate
-from megacid.classifier.initial import Init, given_rows, random_rows
-from megacid.classifier.margin import Margin
+from megacid.classifier.autograd import Computed, Discriminate
+from megacid.classifier.initialization import Init, given_rows, random_rows
+from megacid.classifier.label_exchange import Exchange, Exchanged
 from megacid.classifier.row_gradient import HeldGradient, SlabGradient, TakeRows, second_backward
 from megacid.classifier.row_state import ReadRows, copy_rows, gather_state, reader_of
-from megacid.classifier.sampling import Draw, sample_dims, shard_range
+from megacid.classifier.sampling import Draw, sample_dims
 from megacid.distributed.collectives import (
     GradReduction,
     all_reduce_max,
@@ -33,8 +32,10 @@ from megacid.distributed.collectives import (
     start_reduce_scatter_rows,
     world_size,
 )
+from megacid.distributed.parallel import shard_range
 from megacid.errors import UserError
 from megacid_kernels import Discrimination, Problem, Weights, discrimination_with_gradients, resolve
+from megacid_kernels.margin import Margin
 
 
 class PartialFC(nn.Module):
@@ -76,7 +77,7 @@ class PartialFC(nn.Module):
                          Which classes depends on (seed, step) alone, so every number of ranks draws the same
         margin           None: Margin.cosface(0.3)
         group            ranks the classes are sharded over; None: the default group, or a single process
-        init             [C, D] first rows: see `megacid.classifier.initial.given_rows`; None: N(0, 0.01), the same matrix
+        init             [C, D] first rows: see `megacid.classifier.initialization.given_rows`; None: N(0, 0.01), the same matrix
                          for every number of ranks
         margin_grad      "straight_through" takes d psi / d cos = 1
         grad_reduction   what the data-parallel engine does with the student's gradients

@@ -19,12 +19,6 @@ _MASK_62, _MASK_64 = (1 << 62) - 1, (1 << 64) - 1
 _DRAW, _DIMENSIONS, _TURN = 0, 1, 5  # streams of `hash_ids`
 
 
-def shard_range(num_classes: int, rank: int, world: int) -> tuple[int, int]:
-    """Global ids [start, stop) of the classes of `rank`: the formula published partial-FC checkpoints use."""
-    start = num_classes // world * rank + min(rank, num_classes % world)
-    return start, start + num_classes // world + (rank < num_classes % world)
-
-
 def _signed(value: int) -> int:
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value

@@ -20,12 +20,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from megacid.checkpoint.store import read_meta
-from megacid.data.arrays import load_npy
 from megacid.data.batch import Batch, Positions
-from megacid.data.mapped import MappedRows, take_rows
+from megacid.data.memmap import MappedRows, take_rows
 from megacid.data.order import SampleOrder
 from megacid.errors import UserError
+from megacid.storage.metadata import read_meta
+from megacid.storage.npy import load_npy
 
 Split = Literal["train", "test"]
 MAKERS = ("synthesize", "sweep")

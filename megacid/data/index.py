@@ -13,6 +13,7 @@ webdataset groups them; never across tars.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -22,8 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from megacid.checkpoint.store import file_sha256, write_json_atomic
-from megacid.data.cache import SmallCache
 from megacid.data.decode import BadSample
 from megacid.data.index_files import (
     VERSION,
@@ -32,12 +31,13 @@ from megacid.data.index_files import (
     is_entry,
     keys_sha256,
     load_table,
-    read_json,
     save_table,
     stored_entries,
 )
-from megacid.data.scan import COLUMN, Kind, scan_tar
+from megacid.data.lru import SmallCache
+from megacid.data.tar_samples import COLUMN, Kind, scan_tar
 from megacid.errors import UserError
+from megacid.storage.atomic import file_sha256, read_json, write_json_atomic
 
 log = logging.getLogger(__name__)
 
@@ -333,3 +333,12 @@ def _reusable_entry(folder: Path, path: Path, *, verify: bool, allow_bad: bool) 
     except UserError:
         return None
     return entry
+
+
+def read_sample_json(reader: ShardReader, shard: int, row: int) -> dict[str, Any]:
+    """The json member of a sample; {} when it has none or an unreadable one."""
+    try:
+        value = json.loads(reader.read(shard, row, "json"))
+    except (BadSample, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

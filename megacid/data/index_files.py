@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from megacid.checkpoint.store import atomic_path, write_json_atomic
-from megacid.data.arrays import load_npy, write_npy
 from megacid.errors import UserError
+from megacid.storage.atomic import atomic_path, read_json, write_json_atomic
+from megacid.storage.npy import load_npy, write_npy
 
 VERSION = 1
 _ENTRY: dict[str, type | tuple[type, ...]] = {
@@ -69,13 +69,6 @@ def content_digest(shards: Iterable[tuple[str, str]]) -> str:
     for name, keys in shards:
         digest.update(json.dumps([name, keys]).encode())
     return digest.hexdigest()
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def is_entry(entry: Any) -> bool:

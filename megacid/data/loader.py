@@ -20,7 +20,7 @@ from megacid.data.decode import MAX_PIXELS
 from megacid.data.index import ShardIndex
 from megacid.data.order import SampleOrder
 from megacid.data.pairs import Pairs, RowsOf
-from megacid.data.sidecar import KeepTable, LabelTable, TeacherTable
+from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
 from megacid.data.workers import WorkersLost, watched, worker_start
 from megacid.errors import UserError
 

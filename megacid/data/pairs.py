@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megacid.data.batch import Batch
-from megacid.data.cache import SmallCache
 from megacid.data.decode import BadSample, decode_caption, decode_image
 from megacid.data.index import ShardIndex, ShardReader
+from megacid.data.lru import SmallCache
 from megacid.data.order import SampleOrder, derive_key
-from megacid.data.sidecar import KeepTable, LabelTable, TeacherTable
+from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
 from megacid.errors import UserError
 
 _BLACK = (64, 64)  # pixels of the image that a dummy batch is made of

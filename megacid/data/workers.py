@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from megacid.orphans import end_with_parent
+from megacid.distributed.parent_process import end_with_parent
 
 _LOOK_EVERY_S = 0.5
 _FAREWELL_S = 5.0

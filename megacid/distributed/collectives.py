@@ -14,19 +14,12 @@ engine and take no factor.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import re
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from megacid.errors import UserError
 
 # torch 2.14 gave both a new name and warns, once per process, at the old one.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -73,13 +66,13 @@ def gather_sizes(local_size: int, group: Group = None) -> list[int]:
     """Every rank's `local_size`, by rank."""
     if world_size(group) == 1:
         return [local_size]
-    device = _group_device(group)
+    device = group_device(group)
     sizes = torch.empty(world_size(group), dtype=torch.int64, device=device)
     all_gather_single(sizes, torch.tensor([local_size], dtype=torch.int64, device=device), group=group)
     return [int(n) for n in sizes.tolist()]
 
 
-def _group_device(group: Group) -> torch.device:
+def group_device(group: Group) -> torch.device:
     return (
         torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
     )
@@ -190,115 +183,6 @@ def sum_over_ranks(x: Tensor, group: Group = None) -> Tensor:
     return _SumOverRanks.apply(x, group)
 
 
-def any_rank(flag: bool, group: Group = None) -> bool:
-    """True on every rank when it is true on one."""
-    if world_size(group) == 1:
-        return flag
-    value = torch.tensor([int(flag)], dtype=torch.int32, device=_group_device(group))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
-    return bool(value.item())
-
-
-def _bytes_tensor(obj: Any, device: torch.device) -> Tensor:
-    return torch.frombuffer(bytearray(json.dumps(obj).encode()), dtype=torch.uint8).to(device)
-
-
-def gather_json(obj: Any, group: Group = None) -> list[Any]:
-    """Every rank's JSON-able object, by rank. JSON and not pickle: nothing that arrives can run."""
-    if world_size(group) == 1:
-        return [obj]
-    mine = _bytes_tensor(obj, _group_device(group))
-    sizes = gather_sizes(mine.numel(), group)
-    parts = _gather(mine, sizes, group).split(sizes)
-    return [json.loads(bytes(part.cpu().numpy())) for part in parts]
-
-
-def broadcast_json(obj: Any, group: Group = None) -> Any:
-    """Rank 0's JSON-able object on every rank."""
-    if world_size(group) == 1:
-        return obj
-    device = _group_device(group)
-    mine = _bytes_tensor(obj, device) if rank(group) == 0 else torch.empty(0, dtype=torch.uint8, device=device)
-    size = torch.tensor([mine.numel()], dtype=torch.int64, device=device)
-    dist.broadcast(size, src=0, group=group)
-    if rank(group) != 0:
-        mine = torch.empty(int(size.item()), dtype=torch.uint8, device=device)
-    dist.broadcast(mine, src=0, group=group)
-    return json.loads(bytes(mine.cpu().numpy()))
-
-
 def barrier(group: Group = None) -> None:
     if world_size(group) > 1:
         dist.barrier(group=group)
-
-
-class RanksDisagree(RuntimeError):  # noqa: N818  the run ends with its own exit code
-    """The ranks hold different values of something that must be the same everywhere. what: that; said: who holds which."""
-
-    def __init__(self, what: str, said: str) -> None:
-        super().__init__(f"the ranks disagree about {what}: {said}; start every rank with the same files and options")
-
-
-def agree(value: str, what: str, group: Group = None) -> None:
-    """Raise RanksDisagree on every rank when `value` differs between ranks, naming each value and who holds it."""
-    values = gather_json(value, group)
-    if any(other != values[0] for other in values):
-        held: dict[str, list[int]] = {}
-        for index, other in enumerate(values):
-            held.setdefault(str(other), []).append(index)
-        said = "; ".join(f"{other!r} on rank {', '.join(map(str, ranks))}" for other, ranks in held.items())
-        raise RanksDisagree(what, said)
-
-
-def agree_on_mapping(facts: dict[str, Any], what: str, group: Group = None) -> None:
-    """As `agree`, for a flat dict of JSON values: the message names only the keys that differ."""
-    held = gather_json(facts, group)
-    differing = sorted({key for one in held for key in one.keys() | held[0].keys() if one.get(key) != held[0].get(key)})
-    if differing:
-        said = "; ".join(f"{key} is {', '.join(f'{one.get(key)!r} on rank {r}' for r, one in enumerate(held))}"
-                         for key in differing)  # fmt: skip
-        raise RanksDisagree(what, said)
-
-
-_LOST_PEER = re.compile(
-    r"closed by peer|reset by peer|broken pipe|timed out|connection refused|gloo|NCCL", re.IGNORECASE
-)
-
-
-def from_a_collective(error: BaseException) -> bool:
-    """Whether the error says that other ranks are gone or late, and not that this one did something wrong."""
-    # Also where the torch frame is not the innermost one: DeepSpeed and autograd wrap them.
-    frames = [entry.filename for entry in traceback.extract_tb(error.__traceback__)]
-    inside = any(f"{os.sep}torch{os.sep}distributed{os.sep}" in name for name in frames)
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError)
-        and bool(_LOST_PEER.search(str(error)))
-        and (inside or "gloo" in str(error).lower())
-    )
-
-
-@contextlib.contextmanager
-def fail_together(group: Group = None) -> Iterator[None]:
-    """A block of local work (no collectives inside): when it fails on one rank, every rank raises the same message.
-
-    Without it the healthy ranks would wait in their next collective until its timeout. UserError stays UserError.
-    """
-    failure: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    kind = None if failure is None else "user" if isinstance(failure, UserError) else type(failure).__name__
-    said = gather_json([kind, str(failure)], group)
-    if failure is None:
-        for number, (kind, message) in enumerate(said):
-            if kind == "user":
-                failure = UserError(message)
-                break
-            if kind is not None:
-                failure = RuntimeError(f"rank {number} of {len(said)} failed: {kind}: {message}")
-                break
-    if isinstance(failure, UserError):
-        failure.on_every_rank = True
-    if failure is not None:
-        raise failure

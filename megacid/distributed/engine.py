@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megacid.config import RunFile
+from megacid.config.schema import RunFile
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 

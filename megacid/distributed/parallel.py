@@ -6,6 +6,7 @@ RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without them the prog
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 from collections.abc import Iterator
@@ -18,6 +19,13 @@ import torch.distributed as dist
 from megacid.errors import UserError
 
 DEFAULT_TIMEOUT_S = 600.0
+
+
+def shard_range(total: int, rank: int, world: int) -> tuple[int, int]:
+    """[start, stop) of the part of `total` items that belongs to `rank`; published partial-FC checkpoints use the same formula."""
+    base, extra = divmod(total, world)
+    start = base * rank + min(rank, extra)
+    return start, start + base + (rank < extra)
 
 
 @dataclass(frozen=True)
@@ -109,3 +117,8 @@ def session(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Parallel]:
         yield parallel
     finally:
         shutdown()
+
+
+def accept_launcher_arguments(parser: argparse.ArgumentParser) -> None:
+    """`deepspeed` and old `torchrun` pass the local rank to the program; the environment variable is what counts."""
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from megacid.data.decode import BadSample, decode_image
 from megacid.data.index import ShardIndex, ShardReader, load_index
 from megacid.errors import UserError
-from megacid.student import Transform
+from megacid.models.clip import Transform
 
 Sample = tuple[torch.Tensor, int]
 

@@ -16,19 +16,12 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from megacid.checkpoint.state import load_student_tensors
-from megacid.checkpoint.store import newest_valid, step_name, verify, write_atomic, write_json_atomic, write_meta
+from megacid.checkpoint.store import newest_valid, step_name, verify
 from megacid.errors import UserError
-from megacid.student import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    Student,
-    build_student,
-    clamp_logit_scale,
-    model_config,
-    open_clip_config,
-    open_clip_tensors,
-    tokenizer_for,
-)
+from megacid.models.clip import CONFIG_FILE, WEIGHTS_FILE, tokenizer_for
+from megacid.models.student import Student, build_student, clamp_logit_scale, open_clip_config, open_clip_tensors
+from megacid.storage.atomic import write_atomic, write_json_atomic
+from megacid.storage.metadata import write_meta
 
 
 def student_from_run(run: Path | str, step: int | None = None) -> tuple[Student, int]:
@@ -114,10 +107,10 @@ def _check_name(name: str, student: Student) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(f"export name {name!r} becomes a file and model name; use only letters, digits, '.', '_', '-'")
     known = open_clip.get_model_config(name)
-    if known is not None and known != model_config(student):
+    if known is not None and known != student.model_config:
         raise UserError(
             f"export name {name!r} is an architecture of open_clip that differs from this student (embed_dim "
             f"{known['embed_dim']} against {student.embed_dim}, or else); choose another --name"
         )
-    if "siglip" in name.lower() and "hf_tokenizer_name" not in model_config(student)["text_cfg"]:
+    if "siglip" in name.lower() and "hf_tokenizer_name" not in student.model_config["text_cfg"]:
         raise UserError(f"export name {name!r}: open_clip takes SigLIP's tokenizer for it; choose another --name")

@@ -23,7 +23,7 @@ from megacid.checkpoint.state import CheckpointReader
 from megacid.data.features import FeatureSet
 from megacid.errors import UserError
 from megacid.evaluate.export import checkpoint_of
-from megacid.tower import FeatureTower
+from megacid.models.feature_tower import FeatureTower
 
 TASKS = ("head", "nearest_class_mean")
 CLASSES_PER_BLOCK = 16384

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from megacid.errors import UserError
 from megacid.evaluate.datasets import Benchmark, Split
 from megacid.evaluate.zero_shot import Predictions, top_classes
-from megacid.student import LoadedClip
+from megacid.models.clip import LoadedClip
 
 STRENGTHS = tuple(10.0**p for p in range(-2, 7))
 HOLD_OUT = 0.2

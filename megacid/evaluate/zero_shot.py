@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megacid.evaluate.datasets import Benchmark
-from megacid.student import LoadedClip
+from megacid.models.clip import LoadedClip
 
 
 @dataclass(frozen=True)

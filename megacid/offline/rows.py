@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megacid.checkpoint.store import read_meta
-from megacid.data.arrays import load_npy
-from megacid.data.cache import SmallCache
-from megacid.data.mapped import MappedRows
+from megacid.data.lru import SmallCache
+from megacid.data.memmap import MappedRows
 from megacid.errors import UserError
-from megacid.offline.partitions import PartitionFiles, partition_files
+from megacid.offline.embed.partitions import PartitionFiles, partition_files
+from megacid.storage.metadata import read_meta
+from megacid.storage.npy import load_npy
 
 _OPEN_MAPS = 128
 _LENGTH_SLACK = 0.02  # of a unit vector in float16; the widest rows are off by less than 0.002

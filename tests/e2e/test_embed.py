@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from megacid.data.index import load_index
-from megacid.data.sidecar import LabelTable, TeacherTable
-from megacid.offline.embed_input import Pairs, as_is
-from megacid.offline.partitions import partition_files
+from megacid.data.side_tables import LabelTable, TeacherTable
+from megacid.models.clip import load_clip
+from megacid.offline.embed.input import Pairs, as_is
+from megacid.offline.embed.partitions import partition_files
 from megacid.offline.rows import EmbeddingRows
-from megacid.student import load_clip
 
 BLOCKS = {"width": 32, "heads": 2, "layers": 1}
 VISION = {"width": 32, "head_width": 16, "layers": 1, "image_size": 24, "patch_size": 8}

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 
 from megacid.checkpoint.saver import Saver
-from megacid.checkpoint.store import read_meta
 from megacid.errors import UserError, run_tool
 from megacid.evaluate.datasets import load_benchmark
 from megacid.evaluate.export import export_student, student_from_run
 from megacid.evaluate.zero_shot import class_embeddings, zero_shot
-from megacid.student import build_student, load_clip, loaded_student, preprocess_for
+from megacid.models.clip import load_clip, preprocess_for
+from megacid.models.student import build_student, loaded_student
+from megacid.storage.metadata import read_meta
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "export-test"

@@ -21,16 +21,16 @@ from harness import run_ranks
 from offline_data import ROOT, cluster_args, embed_args, run, save_model, write_shards
 from PIL import Image
 
-from megacid.checkpoint.store import read_meta
 from megacid.data.index import load_index
-from megacid.data.sidecar import KeepTable, LabelTable, TeacherTable
+from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
 from megacid.distributed.parallel import Parallel
-from megacid.offline import embed
-from megacid.offline.balance import BalanceSettings
-from megacid.offline.balance_stage import balance
-from megacid.offline.cluster import cluster
-from megacid.offline.kmeans import KMeansSettings
-from megacid.student import load_clip
+from megacid.models.clip import load_clip
+from megacid.offline.balance.deduplicate import BalanceSettings
+from megacid.offline.balance.stage import balance
+from megacid.offline.cluster.kmeans import KMeansSettings
+from megacid.offline.cluster.stage import cluster
+from megacid.offline.embed import stage as embed_stage
+from megacid.storage.metadata import read_meta
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def all_stages(stage: Path) -> None:
         "dim": 32,
         "shards_digest": index.digest,
     }
-    embed.embed(index, load_clip(model), stage / "emb2", parallel, settings=settings, batch_size=5, workers=0)
+    embed_stage.embed(index, load_clip(model), stage / "emb2", parallel, settings=settings, batch_size=5, workers=0)
     cluster(
         stage / "emb2", stage / "clusters2", KMeansSettings(k=4, iterations=4, init="k-means++"), parallel, top_labels=2
     )

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megacid import train
 from megacid.checkpoint.state import CheckpointReader
-from megacid.config import load_run
+from megacid.config.load import load_run
 from megacid.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -263,7 +263,7 @@ def test_a_key_written_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_directory_in_use_is_refused(pipeline: Pipeline, capfd: pytest.CaptureFixture[str]) -> None:
-    from megacid.runtime.lifecycle import RunLock
+    from megacid.training.lifecycle import RunLock
 
     held = RunLock(pipeline.root / "runs" / "held")
     run_train(1, pipeline.run_file("held"), expect=2)

@@ -42,8 +42,8 @@ def builds(arch: int) -> Iterator[Build]:
 
 def row_builds() -> Iterator[Build]:
     from megacid_kernels.fused import tile_of
-    from megacid_kernels.fused.rows import through_norm_kernel, unit_rows_kernel
-    from megacid_kernels.fused.update import adamw_rows_kernel, sgd_rows_kernel
+    from megacid_kernels.fused.normalize import through_norm_kernel, unit_rows_kernel
+    from megacid_kernels.fused.row_update import adamw_rows_kernel, sgd_rows_kernel
 
     def build(kernel: Any, name: str, width: int, types: dict[str, str], **constants: Any) -> Build:
         tile = tile_of(width)
@@ -85,7 +85,15 @@ _PULL = {"pull_ptr": "*fp32", "cos_ptr": "*fp32"}
 
 def head_builds() -> Iterator[Build]:
     """What of the head is bound by memory."""
-    from megacid_kernels.fused import epilogue, finish, inplace, labels, negatives, target, tile_of
+    from megacid_kernels.fused import (
+        exponentials_inplace,
+        gradient_epilogue,
+        label_gradient,
+        row_epilogue,
+        row_statistics,
+        target,
+        tile_of,
+    )
     from megacid_kernels.fused.nearest import best_strip_kernel
 
     # One full block, and two of which one is ragged.
@@ -104,7 +112,9 @@ def head_builds() -> Iterator[Build]:
         types |= {"num_rows": "i32", "num_w": "i32", "num_slots": "i32"}
         for count in (1, 4) if width == 512 else (1,):
             name = "finish_x" if count == 1 else f"finish_x {count} labels"
-            yield Build(f"{name} D={width}", finish.finish_x_kernel, types, cut | {"LABELS": count}, tile.warps)
+            yield Build(
+                f"{name} D={width}", gradient_epilogue.finish_x_kernel, types, cut | {"LABELS": count}, tile.warps
+            )
         types = {
             "grad_ptr": "*fp32",
             "w_ptr": "*fp32",
@@ -114,24 +124,24 @@ def head_builds() -> Iterator[Build]:
         }
         yield Build(
             f"rows_through_norm D={width}",
-            finish.rows_through_norm_kernel,
+            gradient_epilogue.rows_through_norm_kernel,
             types | {"num_rows": "i32"},
             cut | {"HAS_ROWS": True},
             tile.warps,
         )
         types = _FP32_ROWS | _PULL | {"grad_ptr": "*fp32", "order_slot_ptr": "*i64", "order_entry_ptr": "*i64"}
-        tile = labels.tile_of_row(width)
+        tile = label_gradient.tile_of_row(width)
         cut |= {"ROWS": tile.rows, "BLOCK": tile.block, "LABELS": 1}
         yield Build(
             f"add_labels D={width}",
-            labels.add_labels_kernel,
+            label_gradient.add_labels_kernel,
             types | {"num_entries": "i32", "num_slots": "i32"},
             cut,
             tile.warps,
         )
 
-    tile = inplace.TILE
-    cut = {"BLOCKS": inplace.BLOCKS, "ROWS": tile.rows, "BLOCK": tile.block, "INTERPRET": False}
+    tile = exponentials_inplace.TILE
+    cut = {"BLOCKS": exponentials_inplace.BLOCKS, "ROWS": tile.rows, "BLOCK": tile.block, "INTERPRET": False}
     for name, cosines, stored, every in (
         ("in_place fp16", "*fp16", "*bf16", False),
         ("in_place fp16 filter and bias", "*fp16", "*bf16", True),
@@ -140,36 +150,36 @@ def head_builds() -> Iterator[Build]:
         types = _NEGATIVES | {"cos_ptr": cosines, "matrix_ptr": stored, "stride": "i32"}
         yield Build(
             name,
-            inplace.exponentials_in_place_kernel,
+            exponentials_inplace.exponentials_in_place_kernel,
             types,
             cut | _negatives(every),
             tile.warps,
             aligned=("stride", "hidden_stride"),
         )
 
-    tile = negatives.REDUCTION_TILE
+    tile = row_statistics.REDUCTION_TILE
     types = {"sums_part_ptr": "*fp32", "largest_part_ptr": "*fp32", "removed_part_ptr": "*i32", "sums_ptr": "*fp32"}
     types |= {"largest_ptr": "*fp32", "removed_ptr": "*i64", "num_tiles": "i32", "num_rows": "i32"}
     types |= {"scale_log2": "fp32", "shift_log2": "fp32"}
     cut = {"LARGEST": True, "FILTER": True, "HAS_BIAS": True, "ROWS": tile.rows, "BLOCK": tile.block}
-    yield Build("reduce_tiles", negatives.reduce_tiles_kernel, types, cut, tile.warps)
+    yield Build("reduce_tiles", row_statistics.reduce_tiles_kernel, types, cut, tile.warps)
 
     types = {"value_part_ptr": "*fp32", "label_part_ptr": "*i32", "value_ptr": "*fp32", "label_ptr": "*i64"}
     cut = {"ROWS": 32, "BLOCK": 64}
     yield Build("best_strip", best_strip_kernel, types | {"num_rows": "i32", "num_strips": "i32"}, cut, 4)
 
-    tile = epilogue.TILE
+    tile = row_epilogue.TILE
     types = {f"{name}_ptr": "*fp32" for name in ("sums", "psi", "share", "loss", "coefficient", "pull")}
     types |= {"num_rows": "i32", "scale": "fp32", "shift": "fp32"}
     cut = {"ROWS": tile.rows, "BLOCK": tile.block}
-    yield Build("row_epilogue", epilogue.row_epilogue_kernel, types, cut, tile.warps)
+    yield Build("row_epilogue", row_epilogue.row_epilogue_kernel, types, cut, tile.warps)
 
 
 def product_builds(arch: int) -> Iterator[Build]:
     """What of the head is bound by arithmetic, with the tiles that the table has for this architecture."""
     import torch
 
-    from megacid_kernels.fused.forward import exponentials_kernel
+    from megacid_kernels.fused.exponentials import exponentials_kernel
     from megacid_kernels.fused.nearest import nearest_kernel
     from megacid_kernels.fused.tuning import lookup, tiles_for
 

@@ -21,10 +21,10 @@ from megacid import Margin, PartialFC, RowAdamW, RowSGD
 from megacid.distributed.collectives import rank, world_size
 from megacid.errors import UserError
 from megacid_kernels import Discrimination, Gradients, Problem, Weights, discrimination_with_gradients
+from megacid_kernels.engines.torch_engine import TorchBlock
 from megacid_kernels.fused import INTERPRET, tiles_for
 from megacid_kernels.fused.gemm import product_fp32
 from megacid_kernels.fused.tuning import TABLE_VARIABLE, as_json
-from megacid_kernels.torch_engine import TorchBlock
 
 in_pytorch = pytest.mark.skipif(INTERPRET, reason="runs in the outer process")
 

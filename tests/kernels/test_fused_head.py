@@ -17,7 +17,6 @@ import torch
 from interpreter import assert_holds_in_the_interpreter, on_devices
 from torch import Tensor
 
-from megacid.classifier.margin import Margin
 from megacid_kernels import Problem
 from megacid_kernels.fused import (
     INTERPRET,
@@ -38,7 +37,8 @@ from megacid_kernels.fused import (
     tuning,
     unit_rows,
 )
-from megacid_kernels.labels import locate
+from megacid_kernels.margin import Margin
+from megacid_kernels.targets import locate
 
 HERE = "cpu" if INTERPRET else "cuda"
 SMALL = ProductTile(rows=32, columns=64, depth=32, warps=4, stages=2, group=2)
@@ -269,7 +269,7 @@ def test_bits_are_the_same_again_and_in_any_order_of_programs(device: str, monke
     assert same(exponentials(x, w, slot, own, **options, tile=dataclasses.replace(SMALL, group=8)))
     assert same(exponentials(x, w, slot, own, **options, store=False, largest=False, tile=SMALL))
     # Row statistics of 2 row tiles at a time: 12 bytes per row and tile of columns.
-    monkeypatch.setattr("megacid_kernels.fused.forward._PARTS_BYTES", 2 * 32 * 12 * 4)
+    monkeypatch.setattr("megacid_kernels.fused.exponentials._PARTS_BYTES", 2 * 32 * 12 * 4)
     assert same(exponentials(x, w, slot, own, **options, tile=SMALL))
 
     cos = (x @ w.T).contiguous()

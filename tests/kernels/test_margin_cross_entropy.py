@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megacid.classifier.margin import Margin
 from megacid_kernels import (
     Problem,
     Weights,
@@ -16,6 +15,7 @@ from megacid_kernels import (
     linear_margin_cross_entropy,
     linear_margin_discrimination,
 )
+from megacid_kernels.margin import Margin
 from megacid_kernels.reference import discrimination_reference
 
 MARGINS = [

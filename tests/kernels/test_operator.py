@@ -130,7 +130,7 @@ def test_tensors_on_two_devices_are_refused() -> None:
 
 
 def test_without_triton_auto_on_cuda_is_pytorch_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megacid_kernels import dispatch
+    from megacid_kernels.engines import dispatch
 
     monkeypatch.setattr(dispatch, "_why_no_triton", lambda: "No module named 'triton'")
     dispatch._warn_once.cache_clear()

@@ -1,18 +1,18 @@
 """Triton kernels of the head and of the row updates. Needs triton; what else in the package imports this does so late."""
 
-from megacid_kernels.fused.epilogue import row_epilogue
-from megacid_kernels.fused.finish import finish_x_, rows_through_norm_
-from megacid_kernels.fused.forward import exponentials
-from megacid_kernels.fused.inplace import exponentials_
-from megacid_kernels.fused.labels import LabelOrder, add_labels_, label_order
+from megacid_kernels.fused.exponentials import exponentials
+from megacid_kernels.fused.exponentials_inplace import exponentials_
+from megacid_kernels.fused.gradient_epilogue import finish_x_, rows_through_norm_
+from megacid_kernels.fused.label_gradient import LabelOrder, add_labels_, label_order
 from megacid_kernels.fused.launch import INTERPRET, Tile, tile_of
 from megacid_kernels.fused.nearest import nearest
-from megacid_kernels.fused.negatives import Exponentials, pitch, pitched
+from megacid_kernels.fused.normalize import through_norm_, unit_rows
 from megacid_kernels.fused.product import ProductTile
-from megacid_kernels.fused.rows import through_norm_, unit_rows
+from megacid_kernels.fused.row_epilogue import row_epilogue
+from megacid_kernels.fused.row_statistics import Exponentials, pitch, pitched
+from megacid_kernels.fused.row_update import AdamWFactors, SGDFactors, adamw_rows_, sgd_rows_
 from megacid_kernels.fused.target import target_cosines
 from megacid_kernels.fused.tuning import Tiles, tiles_for
-from megacid_kernels.fused.update import AdamWFactors, SGDFactors, adamw_rows_, sgd_rows_
 
 __all__ = [
     "INTERPRET",

@@ -1,0 +1,50 @@
+"""The candidates of a contrastive term: what an engine computes with them, and PyTorch's way."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Negatives(NamedTuple):
+    """Of a chunk of anchors; `matrix` is 0 at each anchor's own pair."""
+
+    matrix: Tensor  # [c, G] exp(z - shift)
+    sums: Tensor  # [c]
+    shift: Tensor  # [c] or 0-d
+
+
+class Candidates(Protocol):
+    """What touches a matrix [c, G] or all candidates: one way for PyTorch, one for Triton's kernels and cuBLAS."""
+
+    def negatives(self, scaled_cD: Tensor, target_c: Tensor, first: int) -> Negatives:
+        """scaled_cD: scale times the anchors, whose pairs are `first` and the following; target_c: their logits to them."""
+        ...
+
+    def product(self, matrix_cG: Tensor) -> Tensor:
+        """matrix @ candidates, fp32 (fp64) [c, D]."""
+        ...
+
+    def add_gradient_(self, grad_GD: Tensor, matrix_cG: Tensor, features_cD: Tensor) -> None:
+        """grad += matrix.T @ features"""
+        ...
+
+
+class TorchCandidates:
+    def __init__(self, other_GD: Tensor):
+        self.other = other_GD
+
+    def negatives(self, scaled_cD: Tensor, target_c: Tensor, first: int) -> Negatives:
+        z_cG = scaled_cD @ self.other.T
+        z_cG[:, first : first + len(z_cG)].diagonal().fill_(-torch.inf)
+        shift_c = torch.maximum(z_cG.amax(1), target_c)
+        e_cG = z_cG.sub_(shift_c[:, None]).exp_()
+        return Negatives(e_cG, e_cG.sum(1), shift_c)
+
+    def product(self, matrix_cG: Tensor) -> Tensor:
+        return matrix_cG @ self.other
+
+    def add_gradient_(self, grad_GD: Tensor, matrix_cG: Tensor, features_cD: Tensor) -> None:
+        grad_GD.addmm_(matrix_cG.T, features_cD)

@@ -1,0 +1,42 @@
+"""Candidates of the contrastive terms through the head's kernels: exponentials straight out of the product, in bf16.
+
+Legend: G candidates, c anchors of one chunk, D width.
+
+Cosines are bounded, so one shift serves all anchors: kappa = max(0, scale + ln G - 80), as in `Problem.shift`, keeps every sum finite in fp32. The
+scale is a parameter, known to the device alone: it goes into the anchors and, as kappa, into the bias of every column.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megacid_kernels.engines.candidates import Negatives
+from megacid_kernels.fused.exponentials import exponentials
+from megacid_kernels.fused.gemm import product_fp32
+from megacid_kernels.problem import LARGEST_LOG_SUM
+
+
+class TritonCandidates:
+    def __init__(self, other_GD: Tensor, scale: Tensor):
+        """other_GD: fp32 unit rows."""
+        self._first, self._second = other_GD.half(), other_GD.bfloat16()
+        self._shift = (scale.float() + (math.log(max(1, len(other_GD))) - LARGEST_LOG_SUM)).clamp_min(0)
+        self._bias = (-self._shift).repeat(len(other_GD))
+
+    def negatives(self, scaled_cD: Tensor, target_c: Tensor, first: int) -> Negatives:
+        slot_c = torch.arange(first, first + len(scaled_cD), device=scaled_cD.device)[:, None]
+        found = exponentials(
+            scaled_cD.half(), self._first, slot_c, torch.ones_like(slot_c, dtype=torch.bool), scale=1.0, shift=0.0,
+            bias_S=self._bias, largest=False,
+        )  # fmt: skip
+        assert found.matrix is not None
+        return Negatives(found.matrix, found.sums, self._shift)
+
+    def product(self, matrix_cG: Tensor) -> Tensor:
+        return product_fp32(matrix_cG, self._second)
+
+    def add_gradient_(self, grad_GD: Tensor, matrix_cG: Tensor, features_cD: Tensor) -> None:
+        product_fp32(matrix_cG.T, features_cD.to(matrix_cG.dtype), grad_GD)

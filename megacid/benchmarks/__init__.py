@@ -1,1 +1,0 @@
-"""What tools/bench.py measures, one module per suite. See `megacid.benchmarks.suite` for what a suite is."""

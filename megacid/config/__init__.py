@@ -1,0 +1,1 @@
+"""The run file: its schema, loading, checks, and what DeepSpeed knows."""

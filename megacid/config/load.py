@@ -1,0 +1,131 @@
+"""The run file: frozen dataclasses of the "megacid" block, strict loading.
+
+One file is one run. It holds DeepSpeed's own keys plus a "megacid" block, in JSON or Hjson (comments allowed):
+
+    run = load_run("configs/digits_cpu.json", ["classifier.sample_rate=0.2"], world=2)
+    run.megacid     a `Megacid`, every field checked
+    run.deepspeed   the dict that is passed to deepspeed.initialize, batch sizes filled in
+
+A key that nobody reads is an error, in both parts (`deepspeed_keys.py` knows DeepSpeed's); `config_checks.py` knows which
+values are good together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import hjson
+
+from megacid.config.deepspeed import KNOWN_KEYS, lint_deepspeed
+from megacid.config.schema import Megacid, RunFile, defaults
+from megacid.config.validation import check, check_numbers
+from megacid.errors import UserError, nearest
+
+# ---- the "megacid" block -----------------------------------------------------------------------------------------
+
+
+# ---- strict loading ----------------------------------------------------------------------------------------------
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint`, or UserError naming the key, the value and the wish."""
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(value, next(c for c in choices if c is not type(None)), where)
+    if origin is Literal:
+        if value not in choices:
+            raise UserError(f'"{where}" is {value!r}, wanted one of {", ".join(map(repr, choices))}')
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or len(value) != len(choices):
+            raise UserError(f'"{where}" is {value!r}, wanted a list of {len(choices)} numbers')
+        return tuple(_convert(v, c, where) for v, c in zip(value, choices))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f'"{where}" is {value!r} ({type(value).__name__}), wanted {hint.__name__}')
+    return value
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f'"{where}" is {values!r}, wanted a block {{...}}')
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise UserError(f'unknown key "{where}.{key}": {nearest(key, list(hints))}')
+    for item in dataclasses.fields(cls):
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and item.name not in values:
+            raise UserError(f'"{where}.{item.name}" is missing, it has no default: add it to the run file')
+    return cls(**{key: _convert(value, hints[key], f"{where}.{key}") for key, value in values.items()})
+
+
+def _apply_set(tree: dict[str, Any], assignment: str) -> None:
+    """One `--set section.key=value`: first the megacid block, else DeepSpeed's keys. The value is read as JSON, else as text."""
+    path, sign, text = assignment.partition("=")
+    if not sign or not path:
+        raise UserError(f"--set {assignment!r}: wanted section.key=value, for example --set classifier.sample_rate=0.2")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # the type that the key wants decides
+        value = text
+    *sections, key = path.removeprefix("megacid.").split(".")
+    top = sections[0] if sections else key
+    known = {item.name for item in dataclasses.fields(Megacid)}
+    if top not in known and top not in KNOWN_KEYS:
+        raise UserError(f"--set {assignment!r}: unknown section {top!r}: {nearest(top, sorted(known | KNOWN_KEYS))}")
+    node = tree.setdefault("megacid", {}) if top in known else tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {assignment!r}: {section!r} is a value, not a block")
+    node[key] = value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise UserError(f'key "{key}" is written twice in one block of the run file: keep one')
+        seen[key] = value
+    return seen
+
+
+def load_run(path: str | Path, assignments: list[str] | None = None, *, world: int) -> RunFile:
+    """Read, override, check. world: number of ranks, completes the batch sizes. Raises UserError."""
+    path = Path(path)
+    try:
+        tree = hjson.loads(path.read_text(), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise UserError(f"cannot read the run file {path} ({error.strerror}): correct --deepspeed_config") from None
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the run file {path} is neither JSON nor Hjson: {str(error)[:300]}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"the run file {path} holds {type(tree).__name__}, wanted a block {{...}}")
+    for assignment in assignments or []:
+        _apply_set(tree, assignment)
+    check_numbers(tree)
+    block = tree.pop("megacid", None)
+    if block is None:
+        raise UserError(
+            f'the run file {path} has no "megacid" block, wanted one beside DeepSpeed\'s keys: see configs/'
+        )
+    megacid: Megacid = _build(Megacid, block, "megacid")
+    check(megacid, defaults())
+    run = RunFile(path, megacid, lint_deepspeed(tree, world))
+    if megacid.classifier.mode == "slab" and run.accumulation > 1:
+        raise UserError(
+            f'"megacid.classifier.mode" is "slab" and there are {run.accumulation} micro-batches in a step, wanted one: no '
+            'gradient is held that a second one could be added to; write "row", or a larger micro-batch'
+        )
+    return run

@@ -1,0 +1,51 @@
+"""A small trainable tower over feature vectors, in the place of the CLIP student: for classification experiments.
+
+Shapes: B batch, d feature width, D embedding.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megacid.models.student import StudentOutput
+
+
+class FeatureTower(nn.Module):
+    """d -> [Linear, GELU, LayerNorm] x layers of width `hidden` -> Linear to D, then L2-normalised.
+
+    The initial weights are a function of `seed` alone; the global random generator is left as it was.
+    """
+
+    def __init__(self, feature_dim: int, embed_dim: int, *, hidden: int = 512, layers: int = 2, seed: int = 0) -> None:
+        super().__init__()
+        self.feature_dim, self.embed_dim = feature_dim, embed_dim
+        widths = [feature_dim, *[hidden] * layers]
+        with torch.random.fork_rng(devices=[]):  # the CPU generator alone: the weights must not depend on the machine
+            torch.manual_seed(seed)
+            parts: list[nn.Module] = []
+            for before, after in itertools.pairwise(widths):
+                parts += [nn.Linear(before, after), nn.GELU(), nn.LayerNorm(after)]
+            self.body = nn.Sequential(*parts)
+            self.projection = nn.Linear(widths[-1], embed_dim)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one input without the batch: (d,)."""
+        return (self.feature_dim,)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of one text: a feature vector has none."""
+        return 0
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> StudentOutput:
+        """image [B, d] float, text [B, 0] int64 -> `StudentOutput` with image [B, D], text [B, 0], logit_scale 1.
+
+        Only the cluster term can use it: config.py refuses the terms that compare with texts.
+        """
+        embedding = F.normalize(self.projection(self.body(image)).float(), dim=-1)
+        return StudentOutput(embedding, embedding[:, :0], torch.ones((), device=embedding.device))

@@ -1,0 +1,1 @@
+"""Semantic balance: find near-duplicates, keep one of each group."""

@@ -1,0 +1,391 @@
+"""Image semantic balance: inside every cluster, link near pairs and keep one sample per group.
+
+Legend: n samples with an embedding (in order of the embedding partitions), m samples of one cluster, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megacid.distributed.collectives import gather_plain, rank, world_size
+from megacid.distributed.consensus import broadcast_json
+from megacid.distributed.stopping import together
+from megacid.errors import UserError
+from megacid.failpoints import probe
+from megacid.offline.balance import cross_cluster, linking
+from megacid.offline.balance.clusters import Clusters
+from megacid.offline.balance.linking import Link, UnitRows, check_unit, keep_mask, owners, panel_rows
+from megacid.offline.balance.threshold_search import FARTHEST, draw, narrow
+from megacid.offline.nearest import Assigner, Metric, prepare
+from megacid.offline.rows import Rows, SubsetRows
+from megacid.storage.stage_files import PartialResults
+
+log = logging.getLogger(__name__)
+Group = dist.ProcessGroup | None
+Tick = Callable[[int], None]
+Keep = Literal["nearest", "farthest", "random", "caption"]
+PART_PAIRS = 1 << 28  # pairs of samples in one partial result: seconds to minutes of work
+
+
+@dataclass(frozen=True)
+class BalanceSettings:
+    """What decides which samples stay. Exactly one of `threshold` (distance) and `target_keep` (share of samples)."""
+
+    threshold: float | None = None
+    target_keep: float | None = None
+    link: Link = "components"
+    keep: Keep = "nearest"
+    cap: int | None = None  # at most so many kept samples per cluster
+    across: int = 0  # every sample is also compared with so many clusters that come next to it
+    seed: int = 0
+    search_rows: int = 200_000  # the threshold is searched on whole clusters with about so many samples
+    block: int = 1024
+
+    def __post_init__(self) -> None:
+        if (self.threshold is None) == (self.target_keep is None):
+            raise UserError("give exactly one of --threshold and --target-keep")
+        if self.threshold is not None and not 0 <= self.threshold <= FARTHEST:
+            raise UserError(f"threshold is {self.threshold}, wanted a distance of unit vectors, 0 to 2")
+        if self.target_keep is not None and not 0 < self.target_keep <= 1:
+            raise UserError(f"target keep is {self.target_keep}, wanted a share above 0 and at most 1")
+        if self.link not in ("components", "greedy"):
+            raise UserError(f"link is {self.link!r}, wanted components or greedy")
+        if self.keep not in ("nearest", "farthest", "random", "caption"):
+            raise UserError(f"keep is {self.keep!r}, wanted nearest, farthest, random or caption")
+        if self.cap is not None and self.cap < 1:
+            raise UserError(f"cap is {self.cap}, wanted at least 1 sample per cluster")
+        if self.across < 0:
+            raise UserError(
+                f"across is {self.across}, wanted 0 (inside clusters only) or a number of neighbouring clusters"
+            )
+        if self.search_rows < 1 or self.block < 1:
+            raise UserError(f"search rows is {self.search_rows} and block {self.block}, wanted at least 1 each")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """keep: bool [n]; owner: int64 [n], the row kept for each row's group (before the cap); both by embedding row."""
+
+    keep: np.ndarray
+    owner: np.ndarray
+    threshold: float
+    curve: list[tuple[float, float]]  # (threshold, share kept) visited by the search
+    searched_rows: int  # 0 when the threshold was given
+    owner_inside: np.ndarray  # int64 [n], of the first pass; `owner` itself without a second one
+
+    @property
+    def removed_across(self) -> int:
+        """Samples kept by the first pass, not by the second."""
+        number = np.arange(len(self.owner))
+        return int((self.owner_inside == number).sum() - (self.owner == number).sum())
+
+
+def preference(
+    keep: Keep,
+    score: np.ndarray,
+    seed: int,
+    image: Rows,
+    text: Rows | None,
+    block: int = 65536,
+    tick: Tick = lambda rows: None,
+) -> np.ndarray:
+    """float32 [n]: smaller is kept first. UserError naming a row of the captions that is not finite or zero."""
+    if keep == "nearest":
+        return -score.astype(np.float32)
+    if keep == "farthest":
+        return score.astype(np.float32)
+    if keep == "random":
+        return np.random.default_rng([seed, 3]).permutation(len(score)).astype(np.float64)
+    assert text is not None
+    out = np.empty(len(score), np.float32)
+    for low in range(0, len(score), block):
+        high = min(low + block, len(score))
+        v, t = (prepare(rows.read(low, high), "cosine", torch.device("cpu")) for rows in (image, text))
+        for x_BD, rows in ((v, image), (t, text)):
+            check_unit(x_BD, rows, np.arange(low, high))
+        tick(0)
+        out[low:high] = -(v * t).sum(1).numpy()
+    return out
+
+
+def group_by_cluster(label: np.ndarray, priority: np.ndarray, k: int) -> Clusters:
+    """Sort samples by cluster and preference; equal preference: earlier rows first. Samples without a label (-1) are in no cluster."""
+    order = np.lexsort((priority, label))
+    starts = np.searchsorted(label[order], np.arange(k + 1))
+    return Clusters(order.astype(np.int64), starts.astype(np.int64), priority)
+
+
+def _link(
+    image: Rows,
+    clusters: Clusters,
+    cluster: int,
+    threshold: float,
+    settings: BalanceSettings,
+    device: torch.device,
+    tick: Tick,
+) -> np.ndarray:
+    """Owners of one cluster as positions inside it, int64 [m]."""
+    members = clusters.order[clusters.starts[cluster] : clusters.starts[cluster + 1]]
+    if len(members) < 2 or threshold <= 0:
+        return np.arange(len(members), dtype=np.int64)
+    panel = panel_rows(image.dim, settings.block)
+    unit = UnitRows(image, members, device)
+    # Small clusters, which are most of them, are held whole.
+    x_MD = unit[:] if len(members) <= panel else unit
+    return owners(x_MD, threshold, settings.link, settings.block, tick, panel)
+
+
+def search_threshold(
+    image: Rows,
+    clusters: Clusters,
+    settings: BalanceSettings,
+    device: torch.device,
+    work: PartialResults | None = None,
+    tick: Tick = lambda rows: None,
+    assigner: Assigner | None = None,
+) -> tuple[float, list[tuple[float, float]], int]:
+    """(threshold whose share kept is nearest to the target, the visited curve, samples used), searched on whole clusters.
+
+    Clusters are drawn by the seed until they hold `search_rows` samples; when that is all of them the share is exact.
+    work: holds the points visited so far, which are not worked out again. tick: called with 0 for every cluster.
+    assigner: of the centroids, for `settings.across`.
+    """
+    assert settings.target_keep is not None
+    chosen = draw(clusters.sizes, settings.search_rows, settings.seed, assigner)
+    numbers, part = clusters.of(chosen)
+    rows, count = SubsetRows(image, numbers), len(numbers)
+    lists = np.empty((0, 2), np.int64)
+    if assigner is not None:
+        # At the largest threshold a list leaves nothing out, so that it serves all of them.
+        lists = _lists(rows, part, np.arange(count), FARTHEST, settings, assigner, (0, 1), None, tick)
+    listed_here = np.isin(lists[:, 1], chosen).mean() if len(lists) else 1.0
+    # JSON keeps every bit of a float.
+    visited: dict[float, float] = {float(at): float(kept) for at, kept in (work.json("search") if work else None) or []}
+
+    def share(threshold: float) -> float:
+        if threshold not in visited:
+            owner, kept = np.arange(count), 0.0
+            for c in chosen:
+                tick(0)
+                local = _link(rows, part, c, threshold, settings, device, tick)
+                members = part.order[part.starts[c] : part.starts[c + 1]]
+                owner[members] = members[local]
+                kept += int(keep_mask(local, settings.cap).sum())
+            if assigner is not None and threshold > 0:
+                pairs = _pairs(part, lists, owner, settings)
+                links = _links_across(rows, pairs, owner, threshold, settings, device, (0, 1), None, tick)
+                both = _kept(part, cross_cluster.joined(owner, links, part.priority, settings.link), settings.cap).sum()
+                # What was removed across the borders that lie inside of the sample, for all borders that were listed.
+                kept = max(kept - (kept - float(both)) / max(listed_here, 1 / count), 0.0)
+            visited[threshold] = kept
+            if work:
+                work.save_json("search", list(visited.items()))
+            probe("balance:search", step=len(visited))
+        return visited[threshold] / count
+
+    threshold, curve = narrow(settings.target_keep, count, share)
+    return threshold, curve, count
+
+
+def decide(
+    image: Rows,
+    clusters: Clusters,
+    settings: BalanceSettings,
+    *,
+    device: torch.device | str = "cpu",
+    group: Group = None,
+    work: PartialResults | None = None,
+    tick: Tick = lambda rows: None,
+    centroids: np.ndarray | None = None,
+    metric: Metric = "cosine",
+) -> Decision:
+    """Link and choose in every cluster; clusters are split over the ranks and every rank gets the whole decision.
+
+    centroids: float32 [k, D], for `settings.across`; metric: the one the labels were made with.
+    work: holds the points of the search and the links of parts of the clusters; what is there is not done again.
+    tick: called with rows done (also 0); when it raises Stopped, all ranks stop.
+    """
+    device, me = torch.device(device), (rank(group), world_size(group))
+    curve: list[tuple[float, float]] = []
+    threshold, searched = settings.threshold, 0
+    assigner: Assigner | None = None
+    if settings.across:
+        if centroids is None:
+            raise UserError(f"across is {settings.across} but there are no centroids: run tools/cluster.py again")
+        assigner = Assigner(prepare(centroids, metric, device), metric, device)
+    if threshold is None:
+        with together(group):
+            # One rank decides: two devices may round a product differently.
+            found = None
+            if me[0] == 0:
+                found = search_threshold(image, clusters, settings, device, work, tick, assigner)
+        threshold, points, searched = broadcast_json(found, group)
+        curve = [(float(at), float(kept)) for at, kept in points]
+        log.info("threshold %.5f found on %d of %d samples", threshold, searched, image.num_rows)
+    sizes = clusters.sizes.astype(np.float64)
+    log.info(
+        "%d clusters, the largest has %d samples, at most %.3g flop",
+        len(sizes),
+        sizes.max(initial=0),
+        (sizes**2).sum() * image.dim,
+    )
+    bounds = part_bounds(sizes**2)
+    first, last = _my_parts(bounds, sizes**2, me)
+    base = int(clusters.starts[bounds[first]])
+    mine = np.empty(int(clusters.starts[bounds[last]]) - base, np.int64)
+    with together(group):
+        for part in range(first, last):
+            low, high = int(bounds[part]), int(bounds[part + 1])
+            local = _link_part(image, clusters, low, high, threshold, settings, device, work, tick)
+            begin = int(clusters.starts[low])
+            for cluster in range(low, high):
+                start, stop = int(clusters.starts[cluster]), int(clusters.starts[cluster + 1])
+                mine[start - base : stop - base] = clusters.order[start:stop][local[start - begin : stop - begin]]
+    # A sample without a cluster cannot be compared with anything and stays.
+    owner = np.arange(image.num_rows)
+    owner[clusters.order[clusters.starts[0] :]] = _gathered(mine, device, group)
+    inside = owner
+    if assigner is not None and threshold > 0:
+        rows = clusters.order[clusters.starts[0] :]
+        if settings.link == "greedy":
+            rows = rows[owner[rows] == rows]  # the others need no list
+        with together(group):
+            lists = _lists(image, clusters, rows, threshold, settings, assigner, me, work, tick)
+        pairs = _pairs(clusters, _gathered(lists, device, group), owner, settings)
+        left, right = (side.astype(np.float64) for side in pairs.sizes)
+        log.info(
+            "%d pairs of neighbouring clusters, %d samples at their borders, %.3g flop",
+            len(pairs),
+            len(pairs.rows),
+            2 * (left @ right) * image.dim,
+        )
+        with together(group):
+            links = _links_across(image, pairs, owner, threshold, settings, device, me, work, tick)
+        owner = cross_cluster.joined(owner, _gathered(links, device, group), clusters.priority, settings.link)
+    return Decision(_kept(clusters, owner, settings.cap), owner, threshold, curve, searched, inside)
+
+
+def _kept(clusters: Clusters, owner: np.ndarray, cap: int | None) -> np.ndarray:
+    """bool [n]: rows that are their own owner, of every cluster at most the `cap` most preferred."""
+    keep = owner == np.arange(len(owner))
+    if cap is not None:
+        for start, stop in zip(clusters.starts[:-1].tolist(), clusters.starts[1:].tolist()):
+            if stop - start > cap:
+                members = clusters.order[start:stop]
+                own = keep[members]
+                keep[members] = own & (np.cumsum(own) <= cap)
+    return keep
+
+
+def _lists(
+    image: Rows,
+    clusters: Clusters,
+    rows: np.ndarray,
+    threshold: float,
+    settings: BalanceSettings,
+    assigner: Assigner,
+    me: tuple[int, int],
+    work: PartialResults | None,
+    tick: Tick,
+) -> np.ndarray:
+    """int64 [entries, 2]: (row, cluster it lists), of this rank's part of these rows. me: rank, number of ranks."""
+    label = clusters.labels(image.num_rows)[rows]
+    chunks = -(-len(rows) // cross_cluster.LIST_ROWS)
+    parts = [np.empty((0, 2), np.int64)]
+    for chunk in range(me[0] * chunks // me[1], (me[0] + 1) * chunks // me[1]):
+        parts.append(cross_cluster.listed(image, rows, label, assigner, settings.across, threshold, chunk, work, tick))
+    return np.concatenate(parts)
+
+
+def _pairs(clusters: Clusters, lists: np.ndarray, owner: np.ndarray, settings: BalanceSettings) -> cross_cluster.Pairs:
+    """Which samples of which clusters are compared. lists: int64 [entries, 2]; owner: of the first pass."""
+    if settings.link == "greedy":
+        lists = lists[owner[lists[:, 0]] == lists[:, 0]]  # what the first pass removed is gone
+    return cross_cluster.match_lists(lists, clusters.labels(len(owner)), len(clusters.sizes))
+
+
+def _links_across(
+    image: Rows,
+    pairs: cross_cluster.Pairs,
+    owner: np.ndarray,
+    threshold: float,
+    settings: BalanceSettings,
+    device: torch.device,
+    me: tuple[int, int],
+    work: PartialResults | None,
+    tick: Tick,
+) -> np.ndarray:
+    """int64 [E, 2]: links between groups of neighbouring clusters, of this rank's part of the pairs. owner: of the first pass."""
+    left, right = (side.astype(np.float64) for side in pairs.sizes)
+    panel = panel_rows(image.dim, settings.block, linking.PANEL_BYTES // 4)
+    # A part is as large as its work, or as the rows that are held for it.
+    cost = np.maximum(left * right, (left + right) / panel * PART_PAIRS)
+    bounds = part_bounds(cost)
+    first, last = _my_parts(bounds, cost, me)
+    parts = [np.empty((0, 2), np.int64)]
+    for part in range(first, last):
+        low, high = int(bounds[part]), int(bounds[part + 1])
+        parts.append(
+            cross_cluster.link_pairs(
+                image, pairs, low, high, owner, threshold, settings.link, settings.block, panel, device, work, tick
+            )
+        )
+    return np.concatenate(parts)
+
+
+def _my_parts(bounds: np.ndarray, cost: np.ndarray, me: tuple[int, int]) -> tuple[int, int]:
+    """(first, last) of this rank's parts: about the same cost on every rank. cost: of each piece that `bounds` counts."""
+    total = np.concatenate([[0.0], np.cumsum(cost + 1)])[bounds]
+    cuts = np.searchsorted(total, np.linspace(0, total[-1], me[1] + 1))
+    cuts[0], cuts[-1] = 0, len(bounds) - 1
+    return int(cuts[me[0]]), int(cuts[me[0] + 1])
+
+
+def part_bounds(cost: np.ndarray) -> np.ndarray:
+    """int64 [parts + 1]: first piece of every part, of about PART_PAIRS pairs or one larger piece each. The same for every
+    number of ranks. cost: [pieces], pairs of samples in each cluster, or in each pair of clusters."""
+    total = np.cumsum(np.asarray(cost, np.float64) + 1)
+    marks = np.arange(PART_PAIRS, total[-1], PART_PAIRS, dtype=np.float64) if len(total) else np.empty(0)
+    return np.unique(np.concatenate([[0], np.searchsorted(total, marks), [len(total)]])).astype(np.int64)
+
+
+def _link_part(
+    image: Rows,
+    clusters: Clusters,
+    low: int,
+    high: int,
+    threshold: float,
+    settings: BalanceSettings,
+    device: torch.device,
+    work: PartialResults | None,
+    tick: Tick,
+) -> np.ndarray:
+    """Owners of the clusters [low, high) as positions inside each, int64, one after another; kept in `work`."""
+    begin, end = int(clusters.starts[low]), int(clusters.starts[high])
+    name = f"links-{low}-{high}"
+    before = work.array(name, (end - begin,), "i") if work else None
+    if before is not None:
+        tick(end - begin)
+        return before
+    local = np.empty(end - begin, np.int64)
+    for cluster in range(low, high):
+        start, stop = int(clusters.starts[cluster]), int(clusters.starts[cluster + 1])
+        probe("balance:cluster", step=cluster)
+        local[start - begin : stop - begin] = _link(image, clusters, cluster, threshold, settings, device, tick)
+        tick(stop - start)
+    if work:
+        work.save_array(name, local)
+    probe("balance:part", step=low)
+    tick(0)
+    return local
+
+
+def _gathered(part: np.ndarray, device: torch.device, group: Group) -> np.ndarray:
+    return gather_plain(torch.from_numpy(part).to(device), group).cpu().numpy()

@@ -1,0 +1,160 @@
+"""What redundancy removal did: sizes, groups, and how many planted copies it found.
+
+Legend: n samples with an embedding, k clusters.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from megacid.data.index import ShardIndex, ShardReader, read_sample_json
+from megacid.distributed.stopping import Tick
+from megacid.offline.balance.deduplicate import Decision
+from megacid.offline.cluster.kmeans import imbalance_factor
+
+log = logging.getLogger(__name__)
+
+
+def has_field(index: ShardIndex, field: str) -> bool:
+    """Whether the first sample's json carries `field` (a whole folder is made by one tool)."""
+    reader = ShardReader(index)
+    shard = int(np.flatnonzero(index.sizes)[0])
+    try:
+        return field in read_sample_json(reader, shard, 0)
+    finally:
+        reader.close()
+
+
+def power_histogram(sizes: np.ndarray) -> dict[str, int]:
+    """Counts by size in powers of two: "1", "2-3", "4-7", ...; zeros as "0"."""
+    out = {}
+    if (sizes == 0).any():
+        out["0"] = int((sizes == 0).sum())
+    for power in range(int(sizes.max(initial=0)).bit_length()):
+        low, high = 1 << power, (2 << power) - 1
+        count = int(((sizes >= low) & (sizes <= high)).sum())
+        if count:
+            out[str(low) if low == high else f"{low}-{high}"] = count
+    return out
+
+
+def size_facts(sizes: np.ndarray) -> dict[str, Any]:
+    """Largest, median, imbalance factor and histogram of cluster sizes (int64 [k])."""
+    return {
+        "imbalance": imbalance_factor(sizes) if sizes.any() else None,
+        "largest": int(sizes.max(initial=0)),
+        "median": float(np.median(sizes)) if len(sizes) else 0.0,
+        "empty": int((sizes == 0).sum()),
+        "histogram": power_histogram(sizes),
+    }
+
+
+def cluster_sizes(label: np.ndarray, keep: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [k] each: samples of every cluster before and after. label: int [n], -1 for none; keep: bool [n]."""
+    has = label >= 0
+    return np.bincount(label[has], minlength=k), np.bincount(label[has & keep], minlength=k)
+
+
+def decision_facts(decision: Decision, label: np.ndarray, k: int, target_keep: float | None) -> dict[str, Any]:
+    """What was kept, by what it was removed, the search, the sizes of the groups and of the clusters. label: int [n]."""
+    before, after = cluster_sizes(label, decision.keep, k)
+    kept, total = int(decision.keep.sum()), len(decision.keep)
+    linked_kept = decision.owner == np.arange(total)
+    given = [(0.0, 1.0), (decision.threshold, kept / total)]  # without a search all that is known of the curve
+    return {
+        "total": total,
+        "kept": kept,
+        "share_kept": kept / total,
+        "share_removed": 1 - kept / total,
+        "removed_by_links": int((~linked_kept).sum()),
+        "removed_across": decision.removed_across,
+        "removed_by_cap": int((linked_kept & ~decision.keep).sum()),
+        "threshold": decision.threshold,
+        "cosine": 1 - decision.threshold**2 / 2,
+        "target_keep": target_keep,
+        "threshold_curve": [{"threshold": t, "share_kept": s} for t, s in decision.curve or given],
+        "searched_samples": decision.searched_rows,
+        "group_sizes": power_histogram(np.unique(decision.owner, return_counts=True)[1]),
+        "cluster_sizes_before": size_facts(before),
+        "cluster_sizes_after": size_facts(after),
+    }
+
+
+def planted_facts(origin: np.ndarray, decision: Decision, label: np.ndarray) -> dict[str, Any]:
+    """How well planted copies were found; where there was a second pass, also by the first alone (same threshold, before the cap)."""
+    facts = {"planted_copies": planted_report(origin, decision.keep, decision.owner, label)}
+    first = decision.owner_inside
+    if first is not decision.owner:
+        facts["planted_copies_inside_clusters"] = planted_report(origin, first == np.arange(len(first)), first, label)
+    return facts
+
+
+def origins(index: ShardIndex, shard: np.ndarray, row: np.ndarray, tick: Tick) -> np.ndarray:
+    """int64 [n]: a number per planted group; a sample without `origin` is a group of its own.
+
+    shard, row: [n], where each sample lies; tick: called with 0 for every sample.
+    """
+    reader = ShardReader(index)
+    number: dict[str, int] = {}
+    out = np.empty(len(shard), np.int64)
+    for i, (s, r) in enumerate(zip(shard.tolist(), row.tolist())):
+        tick(0)
+        own = index.table(s).keys[r]
+        name = str(read_sample_json(reader, s, r).get("origin", own))
+        out[i] = number.setdefault(name, len(number))
+    reader.close()
+    return out
+
+
+def planted_report(origin: np.ndarray, keep: np.ndarray, owner: np.ndarray, label: np.ndarray) -> dict[str, Any]:
+    """How well planted copies were found.
+
+    origin: int64 [n], number of the planted group of each sample (an original and its copies share one); keep, owner, label: [n].
+
+    removal_recall: share of groups with copies of which at most one member is kept.
+    copies_removed: of the members beyond one per group, the share that was removed.
+    linking_recall: share of pairs inside planted groups that ended in one linked group (before the cap).
+    same_cluster: share of those pairs inside one cluster: no linking inside clusters can reach more.
+    linking_precision: share of linked pairs (removed sample, the one kept for it) that belong to one planted group.
+    removal_precision: share of removed samples that were beyond one per planted group.
+    """
+    groups = np.unique(origin, return_inverse=True)[1]
+    members, kept = np.bincount(groups), np.bincount(groups, weights=keep).astype(np.int64)
+    copied = members > 1
+    removable = int((members - 1)[copied].sum())
+    removed_right = int((members - np.maximum(kept, 1))[copied].sum())
+    removed = int((~keep).sum())
+    linked = owner != np.arange(len(owner))
+    pairs = int((members * (members - 1) // 2).sum())
+    return {
+        "groups": int(copied.sum()),
+        "copies": removable,
+        "removal_recall": _share(int((kept <= 1)[copied].sum()), int(copied.sum())),
+        "copies_removed": _share(removed_right, removable),
+        "linking_recall": _share(_pairs_within(groups, owner), pairs),
+        "same_cluster": _share(_pairs_within(groups, label), pairs),
+        "linking_precision": _share(int((groups[linked] == groups[owner[linked]]).sum()), int(linked.sum())),
+        "removal_precision": _share(removed_right, removed),
+    }
+
+
+def _pairs_within(a: np.ndarray, b: np.ndarray) -> int:
+    """Pairs of samples that agree in both."""
+    _, counts = np.unique(np.stack([a, b]), axis=1, return_counts=True)
+    return int((counts * (counts - 1) // 2).sum())
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def subset_array(uids: list[str]) -> np.ndarray:
+    """Hex uids (32 digits) as DataComp's sorted 'u8,u8' array. Raises ValueError for something else."""
+    bad = next((uid for uid in uids if len(uid) != 32), None)
+    if bad is not None:
+        raise ValueError(f"uid {bad!r} has {len(bad)} characters, wanted 32 hexadecimal digits")
+    halves = np.frombuffer(bytes.fromhex("".join(uids)), ">u8").astype("u8")
+    return np.sort(halves.view(np.dtype("u8,u8")))

@@ -1,0 +1,362 @@
+"""The balance stage: from embeddings and clusters to keep masks and owners per tar, a report and a gallery.
+
+Legend: n samples with an embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megacid.data.index import ShardIndex, ShardReader, load_index, read_sample_json
+from megacid.distributed.collectives import barrier
+from megacid.distributed.consensus import any_rank
+from megacid.distributed.parallel import Parallel
+from megacid.distributed.stopping import Tick, together
+from megacid.errors import UserError
+from megacid.failpoints import probe
+from megacid.offline.balance import gallery, report
+from megacid.offline.balance.deduplicate import BalanceSettings, Decision, decide, group_by_cluster, preference
+from megacid.offline.balance.groups import (
+    PERCEPTUAL_SHARE,
+    Groups,
+    owner_distance,
+    perceptual_below,
+    process,
+    sample_cluster,
+)
+from megacid.offline.cluster.read_labels import read_centroids, read_labels
+from megacid.offline.nearest import Metric
+from megacid.offline.rows import EmbeddingRows
+from megacid.storage.metadata import read_meta, write_meta
+from megacid.storage.stage_files import (
+    WORK,
+    PartialResults,
+    disk_errors,
+    finished_meta,
+    read_array,
+    sweep,
+    write_array,
+    write_text,
+)
+
+log = logging.getLogger(__name__)
+
+
+def tar_rows(index: ShardIndex, rows: EmbeddingRows) -> tuple[np.ndarray, np.ndarray]:
+    """(shard int32 [n], row in its tar int64 [n]) of every embedded sample, joined by key."""
+    shard, row = np.empty(rows.num_rows, np.int32), np.empty(rows.num_rows, np.int64)
+    number = {name: i for i, name in enumerate(index.names)}
+    for partition, stem in enumerate(rows.stems):
+        where = slice(int(rows.starts[partition]), int(rows.starts[partition + 1]))
+        at = {key: place for place, key in enumerate(index.table(number[stem]).keys)}
+        shard[where] = number[stem]
+        row[where] = [at[key] for key in rows.keys(partition)]
+    return shard, row
+
+
+def balance(
+    embeddings: Path,
+    clusters: Path,
+    out: Path,
+    settings: BalanceSettings,
+    parallel: Parallel,
+    *,
+    shards: Path | None = None,
+    gallery_groups: int = 40,
+    progress: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None,
+) -> dict[str, Any]:
+    """Decide, write everything, meta.json last; returns meta. Samples without an embedding are not kept: they cannot be decoded.
+
+    shards: the tars the embeddings were made from; None: where they were then. An interrupted run goes on with the links
+    it has; a complete folder of the same arguments and inputs is left as it is; with others it is made afresh, with a
+    warning. All ranks stop together when the function of `progress` raises Stopped.
+    """
+    group = parallel.group
+    tick = progress(0)
+    with together(group):
+        rows = EmbeddingRows(embeddings)
+        text = EmbeddingRows(embeddings, "text") if settings.keep == "caption" else None
+        if text is not None and not np.array_equal(text.starts, rows.starts):
+            at = int(np.flatnonzero(text.starts != rows.starts)[0]) - 1
+            raise UserError(
+                f"{text.name(int(text.starts[at]))} belongs to a partition with another number of rows than its images: "
+                "run tools/embed.py again"
+            )
+        label, score, k = read_labels(clusters, rows)
+        centroids: np.ndarray | None = None
+        metric: Metric = "cosine"
+        if settings.across:
+            centroids, metric = read_centroids(clusters, rows.dim)
+        index = index_of(shards or rows.meta["source"]["shards"], rows)
+        wanted = _wanted(settings, rows, label, score, k)
+        if centroids is not None:
+            wanted["centroids"] = hashlib.sha256(centroids.tobytes()).hexdigest()
+        done = _complete(out, wanted | {"gallery_groups": gallery_groups}, index)
+    # Label files may be read at different moments: all ranks have to find the same.
+    if not any_rank(done is None, group):
+        with together(group):
+            if parallel.is_first:
+                _tidy(out)
+        log.info("%s is complete", out)
+        return read_meta(out, expect="balance")
+    work = PartialResults(out, wanted)
+    with together(group):
+        if parallel.is_first:
+            _claim(out, work)
+        priority = preference(settings.keep, score, settings.seed, rows, text, tick=tick)
+        sorted_rows = group_by_cluster(label, priority, k)
+    barrier(group)
+    tick = progress(rows.num_rows)
+    decision = decide(
+        rows,
+        sorted_rows,
+        settings,
+        device=parallel.device,
+        group=group,
+        work=work,
+        tick=tick,
+        centroids=centroids,
+        metric=metric,
+    )
+    with together(group):
+        if parallel.is_first:
+            _write(out, index, rows, label, k, decision, settings, clusters, gallery_groups, wanted, tick)
+    barrier(group)
+    return read_meta(out, expect="balance")
+
+
+def _wanted(
+    settings: BalanceSettings, rows: EmbeddingRows, label: np.ndarray, score: np.ndarray, k: int
+) -> dict[str, Any]:
+    """Everything that decides the result, as JSON: the arguments, the embeddings, and the labels to the last bit."""
+    names = ("shards_digest", "model", "weights", "precision", "num_samples", "dim")
+    return (
+        asdict(settings)
+        | {name: rows.meta.get(name) for name in names}
+        | {"k": k, "labels": labels_digest(label, score)}
+    )
+
+
+def labels_digest(label: np.ndarray, score: np.ndarray) -> str:
+    """sha256 of the labels and scores of all samples: what tells whether clusters are those that were balanced."""
+    digest = hashlib.sha256(np.ascontiguousarray(label).tobytes())
+    digest.update(np.ascontiguousarray(score).tobytes())
+    return digest.hexdigest()
+
+
+def _complete(out: Path, wanted: dict[str, Any], index: ShardIndex) -> dict[str, Any] | None:
+    """meta.json of a folder that was finished with these arguments and is whole; None when it has to be made."""
+    meta = finished_meta(out, "balance")
+    if meta is None:
+        return None
+    before = meta.get("arguments")
+    if before != wanted:
+        old = before if isinstance(before, dict) else {}
+        changed = ", ".join(name for name, value in wanted.items() if old.get(name) != value)
+        log.warning("%s was made with other arguments or inputs (%s): making it afresh", out, changed)
+        return None
+    for name, size in zip(index.names, index.sizes.tolist()):
+        for path, kind in ((out / "keep" / f"{name}.npy", "b"), (out / "owner" / f"{name}.npy", "i")):
+            if read_array(path, (size,), kind) is None:
+                log.warning("%s is damaged or missing: making it again", path)
+                return None
+    subset = read_array(out / "subset.npy", (int(meta["kept"]),), "V")
+    page = out / "gallery.html"
+    whole = {
+        "report.json": _is_json(out / "report.json"),
+        "gallery.html": page.is_file() and page.stat().st_size == meta["gallery_bytes"],
+        "subset.npy": not meta["has_subset"] or subset is not None,
+    }
+    for name, good in whole.items():
+        if not good:
+            log.warning("%s is damaged or missing: making it again", out / name)
+            return None
+    return meta
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _claim(out: Path, work: PartialResults) -> None:
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in ("keep", WORK, "meta.json")):
+        sweep(out)
+        if any(out.iterdir()):
+            raise UserError(f"{out} is not empty and was not made by tools/balance.py: take another --out")
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        sweep(out)
+        (out / "meta.json").unlink(missing_ok=True)
+    work.begin()
+
+
+def _tidy(out: Path) -> None:
+    """Remove what only an unfinished run needs."""
+    PartialResults(out, {}).remove()
+    sweep(out)
+
+
+def index_of(shards: Path | str, rows: EmbeddingRows) -> ShardIndex:
+    """The tars that the embeddings were made from. UserError when they are others."""
+    index = load_index(shards)
+    if index.digest != rows.meta["shards_digest"]:
+        raise UserError(
+            f"{rows.directory} was made from other shards than {shards}: give the shards it was made from with --shards, or run tools/embed.py again"
+        )
+    return index
+
+
+def _write(
+    out: Path,
+    index: ShardIndex,
+    rows: EmbeddingRows,
+    label: np.ndarray,
+    k: int,
+    decision: Decision,
+    settings: BalanceSettings,
+    clusters: Path,
+    gallery_groups: int,
+    wanted: dict[str, Any],
+    tick: Tick,
+) -> None:
+    shard, row = tar_rows(index, rows)
+    kept_of = _write_masks(out, index, shard, row, decision.keep, tick)
+    _write_owners(out, index, shard, row, decision.owner)
+    facts = report.decision_facts(decision, label, k, settings.target_keep)
+    facts["without_embedding"] = index.num_samples - rows.num_rows
+    if report.has_field(index, "origin"):
+        facts |= report.planted_facts(report.origins(index, shard, row, tick), decision, label)
+    write_text(out / "report.json", json.dumps(facts, indent=2) + "\n")
+    probe("balance:report")
+    has_subset = _write_subset(out, index, shard, row, decision.keep, tick)
+    reader = ShardReader(index)
+    show = gallery.pictures(reader, shard, row, tick)
+    write_text(out / "gallery.html", _gallery(rows, label, k, decision, facts, gallery_groups, show))
+    reader.close()
+    probe("balance:gallery")
+    source = {
+        "embeddings": str(rows.directory.resolve()),
+        "clusters": str(clusters.resolve()),
+        "shards": str(index.root.resolve()),
+    }
+    probe("balance:before_meta")
+    with disk_errors(out / "meta.json"):
+        write_meta(
+            out,
+            "balance",
+            source=source,
+            shards_digest=index.digest,
+            kept=kept_of,
+            total=index.num_samples,
+            threshold=decision.threshold,
+            target_keep=settings.target_keep,
+            link=settings.link,
+            keep=settings.keep,
+            cap=settings.cap,
+            across=settings.across,
+            seed=settings.seed,
+            model=rows.meta["model"],
+            gallery_bytes=(out / "gallery.html").stat().st_size,
+            has_subset=has_subset,
+            arguments=wanted | {"gallery_groups": gallery_groups},
+        )
+    probe("balance:after_meta")
+    _tidy(out)
+
+
+def _write_masks(out: Path, index: ShardIndex, shard: np.ndarray, row: np.ndarray, keep: np.ndarray, tick: Tick) -> int:
+    total = 0
+    for number, name in enumerate(index.names):
+        mask = np.zeros(int(index.sizes[number]), bool)
+        mask[row[(shard == number) & keep]] = True
+        total += int(mask.sum())
+        write_array(out / "keep" / f"{name}.npy", mask)
+        probe("balance:keep", step=number)
+        tick(0)
+    return total
+
+
+def _write_owners(out: Path, index: ShardIndex, shard: np.ndarray, row: np.ndarray, owner: np.ndarray) -> None:
+    """owner/<tar>.npy: for every sample, counted over all tars in their order, the one kept for it; -1: without an embedding."""
+    place = index.starts[shard] + row
+    of = np.full(index.num_samples, -1, np.int64)
+    of[place] = place[owner]
+    for number, name in enumerate(index.names):
+        write_array(out / "owner" / f"{name}.npy", of[index.starts[number] : index.starts[number + 1]])
+
+
+def _gallery(
+    rows: EmbeddingRows,
+    label: np.ndarray,
+    k: int,
+    decision: Decision,
+    facts: dict[str, Any],
+    count: int,
+    show: gallery.Show,
+) -> str:
+    """gallery.html: about half of the groups of each kind, one cluster, the sizes."""
+    groups = Groups(decision.owner, owner_distance(rows, decision.owner))
+    below = perceptual_below(decision.threshold)
+    cluster = sample_cluster(label, decision.owner, k)
+    sections = [
+        (
+            "Perceptual redundancy",
+            f"{groups.count_perceptual(below):,} groups in which every removed picture is nearer than {below:.4f}, {PERCEPTUAL_SHARE:.0%} of the threshold, to the one that is kept (blue frame).",
+            gallery.group_rows(groups.perceptual(below, -(-count // 2), 9), decision.keep, show),
+        ),
+        (
+            "Semantic redundancy",
+            f"{len(groups) - groups.count_perceptual(below):,} groups with a removed picture that is farther: the same thing seen again.",
+            gallery.group_rows(groups.semantic(below, count // 2, 9), decision.keep, show),
+        ),
+        (
+            "Cluster sizes",
+            "Before and after, on logarithmic axes.",
+            gallery.size_plot(*report.cluster_sizes(label, decision.keep, k)),
+        ),
+    ]
+    if cluster is not None:
+        shown = process(rows, label, decision.owner, decision.keep, decision.threshold, cluster)
+        text = f"Cluster {cluster}, the one of median size among those with two groups or more: its embeddings along their first two principal components, pictures moved apart where they would overlap. Lines are pairs nearer than {decision.threshold:.4f}, colours are groups (grey: alone), pale pictures are removed."
+        sections.insert(2, ("The process on one cluster", text, gallery.process_plot(shown, show)))
+    summary = f"{facts['kept']:,} of {facts['total']:,} samples kept ({facts['share_kept']:.2%}), links below distance {decision.threshold:.5f}"
+    return gallery.page("Redundant images", summary, sections)
+
+
+def _write_subset(
+    out: Path, index: ShardIndex, shard: np.ndarray, row: np.ndarray, keep: np.ndarray, tick: Tick
+) -> bool:
+    """DataComp's list of kept uids, when the shards carry them (then True); nothing otherwise."""
+    path = out / "subset.npy"
+    path.unlink(missing_ok=True)
+    if not report.has_field(index, "uid"):
+        return False
+    reader = ShardReader(index)
+    found = []
+    for s, r in zip(shard[keep].tolist(), row[keep].tolist()):
+        tick(0)
+        found.append(read_sample_json(reader, s, r).get("uid"))
+    reader.close()
+    uids = [uid for uid in found if isinstance(uid, str)]
+    if len(uids) < len(found):
+        raise UserError(
+            f"{len(found) - len(uids)} of {len(found)} kept samples of {index.root} have no uid, others have: the subset file would lose them; add the uids"
+        )
+    try:
+        subset = report.subset_array(uids)
+    except ValueError as error:
+        raise UserError(f"{index.root}: {error}; correct the json members") from None
+    write_array(path, subset)
+    return True

@@ -1,0 +1,1 @@
+"""Cluster embeddings: k-means, flat and hierarchical."""

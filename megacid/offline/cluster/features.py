@@ -1,0 +1,91 @@
+"""Clusters instead of classes for labels: k-means over a features directory, and a directory like it beside it.
+
+The features are linked, not copied; the true classes go along, so that a run on clusters can be judged by classes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megacid.data.features import FeatureSet
+from megacid.errors import UserError
+from megacid.offline.cluster.kmeans import KMeansSettings, kmeans
+from megacid.offline.cluster.labels import label_partition
+from megacid.offline.nearest import Assigner
+from megacid.storage.atomic import write_json_atomic
+from megacid.storage.metadata import read_meta, write_meta
+from megacid.storage.stage_files import finished_meta, sweep, write_array
+
+Tick = Callable[[int], None]
+
+
+def cluster_features(
+    source: Path,
+    out: Path,
+    settings: KMeansSettings,
+    *,
+    device: torch.device | str = "cpu",
+    tick: Tick = lambda rows: None,
+) -> dict[str, Any]:
+    """Write the features directory `out` whose labels are the k clusters of `source`'s training rows; returns its meta.
+
+    An interrupted call goes on after the last iteration; a complete directory made in the same way is left as it is.
+    tick: called with the number of rows done, num_rows * (iterations + 1) in all. UserError when `out` holds something else.
+    """
+    rows = FeatureSet(source, true_labels=True)
+    test = FeatureSet(source, "test")
+    wanted = {"features": str(source.resolve()), "digest": rows.digest}
+    wanted |= {name: getattr(settings, name) for name in ("k", "metric", "seed", "init", "iterations", "train_sample")}
+    claim = out / "settings.json"
+    sweep(out)
+    meta = finished_meta(out, "sweep")
+    if meta is not None:
+        if meta["source"] != wanted:
+            raise UserError(f"{out} was made with {meta['source']}, wanted {wanted}: take another --out, or delete it")
+        return meta
+    if out.exists() and any(out.iterdir()) and not claim.exists():
+        raise UserError(f"{out} is not empty and was not made by tools/sweep.py: take another --out")
+    write_json_atomic(claim, wanted)
+    device = torch.device(device)
+    state = kmeans(
+        rows, settings, device=device, checkpoint=out / "state.npz", identity={"digest": rows.digest}, tick=tick
+    )
+    assigner = Assigner(state.centroids, settings.metric, device, settings.backend)
+    sizes = np.zeros(settings.k, np.int64)
+    for partition, path in enumerate(rows.label_paths):
+        labels, _, _ = label_partition(rows, partition, assigner, 1, tick)
+        write_array(out / "labels" / path.name, labels[:, 0])
+        sizes += np.bincount(labels[:, 0], minlength=settings.k)
+    for folder, paths in (("features", rows.paths), ("true_labels", rows.label_paths),
+                          ("test/features", test.paths), ("test/labels", test.label_paths)):  # fmt: skip
+        for path in paths:
+            _link(path, out / folder / path.name)
+    facts = {"rows": rows.num_rows, "test rows": test.num_rows, "empty": int((sizes == 0).sum())}
+    write_meta(
+        out,
+        "sweep",
+        wanted,
+        classes=settings.k,
+        dim=rows.dim,
+        true_classes=rows.classes,
+        objective=state.objective,
+        **facts,
+    )
+    (out / "state.npz").unlink(missing_ok=True)
+    return read_meta(out, expect="sweep")
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link, or a symbolic one where the file system cannot (another disk, say)."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        target.symlink_to(source.resolve())

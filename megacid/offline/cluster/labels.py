@@ -1,0 +1,133 @@
+"""The label files of the clustering stage: nearest centroids of every sample, one file per tar.
+
+Legend: K clusters, D width, T rows of one tile, L labels per sample.
+
+A label file says in its own metadata which centroids it was made with, so a run that was killed keeps those that fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from megacid.distributed.collectives import all_reduce_sum
+from megacid.distributed.parallel import Parallel
+from megacid.distributed.stopping import together
+from megacid.errors import UserError
+from megacid.failpoints import probe
+from megacid.offline.nearest import Assigner, Backend, Metric, pad_rows, prepare, tile_rows
+from megacid.offline.rows import EmbeddingRows, PartitionedRows, odd_row
+from megacid.storage.stage_files import writing
+
+_CENTROIDS, _SIMILARITY = b"centroids", b"similarity"  # in the metadata of a label file: sha256, and a sum as hex
+
+
+def centroids_digest(centroids_KD: Tensor) -> str:
+    """sha256 of fp32 [K, D]: which centroids labels belong to."""
+    return hashlib.sha256(np.ascontiguousarray(centroids_KD.numpy()).tobytes()).hexdigest()
+
+
+def label_partition(
+    rows: PartitionedRows,
+    partition: int,
+    assigner: Assigner,
+    top: int,
+    tick: Callable[[int], None],
+    *,
+    unit_rows: bool = False,
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """(labels int32 [n, L] best first, cosine to the first float32 [n], sum of the similarities) of one partition.
+
+    UserError naming a row with NaN, infinity, (cosine) no length, or with unit_rows another length than 1.
+    """
+    start, stop = int(rows.starts[partition]), int(rows.starts[partition + 1])
+    tile = tile_rows(assigner.device)
+    labels = np.empty((stop - start, top), np.int32)
+    score = np.empty(stop - start, np.float32)
+    total = 0.0
+    for low in range(start, stop, tile):
+        block = rows.read(low, min(low + tile, stop))
+        # Training on a sample has not seen all rows.
+        found = odd_row(
+            np.asarray(block, np.float32), zero_is_odd=assigner.metric == "cosine" or unit_rows, unit=unit_rows
+        )
+        if found is not None:
+            raise UserError(f"{rows.name(low + found[0])} {found[1]}: delete that file and run tools/embed.py again")
+        x_TD = prepare(block, assigner.metric, assigner.device)
+        value_TL, label_TL = assigner.tile(pad_rows(x_TD, tile), top)
+        value_TL, label_TL = value_TL[: len(x_TD)], label_TL[: len(x_TD)]
+        where = slice(low - start, low - start + len(x_TD))
+        labels[where] = label_TL.cpu().numpy()
+        score[where] = assigner.cosine(x_TD, label_TL[:, 0]).cpu().numpy()
+        total += float(value_TL[:, 0].double().sum())
+        tick(len(x_TD))
+    return labels, score, total
+
+
+def _write_labels(
+    path: Path, keys: list[str], labels: np.ndarray, score: np.ndarray, centroids: str, value: float
+) -> None:
+    columns = {"key": pa.array(keys, pa.string()), "label": pa.array(labels[:, 0], pa.int32())}
+    columns["score"] = pa.array(score.astype(np.float16), pa.float16())
+    columns |= {f"label_{i}": pa.array(labels[:, i], pa.int32()) for i in range(1, labels.shape[1])}
+    table = pa.table(columns).replace_schema_metadata({_CENTROIDS: centroids, _SIMILARITY: value.hex()})
+    with writing(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def _read_labels(path: Path, keys: list[str], top: int, centroids: str) -> tuple[np.ndarray, float] | None:
+    """(first label int32 [n], sum of the similarities) of a label file that is whole, of these keys and made with the
+    centroids of this sha256; else None."""
+    try:
+        table = pq.read_table(path)
+        facts = table.schema.metadata or {}
+        fits = table.num_columns == 2 + top and table["key"].to_pylist() == keys
+        if not fits or facts.get(_CENTROIDS) != centroids.encode():
+            return None
+        return table["label"].to_numpy(), float.fromhex(facts[_SIMILARITY].decode())
+    except (OSError, ValueError, KeyError, pa.ArrowException):
+        return None
+
+
+def label_all(
+    out: Path,
+    rows: EmbeddingRows,
+    centroids_KD: Tensor,
+    metric: Metric,
+    backend: Backend,
+    parallel: Parallel,
+    top: int,
+    tick: Callable[[int], None],
+) -> tuple[np.ndarray, float]:
+    """Write the label files that are missing; (sizes int64 [K], sum of the similarities) of all, the same on every rank."""
+    k, digest = len(centroids_KD), centroids_digest(centroids_KD)
+    assigner = Assigner(centroids_KD, metric, parallel.device, backend)
+    count_K = torch.zeros(k, dtype=torch.float64, device=parallel.device)
+    value_of = torch.zeros(len(rows.stems), dtype=torch.float64, device=parallel.device)
+    with together(parallel.group):
+        for partition in range(parallel.rank, len(rows.stems), parallel.world):
+            path, keys = out / "labels" / f"{rows.stems[partition]}.parquet", rows.keys(partition)
+            before = _read_labels(path, keys, top, digest)
+            if before is not None:
+                label, value = before
+                tick(len(label))
+            else:
+                labels, score, value = label_partition(rows, partition, assigner, top, tick, unit_rows=True)
+                label = labels[:, 0]
+                _write_labels(path, keys, labels, score, digest, value)
+                probe("cluster:labels", step=partition)
+                tick(0)
+            count_K += torch.from_numpy(np.bincount(label, minlength=k)).to(count_K)
+            value_of[partition] = value
+    all_reduce_sum(count_K, parallel.group)
+    all_reduce_sum(value_of, parallel.group)
+    # One order of additions for every number of ranks.
+    return count_K.cpu().numpy().astype(np.int64), math.fsum(value_of.tolist())

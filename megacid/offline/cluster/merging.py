@@ -1,0 +1,100 @@
+"""From a few centroids too many to as many as were asked for: the nearest pairs are merged.
+
+A cluster that a border of coarse clusters cuts has centroids on both sides of it. With some centroids more than wanted,
+there are enough for what lies inside the coarse clusters, and two that share a cluster are the cheapest to merge.
+
+Legend: K centroids, D width, M neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megacid.offline.nearest import Metric
+
+NEIGHBOURS = 4  # of each centroid: what it may be merged with
+_PAIRS_PER_MERGE = 8
+
+
+def merge_cost(x_ED: Tensor, y_ED: Tensor, x_weight_E: Tensor, y_weight_E: Tensor, metric: Metric) -> Tensor:
+    """float64 [E]: what merging the clusters of each pair adds to the summed error. All float64.
+
+    Weights: Euclidean, rows (Ward's criterion); cosine, the length of the sum of the rows, with unit centroids.
+    """
+    if metric == "euclidean":
+        weight_E = x_weight_E * y_weight_E / (x_weight_E + y_weight_E).clamp_min(1)
+        return weight_E * (x_ED - y_ED).pow(2).sum(1)
+    together_ED = x_weight_E[:, None] * x_ED + y_weight_E[:, None] * y_ED
+    return x_weight_E + y_weight_E - together_ED.norm(dim=1)
+
+
+def merge_nearest(
+    centroids_KD: Tensor, weight_K: Tensor, k: int, metric: Metric, neighbours: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """fp32 [k, D]: the centroids after K - k merges. centroids_KD: fp32, weight_K: float64, both on the CPU.
+
+    neighbours: from centroids to the numbers int64 [K, M] of some near ones of each (its own: none). It is asked once,
+    and again only if the pairs run out: a merged cluster has the neighbours of both. In a round half of the merges that are
+    left are made, the cheapest of pairs that share no cluster.
+    """
+    pairs = torch.empty(2, 0, dtype=torch.int64)
+    while len(centroids_KD) > k:
+        left = len(centroids_KD) - k
+        if pairs.shape[1] == 0:
+            pairs = _each_once(_of_neighbours(neighbours(centroids_KD)), len(centroids_KD))
+        low_ED, high_ED = centroids_KD[pairs].double()
+        cost_E = merge_cost(low_ED, high_ED, weight_K[pairs[0]], weight_K[pairs[1]], metric)
+        if pairs.shape[1] > _PAIRS_PER_MERGE * left:  # the others are too dear to have a turn
+            cheap = cost_E.argsort(stable=True)[: _PAIRS_PER_MERGE * left].sort().values
+            pairs, cost_E = pairs[:, cheap], cost_E[cheap]
+        stay, gone = pairs[:, _disjoint(pairs, cost_E.numpy(), -(-left // 2))]
+        weight_E = weight_K[stay] + weight_K[gone]
+        # Two clusters without rows: either centroid will do.
+        share = torch.where(weight_E > 0, weight_K[stay] / weight_E.clamp_min(1e-300), 1.0)[:, None]
+        middle = share * centroids_KD[stay].double() + (1 - share) * centroids_KD[gone].double()
+        if metric == "cosine":
+            # The new length of the sum; the direction is left as it was where the two cancel.
+            length = middle.norm(dim=1, keepdim=True)
+            weight_E = weight_E * length[:, 0]
+            middle = torch.where(length > 1e-12, middle / length.clamp_min(1e-12), centroids_KD[stay].double())
+        centroids_KD, weight_K = centroids_KD.clone(), weight_K.clone()
+        centroids_KD[stay], weight_K[stay] = middle.float(), weight_E
+        kept = torch.ones(len(centroids_KD), dtype=torch.bool)
+        kept[gone] = False
+        centroids_KD, weight_K = centroids_KD[kept], weight_K[kept]
+        number = kept.cumsum(0) - 1
+        number[gone] = number[stay]
+        pairs = _each_once(number[pairs], len(centroids_KD))
+    return centroids_KD
+
+
+def _of_neighbours(near_KM: Tensor) -> Tensor:
+    """int64 [2, K * M]: each centroid with each of its neighbours."""
+    own = torch.arange(len(near_KM))[:, None].expand_as(near_KM)
+    return torch.stack([own.flatten(), near_KM.flatten()])
+
+
+def _each_once(pairs: Tensor, count: int) -> Tensor:
+    """int64 [2, E]: the pairs of different numbers below `count`, each once, the smaller number first, in order."""
+    low, high = pairs.min(0).values, pairs.max(0).values
+    code = torch.unique((low * count + high)[low != high])
+    return torch.stack([code // count, code % count])
+
+
+def _disjoint(pairs: Tensor, cost: np.ndarray, count: int) -> Tensor:
+    """Numbers of at most `count` pairs that share nothing, int64: cheapest first, equal ones in order."""
+    low, high = (side.numpy() for side in pairs)
+    taken: set[int] = set()
+    chosen: list[int] = []
+    for pair in np.argsort(cost, kind="stable"):
+        a, b = int(low[pair]), int(high[pair])
+        if a not in taken and b not in taken:
+            taken |= {a, b}
+            chosen.append(int(pair))
+            if len(chosen) == count:
+                break
+    return torch.tensor(chosen, dtype=torch.int64)

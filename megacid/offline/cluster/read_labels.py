@@ -1,0 +1,75 @@
+"""What a cluster folder says about the samples of an embedding folder. Legend: n samples, k clusters, D width."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megacid.errors import UserError
+from megacid.offline.nearest import Metric
+from megacid.offline.rows import EmbeddingRows
+from megacid.storage.metadata import read_meta
+from megacid.storage.npy import load_npy
+
+
+def read_labels(clusters: Path, rows: EmbeddingRows) -> tuple[np.ndarray, np.ndarray, int]:
+    """(label int32 [n], score float16 [n], k) of a cluster folder, joined by key. UserError when they do not belong together."""
+    meta = read_meta(clusters, expect="cluster")
+    if meta["shards_digest"] != rows.meta["shards_digest"]:
+        raise UserError(
+            f"{clusters} was made from other shards than {rows.directory}: run tools/cluster.py on {rows.directory}"
+        )
+    for name in ("model", "weights", "precision"):
+        if meta.get(name) != rows.meta.get(name):
+            raise UserError(
+                f"{clusters} was made from embeddings of another teacher ({name} {meta.get(name)!r}) than "
+                f"{rows.directory} ({rows.meta.get(name)!r}): run tools/cluster.py on {rows.directory}"
+            )
+    k = int(meta["k"])
+    label, score = np.full(rows.num_rows, -1, np.int32), np.zeros(rows.num_rows, np.float16)
+    for partition, stem in enumerate(rows.stems):
+        path = clusters / "labels" / f"{stem}.parquet"
+        if not path.exists():
+            raise UserError(f"{path} is missing although the stage is complete: run tools/cluster.py again")
+        try:
+            table = pq.read_table(path, columns=["key", "label", "score"])
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            raise UserError(f"{path} cannot be read ({error}): run tools/cluster.py again") from None
+        keys, have = rows.keys(partition), table["key"].to_pylist()
+        where = slice(int(rows.starts[partition]), int(rows.starts[partition + 1]))
+        stored = table["label"].to_numpy()
+        if stored.size and (stored.min() < -1 or stored.max() >= k):
+            raise UserError(
+                f"{path} holds labels {stored.min()} .. {stored.max()}, wanted -1 .. {k - 1} as meta.json says: run "
+                "tools/cluster.py again"
+            )
+        if keys == have:
+            label[where], score[where] = stored, table["score"].to_numpy()
+            continue
+        row_of = {key: row for row, key in enumerate(have)}
+        at = np.array([row_of.get(key, -1) for key in keys], np.int64)
+        if (at < 0).any():
+            raise UserError(
+                f"{path} has no label for {int((at < 0).sum())} embedded samples: run tools/cluster.py on {rows.directory} again"
+            )
+        label[where], score[where] = stored[at], table["score"].to_numpy()[at]
+    return label, score, k
+
+
+def read_centroids(clusters: Path, dim: int) -> tuple[np.ndarray, Metric]:
+    """(centroids float32 [k, D], the metric they were made with). UserError when they do not fit meta.json."""
+    meta = read_meta(clusters, expect="cluster")
+    path = clusters / "centroids.npy"
+    centroids = load_npy(path, "run tools/cluster.py again")
+    wanted = (int(meta["k"]), dim)
+    if centroids.shape != wanted or centroids.dtype.kind != "f":
+        raise UserError(
+            f"{path} is {centroids.dtype} of shape {centroids.shape}, wanted floating point {wanted}: run tools/cluster.py again"
+        )
+    values = np.array(centroids, np.float32)
+    if not np.isfinite(values).all():
+        raise UserError(f"{path} holds NaN or infinity: run tools/cluster.py again")
+    return values, "euclidean" if meta.get("metric") == "euclidean" else "cosine"

@@ -1,0 +1,139 @@
+"""Where Lloyd's iterations start: rows drawn at random, or greedy k-means++ on a sample.
+
+Legend: n rows, K centroids, D width, B rows of the sample, L candidates of one step.
+
+k-means++ draws the next row with a chance that is proportional to its squared distance to the nearest row chosen so far
+(Arthur and Vassilvitskii, SODA 2007). The greedy form draws a few candidates and takes the one that leaves least.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megacid.errors import UserError
+from megacid.offline.cluster.merging import NEIGHBOURS, merge_nearest
+from megacid.offline.cluster.state import KMeansSettings
+from megacid.offline.nearest import Assigner, Metric, pad_rows, prepare, tile_rows
+from megacid.offline.rows import Rows
+
+if TYPE_CHECKING:
+    from megacid.distributed.stopping import Tick
+_SAMPLE_VALUES = 1 << 25
+
+
+def sample_rows(n: int, k: int, dim: int) -> int:
+    """Rows that k-means++ looks at for k centroids: 32 for each, as far as they are at most 128 MiB in fp32."""
+    return min(n, max(min(32 * k, _SAMPLE_VALUES // dim), 4 * k, 4096))
+
+
+def check_memory(n: int, dim: int, settings: KMeansSettings) -> None:
+    """UserError when what `plus_plus` holds, the sample as it is read and in fp32 and its distances to the candidates, is
+    more than `memory_gb`. n: all rows."""
+    if settings.init != "k-means++" and settings.method == "flat":
+        return
+    # Of two levels, a cell of twice the average; the coarse level is checked by itself.
+    k = settings.k if settings.method == "flat" else 2 * math.isqrt(settings.k)
+    need = (more_than(k) * dim * 12 + sample_rows(n, k, dim) * (dim * 8 + 12 * _candidates(k) + 32)) / 1e9
+    if need > settings.memory_gb:
+        raise UserError(
+            f"memory bound is {settings.memory_gb:g} GB, k-means++ for {k} clusters of width {dim} needs {need:.3g} GB: raise "
+            f"--memory-gb{' or give --init random' if settings.method == 'flat' else ''}"
+        )
+
+
+def _candidates(count: int) -> int:
+    return 2 + int(math.log(count))
+
+
+def _drawn(n: int, sample: int, seed: int) -> np.ndarray:
+    return np.sort(np.random.default_rng([seed, 5]).choice(n, sample, replace=False))
+
+
+def more_than(k: int) -> int:
+    """Centroids to begin with, before the nearest are merged: some fall on rows that belong to no cluster."""
+    return k + 2 * math.isqrt(k) + k // 16
+
+
+def plus_plus(
+    rows: Rows, count: int, sample: int, seed: int, metric: Metric, device: torch.device, tick: Tick
+) -> tuple[np.ndarray, np.ndarray]:
+    """(row numbers int64 [count], squared distance of all rows to the nearest of the first 1, 2, ... float64 [count]).
+
+    The distance is measured on `sample` rows drawn by the seed, and scaled up to all n. A shorter sequence is not the
+    beginning of a longer one. tick: called with 0 for every step.
+    """
+    n = rows.num_rows
+    rng = np.random.default_rng([seed, 1])
+    drawn = _drawn(n, sample, seed)
+    read = rows.take(drawn)
+    x_BD = torch.empty(read.shape, device=device)
+    for low in range(0, sample, 4096):
+        x_BD[low : low + 4096] = prepare(read[low : low + 4096], metric, device)
+    del read
+    square_B = x_BD.pow(2).sum(1)
+    nearest_B = torch.full_like(square_B, math.inf)
+    candidates = _candidates(count)
+    chosen, left = np.empty(count, np.int64), np.empty(count, np.float64)
+    cumulative: np.ndarray | None = None
+    for step in range(count):
+        tick(0)
+        if cumulative is None:
+            draw_L = rng.integers(sample, size=1)
+        else:
+            # Fewer distinct rows than centroids: any row will do, empty clusters are split later.
+            at = rng.random(candidates) * cumulative[-1]
+            draw_L = np.minimum(np.searchsorted(cumulative, at, side="right"), sample - 1)
+        place_L = torch.from_numpy(draw_L).to(device)
+        new_LB = torch.addmm(square_B, x_BD[place_L], x_BD.T, alpha=-2).add_(square_B[place_L, None]).clamp_min_(0)
+        new_LB[torch.arange(len(draw_L)), place_L] = 0
+        torch.minimum(new_LB, nearest_B, out=new_LB)
+        best = int(new_LB.sum(1, dtype=torch.float64).argmin())
+        nearest_B = new_LB[best]
+        cumulative = nearest_B.cpu().numpy().cumsum(dtype=np.float64)
+        chosen[step], left[step] = drawn[draw_L[best]], cumulative[-1] * (n / sample)
+    return chosen, left
+
+
+def initial_centroids(
+    rows: Rows, settings: KMeansSettings, device: torch.device, tick: Tick = lambda rows: None
+) -> Tensor:
+    """fp32 [K, D], the same on every rank; unit rows for the cosine. tick: called with 0 for every drawn row."""
+    n, k = rows.num_rows, settings.k
+    if settings.init == "random":
+        chosen = np.sort(np.random.default_rng([settings.seed, 1]).choice(n, k, replace=False))
+        return prepare(rows.take(chosen), settings.metric, torch.device("cpu"))
+    count, sample = min(n, more_than(k)), sample_rows(n, k, rows.dim)
+    chosen, _ = plus_plus(rows, count, sample, settings.seed, settings.metric, device, tick)
+    centroids_KD = prepare(rows.take(chosen), settings.metric, torch.device("cpu"))
+    weight_K = _weights(rows, centroids_KD, _drawn(n, sample, settings.seed), settings, device, tick)
+
+    def neighbours(centroids_KD: Tensor) -> Tensor:
+        assigner = Assigner(centroids_KD, settings.metric, device, settings.backend)
+        found = [
+            assigner.tile(x_TD.to(device), min(NEIGHBOURS + 1, len(centroids_KD)))[1].cpu()
+            for x_TD in centroids_KD.split(tile_rows(device))
+        ]
+        tick(0)
+        return torch.cat(found)
+
+    return merge_nearest(centroids_KD, weight_K, k, settings.metric, neighbours)
+
+
+def _weights(
+    rows: Rows, centroids_KD: Tensor, drawn: np.ndarray, settings: KMeansSettings, device: torch.device, tick: Tick
+) -> Tensor:
+    """float64 [K]: the weights `merge_nearest` wants, of the rows `drawn`."""
+    assigner, tile = Assigner(centroids_KD, settings.metric, device, settings.backend), tile_rows(device)
+    weight_K = torch.zeros(len(centroids_KD), dtype=torch.float64)
+    for low in range(0, len(drawn), tile):
+        x_TD = prepare(rows.take(drawn[low : low + tile]), settings.metric, device)
+        value_TL, label_TL = (found[: len(x_TD)].cpu() for found in assigner.tile(pad_rows(x_TD, tile)))
+        value_T = value_TL[:, 0].double() if settings.metric == "cosine" else torch.ones(len(x_TD), dtype=torch.float64)
+        weight_K.index_add_(0, label_TL[:, 0], value_T)
+        tick(0)
+    return weight_K.clamp_min(0)

@@ -1,0 +1,1 @@
+"""Embed shards with the teacher."""

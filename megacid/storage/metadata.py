@@ -1,0 +1,67 @@
+"""meta.json of stage directories, and the versions and machine that it records."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megacid.errors import UserError
+from megacid.storage.atomic import write_json_atomic
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages whose behaviour a result depends on; absent ones are left out."""
+    found = {}
+    for name in ("megacid", "torch", "deepspeed", "open_clip_torch", "webdataset", "triton", "numpy", "faiss-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What a time was measured on: {"cpu", "cores", "system"}."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {"cpu": (names or [platform.processor()])[0], "cores": os.cpu_count(), "system": platform.platform()}
+
+
+def write_meta(directory: str | Path, made_by: str, source: dict[str, Any], **facts: Any) -> None:
+    """Write `directory/meta.json`, last of all: its presence says that the stage is complete."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    write_json_atomic(
+        Path(directory) / "meta.json",
+        {"made_by": made_by, "source": source, **facts, "versions": versions(), "date": now},
+    )
+
+
+def read_meta(directory: str | Path, expect: str | None = None) -> dict[str, Any]:
+    """Read `directory/meta.json`; UserError when it is missing, unreadable or made by another tool than `expect`."""
+    directory = Path(directory)
+    tool = f"tools/{expect}.py" if expect else "its tool"
+    if not directory.is_dir():
+        raise UserError(
+            f"there is no directory {directory}, wanted the output of {tool}: run {tool} first, or correct the path"
+        )
+    try:
+        meta = json.loads((directory / "meta.json").read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"{directory} has no meta.json, so the stage that writes it did not finish: run {tool} again with the same arguments"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{directory / 'meta.json'} is not JSON ({error}): run {tool} again") from None
+    if not isinstance(meta, dict):
+        raise UserError(
+            f"{directory / 'meta.json'} holds {type(meta).__name__}, wanted a block {{...}}: run {tool} again"
+        )
+    if expect is not None and meta.get("made_by") != expect:
+        raise UserError(
+            f"{directory} was made by {meta.get('made_by')!r}, wanted a directory made by {expect!r}: correct the path"
+        )
+    return dict(meta)

@@ -1,0 +1,1 @@
+"""What surrounds the training loop: building, state, guard, metrics, watchdog, signals, resume."""

@@ -1,0 +1,174 @@
+"""One decision per step for all ranks and both optimizers: apply with this clipping factor, or skip; go on, or end."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megacid.config.schema import GuardConfig
+from megacid.distributed.collectives import Group, all_reduce_sum, rank, world_size
+from megacid.distributed.consensus import gather_json
+
+log = logging.getLogger(__name__)
+
+_HORIZON = 1000  # steps over which the share of skipped ones is taken
+_WINDOW = 200  # losses that a spike is compared with
+_ENOUGH = 20  # fewer losses than this say nothing about what is usual
+_LOWERED = 0.1
+_NAMED_RANKS = 4
+_HEAD, _BAD, _FAILED, _STOP, _LOSS = range(5)
+
+
+class TooManySkips(RuntimeError):  # noqa: N818  the run ends with its own exit code
+    """More steps had to be skipped than guard.max_consecutive_skips or max_skipped_share allows, or a spike aborts."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The same on every rank.
+
+    apply: both optimizers step, or neither. grad_norm: joint 2-norm of student and classifier. clip_scale: factor of the
+    gradients, at most 1. loss: mean over the ranks. stop: a rank was asked to stop. failure: why the data end the run.
+    """
+
+    apply: bool
+    grad_norm: float
+    clip_scale: float
+    loss: float
+    stop: bool = False
+    failure: str | None = None
+
+
+class Guard:
+    def __init__(self, clip: float, config: GuardConfig, group: Group = None) -> None:
+        """clip: largest joint gradient norm, 0 for none."""
+        self.clip, self.config, self.group = clip, config, group
+        self.skipped, self.consecutive = 0, 0
+        self._recent: deque[int] = deque()  # steps skipped within the horizon
+        self._losses: deque[float] = deque(maxlen=_WINDOW)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it, as JSON; the same on every rank."""
+        return {
+            "skipped": self.skipped,
+            "consecutive": self.consecutive,
+            "recent": list(self._recent),
+            "losses": list(self._losses),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.skipped, self.consecutive = int(state["skipped"]), int(state["consecutive"])
+        self._recent = deque(map(int, state["recent"]))
+        self._losses = deque(map(float, state["losses"]), maxlen=_WINDOW)
+
+    def decide(
+        self,
+        step: int,
+        loss: Tensor,
+        student_norm: Tensor,
+        head_norm_sq: Tensor | None,
+        what: Callable[[], tuple[bool, str]],
+        *,
+        failure: str | None = None,
+        stop: bool = False,
+    ) -> Verdict:
+        """loss, student_norm: 0-d, the same on every rank when finite. head_norm_sq: 0-d, of this rank's class rows.
+        what: for the warning, called only then: (whether this rank's samples are at fault, samples and loss terms in
+        words). failure, stop: of this rank; they ride on the same all-reduce. Raises TooManySkips on every rank
+        together."""
+        bad = ~(torch.isfinite(loss.detach()) & torch.isfinite(student_norm))
+        zero = student_norm.new_zeros(())
+        facts = torch.stack(
+            [
+                (head_norm_sq if head_norm_sq is not None else zero).double(),
+                bad.double(),
+                (zero + (failure is not None)).double(),
+                (zero + stop).double(),
+                loss.detach().double(),
+            ]
+        )
+        all_reduce_sum(facts, self.group)
+        *numbers, own_norm = torch.cat([facts, student_norm.double().reshape(1)]).tolist()
+        stopped, mean_loss = numbers[_STOP] > 0, numbers[_LOSS] / world_size(self.group)
+        if numbers[_FAILED] > 0:
+            said = [text for text in gather_json(failure, self.group) if text is not None]
+            return Verdict(False, math.nan, 0.0, mean_loss, stopped, "; ".join(said))
+        if not math.isfinite(numbers[_HEAD]) or numbers[_BAD] > 0:
+            rows_bad = head_norm_sq is not None and not math.isfinite(float(head_norm_sq))
+            self._skip(step)
+            self._warn(step, "has a non-finite loss or gradient and is skipped", rows_bad, what, {
+                "loss": float(loss.detach()), "student gradient norm": own_norm,
+                "classifier gradient norm^2": None if head_norm_sq is None else float(head_norm_sq),
+            })  # fmt: skip
+            self._check_limits(step, "a non-finite loss or gradient")
+            return Verdict(False, math.nan, 0.0, mean_loss, stopped)
+        norm = math.sqrt(own_norm**2 + numbers[_HEAD])
+        scale = min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
+        limit = self._spike_limit()
+        if limit is not None and mean_loss > limit:
+            median = statistics.median(self._losses)
+            words = f"has a loss spike, {mean_loss:.6g} (median of the last {len(self._losses)}: {median:.6g}, limit {limit:.6g}), policy {self.config.spike}"
+            self._warn(step, words, False, what, {})
+            if self.config.spike == "abort":
+                raise TooManySkips(
+                    f"step {step} has loss {mean_loss:.6g}, more than {limit:.6g}, and guard.spike is abort: look at the "
+                    "samples named above, or choose skip or lower; the last checkpoint is kept"
+                )
+            if self.config.spike == "skip":
+                self._skip(step)
+                self._check_limits(step, "a loss spike")
+                return Verdict(False, norm, 0.0, mean_loss, stopped)
+            scale *= _LOWERED
+        self.consecutive = 0
+        if self.config.spike != "off":
+            self._losses.append(mean_loss)
+        return Verdict(True, norm, scale, mean_loss, stopped)
+
+    def _warn(
+        self, step: int, said: str, rows_bad: bool, what: Callable[[], tuple[bool, str]], numbers: dict[str, Any]
+    ) -> None:
+        """One warning, on rank 0, that names the ranks at fault with their samples. A collective."""
+        guilty, text = what()
+        values = ", ".join(f"{name} {value}" for name, value in numbers.items())
+        reports = gather_json([2 * guilty or int(rows_bad), f"{values}; {text}" if values else text], self.group)
+        # Through the shared loss every rank sees what one rank caused: samples at fault come before rows, rows before none.
+        worst = max(fault for fault, _ in reports)
+        named = [(r, words) for r, (fault, words) in enumerate(reports) if fault == worst][: None if worst else 1]
+        if rank(self.group) == 0:
+            shown = "; ".join(f"rank {r}: {words}" for r, words in named[:_NAMED_RANKS])
+            more = f"; and {len(named) - _NAMED_RANKS} more ranks" if len(named) > _NAMED_RANKS else ""
+            log.warning("step %d %s on all ranks. %s%s", step, said, shown, more)
+
+    def _skip(self, step: int) -> None:
+        self.skipped, self.consecutive = self.skipped + 1, self.consecutive + 1
+        self._recent.append(step)
+        while self._recent[0] <= step - _HORIZON:
+            self._recent.popleft()
+
+    def _check_limits(self, step: int, why: str) -> None:
+        remedy = "lower the learning rate or look at the samples named above; the last checkpoint is kept"
+        if self.consecutive >= self.config.max_consecutive_skips:
+            raise TooManySkips(f"{self.consecutive} steps in a row up to step {step} had {why}: {remedy}")
+        allowed = self.config.max_skipped_share * _HORIZON
+        if len(self._recent) > max(allowed, self.config.max_consecutive_skips):
+            raise TooManySkips(
+                f"{len(self._recent)} of the last {_HORIZON} steps up to step {step} were skipped, the last for {why}; "
+                f"{allowed:.0f} are allowed (guard.max_skipped_share): {remedy}"
+            )
+
+    def _spike_limit(self) -> float | None:
+        """median + deviations * MAD of the last losses (global means, so the same number on every rank)."""
+        if self.config.spike == "off" or len(self._losses) < _ENOUGH:
+            return None
+        median = statistics.median(self._losses)
+        spread = statistics.median(abs(value - median) for value in self._losses)
+        # Losses that hardly move would call their own rounding a spike.
+        return median + self.config.spike_deviations * max(spread, 1e-3 * abs(median))

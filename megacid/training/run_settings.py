@@ -1,0 +1,81 @@
+"""config.json of a run directory: what the run was started with, and whether this start is still the same run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from megacid.config.schema import RunFile, defaults
+from megacid.errors import UserError
+from megacid.storage.atomic import write_json_atomic
+from megacid.storage.metadata import versions
+
+# Where and how often files are written, and how the same global batch is split, change no result.
+MAY_CHANGE = (
+    "megacid.run.dir", "megacid.run.save_every", "megacid.run.keep_last", "megacid.run.log_every", "megacid.run.timeout_s", "megacid.run.save_timeout_s",
+    "megacid.run.save_in_background", "megacid.run.check_every", "megacid.data.workers", "megacid.data.worker_timeout_s",
+    "megacid.data.error_budget", "megacid.student.grad_checkpointing", "train_micro_batch_size_per_gpu", "zero_optimization", "steps_per_print",
+    "wall_clock_breakdown", "flops_profiler", "comms_logger", "megacid.guard",
+)  # fmt: skip
+
+
+def flat(tree: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        return {
+            key: value
+            for name, sub in tree.items()
+            for key, value in flat(sub, f"{path}.{name}" if path else name).items()
+        }
+    return {path: list(tree) if isinstance(tree, tuple) else tree}
+
+
+def settings_of_this_rank(run: RunFile, world: int) -> dict[str, Any]:
+    """What all ranks of one start must hold alike: every setting, the number of ranks, the versions of packages."""
+    packages = {f"version of {name}": version for name, version in versions().items()}
+    return {**flat(run.resolved()), "number of ranks": world, **packages}
+
+
+def _code_version() -> str | None:
+    """The commit of the checkout, or None outside one."""
+    asked = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return asked.stdout.strip() or None
+
+
+def check_drift(run: RunFile, directory: Path) -> None:
+    """UserError with a diff when the directory belongs to a run with other settings."""
+    try:
+        resolved = json.loads((directory / "config.json").read_text())["resolved"]
+        before = flat({**resolved})
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{directory / 'config.json'} cannot be read: restore it, or choose another run.name") from None
+    # A setting that the run was started without, because it did not exist, had what is its default now.
+    before = flat({"megacid": defaults()}) | before
+    now = flat(run.resolved())
+    changed = [
+        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
+    ]
+    if changed:
+        raise UserError(
+            f"{directory} was started with other settings ({'; '.join(changed)}): use them again, or choose another run.name"
+        )
+
+
+def write_config(run: RunFile, directory: Path, world: int) -> None:
+    write_json_atomic(
+        directory / "config.json",
+        {
+            "resolved": run.resolved(),
+            "file": str(run.path),
+            "world": world,
+            "versions": versions(),
+            "commit": _code_version(),
+        },
+    )

@@ -1,0 +1,30 @@
+"""Learning rate as a pure function of the step, and the parameter groups."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from megacid.config.schema import ScheduleConfig
+
+
+def learning_rate_share(step: int, total_steps: int, schedule: ScheduleConfig) -> float:
+    """Share of the peak learning rate in step 0 .. total_steps - 1: linear warm-up that ends at 1, then cosine or constant."""
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    if schedule.kind == "constant":
+        return 1.0
+    progress = (step - schedule.warmup_steps) / max(1, total_steps - schedule.warmup_steps)
+    return schedule.final_share + (1 - schedule.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases, norms and the logit scale (fewer than two dimensions) do not."""
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for _, p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

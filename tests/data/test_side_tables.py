@@ -1,0 +1,161 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_index import make_tar
+
+from megacid.data.decode import BadSample
+from megacid.data.index import ShardIndex, load_index
+from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
+from megacid.errors import UserError
+from megacid.storage.metadata import write_meta
+
+KEYS = {"00000": ["a", "b", "c"], "00001": ["d", "e"]}
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> ShardIndex:
+    (tmp_path / "shards").mkdir()
+    for name, keys in KEYS.items():
+        make_tar(tmp_path / "shards" / f"{name}.tar", keys)
+    return load_index(tmp_path / "shards")
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, array)
+
+
+def write_parquet(path: Path, **columns: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+
+
+def teacher_dir(folder: Path, digest: str, width: int = 2, pad: int = 5, text: bool = True) -> Path:
+    """Rows in another order than the tars, partition numbers in another order than the shards, and no row for "b"."""
+    for number, keys in ((1, ["c", "a"]), (0, ["e", "d"])):
+        rows = np.array([[ord(key), number] for key in keys], np.float16)
+        save(folder / "img_emb" / f"img_emb_{number:0{pad}d}.npy", rows)
+        if text:
+            save(folder / "text_emb" / f"text_emb_{number:0{pad}d}.npy", -rows)
+        write_parquet(folder / "metadata" / f"metadata_{number:0{pad}d}.parquet", image_path=keys, caption=keys)
+    write_meta(folder, "embed", {}, shards_digest=digest, dim=width, partitions={"00000": 1, "00001": 0})
+    return folder
+
+
+def label_dir(folder: Path, digest: str, k: int = 10, **extra: object) -> Path:
+    write_parquet(folder / "labels" / "00000.parquet", key=["c", "a"], label=pa.array([7, 3], pa.int32()), **extra)
+    write_parquet(folder / "labels" / "00001.parquet", key=["d", "e"], label=pa.array([-1, 9], pa.int32()))
+    write_meta(folder, "cluster", {}, shards_digest=digest, k=k, dim=2)
+    return folder
+
+
+def keep_dir(folder: Path, digest: str) -> Path:
+    save(folder / "keep" / "00000.npy", np.array([True, False, True]))
+    save(folder / "keep" / "00001.npy", np.array([False, False]))
+    write_meta(folder, "balance", {}, shards_digest=digest, kept=2, total=5)
+    return folder
+
+
+@pytest.mark.parametrize("pad", [1, 5])
+def test_teacher_rows_are_joined_by_key(tmp_path: Path, index: ShardIndex, pad: int) -> None:
+    table = TeacherTable(teacher_dir(tmp_path / "t", index.digest, pad=pad), index)
+    image, text = table.rows(0, np.array([2, 0]))
+    assert image.dtype == np.float16 and image.tolist() == [[ord("c"), 1], [ord("a"), 1]]
+    assert text is not None and text.tolist() == [[-ord("c"), -1], [-ord("a"), -1]]
+    assert table.rows(1, np.array([0]))[0].tolist() == [[ord("d"), 0]]
+    assert table.dim == 2 and table.has(0, np.arange(3)).tolist() == [True, False, True]
+    with pytest.raises(BadSample, match="00000/b: no teacher embedding"):
+        table.rows(0, np.array([0, 1]))
+
+
+def test_teacher_without_texts_gives_none(tmp_path: Path, index: ShardIndex) -> None:
+    table = TeacherTable(teacher_dir(tmp_path / "t", index.digest, text=False), index)
+    assert not table.has_text and table.rows(0, np.array([0]))[1] is None
+
+
+def test_teacher_of_another_width_than_its_meta(tmp_path: Path, index: ShardIndex) -> None:
+    table = TeacherTable(teacher_dir(tmp_path / "t", index.digest, width=3), index)
+    with pytest.raises(UserError, match=r"shape \(2, 2\) of float16, but \(2, 3\)"):
+        table.rows(0, np.array([0]))
+
+
+def test_teacher_without_a_shard_is_refused(tmp_path: Path, index: ShardIndex) -> None:
+    folder = teacher_dir(tmp_path / "t", index.digest)
+    (folder / "img_emb" / "img_emb_00000.npy").unlink()
+    with pytest.raises(UserError, match=r"no embeddings of 1 shards \(00001\)"):
+        TeacherTable(folder, index)
+
+
+def test_labels_are_joined_by_key_and_missing_ones_are_minus_one(tmp_path: Path, index: ShardIndex) -> None:
+    table = LabelTable(label_dir(tmp_path / "c", index.digest), index)
+    assert table.num_classes == 10 and table.labels_per_sample == 1
+    assert table.rows(0, np.array([0, 1, 2, 0])).tolist() == [3, -1, 7, 3]
+    assert table.rows(1, np.array([1, 0])).tolist() == [9, -1]
+    assert table.rows(0, np.array([0])).dtype == np.int64
+
+
+def test_several_labels_per_sample_keep_their_order(tmp_path: Path, index: ShardIndex) -> None:
+    extra = {f"label_{i}": pa.array([i % 10, -1], pa.int32()) for i in (10, 2, 1)}
+    table = LabelTable(label_dir(tmp_path / "c", index.digest, **extra), index)
+    assert table.labels_per_sample == 4
+    assert table.rows(0, np.array([2, 1, 0])).tolist() == [[7, 1, 2, 0], [-1, -1, -1, -1], [3, -1, -1, -1]]
+    nearest = LabelTable(tmp_path / "c", index, labels_per_sample=2)
+    assert nearest.labels_per_sample == 2 and nearest.rows(0, np.array([2, 0])).tolist() == [[7, 1], [3, -1]]
+    assert LabelTable(tmp_path / "c", index, labels_per_sample=1).rows(0, np.array([2, 0])).tolist() == [7, 3]
+    with pytest.raises(UserError, match="has 4 labels per sample, wanted 5"):
+        LabelTable(tmp_path / "c", index, labels_per_sample=5)
+
+
+def test_labels_beyond_the_number_of_classes_are_refused(tmp_path: Path, index: ShardIndex) -> None:
+    with pytest.raises(UserError, match=r"labels 3 .. 7, but -1 .. 6"):
+        LabelTable(label_dir(tmp_path / "c", index.digest, k=7), index)
+
+
+def test_a_key_named_twice_is_refused(tmp_path: Path, index: ShardIndex) -> None:
+    folder = label_dir(tmp_path / "c", index.digest)
+    write_parquet(folder / "labels" / "00000.parquet", key=["a", "a"], label=pa.array([1, 2], pa.int32()))
+    with pytest.raises(UserError, match="twice"):
+        LabelTable(folder, index)
+
+
+@pytest.mark.parametrize("content", [None, b"not parquet"])
+def test_a_missing_or_damaged_label_file_is_named(tmp_path: Path, index: ShardIndex, content: bytes | None) -> None:
+    folder = label_dir(tmp_path / "c", index.digest)
+    path = folder / "labels" / "00001.parquet"
+    path.unlink()
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"labels/00001.parquet is"):
+        LabelTable(folder, index).rows(1, np.array([0]))
+
+
+def test_kept_rows(tmp_path: Path, index: ShardIndex) -> None:
+    table = KeepTable(keep_dir(tmp_path / "k", index.digest), index)
+    assert table.counts.tolist() == [2, 0]
+    assert table.kept(0).tolist() == [0, 2] and table.kept(1).tolist() == []
+
+
+def test_keep_of_another_length_is_refused(tmp_path: Path, index: ShardIndex) -> None:
+    folder = keep_dir(tmp_path / "k", index.digest)
+    save(folder / "keep" / "00001.npy", np.array([True]))
+    with pytest.raises(UserError, match=r"00001.npy"):
+        KeepTable(folder, index)
+
+
+@pytest.mark.parametrize(
+    "open_table,make",
+    [(TeacherTable, teacher_dir), (LabelTable, label_dir), (KeepTable, keep_dir)],
+    ids=["teacher", "labels", "keep"],
+)
+def test_tables_of_other_shards_are_refused_by_digest(tmp_path: Path, index: ShardIndex, open_table, make) -> None:
+    folder = make(tmp_path / "stage", "f" * 64)
+    with pytest.raises(UserError) as caught:
+        open_table(folder, index)
+    for part in (str(folder), str(index.root), "ffff", index.digest[:12]):
+        assert part in str(caught.value)
+    (folder / "meta.json").unlink()
+    with pytest.raises(UserError, match=r"meta.json"):
+        open_table(folder, index)

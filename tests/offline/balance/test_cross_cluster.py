@@ -1,0 +1,240 @@
+"""The second pass across neighbouring clusters, and clusters read in panels, against brute force on all pairs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from harness import run_ranks
+from test_deduplicate import brute_components, brute_greedy, unit_rows
+
+from megacid.errors import UserError
+from megacid.offline.balance import cross_cluster, deduplicate, linking
+from megacid.offline.balance.cross_cluster import joined, listed, match_lists
+from megacid.offline.balance.deduplicate import BalanceSettings, Clusters, Decision, decide, group_by_cluster
+from megacid.offline.balance.linking import UnitRows, owners, panel_rows
+from megacid.offline.cluster.read_labels import read_centroids
+from megacid.offline.nearest import Assigner
+from megacid.offline.rows import ArrayRows
+from megacid.storage.stage_files import PartialResults
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("panel", [7, 14, 63, 98])
+@pytest.mark.parametrize(("link", "brute"), [("components", brute_components), ("greedy", brute_greedy)])
+def test_panels_change_nothing(panel: int, link: str, brute: Callable[..., np.ndarray]) -> None:
+    x = unit_rows(90)
+    rows = UnitRows(ArrayRows(x.numpy()), np.arange(90), CPU)
+    np.testing.assert_array_equal(owners(rows, 0.2, link, 7, panel=panel), brute(rows[:], 0.2))
+
+
+def test_large_cluster_is_read_in_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arithmetic of 300,000 rows in 2 GiB, and that no more rows than that are asked for at once."""
+    for dim in (64, 768, 1280):
+        panel = panel_rows(dim, 1024)
+        assert panel % 1024 == 0 and 20 * dim * panel <= linking.PANEL_BYTES < (2 << 30) - (1 << 30)
+    assert panel_rows(1 << 30, 1024) == 1024
+    monkeypatch.setattr(linking, "PANEL_BYTES", 20 * 3 * 100)
+    asked = []
+
+    class Counted(ArrayRows):
+        def take(self, rows: np.ndarray) -> np.ndarray:
+            asked.append(len(rows))
+            return super().take(rows)
+
+    image = Counted(unit_rows(450).numpy())
+    clusters = group_by_cluster(np.zeros(450, np.int32), np.zeros(450), 1)
+    few = decide(image, clusters, BalanceSettings(threshold=0.2, block=10))
+    assert max(asked) == 100 and len(asked) > 10
+    monkeypatch.undo()
+    np.testing.assert_array_equal(few.owner, decide(image, clusters, BalanceSettings(threshold=0.2, block=10)).owner)
+
+
+def labelled(x: np.ndarray, k: int, metric: str = "cosine", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(labels int32 [n] of the nearest centroid, centroids float32 [k, D]); one step from random rows, as k-means takes."""
+    rng = np.random.default_rng(seed)
+    centroids = x[rng.choice(len(x), k, replace=False)].astype(np.float32)
+    if metric == "euclidean":
+        centroids = centroids * rng.uniform(0.5, 1, (k, 1)).astype(np.float32)
+    merit = x.astype(np.float32) @ centroids.T
+    if metric == "euclidean":
+        merit -= (centroids**2).sum(1) / 2
+    return merit.argmax(1).astype(np.int32), centroids
+
+
+def toy(n: int = 700, k: int = 12, metric: str = "cosine") -> tuple[ArrayRows, Clusters, np.ndarray]:
+    x = unit_rows(n, 4, 5).numpy().astype(np.float16)
+    label, centroids = labelled(x, k, metric)
+    priority = np.random.default_rng(1).integers(0, 50, n).astype(np.float32)
+    return ArrayRows(x), group_by_cluster(label, priority, k), centroids
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("threshold", [0.05, 0.12, 0.5])
+def test_components_over_all_neighbours_are_those_of_all_pairs(threshold: float, metric: str) -> None:
+    rows, clusters, centroids = toy(metric=metric)
+    settings = BalanceSettings(threshold=threshold, across=11, block=16)
+    decision = decide(rows, clusters, settings, centroids=centroids, metric=metric)
+    order = np.argsort(clusters.priority, kind="stable")
+    x = torch.nn.functional.normalize(torch.from_numpy(rows.array[order].astype(np.float32)), dim=1)
+    wanted = np.empty(len(order), np.int64)
+    wanted[order] = order[brute_components(x, threshold)]
+    np.testing.assert_array_equal(decision.owner, wanted)
+    inside = decide(rows, clusters, BalanceSettings(threshold=threshold))
+    assert decision.removed_across == inside.keep.sum() - decision.keep.sum() >= 0
+    assert threshold == 0.05 or decision.removed_across > 0
+
+
+@pytest.mark.parametrize("link", ["components", "greedy"])
+def test_large_borders_are_read_in_panels(link: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, clusters, centroids = toy(k=3)
+    settings = BalanceSettings(threshold=0.2, link=link, across=2, block=8)
+    whole = decide(rows, clusters, settings, centroids=centroids)
+    monkeypatch.setattr(linking, "PANEL_BYTES", 4 * 20 * 4 * 16)
+    assert panel_rows(4, 8, linking.PANEL_BYTES // 4) == 16 and whole.removed_across > 10
+    large = []
+    link_large = cross_cluster._link_large
+    monkeypatch.setattr(
+        cross_cluster, "_link_large", lambda unit, *rest: large.append(type(unit)) or link_large(unit, *rest)
+    )
+    few = decide(rows, clusters, settings, centroids=centroids)
+    np.testing.assert_array_equal(few.owner, whole.owner)
+    assert UnitRows in large and few.removed_across == whole.removed_across
+
+
+def test_greedy_leaves_no_two_near_ones_and_removes_only_near_kept_ones() -> None:
+    rows, clusters, centroids = toy()
+    decision = decide(
+        rows, clusters, BalanceSettings(threshold=0.15, link="greedy", across=11, block=16), centroids=centroids
+    )
+    x = torch.nn.functional.normalize(torch.from_numpy(rows.array.astype(np.float32)), dim=1)
+    distance = torch.cdist(x.double(), x.double()).numpy()
+    kept = np.flatnonzero(decision.keep)
+    near = distance[np.ix_(kept, kept)] < 0.15
+    assert near.sum() == len(kept)  # each one to itself
+    assert decision.keep[decision.owner].all()
+    # Near the kept one, or near one that was kept until the second pass and is near the kept one itself.
+    assert (distance[np.arange(len(x)), decision.owner] < 0.3).all()
+    # The same over the survivors of the first pass as one greedy pass over them in order of preference.
+    first = np.flatnonzero(decide(rows, clusters, BalanceSettings(threshold=0.15, link="greedy")).keep)
+    first = first[np.argsort(clusters.priority[first], kind="stable")]
+    np.testing.assert_array_equal(decision.owner[first], first[brute_greedy(x[first], 0.15)])
+
+
+def test_greedy_follows_a_chain_in_order() -> None:
+    chain = np.array([[0, 1], [1, 2], [2, 3], [3, 4]])
+    assert joined(np.arange(6), chain, np.zeros(6), "greedy").tolist() == [0, 0, 2, 2, 4, 5]
+    assert joined(np.arange(6), chain, np.zeros(6), "components").tolist() == [0, 0, 0, 0, 0, 5]
+    assert joined(np.arange(6), chain, np.array([9, 1, 2, 0, 9, 9]), "greedy").tolist() == [1, 1, 3, 3, 3, 5]
+    # What the first pass removed for row 1 follows it.
+    assert joined(np.array([0, 1, 1]), np.array([[0, 1]]), np.zeros(3), "greedy").tolist() == [0, 0, 0]
+
+
+def test_cap_counts_what_both_passes_keep() -> None:
+    rows, clusters, centroids = toy()
+    decision = decide(rows, clusters, BalanceSettings(threshold=0.12, across=3, cap=4), centroids=centroids)
+    for cluster in range(12):
+        members = clusters.order[clusters.starts[cluster] : clusters.starts[cluster + 1]]
+        own = members[decision.owner[members] == members]
+        assert members[decision.keep[members]].tolist() == own[:4].tolist()
+
+
+def test_lists_name_the_clusters_behind_a_border_in_reach() -> None:
+    centroids = torch.tensor([[1.0, 0], [0, 1], [-1, 0]])
+    # The border between the first two lies at 45 degrees; of a unit vector, 0.1 is 5.7 degrees.
+    angle = torch.deg2rad(torch.tensor([0.0, 38.0, 41.0, 49.0, 90.0, 180.0]))
+    x = torch.stack([angle.cos(), angle.sin()], dim=1).numpy()
+    rows, label = np.arange(6), np.array([0, 0, 0, 1, 1, 2], np.int32)
+    assigner = Assigner(centroids, "cosine", CPU)
+    entries = listed(ArrayRows(x), rows, label, assigner, 2, 0.1, 0, None, lambda done: None)
+    assert sorted(entries.tolist()) == [[2, 1], [3, 0]]
+    pairs = match_lists(np.concatenate([entries, [[4, 2], [1, 1]]]), label, 3)  # nobody of cluster 2 lists cluster 1
+    assert (pairs.rows.tolist(), pairs.starts.tolist(), pairs.middles.tolist()) == ([1, 2, 3], [0, 3], [2])
+    assert len(match_lists(np.empty((0, 2), np.int64), label, 3)) == 0
+
+
+def _decide(rows: ArrayRows, clusters: Clusters, settings: BalanceSettings, centroids: np.ndarray) -> Decision:
+    deduplicate.PART_PAIRS, cross_cluster.LIST_ROWS = 500, 100
+    return decide(rows, clusters, settings, centroids=centroids)
+
+
+@pytest.mark.parametrize("link", ["components", "greedy"])
+def test_restarts_and_ranks_decide_alike(link: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, clusters, centroids = toy()
+    settings = BalanceSettings(threshold=0.15, link=link, across=5)
+    whole = decide(rows, clusters, settings, centroids=centroids)
+    monkeypatch.setattr(deduplicate, "PART_PAIRS", 500)
+    monkeypatch.setattr(cross_cluster, "LIST_ROWS", 100)
+    monkeypatch.setattr(cross_cluster, "tile_rows", lambda device: 50)
+    work = PartialResults(tmp_path, {})
+    work.begin()
+    calls = 0
+
+    class Cut(Exception):  # noqa: N818
+        pass
+
+    def cut(done: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > patience:
+            raise Cut
+
+    # Each run goes a little farther than the one before, until one ends.
+    for attempt in range(1000):
+        calls, patience = 0, 20 + 10 * attempt
+        try:
+            decision = decide(rows, clusters, settings, work=work, tick=cut, centroids=centroids)
+            break
+        except Cut:
+            assert attempt == 0 or (work.folder / "settings.json").exists()
+    assert attempt > 2 and len(list(work.folder.glob("across-*.npy"))) > 2
+    assert len(list(work.folder.glob("near-*.npy"))) > 3
+    for other in (decision, *run_ranks(_decide, 2, rows, clusters, settings, centroids)):
+        np.testing.assert_array_equal(other.owner, whole.owner)
+        np.testing.assert_array_equal(other.keep, whole.keep)
+
+
+def test_planted_copies_are_found_across_borders() -> None:
+    """50,000 vectors without structure, where borders are everywhere: 2,000 of them are planted again, slightly turned."""
+    rng = np.random.default_rng(0)
+    n, copies, dim, k = 48_000, 2_000, 32, 200
+    x = rng.standard_normal((n, dim)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    of = rng.choice(n, copies, replace=False)
+    noise = rng.standard_normal((copies, dim)).astype(np.float32)
+    turned = x[of] + 0.1 * noise / np.linalg.norm(noise, axis=1, keepdims=True)
+    x = np.concatenate([x, turned / np.linalg.norm(turned, axis=1, keepdims=True)]).astype(np.float16)
+    label, centroids = labelled(x, k)
+    clusters = group_by_cluster(label, np.zeros(len(x)), k)
+    crossing = label[of] != label[n:]
+    assert 0.1 < crossing.mean() < 0.6
+
+    def score(decision: Decision) -> tuple[float, float]:
+        removed = np.flatnonzero(~decision.keep)
+        right = (removed >= n) & (decision.owner[removed] == of[np.maximum(removed - n, 0)])
+        return float(right.sum() / len(removed)), float(right.sum() / copies)
+
+    inside = score(decide(ArrayRows(x), clusters, BalanceSettings(threshold=0.15)))
+    assert inside[0] >= 0.99 and inside[1] == pytest.approx(1 - crossing.mean(), abs=0.001)
+    for link in ("components", "greedy"):
+        settings = BalanceSettings(threshold=0.15, across=4, link=link)
+        precision, recall = score(decide(ArrayRows(x), clusters, settings, centroids=centroids))
+        assert precision >= 0.99 and recall >= 0.99, (link, precision, recall)
+
+
+def test_bad_input_is_named(tmp_path: Path) -> None:
+    rows, clusters, centroids = toy()
+    with pytest.raises(UserError, match="across is -1, wanted 0"):
+        BalanceSettings(threshold=0.1, across=-1)
+    with pytest.raises(UserError, match="there are no centroids: run tools/cluster"):
+        decide(rows, clusters, BalanceSettings(threshold=0.1, across=1))
+    (tmp_path / "meta.json").write_text('{"made_by": "cluster", "k": 12, "metric": "cosine"}')
+    np.save(tmp_path / "centroids.npy", centroids[:3])
+    with pytest.raises(UserError, match=r"shape \(3, 4\), wanted floating point \(12, 4\)"):
+        read_centroids(tmp_path, 4)
+    centroids[3, 1] = np.nan
+    np.save(tmp_path / "centroids.npy", centroids)
+    with pytest.raises(UserError, match="NaN or infinity"):
+        read_centroids(tmp_path, 4)

@@ -1,0 +1,251 @@
+"""Linking and choosing against brute force on all pairs; the search; the numbers of the report."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from harness import run_ranks
+
+from megacid.errors import UserError
+from megacid.offline.balance import deduplicate
+from megacid.offline.balance.deduplicate import BalanceSettings, Clusters, Decision, decide, group_by_cluster
+from megacid.offline.balance.linking import keep_mask, owners
+from megacid.offline.balance.report import planted_report, power_histogram, subset_array
+from megacid.offline.rows import ArrayRows
+from megacid.storage.stage_files import PartialResults
+
+
+def unit_rows(m: int, dim: int = 3, seed: int = 0) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(m, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def brute_near(x: torch.Tensor, threshold: float) -> np.ndarray:
+    return (torch.cdist(x.double(), x.double()) < threshold).numpy()
+
+
+def brute_components(x: torch.Tensor, threshold: float) -> np.ndarray:
+    near, owner = brute_near(x, threshold), np.full(len(x), -1)
+    for first in range(len(x)):
+        if owner[first] >= 0:
+            continue
+        todo = [first]
+        while todo:
+            row = todo.pop()
+            if owner[row] < 0:
+                owner[row] = first
+                todo += np.flatnonzero(near[row]).tolist()
+    return owner
+
+
+def brute_greedy(x: torch.Tensor, threshold: float) -> np.ndarray:
+    near, owner, kept = brute_near(x, threshold), np.arange(len(x)), []
+    for row in range(len(x)):
+        earlier = [k for k in kept if near[row, k]]
+        if earlier:
+            owner[row] = earlier[0]
+        else:
+            kept.append(row)
+    return owner
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.05, 0.2, 0.5, 2.0])
+@pytest.mark.parametrize("block", [1, 7, 64, 1000])
+@pytest.mark.parametrize(("link", "brute"), [("components", brute_components), ("greedy", brute_greedy)])
+def test_owners_equal_brute_force(threshold: float, block: int, link: str, brute) -> None:
+    x = unit_rows(90)
+    if threshold == 0:
+        wanted = np.arange(90)
+    else:
+        wanted = brute(x, threshold)
+    np.testing.assert_array_equal(owners(x, threshold, link, block), wanted)
+
+
+def test_chains_differ_between_the_modes() -> None:
+    angle = torch.arange(6) * 0.1
+    x = torch.stack([angle.cos(), angle.sin()], dim=1)
+    assert owners(x, 0.11, "components").tolist() == [0] * 6
+    assert owners(x, 0.11, "greedy").tolist() == [0, 0, 2, 2, 4, 4]
+
+
+def test_a_cluster_of_copies_needs_one_row_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = 0
+    plain = torch.Tensor.__matmul__
+
+    def counted(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        nonlocal products
+        assert self.shape[0] <= 10 and other.shape[1] <= 10
+        products += 1
+        return plain(self, other)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", counted)
+    assert (owners(unit_rows(1).repeat(200, 1), 0.1, "components", 10) == 0).all()
+    assert products == 20
+
+
+def test_cap_keeps_the_most_preferred() -> None:
+    owner = np.array([0, 0, 2, 3, 2, 5])
+    assert keep_mask(owner, None).tolist() == [True, False, True, True, False, True]
+    assert keep_mask(owner, 2).tolist() == [True, False, True, False, False, False]
+
+
+def clustered(n: int = 1200, k: int = 15, seed: int = 1) -> tuple[ArrayRows, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    x = unit_rows(n, 6, seed).numpy().astype(np.float16)
+    return ArrayRows(x), rng.integers(0, k, n).astype(np.int32), rng.random(n).astype(np.float32)
+
+
+@pytest.mark.parametrize("link", ["components", "greedy"])
+def test_decide_works_inside_clusters_only(link: str) -> None:
+    rows, label, priority = clustered()
+    label[5] = -1
+    decision = decide(rows, group_by_cluster(label, priority, 15), BalanceSettings(threshold=0.4, link=link, block=33))
+    brute = brute_components if link == "components" else brute_greedy
+    for cluster in range(15):
+        members = np.flatnonzero(label == cluster)
+        members = members[np.argsort(priority[members], kind="stable")]
+        x = torch.nn.functional.normalize(torch.from_numpy(rows.array[members].astype(np.float32)), dim=1)
+        np.testing.assert_array_equal(decision.owner[members], members[brute(x, 0.4)])
+    np.testing.assert_array_equal(decision.keep, decision.owner == np.arange(1200))
+    assert decision.keep[5] and 0 < decision.keep.sum() < 1200
+
+
+@pytest.mark.parametrize("link", ["components", "greedy"])
+@pytest.mark.parametrize("target", [0.9, 0.563, 0.2])
+def test_target_share_is_reached(link: str, target: float) -> None:
+    rows, label, priority = clustered()
+    decision = decide(rows, group_by_cluster(label, priority, 15), BalanceSettings(target_keep=target, link=link))
+    assert decision.keep.mean() == pytest.approx(target, abs=2.5 / 1200)
+    # All clusters were searched, so what the search saw is what came out.
+    assert decision.searched_rows == 1200
+    assert dict(decision.curve)[decision.threshold] == pytest.approx(decision.keep.mean())
+
+
+def test_target_out_of_reach_ends_at_the_nearest_share() -> None:
+    copies = ArrayRows(np.repeat(unit_rows(10).numpy(), 4, axis=0).astype(np.float16))
+    label = np.repeat(np.arange(10), 4).astype(np.int32)
+    decision = decide(copies, group_by_cluster(label, np.zeros(40), 10), BalanceSettings(target_keep=0.1))
+    # Nothing is linked across clusters: a quarter is the least.
+    assert decision.keep.mean() == 0.25
+
+
+def test_search_on_a_sample_of_the_clusters() -> None:
+    rows, label, priority = clustered(4000, 40)
+    clusters = group_by_cluster(label, priority, 40)
+    decision = decide(rows, clusters, BalanceSettings(target_keep=0.6, search_rows=1500))
+    assert 1500 <= decision.searched_rows < 1800
+    assert decision.keep.mean() == pytest.approx(0.6, abs=0.04)
+
+
+def test_partial_results_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, label, priority = clustered()
+    clusters = group_by_cluster(label, priority, 15)
+    settings = BalanceSettings(target_keep=0.3, cap=30)
+    whole = decide(rows, clusters, settings)
+    monkeypatch.setattr(deduplicate, "PART_PAIRS", 20_000)
+    assert len(deduplicate.part_bounds(clusters.sizes**2)) > 4
+    work = PartialResults(tmp_path, {})
+    work.begin()
+    first = decide(rows, clusters, settings, work=work)
+    parts = sorted(work.folder.glob("links-*.npy"))
+    parts[1].unlink()
+    parts[2].write_bytes(parts[2].read_bytes()[:-8])
+    done = 0
+
+    def count(links: int) -> None:
+        nonlocal done
+        done += links
+
+    linked = 0
+    link = deduplicate.owners
+
+    def counted(x: torch.Tensor, *rest: Any) -> np.ndarray:
+        nonlocal linked
+        linked += len(x)
+        return link(x, *rest)
+
+    monkeypatch.setattr(deduplicate, "owners", counted)
+    again = decide(rows, clusters, settings, work=work, tick=count)
+    assert done == 1200  # the progress bar reaches its end
+    assert 0 < linked < 600  # two of the parts, and nothing of the search
+    for decision in (first, again, *run_ranks(_decide, 2, rows, clusters, settings)):
+        assert decision.threshold == whole.threshold and decision.curve == whole.curve
+        np.testing.assert_array_equal(decision.keep, whole.keep)
+        np.testing.assert_array_equal(decision.owner, whole.owner)
+
+
+def test_parts_are_whole_clusters_of_about_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deduplicate, "PART_PAIRS", 100)
+    assert deduplicate.part_bounds(np.array([25, 25, 25, 25, 25, 25])).tolist() == [0, 3, 6]
+    assert deduplicate.part_bounds(np.array([2500, 1, 1])).tolist() == [0, 3]
+    assert deduplicate.part_bounds(np.array([1, 2500, 1, 2500])).tolist() == [0, 1, 3, 4]
+    assert deduplicate.part_bounds(np.zeros(4, np.int64)).tolist() == [0, 4]
+
+
+def _decide(rows: ArrayRows, clusters: Clusters, settings: BalanceSettings) -> Decision:
+    return decide(rows, clusters, settings)
+
+
+def test_ranks_decide_alike() -> None:
+    rows, label, priority = clustered()
+    clusters = group_by_cluster(label, priority, 15)
+    settings = BalanceSettings(target_keep=0.3, cap=30)
+    alone = decide(rows, clusters, settings)
+    for decision in run_ranks(_decide, 2, rows, clusters, settings):
+        assert decision.threshold == alone.threshold
+        np.testing.assert_array_equal(decision.keep, alone.keep)
+        np.testing.assert_array_equal(decision.owner, alone.owner)
+
+
+def test_preferred_sample_of_a_group_is_kept() -> None:
+    rows = ArrayRows(np.repeat(unit_rows(3).numpy(), 5, axis=0).astype(np.float16))
+    priority = np.array([3, 1, 2, 0, 4] * 3, np.float32)
+    decision = decide(rows, group_by_cluster(np.zeros(15, np.int32), priority, 1), BalanceSettings(threshold=0.01))
+    assert np.flatnonzero(decision.keep).tolist() == [3, 8, 13]
+
+
+def test_planted_report() -> None:
+    #                 group 0 (3 members)  group 1 (2)  singles
+    origin = np.array([0, 0, 0, 1, 1, 2, 3])
+    label = np.array([0, 0, 1, 0, 0, 0, 0])
+    owner = np.array([0, 0, 2, 3, 4, 5, 5])
+    keep = owner == np.arange(7)
+    facts = planted_report(origin, keep, owner, label)
+    assert (facts["groups"], facts["copies"]) == (2, 3)
+    assert facts["removal_recall"] == 0  # both groups still have two members
+    assert facts["copies_removed"] == pytest.approx(1 / 3)
+    assert facts["linking_recall"] == pytest.approx(1 / 4)
+    assert facts["same_cluster"] == pytest.approx(2 / 4)
+    assert facts["linking_precision"] == pytest.approx(1 / 2)
+    assert facts["removal_precision"] == pytest.approx(1 / 2)
+    nothing = planted_report(np.arange(3), np.ones(3, bool), np.arange(3), np.zeros(3, int))
+    assert nothing["groups"] == 0 and nothing["removal_recall"] is None
+
+
+def test_subset_array_is_sorted_datacomp() -> None:
+    uids = ["f" * 32, "0" * 16 + "00000000000000ff", "0" * 31 + "1"]
+    subset = subset_array(uids)
+    assert subset.dtype == np.dtype("u8,u8")
+    assert subset.tolist() == sorted((int(uid[:16], 16), int(uid[16:], 16)) for uid in uids)
+    with pytest.raises(ValueError, match="'abc' has 3 characters"):
+        subset_array(["abc"])
+
+
+def test_histogram_of_sizes() -> None:
+    assert power_histogram(np.array([0, 1, 1, 2, 3, 4, 9])) == {"0": 1, "1": 2, "2-3": 2, "4-7": 1, "8-15": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "exactly one"),
+        ({"threshold": 3.0}, "0 to 2"),
+        ({"target_keep": 0.0}, "above 0"),
+        ({"threshold": 0.1, "cap": 0}, "cap is 0"),
+        ({"threshold": 0.1, "link": "x"}, "link"),
+    ],
+)
+def test_settings_are_checked(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        BalanceSettings(**change)

@@ -1,0 +1,186 @@
+"""tools/cluster.py in two levels and with finished centroids: killed anywhere and on any number of ranks the same files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from faultplan import Fault, kill
+from offline_data import results, run, write_embeddings
+from offline_tool import KILLED, Tool
+
+from megacid.errors import EXIT_AGAIN
+from megacid.storage.metadata import read_meta
+
+Make = Callable[[str, str], Tool]
+
+
+def rows(n: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    x = np.random.default_rng(0).normal(size=(25, 8))[rng.integers(25, size=n)] + 0.3 * rng.normal(size=(n, 8))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
+
+
+def levels(folder: Path, out: str) -> list[object]:
+    what = ["--method", "hierarchical", "--k", 20, "--iterations", 3, "--refine", 2, "--refine-cells", 2]
+    return ["--embeddings", folder / "emb", "--out", folder / out, *what, "--top-labels", 2]
+
+
+def from_finished(folder: Path, out: str) -> list[object]:
+    what = ["--assign-only", folder / "levels", "--top-labels", 3]
+    return ["--embeddings", folder / "new", "--out", folder / out, *what]
+
+
+ARGUMENTS = {"levels": levels, "from_finished": from_finished}
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("levels")
+    write_embeddings(folder / "emb", rows(2500, 1), 3)
+    write_embeddings(folder / "new", rows(700, 2), 2, shards_digest="other", precision="bf16")
+    for name, arguments in ARGUMENTS.items():
+        run("cluster", *arguments(folder, name))
+    return folder
+
+
+@pytest.fixture
+def make(stage: Path, tmp_path: Path) -> Make:
+    def one(what: str, out: str) -> Tool:
+        tool = Tool("cluster", stage, f"{out}-{len(list(stage.iterdir()))}", tmp_path / "log")
+        tool.args = ARGUMENTS[what](stage, tool.out.name)
+        return tool
+
+    return one
+
+
+def test_files_and_what_meta_says(stage: Path) -> None:
+    meta = read_meta(stage / "levels", expect="cluster")
+    assert (meta["method"], meta["k"], meta["refine"], meta["refine_cells"]) == ("hierarchical", 20, 2, 2)
+    assert (meta["iterations_asked"], meta["iterations"], len(meta["objective"])) == (3, 2, 2)
+    assert np.load(stage / "levels" / "sizes.npy").sum() == meta["num_samples"] == 2500
+    assert set(results(stage / "levels")) == {
+        *("centroids.npy", "sizes.npy", "settings.json", "meta.json"),
+        *(f"labels/0000{tar}.parquet" for tar in range(3)),
+    }
+    said = run("cluster", *levels(stage, "levels"))
+    assert "is complete" in said and "20 clusters (hierarchical)" in said
+
+
+KILLS = [
+    *[kill("cluster:iteration_saved", step=2), kill("cluster:coarse"), kill("cluster:cells")],
+    *[kill("cluster:fine", nth=3), kill("cluster:refine", step=1), kill("cluster:refine_saved", step=2)],
+    *[kill("offline:file", nth=n) for n in (4, 6, 9, 12)],
+    kill("cluster:after_meta"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", KILLS, ids=[f"{f.at}-{f.step}-{f.nth}" for f in KILLS])
+def test_killed_it_gives_the_same_bits_when_run_again(fault: Fault, stage: Path, make: Make) -> None:
+    one = make("levels", "cut")
+    assert one.fates(1, fault) == [KILLED], one.said
+    assert one.fates(1) == [0], one.said
+    one.equals(stage / "levels")
+
+
+@pytest.mark.parametrize("at", ["cluster:coarse", "cluster:fine"])
+def test_a_rank_is_killed_and_another_number_of_ranks_goes_on(at: str, stage: Path, make: Make) -> None:
+    pair = make("levels", "pair")
+    assert pair.fates(2, kill(at, rank=1)) == [EXIT_AGAIN, KILLED], pair.said
+    assert pair.fates(4) == [0] * 4, pair.said
+    pair.equals(stage / "levels")
+
+
+def test_two_ranks_write_the_same_files(stage: Path, make: Make) -> None:
+    pair = make("levels", "ranks")
+    assert pair.fates(2) == [0, 0], pair.said
+    pair.equals(stage / "levels")
+
+
+def test_what_is_done_is_not_done_again(stage: Path, make: Make) -> None:
+    one = make("levels", "kept")
+    assert one.fates(1, kill("cluster:refine", step=1)) == [KILLED]
+    again = [kill(f"cluster:{what}") for what in ("init", "iteration", "cells", "fine")]
+    assert one.fates(1, *again) == [0], one.said
+    one.equals(stage / "levels")
+
+
+def test_another_method_is_refused(stage: Path, make: Make) -> None:
+    one = make("levels", "mixed")
+    assert one.fates(1, kill("cluster:refine_saved", step=1)) == [KILLED]
+    flat = [value if value != "hierarchical" else "flat" for value in one.args]
+    assert "method='hierarchical', this run has method='flat'" in run("cluster", *flat, expect=2)
+    assert "holds a clustering that has not ended" in run("cluster", *from_finished(stage, one.out.name), expect=2)
+    assert "method='hierarchical', this run has method='flat'" in run(
+        "cluster", *["flat" if value == "hierarchical" else value for value in levels(stage, "levels")], expect=2
+    )
+
+
+# ---- labels from finished centroids ------------------------------------------------------------------------------
+
+
+def test_labels_of_new_rows(stage: Path) -> None:
+    out = stage / "from_finished"
+    meta = read_meta(out, expect="cluster")
+    assert (meta["method"], meta["k"], meta["labels_per_sample"], meta["precision"]) == ("assign-only", 20, 3, "bf16")
+    assert meta["source"]["clusters"] == str(stage / "levels") and meta["source"]["embeddings"] == str(stage / "new")
+    centroids = np.load(out / "centroids.npy")
+    np.testing.assert_array_equal(centroids, np.load(stage / "levels" / "centroids.npy"))
+    table = pq.read_table(out / "labels" / "00001.parquet")
+    x = np.load(stage / "new" / "img_emb" / "img_emb_00001.npy").astype(np.float32)
+    wanted = np.argsort(-(x @ centroids.T), axis=1)[:, :3]
+    have = np.stack([table[name].to_numpy() for name in ("label", "label_1", "label_2")], 1)
+    assert (have == wanted).mean() > 0.999
+    assert table["key"].to_pylist() == [f"00001{row:04d}" for row in range(350)]
+    assert np.load(out / "sizes.npy").sum() == 700
+    # The rows the centroids were made from get the labels they had.
+    run("cluster", "--embeddings", stage / "emb", "--out", stage / "same", "--assign-only", stage / "levels")
+    for tar in range(3):
+        before, after = (pq.read_table(stage / d / "labels" / f"0000{tar}.parquet") for d in ("levels", "same"))
+        assert before["label"].equals(after["label"]) and before["score"].equals(after["score"])
+    assert "is complete" in run("cluster", *from_finished(stage, "from_finished"))
+
+
+def test_labels_of_new_rows_after_a_kill_and_on_ranks(stage: Path, make: Make) -> None:
+    one = make("from_finished", "cut")
+    assert one.fates(1, kill("cluster:labels", step=0)) == [KILLED]
+    assert one.fates(2) == [0, 0], one.said
+    one.equals(stage / "from_finished")
+    (one.out / "labels" / "00001.parquet").unlink()
+    assert one.fates(1) == [0]
+    one.equals(stage / "from_finished")
+
+
+def test_rows_of_another_teacher_are_refused(stage: Path) -> None:
+    wide = np.eye(9, dtype=np.float16)
+    cases = {
+        "width": (wide, {}, "width 9, the centroids of .*levels were made with width 8"),
+        "model": (wide[:, :8], {"model": "x"}, "model 'x', .* with model 'm'"),
+        "weights": (wide[:, :8], {"weights": "y"}, "weights 'y', .* with weights 'w'"),
+    }
+    for name, (x, facts, message) in cases.items():
+        write_embeddings(stage / name, x, 1, **facts)
+        args = ["--embeddings", stage / name, "--out", stage / f"{name}-out", "--assign-only", stage / "levels"]
+        said = run("cluster", *args, expect=2)
+        assert re.search(message, said), said
+        assert not (stage / f"{name}-out").exists()
+
+
+def test_other_things_that_cannot_be(stage: Path, tmp_path: Path) -> None:
+    new = ["--embeddings", stage / "new"]
+    assert "take another --out" in run(
+        "cluster", *new, "--out", stage / "levels", "--assign-only", stage / "levels", expect=2
+    )
+    more = ["--assign-only", stage / "levels", "--top-labels", 21]
+    assert "top labels is 21" in run("cluster", *new, "--out", tmp_path / "o", *more, expect=2)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "meta.json").write_text(json.dumps(read_meta(stage / "levels")))
+    assert "centroids.npy is missing" in run("cluster", *new, "--out", tmp_path / "o", "--assign-only", bare, expect=2)
+    changed = [value if value != 3 else 2 for value in from_finished(stage, "from_finished")]
+    assert "labels_per_sample=3, this run has labels_per_sample=2" in run("cluster", *changed, expect=2)

@@ -1,0 +1,84 @@
+"""An offline tool on forked ranks that may die: what it did, what each rank said, and what it left."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+from faultplan import Fault, FaultPlan
+from harness import rank_fates
+from offline_data import balance_args, cluster_args, embed_args, load_tool, results
+
+from megacid import failpoints
+from megacid.errors import run_tool
+from megacid.offline.balance import deduplicate as balance_module
+
+KILLED = -int(signal.SIGKILL)
+REFERENCE = {"embed": "emb", "cluster": "clusters", "balance": "balance", "eval": "eval"}
+
+
+def arguments(name: str, folder: Path, out: str) -> list[object]:
+    if name == "embed":
+        # Which rank does what must not depend on their speed; test_embed_sharing.py lets them steal.
+        return [*embed_args(folder, out), "--split", "static"]
+    if name == "cluster":
+        return cluster_args(folder, out)
+    if name == "balance":
+        return balance_args(folder, out, "--target-keep", 0.6)
+    return [
+        *("--model", f"local-dir:{folder / 'model'}", "--dataset-root", folder / "bench"),
+        *("--out", folder / out, "--batch-size", 4, "--device", "cpu"),
+    ]
+
+
+def tool_rank(name: str, args: list[object], plan: FaultPlan, hooks: dict[str, Callable[..., None]], said: Path) -> int:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    sys.stdout = sys.stderr = file = open(f"{said}.{rank}", "w", buffering=1)  # noqa: SIM115
+    logging.getLogger().handlers = [logging.StreamHandler(file)]
+    balance_module.PART_PAIRS = 40  # a few clusters of the toy data
+    plan.install(rank)
+    failpoints.hooks.update(hooks)
+    tool = load_tool(name)
+    return run_tool(lambda: tool.main([str(arg) for arg in args]))
+
+
+class Tool:
+    """A tool on forked ranks. What each rank said last stands in `said`."""
+
+    def __init__(self, name: str, folder: Path, out: str, log: Path) -> None:
+        self.name, self.args, self.out, self.log = name, arguments(name, folder, out), folder / out, log
+        self.said: list[str] = []
+
+    def fates(
+        self,
+        world: int,
+        *faults: Fault,
+        hooks: dict[str, Callable[..., None]] | None = None,
+        meanwhile: Callable[[list[int]], None] | None = None,
+        more: list[object] | None = None,
+    ) -> list[int]:
+        ends = rank_fates(
+            tool_rank,
+            world,
+            self.name,
+            self.args + (more or []),
+            FaultPlan(*faults),
+            hooks or {},
+            self.log,
+            meanwhile=meanwhile,
+        )
+        self.said = [Path(f"{self.log}.{rank}").read_text() for rank in range(world)]
+        return ends
+
+    def equals(self, reference: Path) -> None:
+        """Bit for bit the same files, and no other ones."""
+        mine, wanted = results(self.out), results(reference)
+        assert mine.keys() == wanted.keys()
+        assert [name for name in mine if mine[name] != wanted[name]] == []
+        assert not list(self.out.parent.glob(f".{self.out.name}.*"))

@@ -1,0 +1,266 @@
+"""F12 to F15: a rank that stalls, dies or is asked to stop, alone and under the real launchers. Nobody hangs, nobody is
+left behind, and the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy
+from faultplan import Fault, FaultPlan, kill
+from harness import free_port, living
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("stalls")
+    toy.write_features(root / "features")
+    assert toy.train_toy(2, toy.run_file(root, "whole")) == [0, 0]
+    return root
+
+
+def goes_on_as_if_nothing_had_been(root: Path, name: str) -> None:
+    """The same command on two ranks ends with the bits of the run that nothing happened to."""
+    assert toy.train_toy(2, root / f"{name}.json") == [0, 0]
+    last = f"step-{toy.STEPS:08d}"
+    assert toy.differing(toy.tensors(root / "runs" / "whole" / last), toy.tensors(root / "runs" / name / last)) == []
+
+
+# ---- F12: stalls -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("world", "probe", "phase"),
+    [
+        (2, "train:batch", "data"),
+        (4, "train:gradients", "backward"),
+        (2, "store:before_fsync", "save"),
+        (2, "freeze", ""),
+    ],
+)
+def test_a_stalled_rank_is_named_and_every_rank_ends_with_its_stacks_on_disk(
+    root: Path, world: int, probe: str, phase: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = f"stall{world}{phase}"
+    file = toy.run_file(root, name, run__timeout_s=1.5, run__save_timeout_s=2.5)
+    fault = Fault(probe, "sleep", rank=1, step=6 if phase == "save" else 8, value=300)
+    if probe == "freeze":  # a process that cannot even report
+        fault = Fault("train:batch", "signal", rank=1, step=8, value=signal.SIGSTOP)
+        with pytest.raises(TimeoutError, match=r"ranks \[1\] of 2 had not ended"):
+            toy.train_toy(world, file, plan=FaultPlan(fault), timeout_s=10)
+    else:
+        assert toy.train_toy(world, file, plan=FaultPlan(fault)) == [75] * world
+    said = capfd.readouterr().err
+    assert said.count("error: no progress") == 1
+    stacks = root / "runs" / name / "stalled"
+    if probe == "freeze":
+        assert "rank 1 has not even reported: it is dead, stopped or cut off" in said
+        assert (stacks / "rank-00000.txt").exists()
+    else:
+        found = re.search(
+            r"no progress: rank 1 \(process \d+ on \S+\) stands still in (\w+) of step \d+ at (\S+) ", said
+        )
+        assert found is not None and found[1] == phase and "faultplan.py" in found[2], said
+        others = ", ".join(str(r) for r in range(world) if r != 1)
+        assert f"rank {others} waited for it" in said
+        for rank in range(world):
+            text = (stacks / f"rank-{rank:05d}.txt").read_text()
+            assert f"rank {rank}, process" in text and "most recent call first" in text
+        assert "faultplan.py" in (stacks / "rank-00001.txt").read_text()
+    assert "Start the same command again" in said
+    if world == 2:
+        goes_on_as_if_nothing_had_been(root, name)
+
+
+# ---- F13: a rank dies --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("probe", ["start:ready", "train:batch", "train:gradients", "train:applied", "train:step_end"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_when_a_rank_is_killed_the_others_say_so_and_end(
+    root: Path, world: int, probe: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = f"dead{world}{probe.replace(':', '_')}"
+    file = toy.run_file(root, name)
+    step = 0 if probe == "start:ready" else 9
+    assert toy.train_toy(world, file, plan=FaultPlan(kill(probe, rank=1, step=step))) == [
+        75 if r != 1 else -9 for r in range(world)
+    ]
+    said = capfd.readouterr().err
+    assert "error: rank 0 cannot reach the other ranks any more" in said and "Traceback" not in said
+    if world == 2:
+        goes_on_as_if_nothing_had_been(root, name)
+
+
+# ---- F14: asked to stop ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "probe", "step", "saved"),
+    [
+        *((signal.SIGTERM, *case) for case in (
+            ("start:ready", 0, 1), ("train:batch", 7, 8), ("train:gradients", 7, 8), ("train:applied", 7, 9),
+            ("train:step_end", 7, 9), ("store:stage_made", 6, 6), ("store:mid_file", 6, 6), ("store:before_rename", 6, 6),
+            ("store:after_rename", 6, 6),
+        )),
+        (signal.SIGUSR1, "train:batch", 7, 8), (signal.SIGUSR1, "store:mid_file", 6, 6),
+    ],
+)  # fmt: skip
+def test_one_rank_that_is_asked_to_stop_stops_all_after_the_same_saved_step(
+    root: Path, number: int, probe: str, step: int, saved: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """At most one step after the signal; a signal during a save is heard at its end."""
+    name = f"asked{number}{probe.replace(':', '_')}"
+    file = toy.run_file(root, name)
+    rank = 0 if probe.startswith("store:") else 1  # only rank 0 publishes
+    again = Fault(probe, "signal", rank=rank, step=step, value=number)
+    plan = FaultPlan(again, again, Fault("store:before_fsync", "signal", rank=0, step=saved, value=number))
+    assert toy.train_toy(2, file, plan=plan) == [143, 143]
+    assert max(path.name for path in (root / "runs" / name).glob("step-*")) == f"step-{saved:08d}"
+    assert f"stopped after step {saved} as asked" in capfd.readouterr().err
+    if number == signal.SIGTERM:
+        goes_on_as_if_nothing_had_been(root, name)
+
+
+def test_asked_to_stop_while_it_is_built_it_ends_at_once_for_there_is_nothing_to_save(root: Path) -> None:
+    """Also on the way back from a checkpoint, which stays what it was."""
+    file = toy.run_file(root, "building")
+    plan = FaultPlan(Fault("start:building", "signal", rank=1, value=signal.SIGTERM))
+    assert toy.train_toy(2, file, plan=plan) == [75, -signal.SIGTERM]
+    assert list((root / "runs" / "building").glob("step-*")) == []
+    assert toy.train_toy(2, file, "--stop-after", "7") == [143, 143]
+    assert toy.train_toy(2, file, plan=plan) == [75, -signal.SIGTERM]
+    goes_on_as_if_nothing_had_been(root, "building")
+
+
+# ---- the real launchers ------------------------------------------------------------------------------------------
+
+
+def start(launcher: str, file: Path, *faults: Fault) -> subprocess.Popen[bytes]:
+    """Two ranks of the toy run under a launcher, in a process group of their own. What they say goes to a file: a pipe
+    that nobody reads would stop them."""
+    folder, port = Path(sys.executable).parent, str(free_port())
+    words = {
+        "deepspeed": [str(folder / "deepspeed"), "--num_gpus", "2", "--master_port", port],
+        "torchrun": [str(folder / "torchrun"), "--nproc_per_node", "2", "--master_port", port],
+    }[launcher]
+    environment = {**os.environ, "FAULT_PLAN": FaultPlan(*faults).to_json()}
+    with open(said_by(file), "wb") as said:
+        return subprocess.Popen(
+            [*words, "tests/planned.py", "--deepspeed_config", str(file)], cwd=ROOT, env=environment,
+            stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
+def signal_node_launcher(file: Path, number: int) -> None:
+    """To DeepSpeed's launch.py of the job with this run file."""
+    for pid, line in living(str(file)).items():
+        if "deepspeed.launcher.launch" in line:
+            os.kill(pid, number)
+
+
+def said_by(file: Path) -> Path:
+    return file.with_suffix(".said")
+
+
+def wait_until(true: Any, what: str, limit_s: float = 90) -> None:
+    deadline = time.monotonic() + limit_s
+    while not true():
+        assert time.monotonic() < deadline, f"{what}: not after {limit_s} s"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def slow_run(root: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, Path]]:
+    """(run file, run directory) of a run long enough to be met on its way; whatever is left of it is killed."""
+    name = re.sub(r"\W+", "_", request.node.name)
+    file = toy.run_file(root, name, run__total_steps=5000, run__save_every=1000)
+    yield file, root / "runs" / name
+    for pid in living(str(file)):
+        os.kill(pid, signal.SIGKILL)
+
+
+def at_step(run: Path, step: int) -> bool:
+    return (run / "log.txt").exists() and f"step {step}/" in (run / "log.txt").read_text()
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_under_a_launcher_a_killed_rank_ends_the_job_and_leaves_nobody(
+    slow_run: tuple[Path, Path], launcher: str
+) -> None:
+    file, _ = slow_run
+    job = start(launcher, file, kill("train:batch", rank=1, step=12))
+    assert job.wait(timeout=120) != 0
+    said = said_by(file).read_text()
+    assert "rank 0 cannot reach the other ranks any more" in said or "SIGTERM" in said or "-9" in said, said
+    wait_until(lambda: not living(str(file)), "ranks were left behind", 35)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("to", ["launch.py", "process group", "torchrun"])
+def test_under_a_launcher_sigterm_saves_once_and_leaves_nobody(slow_run: tuple[Path, Path], to: str) -> None:
+    file, run = slow_run
+    job = start("torchrun" if to == "torchrun" else "deepspeed", file)
+    wait_until(lambda: at_step(run, 20), "step 20")
+    if to == "process group":
+        os.killpg(job.pid, signal.SIGTERM)
+    elif to == "torchrun":
+        os.kill(job.pid, signal.SIGTERM)
+    else:
+        signal_node_launcher(file, signal.SIGTERM)
+    job.wait(timeout=60)
+    wait_until(lambda: not living(str(file)), "ranks were left behind", 35)
+    saved = [path.name for path in run.glob("step-*")]
+    assert len(saved) == 1 and list(run.glob(".tmp-*")) == []
+    assert toy.train_toy(2, file, "--stop-after", str(int(saved[0][5:]) + 1)) == [143, 143]
+    assert f"resumed from {run / saved[0]}" in (run / "log.txt").read_text()
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("who", ["deepspeed", "launch.py"])
+def test_when_the_launcher_is_killed_the_ranks_save_and_end_by_themselves(
+    slow_run: tuple[Path, Path], who: str
+) -> None:
+    """The `deepspeed` command does not pass its end on to the per-node launcher, whose ranks would run on unseen."""
+    file, run = slow_run
+    job = start("deepspeed", file)
+    wait_until(lambda: at_step(run, 20), "step 20")
+    if who == "deepspeed":
+        os.kill(job.pid, signal.SIGKILL)
+    else:
+        signal_node_launcher(file, signal.SIGKILL)
+    wait_until(lambda: not living(str(file)), "ranks were left behind", 35)
+    assert len(list(run.glob("step-*"))) == 1 and list(run.glob(".tmp-*")) == []
+    job.kill()
+    job.wait()
+
+
+@pytest.mark.launch
+def test_without_a_launcher_it_outlives_the_shell_that_started_it(slow_run: tuple[Path, Path]) -> None:
+    """As with nohup: the parent ends, the run goes on."""
+    file, run = slow_run
+    words = f"exec {sys.executable} tests/planned.py --deepspeed_config {file} > {said_by(file)} 2>&1"
+    shell = subprocess.Popen(
+        ["/bin/sh", "-c", f"({words}) & read wait"], cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True
+    )
+    wait_until(lambda: at_step(run, 20), "step 20")
+    shell.kill()
+    shell.wait()
+    reached = (run / "log.txt").read_text().count("step ")
+    wait_until(lambda: (run / "log.txt").read_text().count("step ") > reached + 100, "it goes on")
+    pids = living(str(file))
+    assert len(pids) == 1 and not list(run.glob("step-*"))
+    os.kill(next(iter(pids)), signal.SIGTERM)
+    wait_until(lambda: not living(str(file)), "it stops when it is asked", 35)
+    assert len(list(run.glob("step-*"))) == 1

@@ -1,0 +1,228 @@
+"""Suite assignment: the nearest of many centroids, the work of k-means. Ours, a blocked product in PyTorch, faiss, cuBLAS alone.
+
+Legend: b rows, K centroids, D width.
+
+"of cublas" is the time of the product alone, in fp16 and in blocks of centroids that overwrite each other, over the time of
+the provider. Labels are compared with float64 on a sample of rows: what counts is how much similarity a wrong one loses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import measure
+from benchmarks.suite import Bar, Report, Row, report
+from megacid.errors import UserError
+from megacid.offline.nearest import Assigner
+
+HELP = "the nearest centroid of every row: rate of the product, hours for LAION225M; on a GPU the fused kernel"
+BARS = (0.7, 1.0)  # least share of cuBLAS's rate; least speed over faiss
+GPU_SHAPES = ["65536,1048576,768", "65536,65536,768", "65536,1048576,1280"]
+CPU_SHAPES = ["8192,4096,256"]
+# What the projection is for: rows, centroids, iterations, GPUs.
+LAION_ROWS, LAION_CENTROIDS, ITERATIONS, GPUS = 225e6, 1e6, 20, 8
+_BLOCK = 65536  # centroids of one product where it is made in blocks
+_SAMPLE, _REPEATS, _ROUNDS = 256, 7, 3
+_LEAST_GAIN = 1e-6  # of similarity: below it two centroids are a tie
+
+Find = Callable[[], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Unit rows: fp32, and the same in fp16 as embeddings are stored."""
+
+    x_bD: Tensor
+    c_KD: Tensor
+
+    @functools.cached_property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        return self.x_bD.half(), self.c_KD.half()
+
+
+def make_data(shape: str, device: torch.device) -> Data:
+    """Rows around some of the centroids; UserError for a shape that is none."""
+    try:
+        b, k, dim = (int(word) for word in shape.split(","))
+        if min(b, k, dim) < 1:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"shape is {shape!r}, wanted rows,centroids,width, each above 0: {CPU_SHAPES[0]}") from None
+    generator = torch.Generator(device).manual_seed(0)
+    c_KD = F.normalize(torch.randn(k, dim, generator=generator, device=device))
+    near = c_KD[torch.randint(k, (b,), generator=generator, device=device)]
+    noise = F.normalize(torch.randn(b, dim, generator=generator, device=device))
+    return Data(F.normalize(near + 1.5 * noise), c_KD)
+
+
+def product_alone(data: Data) -> Find:
+    x, c = data.halves
+    if x.device.type == "cpu":
+        x, c = data.x_bD, data.c_KD  # a CPU has no fast product of 16 bits everywhere
+    out = x.new_empty(len(x), min(_BLOCK, len(c)))
+
+    def run() -> tuple[Tensor, Tensor]:
+        for low in range(0, len(c), _BLOCK):
+            part = c[low : low + _BLOCK]
+            torch.mm(x, part.T, out=out[:, : len(part)])
+        return out[:1, :1], out[:1, :1]
+
+    return run
+
+
+def fused(data: Data, dtype: torch.dtype) -> Find:
+    from megacid_kernels.fused.nearest import nearest
+
+    x, c = data.x_bD.to(dtype), data.c_KD.to(dtype)
+    return lambda: nearest(x, c)
+
+
+def blocks(data: Data) -> Find:
+    assigner = Assigner(data.c_KD, "cosine", data.x_bD.device, "torch")
+    rows = 8192 if data.x_bD.is_cuda else 1024
+
+    def run() -> tuple[Tensor, Tensor]:
+        found = [assigner.tile(part) for part in data.x_bD.split(rows)]
+        return torch.cat([value[:, 0] for value, _ in found]), torch.cat([label[:, 0] for _, label in found])
+
+    return run
+
+
+def by_faiss(data: Data) -> Find:
+    import faiss
+
+    index: Any = faiss.IndexFlatIP(data.c_KD.shape[1])
+    if data.x_bD.is_cuda:
+        if faiss.get_num_gpus() == 0:
+            raise ImportError("this faiss is a CPU build")
+        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+    index.add(data.c_KD.cpu().numpy())
+    x = data.x_bD.cpu().numpy()
+
+    def run() -> tuple[Tensor, Tensor]:
+        value, label = index.search(x, 1)
+        return torch.from_numpy(value)[:, 0], torch.from_numpy(label)[:, 0]
+
+    return run
+
+
+PROVIDERS: dict[str, Callable[[Data], Find]] = {
+    "cublas": product_alone,
+    "megacid-fp16": functools.partial(fused, dtype=torch.float16),
+    "megacid-bf16": functools.partial(fused, dtype=torch.bfloat16),
+    "megacid-torch": blocks,
+    "faiss": by_faiss,
+}
+
+
+def lost_similarity(data: Data, label_b: Tensor) -> tuple[float, float]:
+    """(share of a sample of rows whose label is not the nearest, the most similarity that one of them loses), float64."""
+    rows = torch.linspace(0, len(data.x_bD) - 1, min(_SAMPLE, len(data.x_bD)), device=data.x_bD.device).long()
+    x = data.x_bD[rows].double()
+    best = torch.full((len(rows),), -math.inf, dtype=torch.float64, device=x.device)
+    for part in data.c_KD.split(_BLOCK):
+        best = torch.maximum(best, (x @ part.double().T).amax(1))
+    chosen = data.c_KD[label_b.to(rows.device)[rows]].double()
+    gap = best - torch.linalg.vecdot(x, chosen)
+    return float((gap > _LEAST_GAIN).double().mean()), float(gap.amax())
+
+
+def attempt(name: str, data: Data) -> tuple[Row, Find | None]:
+    row: Row = {"provider": name}
+    try:
+        find = PROVIDERS[name](data)
+        value, label = find()
+        if name != "cublas":
+            wrong, lost = lost_similarity(data, label)
+            row |= {"wrong_share": wrong, "lost_similarity": lost}
+            first = measure.digest((value, label))
+            row["same_bits"] = float(measure.digest(find()) == first)
+        row["peak_extra_bytes"] = float(measure.peak_extra_bytes(find, data.x_bD.device))
+        return row, find
+    except ImportError as error:
+        return row | {"skipped": f"not installed: {error}"}, None
+    except torch.OutOfMemoryError:
+        return row | {"skipped": "out of memory"}, None
+    except ValueError as error:
+        return row | {"skipped": f"refuses: {error}"}, None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", nargs="+", metavar="b,K,D", help="rows, centroids, width")
+    parser.add_argument("--repeats", type=int, default=_REPEATS, help="timed calls in each of three rounds (default 7)")
+
+
+def run(args: argparse.Namespace) -> Report:
+    if args.repeats < 1:
+        raise UserError(f"--repeats is {args.repeats}, wanted at least 1")
+    device = torch.device(args.device)
+    timer = measure.timer_of(args)
+    rows: list[Row] = []
+    for shape in args.shapes or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES):
+        data = make_data(shape, device)
+        found = {name: attempt(name, data) for name in PROVIDERS}
+        calls = {name: find for name, (_, find) in found.items() if find is not None}
+        seconds = measure.take_turns(calls, timer, _ROUNDS, args.repeats)
+        flop = 2.0 * len(data.x_bD) * data.c_KD.numel()
+        for name, (row, find) in found.items():
+            row["shape"] = shape
+            if find is not None:
+                p50 = measure.quantiles(seconds[name])[1]
+                row |= {"seconds": seconds[name], "tflops": 1e-12 * flop / p50}
+                row["of_cublas"] = measure.quantiles(seconds["cublas"])[1] / p50
+                laion = 2.0 * LAION_ROWS * LAION_CENTROIDS * data.c_KD.shape[1] * ITERATIONS
+                row["laion_hours"] = laion / (flop / p50) / GPUS / 3600
+            rows.append(row)
+        print_table(shape, rows[-len(found) :], device)
+        del data, found, calls
+        gc.collect()
+    return report(args, rows)
+
+
+def print_table(shape: str, rows: list[Row], device: torch.device) -> None:
+    print(f"\n{shape} (rows, centroids, width)")
+    # Hours of eight GPUs say nothing where there is none.
+    hours = (
+        f" {GPUS} GPUs: hours of {ITERATIONS} iterations over {LAION_ROWS / 1e6:.0f}M x {LAION_CENTROIDS / 1e6:.0f}M |"
+    )
+    gpu = device.type == "cuda"
+    print(
+        "| provider | ms p50 [p20, p80] | TFLOP/s | of cublas | extra MiB | wrong labels | similarity lost | same bits |"
+        + (hours if gpu else "")
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|" + ("---:|" if gpu else ""))
+    for row in rows:
+        if "skipped" in row:
+            print(f"| {row['provider']} | skipped: {row['skipped']} |" + " |" * (7 if gpu else 6))
+            continue
+        cells = [row["provider"], measure.said_ms(row["seconds"]), f"{row['tflops']:,.3g}", f"{row['of_cublas']:.1%}"]
+        cells += [f"{row['peak_extra_bytes'] / 2**20:,.0f}", measure.said(row.get("wrong_share"), ".2%")]
+        cells += [measure.said(row.get("lost_similarity"), ".1e")]
+        cells += [{1.0: "yes", 0.0: "no"}.get(row.get("same_bits", -1.0), "-")]
+        print(f"| {' | '.join(cells)} |" + (f" {row['laion_hours']:.2f} |" if gpu else ""), flush=True)
+
+
+def check(report: Report) -> list[Bar]:
+    """Of the fused kernel on a GPU, at the shapes with a million centroids; none on a CPU."""
+    bars: list[Bar] = []
+    if report["arguments"]["device"] != "cuda":
+        return bars
+    for shape in dict.fromkeys(row["shape"] for row in report["results"]):
+        rows = {row["provider"]: row for row in report["results"] if row["shape"] == shape}
+        if int(shape.split(",")[1]) < LAION_CENTROIDS:
+            continue
+        ours, faiss = rows.get("megacid-fp16", {}), rows.get("faiss", {})
+        bars.append(Bar(f"{shape}: share of cuBLAS's rate", ours.get("of_cublas"), BARS[0], at_least=True))
+        speed = measure.ratio(measure.median(faiss), measure.median(ours))
+        bars.append(Bar(f"{shape}: speed over faiss", speed, BARS[1], at_least=True))
+    return bars

@@ -1,0 +1,163 @@
+"""The whole balance stage, from folders on disk to keep masks, report and gallery: seconds, memory, precision and recall.
+
+Rows lie around centroids; one in five originals lies between two of them, so that its copies fall on both sides of the
+border. A copy is its original with noise; 15 % of the rows are copies. Labels are made by the labelling of tools/cluster.py,
+tars, embeddings and clusters have the layout of the tools; making all of that is not timed. Then, with --large, one cluster
+that holds everything. Each run of the stage is a process of its own; memory is anonymous memory (RssAnon, sampled) above
+what the process has when it has loaded its libraries, because pages of mapped files go when the kernel wants them.
+
+precision: of the removed samples, the share that is beyond one per group of copies. recall: of those, the share removed.
+
+Legend: n rows, K clusters, D width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.anonymous import PeakOfAnonymous, anonymous_bytes
+from benchmarks.layout import ABOUT, parts_of, write_embeddings, write_tars
+from benchmarks.measure import ask_process
+from benchmarks.suite import Bar, Report, Row, clock_of, report
+from megacid.data.index import load_index
+from megacid.distributed.parallel import Parallel
+from megacid.errors import UserError
+from megacid.offline.balance.deduplicate import BalanceSettings
+from megacid.offline.balance.stage import balance
+from megacid.offline.cluster.labels import label_all
+from megacid.offline.rows import EmbeddingRows
+from megacid.storage.metadata import write_meta
+
+HELP = "the balance stage with planted near-duplicates, also across borders of clusters, and one large cluster"
+MOST_S, LEAST_FOUND, MOST_GIB = 180.0, 0.99, 2.0
+_COPIES, _BETWEEN = 0.15, 0.2  # of all rows; of the originals
+_SPREAD, _COPY_NOISE = 0.75, 0.12  # length of the noise beside a unit centroid, beside a unit row
+_CHUNK = 1 << 16
+ALONE = Parallel(rank=0, world=1, local_rank=0, device=torch.device("cpu"), group=None)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--k", type=int, default=4096)
+    parser.add_argument("--tars", type=int, default=100)
+    parser.add_argument("--threshold", type=float, default=0.35)
+    parser.add_argument("--across", type=int, nargs="*", default=[0, 4], help="a run for each")
+    parser.add_argument("--link", choices=("components", "greedy"), default="components")
+    parser.add_argument("--large", type=int, default=0, help="also one cluster of so many members (the bar: 300000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where data is written (default: that of temporary files)")
+
+
+def run(args: argparse.Namespace) -> Report:
+    if args.device != "cpu":
+        raise UserError(f"--device is {args.device}, this suite runs on the CPU: give --device cpu")
+    rows = _stages(args, args.rows, args.k, args.across) if args.across else []
+    if args.large:
+        rows += _stages(args, args.large, 1, [0])
+    return report(args, rows)
+
+
+def check(report: Report) -> list[Bar]:
+    bars = []
+    for row in report["results"]:
+        what = f"{row['rows']:,} rows, {row['k']:,} clusters, across {row['across']}"
+        bars.append(Bar(f"precision, {what}", row.get("precision"), LEAST_FOUND, True))
+        if row["k"] == 1:
+            bars.append(Bar(f"peak GiB, {what}", row.get("peak_gib"), MOST_GIB, False))
+        else:
+            bars.append(Bar(f"seconds, {what}", row.get("seconds"), MOST_S, False))
+        if row["k"] == 1 or row["across"]:  # without the second pass, copies across borders are not looked for
+            bars.append(Bar(f"recall, {what}", row.get("recall"), LEAST_FOUND, True))
+    return bars
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def rows_with_copies(n: int, dim: int, k: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows fp16 [n, D], group int64 [n]: an original and its copies share one, centroids fp32 [K, D])."""
+    rng = np.random.default_rng(seed)
+    centroids = _unit(rng.standard_normal((k, dim), np.float32))
+    place = rng.permutation(n)
+    copies, originals = np.sort(place[: int(_COPIES * n)]), np.sort(place[int(_COPIES * n) :])
+    x, group = np.empty((n, dim), np.float16), np.arange(n)
+    for low in range(0, len(originals), _CHUNK):
+        which = originals[low : low + _CHUNK]
+        middle = centroids[rng.integers(k, size=len(which))]
+        between = rng.random(len(which)) < _BETWEEN
+        middle[between] = _unit(middle[between] + centroids[rng.integers(k, size=int(between.sum()))])
+        x[which] = _unit(middle + rng.standard_normal(middle.shape, np.float32) * np.float32(_SPREAD / dim**0.5))
+    group[copies] = rng.choice(originals, len(copies))
+    for low in range(0, len(copies), _CHUNK):
+        which = copies[low : low + _CHUNK]
+        noise = rng.standard_normal((len(which), dim), np.float32) * np.float32(_COPY_NOISE / dim**0.5)
+        x[which] = _unit(x[group[which]].astype(np.float32) + noise)
+    return x, group, centroids
+
+
+def _stages(args: argparse.Namespace, n: int, k: int, across: list[int]) -> list[Row]:
+    x, group, centroids = rows_with_copies(n, args.dim, k, args.seed)
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        tars, emb, clusters = folder / "tars", folder / "emb", folder / "clusters"
+        write_tars(tars, n, args.tars)
+        digest = load_index(tars).digest
+        write_embeddings(emb, lambda part: x[part.start : part.stop], n, args.tars, str(tars), digest)
+        rows = EmbeddingRows(emb)
+        label_all(clusters, rows, torch.from_numpy(centroids), "cosine", "auto", ALONE, 1, lambda done: None)
+        np.save(clusters / "centroids.npy", centroids)
+        facts = {"shards_digest": digest, "k": k, "metric": "cosine"} | ABOUT
+        write_meta(clusters, "cluster", source={"embeddings": str(emb)}, **facts)
+        found = []
+        for neighbours in across:
+            out = folder / f"balance-{neighbours}"
+            request = {name: getattr(args, name) for name in ("threshold", "link", "threads", "clock")}
+            request |= {"folder": str(folder), "out": str(out), "across": neighbours}
+            row: Row = {"rows": n, "k": k, "dim": args.dim, "across": neighbours, "link": args.link}
+            row |= ask_process("benchmarks.balance", request, {})
+            if "skipped" not in row:
+                masks = [np.load(out / "keep" / f"{number:05d}.npy") for number in range(len(parts_of(n, args.tars)))]
+                row |= _found(group, np.concatenate(masks))
+                print(
+                    f"{n:,} rows, {k:,} clusters, across {neighbours}: {row['seconds']:.1f} s, peak {row['peak_gib']:.2f} GiB, "
+                    f"precision {row['precision']:.4f}, recall {row['recall']:.4f}",
+                    flush=True,
+                )
+            else:
+                print(f"{n:,} rows, {k:,} clusters, across {neighbours}: {row['skipped']}", flush=True)
+            found.append(row)
+    return found
+
+
+def _found(group: np.ndarray, keep: np.ndarray) -> dict[str, float]:
+    members, kept = np.bincount(group), np.bincount(group, weights=keep).astype(np.int64)
+    filled = members > 0
+    right = int((members - np.maximum(kept, 1))[filled].sum())
+    return {"precision": right / int((~keep).sum()), "recall": right / int((members - 1)[filled].sum())}
+
+
+def main() -> None:
+    """Of the process of one run: argument 1 is its request, the last line it prints the result; both JSON."""
+    asked: dict[str, Any] = json.loads(sys.argv[1])
+    torch.set_num_threads(asked["threads"])
+    torch.mm(torch.ones(8, 8), torch.ones(8, 8))  # the library's own buffers are there before they are counted
+    settings = BalanceSettings(threshold=asked["threshold"], link=asked["link"], across=asked["across"])
+    folder, clock = Path(asked["folder"]), clock_of(argparse.Namespace(clock=asked["clock"]))
+    own, began = anonymous_bytes(), clock()
+    with PeakOfAnonymous() as peak:
+        balance(folder / "emb", folder / "clusters", Path(asked["out"]), settings, ALONE)
+    print(json.dumps({"seconds": clock() - began, "peak_gib": (peak.bytes - own) / 2**30}))
+
+
+if __name__ == "__main__":
+    main()

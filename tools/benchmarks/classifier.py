@@ -1,0 +1,136 @@
+"""The classifier and the published partial-FC scheme in plain PyTorch, ready to be measured side by side.
+
+Legend: C classes, D width, B batch, S sampled rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.baselines import EagerPartialFC
+from benchmarks.measure import relative_error
+from megacid import Margin, PartialFC, RowAdamW
+from megacid.errors import UserError
+from megacid_kernels.reference import discrimination_reference
+
+MARGIN, SCALE, SEED = 0.3, 64.0, 0
+# Small, so that the timed steps all see about the same geometry.
+LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-5, (0.9, 0.98), 0.05
+PROVIDERS = {
+    "eager": "published partial-FC scheme, torch.optim.AdamW",
+    "eager-tuned": "the same without one-hot matrix, scale in place, fused AdamW",
+    "megacid": "PartialFC, RowAdamW",
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    classes: int
+    width: int
+    batch: int
+    rate: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        try:
+            classes, width, batch, rate = text.split(",")
+            shape = cls(int(classes), int(width), int(batch), float(rate))
+            if min(shape.classes, shape.width, shape.batch) < 1 or not 0 < shape.rate <= 1:
+                raise ValueError
+        except ValueError:
+            wish = "wanted classes,width,batch,rate (numbers above 0, rate at most 1): 131072,256,256,1"
+            raise UserError(f"shape is {text!r}, {wish}") from None
+        return shape
+
+    @property
+    def rows(self) -> int:
+        return self.classes if self.rate == 1 else min(self.classes, max(round(self.rate * self.classes), self.batch))
+
+    @property
+    def option(self) -> str:
+        """As the command line takes it."""
+        return f"{self.classes},{self.width},{self.batch},{self.rate!r}"
+
+    def __str__(self) -> str:
+        return f"{self.classes:,} x {self.width}, batch {self.batch}, {self.rows:,} rows"
+
+
+class Provider:
+    """One classifier, its optimizer (or none) and one batch."""
+
+    def __init__(self, name: str, shape: Shape, weight: Tensor, device: torch.device, *, train: bool):
+        self.head: EagerPartialFC | PartialFC
+        self.optimizer: torch.optim.AdamW | RowAdamW | None = None
+        options: dict[str, Any] = {"sample_rate": shape.rate, "scale": SCALE, "init": weight, "device": device}
+        adam: dict[str, Any] = {"lr": LEARNING_RATE, "betas": BETAS, "weight_decay": WEIGHT_DECAY}
+        if name == "megacid":
+            self.head = PartialFC(shape.classes, shape.width, margin=Margin.cosface(MARGIN), seed=SEED, **options)
+            if train:
+                self.optimizer = RowAdamW(self.head, **adam)
+                # Zeroed memory is only there once it is written; a row's first update must not look like extra memory.
+                for state in self.optimizer.state_rows().values():
+                    state.zero_()
+        else:
+            tuned = name == "eager-tuned"
+            self.head = EagerPartialFC(shape.classes, shape.width, margin=MARGIN, tuned=tuned, **options)
+            if train:
+                self.optimizer = torch.optim.AdamW(self.head.parameters(), fused=tuned or None, **adam)
+        generator = torch.Generator().manual_seed(SEED + 1)
+        self.target = torch.randint(shape.classes, (shape.batch,), generator=generator)
+        # Cosine 0.6 to the own class, chance level to the others: the geometry of a classifier in training.
+        noise = torch.randn(shape.batch, shape.width, generator=generator) / shape.width**0.5
+        emb = 0.6 * torch.nn.functional.normalize(weight[self.target].float()) + 0.8 * noise
+        self.emb, self.target = emb.to(device).requires_grad_(), self.target.to(device)
+
+    def backward(self, step: int) -> Tensor:
+        if isinstance(self.head, PartialFC):
+            self.head.set_step(step)
+        loss: Tensor = self.head(self.emb, self.target)
+        loss.backward()
+        return loss.detach()
+
+    def row_grad(self) -> tuple[Tensor, Tensor]:
+        """(class ids [S] that were used, their gradient [S, D])"""
+        if isinstance(self.head, PartialFC):
+            return self.head.row_grad()
+        assert self.head.weight.grad is not None
+        rows = self.head.weight.grad.any(1).nonzero()[:, 0]
+        return rows, self.head.weight.grad[rows]
+
+    def run(self, step: int) -> Tensor:
+        """What is measured. Gradients are dropped at the end, as a loop does before its next backward."""
+        loss = self.backward(step)
+        if self.optimizer is not None:
+            self.optimizer.step()
+        self.head.zero_grad()
+        self.emb.grad = None
+        return loss
+
+
+def class_rows(shape: Shape) -> Tensor:
+    return torch.randn(shape.classes, shape.width, generator=torch.Generator().manual_seed(SEED)).mul_(0.01)
+
+
+def gate(names: list[str], device: torch.device) -> None:
+    """UserError unless loss and gradients, with and without sampling, are those of float64 autograd on the rows used."""
+    for name, rate in itertools.product(names, (1.0, 0.5)):
+        shape = Shape(1000, 48, 60, rate)
+        weight = class_rows(shape)
+        got = Provider(name, shape, weight, device, train=False)
+        loss, (rows, row_grad) = got.backward(0), got.row_grad()
+        x, w = (t.detach().cpu().double().requires_grad_() for t in (got.emb, weight[rows.cpu()]))
+        slot = torch.searchsorted(rows.cpu(), got.target.cpu())
+        want, _ = discrimination_reference(x, w, slot, margin=Margin.cosface(MARGIN), scale=SCALE)
+        want.backward()
+        values, exacts = (loss, got.emb.grad, row_grad), (want.detach(), x.grad, w.grad)
+        for what, value, exact in zip(("loss", "embedding gradient", "weight gradient"), values, exacts):
+            assert value is not None and exact is not None
+            error = relative_error(value, exact)
+            if not error < 1e-4 or len(rows) < 0.98 * shape.rows:
+                off = f"the {what} of {name} on {len(rows)} rows differs from float64 by {error:.1e} of its norm"
+                raise UserError(f"{off}, wanted < 1e-4 on at least {shape.rows} rows: run the tests in tests/kernels")

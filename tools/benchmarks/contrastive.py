@@ -1,0 +1,188 @@
+"""Suite contrastive: the instance loss, forward and backward, against the same loss from materialised matrices.
+
+Legend: G batch, D width.
+
+megacid            megacid.losses.instance.instance_loss, as the trainer calls it
+materialised       both [G, G] matrices of logits in fp32, each used for its two directions by F.cross_entropy
+materialised-bf16  the same with products of bf16 (a GPU)
+
+First loss and gradients must agree with float64. Extra memory is the peak above the inputs, on a CPU in its own process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import measure
+from benchmarks.suite import Bar, Report, Row, report
+from megacid.errors import UserError
+from megacid.losses.instance import instance_loss
+
+HELP = "the instance loss of large batches against materialised logits: time and memory"
+Shape = tuple[int, int]
+SHAPES: dict[str, list[Shape]] = {
+    "cpu": [(2048, 512), (4096, 512)],
+    "cuda": [(8192, 768), (16_384, 768), (32_768, 768), (65_536, 768)],
+}
+SCALE, SEED, ROUNDS = 100.0, 0, 3
+LARGE_BATCH = 8192
+# fp32 rounds logits of up to SCALE to 4e-6, bf16 factors to SCALE * 2^-8 / sqrt(D), see the gate of the head.
+_LARGEST_ERROR = {"megacid": 1e-4, "materialised": 1e-4, "materialised-bf16": 5e-2}
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def materialised(
+    image_S: Tensor,
+    text_S: Tensor,
+    image_T: Tensor,
+    text_T: Tensor,
+    logit_scale: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    own = torch.arange(len(image_S), device=image_S.device)
+    loss = image_S.new_zeros(())
+    for student, teacher in ((image_S, text_T), (text_S, image_T)):
+        product = student @ teacher.T if dtype is None else (student.to(dtype) @ teacher.to(dtype).T).to(student.dtype)
+        logits = logit_scale * product
+        loss = loss + (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    return loss
+
+
+PROVIDERS: dict[str, Loss] = {
+    "megacid": instance_loss,
+    "materialised": materialised,
+    "materialised-bf16": lambda *tensors: materialised(*tensors, dtype=torch.bfloat16),
+}
+
+
+def batch_of(shape: Shape, device: torch.device) -> tuple[Tensor, ...]:
+    """Student's image and text, teacher's image and text, all [G, D] of unit rows, and the scale. Pairs are closer than
+    others, as in training; the first two and the scale want a gradient."""
+    generator = torch.Generator(device).manual_seed(SEED)
+    rows = [F.normalize(torch.randn(*shape, generator=generator, device=device)) for _ in range(4)]
+    mixed = [F.normalize(0.4 * rows[0] + 0.6 * each) for each in rows]
+    scale = torch.tensor(SCALE, device=device)
+    return mixed[0].requires_grad_(), mixed[1].requires_grad_(), mixed[2], mixed[3], scale.requires_grad_()
+
+
+def step(name: str, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """(loss, gradients of the student's image, text and of the scale)"""
+    image_S, text_S, image_T, text_T, scale = batch
+    loss = PROVIDERS[name](image_S, text_S, image_T, text_T, scale)
+    return (loss.detach(), *torch.autograd.grad(loss, (image_S, text_S, scale)))
+
+
+def gate(names: list[str], device: torch.device) -> None:
+    batch = batch_of((300, 64), device)
+    exact = step("materialised", tuple(t.detach().double().requires_grad_(t.requires_grad) for t in batch))
+    for name in names:
+        for what, value, want in zip(("loss", "image", "text", "scale"), step(name, batch), exact):
+            error = measure.relative_error(value, want)
+            if not error < _LARGEST_ERROR[name]:
+                raise UserError(
+                    f"{what} or its gradient of {name} differs from float64 by {error:.1e} of its norm, wanted < "
+                    f"{_LARGEST_ERROR[name]:g}: no speed is printed; run tests/losses/test_losses.py"
+                )
+
+
+def shape_of(text: str) -> Shape:
+    try:
+        batch, width = (int(word) for word in text.split(","))
+        if min(batch, width) < 1:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"shape is {text!r}, wanted batch,width (numbers above 0): 16384,768") from None
+    return batch, width
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", nargs="+", metavar="G,D", help="batch, width")
+
+
+def run(args: argparse.Namespace) -> Report:
+    device, timer = torch.device(args.device), measure.timer_of(args)
+    shapes = [shape_of(text) for text in args.shapes] if args.shapes else SHAPES[args.device]
+    names = [name for name in PROVIDERS if device.type == "cuda" or name != "materialised-bf16"]
+    gate(names, device)
+    rows = [row for shape in shapes for row in measure_shape(shape, names, args, timer)]
+    print_table(rows)
+    return report(args, rows)
+
+
+def measure_shape(shape: Shape, names: list[str], args: argparse.Namespace, timer: measure.Timer) -> list[Row]:
+    device = torch.device(args.device)
+    batch = batch_of(shape, device)
+    rows: dict[str, Row] = {name: {"shape": f"{shape[0]},{shape[1]}", "provider": name} for name in names}
+    first: dict[str, float] = {}
+    for name, row in rows.items():
+        try:
+            timer(functools.partial(step, name, batch), 1)
+            first[name] = timer(functools.partial(step, name, batch), 1)[0]
+        except torch.OutOfMemoryError:
+            row["skipped"] = "out of memory"
+            continue
+        row |= peak(shape, name, args)
+    runs = {name: functools.partial(step, name, batch) for name in first}
+    repeats = {name: measure.repeats_for(seconds) for name, seconds in first.items()}
+    for name, seconds in measure.take_turns(runs, timer, ROUNDS, repeats).items():
+        rows[name]["seconds"] = seconds
+    for row in rows.values():
+        speed = measure.ratio(measure.median(rows["materialised"]), measure.median(row))
+        row |= {} if speed is None else {"speed_over_materialised": speed}
+    return list(rows.values())
+
+
+def peak(shape: Shape, name: str, args: argparse.Namespace) -> dict[str, Any]:
+    request = {"shape": shape, "name": name, "device": args.device, "threads": args.threads}
+    if args.device == "cuda":
+        return answer(request)
+    return measure.ask_process("benchmarks.contrastive", request, measure.RETURN_FREED)
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """{"peak_extra_bytes"} of one step of request["name"]."""
+    torch.set_num_threads(request["threads"])
+    device = torch.device(request["device"])
+    batch = batch_of(tuple(request["shape"]), device)
+    step(request["name"], batch)
+    return {"peak_extra_bytes": float(measure.peak_extra_bytes(lambda: step(request["name"], batch), device))}
+
+
+def print_table(rows: list[Row]) -> None:
+    print("\n| batch x width | provider | ms p50 [p20, p80] | speed | extra MiB | of one fp32 [G, G] |")
+    print("|---|---|---:|---:|---:|---:|")
+    for row in rows:
+        batch, width = shape_of(row["shape"])
+        cells = [f"{batch:,} x {width}", row["provider"]]
+        if "skipped" in row:
+            cells += [f"skipped: {row['skipped']}", "", "", ""]
+        else:
+            extra = row["peak_extra_bytes"]
+            cells += [measure.said_ms(row["seconds"]), measure.said(row.get("speed_over_materialised"), unit="x")]
+            cells += [f"{extra / 2**20:,.1f}", f"{extra / (4 * batch * batch):.2f}"]
+        print(f"| {' | '.join(cells)} |")
+
+
+def check(found: dict[str, Any]) -> list[Bar]:
+    """No [G, G] matrix in fp32: the extra memory stays below that of one."""
+    bars = []
+    for row in found["results"]:
+        batch, width = shape_of(row["shape"])
+        if row["provider"] == "megacid" and batch >= LARGE_BATCH:
+            share = measure.ratio(row.get("peak_extra_bytes"), 4.0 * batch * batch)
+            bars.append(Bar(f"{batch:,} x {width}: extra memory over one fp32 [G, G]", share, 1.0, at_least=False))
+    return bars
+
+
+if __name__ == "__main__":
+    print(json.dumps(answer(json.loads(sys.argv[1]))))

@@ -1,0 +1,224 @@
+"""One Lloyd iteration and a whole fit against faiss-cpu; with --memory, the memory of a fit to rows on disk instead.
+
+iteration: ours reads fp16 rows, normalises them, assigns, adds up and updates; faiss assigns the same rows, which it holds
+in fp32, with IndexFlatIP. Both take turns in one process; the bar is on the median of the ratios of neighbouring turns.
+fit: the objective (mean cosine to the nearest centroid, found in the same way for both) after as many iterations of both.
+memory: rows of ten times --memory-gb are written to an embedding folder, and fitted in a process of its own. Counted is
+anonymous memory (RssAnon, sampled) above what the process has when torch is loaded: what pages of the mapped files are
+resident is for the kernel to decide, and it takes them back when it wants.
+
+Legend: n rows, K centroids, D width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.anonymous import PeakOfAnonymous, anonymous_bytes
+from benchmarks.layout import write_embeddings
+from benchmarks.levels import fit, labels, tree
+from benchmarks.measure import ask_process
+from benchmarks.suite import Bar, Report, Row, clock_of, report
+from megacid.errors import UserError
+from megacid.offline.cluster.accumulate import one_pass
+from megacid.offline.cluster.hierarchical import two_level
+from megacid.offline.cluster.kmeans import block_rows, kmeans, update
+from megacid.offline.cluster.state import Init, KMeansSettings, KMeansState
+from megacid.offline.nearest import chosen_backend
+from megacid.offline.rows import ArrayRows, EmbeddingRows
+
+HELP = "an iteration of k-means and a fit against faiss-cpu; --memory: the peak of a fit to data ten times larger"
+MOST_TIME, LEAST_SHARE = 1.1, 0.999
+INITS: tuple[Init, ...] = ("random", "k-means++")
+CPU = torch.device("cpu")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of the iteration")
+    parser.add_argument("--fit-rows", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--k", type=int, default=4096)
+    parser.add_argument("--iterations", type=int, default=10, help="of the fit")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory", action="store_true", help="measure memory, and nothing else")
+    parser.add_argument("--memory-gb", type=float, default=0.5, help="the bound; ten times as much is written to disk")
+    parser.add_argument("--method", choices=("flat", "hierarchical"), default="flat", help="of --memory")
+    parser.add_argument("--folder", type=Path, help="where --memory writes (default: that of temporary files)")
+
+
+def run(args: argparse.Namespace) -> Report:
+    if args.device != "cpu":
+        raise UserError(
+            f"--device is {args.device}, faiss-cpu is compared on the CPU: give --device cpu, or --suite assignment for a GPU"
+        )
+    return report(args, [_memory(args)] if args.memory else [*_iteration(args), *_fits(args)])
+
+
+def check(report: Report) -> list[Bar]:
+    bars = []
+    for row in report["results"]:
+        if row["measured"] == "iteration" and row["backend"] == row["auto"]:
+            bars.append(
+                Bar(
+                    f"iteration ({row['auto']}) to faiss's assignment",
+                    statistics.median(row["ratio"]),
+                    MOST_TIME,
+                    False,
+                )
+            )
+        elif row["measured"] == "fit":
+            bars.append(Bar(f"objective from {row['init']} to faiss's", row["objective_ratio"], LEAST_SHARE, True))
+        elif row["measured"] == "memory":
+            bars.append(
+                Bar("GB above the interpreter's own", row.get("peak_gb"), report["arguments"]["memory_gb"], False)
+            )
+    return bars
+
+
+def _faiss(threads: int) -> Any:
+    try:
+        import faiss
+    except ImportError:
+        raise UserError("suite is kmeans, it needs faiss: pip install faiss-cpu") from None
+    faiss.omp_set_num_threads(threads)
+    return faiss
+
+
+def _as_faiss_wants(x: np.ndarray) -> np.ndarray:
+    out = x.astype(np.float32)
+    for low in range(0, len(out), 1 << 16):
+        out[low : low + (1 << 16)] /= np.linalg.norm(out[low : low + (1 << 16)], axis=1, keepdims=True)
+    return out
+
+
+def _iteration(args: argparse.Namespace) -> list[Row]:
+    faiss, clock = _faiss(args.threads), clock_of(args)
+    x = tree(args.rows, args.dim, args.seed)
+    wide, rows = _as_faiss_wants(x), ArrayRows(x)
+    start = torch.from_numpy(wide[np.random.default_rng(args.seed).choice(args.rows, args.k, replace=False)])
+    index = faiss.IndexFlatIP(args.dim)
+    index.add(start.numpy())
+
+    def theirs() -> None:
+        index.search(wide, 1)
+
+    def ours(backend: str) -> None:
+        settings = KMeansSettings(k=args.k, backend=backend, memory_gb=16)  # type: ignore[arg-type]
+        state, before = KMeansState(start), np.full(args.rows, -1, np.int32)
+        block = block_rows(args.rows, args.dim, settings, CPU)
+        total, _ = one_pass(rows, state, settings, before, 1.0, block, CPU, None, lambda done: None)
+        update(state, total, settings)
+
+    def seconds(backend: str | None) -> float:
+        began = clock()
+        ours(backend) if backend else theirs()
+        return clock() - began
+
+    found: dict[str, list[float]] = {"torch": [], "faiss": []}
+    assigned: dict[str, list[float]] = {"torch": [], "faiss": []}
+    for _ in range(args.rounds):
+        for backend in found:
+            assigned[backend].append(seconds(None))
+            found[backend].append(seconds(backend))
+    out = []
+    for backend in found:
+        ratio = [mine / other for mine, other in zip(found[backend], assigned[backend])]
+        auto = chosen_backend("auto", CPU, args.dim)
+        row = {
+            "measured": "iteration",
+            "backend": backend,
+            "auto": auto,
+            "rows": args.rows,
+            "k": args.k,
+            "dim": args.dim,
+        }
+        out.append(row | {"seconds": found[backend], "faiss_assignment": assigned[backend], "ratio": ratio})
+        print(
+            f"iteration, backend {backend}: {statistics.median(found[backend]):.2f} s, faiss's assignment "
+            f"{statistics.median(assigned[backend]):.2f} s, ratio {statistics.median(ratio):.3f} [{min(ratio):.3f}, {max(ratio):.3f}]",
+            flush=True,
+        )
+    return out
+
+
+def _fits(args: argparse.Namespace) -> list[Row]:
+    faiss, clock = _faiss(args.threads), clock_of(args)
+    x = tree(args.fit_rows, args.dim, args.seed)
+    # No row is left out: the default would train on 256 rows per centroid.
+    theirs = faiss.Kmeans(
+        args.dim,
+        args.k,
+        niter=args.iterations,
+        spherical=True,
+        seed=args.seed + 1,
+        max_points_per_centroid=args.fit_rows,
+    )
+    theirs.cp.min_points_per_centroid = 1
+    began = clock()
+    theirs.train(_as_faiss_wants(x))
+    faiss_seconds = clock() - began
+    reference = labels(x, torch.from_numpy(theirs.centroids))[1]
+    out: list[Row] = []
+    for init in INITS:
+        began = clock()
+        settings = KMeansSettings(k=args.k, iterations=args.iterations, seed=args.seed, init=init, memory_gb=16)
+        mine = fit(x, settings)
+        seconds = clock() - began
+        objective = labels(x, mine)[1]
+        row = {"measured": "fit", "init": init, "rows": args.fit_rows, "k": args.k, "dim": args.dim}
+        row |= {"iterations": args.iterations, "objective": objective, "faiss_objective": reference}
+        out.append(row | {"objective_ratio": objective / reference, "seconds": seconds, "faiss_seconds": faiss_seconds})
+        print(
+            f"fit from {init}, {args.iterations} iterations: objective {objective:.5f}, faiss {reference:.5f} "
+            f"({objective / reference:.3%}), {seconds:.1f} s and {faiss_seconds:.1f} s",
+            flush=True,
+        )
+    return out
+
+
+def _memory(args: argparse.Namespace) -> Row:
+    count = int(10 * args.memory_gb * 1e9 / (2 * args.dim))
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        size = write_embeddings(Path(folder) / "emb", lambda part: tree(len(part), args.dim, part.start), count, 16)
+        request = {name: getattr(args, name) for name in ("k", "memory_gb", "method", "iterations", "seed", "threads")}
+        found = ask_process("benchmarks.kmeans", request | {"folder": folder}, {})
+    row = {"measured": "memory", "method": args.method, "rows": count, "k": args.k, "dim": args.dim} | found
+    if "skipped" not in found:
+        print(
+            f"memory, {args.method}: {size / 1e9:.2f} GB of rows, bound {args.memory_gb:g} GB, peak {row['peak_gb']:.3f} GB of anonymous "
+            f"memory above {row['own_gb']:.3f} GB of the interpreter and its libraries",
+            flush=True,
+        )
+    return row
+
+
+def main() -> None:
+    """Of the process that --memory starts: argument 1 is its request, the last line it prints the result; both JSON."""
+    asked = json.loads(sys.argv[1])
+    torch.set_num_threads(asked["threads"])
+    torch.mm(torch.ones(8, 8), torch.ones(8, 8))  # the library's own buffers are there before they are counted
+    names = ("k", "memory_gb", "method", "iterations", "seed")
+    settings = KMeansSettings(**{name: asked[name] for name in names})
+    rows = EmbeddingRows(Path(asked["folder"]) / "emb")
+    own, began = anonymous_bytes(), time.perf_counter()
+    with PeakOfAnonymous() as peak:
+        if settings.method == "flat":
+            kmeans(rows, settings, checkpoint=Path(asked["folder"]) / "state.npz", unit_rows=True)
+        else:
+            two_level(rows, settings, Path(asked["folder"]) / "work", unit_rows=True)
+    print(json.dumps({"peak_gb": (peak.bytes - own) / 1e9, "own_gb": own / 1e9, "wall": time.perf_counter() - began}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Quality of k-means: two levels against a flat fit (`levels`), and planted clusters found again (`planted`).
+
+levels: rows of a tree (topics of log-normal size, parts of them, noise), or with --data uniform rows without any structure.
+The objective is the mean cosine of all rows to their nearest centroid, found without any restriction; the time is that of
+the fit, and that of the fit with this last assignment. planted: well separated clusters of unequal size with 1 % outliers;
+the adjusted mutual information of labels and truth over the rows that are not outliers (needs scikit-learn).
+
+Legend: n rows, K centroids, D width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.suite import Bar, Report, Row, clock_of, report
+from megacid.errors import UserError
+from megacid.offline.cluster.hierarchical import two_level
+from megacid.offline.cluster.kmeans import kmeans
+from megacid.offline.cluster.state import KMeansSettings
+from megacid.offline.nearest import Assigner, pad_rows, prepare, tile_rows
+from megacid.offline.rows import ArrayRows
+
+HELP = "levels: two levels against flat k-means; planted: adjusted mutual information with planted clusters"
+LEAST_SHARE, MOST_TIME, LEAST_AMI = 0.985, 0.1, 0.95
+_CHUNK = 1 << 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--k", type=int, nargs="+", help="default: 1024; planted: 30 100 200 300")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the data and of the fit")
+    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--refine", type=int, default=2)
+    parser.add_argument("--refine-cells", type=int, default=8)
+    parser.add_argument("--data", choices=("tree", "uniform"), default="tree", help="of levels")
+    parser.add_argument("--exact", action="store_true", help="levels: refine without restriction as well")
+
+
+def run(args: argparse.Namespace) -> Report:
+    for name in ("rows", "dim", "iterations"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}, wanted at least 1")
+    if args.suite == "planted":
+        return report(
+            args, [row for seed in args.seeds for k in args.k or [30, 100, 200, 300] for row in _again(args, k, seed)]
+        )
+    return report(args, [row for seed in args.seeds for k in args.k or [1024] for row in _levels(args, k, seed)])
+
+
+def check(report: Report) -> list[Bar]:
+    bars = []
+    for row in report["results"]:
+        if "ami" in row:
+            what = f"AMI, k {row['k']}, seed {row['seed']}, {row['method']}, {row['init']}"
+            bars.append(Bar(what, row["ami"], LEAST_AMI, True))
+        elif row["fit"] == "hierarchical":
+            what = f"k {row['k']}, {row['data']}, seed {row['seed']}"
+            bars.append(Bar(f"objective to flat, {what}", row["objective_ratio"], LEAST_SHARE, True))
+            bars.append(Bar(f"time to flat, labels included, {what}", row["labelled_ratio"], MOST_TIME, False))
+    return bars
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
+
+
+def tree(n: int, dim: int, seed: int) -> np.ndarray:
+    """Rows fp16 [n, D] of topics, of log-normal size, with 20 parts each."""
+    rng = np.random.default_rng(seed)
+    topics = max(1, n // 1000)
+    share = rng.lognormal(0, 1, topics)
+    middle = rng.standard_normal((topics, dim), np.float32)[np.repeat(np.arange(topics), 20)]
+    middle += 0.7 * rng.standard_normal(middle.shape, np.float32)
+    out = np.empty((n, dim), np.float16)
+    for low in range(0, n, _CHUNK):
+        part = out[low : low + _CHUNK]
+        chosen = rng.choice(topics, len(part), p=share / share.sum()) * 20 + rng.integers(20, size=len(part))
+        part[:] = unit(middle[chosen] + 0.6 * rng.standard_normal(part.shape, np.float32))
+    return out
+
+
+def uniform(n: int, dim: int, seed: int) -> np.ndarray:
+    return unit(np.random.default_rng(seed).standard_normal((n, dim), np.float32))
+
+
+def planted(n: int, dim: int, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows fp16 [n, D], cluster int64 [n], -1 for one row in a hundred that belongs to none)."""
+    rng = np.random.default_rng(seed)
+    share = rng.lognormal(0, 0.7, k)
+    label = rng.choice(k, n, p=share / share.sum())
+    x = unit(rng.standard_normal((k, dim)))[label].astype(np.float32)
+    x += rng.standard_normal((n, dim), np.float32) * np.float32(0.35 / dim**0.5)
+    outlier = rng.random(n) < 0.01
+    x[outlier] = rng.standard_normal((int(outlier.sum()), dim))
+    return unit(x), np.where(outlier, -1, label)
+
+
+def fit(x: np.ndarray, settings: KMeansSettings, device: str = "cpu") -> Tensor:
+    """Centroids fp32 [K, D]."""
+    if settings.method == "flat":
+        return kmeans(ArrayRows(x), settings, device=device).centroids
+    with tempfile.TemporaryDirectory() as folder:
+        return two_level(ArrayRows(x), settings, Path(folder), device=device).centroids
+
+
+def labels(x: np.ndarray, centroids_KD: Tensor, device: str = "cpu") -> tuple[np.ndarray, float]:
+    """(label int64 [n], mean cosine), over all centroids."""
+    where = torch.device(device)
+    assigner, tile = Assigner(centroids_KD, "cosine", where), tile_rows(where)
+    found, total = [], 0.0
+    for low in range(0, len(x), tile):
+        x_TD = prepare(x[low : low + tile], "cosine", where)
+        value_TL, label_TL = assigner.tile(pad_rows(x_TD, tile))
+        found.append(label_TL[: len(x_TD), 0].cpu().numpy())
+        total += float(value_TL[: len(x_TD)].double().sum())
+    return np.concatenate(found), total / len(x)
+
+
+def _levels(args: argparse.Namespace, k: int, seed: int) -> list[Row]:
+    x, clock = (tree if args.data == "tree" else uniform)(args.rows, args.dim, seed), clock_of(args)
+    flat = KMeansSettings(k=k, iterations=args.iterations, seed=seed, memory_gb=16)
+    two = replace(flat, method="hierarchical", init="k-means++", refine=args.refine, refine_cells=args.refine_cells)
+    fits = {"flat": flat, "hierarchical": two}
+    if args.exact:
+        fits["hierarchical, refined without restriction"] = replace(two, refine_cells=0)
+    rows: list[dict[str, Any]] = []
+    for name, settings in fits.items():
+        began = clock()
+        centroids_KD = fit(x, settings, args.device)
+        fitted = clock() - began
+        _, objective = labels(x, centroids_KD, args.device)
+        row = {"k": k, "data": args.data, "seed": seed, "fit": name}
+        row |= {"objective": objective, "fitted": fitted, "labelled": clock() - began}
+        rows.append(row)
+        row |= {f"{what}_ratio": row[what] / rows[0][what] for what in ("objective", "fitted", "labelled")}
+        print(
+            f"k {k:,}, {args.data}, seed {seed}, {name}: objective {objective:.5f} ({row['objective_ratio']:.2%} of flat), fit "
+            f"{row['fitted']:.1f} s ({row['fitted_ratio']:.3f}), with labels {row['labelled']:.1f} s ({row['labelled_ratio']:.3f})",
+            flush=True,
+        )
+    return rows
+
+
+def _again(args: argparse.Namespace, k: int, seed: int) -> list[Row]:
+    try:
+        from sklearn.metrics import adjusted_mutual_info_score
+    except ImportError:
+        raise UserError("suite is planted, it needs scikit-learn: pip install scikit-learn") from None
+    x, truth = planted(args.rows, args.dim, k, seed)
+    inside, rows = truth >= 0, []
+    common = {"iterations": args.iterations, "seed": seed, "refine": args.refine, "refine_cells": args.refine_cells}
+    for method in ("flat", "hierarchical"):
+        for init in ("random", "k-means++"):
+            settings = KMeansSettings(k=k, init=init, method=method, **common)
+            label, _ = labels(x, fit(x, settings, args.device), args.device)
+            ami = float(adjusted_mutual_info_score(truth[inside], label[inside]))
+            rows.append({"k": k, "seed": seed, "method": method, "init": init, "ami": ami})
+            print(f"k {k}, seed {seed}, {method}, {init}: AMI {ami:.4f}", flush=True)
+    return rows

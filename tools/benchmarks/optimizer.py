@@ -1,0 +1,227 @@
+"""Suite optimizer: a step of the sampled rows against a dense optimizer over all of them, in bytes per second.
+
+Legend: L classes, D width, S sampled rows.
+
+rows      RowAdamW or RowSGD, as the trainer calls it
+kernel    the fused Triton kernel alone (a GPU)
+dense     torch.optim, fused, over all L rows with a dense gradient
+dense-S   the same over a matrix of S rows: what the bytes of a step cost where nothing is sampled
+
+GB/s count what a step must read and write: of S rows, of dense of all L. "of copy" is their share of a measured copy of the
+weights. Before the times the first step of every provider is compared with float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import measure
+from benchmarks.classifier import SCALE, SEED, Shape, class_rows
+from benchmarks.suite import Bar, Report, Row, report
+from megacid import PartialFC, RowAdamW, RowSGD
+from megacid.classifier.row_state import rounding_keys
+from megacid.errors import UserError
+
+HELP = "row-sparse AdamW and SGD against dense optimizers: time, bytes per second, share of a device copy"
+SHAPES = {"cpu": [Shape(100_000, 256, 256, 0.1)], "cuda": [Shape(1_000_000, 512, 4096, 0.1)]}
+LR, BETAS, EPS, DECAY, MOMENTUM = 1e-3, (0.9, 0.98), 1e-8, 0.05, 0.9
+LEAST_SHARE_OF_COPY = 0.75
+ROUNDS = 3
+# read and written per element: weight, gradient, moments
+BYTES = {("adamw", "fp32"): 28, ("adamw", "bf16"): 20, ("sgd", "fp32"): 20, ("sgd", "bf16"): 16}
+_LARGEST_ERROR = 1e-4  # of the change of the weights: they are near 1, it is near lr, and fp32 has seven digits
+
+
+class Step(NamedTuple):
+    run: Callable[[], object]
+    rows: Callable[[], Tensor]  # the weights [S, D] that it changes
+    elements: int
+
+
+class Problem:
+    """Rows, their gradient from a real backward, and what every provider starts from."""
+
+    def __init__(self, shape: Shape, device: torch.device):
+        self.shape, self.weight = shape, class_rows(shape)
+        self.device = device
+        head = self.head()
+        self.rows, grad = head.row_grad()
+        self.grad = grad.clone()
+
+    def head(self) -> PartialFC:
+        """A classifier after its first backward; the same rows and gradient each time."""
+        shape = self.shape
+        head = PartialFC(
+            shape.classes,
+            shape.width,
+            sample_rate=shape.rate,
+            scale=SCALE,
+            init=self.weight,
+            seed=SEED,
+            device=self.device,
+        )
+        head.set_step(0)
+        generator = torch.Generator().manual_seed(SEED)
+        target = torch.randint(shape.classes, (shape.batch,), generator=generator)
+        emb = torch.randn(shape.batch, shape.width, generator=generator).to(self.device).requires_grad_()
+        head(emb, target.to(self.device)).backward()
+        return head
+
+
+def rows_step(problem: Problem, kind: str, moments: Any) -> Step:
+    head = problem.head()
+    optimizer: RowAdamW | RowSGD
+    if kind == "adamw":
+        optimizer = RowAdamW(head, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, moments=moments)
+    else:
+        optimizer = RowSGD(head, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, moments=moments)
+    return Step(optimizer.step, lambda: head.weight[problem.rows], problem.grad.numel())
+
+
+def kernel_step(problem: Problem, kind: str, moments: str) -> Step:
+    from megacid_kernels.fused import AdamWFactors, SGDFactors, adamw_rows_, sgd_rows_
+
+    if problem.device.type != "cuda":
+        raise ValueError("needs a GPU")
+    weight, rows = problem.weight.to(problem.device, copy=True), problem.rows
+    dtype = torch.bfloat16 if moments == "bf16" else torch.float32
+    state = [torch.zeros_like(weight, dtype=dtype) for _ in range(2 if kind == "adamw" else 1)]
+    count = torch.ones(len(rows), dtype=torch.int32, device=problem.device)
+    keys = rounding_keys(rows, count, weight.shape[1], seed=SEED) if moments == "bf16" else None
+    common: dict[str, Any] = {"rows_S": rows, "gradient_of": "weight", "keys": keys}
+    column = torch.ones(len(rows), device=problem.device)
+    # Of the first step, in every step: the numbers are not what is timed.
+    correct1, correct2 = 1 - BETAS[0], math.sqrt(1 - BETAS[1])
+    adamw = AdamWFactors(*BETAS, 1 - LR * DECAY, column * (LR * correct2 / correct1), column * (EPS * correct2))
+    sgd = SGDFactors(MOMENTUM, 1.0)
+
+    def run() -> None:
+        if kind == "adamw":
+            adamw_rows_(weight, state[0], state[1], problem.grad, adamw, betas=BETAS, **common)
+        else:
+            sgd_rows_(weight, state[0], problem.grad, sgd, lr=LR, weight_decay=DECAY, **common)
+
+    return Step(run, lambda: weight[rows], problem.grad.numel())
+
+
+def dense_step(problem: Problem, kind: str, moments: str, *, of_all: bool) -> Step:
+    assert moments == "fp32"
+    whole = problem.weight.to(problem.device, copy=True)
+    weight = (whole if of_all else whole[problem.rows]).requires_grad_()
+    weight.grad = torch.zeros_like(weight).index_copy_(0, problem.rows, problem.grad) if of_all else problem.grad
+    optimizer: torch.optim.Optimizer
+    if kind == "adamw":
+        optimizer = torch.optim.AdamW([weight], lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True)
+    else:
+        optimizer = torch.optim.SGD([weight], lr=LR, momentum=MOMENTUM, weight_decay=DECAY, fused=True)
+    return Step(optimizer.step, lambda: weight.detach()[problem.rows] if of_all else weight.detach(), weight.numel())
+
+
+class Provider(NamedTuple):
+    make: Callable[[Problem, str, str], Step]
+    moments: tuple[str, ...] = ("fp32",)
+
+
+PROVIDERS = {
+    "rows": Provider(rows_step, ("fp32", "bf16")),
+    "kernel": Provider(kernel_step, ("fp32", "bf16")),
+    "dense": Provider(functools.partial(dense_step, of_all=True)),
+    "dense-S": Provider(functools.partial(dense_step, of_all=False)),
+}
+
+
+def gate(name: str, problem: Problem, kind: str, step: Step) -> None:
+    """Make the first step; UserError unless it is float64's. Without history the moments' storage plays no part yet."""
+    before, grad = step.rows().double(), problem.grad.double()
+    step.run()
+    if kind == "adamw":
+        want = -LR * DECAY * before - LR * grad / (grad.abs() + EPS)
+    else:
+        want = -LR * (grad + DECAY * before)
+    error = measure.relative_error(step.rows().double() - before, want)
+    if not error < _LARGEST_ERROR:
+        raise UserError(
+            f"the first {kind} step of {name} at {problem.shape} differs from float64 by {error:.1e} of its length, wanted < "
+            f"{_LARGEST_ERROR:g}: no speed is printed; run the tests in tests/kernels"
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", nargs="+", metavar="C,D,B,r", help="classes, width, batch, rate")
+
+
+def run(args: argparse.Namespace) -> Report:
+    device, timer = torch.device(args.device), measure.timer_of(args)
+    shapes = [Shape.parse(text) for text in args.shapes] if args.shapes else SHAPES[args.device]
+    rows: list[Row] = []
+    for shape in shapes:
+        problem = Problem(shape, device)
+        for kind in ("adamw", "sgd"):
+            rows += measure_steps(problem, kind, timer)
+    print_table(rows)
+    return report(args, rows)
+
+
+def measure_steps(problem: Problem, kind: str, timer: measure.Timer) -> list[Row]:
+    steps: dict[str, Step] = {}
+    named: dict[str, Row] = {}
+    for name, moments in ((name, moments) for name, provider in PROVIDERS.items() for moments in provider.moments):
+        key = f"{name}, {moments}"
+        named[key] = {"shape": problem.shape.option, "optimizer": kind, "moments": moments, "provider": name}
+        try:
+            step = PROVIDERS[name].make(problem, kind, moments)
+            gate(name, problem, kind, step)
+            steps[key] = step
+        except UserError:
+            raise
+        except (ValueError, ImportError, torch.OutOfMemoryError) as error:
+            named[key]["skipped"] = str(error).splitlines()[0][:120]
+    source = problem.weight.to(problem.device)
+    target = torch.empty_like(source)
+    runs = {key: step.run for key, step in steps.items()} | {"copy": lambda: target.copy_(source)}
+    repeats = {key: measure.repeats_for(timer(run, 2)[1]) for key, run in runs.items()}
+    seconds = measure.take_turns(runs, timer, ROUNDS, repeats)
+    middle = {key: measure.quantiles(values)[1] for key, values in seconds.items()}
+    copied = 8 * source.numel() / middle["copy"]
+    for key, step in steps.items():
+        rate = BYTES[kind, named[key]["moments"]] * step.elements / middle[key]
+        named[key] |= {"seconds": seconds[key], "gb_per_s": rate / 1e9, "of_copy": rate / copied}
+        if "dense, fp32" in middle:
+            named[key]["speed_over_dense"] = middle["dense, fp32"] / middle[key]
+    return list(named.values())
+
+
+def print_table(rows: list[Row]) -> None:
+    print("\n| shape | optimizer, moments | provider | ms p50 [p20, p80] | GB/s | of copy | speed over dense |")
+    print("|---|---|---|---:|---:|---:|---:|")
+    for row in rows:
+        cells = [str(Shape.parse(row["shape"])), f"{row['optimizer']}, {row['moments']}", row["provider"]]
+        if "skipped" in row:
+            cells += [f"skipped: {row['skipped']}", "", "", ""]
+        else:
+            cells += [measure.said_ms(row["seconds"]), f"{row['gb_per_s']:,.1f}", f"{row['of_copy']:.1%}"]
+            cells.append(measure.said(row.get("speed_over_dense"), unit="x"))
+        print(f"| {' | '.join(cells)} |")
+
+
+def check(found: dict[str, Any]) -> list[Bar]:
+    """On a GPU: the share of the copy's bandwidth that AdamW of sampled rows reaches. On a CPU there is no bar."""
+    if found["arguments"]["device"] != "cuda":
+        return []
+    return [
+        Bar(
+            f"{Shape.parse(row['shape'])}: AdamW of rows, {row['moments']} moments, of copy",
+            row.get("of_copy"),
+            LEAST_SHARE_OF_COPY,
+            at_least=True,
+        )
+        for row in found["results"]
+        if row["provider"] == "kernel" and row["optimizer"] == "adamw"
+    ]

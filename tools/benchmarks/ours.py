@@ -1,0 +1,118 @@
+"""The package's own head in each of its schedules, as providers beside `benchmarks.peers`."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.classifier import SCALE
+from benchmarks.peers import Call, Case, Provider, loss_and_gradients
+from megacid_kernels import linear_margin_cross_entropy
+from megacid_kernels.margin import Margin
+
+MatrixBy = Literal["fused", "in-place"]
+
+
+@functools.cache
+def _table_of(matrix: MatrixBy, device: torch.device, width: int) -> str:
+    """A file in which the products of this device and width have their usual tiles, and the exponentials are made so."""
+    from megacid_kernels.fused.tuning import as_json, tiles_for
+
+    major, minor = torch.cuda.get_device_capability(device)
+    table = {
+        (f"sm_{major}{minor}", str(dtype).removeprefix("torch."), width): replace(
+            tiles_for(device, dtype, width), matrix=matrix
+        )
+        for dtype in (torch.float16, torch.bfloat16)
+    }
+    with tempfile.NamedTemporaryFile("w", prefix="kernel-table-", suffix=".json", delete=False) as file:
+        file.write(as_json(table))
+    atexit.register(os.unlink, file.name)
+    return file.name
+
+
+@contextlib.contextmanager
+def forced(matrix: MatrixBy, device: torch.device, width: int) -> Iterator[None]:
+    """Inside, the exponentials are made in this way whatever the table says."""
+    from megacid_kernels.fused.tuning import TABLE_VARIABLE
+
+    path, before = _table_of(matrix, device, width), os.environ.get(TABLE_VARIABLE)
+    os.environ[TABLE_VARIABLE] = path
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[TABLE_VARIABLE]
+        else:
+            os.environ[TABLE_VARIABLE] = before
+
+
+def _loss(case: Case, x: Tensor, w: Tensor, options: dict[str, Any]) -> Tensor:
+    return linear_margin_cross_entropy(
+        x, w, case.target, margin=Margin.cosface(case.margin) if case.margin else None, scale=SCALE,
+        memory_budget_bytes=case.budget_bytes, **options,
+    )  # fmt: skip
+
+
+def training(case: Case, *, matrix: MatrixBy | None = None, **options: Any) -> Call:
+    call = loss_and_gradients(lambda x, w: _loss(case, x, w, options), case.x, case.w)
+    if matrix is None:
+        return call
+
+    def run() -> tuple[Tensor, ...]:
+        with forced(matrix, case.x.device, case.shape.width):
+            return call.run()
+
+    return call._replace(run=run)
+
+
+def loss_only(case: Case, **options: Any) -> Call:
+    def run() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (_loss(case, case.x, case.w, options),)
+
+    return Call(run, (case.x, case.w), products=2)
+
+
+def _provider(make: Any, about: str, **options: Any) -> Provider:
+    return Provider(functools.partial(make, **options), ("margin", "plain"), about)
+
+
+OURS = {
+    "megacid-fused": _provider(
+        training, "row mode, exponentials out of the product", matrix="fused", impl="triton", mode="row"
+    ),
+    "megacid-in-place": _provider(
+        training, "row mode, exponentials over a cuBLAS product", matrix="in-place", impl="triton", mode="row"
+    ),
+    "megacid-slab": _provider(training, "slab mode, least memory", impl="triton", mode="slab"),
+    "megacid-loss-only": _provider(loss_only, "no gradients", impl="triton"),
+    "megacid-torch": _provider(training, "row mode in plain PyTorch, fp32", impl="torch", mode="row"),
+}
+# Largest relative errors of the gradients on the sample, and u, the rounding of the factors of the first product: fp16 for
+# the kernels, bf16 for peers. One of ours that is further off ends the bench.
+_FP32_ERROR, _FP16_ERROR, _BF16_ERROR = 5e-6, 2.5e-3, 5e-3
+_FP32_LOSS_ERROR = 5e-5
+
+
+def allowed_error(name: str) -> float:
+    if name == "megacid-torch":
+        return _FP32_ERROR
+    return _FP16_ERROR if name in OURS else _BF16_ERROR
+
+
+def allowed_loss_error(name: str, width: int) -> float:
+    """Eight sigma of a logit from rounded unit rows, each 0.58 scale u / sqrt(D); a stored fp16 cosine is off by 2^-12."""
+    if name == "megacid-torch":
+        return _FP32_LOSS_ERROR
+    rounded = 8 * 0.58 * SCALE * 2.0 ** (-11 if name in OURS else -8) / width**0.5
+    return rounded + (SCALE * 2.0**-11 if name == "megacid-in-place" else 0.0)

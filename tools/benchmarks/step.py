@@ -1,0 +1,97 @@
+"""Suites step and scale: a whole training step of the classifier against the published partial-FC scheme.
+
+First loss and gradients of all providers must agree with float64. In step (and head on a CPU) the providers take turns in
+one process and speed is the median of paired ratios; in scale each has its own process. Extra memory is the peak of one
+iteration above weights, moments and inputs, always in its own process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from typing import Any
+
+import torch
+
+from benchmarks.classifier import PROVIDERS, Shape, gate
+from benchmarks.classifier_runs import against, measure_shape
+from benchmarks.measure import quantiles, said
+from benchmarks.suite import Bar, Report, Row, report
+from megacid.errors import UserError
+
+HELP = (
+    "step: sampling, forward, backward and AdamW over 1,000,000 classes, a tenth sampled; "
+    "scale: the step from 10^4 to 10^7 classes at 8192 sampled rows"
+)
+SHAPES = {
+    "head": [Shape(131_072, 256, 256, 1.0)],
+    "step": [Shape(1_000_000, 256, 256, 0.1)],
+    "scale": [Shape(size, 64, 256, 8192 / size) for size in (10_000, 100_000, 1_000_000, 10_000_000)],
+}
+# (least speed-up over eager, most extra memory as a share of eager's)
+BARS: dict[str, tuple[float, float | None]] = {"head": (1.5, 1 / 3), "step": (4.0, None)}
+REPEATS, LEAST_REPEATS = 7, 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", nargs="+", metavar="C,D,B,r", help="classes, width, batch, rate")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="timed calls of each provider (default 7)")
+
+
+def shapes_of(args: argparse.Namespace, default: list[Shape]) -> list[Shape]:
+    return [Shape.parse(text) for text in args.shapes] if args.shapes else default
+
+
+def run(args: argparse.Namespace) -> Report:
+    if args.check and args.suite not in BARS:
+        raise UserError(f"--check has no bar for the suite {args.suite}, wanted {' or '.join(BARS)}: leave it out")
+    if args.repeats < LEAST_REPEATS:
+        raise UserError(f"--repeats is {args.repeats}, wanted at least {LEAST_REPEATS}: leave it out for the default")
+    shapes = shapes_of(args, SHAPES[args.suite])
+    names = [name for name in PROVIDERS if args.suite != "scale" or name != "eager-tuned"]
+    gate(names, torch.device(args.device))
+    print("agree with float64: " + "; ".join(f"{name} ({PROVIDERS[name]})" for name in names))
+    rows = [row for shape in shapes for row in measure_shape(shape, names, args)]
+    for row, (speed, memory) in [(row, against(row, by_shape(rows)[row["shape"]]["eager"])) for row in rows]:
+        row |= {} if speed is None else {"speed_over_eager": speed}
+        row |= {} if memory is None else {"memory_of_eagers": memory}
+    print_table(rows)
+    return report(args, rows)
+
+
+def by_shape(rows: list[Row]) -> dict[str, dict[str, Row]]:
+    """shape -> provider -> row"""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(row["shape"], {})[row["provider"]] = row
+    return found
+
+
+def print_table(rows: list[Row]) -> None:
+    """A row per provider and shape; the last column compares with the first shape of the same provider."""
+    shapes = by_shape(rows)
+    print("\n| provider | shape | ms p50 [p20, p80] | speed | extra MiB | of eager's | time, extra to first |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for name, (shape, found) in itertools.product(next(iter(shapes.values())), shapes.items()):
+        values, first, cells = found[name], next(iter(shapes.values()))[name], [name, str(Shape.parse(shape))]
+        if "seconds" in values:
+            p20, p50, p80 = (1e3 * value for value in quantiles(values["seconds"]))
+            speed, share = against(values, found["eager"])
+            cells += [f"{p50:,.1f} [{p20:,.1f}, {p80:,.1f}]", said(speed, unit="x")]
+            cells += [f"{values['peak_extra_bytes'] / 2**20:,.1f}" if "peak_extra_bytes" in values else "-"]
+            cells += [said(share, unit="x")]
+            cells.append(f"{said(against(first, values)[0], unit='x')}, {said(against(values, first)[1], unit='x')}")
+        if "skipped" in values:
+            cells.append(f"not measured: {values['skipped']}")
+        print(f"| {' | '.join(cells)} |")
+
+
+def check(found: dict[str, Any]) -> list[Bar]:
+    bars = []
+    for shape, rows in by_shape(found["results"]).items():
+        speed, memory = against(rows["megacid"], rows["eager"])
+        least, most = BARS[found["suite"]]
+        bars.append(Bar(f"{Shape.parse(shape)}: speed over eager", speed, least, at_least=True))
+        if most is not None:
+            bars.append(Bar(f"{Shape.parse(shape)}: extra memory of eager's", memory, most, at_least=False))
+    return bars

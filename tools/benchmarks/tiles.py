@@ -1,0 +1,153 @@
+"""Which tile is fastest for the products of a GPU: what tools/tune.py measures.
+
+Legend: b samples, S rows of w, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import measure
+from benchmarks.suite import Row
+from megacid_kernels.fused.exponentials import exponentials
+from megacid_kernels.fused.exponentials_inplace import exponentials_
+from megacid_kernels.fused.nearest import nearest
+from megacid_kernels.fused.product import ProductTile
+from megacid_kernels.fused.row_statistics import pitched
+from megacid_kernels.fused.tuning import Tiles
+
+Kernel = Literal["forward", "nearest"]
+KERNELS: tuple[Kernel, ...] = ("forward", "nearest")
+# Shared memory that one block may ask for. A GPU that is there is asked itself.
+SHARED_BYTES = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+}
+_MOST_ACCUMULATORS = 128  # per thread, of 255 registers: addresses, masks and the epilogue need the others
+_SCALE, _SEED = 64.0, 0
+_ROUNDS = 3
+_SUM_TOLERANCE = 1e-3  # other tiles add in another order
+
+
+def candidates(kernel: Kernel, itemsize: int) -> list[ProductTile]:
+    """What is worth a measurement; some do not fit some GPUs, see `excess`. Products that end in a matrix revisit w after 8
+    row tiles, which its L2 share outlives; the search goes through all rows first. fp32 takes half as many numbers."""
+    columns, depths = ((128, 256), (32, 64)) if itemsize == 2 else ((64, 128), (16, 32))
+    sizes = itertools.product((64, 128), columns, depths, (4, 8), (2, 3, 4))
+    return [ProductTile(*size, group=8 if kernel == "forward" else 64) for size in sizes]
+
+
+def excess(tile: ProductTile, itemsize: int, shared_bytes: int) -> str:
+    """Why a GPU with so much shared memory cannot run it well, or ""."""
+    shared = tile.stages * (tile.rows + tile.columns) * tile.depth * itemsize
+    if shared > shared_bytes:
+        return f"{shared / 1024:.0f} KiB of shared memory, {shared_bytes / 1024:.0f} KiB are there"
+    accumulators = tile.rows * tile.columns // (32 * tile.warps)
+    if accumulators > _MOST_ACCUMULATORS:
+        return f"{accumulators} accumulators per thread, at most {_MOST_ACCUMULATORS} leave room in the registers"
+    return ""
+
+
+class Problem(NamedTuple):
+    x: Tensor  # [b, D] unit rows
+    w: Tensor  # [S, D] unit rows
+    slot: Tensor  # [b, 1] int64
+    own: Tensor  # [b, 1] bool
+
+    @classmethod
+    def random(cls, samples: int, classes: int, width: int, dtype: torch.dtype, device: torch.device) -> Problem:
+        generator = torch.Generator(device).manual_seed(_SEED)
+        x, w = (F.normalize(torch.randn(n, width, generator=generator, device=device)) for n in (samples, classes))
+        slot = torch.randint(classes, (samples, 1), generator=generator, device=device)
+        return cls(x.to(dtype), w.to(dtype), slot, torch.ones_like(slot, dtype=torch.bool))
+
+
+def forward(problem: Problem, tile: ProductTile | None) -> Tensor:
+    """The row sums; the matrix is made and dropped."""
+    return exponentials(*problem, scale=_SCALE, shift=0.0, tile=tile).sums
+
+
+def search(problem: Problem, tile: ProductTile | None) -> Tensor:
+    return nearest(problem.x, problem.w, tile=tile)[0]
+
+
+def in_place(problem: Problem) -> Tensor:
+    """The same sums from a product by the library. Its cosines have the operands' type, and bf16 is too coarse for them."""
+    x, w, slot, own = problem
+    cos = pitched(len(x), len(w), x.dtype, x.device)
+    torch.mm(x, w.T, out=cos)
+    return exponentials_(cos, slot, own, scale=_SCALE, shift=0.0).sums
+
+
+RUNS: dict[Kernel, Callable[[Problem, ProductTile | None], Tensor]] = {"forward": forward, "nearest": search}
+
+
+def fitting(kernel: Kernel, dtype: torch.dtype, shared_bytes: int) -> list[ProductTile]:
+    return [tile for tile in candidates(kernel, dtype.itemsize) if not excess(tile, dtype.itemsize, shared_bytes)]
+
+
+def tune(problem: Problem, tiles: dict[Kernel, list[ProductTile]], timer: measure.Timer) -> tuple[Tiles, list[Row]]:
+    """(the fastest of `tiles` by kernel, a row per candidate). A tile whose sums are not those of the table's tile, or that
+    the compiler refuses, says so in its row."""
+    x = problem.x
+    flop = 2e-12 * len(x) * len(problem.w) * x.shape[1]
+    rows: list[Row] = []
+    best: dict[Kernel, tuple[float, ProductTile]] = {}
+    for kernel in KERNELS:
+        want = RUNS[kernel](problem, None)
+        runs: dict[str, Callable[[], object]] = {}
+        for tile in tiles[kernel]:
+            run = functools.partial(RUNS[kernel], problem, tile)
+            reason = _refusal(run, want)
+            if reason:
+                rows.append({"kernel": kernel, "tile": said(tile), "skipped": reason})
+            else:
+                runs[said(tile)] = run
+        timed = _times(runs, timer)
+        known = {said(tile): tile for tile in tiles[kernel]}
+        for name, seconds in timed.items():
+            rows.append(
+                {"kernel": kernel, "tile": name, "seconds": seconds, "tflops": flop / measure.quantiles(seconds)[1]}
+            )
+        if not timed:
+            raise ValueError(
+                f"none of {len(tiles[kernel])} tiles of {kernel} runs: {rows[-1]['skipped'] if rows else 'there is none'}"
+            )
+        name = min(timed, key=lambda name: measure.quantiles(timed[name])[1])
+        best[kernel] = (measure.quantiles(timed[name])[1], known[name])
+    matrix: Any = "fused"
+    if x.dtype != torch.bfloat16:
+        seconds = _times({"in-place": functools.partial(in_place, problem)}, timer)["in-place"]
+        rows.append(
+            {"kernel": "in-place", "tile": "", "seconds": seconds, "tflops": flop / measure.quantiles(seconds)[1]}
+        )
+        matrix = "in-place" if measure.quantiles(seconds)[1] < best["forward"][0] else "fused"
+    return Tiles(best["forward"][1], best["nearest"][1], matrix, measured=True), rows
+
+
+def said(tile: ProductTile) -> str:
+    return f"{tile.rows}x{tile.columns}x{tile.depth}, {tile.warps} warps, {tile.stages} stages, group {tile.group}"
+
+
+def _refusal(run: Callable[[], Tensor], want: Tensor) -> str:
+    try:
+        error = measure.relative_error(run(), want)
+    except Exception as failure:  # compilers raise what they like; one tile of many must not end the search
+        return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"[:120]
+    return "" if error < _SUM_TOLERANCE else f"its result is off by {error:.1e}"
+
+
+def _times(runs: dict[str, Callable[[], object]], timer: measure.Timer) -> dict[str, list[float]]:
+    repeats = {name: measure.repeats_for(timer(run, 2)[1]) for name, run in runs.items()}
+    return measure.take_turns(runs, timer, _ROUNDS, repeats)
