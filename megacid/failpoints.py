@@ -1,6 +1,6 @@
 """Named points of the program at which tests make things go wrong.
 
-    probe("store:before_manifest", step=step)
+    failpoint("store:before_manifest", step=step)
 
 does nothing in production: one look at an empty dict. Nothing in the program installs a hook, reads a plan from the
 environment, or depends on one; `tests/faults/` does (see `tests/faultplan.py`). The names are the contract:
@@ -28,7 +28,7 @@ from typing import Any
 hooks: dict[str, Callable[..., None]] = {}
 
 
-def probe(name: str, **facts: Any) -> None:
+def failpoint(name: str, **facts: Any) -> None:
     """Call the hook of that name, if a test has installed one, with the facts of the place."""
     if hooks and (hook := hooks.get(name)) is not None:
         hook(**facts)

@@ -57,13 +57,13 @@ from megacid.errors import (
     EXIT_USER,
     UserError,
 )
-from megacid.failpoints import probe
+from megacid.failpoints import failpoint
 from megacid.training.components import make_classifier, make_objective, make_student, open_data, peak_rates, together
 from megacid.training.guard import TooManySkips, Verdict
 from megacid.training.lifecycle import Launcher, Lifecycle, RunLock, die_with_parent
 from megacid.training.metrics import Metrics, setup_logging
-from megacid.training.resume import Continuity, find_checkpoint
-from megacid.training.run_settings import check_drift, settings_of_this_rank
+from megacid.training.resume import ResumeLossCheck, find_checkpoint
+from megacid.training.run_settings import check_same_settings, settings_of_this_rank
 from megacid.training.schedule import learning_rate_share
 from megacid.training.state import Parts, build, report_memory, resume
 from megacid.training.watchdog import Watchdog
@@ -99,9 +99,11 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     lifecycle = Lifecycle(parallel.group)
     watchdog = Watchdog(
         directory, parallel.rank, parallel.world, token=broadcast_json(str(time.time_ns()), parallel.group),
-        limit_s=config.timeout_s, exit_code=EXIT_AGAIN, gone=Launcher().gone, on_orphan=lifecycle.ask,
+        limit_s=config.timeout_s, exit_code=EXIT_AGAIN, gone=Launcher().gone, on_orphan=lifecycle.request_stop,
     )  # fmt: skip
-    continuity = Continuity(directory, start if start_from is not None else None, tolerance=1e-2 if run.bf16 else 1e-4)
+    continuity = ResumeLossCheck(
+        directory, start if start_from is not None else None, tolerance=1e-2 if run.bf16 else 1e-4
+    )
     metrics = Metrics(
         directory, first=parallel.is_first, start_step=start, total_steps=config.total_steps,
         global_batch=run.global_batch, world=parallel.world, log_every=config.log_every,
@@ -117,13 +119,13 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
         saved_at = step
 
     batches = iter(parts.data.stream(start))
-    probe("start:ready", step=start)
+    failpoint("start:ready", step=start)
     try:
         for step in range(start, config.total_steps):
             # The first step may compile kernels and open every shard.
             beat = partial(watchdog.beat, step=step, limit_s=config.save_timeout_s if step == start else None)
             if step + 1 == args.stop_after:
-                lifecycle.ask()
+                lifecycle.request_stop()
             done, verdict = train_step(step, parts, batches, metrics, beat, lifecycle)
             if verdict.failure is not None:
                 if step > saved_at:
@@ -142,7 +144,7 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
                 save(step + 1)
                 report_classes(step, parts, metrics)
                 stopped = lifecycle.stop_requested() or stopped
-            probe("train:step_end", step=step)
+            failpoint("train:step_end", step=step)
             if stopped:
                 break
         watchdog.beat("end", step, config.save_timeout_s)
@@ -175,7 +177,7 @@ def train_step(
     optimizers or of neither."""
     run, engine, head = parts.run, parts.engine, parts.head
     done = accumulate(step, parts, batches, metrics, beat)
-    probe("train:gradients", step=step, engine=engine, head=head)
+    failpoint("train:gradients", step=step, engine=engine, head=head)
     beat("decision")
     student_norm = engine.gradient_norm()
     head_norm_sq = head.grad_norm_sq() if head is not None else None
@@ -185,7 +187,7 @@ def train_step(
     beat("update")
     share = learning_rate_share(step, run.megacid.run.total_steps, run.megacid.schedule)
     step_both(parts, verdict, share)
-    probe("train:applied", step=step, engine=engine, head=head, verdict=verdict, sample_ids=done.sample_ids)
+    failpoint("train:applied", step=step, engine=engine, head=head, verdict=verdict, sample_ids=done.sample_ids)
     return done, verdict
 
 
@@ -199,7 +201,7 @@ def accumulate(
         began = time.perf_counter()
         batch = next(batches).to(engine.device)
         metrics.waited_for_data(time.perf_counter() - began)
-        probe("train:batch", step=step, batch=batch)
+        failpoint("train:batch", step=step, batch=batch)
         if parts.head is not None:
             parts.head.set_step(step)  # micro-batches share their negatives: the rows of a step stay as many
         beat("forward")
@@ -297,7 +299,7 @@ def dry_run(run: RunFile, parallel: Parallel) -> int:
     for failure in filter(None, gather_json(batch.failure, parallel.group)):
         raise DataBudgetError(failure)
     student = together(lambda: make_student(run, data), parallel)
-    together(lambda: check_drift(run.with_embed_dim(student.embed_dim), run.directory), parallel)
+    together(lambda: check_same_settings(run.with_embed_dim(student.embed_dim), run.directory), parallel)
     head, _ = together(lambda: make_classifier(run, data, student.embed_dim, parallel), parallel)
     make_objective(run, head, parallel)
     report_memory(run, student, head, parallel)

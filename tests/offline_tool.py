@@ -78,7 +78,7 @@ class Tool:
 
     def equals(self, reference: Path) -> None:
         """Bit for bit the same files, and no other ones."""
-        mine, wanted = results(self.out), results(reference)
-        assert mine.keys() == wanted.keys()
-        assert [name for name in mine if mine[name] != wanted[name]] == []
+        mine, expected = results(self.out), results(reference)
+        assert mine.keys() == expected.keys()
+        assert [name for name in mine if mine[name] != expected[name]] == []
         assert not list(self.out.parent.glob(f".{self.out.name}.*"))

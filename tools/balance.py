@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("megacid").setLevel(logging.INFO)
     if args.gallery_groups < 0:
-        raise UserError(f"--gallery-groups is {args.gallery_groups}, wanted 0 or more")
+        raise UserError(f"--gallery-groups is {args.gallery_groups}, expected 0 or more")
     settings = BalanceSettings(
         threshold=args.threshold,
         target_keep=args.target_keep,

@@ -59,7 +59,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Suite]:
     args = parser.parse_args(argv)
     assert suite is not None  # --suite is required
     if args.threads < 1:
-        raise UserError(f"--threads is {args.threads}, wanted at least 1: leave it out for the default")
+        raise UserError(f"--threads is {args.threads}, expected at least 1: leave it out for the default")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but torch finds no GPU: use --device cpu, or a torch with CUDA")
     if args.device == "cuda" and args.clock == "cpu":

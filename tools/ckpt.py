@@ -103,7 +103,7 @@ def show(args: argparse.Namespace) -> int:
 def write_rows(out: Path, shape: tuple[int, int], read: Callable[[int, int], np.ndarray]) -> None:
     """`out` .npy float32 [C, D] from read(start, stop), whole or not at all."""
     if out.suffix != ".npy":
-        raise UserError(f"--out is {out}, wanted a name that ends in .npy")
+        raise UserError(f"--out is {out}, expected a name that ends in .npy")
     with atomic_path(out) as temporary, tqdm(total=shape[0], unit="class") as bar:
         rows = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
         for start in range(0, shape[0], BLOCK_ROWS):

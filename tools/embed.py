@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("megacid").setLevel(logging.INFO)
     if args.batch_size < 1 or args.workers < 0:
         raise UserError(
-            f"--batch-size is {args.batch_size} and --workers {args.workers}, wanted at least 1 and at least 0"
+            f"--batch-size is {args.batch_size} and --workers {args.workers}, expected at least 1 and at least 0"
         )
     if launched():
         die_with_parent()

@@ -58,7 +58,7 @@ def described(run: RunFile, args: argparse.Namespace) -> Data:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if min(args.ranks) < 1:
-        raise UserError(f"--ranks is {args.ranks}, wanted numbers of at least 1")
+        raise UserError(f"--ranks is {args.ranks}, expected numbers of at least 1")
     runs = {ranks: load_run(args.deepspeed_config, args.set, world=ranks) for ranks in args.ranks}
     first = load_run(args.deepspeed_config, args.set, world=1)  # to look at the data this process is enough
     data = described(first, args)

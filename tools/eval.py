@@ -32,7 +32,7 @@ from megacid.evaluate.features import TASKS as FEATURE_TASKS
 from megacid.evaluate.features import accuracy, tasks_for, trained_tower
 from megacid.evaluate.linear_probe import linear_probe
 from megacid.evaluate.zero_shot import zero_shot
-from megacid.failpoints import probe
+from megacid.failpoints import failpoint
 from megacid.models.clip import LOCAL_DIR, LoadedClip, load_clip
 from megacid.models.student import loaded_student
 from megacid.storage.atomic import write_json_atomic
@@ -110,12 +110,12 @@ def evaluate(task: str, clip: LoadedClip, benchmark: Benchmark, args: argparse.N
 
 def write_result(file: Path, result: dict[str, Any]) -> None:
     """Write one JSON, whole or not at all, and remove what a killed run left of it. UserError when the disk is full."""
-    probe("eval:before_result")
+    failpoint("eval:before_result")
     with disk_errors(file):
         for path in file.parent.glob(f".tmp-*-{file.name}"):
             path.unlink(missing_ok=True)
         write_json_atomic(file, result)
-    probe("eval:task_done")
+    failpoint("eval:task_done")
 
 
 def evaluate_features(args: argparse.Namespace) -> int:

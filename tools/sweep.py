@@ -38,7 +38,7 @@ from megacid.offline.cluster.features import cluster_features
 from megacid.offline.cluster.kmeans import KMeansSettings
 from megacid.storage.atomic import atomic_path, write_atomic, write_json_atomic
 from megacid.storage.metadata import machine, versions
-from megacid.training.run_settings import check_drift
+from megacid.training.run_settings import check_same_settings
 
 AXES = {"rate": "sampling rate r", "clusters": "number of clusters k"}
 OWN_KEYS = ("run.name", "run.dir", "run.seed", "data.features", "classifier.sample_rate")
@@ -76,7 +76,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("neither --rates nor --clusters is given: name the values to compare")
     for rate in args.rates:
         if not 0 < rate <= 1:
-            raise UserError(f"--rates has {rate:g}, wanted values above 0 and up to 1")
+            raise UserError(f"--rates has {rate:g}, expected values above 0 and up to 1")
     for name, value, least in (
         ("--clusters", min(args.clusters, default=2), 2),
         ("--ranks", args.ranks, 1),
@@ -85,7 +85,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         ("--limit", args.limit if args.limit is not None else 1, 1),
     ):
         if value < least:
-            raise UserError(f"{name} has {value}, wanted {least} or more")
+            raise UserError(f"{name} has {value}, expected {least} or more")
     for assignment in args.set:
         key = assignment.partition("=")[0].removeprefix("megacid.")
         if key in OWN_KEYS:
@@ -107,14 +107,14 @@ def measure(args: argparse.Namespace, point: Point, features: Path) -> dict[str,
     """Train and judge one point; a finished one is read back. UserError when training fails."""
     changes = assignments(args, point, features)
     run = load_run(args.deepspeed_config, changes, world=args.ranks)
-    check_drift(run, run.directory)
+    check_same_settings(run, run.directory)
     made_from = {"features": FeatureSet(features).digest, "ranks": args.ranks, "limit": args.limit}
     record = run.directory / "sweep_point.json"
     if record.exists():
         done: dict[str, Any] = json.loads(record.read_text())
         if done["made_from"] != made_from:
             raise UserError(
-                f"{record} was made with {done['made_from']}, wanted {made_from}: take another --out, or remove {run.directory}"
+                f"{record} was made with {done['made_from']}, expected {made_from}: take another --out, or remove {run.directory}"
             )
         return done
     launch(args, run, changes)

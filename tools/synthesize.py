@@ -32,7 +32,7 @@ from megacid.data.order import KeyedPermutation, derive_key
 from megacid.data.synthetic import SceneMaker, altered, class_features
 from megacid.distributed.stopping import run_alone
 from megacid.errors import UserError, run_tool
-from megacid.failpoints import probe
+from megacid.failpoints import failpoint
 from megacid.storage.atomic import write_json_atomic
 from megacid.storage.metadata import read_meta, write_meta
 from megacid.storage.stage_files import staged_folder, write_array, write_npy
@@ -159,7 +159,7 @@ def build(args: argparse.Namespace, make: Any) -> int:
             raise UserError(f"{out} was made with other arguments ({before}): give another --out, or --force")
     with staged_folder(out) as stage:
         facts = make(args, stage)
-        probe("synthesize:before_meta")
+        failpoint("synthesize:before_meta")
         write_meta(stage, "synthesize", wanted, **facts)
     print(f"\n{out}")
     for name, value in facts.items():

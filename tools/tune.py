@@ -37,13 +37,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name, value in (("widths", min(args.widths)), ("samples", args.samples), ("classes", args.classes)):
         if value < 1:
-            raise UserError(f"--{name} is {value}, wanted at least 1: leave it out for the default")
+            raise UserError(f"--{name} is {value}, expected at least 1: leave it out for the default")
     if not args.list:
         if args.out is None:
-            raise UserError("--out is missing, wanted the file for the table: add --out table.json, or --list")
+            raise UserError("--out is missing, expected the file for the table: add --out table.json, or --list")
         if not torch.cuda.is_available():
             raise UserError(
-                "torch finds no GPU, wanted the one that is to be tuned for: run this there; --list shows the candidates"
+                "torch finds no GPU, expected the one that is to be tuned for: run this there; --list shows the candidates"
             )
     return args
 

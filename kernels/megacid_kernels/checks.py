@@ -24,31 +24,31 @@ def check_inputs(
     """ValueError for shapes, dtypes and devices that do not fit."""
     used = w.shape[0] if rows is None or not gather else rows.shape[0]
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
-        raise ValueError(f"x is {tuple(x.shape)} and w is {tuple(w.shape)}, wanted [G, D] and [S, D] with one D")
+        raise ValueError(f"x is {tuple(x.shape)} and w is {tuple(w.shape)}, expected [G, D] and [S, D] with one D")
     if target.ndim not in (1, 2) or target.shape[:1] != x.shape[:1] or target.dtype != torch.int64:
         raise ValueError(
-            f"target is {tuple(target.shape)} {target.dtype}, wanted torch.int64 [{x.shape[0]}] or [{x.shape[0]}, l]"
+            f"target is {tuple(target.shape)} {target.dtype}, expected torch.int64 [{x.shape[0]}] or [{x.shape[0]}, l]"
         )
     if target.ndim == 2 and (target.shape[1] == 0 or (target.shape[1] > 1 and problem.weights.gamma > 0)):
         raise ValueError(
-            f"target is {tuple(target.shape)} with gamma {problem.weights.gamma}, wanted at least one label per sample, "
+            f"target is {tuple(target.shape)} with gamma {problem.weights.gamma}, expected at least one label per sample, "
             "and one alone for the KL: set gamma to 0, or pass the nearest label only"
         )
     for name, given in (("x", x), ("w", w), ("teacher", teacher)):
         if given is not None and not given.is_floating_point():
-            raise ValueError(f"{name} is {given.dtype}, wanted floating point")
+            raise ValueError(f"{name} is {given.dtype}, expected floating point")
     if rows is not None and (rows.ndim != 1 or rows.shape[0] != used or rows.dtype != torch.int64):
-        raise ValueError(f"rows is {tuple(rows.shape)} {rows.dtype}, wanted [{used}] torch.int64, sorted")
+        raise ValueError(f"rows is {tuple(rows.shape)} {rows.dtype}, expected [{used}] torch.int64, sorted")
     if bias is not None and (bias.ndim != 1 or bias.shape[0] != used or not bias.is_floating_point()):
-        raise ValueError(f"bias is {tuple(bias.shape)} {bias.dtype}, wanted floating point [{used}]")
+        raise ValueError(f"bias is {tuple(bias.shape)} {bias.dtype}, expected floating point [{used}]")
     for name, given in (("w", w), ("target", target), ("rows", rows), ("teacher", teacher), ("bias", bias)):
         if given is not None and given.device != x.device:
-            raise ValueError(f"{name} is on {given.device}, wanted {x.device} like x")
+            raise ValueError(f"{name} is on {given.device}, expected {x.device} like x")
     if problem.weights.needs_teacher:
         if teacher is None:
             raise ValueError("teacher is None, but beta or gamma is > 0: pass the stored embeddings [G, D]")
         if teacher.shape != x.shape:
-            raise ValueError(f"teacher is {tuple(teacher.shape)}, wanted {tuple(x.shape)} like x")
+            raise ValueError(f"teacher is {tuple(teacher.shape)}, expected {tuple(x.shape)} like x")
     if problem.world > 1 and problem.max_rows is None:
         raise ValueError(f"max_rows is None on {problem.world} ranks: pass the most rows of w that any rank holds")
     if problem.num_classes < w.shape[0]:
@@ -64,4 +64,4 @@ def check_label_values(target: Tensor, problem: Problem) -> None:
         low, high = (int(value) for value in target.aminmax())
         if low < -1 or high >= problem.num_classes:
             wrong = low if low < -1 else high
-            raise ValueError(f"target holds {wrong}, wanted -1 (no label) or 0 to {problem.num_classes - 1}")
+            raise ValueError(f"target holds {wrong}, expected -1 (no label) or 0 to {problem.num_classes - 1}")

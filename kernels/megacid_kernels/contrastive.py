@@ -122,16 +122,16 @@ def contrastive_cross_entropy(
     """
     if anchor_bD.ndim != 2 or other_GD.ndim != 2 or anchor_bD.shape[1] != other_GD.shape[1]:
         raise ValueError(
-            f"anchor is {tuple(anchor_bD.shape)} and other {tuple(other_GD.shape)}, wanted [b, D] and [G, D] with one D"
+            f"anchor is {tuple(anchor_bD.shape)} and other {tuple(other_GD.shape)}, expected [b, D] and [G, D] with one D"
         )
     if not 0 <= start <= len(other_GD) - len(anchor_bD):
         raise ValueError(
-            f"start is {start} with {len(anchor_bD)} anchors and {len(other_GD)} candidates, wanted a pair for every anchor"
+            f"start is {start} with {len(anchor_bD)} anchors and {len(other_GD)} candidates, expected a pair for every anchor"
         )
     if scale.ndim:
-        raise ValueError(f"scale is {tuple(scale.shape)}, wanted a 0-d tensor")
+        raise ValueError(f"scale is {tuple(scale.shape)}, expected a 0-d tensor")
     if memory_budget_bytes is not None and memory_budget_bytes <= 0:
-        raise ValueError(f"memory_budget_bytes is {memory_budget_bytes}, wanted > 0, or None for the default")
+        raise ValueError(f"memory_budget_bytes is {memory_budget_bytes}, expected > 0, or None for the default")
     widest = torch.promote_types(anchor_bD.dtype, other_GD.dtype)
     chosen = resolve(impl, anchor_bD.device, widest)
     itemsize = 2 if chosen == "triton" else 8 if widest == torch.float64 else 4

@@ -31,11 +31,11 @@ class Margin:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.m1) and self.m1 >= 1):
-            raise ValueError(f"margin m1 is {self.m1}, wanted >= 1: 1 leaves the angle as it is")
+            raise ValueError(f"margin m1 is {self.m1}, expected >= 1: 1 leaves the angle as it is")
         if not 0 <= self.m2 < math.pi:
-            raise ValueError(f"margin m2 is {self.m2} rad, wanted 0 <= m2 < pi: 0.5 is usual")
+            raise ValueError(f"margin m2 is {self.m2} rad, expected 0 <= m2 < pi: 0.5 is usual")
         if not (math.isfinite(self.m3) and self.m3 >= 0):
-            raise ValueError(f"margin m3 is {self.m3}, wanted >= 0: 0.3 is usual")
+            raise ValueError(f"margin m3 is {self.m3}, expected >= 0: 0.3 is usual")
 
     @classmethod
     def arcface(cls, m: float = 0.5, *, easy_margin: bool = False) -> Margin:

@@ -32,7 +32,7 @@ def plan_rows(
     if step < min(batch, least):
         raise ValueError(
             f"memory_budget_bytes is {problem.budget(device)}, which allows chunks of {step} samples beside "
-            f"{problem.max_rows or rows} class rows, wanted at least {min(batch, least)}: raise it, or take mode 'slab'"
+            f"{problem.max_rows or rows} class rows, expected at least {min(batch, least)}: raise it, or take mode 'slab'"
         )
     return Plan("row", [slice(start, min(start + step, batch)) for start in range(0, batch, step)], [(0, rows)])
 
@@ -43,7 +43,7 @@ def plan_slabs(problem: Problem, rows: int, needs: SlabBytes, gradients: bool, d
     left = budget - needs.fixed
     if left < needs.each:
         raise ValueError(
-            f"memory_budget_bytes is {budget}, wanted at least {needs.fixed + needs.each}: that is what a slab of one class "
+            f"memory_budget_bytes is {budget}, expected at least {needs.fixed + needs.each}: that is what a slab of one class "
             "takes; it grows with the batch"
         )
     most = min(left // needs.each, needs.most)

@@ -51,11 +51,11 @@ class Weights:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(
-                    f"weight {name} is {value}, wanted a finite number >= 0: set it to 0 to leave the term out"
+                    f"weight {name} is {value}, expected a finite number >= 0: set it to 0 to leave the term out"
                 )
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(
-                f"temperature is {self.temperature}, wanted a finite number > 0: 1 leaves the logits as they are"
+                f"temperature is {self.temperature}, expected a finite number > 0: 1 leaves the logits as they are"
             )
 
     @property
@@ -98,19 +98,21 @@ class Problem:
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, available are {', '.join(map(repr, known))}")
         if self.margin_grad not in ("exact", "straight_through"):
-            raise ValueError(f"margin_grad is {self.margin_grad!r}, wanted 'exact' or 'straight_through'")
+            raise ValueError(f"margin_grad is {self.margin_grad!r}, expected 'exact' or 'straight_through'")
         if self.reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction is {self.reduction!r}, wanted 'mean' or 'sum'")
+            raise ValueError(f"reduction is {self.reduction!r}, expected 'mean' or 'sum'")
         if not (math.isfinite(self.scale) and self.scale > 0):
-            raise ValueError(f"scale is {self.scale}, wanted a finite number > 0 such as 64")
+            raise ValueError(f"scale is {self.scale}, expected a finite number > 0 such as 64")
         if self.memory_budget_bytes is not None and self.memory_budget_bytes <= 0:
-            raise ValueError(f"memory_budget_bytes is {self.memory_budget_bytes}, wanted > 0, or None for the default")
+            raise ValueError(
+                f"memory_budget_bytes is {self.memory_budget_bytes}, expected > 0, or None for the default"
+            )
         if self.num_classes < 1:
-            raise ValueError(f"num_classes is {self.num_classes}, wanted the number of classes of all ranks together")
+            raise ValueError(f"num_classes is {self.num_classes}, expected the number of classes of all ranks together")
         hottest = self.weights.temperature if self.weights.gamma > 0 else 1.0
         if self.shift(min(hottest, 1.0)) > _MOST_SHIFT:
             raise ValueError(
-                f"scale is {self.scale} with {self.num_classes} classes and temperature {hottest}, wanted scale / "
+                f"scale is {self.scale} with {self.num_classes} classes and temperature {hottest}, expected scale / "
                 f"temperature + ln(num_classes) <= {80 + _MOST_SHIFT:g}: float32 has no exponents for more"
             )
 

@@ -304,7 +304,9 @@ class Run:
         what an optimizer needs that must not move a row before a decision about the whole step. 4 G S D FLOP."""
         chunk = self._last
         if chunk is None:
-            raise ValueError(f"mode is {self.problem.mode!r}, wanted 'slab' and a gradient: other modes keep no slabs")
+            raise ValueError(
+                f"mode is {self.problem.mode!r}, expected 'slab' and a gradient: other modes keep no slabs"
+            )
         for start, stop in self.plan.slabs:
             block = self.engine.block(start, stop, True)
             chunk.recall(block, start, stop)

@@ -27,7 +27,7 @@ from megacid.checkpoint import store
 from megacid.checkpoint.state import PREFIX, NamedState, RowState
 from megacid.distributed.collectives import Group, rank, world_size
 from megacid.distributed.consensus import any_rank, broadcast_json, gather_json
-from megacid.failpoints import probe
+from megacid.failpoints import failpoint
 
 log = logging.getLogger(__name__)
 
@@ -160,13 +160,13 @@ class Saver:
         me = rank(self.group)
         if save.stage is not None and save.error is None:
             with save.local(me):
-                probe("store:stage_made", step=save.step)
+                failpoint("store:stage_made", step=save.step)
                 name = f"student-{me:05d}.safetensors"
                 save.files.append(store.write_tensors(save.stage, name, student, step=save.step))
                 if rows:
                     name = f"classifier-{me:05d}.safetensors"
                     save.files.append(store.write_tensors(save.stage, name, rows, bounds, step=save.step))
-                probe("store:files_written", step=save.step)
+                failpoint("store:files_written", step=save.step)
         save.write_s = time.perf_counter() - began
 
     def _publish(self, save: _Save, reports: list[Any]) -> str | None:
@@ -187,7 +187,7 @@ class Saver:
         size = sum(file.bytes for file in files) / 2**20
         log.info("saved %s: %.1f MiB in %.2f s (%.0f MiB/s)", final, size, seconds, size / seconds)
         try:
-            probe("store:after_rename", step=save.step)
+            failpoint("store:after_rename", step=save.step)
             store.prune(self.root, self.keep_last, step=save.step)
         except OSError as error:  # this checkpoint is whole all the same
             log.warning("could not remove an old checkpoint below %s: %s", self.root, error)

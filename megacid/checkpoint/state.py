@@ -142,7 +142,7 @@ def restore(directory: Path, engine: NamedState, rows: dict[str, RowState], fact
             )
     updates = reader.manifest.get("updates")
     if type(updates) is not int:
-        raise UserError(f"{directory} says updates {updates!r}, wanted a number: it was saved by another version")
+        raise UserError(f"{directory} says updates {updates!r}, expected a number: it was saved by another version")
     _refuse_other_state(reader, engine, rows)
     engine.load_named_state(lambda name, kind: reader.tensor(kind, name.removeprefix(PREFIX)), updates)
     engine.load_buffers({name: reader.tensor("buffer", name.removeprefix(PREFIX)) for name in engine.named_buffers()})

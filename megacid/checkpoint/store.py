@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacid.failpoints import probe
+from megacid.failpoints import failpoint
 from megacid.storage.atomic import file_sha256, fsync_dir, write_atomic
 
 MANIFEST = "manifest.json"
@@ -116,7 +116,7 @@ def write_tensors(
                 at, written = at + len(part), written + len(part)
                 if written == half:
                     handle.flush()  # what a crash leaves here is half a file, not an empty one
-                    probe("store:mid_file", step=step)
+                    failpoint("store:mid_file", step=step)
 
         write(len(text).to_bytes(8, "little") + text)
         for key in ordered:
@@ -124,9 +124,9 @@ def write_tensors(
             if host.numel():
                 write(host.view(torch.uint8).numpy().data)
         handle.flush()
-        probe("store:before_fsync", step=step)
+        failpoint("store:before_fsync", step=step)
         os.fsync(handle.fileno())
-    probe("store:after_fsync", step=step)
+    failpoint("store:after_fsync", step=step)
     return WrittenFile(name, written, digest.hexdigest())
 
 
@@ -142,14 +142,14 @@ def publish(root: Path, stage: Path, step: int, files: list[WrittenFile], facts:
         "step": step,
         "files": [vars(file) for file in sorted(files, key=lambda f: f.name)],
     }
-    probe("store:before_manifest", step=step)
+    failpoint("store:before_manifest", step=step)
     write_atomic(stage / MANIFEST, seal(manifest))
     fsync_dir(stage)
     final = root / step_name(step)
     if os.path.lexists(final):
         # Damaged, or from a part of the run that was given up (--resume PATH): moved away, never overwritten.
         final.rename(root / f".replaced-{final.name}-{time.time_ns():x}")
-    probe("store:before_rename", step=step)
+    failpoint("store:before_rename", step=step)
     os.replace(stage, final)
     fsync_dir(root)
     return final
@@ -176,9 +176,9 @@ def prune(root: Path, keep_last: int, *, step: int) -> None:
         # Renamed first: a half-deleted directory must not look like a checkpoint.
         doomed = root / f".tmp-pruned-{path.name}"
         os.replace(path, doomed)
-        probe("store:during_prune", step=step)
+        failpoint("store:during_prune", step=step)
         shutil.rmtree(doomed)
-    probe("store:after_prune", step=step)
+    failpoint("store:after_prune", step=step)
 
 
 def _has_its_sizes(directory: Path) -> bool:

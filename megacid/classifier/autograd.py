@@ -46,7 +46,7 @@ class Discriminate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.found is None:
-            raise RuntimeError("second backward through one loss of PartialFC, wanted one: compute the loss again")
+            raise RuntimeError("second backward through one loss of PartialFC, expected one: compute the loss again")
         found, ctx.found = ctx.found, None
         ctx.collect(found, grad_loss)
         return None if found.x is None else found.x * grad_loss * ctx.factor, None, None, None, None

@@ -72,10 +72,10 @@ def given_rows(init: Init, start: int, stop: int, shape: tuple[int, int]) -> Ten
     source = _open(init, shape)
     if source.shape != shape:
         raise UserError(
-            f"{source.said} has shape {source.shape}, wanted {shape} = (num_classes, embed_dim): {source.remedy}"
+            f"{source.said} has shape {source.shape}, expected {shape} = (num_classes, embed_dim): {source.remedy}"
         )
     if "float" not in source.dtype:
-        raise UserError(f"{source.said} holds {source.dtype}, wanted floating-point numbers: save it as float32")
+        raise UserError(f"{source.said} holds {source.dtype}, expected floating-point numbers: save it as float32")
     rows = source.read(start, stop).float()
     finite = torch.isfinite(rows).all(1)
     if not finite.all():
@@ -95,7 +95,7 @@ def shape_of(init: Init) -> tuple[int, int]:
         return sum(len(weight) for weight in weights), weights[0].shape[1]
     shape = _open(init, (0, 0)).shape
     if len(shape) != 2:
-        raise UserError(f"{init} has shape {shape}, wanted (classes, width): name another file")
+        raise UserError(f"{init} has shape {shape}, expected (classes, width): name another file")
     return shape[0], shape[1]
 
 
@@ -106,7 +106,7 @@ def _open(init: Init, shape: tuple[int, int]) -> _Source:
         return _of_tensor("init", init)
     path, said = Path(init), f"init {str(init)!r}"
     if not path.exists():
-        raise UserError(f"{said} does not exist, wanted {_SOURCES}: correct the path")
+        raise UserError(f"{said} does not exist, expected {_SOURCES}: correct the path")
     if path.is_dir():
         return _of_directory(said, path, shape)
     if path.suffix == ".npy":
@@ -115,7 +115,7 @@ def _open(init: Init, shape: tuple[int, int]) -> _Source:
         return _of_safetensors(said, path)
     if path.suffix == ".pt":
         return _of_tensor(said, _load_weight(said, path), "pass the directory of all ranks' files if there are several")
-    raise UserError(f"{said} ends in {path.suffix!r}, wanted {_SOURCES}: convert it")
+    raise UserError(f"{said} ends in {path.suffix!r}, expected {_SOURCES}: convert it")
 
 
 def _of_array(said: str, given: np.ndarray) -> _Source:
@@ -142,7 +142,7 @@ def _of_npy(said: str, path: Path) -> _Source:
             f"{said} is not a readable .npy file ({reason}): pass centroids.npy of a clusters directory"
         ) from error
     if not isinstance(array, np.ndarray):
-        raise UserError(f"{said} is an .npz archive, wanted a .npy file: pass centroids.npy of a clusters directory")
+        raise UserError(f"{said} is an .npz archive, expected a .npy file: pass centroids.npy of a clusters directory")
     return _of_array(said, array)
 
 
@@ -159,7 +159,7 @@ def _of_safetensors(said: str, path: Path) -> _Source:
             fitting = matrices if len(matrices) == 1 else named
             if len(fitting) != 1:
                 raise UserError(
-                    f"{said} holds {_some(shapes)}, wanted one 2-d tensor, or among several one called "
+                    f"{said} holds {_some(shapes)}, expected one 2-d tensor, or among several one called "
                     '"weight" or "centroids": save that tensor alone'
                 )
             name = fitting[0]
@@ -179,18 +179,18 @@ def _of_directory(said: str, path: Path, shape: tuple[int, int]) -> _Source:
     total = sum(len(weight) for weight in weights)
     if total != shape[0]:
         raise UserError(
-            f"{said} holds {total} classes in {len(files)} files, wanted num_classes = {shape[0]}: "
+            f"{said} holds {total} classes in {len(files)} files, expected num_classes = {shape[0]}: "
             "take the checkpoint of a run with as many classes, with the files of all its ranks"
         )
     for file, weight, (first, last) in zip(files, weights, ranges):
         if len(weight) != last - first:
             raise UserError(
-                f"{said} file {file.name} has {len(weight)} rows, wanted {last - first} of {shape[0]} classes over "
+                f"{said} file {file.name} has {len(weight)} rows, expected {last - first} of {shape[0]} classes over "
                 f"{len(files)} ranks: the files are of different runs or ranks are mixed up, copy them again"
             )
         if weight.shape[1] != shape[1]:
             raise UserError(
-                f"{said} file {file.name} has width {weight.shape[1]}, wanted embed_dim = {shape[1]}: "
+                f"{said} file {file.name} has width {weight.shape[1]}, expected embed_dim = {shape[1]}: "
                 "take a checkpoint of that width"
             )
 
@@ -218,7 +218,7 @@ def _rank_files(said: str, path: Path) -> list[Path]:
     if len(found) != 1:
         says = f"files of {len(found)} layouts ({_some(found)})" if found else f"no per-rank files, only {_some(names)}"
         raise UserError(
-            f"{said} has {says}, wanted one of {', '.join(_LAYOUTS)} with {{}} = 0, 1, ...: leave the files of one "
+            f"{said} has {says}, expected one of {', '.join(_LAYOUTS)} with {{}} = 0, 1, ...: leave the files of one "
             "layout there; of a clusters directory pass its centroids.npy"
         )
     (layout, ranks) = found.popitem()
@@ -241,7 +241,7 @@ def _load_weight(said: str, path: Path) -> Tensor:
         )
         if refused:
             raise UserError(
-                f"{said} holds {refused[1]}, wanted only tensors and plain values, for anything else could run code: "
+                f"{said} holds {refused[1]}, expected only tensors and plain values, for anything else could run code: "
                 'if you trust the file, load it elsewhere and save its "weight" alone with torch.save'
             ) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
@@ -252,13 +252,15 @@ def _load_weight(said: str, path: Path) -> Tensor:
     for key in ("state_dict_softmax_fc", "weight"):
         if isinstance(saved, Mapping) and (key == "weight" or key in saved):
             if key not in saved:
-                raise UserError(f'{where} holds {_some(saved)}, wanted "weight": take the file of the classifier')
+                raise UserError(f'{where} holds {_some(saved)}, expected "weight": take the file of the classifier')
             saved, where = saved[key], f'{where} "{key}"'
     if not isinstance(saved, Tensor) or saved.ndim != 2:
         kind = f"shape {tuple(saved.shape)}" if isinstance(saved, Tensor) else type(saved).__name__
-        raise UserError(f"{where} is {kind}, wanted a tensor [classes, width]: take the file of the classifier")
+        raise UserError(f"{where} is {kind}, expected a tensor [classes, width]: take the file of the classifier")
     if not saved.dtype.is_floating_point:
-        raise UserError(f"{where} holds {saved.dtype}, wanted floating-point numbers: take the file of the classifier")
+        raise UserError(
+            f"{where} holds {saved.dtype}, expected floating-point numbers: take the file of the classifier"
+        )
     return saved.detach()
 
 

@@ -148,6 +148,6 @@ class Exchange:
         for value in (lowest, highest):
             if not -1 <= value < self.num_classes:
                 raise UserError(
-                    f"label {value} is out of range, wanted -1 (none) or 0 to {self.num_classes - 1}: "
+                    f"label {value} is out of range, expected -1 (none) or 0 to {self.num_classes - 1}: "
                     "use labels of the same clustering"
                 )

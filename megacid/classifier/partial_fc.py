@@ -97,15 +97,15 @@ class PartialFC(nn.Module):
         world = world_size(group)
         if num_classes < max(1, world):
             raise UserError(
-                f"num_classes is {num_classes}, wanted at least one class for each of {world} ranks: use fewer ranks"
+                f"num_classes is {num_classes}, expected at least one class for each of {world} ranks: use fewer ranks"
             )
         if num_classes >= 1 << 31:
-            raise UserError(f"num_classes is {num_classes}, wanted fewer than 2^31: products of ids must fit 64 bits")
+            raise UserError(f"num_classes is {num_classes}, expected fewer than 2^31: products of ids must fit 64 bits")
         if embed_dim < 1:
-            raise UserError(f"embed_dim is {embed_dim}, wanted the width of the embeddings")
+            raise UserError(f"embed_dim is {embed_dim}, expected the width of the embeddings")
         for name, rate in (("sample_rate", sample_rate), ("feature_rate", feature_rate)):
             if not 0 < rate <= 1:
-                raise UserError(f"{name} is {rate}, wanted a number in (0, 1]: 1 uses everything")
+                raise UserError(f"{name} is {rate}, expected a number in (0, 1]: 1 uses everything")
         gradient_factor(group, grad_reduction)  # refuses an unknown word now and not in the first step
         self.num_classes, self.embed_dim, self.group, self.seed = num_classes, embed_dim, group, seed
         self.sample_rate, self.feature_rate, self.grad_reduction = sample_rate, feature_rate, grad_reduction
@@ -232,23 +232,25 @@ class PartialFC(nn.Module):
         """What is wrong with this rank's input. Not raised here: the other ranks would wait for this one."""
         if emb.ndim != 2 or emb.shape[1] != self.embed_dim:
             return (
-                f"embeddings have shape {tuple(emb.shape)}, wanted [B, {self.embed_dim}]: "
+                f"embeddings have shape {tuple(emb.shape)}, expected [B, {self.embed_dim}]: "
                 "build the head with the student's width"
             )
         if target.dtype != torch.int64 or target.ndim not in (1, 2) or target.shape[0] != len(emb):
             return (
-                f"labels are {target.dtype} {tuple(target.shape)}, wanted torch.int64 [{len(emb)}] or [{len(emb)}, l]: "
+                f"labels are {target.dtype} {tuple(target.shape)}, expected torch.int64 [{len(emb)}] or [{len(emb)}, l]: "
                 "class ids of every sample, -1 for none"
             )
         if target.ndim == 2 and target.shape[1] > 1 and weights.gamma > 0:
             return (
-                f"there are {target.shape[1]} labels per sample and gamma is {weights.gamma}, wanted one label for the "
+                f"there are {target.shape[1]} labels per sample and gamma is {weights.gamma}, expected one label for the "
                 "KL: set gamma to 0, or pass the nearest label alone"
             )
         if weights.needs_teacher and teacher is None:
             return "teacher embeddings are missing, but beta or gamma is > 0: pass them, or set both weights to 0"
         if teacher is not None and teacher.shape != emb.shape:
-            return f"teacher embeddings have shape {tuple(teacher.shape)}, wanted {tuple(emb.shape)} like the student's"
+            return (
+                f"teacher embeddings have shape {tuple(teacher.shape)}, expected {tuple(emb.shape)} like the student's"
+            )
         return None
 
     def _log_q_bias(self, draw: Draw, batch: Exchanged) -> Tensor:

@@ -57,10 +57,10 @@ class RowOptimizer:
     def __init__(self, head: PartialFC, lr: float, weight_decay: float, moments: Moments, lazy: Lazy):
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"classifier {name} is {value}, wanted a finite number >= 0")
+                raise UserError(f"classifier {name} is {value}, expected a finite number >= 0")
         for name, word, known in (("moments", moments, ("fp32", "bf16")), ("lazy", lazy, ("none", "decay"))):
             if word not in known:
-                raise UserError(f"classifier {name} is {word!r}, wanted {known[0]!r} or {known[1]!r}")
+                raise UserError(f"classifier {name} is {word!r}, expected {known[0]!r} or {known[1]!r}")
         self.head, self.lr, self.weight_decay = head, lr, weight_decay
         self.moments, self.lazy = moments, lazy
         self.updates = torch.zeros(head.num_local, dtype=torch.int32, device=head.weight.device)
@@ -102,7 +102,7 @@ class RowOptimizer:
         shrink = self.lr * self.weight_decay
         if self.lazy == "decay" and not shrink < 1:
             raise UserError(
-                f"classifier lr * weight_decay is {self.lr} * {self.weight_decay} = {shrink}, wanted less than 1 with "
+                f"classifier lr * weight_decay is {self.lr} * {self.weight_decay} = {shrink}, expected less than 1 with "
                 'lazy "decay": lower one of them'
             )
         steps, decay = self._steps + 1, self._decay
@@ -250,9 +250,9 @@ class RowAdamW(RowOptimizer):
     ):
         super().__init__(head, lr, weight_decay, moments, lazy)
         if not all(0 <= beta < 1 for beta in betas):
-            raise UserError(f"classifier betas are {betas}, wanted two numbers in [0, 1)")
+            raise UserError(f"classifier betas are {betas}, expected two numbers in [0, 1)")
         if not eps > 0:
-            raise UserError(f"classifier eps is {eps}, wanted > 0: 1e-8 is usual")
+            raise UserError(f"classifier eps is {eps}, expected > 0: 1e-8 is usual")
         self.betas, self.eps = betas, eps
         self.exp_avg, self.exp_avg_sq = self._zeros(), self._zeros()
 
@@ -311,7 +311,7 @@ class RowSGD(RowOptimizer):
     ):
         super().__init__(head, lr, weight_decay, moments, lazy)
         if not 0 <= momentum < 1:
-            raise UserError(f"classifier momentum is {momentum}, wanted a number in [0, 1)")
+            raise UserError(f"classifier momentum is {momentum}, expected a number in [0, 1)")
         self.momentum = momentum
         self.velocity = self._zeros()
 

@@ -29,7 +29,7 @@ def copy_rows(own: Mapping[str, Tensor], read: ReadRows, start: int, stop: int) 
     for name, rows in found.items():
         if rows.shape != own[name].shape:
             raise UserError(
-                f"rows [{start}, {stop}) of {name!r} have shape {tuple(rows.shape)}, wanted {tuple(own[name].shape)}: "
+                f"rows [{start}, {stop}) of {name!r} have shape {tuple(rows.shape)}, expected {tuple(own[name].shape)}: "
                 "load a state of the same number of classes, width and optimizer"
             )
     with torch.no_grad():
@@ -50,7 +50,7 @@ def reader_of(state: Mapping[str, Tensor], num_classes: int) -> ReadRows:
             raise UserError(f"the state has no {name!r}, only {sorted(state)}: load one that this class wrote")
         if len(state[name]) != num_classes:
             raise UserError(
-                f"{name!r} has {len(state[name])} rows, wanted {num_classes}: load a state of as many classes"
+                f"{name!r} has {len(state[name])} rows, expected {num_classes}: load a state of as many classes"
             )
         return state[name][start:stop]
 

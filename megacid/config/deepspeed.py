@@ -52,10 +52,10 @@ def lint_deepspeed(config: dict[str, Any], world: int) -> dict[str, Any]:
             raise UserError(f'unknown DeepSpeed key "zero_optimization.{key}": {nearest(key, sorted(_ZERO_KEYS))}')
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
-        raise UserError(f'"zero_optimization.stage" is {stage!r}, wanted 0, 1, 2 or 3')
+        raise UserError(f'"zero_optimization.stage" is {stage!r}, expected 0, 1, 2 or 3')
     if config.get("fp16", {}).get("enabled"):
         raise UserError(
-            '"fp16" is enabled, wanted bf16 or fp32: a loss scale cannot be shared with the classifier; use "bf16": {"enabled": true}'
+            '"fp16" is enabled, expected bf16 or fp32: a loss scale cannot be shared with the classifier; use "bf16": {"enabled": true}'
         )
     bf16 = config.get("bf16", {}).get("enabled", False)
     if bf16 and config.get("torch_autocast", {}).get("enabled"):
@@ -65,7 +65,7 @@ def lint_deepspeed(config: dict[str, Any], world: int) -> dict[str, Any]:
             '"bf16" with "zero_optimization.stage" 0 keeps its fp32 weights where they cannot be saved by name: use stage 1'
         )
     if config.get("gradient_allreduce_op", "mean") not in ("mean", "sum"):
-        raise UserError(f'"gradient_allreduce_op" is {config["gradient_allreduce_op"]!r}, wanted "mean" or "sum"')
+        raise UserError(f'"gradient_allreduce_op" is {config["gradient_allreduce_op"]!r}, expected "mean" or "sum"')
     if config.get("gradient_allreduce_op") == "sum" and stage == 3:
         raise UserError('"gradient_allreduce_op": "sum" does not exist at ZeRO stage 3: use "mean"')
     if "gradient_clipping" not in config:
@@ -75,7 +75,7 @@ def lint_deepspeed(config: dict[str, Any], world: int) -> dict[str, Any]:
     optimizer = config.get("optimizer")
     if not isinstance(optimizer, dict) or optimizer.get("type") not in ("AdamW", "apex_fused_adam", "apex_fused_lamb"):
         raise UserError(
-            f'"optimizer" is {optimizer!r}, wanted {{"type": "AdamW" | "apex_fused_adam" | "apex_fused_lamb", "params": {{"lr": ...}}}}'
+            f'"optimizer" is {optimizer!r}, expected {{"type": "AdamW" | "apex_fused_adam" | "apex_fused_lamb", "params": {{"lr": ...}}}}'
         )
     if "lr" not in optimizer.get("params", {}):
         raise UserError('"optimizer.params.lr" is missing: write the peak learning rate of the student')
@@ -86,7 +86,7 @@ def _complete_batches(config: dict[str, Any], world: int) -> dict[str, Any]:
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     for name in names:
         if name in config and (not isinstance(config[name], int) or isinstance(config[name], bool) or config[name] < 1):
-            raise UserError(f'"{name}" is {config[name]!r}, wanted a whole number of at least 1')
+            raise UserError(f'"{name}" is {config[name]!r}, expected a whole number of at least 1')
     total: int | None
     micro: int | None
     total, micro, accumulation = (config.get(name) for name in names)
@@ -105,5 +105,5 @@ def _complete_batches(config: dict[str, Any], world: int) -> dict[str, Any]:
     if micro * accumulation * world != total:
         valid = [w for w in range(1, total + 1) if total % w == 0][:12]
         raise UserError(f"the batch sizes do not multiply up: train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {accumulation} x {world} ranks = "
-                        f"{micro * accumulation * world}, wanted train_batch_size {total}; numbers of ranks that divide it: {', '.join(map(str, valid))}{', ...' if len(valid) == 12 else ''}")  # fmt: skip
+                        f"{micro * accumulation * world}, expected train_batch_size {total}; numbers of ranks that divide it: {', '.join(map(str, valid))}{', ...' if len(valid) == 12 else ''}")  # fmt: skip
     return {**config, **dict(zip(names, (total, micro, accumulation)))}

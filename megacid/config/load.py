@@ -3,7 +3,7 @@
 One file is one run. It holds DeepSpeed's own keys plus a "megacid" block, in JSON or Hjson (comments allowed):
 
     run = load_run("configs/digits_cpu.json", ["classifier.sample_rate=0.2"], world=2)
-    run.megacid     a `Megacid`, every field checked
+    run.megacid     a `MegacidConfig`, every field checked
     run.deepspeed   the dict that is passed to deepspeed.initialize, batch sizes filled in
 
 A key that nobody reads is an error, in both parts (`deepspeed_keys.py` knows DeepSpeed's); `config_checks.py` knows which
@@ -22,7 +22,7 @@ from typing import Any, Literal
 import hjson
 
 from megacid.config.deepspeed import KNOWN_KEYS, lint_deepspeed
-from megacid.config.schema import Megacid, RunFile, defaults
+from megacid.config.schema import MegacidConfig, RunFile, defaults
 from megacid.config.validation import check, check_numbers
 from megacid.errors import UserError, nearest
 
@@ -41,22 +41,22 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return None if value is None else _convert(value, next(c for c in choices if c is not type(None)), where)
     if origin is Literal:
         if value not in choices:
-            raise UserError(f'"{where}" is {value!r}, wanted one of {", ".join(map(repr, choices))}')
+            raise UserError(f'"{where}" is {value!r}, expected one of {", ".join(map(repr, choices))}')
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or len(value) != len(choices):
-            raise UserError(f'"{where}" is {value!r}, wanted a list of {len(choices)} numbers')
+            raise UserError(f'"{where}" is {value!r}, expected a list of {len(choices)} numbers')
         return tuple(_convert(v, c, where) for v, c in zip(value, choices))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise UserError(f'"{where}" is {value!r} ({type(value).__name__}), wanted {hint.__name__}')
+        raise UserError(f'"{where}" is {value!r} ({type(value).__name__}), expected {hint.__name__}')
     return value
 
 
 def _build(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
-        raise UserError(f'"{where}" is {values!r}, wanted a block {{...}}')
+        raise UserError(f'"{where}" is {values!r}, expected a block {{...}}')
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
@@ -79,7 +79,7 @@ def _apply_set(tree: dict[str, Any], assignment: str) -> None:
         value = text
     *sections, key = path.removeprefix("megacid.").split(".")
     top = sections[0] if sections else key
-    known = {item.name for item in dataclasses.fields(Megacid)}
+    known = {item.name for item in dataclasses.fields(MegacidConfig)}
     if top not in known and top not in KNOWN_KEYS:
         raise UserError(f"--set {assignment!r}: unknown section {top!r}: {nearest(top, sorted(known | KNOWN_KEYS))}")
     node = tree.setdefault("megacid", {}) if top in known else tree
@@ -111,21 +111,21 @@ def load_run(path: str | Path, assignments: list[str] | None = None, *, world: i
     except (ValueError, RecursionError) as error:
         raise UserError(f"the run file {path} is neither JSON nor Hjson: {str(error)[:300]}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"the run file {path} holds {type(tree).__name__}, wanted a block {{...}}")
+        raise UserError(f"the run file {path} holds {type(tree).__name__}, expected a block {{...}}")
     for assignment in assignments or []:
         _apply_set(tree, assignment)
     check_numbers(tree)
     block = tree.pop("megacid", None)
     if block is None:
         raise UserError(
-            f'the run file {path} has no "megacid" block, wanted one beside DeepSpeed\'s keys: see configs/'
+            f'the run file {path} has no "megacid" block, expected one beside DeepSpeed\'s keys: see configs/'
         )
-    megacid: Megacid = _build(Megacid, block, "megacid")
+    megacid: MegacidConfig = _build(MegacidConfig, block, "megacid")
     check(megacid, defaults())
     run = RunFile(path, megacid, lint_deepspeed(tree, world))
     if megacid.classifier.mode == "slab" and run.accumulation > 1:
         raise UserError(
-            f'"megacid.classifier.mode" is "slab" and there are {run.accumulation} micro-batches in a step, wanted one: no '
+            f'"megacid.classifier.mode" is "slab" and there are {run.accumulation} micro-batches in a step, expected one: no '
             'gradient is held that a second one could be added to; write "row", or a larger micro-batch'
         )
     return run

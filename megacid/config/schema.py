@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
-class Run:
+class RunConfig:
     name: str
     """Name of the run; its directory is `dir`/`name`."""
     total_steps: int
@@ -170,10 +170,10 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
-class Megacid:
+class MegacidConfig:
     """The "megacid" block."""
 
-    run: Run
+    run: RunConfig
     student: StudentConfig
     data: DataConfig
     loss: LossConfig
@@ -184,7 +184,7 @@ class Megacid:
 
 def defaults() -> dict[str, dict[str, Any]]:
     """section -> field -> default, of the fields that have one."""
-    sections = typing.get_type_hints(Megacid)
+    sections = typing.get_type_hints(MegacidConfig)
     return {
         name: {f.name: f.default for f in dataclasses.fields(section) if f.default is not dataclasses.MISSING}
         for name, section in sections.items()
@@ -196,7 +196,7 @@ class RunFile:
     """A loaded, linted run file. `megacid` is the block, `deepspeed` what DeepSpeed gets, `path` where it came from."""
 
     path: Path
-    megacid: Megacid
+    megacid: MegacidConfig
     deepspeed: dict[str, Any]
 
     @property

@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from megacid.config.schema import Megacid
+from megacid.config.schema import MegacidConfig
 from megacid.errors import UserError
 
 _POSITIVE = ("run.total_steps run.save_every run.log_every run.timeout_s run.save_timeout_s data.worker_timeout_s guard.spike_deviations data.labels_per_sample data.block_shards data.max_image_pixels "
@@ -17,7 +17,7 @@ _DECODER_PIXELS = 89_478_485  # PIL's own limit, a warning there and an error he
 _AT_MOST_ONE = "classifier.sample_rate classifier.feature_rate data.error_budget schedule.final_share guard.max_skipped_share".split()
 
 
-def check(block: Megacid, defaults: dict[str, dict[str, Any]]) -> None:
+def check(block: MegacidConfig, defaults: dict[str, dict[str, Any]]) -> None:
     """UserError for a value out of range, and for values that contradict each other. defaults: section -> field -> default."""
 
     def value(path: str) -> Any:
@@ -31,23 +31,23 @@ def check(block: Megacid, defaults: dict[str, dict[str, Any]]) -> None:
     ):
         for path in paths:
             if not ok(value(path)):
-                raise UserError(f'"megacid.{path}" is {value(path)}, wanted {wish}')
+                raise UserError(f'"megacid.{path}" is {value(path)}, expected {wish}')
     loss, data, run = block.loss, block.data, block.run
     if data.max_image_pixels > _DECODER_PIXELS:
         raise UserError(
-            f'"megacid.data.max_image_pixels" is {data.max_image_pixels}, wanted {_DECODER_PIXELS} at most: the decoder itself refuses larger images'
+            f'"megacid.data.max_image_pixels" is {data.max_image_pixels}, expected {_DECODER_PIXELS} at most: the decoder itself refuses larger images'
         )
     if run.keep_last < 2:
         raise UserError(
-            f'"megacid.run.keep_last" is {run.keep_last}, wanted 2 or more: the newest checkpoint may be the damaged one'
+            f'"megacid.run.keep_last" is {run.keep_last}, expected 2 or more: the newest checkpoint may be the damaged one'
         )
     if block.schedule.warmup_steps >= run.total_steps:
         raise UserError(
-            f'"megacid.schedule.warmup_steps" is {block.schedule.warmup_steps}, wanted fewer than run.total_steps = {run.total_steps}'
+            f'"megacid.schedule.warmup_steps" is {block.schedule.warmup_steps}, expected fewer than run.total_steps = {run.total_steps}'
         )
     if not (loss.contrastive or loss.instance or loss.cluster or loss.mse):
         raise UserError(
-            'every weight in "megacid.loss" is 0, wanted at least one of contrastive, instance, cluster, mse above 0'
+            'every weight in "megacid.loss" is 0, expected at least one of contrastive, instance, cluster, mse above 0'
         )
     if loss.cluster and not (loss.alpha or loss.beta or loss.gamma):
         raise UserError(
@@ -55,7 +55,7 @@ def check(block: Megacid, defaults: dict[str, dict[str, Any]]) -> None:
         )
     if loss.cluster and loss.gamma and data.labels_per_sample > 1:
         raise UserError(
-            f'"megacid.data.labels_per_sample" is {data.labels_per_sample} and "megacid.loss.gamma" is {loss.gamma}, wanted one label for the KL: set one of them to 1 or 0'
+            f'"megacid.data.labels_per_sample" is {data.labels_per_sample} and "megacid.loss.gamma" is {loss.gamma}, expected one label for the KL: set one of them to 1 or 0'
         )
     _check_source(block, defaults)
     needs_teacher = [
@@ -76,7 +76,7 @@ def check(block: Megacid, defaults: dict[str, dict[str, Any]]) -> None:
             '"megacid.data.labels" is null but the term cluster needs labels: name the output of tools/cluster.py'
         )
     if loss.temperature is not None and loss.temperature < 0.01:
-        raise UserError(f'"megacid.loss.temperature" is {loss.temperature}, wanted 0.01 or more (null: learned)')
+        raise UserError(f'"megacid.loss.temperature" is {loss.temperature}, expected 0.01 or more (null: learned)')
 
 
 FEATURE_TOWER = "feature-mlp"
@@ -85,12 +85,12 @@ _FOR_PAIRS = """data.teacher data.labels data.labels_per_sample data.keep data.a
 _FOR_FEATURES = "student.hidden student.layers".split()
 
 
-def _check_source(block: Megacid, defaults: dict[str, dict[str, Any]]) -> None:
+def _check_source(block: MegacidConfig, defaults: dict[str, dict[str, Any]]) -> None:
     """Shards with a CLIP student, or features with a feature tower; no key that the choice gives no effect."""
     data, student = block.data, block.student
     if (data.shards is None) == (data.features is None):
         found = "both null" if data.shards is None else f"both given ({data.shards!r}, {data.features!r})"
-        raise UserError(f'"megacid.data.shards" and "megacid.data.features" are {found}, wanted exactly one: '
+        raise UserError(f'"megacid.data.shards" and "megacid.data.features" are {found}, expected exactly one: '
                         "write the directory of the shards, or that of the feature vectors, and null for the other")  # fmt: skip
     if (data.features is not None) != (student.model == FEATURE_TOWER):
         wish = f'"{FEATURE_TOWER}"' if data.features is not None else "an open_clip model, or data.features"
@@ -110,11 +110,11 @@ def _check_source(block: Megacid, defaults: dict[str, dict[str, Any]]) -> None:
         return
     if student.embed_dim is None:
         raise UserError(
-            f'"megacid.student.embed_dim" is null, wanted the embedding width of {FEATURE_TOWER}: write it, 512 say'
+            f'"megacid.student.embed_dim" is null, expected the embedding width of {FEATURE_TOWER}: write it, 512 say'
         )
     if not block.loss.cluster:
         raise UserError(
-            f'"megacid.loss.cluster" is {block.loss.cluster}, wanted a weight above 0: it is the only term that features can have'
+            f'"megacid.loss.cluster" is {block.loss.cluster}, expected a weight above 0: it is the only term that features can have'
         )
     if block.classifier.init == "centroids":
         raise UserError(
@@ -133,5 +133,5 @@ def check_numbers(tree: dict[str, Any]) -> None:
         elif (isinstance(value, float) and not math.isfinite(value)) or (
             isinstance(value, int) and abs(value) >= 2**63
         ):
-            raise UserError(f'"{where}" is {value:.3g}, wanted a finite number below 2^63' if isinstance(value, float) else
-                            f'"{where}" is a number of {value.bit_length()} bits, wanted one below 2^63')  # fmt: skip
+            raise UserError(f'"{where}" is {value:.3g}, expected a finite number below 2^63' if isinstance(value, float) else
+                            f'"{where}" is a number of {value.bit_length()} bits, expected one below 2^63')  # fmt: skip

@@ -64,7 +64,7 @@ class FeatureSet(MappedRows):
     def _read_meta(self) -> dict[str, Any]:
         if not self.directory.is_dir():
             raise UserError(
-                f"there is no directory {self.directory}, wanted feature vectors: "
+                f"there is no directory {self.directory}, expected feature vectors: "
                 "make them with tools/synthesize.py features, or correct the path"
             )
         meta = read_meta(self.directory)
@@ -77,7 +77,7 @@ class FeatureSet(MappedRows):
             value = meta[name]
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
                 raise UserError(
-                    f"{self.directory}/meta.json has {name} {str(value)[:40]!r}, wanted a whole number above 0: {_AGAIN}"
+                    f"{self.directory}/meta.json has {name} {str(value)[:40]!r}, expected a whole number above 0: {_AGAIN}"
                 )
         return meta
 
@@ -106,7 +106,7 @@ def _map(path: Path, dtype: type[np.generic], shape: tuple[int | None, ...]) -> 
     if array.dtype != dtype or not fits:
         wanted = "(" + ", ".join("n" if w is None else str(w) for w in shape) + ")"
         raise UserError(
-            f"{path} is {array.dtype} {array.shape}, wanted {np.dtype(dtype)} {wanted} to fit meta.json and the other "
+            f"{path} is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {wanted} to fit meta.json and the other "
             f"file of the pair: {_AGAIN}"
         )
     return array

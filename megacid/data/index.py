@@ -34,7 +34,7 @@ from megacid.data.index_files import (
     save_table,
     stored_entries,
 )
-from megacid.data.lru import SmallCache
+from megacid.data.lru import LRUCache
 from megacid.data.tar_samples import COLUMN, Kind, scan_tar
 from megacid.errors import UserError
 from megacid.storage.atomic import file_sha256, read_json, write_json_atomic
@@ -58,7 +58,7 @@ class ShardIndex:
     digest: str
     shards: list[dict[str, Any]]
     in_memory: dict[int, ShardTable] | None = None
-    _tables: SmallCache[ShardTable] = field(default_factory=lambda: SmallCache(64), repr=False)
+    _tables: LRUCache[ShardTable] = field(default_factory=lambda: LRUCache(64), repr=False)
 
     @property
     def num_samples(self) -> int:
@@ -169,7 +169,7 @@ class ShardReader:
         self.index = index
         self.max_member_bytes = max_member_bytes
         self.max_open = max_open
-        self._open: SmallCache[int] = SmallCache(max_open, os.close)
+        self._open: LRUCache[int] = LRUCache(max_open, os.close)
 
     def read(self, shard: int, row: int, kind: Kind) -> bytes:
         """One member of one sample.
@@ -217,7 +217,7 @@ def _tars(root: Path) -> list[Path]:
     for path in tars:
         if not path.is_file():
             what = "a link to nothing" if path.is_symlink() and not path.exists() else "no regular file"
-            raise UserError(f"{path} is {what}, wanted a tar: restore it, or move it out of {root}")
+            raise UserError(f"{path} is {what}, expected a tar: restore it, or move it out of {root}")
     return tars
 
 

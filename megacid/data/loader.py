@@ -19,7 +19,7 @@ from megacid.data.batch import Batch, Positions
 from megacid.data.decode import MAX_PIXELS
 from megacid.data.index import ShardIndex
 from megacid.data.order import SampleOrder
-from megacid.data.pairs import Pairs, RowsOf
+from megacid.data.pairs import Pairs, UsableRows
 from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
 from megacid.data.workers import WorkersLost, watched, worker_start
 from megacid.errors import UserError
@@ -98,7 +98,7 @@ class PairStream:
         self.index, self.teacher, self.labels = index, teacher, labels
         self.workers, self.pin_memory, self.error_budget = workers, pin_memory, error_budget
         self.worker_timeout_s = worker_timeout_s
-        self._rows_of = RowsOf(index, keep)
+        self._rows_of = UsableRows(index, keep)
         counts = np.array([self._rows_of.count(shard) for shard in range(len(index.names))], np.int64)
         if counts.sum() < global_batch:
             raise UserError(

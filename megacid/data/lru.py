@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 V = TypeVar("V")
 
 
-class SmallCache(Generic[V]):
+class LRUCache(Generic[V]):
     """The last `size` values by key; `release` is called on what falls out. A pickled copy begins empty."""
 
     def __init__(self, size: int, release: Callable[[V], object] | None = None) -> None:

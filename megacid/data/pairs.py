@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from megacid.data.batch import Batch
 from megacid.data.decode import BadSample, decode_caption, decode_image
 from megacid.data.index import ShardIndex, ShardReader
-from megacid.data.lru import SmallCache
+from megacid.data.lru import LRUCache
 from megacid.data.order import SampleOrder, derive_key
 from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
 from megacid.errors import UserError
@@ -162,7 +162,7 @@ class Pairs(Dataset[Any]):
         return torch.from_numpy(image), None if text is None else torch.from_numpy(text)
 
 
-class RowsOf:
+class UsableRows:
     """Rows of a shard that take part: kept, and with a text.
 
     A class, not a closure, so that spawned workers can have it.
@@ -170,7 +170,7 @@ class RowsOf:
 
     def __init__(self, index: ShardIndex, keep: KeepTable | None) -> None:
         self.index, self.keep = index, keep
-        self._rows: SmallCache[np.ndarray] = SmallCache(64)
+        self._rows: LRUCache[np.ndarray] = LRUCache(64)
 
     def __call__(self, shard: int) -> np.ndarray:
         return self._rows.get(shard, lambda: self._find(shard))

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from megacid.data.decode import BadSample
 from megacid.data.index import ShardIndex
-from megacid.data.lru import SmallCache
+from megacid.data.lru import LRUCache
 from megacid.data.memmap import gather_rows
 from megacid.errors import UserError
 from megacid.storage.metadata import read_meta
@@ -52,7 +52,7 @@ def _fact(meta: dict[str, Any], directory: Path, name: str) -> int:
     value = meta.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
         raise UserError(
-            f"{directory}/meta.json has {name} {str(value)[:40]!r}, wanted a whole number above 0: make {directory} again"
+            f"{directory}/meta.json has {name} {str(value)[:40]!r}, expected a whole number above 0: make {directory} again"
         )
     return value
 
@@ -85,7 +85,7 @@ def _keys(table: pa.Table, column: str, path: Path) -> list[str]:
     """A column of keys. UserError when it is missing or holds no strings: nothing would ever match."""
     kind = table.schema.field(column).type if column in table.column_names else None
     if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise UserError(f"{path} has the column {column} of type {kind}, wanted strings: {_again(path)}")
+        raise UserError(f"{path} has the column {column} of type {kind}, expected strings: {_again(path)}")
     return list(table[column].to_pylist())
 
 
@@ -96,7 +96,7 @@ def _labels(table: pa.Table, column: str, keys: list[str], classes: int, path: P
         what = f"{values.null_count} nulls" if values.null_count else f"{values.type}"
         row = next((i for i, value in enumerate(values.to_pylist()) if not isinstance(value, int)), 0)
         named = f", the first one of sample {keys[row]}" if keys else ""
-        raise UserError(f"{path} has the column {column} with {what}{named}, wanted integers: {_again(path)}")
+        raise UserError(f"{path} has the column {column} with {what}{named}, expected integers: {_again(path)}")
     found = values.to_numpy()
     outside = (
         np.flatnonzero((found < -1) | (found >= classes))
@@ -157,13 +157,13 @@ class TeacherTable:
                 f"{directory} has no embeddings of {len(missing)} shards ({', '.join(missing[:5])}): "
                 "run tools/embed.py again"
             )
-        self._shards: SmallCache[_TeacherShard] = SmallCache(_OPEN_SHARDS)
+        self._shards: LRUCache[_TeacherShard] = LRUCache(_OPEN_SHARDS)
 
     def _checked_partitions(self) -> dict[str, int]:
         found = self.meta.get("partitions")
         if not isinstance(found, dict) or not all(isinstance(number, int) for number in found.values()):
             raise UserError(
-                f"{self.directory}/meta.json has partitions {str(found)[:40]!r}, wanted a number for every shard: "
+                f"{self.directory}/meta.json has partitions {str(found)[:40]!r}, expected a number for every shard: "
                 "run tools/embed.py again"
             )
         return found
@@ -225,7 +225,7 @@ class LabelTable:
         self.directory, self.index = Path(directory), index
         self.meta = _checked_meta(directory, index, "cluster")
         self.num_classes = _fact(self.meta, self.directory, "k")
-        self._shards: SmallCache[np.ndarray] = SmallCache(_OPEN_SHARDS)
+        self._shards: LRUCache[np.ndarray] = LRUCache(_OPEN_SHARDS)
         self._wanted = labels_per_sample
         # All shards as the first one, when nothing was asked for.
         self._wanted = self.labels_per_sample = self._labels(0).shape[1]
@@ -242,7 +242,7 @@ class LabelTable:
         names.sort(key=lambda name: int(name.removeprefix("label_")) if name != "label" else 0)
         if self._wanted is not None and len(names) < self._wanted:
             raise UserError(
-                f"{path} has {len(names)} labels per sample, wanted {self._wanted}: "
+                f"{path} has {len(names)} labels per sample, expected {self._wanted}: "
                 f"run tools/cluster.py with --top-labels {self._wanted}, or use fewer"
             )
         names = names[: self._wanted]
@@ -268,7 +268,7 @@ class KeepTable:
     def __init__(self, directory: str | Path, index: ShardIndex) -> None:
         self.directory, self.index = Path(directory), index
         self.meta = _checked_meta(directory, index, "balance")
-        self._shards: SmallCache[np.ndarray] = SmallCache(_OPEN_SHARDS)
+        self._shards: LRUCache[np.ndarray] = LRUCache(_OPEN_SHARDS)
         self.counts = np.array([np.count_nonzero(self._mask(shard)) for shard in range(len(index.names))], np.int64)
 
     def _mask(self, shard: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from megacid.distributed.parent_process import end_with_parent
+from megacid.distributed.parent_process import set_parent_death_signal
 
 _LOOK_EVERY_S = 0.5
 _FAREWELL_S = 5.0
@@ -40,7 +40,7 @@ def start_worker(parent: int, _: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         # torch's own look at the parent happens between two batches only: a worker that hangs would stay for ever.
-        end_with_parent(signal.SIGKILL)
+        set_parent_death_signal(signal.SIGKILL)
         if os.getppid() != parent:  # it ended before the line above
             os._exit(1)
     torch.set_num_threads(1)

@@ -41,7 +41,7 @@ def gradient_factor(group: Group, grad_reduction: GradReduction) -> int:
     """What the gradient at the student's outputs is multiplied by; see the module's docstring."""
     if grad_reduction not in ("mean", "sum"):
         raise ValueError(
-            f'grad_reduction is {grad_reduction!r}, wanted "mean" or "sum": take what the engine does with gradients'
+            f'grad_reduction is {grad_reduction!r}, expected "mean" or "sum": take what the engine does with gradients'
         )
     return world_size(group) if grad_reduction == "mean" else 1
 

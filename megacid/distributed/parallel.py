@@ -49,7 +49,7 @@ def _environment_int(name: str, default: int) -> int:
         return int(text)
     except ValueError:
         raise UserError(
-            f"environment variable {name} is {text!r}, wanted an integer: start through deepspeed or torchrun, or unset it"
+            f"environment variable {name} is {text!r}, expected an integer: start through deepspeed or torchrun, or unset it"
         ) from None
 
 
@@ -97,7 +97,7 @@ def init(timeout_s: float = DEFAULT_TIMEOUT_S, *, always: bool = False) -> Paral
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
                 raise UserError(
-                    f"port {os.environ.get('MASTER_PORT')} is in use on this host, wanted it free for the ranks to meet at {address}: choose another with --master_port"
+                    f"port {os.environ.get('MASTER_PORT')} is in use on this host, expected it free for the ranks to meet at {address}: choose another with --master_port"
                 ) from None
             raise
     return Parallel(rank, world, local_rank, device, dist.group.WORLD)

@@ -9,7 +9,7 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent(number: int) -> None:
+def set_parent_death_signal(number: int) -> None:
     """The kernel sends signal `number` to this process when the thread that started it ends, however it ends; Linux only."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
 """How an offline stage ends before it is done: asked to by a signal, or because another rank is gone.
 
 Everything a stage leaves on the way is whole, so that it may end anywhere; what has to be arranged is that no rank waits
-for one that has left. A rank that is asked to stop raises `Stopped` at its next poll, inside a block of `together`, and
+for one that has left. A rank that is asked to stop raises `Stopped` at its next poll, inside a block of `stop_together`, and
 all ranks leave that block with it. Blocks are long (the embedding of all tars is one), so the request also goes through
 a mark beside the output directory, which all ranks see: they poll it.
 """
@@ -110,7 +110,7 @@ class StopRequest:
         return self.code
 
     def poll(self) -> None:
-        """Raises Stopped when this rank or another was asked to stop. Called often, inside a block of `together`."""
+        """Raises Stopped when this rank or another was asked to stop. Called often, inside a block of `stop_together`."""
         if code := self.asked():
             raise Stopped(code)
 
@@ -130,7 +130,7 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def together(group: Group = None) -> Iterator[None]:
+def stop_together(group: Group = None) -> Iterator[None]:
     """`fail_together`, whose ranks also stop together: Stopped inside the block on one rank is Stopped on every rank."""
     code = 0
     with fail_together(group):

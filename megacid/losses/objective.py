@@ -58,7 +58,7 @@ class Objective:
         for name, value in self.weights.items():
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(
-                    f"weight of the {name} term is {value}, wanted a finite number >= 0: 0 leaves the term out"
+                    f"weight of the {name} term is {value}, expected a finite number >= 0: 0 leaves the term out"
                 )
         if not any(self.weights.values()):
             raise UserError(
@@ -70,7 +70,7 @@ class Objective:
                 "pass cluster_loss, or set the weight to 0"
             )
         if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
-            raise UserError(f"temperature is {temperature}, wanted > 0, or null for the learned one")
+            raise UserError(f"temperature is {temperature}, expected > 0, or null for the learned one")
         self.cluster_loss, self.temperature = cluster_loss, temperature
         self.group, self.grad_reduction = group, grad_reduction
 

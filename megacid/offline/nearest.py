@@ -191,7 +191,7 @@ def pad_rows(x_BD: Tensor, rows: int) -> Tensor:
 def check_backend(backend: str) -> None:
     if backend not in get_args(Backend):
         raise UserError(
-            f"backend is {backend!r}, wanted {', '.join(get_args(Backend)[:-1])} or {get_args(Backend)[-1]}"
+            f"backend is {backend!r}, expected {', '.join(get_args(Backend)[:-1])} or {get_args(Backend)[-1]}"
         )
     if backend == "faiss":
         try:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megacid.data.lru import SmallCache
+from megacid.data.lru import LRUCache
 from megacid.data.memmap import MappedRows
 from megacid.errors import UserError
 from megacid.offline.embed.partitions import PartitionFiles, partition_files
@@ -25,7 +25,7 @@ _OPEN_MAPS = 128
 _LENGTH_SLACK = 0.02  # of a unit vector in float16; the widest rows are off by less than 0.002
 
 
-def odd_row(x_BD: np.ndarray, *, zero_is_odd: bool, unit: bool) -> tuple[int, str] | None:
+def find_invalid_row(x_BD: np.ndarray, *, allow_zero: bool, unit: bool) -> tuple[int, str] | None:
     """(number, what is wrong with it) of the first row that holds NaN or infinity, is zero, or (unit) has not length 1.
 
     x_BD: fp32. None when all rows are as they should be.
@@ -34,7 +34,7 @@ def odd_row(x_BD: np.ndarray, *, zero_is_odd: bool, unit: bool) -> tuple[int, st
         return None
     peak = np.abs(x_BD).max(axis=1)
     bad = ~np.isfinite(peak)
-    if zero_is_odd:
+    if not allow_zero:
         bad |= peak == 0
     length = np.sqrt(np.einsum("bd,bd->b", x_BD, x_BD, dtype=np.float64)) if unit else peak
     if unit:
@@ -112,7 +112,7 @@ class _Maps(Sequence[np.ndarray]):
 
     def __init__(self, count: int, map_one: Callable[[int], np.ndarray]) -> None:
         self._count, self._map_one = count, map_one
-        self._open: SmallCache[np.ndarray] = SmallCache(_OPEN_MAPS)
+        self._open: LRUCache[np.ndarray] = LRUCache(_OPEN_MAPS)
 
     def __len__(self) -> int:
         return self._count
@@ -194,7 +194,7 @@ class EmbeddingRows(MappedRows):
         array = load_npy(path, "run tools/embed.py again, it redoes what is missing")
         if array.ndim != 2 or array.shape[1] != dim or array.dtype.kind != "f":
             raise UserError(
-                f"{path} is {array.dtype} of shape {array.shape}, wanted floating point and (n, {dim}), the width in "
+                f"{path} is {array.dtype} of shape {array.shape}, expected floating point and (n, {dim}), the width in "
                 "meta.json: run tools/embed.py again, it redoes what does not fit"
             )
         return array

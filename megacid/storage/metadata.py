@@ -46,7 +46,7 @@ def read_meta(directory: str | Path, expect: str | None = None) -> dict[str, Any
     tool = f"tools/{expect}.py" if expect else "its tool"
     if not directory.is_dir():
         raise UserError(
-            f"there is no directory {directory}, wanted the output of {tool}: run {tool} first, or correct the path"
+            f"there is no directory {directory}, expected the output of {tool}: run {tool} first, or correct the path"
         )
     try:
         meta = json.loads((directory / "meta.json").read_text())
@@ -58,10 +58,10 @@ def read_meta(directory: str | Path, expect: str | None = None) -> dict[str, Any
         raise UserError(f"{directory / 'meta.json'} is not JSON ({error}): run {tool} again") from None
     if not isinstance(meta, dict):
         raise UserError(
-            f"{directory / 'meta.json'} holds {type(meta).__name__}, wanted a block {{...}}: run {tool} again"
+            f"{directory / 'meta.json'} holds {type(meta).__name__}, expected a block {{...}}: run {tool} again"
         )
     if expect is not None and meta.get("made_by") != expect:
         raise UserError(
-            f"{directory} was made by {meta.get('made_by')!r}, wanted a directory made by {expect!r}: correct the path"
+            f"{directory} was made by {meta.get('made_by')!r}, expected a directory made by {expect!r}: correct the path"
         )
     return dict(meta)

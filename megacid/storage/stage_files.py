@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from megacid.errors import UserError
-from megacid.failpoints import probe
+from megacid.failpoints import failpoint
 from megacid.storage.atomic import atomic_path, read_json, write_json_atomic
 from megacid.storage.metadata import read_meta
 from megacid.storage.npy import load_npy, write_npy
@@ -43,7 +43,7 @@ def writing(path: Path) -> Iterator[Path]:
     """`atomic_path` with `disk_errors`: yields the temporary name; no reading inside."""
     with disk_errors(path), atomic_path(path) as temporary:
         yield temporary
-        probe("offline:file", path=path)
+        failpoint("offline:file", path=path)
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
@@ -67,7 +67,7 @@ def read_array(path: Path, shape: tuple[int | None, ...], kind: str) -> np.ndarr
     return array if fits and array.dtype.kind == kind else None
 
 
-def sweep(out: Path) -> None:
+def remove_temporary_files(out: Path) -> None:
     """Remove the temporary files that a killed run left in a stage directory and the folders in it."""
     for pattern in (".tmp-*", "*/.tmp-*"):
         for path in out.glob(pattern):
@@ -92,7 +92,7 @@ def staged_folder(out: Path) -> Iterator[Path]:
         stage.mkdir(parents=True)
         try:
             yield stage
-            probe("offline:folder", path=out)
+            failpoint("offline:folder", path=out)
             if out.exists():
                 shutil.rmtree(out)
             os.replace(stage, out)
@@ -141,7 +141,7 @@ class PartialResults:
             shutil.rmtree(self.folder, ignore_errors=True)
             with disk_errors(path):
                 write_json_atomic(path, self.fingerprint)
-        sweep(self.folder)
+        remove_temporary_files(self.folder)
 
     def json(self, name: str) -> Any:
         """What was stored under that name; None when it is missing or damaged."""

@@ -13,7 +13,7 @@ from typing import IO
 from megacid.distributed.collectives import Group
 from megacid.distributed.consensus import any_rank
 from megacid.distributed.parallel import launched
-from megacid.distributed.parent_process import end_with_parent
+from megacid.distributed.parent_process import set_parent_death_signal
 from megacid.errors import UserError
 
 
@@ -58,9 +58,9 @@ class Lifecycle:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.ask()
+        self.request_stop()
 
-    def ask(self) -> None:
+    def request_stop(self) -> None:
         """Ask to stop after the step under way; again changes nothing: a save under way ends first."""
         self.asked = True
 
@@ -75,7 +75,7 @@ def die_with_parent() -> None:
     Not without a launcher: a shell that is left must not end what was started with nohup.
     """
     if launched():
-        end_with_parent(signal.SIGTERM)
+        set_parent_death_signal(signal.SIGTERM)
 
 
 def _process(pid: int) -> tuple[int, str, str] | None:

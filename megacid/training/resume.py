@@ -57,7 +57,7 @@ def _go_back(directory: Path, chosen: Path) -> None:
             log.warning("going back to step %d: %s is moved to %s, remove it when it is not needed", start, path, aside)
 
 
-class Continuity:
+class ResumeLossCheck:
     """The loss of the first step after each checkpoint, kept beside it: a resumed run must meet the same one.
 
     It catches what no checksum can: state that was never saved, or saved under the wrong name. Rank 0 only.

@@ -45,7 +45,7 @@ def _code_version() -> str | None:
     return asked.stdout.strip() or None
 
 
-def check_drift(run: RunFile, directory: Path) -> None:
+def check_same_settings(run: RunFile, directory: Path) -> None:
     """UserError with a diff when the directory belongs to a run with other settings."""
     try:
         resolved = json.loads((directory / "config.json").read_text())["resolved"]

@@ -15,14 +15,14 @@ from megacid.classifier import PartialFC, RowAdamW, RowSGD
 from megacid.config.schema import RunFile
 from megacid.distributed.collectives import barrier
 from megacid.distributed.parallel import Parallel
-from megacid.failpoints import probe
+from megacid.failpoints import failpoint
 from megacid.losses import Objective
 from megacid.models.feature_tower import FeatureTower
 from megacid.models.student import Student
 from megacid.training.components import Data, make_classifier, make_objective, make_student, open_data, together
 from megacid.training.guard import Guard
 from megacid.training.memory import memory_estimate
-from megacid.training.run_settings import check_drift, write_config
+from megacid.training.run_settings import check_same_settings, write_config
 from megacid.training.schedule import parameter_groups
 
 log = logging.getLogger("megacid")
@@ -77,8 +77,8 @@ def build(run: RunFile, parallel: Parallel) -> Parts:
     student = together(lambda: make_student(run, data), parallel)
     run = run.with_embed_dim(student.embed_dim)
     # The question is part of the block: ranks that see other files must not part over a collective.
-    together(lambda: check_drift(run, run.directory) if store.list_steps(run.directory) else None, parallel)
-    probe("start:building", step=0)
+    together(lambda: check_same_settings(run, run.directory) if store.list_steps(run.directory) else None, parallel)
+    failpoint("start:building", step=0)
     head, row_optimizer = together(lambda: make_classifier(run, data, student.embed_dim, parallel), parallel)
     objective = make_objective(run, head, parallel)
     student.to(parallel.device)

@@ -360,7 +360,7 @@ def test_step_once_compared_with_itself(
     assert all(len(row["seconds"]) == 7 and "peak_extra_bytes" in row for row in rows.values())
     assert "MISSED" in capsys.readouterr().out
     old = suite.read_report(out, "step")
-    with pytest.raises(UserError, match="is of suite step, wanted scale"):
+    with pytest.raises(UserError, match="is of suite step, expected scale"):
         suite.read_report(out, "scale")
     old["arguments"]["repeats"] = 9
     suite.print_comparison(json.loads(out.read_text()), old)

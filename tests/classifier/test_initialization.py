@@ -151,11 +151,11 @@ def test_a_matrix_of_another_size_is_refused_with_both_sizes(tmp_path: Path) -> 
     for name, source in sources(tmp_path).items():
         if isinstance(source, Path) and source.is_dir():
             count = {"a": 3, "b": 3, "c": 5, "d": 12, "e": 4, "f": 1}[source.name]
-            refused(source, f"holds 23 classes in {count} files, wanted num_classes = 24", (24, D))
-            refused(source, r"has width 6, wanted embed_dim = 7", (C, 7))
+            refused(source, f"holds 23 classes in {count} files, expected num_classes = 24", (24, D))
+            refused(source, r"has width 6, expected embed_dim = 7", (C, 7))
         else:
             for shape in ((24, D), (C, 7)):
-                said = refused(source, re.escape(f"shape (23, 6), wanted {shape} = (num_classes, embed_dim)"), shape)
+                said = refused(source, re.escape(f"shape (23, 6), expected {shape} = (num_classes, embed_dim)"), shape)
                 assert not isinstance(source, str | Path) or str(source) in said, name
     refused(matrix().ravel(), r"shape \(138,\)")
 
@@ -166,10 +166,10 @@ def test_every_rank_sees_a_wrong_file_of_another_rank(tmp_path: Path) -> None:
     parts[0], parts[3] = parts[3], parts[0]  # 6 and 5 rows
     folder = in_files(tmp_path / "swapped", "softmax_fc_gpu_{}.pt", parts, state_dict)
     for part in ((0, 3), (22, 23)):
-        refused(folder, r"softmax_fc_gpu_0\.pt has 5 rows, wanted 6 of 23 classes over 4 ranks", part=part)
+        refused(folder, r"softmax_fc_gpu_0\.pt has 5 rows, expected 6 of 23 classes over 4 ranks", part=part)
     parts = [*shards(3)[:2], shards(3)[2][:, :4].clone()]
     folder = in_files(tmp_path / "narrow", "softmax_fc_gpu_{}.pt", parts, state_dict)
-    refused(folder, r"softmax_fc_gpu_2\.pt has width 4, wanted embed_dim = 6")
+    refused(folder, r"softmax_fc_gpu_2\.pt has width 4, expected embed_dim = 6")
     parts = [*shards(3)[:2], shards(3)[2].long()]
     folder = in_files(tmp_path / "whole", "softmax_fc_gpu_{}.pt", parts, lambda part: part)
     refused(folder, r"softmax_fc_gpu_2\.pt holds torch\.int64")
@@ -181,12 +181,12 @@ def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     refused(folder, r"4 files up to rank 4, but none of rank 2: .* copy checkpoint_gpu_2\.pt")
     (folder / "checkpoint_gpu_3.pt").unlink()
     (folder / "checkpoint_gpu_4.pt").unlink()
-    refused(folder, r"holds 10 classes in 2 files, wanted num_classes = 23: .*all its ranks")
+    refused(folder, r"holds 10 classes in 2 files, expected num_classes = 23: .*all its ranks")
 
 
 def test_a_directory_without_or_with_two_kinds_of_files_is_refused(tmp_path: Path) -> None:
     folder = in_files(tmp_path / "x", "softmax_fc_gpu_{}.pt", [], state_dict)
-    refused(folder, r"has no per-rank files, only .*training\.log.*, wanted one of softmax_fc_gpu_\{\}\.pt")
+    refused(folder, r"has no per-rank files, only .*training\.log.*, expected one of softmax_fc_gpu_\{\}\.pt")
     torch.save(matrix(), folder / "softmax_fc_gpu_0.pt")
     assert torch.equal(given_rows(folder, 0, C, SHAPE), matrix())
     torch.save(checkpoint(matrix()), folder / "checkpoint_gpu_0.pt")
@@ -210,7 +210,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path: Path) -> None:
     folder = in_files(tmp_path / "x", "softmax_fc_gpu_{}.pt", shards(2), lambda part: {"weight": part})
     torch.save(trapped, folder / "softmax_fc_gpu_1.pt")
     np.save(tmp_path / "trap.npy", np.array([Trap(sprung)], dtype=object), allow_pickle=True)
-    says = r"holds (posix|nt)\.mkdir, wanted only tensors and plain values.*save its \"weight\" alone"
+    says = r"holds (posix|nt)\.mkdir, expected only tensors and plain values.*save its \"weight\" alone"
     refused(tmp_path / "trap.pt", says)
     refused(folder, r"softmax_fc_gpu_1\.pt " + says)
     refused(tmp_path / "trap.npy", r"not a readable \.npy file")
@@ -255,24 +255,24 @@ def test_the_first_row_that_is_not_finite_is_named_by_its_global_number(tmp_path
 
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "w.bin").write_bytes(b"1")
-    refused(tmp_path / "w.bin", r"ends in '\.bin', wanted a \.npy, \.safetensors or \.pt file, or a directory")
-    refused("centriods", r"init 'centriods' does not exist, wanted a \.npy")
+    refused(tmp_path / "w.bin", r"ends in '\.bin', expected a \.npy, \.safetensors or \.pt file, or a directory")
+    refused("centriods", r"init 'centriods' does not exist, expected a \.npy")
     save_file({"a": matrix(), "b": matrix() + 1}, tmp_path / "two.safetensors")
-    refused(tmp_path / "two.safetensors", r'holds a, b, wanted one 2-d tensor.*"weight" or "centroids"')
+    refused(tmp_path / "two.safetensors", r'holds a, b, expected one 2-d tensor.*"weight" or "centroids"')
     save_file({"weight": matrix(), "centroids": matrix() + 1}, tmp_path / "both.safetensors")
-    refused(tmp_path / "both.safetensors", "holds centroids, weight, wanted one 2-d tensor")
+    refused(tmp_path / "both.safetensors", "holds centroids, weight, expected one 2-d tensor")
     torch.save({"epoch": 1, "state_dict_backbone": {}}, tmp_path / "backbone.pt")
-    refused(tmp_path / "backbone.pt", r'holds epoch, state_dict_backbone, wanted "weight"')
+    refused(tmp_path / "backbone.pt", r'holds epoch, state_dict_backbone, expected "weight"')
     torch.save({"state_dict_softmax_fc": {"kernel": matrix()}}, tmp_path / "named.pt")
-    refused(tmp_path / "named.pt", r'"state_dict_softmax_fc" holds kernel, wanted "weight"')
+    refused(tmp_path / "named.pt", r'"state_dict_softmax_fc" holds kernel, expected "weight"')
     torch.save({"weight": torch.zeros(3)}, tmp_path / "flat.pt")
-    refused(tmp_path / "flat.pt", r'"weight" is shape \(3,\), wanted a tensor \[classes, width\]')
+    refused(tmp_path / "flat.pt", r'"weight" is shape \(3,\), expected a tensor \[classes, width\]')
     torch.save([1, 2], tmp_path / "list.pt")
-    refused(tmp_path / "list.pt", "is list, wanted a tensor")
+    refused(tmp_path / "list.pt", "is list, expected a tensor")
     np.save(tmp_path / "labels.npy", np.zeros(SHAPE, dtype=np.int64))
-    refused(tmp_path / "labels.npy", "holds int64, wanted floating-point")
+    refused(tmp_path / "labels.npy", "holds int64, expected floating-point")
     save_file({"w": torch.zeros(SHAPE, dtype=torch.int64)}, tmp_path / "labels.safetensors")
-    refused(tmp_path / "labels.safetensors", "holds I64, wanted floating-point")
+    refused(tmp_path / "labels.safetensors", "holds I64, expected floating-point")
 
 
 def test_only_the_own_rows_of_a_file_pass_through_memory(tmp_path: Path) -> None:

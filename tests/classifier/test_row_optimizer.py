@@ -155,7 +155,7 @@ def test_init_from_file_takes_the_rows_and_refuses_what_does_not_fit(tmp_path: P
         torch.as_tensor(w),
     ):
         assert np.array_equal(PartialFC(9, 4, init=init).weight.numpy(), w)
-    with pytest.raises(UserError, match=r"shape \(9, 4\), wanted \(8, 4\)"):
+    with pytest.raises(UserError, match=r"shape \(9, 4\), expected \(8, 4\)"):
         PartialFC(8, 4, init=tmp_path / "c.npy")
     with pytest.raises(UserError, match=r"nothing\.npy"):
         PartialFC(9, 4, init=tmp_path / "nothing.npy")
@@ -176,11 +176,11 @@ def test_training_does_not_write_into_the_array_it_started_from() -> None:
 def test_a_state_of_another_size_is_refused_and_changes_nothing() -> None:
     head, other = PartialFC(5, 3, seed=1), PartialFC(6, 3, seed=2)
     opt, before = RowAdamW(head), head.weight.clone()
-    with pytest.raises(UserError, match="has 6 rows, wanted 5"):
+    with pytest.raises(UserError, match="has 6 rows, expected 5"):
         head.load_full_state(other.full_state())
     with pytest.raises(UserError, match="'exp_avg'"):
         opt.load_full_state({"velocity": torch.zeros(5, 3)})
-    with pytest.raises(UserError, match=r"shape \(5, 2\), wanted \(5, 3\)"):
+    with pytest.raises(UserError, match=r"shape \(5, 2\), expected \(5, 3\)"):
         head.load_state_rows(lambda name, start, stop: torch.zeros(stop - start, 2))
     assert torch.equal(head.weight, before)
 
@@ -507,12 +507,12 @@ def test_a_state_of_the_other_lazy_mode_and_unknown_words_are_refused() -> None:
     head = PartialFC(5, 3)
     with pytest.raises(UserError, match="no 'missed_steps'"):
         RowAdamW(head, lazy="decay").load_full_state(RowAdamW(head).full_state())
-    with pytest.raises(UserError, match="moments is 'fp16', wanted 'fp32' or 'bf16'"):
+    with pytest.raises(UserError, match="moments is 'fp16', expected 'fp32' or 'bf16'"):
         RowAdamW(head, moments="fp16")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="lazy is 'yes', wanted 'none' or 'decay'"):
+    with pytest.raises(UserError, match="lazy is 'yes', expected 'none' or 'decay'"):
         RowSGD(head, lazy="yes")  # type: ignore[arg-type]
     head(torch.randn(2, 3), torch.tensor([0, 1])).backward()
     before = head.weight.clone()
-    with pytest.raises(UserError, match=r"2\.0 \* 0\.5 = 1\.0, wanted less than 1"):
+    with pytest.raises(UserError, match=r"2\.0 \* 0\.5 = 1\.0, expected less than 1"):
         RowAdamW(head, lr=2.0, weight_decay=0.5, lazy="decay").step()
     assert torch.equal(head.weight, before)

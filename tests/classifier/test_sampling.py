@@ -168,7 +168,7 @@ def test_labels_may_stay_on_the_host_and_are_left_as_they_are() -> None:
 
 @pytest.mark.parametrize("value", [-2, 40, 2**40])
 def test_a_label_out_of_range_is_named(value: int) -> None:
-    with pytest.raises(UserError, match=rf"label {value} is out of range, wanted -1 \(none\) or 0 to 39"):
+    with pytest.raises(UserError, match=rf"label {value} is out of range, expected -1 \(none\) or 0 to 39"):
         PartialFC(40, 4, sample_rate=0.2)(torch.randn(3, 4), torch.tensor([0, value, 39]))
 
 

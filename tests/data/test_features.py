@@ -94,7 +94,7 @@ def test_a_label_out_of_range_is_a_failure_that_names_its_row(folder: Path, tmp_
     first = next(i for i, batch in enumerate(batches) if batch.failure)
     assert len(batches) == 6 and first < 3 and {batch.failure for batch in batches[:first]} <= {None}
     for batch in batches[first:]:
-        assert batch.failure and "labels_00001.npy row 3 has label 5, wanted 0 .. 4" in batch.failure
+        assert batch.failure and "labels_00001.npy row 3 has label 5, expected 0 .. 4" in batch.failure
         assert batch.image.shape == (8, DIM) and batch.label is not None and batch.label.tolist() == [-1] * 8
     assert 12 in batches[first].sample_id.tolist() and batches[first].image.any()
     assert not any(batch.image.any() for batch in batches[first + 1 :])
@@ -133,11 +133,11 @@ def spoil(root: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        ("label dtype", "labels_00001.npy is int64 (7,), wanted int32 (7)"),
-        ("rows", "labels_00001.npy is int32 (6,), wanted int32 (7)"),
+        ("label dtype", "labels_00001.npy is int64 (7,), expected int32 (7)"),
+        ("rows", "labels_00001.npy is int32 (6,), expected int32 (7)"),
         ("missing", "labels_00001.npy is not a readable .npy array"),
-        ("feature dtype", "features_00001.npy is float32 (7, 3), wanted float16 (n, 3)"),
-        ("width", "features_00001.npy is float16 (7, 4), wanted float16 (n, 3)"),
+        ("feature dtype", "features_00001.npy is float32 (7, 3), expected float16 (n, 3)"),
+        ("width", "features_00001.npy is float16 (7, 4), expected float16 (n, 3)"),
         ("torn", "features_00001.npy is not a readable .npy array"),
         ("other tool", "was made by 'embed' and holds no class-labelled features"),
         ("unfinished", "has no meta.json"),
@@ -215,8 +215,8 @@ RUN: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("data.shards=tars", "are both given ('tars', 'somewhere'), wanted exactly one"),
-        ("data.features=null", "are both null, wanted exactly one"),
+        ("data.shards=tars", "are both given ('tars', 'somewhere'), expected exactly one"),
+        ("data.features=null", "are both null, expected exactly one"),
         ("data.teacher=t", "\"megacid.data.teacher\" is 't', which has no meaning with data.features: write null"),
         ("data.labels=l", "\"megacid.data.labels\" is 'l', which has no meaning with data.features: write null"),
         ("data.keep=k", '"megacid.data.keep" is'),
@@ -224,15 +224,15 @@ RUN: dict[str, Any] = {
         ("data.workers=2", '"megacid.data.workers" is 2, which has no meaning with data.features: write 0'),
         ("student.grad_checkpointing=true", "write false, or leave it out"),
         ("student.image_size=32", '"megacid.student.image_size" is 32'),
-        ("student.embed_dim=null", '"megacid.student.embed_dim" is null, wanted the embedding width'),
+        ("student.embed_dim=null", '"megacid.student.embed_dim" is null, expected the embedding width'),
         ("student.model=ViT-B-32", 'but the data are features: write "feature-mlp"'),
         ("loss.contrastive=1", '"megacid.loss.contrastive" is 1.0, which has no meaning'),
         ("loss.mse=1", '"megacid.loss.mse" is 1.0'),
         ("loss.beta=0.5", '"megacid.loss.beta" is 0.5'),
         ("loss.gamma=0.5", '"megacid.loss.gamma" is 0.5'),
         ("classifier.init=centroids", 'but data.features has none: write "random"'),
-        ("student.hidden=0", '"megacid.student.hidden" is 0, wanted above 0'),
-        ("student.layers=-1", '"megacid.student.layers" is -1, wanted 0 or more'),
+        ("student.hidden=0", '"megacid.student.hidden" is 0, expected above 0'),
+        ("student.layers=-1", '"megacid.student.layers" is -1, expected 0 or more'),
     ],
 )
 def test_a_run_file_that_asks_features_for_what_they_lack_is_refused(tmp_path: Path, change: str, said: str) -> None:

@@ -582,7 +582,7 @@ def test_feature_labels_out_of_range_are_a_failure_that_names_the_row(tmp_path: 
     values = np.zeros(16, np.int32)
     values[11] = label
     save(folder / "labels" / "labels_00000.npy", values)
-    with pytest.raises(UserError, match=rf"labels_00000.npy row 11 has label {label}, wanted 0 .. 4"):
+    with pytest.raises(UserError, match=rf"labels_00000.npy row 11 has label {label}, expected 0 .. 4"):
         read_features(folder)
 
 
@@ -590,5 +590,5 @@ def test_feature_labels_out_of_range_are_a_failure_that_names_the_row(tmp_path: 
 def test_feature_labels_of_another_type_are_refused(tmp_path: Path, kind: type) -> None:
     folder = features(tmp_path / "features")
     save(folder / "labels" / "labels_00000.npy", np.zeros(16, kind))
-    with pytest.raises(UserError, match=r"labels_00000.npy is .*, wanted int32"):
+    with pytest.raises(UserError, match=r"labels_00000.npy is .*, expected int32"):
         read_features(folder)

@@ -280,7 +280,9 @@ def test_a_shard_that_is_no_file_is_named_not_passed_over(tmp_path: Path, kind: 
     else:
         odd.symlink_to(odd)
     for allow_bad in (False, True):
-        with pytest.raises(UserError, match=r"00003.tar is (a link to nothing|no regular file), wanted a tar: restore"):
+        with pytest.raises(
+            UserError, match=r"00003.tar is (a link to nothing|no regular file), expected a tar: restore"
+        ):
             load_index(tmp_path / "shards", allow_bad=allow_bad)
 
 
@@ -365,6 +367,6 @@ def test_a_label_that_one_rank_meets_ends_all_ranks_together(tmp_path: Path, cap
     codes = toy.train_toy(2, toy.run_file(tmp_path, "bad"), plan=FaultPlan(), timeout_s=60)
     assert codes == [66, 66]
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and f"{path.name} row {row} has label {toy.CLASSES}, wanted 0 .. 1000" in said[0]
+    assert len(said) == 1 and f"{path.name} row {row} has label {toy.CLASSES}, expected 0 .. 1000" in said[0]
     # What was learned before the bad step is kept.
     assert (tmp_path / "runs" / "bad" / "step-00000009").is_dir()

@@ -105,7 +105,7 @@ def test_several_labels_per_sample_keep_their_order(tmp_path: Path, index: Shard
     nearest = LabelTable(tmp_path / "c", index, labels_per_sample=2)
     assert nearest.labels_per_sample == 2 and nearest.rows(0, np.array([2, 0])).tolist() == [[7, 1], [3, -1]]
     assert LabelTable(tmp_path / "c", index, labels_per_sample=1).rows(0, np.array([2, 0])).tolist() == [7, 3]
-    with pytest.raises(UserError, match="has 4 labels per sample, wanted 5"):
+    with pytest.raises(UserError, match="has 4 labels per sample, expected 5"):
         LabelTable(tmp_path / "c", index, labels_per_sample=5)
 
 

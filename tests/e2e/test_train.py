@@ -152,8 +152,8 @@ def test_several_labels_per_sample_train_and_need_labels_that_were_written(
     one = pipeline.run_file("one", data__labels=str(clusters), loss__gamma=0.0)  # the nearest of the three alone
     run_train(1, one, "--stop-after", "1", expect=143)
     for name, changes, said in (
-        ("many", {"data__labels_per_sample": 4, "loss__gamma": 0.0}, "has 3 labels per sample, wanted 4"),
-        ("kl", {"data__labels_per_sample": 3}, '"megacid.loss.gamma" is 0.5, wanted one label for the KL'),
+        ("many", {"data__labels_per_sample": 4, "loss__gamma": 0.0}, "has 3 labels per sample, expected 4"),
+        ("kl", {"data__labels_per_sample": 3}, '"megacid.loss.gamma" is 0.5, expected one label for the KL'),
     ):
         run_train(1, pipeline.run_file(name, data__labels=str(clusters), **changes), "--dry-run", expect=2)
         assert said in capfd.readouterr().err
@@ -215,8 +215,8 @@ BAD = {
     "unknown key": (["--set", "classifier.sample_rat=0.1"], 'did you mean "sample_rate"'),
     "mistyped DeepSpeed key": (["--set", "train_batch_sise=8"], 'did you mean "train_batch_size"'),
     "mistyped ZeRO key": (["--set", "zero_optimization.stag=1"], 'did you mean "stage"'),
-    "wrong type": (["--set", "run.total_steps=many"], "'many' (str), wanted int"),
-    "out of range": (["--set", "classifier.sample_rate=1.5"], "is 1.5, wanted 1 at most"),
+    "wrong type": (["--set", "run.total_steps=many"], "'many' (str), expected int"),
+    "out of range": (["--set", "classifier.sample_rate=1.5"], "is 1.5, expected 1 at most"),
     "batches": (["--set", "train_micro_batch_size_per_gpu=5"], "wanted train_batch_size 16"),
     "fp16": (["--set", 'fp16={"enabled": true}'], "wanted bf16 or fp32"),
     "no clipping": (["--set", "gradient_clipping=auto"], "is \"auto\""),

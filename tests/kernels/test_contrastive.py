@@ -105,8 +105,8 @@ def test_only_what_is_asked_for_gets_a_gradient_and_16_bits_are_computed_in_32()
     [
         ({"other_GD": torch.ones(4, 3)}, r"anchor is \(2, 2\) and other \(4, 3\)"),
         ({"start": 3}, "start is 3 with 2 anchors and 4 candidates"),
-        ({"scale": torch.ones(1)}, r"scale is \(1,\), wanted a 0-d tensor"),
-        ({"memory_budget_bytes": 0}, "memory_budget_bytes is 0, wanted > 0"),
+        ({"scale": torch.ones(1)}, r"scale is \(1,\), expected a 0-d tensor"),
+        ({"memory_budget_bytes": 0}, "memory_budget_bytes is 0, expected > 0"),
         ({"impl": "cuda"}, "impl is 'cuda'"),
     ],
 )

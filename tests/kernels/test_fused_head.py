@@ -675,25 +675,25 @@ def test_tensors_that_cannot_be_used_are_refused_by_name(device: str) -> None:
     x, w, slot, own = samples(4, 10, 16, 1, torch.float16).to(device)
     fine: dict[str, Any] = {"scale": 64.0, "shift": 0.0}
     hidden = torch.zeros(4, 10, dtype=torch.bool, device=device)
-    with pytest.raises(ValueError, match=r"w is torch.float32, wanted torch.float16"):
+    with pytest.raises(ValueError, match=r"w is torch.float32, expected torch.float16"):
         exponentials(x, w.float(), slot, own, **fine)
-    with pytest.raises(ValueError, match=r"slot is torch.int32, wanted torch.int64"):
+    with pytest.raises(ValueError, match=r"slot is torch.int32, expected torch.int64"):
         exponentials(x, w, slot.int(), own, **fine)
-    with pytest.raises(ValueError, match="scale is 0, wanted a finite number > 0"):
+    with pytest.raises(ValueError, match="scale is 0, expected a finite number > 0"):
         exponentials(x, w, slot, own, scale=0, shift=0.0)
     with pytest.raises(ValueError, match="threshold and hidden are both given"):
         exponentials(x, w, slot, own, **fine, threshold=0.5, hidden_bS=hidden)
     with pytest.raises(ValueError, match=r"hidden has strides .* and ends in its last row"):
         exponentials(x, w, slot, own, **fine, hidden_bS=torch.zeros(63, dtype=torch.bool, device=device).as_strided((4, 10), (17, 1)))  # fmt: skip
-    with pytest.raises(ValueError, match=r"cos is torch.bfloat16, wanted torch.float16 or torch.float32"):
+    with pytest.raises(ValueError, match=r"cos is torch.bfloat16, expected torch.float16 or torch.float32"):
         exponentials_(x.bfloat16() @ w.bfloat16().T, slot, own, **fine)
     with pytest.raises(ValueError, match=r"cos has strides \(1, 4\)"):
         exponentials_((w @ x.T).T, slot, own, **fine)
-    with pytest.raises(ValueError, match=r"c has 0 rows, wanted at least 1"):
+    with pytest.raises(ValueError, match=r"c has 0 rows, expected at least 1"):
         nearest(x, w[:0])
-    with pytest.raises(ValueError, match="precision is 'tf32', wanted one of"):
+    with pytest.raises(ValueError, match="precision is 'tf32', expected one of"):
         nearest(x, w, precision="tf32")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="depth of a tile is 48, wanted a power of two"):
+    with pytest.raises(ValueError, match="depth of a tile is 48, expected a power of two"):
         dataclasses.replace(SMALL, depth=48)
 
 

@@ -51,7 +51,7 @@ if not INTERPRET:
         assert_holds_in_the_interpreter(__file__)
 
     def test_a_cpu_without_the_interpreter_is_refused() -> None:
-        with pytest.raises(ValueError, match="the tensors are on the cpu, wanted a GPU"):
+        with pytest.raises(ValueError, match="the tensors are on the cpu, expected a GPU"):
             unit_rows(torch.ones(2, 3))
 
 
@@ -302,42 +302,42 @@ def test_no_rows_are_no_work(device: str) -> None:
 def test_what_cannot_be_used_is_named() -> None:
     w, g, column = torch.ones(4, 6), torch.ones(2, 6), torch.ones(2)
     rows = torch.tensor([0, 3])
-    with pytest.raises(ValueError, match=r"w has strides \(1, 4\) for shape \[4, 6\], wanted it contiguous"):
+    with pytest.raises(ValueError, match=r"w has strides \(1, 4\) for shape \[4, 6\], expected it contiguous"):
         unit_rows(torch.ones(6, 4).T)
-    with pytest.raises(ValueError, match=r"w is torch\.float64, wanted torch\.float32"):
+    with pytest.raises(ValueError, match=r"w is torch\.float64, expected torch\.float32"):
         unit_rows(w.double())
-    with pytest.raises(ValueError, match=r"w is \[4, 0\], wanted \[rows, width >= 1\]"):
+    with pytest.raises(ValueError, match=r"w is \[4, 0\], expected \[rows, width >= 1\]"):
         unit_rows(w[:, :0])
-    with pytest.raises(ValueError, match=r"rows is torch\.int32, wanted torch\.int64"):
+    with pytest.raises(ValueError, match=r"rows is torch\.int32, expected torch\.int64"):
         unit_rows(w, rows.int())
-    with pytest.raises(ValueError, match=r"dtypes is \(torch\.float64,\), wanted one or two of"):
+    with pytest.raises(ValueError, match=r"dtypes is \(torch\.float64,\), expected one or two of"):
         unit_rows(w, rows, (torch.float64,))
-    with pytest.raises(ValueError, match=r"unit is \[4, 6\], wanted \[2, 6\]"):
+    with pytest.raises(ValueError, match=r"unit is \[4, 6\], expected \[2, 6\]"):
         through_norm_(g, w, column)
-    with pytest.raises(ValueError, match=r"inverse is \[3\], wanted \[2\] or \[2, 1\]"):
+    with pytest.raises(ValueError, match=r"inverse is \[3\], expected \[2\] or \[2, 1\]"):
         through_norm_(g, g, torch.ones(3))
-    with pytest.raises(ValueError, match="block of a tile is 48, wanted a power of two"):
+    with pytest.raises(ValueError, match="block of a tile is 48, expected a power of two"):
         Tile(1, 48, 4)
 
     def sgd(**changes: Any) -> None:
         given: dict[str, Any] = {"velocity_LD": w, "grad_SD": g, "factors": SGDFactors(0.9, 1.0), "rows_S": rows}
         sgd_rows_(w.clone(), **(given | changes), lr=0.1, weight_decay=0.0)
 
-    with pytest.raises(ValueError, match=r"grad is \[4, 6\], wanted \[2, 6\]"):
+    with pytest.raises(ValueError, match=r"grad is \[4, 6\], expected \[2, 6\]"):
         sgd(grad_SD=w)
-    with pytest.raises(ValueError, match=r"velocity is torch\.float16, wanted torch\.float32 or torch\.bfloat16"):
+    with pytest.raises(ValueError, match=r"velocity is torch\.float16, expected torch\.float32 or torch\.bfloat16"):
         sgd(velocity_LD=w.half())
     with pytest.raises(ValueError, match="keys is None with bf16 moments"):
         sgd(velocity_LD=w.bfloat16())
-    with pytest.raises(ValueError, match="gradient_of is 'rows', wanted 'unit' or 'weight'"):
+    with pytest.raises(ValueError, match="gradient_of is 'rows', expected 'unit' or 'weight'"):
         sgd(gradient_of="rows")
-    with pytest.raises(ValueError, match=r"grad_scale is \[2\], wanted \[1\]"):
+    with pytest.raises(ValueError, match=r"grad_scale is \[2\], expected \[1\]"):
         sgd(grad_scale=column)
     with pytest.raises(ValueError, match=r"of the factors \['keep', 'shrink'\] only \['keep'\] are tensors"):
         sgd(factors=SGDFactors(column, 1.0))
-    with pytest.raises(ValueError, match=r"keep is \[3\], wanted \[2\]"):
+    with pytest.raises(ValueError, match=r"keep is \[3\], expected \[2\]"):
         sgd(factors=SGDFactors(torch.ones(3), column))
-    with pytest.raises(ValueError, match=r"exp_avg_sq is torch\.bfloat16, wanted torch\.float32"):
+    with pytest.raises(ValueError, match=r"exp_avg_sq is torch\.bfloat16, expected torch\.float32"):
         adamw_rows_(w, w, w.bfloat16(), w, AdamWFactors(1.0, 1.0, 1.0, column, column), betas=(0.9, 0.98))
 
 

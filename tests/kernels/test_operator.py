@@ -111,10 +111,10 @@ def test_a_margin_of_another_class_gives_the_same_numbers() -> None:
         ({"precision": "fp8"}, "precision is 'fp8', available are"),
         ({"precision": "fp16"}, "precision is 'fp16' in PyTorch"),
         ({"scale": 200.0}, r"scale is 200.0 with 14 classes .* <= 160"),
-        ({"mode": "slab", "memory_budget_bytes": 8}, r"memory_budget_bytes is 8, wanted at least \d+"),
-        ({"target": torch.full((9,), 14)}, "target holds 14, wanted -1 .* to 13"),
+        ({"mode": "slab", "memory_budget_bytes": 8}, r"memory_budget_bytes is 8, expected at least \d+"),
+        ({"target": torch.full((9,), 14)}, "target holds 14, expected -1 .* to 13"),
         ({"target": torch.full((9,), -2)}, "target holds -2"),
-        ({"x": torch.zeros(9, 6, dtype=torch.int64)}, r"x is torch\.int64, wanted floating point"),
+        ({"x": torch.zeros(9, 6, dtype=torch.int64)}, r"x is torch\.int64, expected floating point"),
     ],
 )
 def test_what_cannot_be_used_is_named(change: dict[str, Any], says: str) -> None:
@@ -125,7 +125,7 @@ def test_what_cannot_be_used_is_named(change: dict[str, Any], says: str) -> None
 
 def test_tensors_on_two_devices_are_refused() -> None:
     x, w, target = tensors()
-    with pytest.raises(ValueError, match="target is on meta, wanted cpu like x"):
+    with pytest.raises(ValueError, match="target is on meta, expected cpu like x"):
         discrimination_with_gradients(x, w, target.to("meta"), Problem(num_classes=14))
 
 
@@ -143,7 +143,7 @@ def test_without_triton_auto_on_cuda_is_pytorch_with_one_warning(monkeypatch: py
     monkeypatch.setattr(dispatch, "_why_no_triton", lambda: None)
     assert dispatch.resolve("auto", cuda, torch.bfloat16) == "triton"
     assert dispatch.resolve("auto", cuda, torch.float64) == "torch"
-    with pytest.raises(ValueError, match=r"torch\.float64, wanted float32 or 16 bits"):
+    with pytest.raises(ValueError, match=r"torch\.float64, expected float32 or 16 bits"):
         dispatch.resolve("triton", cuda, torch.float64)
 
 

@@ -72,13 +72,13 @@ def test_logit_scale_is_bounded_by_100_and_can_come_back():
     student = build_student("digits-student", embed_dim=64, seed=0)
     scale = student.clip.get_parameter("logit_scale")
     image, text = torch.randn(1, 3, 32, 32), preprocess_for(student)[1](["zero"])
-    for value, sign, wanted in ((6.0, -1, 0.0), (6.0, 1, math.exp(6.0)), (2.0, -1, -math.exp(2.0))):
+    for value, sign, expected in ((6.0, -1, 0.0), (6.0, 1, math.exp(6.0)), (2.0, -1, -math.exp(2.0))):
         scale.grad = None
         scale.data.fill_(value)
         out = student(image, text)
         assert out.logit_scale.item() == pytest.approx(min(math.exp(value), 100.0))
         (sign * out.logit_scale).backward()  # sign -1: descent wants a larger scale
-        assert scale.grad.item() == pytest.approx(wanted)
+        assert scale.grad.item() == pytest.approx(expected)
     scale.data.fill_(6.0)
     clamp_logit_scale(student)
     assert scale.item() == pytest.approx(math.log(100))

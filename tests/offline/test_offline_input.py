@@ -93,7 +93,7 @@ BAD_EMBEDDINGS = {
     "inf": (IMAGES, row(np.inf), f"row 3 of .*{IMAGES} .*holds NaN or infinity"),
     "zero": (IMAGES, row(0), f"row 3 of .*{IMAGES} .*is zero"),
     "unnormalised": (IMAGES, row(None, 1.5), f"row 3 of .*{IMAGES} .*has length 1.5.*wanted .*length 1"),
-    "width": (IMAGES, array(lambda x: x[:, :31]), rf"{IMAGES} is float16 of shape \(11, 31\), wanted .*\(n, 32\)"),
+    "width": (IMAGES, array(lambda x: x[:, :31]), rf"{IMAGES} is float16 of shape \(11, 31\), expected .*\(n, 32\)"),
     "integers": (IMAGES, array(lambda x: x.astype(np.int8)), f"{IMAGES} is int8"),
     "objects": (IMAGES, array(lambda x: x.astype(object)), f"{IMAGES} is not a readable .npy array .*[Oo]bject"),
     "rows": (IMAGES, array(lambda x: x[:9]), f"{KEYS} has 11 rows, .*{IMAGES} has 9"),

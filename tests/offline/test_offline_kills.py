@@ -248,10 +248,10 @@ def test_second_pass_and_copy_killed_anywhere_give_the_same_bits(stage: Path, to
         assert cut.fates(1, kill(at), more=options("kept-cut")) == [KILLED], (at, cut.said)
     assert cut.fates(2, more=options("kept-cut")) == [0, 0], cut.said
     cut.equals(whole.out)
-    mine, wanted = results(stage / "kept-cut"), results(stage / "kept-whole")
-    for found in (mine, wanted):
+    mine, expected = results(stage / "kept-cut"), results(stage / "kept-whole")
+    for found in (mine, expected):
         del found["meta.json"]["source"]  # type: ignore[attr-defined]  # names the folder of the masks
-    assert mine == wanted and "sizes.json" in mine
+    assert mine == expected and "sizes.json" in mine
 
 
 def test_cluster_keeps_the_labels_that_fit(stage: Path, tool: Callable[[str], Tool]) -> None:

@@ -25,8 +25,8 @@ from megacid.evaluate.features import trained_tower
 from megacid.offline.cluster.state import KMeansSettings, KMeansState, fingerprint, load_state, save_state
 from megacid.offline.embed.stage import claim
 from megacid.storage.stage_files import finished_meta
-from megacid.training.resume import Continuity
-from megacid.training.run_settings import check_drift
+from megacid.training.resume import ResumeLossCheck
+from megacid.training.run_settings import check_same_settings
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def marker(tmp_path: Path) -> Any:
 
 def drift(folder: Path) -> None:
     (folder / "run.json").write_text(json.dumps(RUN))
-    check_drift(load_run(folder / "run.json", world=1), folder)
+    check_same_settings(load_run(folder / "run.json", world=1), folder)
 
 
 # What reads which file of a folder: UserError, or None where it may be done without.
@@ -74,7 +74,7 @@ def test_a_file_of_settings_that_is_none_is_one_sentence(tmp_path: Path, reader:
 def test_what_only_compares_or_saves_time_is_done_without(tmp_path: Path, shape: str) -> None:
     data = BOMBS.get(shape, b'{"step": 3, "loss": "x"}')
     (tmp_path / "next_loss.json").write_bytes(data)
-    Continuity(tmp_path, 3, tolerance=1e-3).first_loss(3, 1.0)
+    ResumeLossCheck(tmp_path, 3, tolerance=1e-3).first_loss(3, 1.0)
     stage = tmp_path / "stage"
     stage.mkdir()
     (stage / "meta.json").write_bytes(data)

@@ -16,9 +16,9 @@ from faultplan import Fault, FaultPlan
 from harness import run_ranks
 
 from megacid import train
-from megacid.config.schema import Megacid, RunFile, defaults
+from megacid.config.schema import MegacidConfig, RunFile, defaults
 from megacid.errors import UserError
-from megacid.training.run_settings import MAY_CHANGE, check_drift, write_config
+from megacid.training.run_settings import MAY_CHANGE, check_same_settings, write_config
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 FIELDS = [
     f"{section}.{field.name}"
-    for section, block in typing.get_type_hints(Megacid).items()
+    for section, block in typing.get_type_hints(MegacidConfig).items()
     for field in dataclasses.fields(block)
 ]
 
@@ -70,11 +70,11 @@ def test_every_setting_of_the_block_is_either_free_or_refused_with_both_values(
     changed = dataclasses.replace(run.megacid, **{section: dataclasses.replace(block, **{name: now})})
     drifted = dataclasses.replace(run, megacid=changed)
     if any(f"megacid.{path}" == free or f"megacid.{path}".startswith(free + ".") for free in MAY_CHANGE):
-        check_drift(drifted, directory)
+        check_same_settings(drifted, directory)
         return
     shown = [list(v) if isinstance(v, tuple) else v for v in (before, now)]
     with pytest.raises(UserError) as refused:
-        check_drift(drifted, directory)
+        check_same_settings(drifted, directory)
     assert f"megacid.{path}: {shown[0]!r} -> {shown[1]!r}" in str(refused.value)
 
 
@@ -98,7 +98,7 @@ def test_settings_of_deepspeed_that_change_a_result_are_refused(
     run, directory = begun
     drifted = dataclasses.replace(run, deepspeed={**run.deepspeed, key: value})
     with pytest.raises(UserError, match=key):
-        check_drift(drifted, directory)
+        check_same_settings(drifted, directory)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_damaged_record_of_the_settings_is_one_error(
 ) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
-        check_drift(begun[0], tmp_path)
+        check_same_settings(begun[0], tmp_path)
 
 
 # ---- F23: ranks that were started differently --------------------------------------------------------------------

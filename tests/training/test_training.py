@@ -20,7 +20,7 @@ from megacid.config.schema import GuardConfig, ScheduleConfig
 from megacid.errors import UserError
 from megacid.training.guard import Guard, TooManySkips, Verdict
 from megacid.training.metrics import peak_memory_mib
-from megacid.training.run_settings import check_drift, write_config
+from megacid.training.run_settings import check_same_settings, write_config
 from megacid.training.schedule import learning_rate_share, parameter_groups
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,9 +181,9 @@ def test_a_run_that_was_started_before_a_setting_existed_had_its_default(tmp_pat
     del saved["resolved"]["megacid"]["classifier"]["log_q"]
     del saved["resolved"]["megacid"]["data"]["labels_per_sample"]
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    check_drift(run, tmp_path)
+    check_same_settings(run, tmp_path)
     with pytest.raises(UserError, match=r"megacid\.classifier\.log_q: False -> True"):
-        check_drift(load_run(file, ["classifier.log_q=true"], world=1), tmp_path)
+        check_same_settings(load_run(file, ["classifier.log_q=true"], world=1), tmp_path)
 
 
 def test_set_reaches_both_halves_of_the_run_file() -> None:

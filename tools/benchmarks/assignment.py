@@ -57,7 +57,7 @@ def make_data(shape: str, device: torch.device) -> Data:
         if min(b, k, dim) < 1:
             raise ValueError
     except ValueError:
-        raise UserError(f"shape is {shape!r}, wanted rows,centroids,width, each above 0: {CPU_SHAPES[0]}") from None
+        raise UserError(f"shape is {shape!r}, expected rows,centroids,width, each above 0: {CPU_SHAPES[0]}") from None
     generator = torch.Generator(device).manual_seed(0)
     c_KD = F.normalize(torch.randn(k, dim, generator=generator, device=device))
     near = c_KD[torch.randint(k, (b,), generator=generator, device=device)]
@@ -164,7 +164,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Report:
     if args.repeats < 1:
-        raise UserError(f"--repeats is {args.repeats}, wanted at least 1")
+        raise UserError(f"--repeats is {args.repeats}, expected at least 1")
     device = torch.device(args.device)
     timer = measure.timer_of(args)
     rows: list[Row] = []

@@ -133,4 +133,4 @@ def gate(names: list[str], device: torch.device) -> None:
             error = relative_error(value, exact)
             if not error < 1e-4 or len(rows) < 0.98 * shape.rows:
                 off = f"the {what} of {name} on {len(rows)} rows differs from float64 by {error:.1e} of its norm"
-                raise UserError(f"{off}, wanted < 1e-4 on at least {shape.rows} rows: run the tests in tests/kernels")
+                raise UserError(f"{off}, expected < 1e-4 on at least {shape.rows} rows: run the tests in tests/kernels")

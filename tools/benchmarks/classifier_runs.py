@@ -46,7 +46,7 @@ def take_turns(names: list[str], shape: Shape, args: argparse.Namespace) -> dict
             first.setdefault(name, float(loss))
     most = 1e-4 if shape.rate == 1 else 0.5  # sampled: each drew its own rows
     if not all(abs(one - other) <= most * other for one in first.values() for other in first.values()):
-        raise UserError(f"the providers' losses are {first}, wanted the same number: no speed is printed")
+        raise UserError(f"the providers' losses are {first}, expected the same number: no speed is printed")
     return seconds
 
 

@@ -90,7 +90,7 @@ def gate(names: list[str], device: torch.device) -> None:
             error = measure.relative_error(value, want)
             if not error < _LARGEST_ERROR[name]:
                 raise UserError(
-                    f"{what} or its gradient of {name} differs from float64 by {error:.1e} of its norm, wanted < "
+                    f"{what} or its gradient of {name} differs from float64 by {error:.1e} of its norm, expected < "
                     f"{_LARGEST_ERROR[name]:g}: no speed is printed; run tests/losses/test_losses.py"
                 )
 
@@ -101,7 +101,7 @@ def shape_of(text: str) -> Shape:
         if min(batch, width) < 1:
             raise ValueError
     except ValueError:
-        raise UserError(f"shape is {text!r}, wanted batch,width (numbers above 0): 16384,768") from None
+        raise UserError(f"shape is {text!r}, expected batch,width (numbers above 0): 16384,768") from None
     return batch, width
 
 

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> Report:
     for name, value in _GPU_DEFAULTS.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     if not args.budget_gib > 0:
-        raise UserError(f"--budget-gib is {args.budget_gib}, wanted above 0: leave it out for the default")
+        raise UserError(f"--budget-gib is {args.budget_gib}, expected above 0: leave it out for the default")
     return head_gpu.run(args, step.shapes_of(args, head_gpu.SHAPES))
 
 

@@ -54,7 +54,7 @@ def kernels(case: Case) -> dict[str, Kernel]:
         error = measure.relative_error(sums[:_CHECKED_ROWS], _exact_sums(case, shift))
         if not error < most:
             raise UserError(
-                f"row sums of exponentials at {case.shape} are off by {error:.1e}, wanted < {most:.1e}: no speed is "
+                f"row sums of exponentials at {case.shape} are off by {error:.1e}, expected < {most:.1e}: no speed is "
                 "printed; run the tests in tests/kernels"
             )
     elements, logits = w.numel(), len(x) * len(w)

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Report:
     for name in ("rows", "dim", "iterations"):
         if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}, wanted at least 1")
+            raise UserError(f"--{name} is {getattr(args, name)}, expected at least 1")
     if args.suite == "planted":
         return report(
             args, [row for seed in args.seeds for k in args.k or [30, 100, 200, 300] for row in _again(args, k, seed)]

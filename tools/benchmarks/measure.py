@@ -102,7 +102,7 @@ def proc_bytes(path: str, key: str) -> int:
     for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
-    raise UserError(f"{path} has no {key}, wanted Linux's memory statistics: measure on Linux")
+    raise UserError(f"{path} has no {key}, expected Linux's memory statistics: measure on Linux")
 
 
 def free_bytes(device: torch.device) -> int:
@@ -125,7 +125,7 @@ def peak_extra_bytes(iterate: Run, device: torch.device) -> int:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
-        raise UserError(f"the peak cannot be reset ({error}), wanted /proc/self/clear_refs: use Linux") from error
+        raise UserError(f"the peak cannot be reset ({error}), expected /proc/self/clear_refs: use Linux") from error
     before = proc_bytes("/proc/self/status", "VmRSS")
     iterate()
     return max(0, proc_bytes("/proc/self/status", "VmHWM") - before)

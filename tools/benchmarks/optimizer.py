@@ -148,7 +148,7 @@ def gate(name: str, problem: Problem, kind: str, step: Step) -> None:
     error = measure.relative_error(step.rows().double() - before, want)
     if not error < _LARGEST_ERROR:
         raise UserError(
-            f"the first {kind} step of {name} at {problem.shape} differs from float64 by {error:.1e} of its length, wanted < "
+            f"the first {kind} step of {name} at {problem.shape} differs from float64 by {error:.1e} of its length, expected < "
             f"{_LARGEST_ERROR:g}: no speed is printed; run the tests in tests/kernels"
         )
 

@@ -44,9 +44,9 @@ def shapes_of(args: argparse.Namespace, default: list[Shape]) -> list[Shape]:
 
 def run(args: argparse.Namespace) -> Report:
     if args.check and args.suite not in BARS:
-        raise UserError(f"--check has no bar for the suite {args.suite}, wanted {' or '.join(BARS)}: leave it out")
+        raise UserError(f"--check has no bar for the suite {args.suite}, expected {' or '.join(BARS)}: leave it out")
     if args.repeats < LEAST_REPEATS:
-        raise UserError(f"--repeats is {args.repeats}, wanted at least {LEAST_REPEATS}: leave it out for the default")
+        raise UserError(f"--repeats is {args.repeats}, expected at least {LEAST_REPEATS}: leave it out for the default")
     shapes = shapes_of(args, SHAPES[args.suite])
     names = [name for name in PROVIDERS if args.suite != "scale" or name != "eager-tuned"]
     gate(names, torch.device(args.device))

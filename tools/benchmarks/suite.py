@@ -57,7 +57,7 @@ class Bar:
 
     def __str__(self) -> str:
         found = "not measured" if self.value is None else f"{self.value:.4g}"
-        return f"{self.what}: {found}, wanted {'>=' if self.at_least else '<='} {self.limit:g}: {'met' if self.met else 'MISSED'}"
+        return f"{self.what}: {found}, expected {'>=' if self.at_least else '<='} {self.limit:g}: {'met' if self.met else 'MISSED'}"
 
 
 class Suite(Protocol):
@@ -145,7 +145,7 @@ def read_report(path: Path, suite: str) -> Report:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a result of this tool ({error!r}): pass a file written by --json") from error
     if found != suite:
-        raise UserError(f"{path} is of suite {found}, wanted {suite}: compare equal suites")
+        raise UserError(f"{path} is of suite {found}, expected {suite}: compare equal suites")
     return dict(old)
 
 

@@ -59,7 +59,7 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Implementati
             "run on CUDA devices"
         )
     if dtype == torch.float64:
-        raise ValueError(f"impl is {impl!r} and an input is {dtype}, wanted float32 or 16 bits, or impl 'torch'")
+        raise ValueError(f"impl is {impl!r} and an input is {dtype}, expected float32 or 16 bits, or impl 'torch'")
     why = _why_no_triton()
     if why is not None:
         raise ValueError(

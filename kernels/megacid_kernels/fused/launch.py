@@ -35,9 +35,9 @@ class Tile:
     def __post_init__(self):
         for name, value in (("rows", self.rows), ("block", self.block), ("warps", self.warps)):
             if not _power_of_two(value):
-                raise ValueError(f"{name} of a tile is {value}, wanted a power of two")
+                raise ValueError(f"{name} of a tile is {value}, expected a power of two")
         if self.warps > 32:
-            raise ValueError(f"warps of a tile is {self.warps}, wanted at most 32")
+            raise ValueError(f"warps of a tile is {self.warps}, expected at most 32")
 
 
 def tile_of(width: int) -> Tile:
@@ -98,7 +98,7 @@ def launch(kernel: Any, num_rows: int, tile: Tile, *args: Any, **constants: Any)
     device = args[0].device
     if device.type == "cpu" and not INTERPRET:
         raise ValueError(
-            "the tensors are on the cpu, wanted a GPU: on a CPU these kernels only run in Triton's interpreter, for "
+            "the tensors are on the cpu, expected a GPU: on a CPU these kernels only run in Triton's interpreter, for "
             "tests, with TRITON_INTERPRET=1 set before the import"
         )
     if num_rows:
@@ -118,25 +118,27 @@ def check_matrix(
 ) -> None:
     """ValueError unless x is a contiguous matrix [n, D >= 1] of one of `dtypes`, of `shape`, on the device of `like`."""
     if x.ndim != 2 or x.shape[1] < 1 or (shape is not None and tuple(x.shape) != shape):
-        raise ValueError(f"{name} is {list(x.shape)}, wanted {'[rows, width >= 1]' if shape is None else list(shape)}")
+        raise ValueError(
+            f"{name} is {list(x.shape)}, expected {'[rows, width >= 1]' if shape is None else list(shape)}"
+        )
     _check_storage(name, x, dtypes, like)
 
 
 def check_column(name: str, x: Tensor, length: int, dtype: torch.dtype, like: Tensor) -> Tensor:
     """x as [length]; ValueError unless it is a contiguous [length], [length, 1] or [1, length] of `dtype`."""
     if x.numel() != length or x.ndim not in (1, 2) or (x.ndim == 2 and 1 not in x.shape):
-        raise ValueError(f"{name} is {list(x.shape)}, wanted [{length}] or [{length}, 1]")
+        raise ValueError(f"{name} is {list(x.shape)}, expected [{length}] or [{length}, 1]")
     _check_storage(name, x, (dtype,), like)
     return x.reshape(-1)
 
 
 def _check_storage(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], like: Tensor | None) -> None:
     if x.dtype not in dtypes:
-        raise ValueError(f"{name} is {x.dtype}, wanted {' or '.join(map(str, dtypes))}")
+        raise ValueError(f"{name} is {x.dtype}, expected {' or '.join(map(str, dtypes))}")
     if not x.is_contiguous():
-        raise ValueError(f"{name} has strides {x.stride()} for shape {list(x.shape)}, wanted it contiguous")
+        raise ValueError(f"{name} has strides {x.stride()} for shape {list(x.shape)}, expected it contiguous")
     if like is not None and x.device != like.device:
-        raise ValueError(f"{name} is on {x.device}, wanted {like.device} like the other tensors")
+        raise ValueError(f"{name} is on {x.device}, expected {like.device} like the other tensors")
 
 
 def check_pulls(
@@ -169,6 +171,6 @@ def check_rows(rows_S: Tensor | None, num_rows: int, like: Tensor) -> int:
     if rows_S is None:
         return num_rows
     if rows_S.ndim != 1:
-        raise ValueError(f"rows is {list(rows_S.shape)}, wanted one dimension")
+        raise ValueError(f"rows is {list(rows_S.shape)}, expected one dimension")
     _check_storage("rows", rows_S, (torch.int64,), like)
     return len(rows_S)

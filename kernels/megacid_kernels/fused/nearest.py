@@ -119,9 +119,9 @@ def nearest(
     check_factors(x_bD, c_KD, "c")
     samples, count, width = len(x_bD), len(c_KD), x_bD.shape[1]
     if not 1 <= count < _MOST_CENTROIDS:
-        raise ValueError(f"c has {count} rows, wanted at least 1 and fewer than {_MOST_CENTROIDS}: split larger sets")
+        raise ValueError(f"c has {count} rows, expected at least 1 and fewer than {_MOST_CENTROIDS}: split larger sets")
     if precision not in get_args(Precision):
-        raise ValueError(f"precision is {precision!r}, wanted one of {get_args(Precision)}")
+        raise ValueError(f"precision is {precision!r}, expected one of {get_args(Precision)}")
     half_norm = c_KD
     if half_norm_K is not None:
         half_norm = check_column("half_norm", half_norm_K, count, torch.float32, c_KD)

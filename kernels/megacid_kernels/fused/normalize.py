@@ -111,7 +111,7 @@ def unit_rows(
     check_matrix("w", w_LD, (torch.float32,))
     num_rows = check_rows(rows_S, len(w_LD), w_LD)
     if not 1 <= len(dtypes) <= 2 or any(dtype not in UNIT_DTYPES for dtype in dtypes):
-        raise ValueError(f"dtypes is {dtypes}, wanted one or two of {UNIT_DTYPES}")
+        raise ValueError(f"dtypes is {dtypes}, expected one or two of {UNIT_DTYPES}")
     width = w_LD.shape[1]
     units = [torch.empty(num_rows, width, dtype=dtype, device=w_LD.device) for dtype in dtypes]
     inverse = torch.empty(num_rows, dtype=torch.float32, device=w_LD.device)

@@ -35,10 +35,10 @@ class ProductTile:
         for name in ("rows", "columns", "depth"):
             value = getattr(self, name)
             if value < 16 or value & (value - 1):
-                raise ValueError(f"{name} of a tile is {value}, wanted a power of two >= 16")
+                raise ValueError(f"{name} of a tile is {value}, expected a power of two >= 16")
         for name in ("stages", "group"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} of a tile is {getattr(self, name)}, wanted at least 1")
+                raise ValueError(f"{name} of a tile is {getattr(self, name)}, expected at least 1")
         _ = self.launch_tile  # whose check is that of the warps
 
     @property

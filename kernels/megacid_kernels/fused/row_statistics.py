@@ -195,11 +195,11 @@ def counting(
     """Checked; shape = (b, S). ValueError for what cannot be used."""
     samples, columns = shape
     if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale is {scale}, wanted a finite number > 0 such as 64")
+        raise ValueError(f"scale is {scale}, expected a finite number > 0 such as 64")
     if not math.isfinite(shift):
-        raise ValueError(f"shift is {shift}, wanted a finite number: `Problem.shift` says which")
+        raise ValueError(f"shift is {shift}, expected a finite number: `Problem.shift` says which")
     if threshold is not None and hidden_bS is not None:
-        raise ValueError("threshold and hidden are both given, wanted one: hidden is what a threshold gave before")
+        raise ValueError("threshold and hidden are both given, expected one: hidden is what a threshold gave before")
     check_matrix("slot", slot_bl, (torch.int64,), (samples, slot_bl.shape[-1]), like)
     check_matrix("own", own_bl, (torch.bool,), tuple(slot_bl.shape), like)
     bias = check_column("bias", bias_S, columns, torch.float32, like) if bias_S is not None else None
@@ -208,7 +208,7 @@ def counting(
         # Rows are read up to their stride: masks then are of whole words.
         if hidden_bS.storage_offset() + samples * hidden_bS.stride(0) > hidden_bS.untyped_storage().nbytes():
             raise ValueError(
-                f"hidden has strides {hidden_bS.stride()} and ends in its last row, wanted it as it was given"
+                f"hidden has strides {hidden_bS.stride()} and ends in its last row, expected it as it was given"
             )
     return Counting(
         scale,
@@ -228,10 +228,10 @@ def check_pitched(
 ) -> None:
     """ValueError unless x is a matrix of one of `dtypes` whose rows do not overlap and have no holes."""
     if x.ndim != 2 or (shape is not None and tuple(x.shape) != shape):
-        raise ValueError(f"{name} is {list(x.shape)}, wanted {'[b, S]' if shape is None else list(shape)}")
+        raise ValueError(f"{name} is {list(x.shape)}, expected {'[b, S]' if shape is None else list(shape)}")
     if x.dtype not in dtypes:
-        raise ValueError(f"{name} is {x.dtype}, wanted {' or '.join(map(str, dtypes))}")
+        raise ValueError(f"{name} is {x.dtype}, expected {' or '.join(map(str, dtypes))}")
     if x.numel() and (x.stride(1) != 1 or (len(x) > 1 and x.stride(0) < x.shape[1])):
-        raise ValueError(f"{name} has strides {x.stride()} for shape {list(x.shape)}, wanted one row after the other")
+        raise ValueError(f"{name} has strides {x.stride()} for shape {list(x.shape)}, expected one row after the other")
     if x.device != like.device:
-        raise ValueError(f"{name} is on {x.device}, wanted {like.device} like the other tensors")
+        raise ValueError(f"{name} is on {x.device}, expected {like.device} like the other tensors")

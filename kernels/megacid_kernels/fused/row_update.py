@@ -312,10 +312,10 @@ class _Call:
         bf16 = first.dtype == torch.bfloat16
         self.moments = [moment.view(torch.int16) if bf16 else moment for moment in moments.values()]
         if gradient_of not in ("unit", "weight"):
-            raise ValueError(f"gradient_of is {gradient_of!r}, wanted 'unit' or 'weight'")
+            raise ValueError(f"gradient_of is {gradient_of!r}, expected 'unit' or 'weight'")
         if bf16 and keys is None:
             raise ValueError(
-                "keys is None with bf16 moments, wanted the rows' and the columns' int32 keys of the rounding"
+                "keys is None with bf16 moments, expected the rows' and the columns' int32 keys of the rounding"
             )
         self.keys = [weight_LD, weight_LD]
         if bf16 and keys is not None:
@@ -342,5 +342,7 @@ class _Call:
         kinds = {name: isinstance(x, Tensor) for name, x in named.items()}
         if len(set(kinds.values())) > 1:
             columns_of = [name for name, is_column in kinds.items() if is_column]
-            raise ValueError(f"of the factors {list(kinds)} only {columns_of} are tensors, wanted all of them or none")
+            raise ValueError(
+                f"of the factors {list(kinds)} only {columns_of} are tensors, expected all of them or none"
+            )
         return [self.column(name, x) if isinstance(x, Tensor) else float(x) for name, x in named.items()]

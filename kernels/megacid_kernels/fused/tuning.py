@@ -68,7 +68,7 @@ TABLE: dict[Key, Tiles] = {
 def tiles_for(device: torch.device, dtype: torch.dtype, width: int) -> Tiles:
     """The entry for products of such rows on this device. ValueError for a dtype without kernels, or a bad table."""
     if dtype not in PRODUCT_DTYPES:
-        raise ValueError(f"dtype is {dtype}, wanted one of {PRODUCT_DTYPES}")
+        raise ValueError(f"dtype is {dtype}, expected one of {PRODUCT_DTYPES}")
     name = str(dtype).removeprefix("torch.")
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -96,20 +96,20 @@ def read_table(path: str) -> dict[Key, Tiles]:
         table = dict(_parsed(entry) for entry in entries)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{TABLE_VARIABLE} is {path!r}, wanted a JSON table as tools/tune.py writes it, or unset it: "
+            f"{TABLE_VARIABLE} is {path!r}, expected a JSON table as tools/tune.py writes it, or unset it: "
             f"{type(error).__name__}: {error}"
         ) from error
     if len(table) != len(entries):
-        raise ValueError(f"{TABLE_VARIABLE} is {path!r}, wanted one entry per architecture, dtype and width")
+        raise ValueError(f"{TABLE_VARIABLE} is {path!r}, expected one entry per architecture, dtype and width")
     return table
 
 
 def _parsed(entry: dict[str, Any]) -> tuple[Key, Tiles]:
     wanted = {"architecture", "dtype", "width", "matrix", "forward", "nearest"}
     if set(entry) != wanted:
-        raise ValueError(f"an entry has {sorted(entry)}, wanted {sorted(wanted)}")
+        raise ValueError(f"an entry has {sorted(entry)}, expected {sorted(wanted)}")
     if entry["matrix"] not in get_args(MatrixBy):
-        raise ValueError(f"matrix is {entry['matrix']!r}, wanted one of {get_args(MatrixBy)}")
+        raise ValueError(f"matrix is {entry['matrix']!r}, expected one of {get_args(MatrixBy)}")
     forward, nearest = ProductTile(**entry["forward"]), ProductTile(**entry["nearest"])
     key = (str(entry["architecture"]), str(entry["dtype"]), int(entry["width"]))
     return key, Tiles(forward, nearest, entry["matrix"], measured=True)

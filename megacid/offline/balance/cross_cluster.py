@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megacid.failpoints import probe
+from megacid.failpoints import failpoint
 from megacid.offline.balance.linking import Link, Tick, UnitRows, cosine_bound, roots, unite, unite_near
 from megacid.offline.nearest import Assigner, pad_rows, tile_rows
 from megacid.offline.rows import Rows
@@ -70,7 +70,7 @@ def listed(
     found = np.concatenate(parts)
     if work:
         work.save_array(name, found)
-    probe("balance:listed", step=number)
+    failpoint("balance:listed", step=number)
     return found
 
 
@@ -142,7 +142,7 @@ def link_pairs(
         unit = unit[:]
     parts = [np.empty((0, 2), np.int64)]
     for pair in range(low, high):
-        probe("balance:pair", step=pair)
+        failpoint("balance:pair", step=pair)
         tick(0)
         start, middle, stop = (
             int(at) - base for at in (pairs.starts[pair], pairs.middles[pair], pairs.starts[pair + 1])
@@ -161,7 +161,7 @@ def link_pairs(
     links = np.unique(links[links[:, 0] != links[:, 1]], axis=0)
     if work:
         work.save_array(name, links)
-    probe("balance:across")
+    failpoint("balance:across")
     return links
 
 

@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from megacid.distributed.collectives import gather_plain, rank, world_size
 from megacid.distributed.consensus import broadcast_json
-from megacid.distributed.stopping import together
+from megacid.distributed.stopping import stop_together
 from megacid.errors import UserError
-from megacid.failpoints import probe
+from megacid.failpoints import failpoint
 from megacid.offline.balance import cross_cluster, linking
 from megacid.offline.balance.clusters import Clusters
 from megacid.offline.balance.linking import Link, UnitRows, check_unit, keep_mask, owners, panel_rows
@@ -52,21 +52,21 @@ class BalanceSettings:
         if (self.threshold is None) == (self.target_keep is None):
             raise UserError("give exactly one of --threshold and --target-keep")
         if self.threshold is not None and not 0 <= self.threshold <= FARTHEST:
-            raise UserError(f"threshold is {self.threshold}, wanted a distance of unit vectors, 0 to 2")
+            raise UserError(f"threshold is {self.threshold}, expected a distance of unit vectors, 0 to 2")
         if self.target_keep is not None and not 0 < self.target_keep <= 1:
-            raise UserError(f"target keep is {self.target_keep}, wanted a share above 0 and at most 1")
+            raise UserError(f"target keep is {self.target_keep}, expected a share above 0 and at most 1")
         if self.link not in ("components", "greedy"):
-            raise UserError(f"link is {self.link!r}, wanted components or greedy")
+            raise UserError(f"link is {self.link!r}, expected components or greedy")
         if self.keep not in ("nearest", "farthest", "random", "caption"):
-            raise UserError(f"keep is {self.keep!r}, wanted nearest, farthest, random or caption")
+            raise UserError(f"keep is {self.keep!r}, expected nearest, farthest, random or caption")
         if self.cap is not None and self.cap < 1:
-            raise UserError(f"cap is {self.cap}, wanted at least 1 sample per cluster")
+            raise UserError(f"cap is {self.cap}, expected at least 1 sample per cluster")
         if self.across < 0:
             raise UserError(
-                f"across is {self.across}, wanted 0 (inside clusters only) or a number of neighbouring clusters"
+                f"across is {self.across}, expected 0 (inside clusters only) or a number of neighbouring clusters"
             )
         if self.search_rows < 1 or self.block < 1:
-            raise UserError(f"search rows is {self.search_rows} and block {self.block}, wanted at least 1 each")
+            raise UserError(f"search rows is {self.search_rows} and block {self.block}, expected at least 1 each")
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def search_threshold(
             visited[threshold] = kept
             if work:
                 work.save_json("search", list(visited.items()))
-            probe("balance:search", step=len(visited))
+            failpoint("balance:search", step=len(visited))
         return visited[threshold] / count
 
     threshold, curve = narrow(settings.target_keep, count, share)
@@ -221,7 +221,7 @@ def decide(
             raise UserError(f"across is {settings.across} but there are no centroids: run tools/cluster.py again")
         assigner = Assigner(prepare(centroids, metric, device), metric, device)
     if threshold is None:
-        with together(group):
+        with stop_together(group):
             # One rank decides: two devices may round a product differently.
             found = None
             if me[0] == 0:
@@ -240,7 +240,7 @@ def decide(
     first, last = _my_parts(bounds, sizes**2, me)
     base = int(clusters.starts[bounds[first]])
     mine = np.empty(int(clusters.starts[bounds[last]]) - base, np.int64)
-    with together(group):
+    with stop_together(group):
         for part in range(first, last):
             low, high = int(bounds[part]), int(bounds[part + 1])
             local = _link_part(image, clusters, low, high, threshold, settings, device, work, tick)
@@ -256,7 +256,7 @@ def decide(
         rows = clusters.order[clusters.starts[0] :]
         if settings.link == "greedy":
             rows = rows[owner[rows] == rows]  # the others need no list
-        with together(group):
+        with stop_together(group):
             lists = _lists(image, clusters, rows, threshold, settings, assigner, me, work, tick)
         pairs = _pairs(clusters, _gathered(lists, device, group), owner, settings)
         left, right = (side.astype(np.float64) for side in pairs.sizes)
@@ -266,7 +266,7 @@ def decide(
             len(pairs.rows),
             2 * (left @ right) * image.dim,
         )
-        with together(group):
+        with stop_together(group):
             links = _links_across(image, pairs, owner, threshold, settings, device, me, work, tick)
         owner = cross_cluster.joined(owner, _gathered(links, device, group), clusters.priority, settings.link)
     return Decision(_kept(clusters, owner, settings.cap), owner, threshold, curve, searched, inside)
@@ -377,12 +377,12 @@ def _link_part(
     local = np.empty(end - begin, np.int64)
     for cluster in range(low, high):
         start, stop = int(clusters.starts[cluster]), int(clusters.starts[cluster + 1])
-        probe("balance:cluster", step=cluster)
+        failpoint("balance:cluster", step=cluster)
         local[start - begin : stop - begin] = _link(image, clusters, cluster, threshold, settings, device, tick)
         tick(stop - start)
     if work:
         work.save_array(name, local)
-    probe("balance:part", step=low)
+    failpoint("balance:part", step=low)
     tick(0)
     return local
 

@@ -69,7 +69,7 @@ class Choice:
     def __post_init__(self) -> None:
         if self.groups < 1 or self.members < 2:
             raise UserError(
-                f"groups is {self.groups} and members {self.members}, wanted at least 1 group and 2 members: the kept one and a removed one"
+                f"groups is {self.groups} and members {self.members}, expected at least 1 group and 2 members: the kept one and a removed one"
             )
 
 
@@ -122,7 +122,7 @@ def read_balanced(
 def _part(path: Path, size: int) -> np.ndarray:
     part = load_npy(path, "run tools/balance.py again")
     if part.shape != (size,):
-        raise UserError(f"{path} has shape {part.shape}, wanted ({size},): run tools/balance.py again")
+        raise UserError(f"{path} has shape {part.shape}, expected ({size},): run tools/balance.py again")
     return part
 
 

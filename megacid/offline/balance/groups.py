@@ -47,7 +47,7 @@ def perceptual_below(threshold: float, given: float | None = None) -> float:
         return PERCEPTUAL_SHARE * threshold
     if not 0 < given <= threshold:
         raise UserError(
-            f"the distance of perceptual redundancy is {given:g}, wanted above 0 and at most the threshold of the links, {threshold:g}"
+            f"the distance of perceptual redundancy is {given:g}, expected above 0 and at most the threshold of the links, {threshold:g}"
         )
     return given
 
@@ -143,7 +143,7 @@ def process(
     rows = np.flatnonzero(label == cluster)
     if not 0 < len(rows) <= MOST_SHOWN:
         raise UserError(
-            f"cluster {cluster} has {len(rows):,} samples, wanted 1 to {MOST_SHOWN} to be drawn: choose another with --cluster"
+            f"cluster {cluster} has {len(rows):,} samples, expected 1 to {MOST_SHOWN} to be drawn: choose another with --cluster"
         )
     x_MD = UnitRows(image, rows, torch.device("cpu"))[:]
     near = (x_MD @ x_MD.T > cosine_bound(threshold)).numpy()

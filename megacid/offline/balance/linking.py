@@ -65,7 +65,7 @@ def check_unit(x_BD: Tensor, rows: Rows, numbers: np.ndarray) -> None:
     bad = ~(x_BD.norm(dim=1) > 0.5)
     if bad.any():
         raise UserError(
-            f"{rows.name(int(numbers[int(bad.nonzero()[0])]))} is zero or holds NaN or infinity, wanted a unit vector: "
+            f"{rows.name(int(numbers[int(bad.nonzero()[0])]))} is zero or holds NaN or infinity, expected a unit vector: "
             "delete that file and run tools/embed.py again"
         )
 

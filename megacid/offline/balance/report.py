@@ -155,6 +155,6 @@ def subset_array(uids: list[str]) -> np.ndarray:
     """Hex uids (32 digits) as DataComp's sorted 'u8,u8' array. Raises ValueError for something else."""
     bad = next((uid for uid in uids if len(uid) != 32), None)
     if bad is not None:
-        raise ValueError(f"uid {bad!r} has {len(bad)} characters, wanted 32 hexadecimal digits")
+        raise ValueError(f"uid {bad!r} has {len(bad)} characters, expected 32 hexadecimal digits")
     halves = np.frombuffer(bytes.fromhex("".join(uids)), ">u8").astype("u8")
     return np.sort(halves.view(np.dtype("u8,u8")))

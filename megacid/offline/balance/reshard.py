@@ -27,12 +27,12 @@ from megacid.data.tar_samples import Scan, runs
 from megacid.distributed.collectives import barrier
 from megacid.distributed.consensus import broadcast_json
 from megacid.distributed.parallel import Parallel
-from megacid.distributed.stopping import Tick, together
+from megacid.distributed.stopping import Tick, stop_together
 from megacid.errors import UserError
-from megacid.failpoints import probe
+from megacid.failpoints import failpoint
 from megacid.storage.atomic import write_json_atomic
 from megacid.storage.metadata import read_meta, write_meta
-from megacid.storage.stage_files import WORK, PartialResults, disk_errors, sweep, writing
+from megacid.storage.stage_files import WORK, PartialResults, disk_errors, remove_temporary_files, writing
 
 log = logging.getLogger(__name__)
 _RECORD = 10240  # tars end on a whole record
@@ -55,7 +55,7 @@ def reshard(
     keep = KeepTable(balance, index)
     wanted = {"shards_digest": index.digest, "keep": _masks_digest(keep, len(index.names))}
     work = PartialResults(out, wanted)
-    with together(parallel.group):
+    with stop_together(parallel.group):
         done = parallel.is_first and _complete(out, wanted)
         if parallel.is_first and not done:
             _claim(out, index, work)
@@ -63,16 +63,16 @@ def reshard(
         log.info("%s is complete", out)
         return read_meta(out)
     tick = progress(int(keep.counts.sum()))
-    with together(parallel.group):
+    with stop_together(parallel.group):
         for shard in range(parallel.rank, len(index.names), parallel.world):
             rows = keep.kept(shard)
             target = out / f"{index.names[shard]}.tar"
             if len(rows) and not target.exists():
                 copy_rows(index, shard, rows, target, tick)
-                probe("reshard:tar", step=shard)
+                failpoint("reshard:tar", step=shard)
             tick(len(rows))
     barrier(parallel.group)
-    with together(parallel.group):
+    with stop_together(parallel.group):
         if parallel.is_first:
             _finish(balance, index, keep, out, wanted)
     barrier(parallel.group)
@@ -176,7 +176,7 @@ def _claim(out: Path, index: ShardIndex, work: PartialResults) -> None:
     # A finished copy has no partial results any more, but says what it was made from.
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        sweep(out)
+        remove_temporary_files(out)
         if not _made_from(out, work.fingerprint):
             for path in out.glob("*.tar"):
                 path.unlink()
@@ -204,7 +204,7 @@ def _finish(balance: Path, index: ShardIndex, keep: KeepTable, out: Path, wanted
     hashes = [keys_sha256([index.table(s).keys[row] for row in keep.kept(s).tolist()]) for s in written]
     with disk_errors(out):
         write_json_atomic(out / "sizes.json", {f"{index.names[s]}.tar": int(keep.counts[s]) for s in written})
-        probe("reshard:before_meta")
+        failpoint("reshard:before_meta")
         write_meta(
             out,
             "reshard",
@@ -216,4 +216,4 @@ def _finish(balance: Path, index: ShardIndex, keep: KeepTable, out: Path, wanted
             arguments=wanted,
         )
     PartialResults(out, {}).remove()
-    sweep(out)
+    remove_temporary_files(out)

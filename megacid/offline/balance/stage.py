@@ -19,9 +19,9 @@ from megacid.data.index import ShardIndex, ShardReader, load_index, read_sample_
 from megacid.distributed.collectives import barrier
 from megacid.distributed.consensus import any_rank
 from megacid.distributed.parallel import Parallel
-from megacid.distributed.stopping import Tick, together
+from megacid.distributed.stopping import Tick, stop_together
 from megacid.errors import UserError
-from megacid.failpoints import probe
+from megacid.failpoints import failpoint
 from megacid.offline.balance import gallery, report
 from megacid.offline.balance.deduplicate import BalanceSettings, Decision, decide, group_by_cluster, preference
 from megacid.offline.balance.groups import (
@@ -42,7 +42,7 @@ from megacid.storage.stage_files import (
     disk_errors,
     finished_meta,
     read_array,
-    sweep,
+    remove_temporary_files,
     write_array,
     write_text,
 )
@@ -81,7 +81,7 @@ def balance(
     """
     group = parallel.group
     tick = progress(0)
-    with together(group):
+    with stop_together(group):
         rows = EmbeddingRows(embeddings)
         text = EmbeddingRows(embeddings, "text") if settings.keep == "caption" else None
         if text is not None and not np.array_equal(text.starts, rows.starts):
@@ -96,19 +96,19 @@ def balance(
         if settings.across:
             centroids, metric = read_centroids(clusters, rows.dim)
         index = index_of(shards or rows.meta["source"]["shards"], rows)
-        wanted = _wanted(settings, rows, label, score, k)
+        expected = _expected(settings, rows, label, score, k)
         if centroids is not None:
-            wanted["centroids"] = hashlib.sha256(centroids.tobytes()).hexdigest()
-        done = _complete(out, wanted | {"gallery_groups": gallery_groups}, index)
+            expected["centroids"] = hashlib.sha256(centroids.tobytes()).hexdigest()
+        done = _complete(out, expected | {"gallery_groups": gallery_groups}, index)
     # Label files may be read at different moments: all ranks have to find the same.
     if not any_rank(done is None, group):
-        with together(group):
+        with stop_together(group):
             if parallel.is_first:
                 _tidy(out)
         log.info("%s is complete", out)
         return read_meta(out, expect="balance")
-    work = PartialResults(out, wanted)
-    with together(group):
+    work = PartialResults(out, expected)
+    with stop_together(group):
         if parallel.is_first:
             _claim(out, work)
         priority = preference(settings.keep, score, settings.seed, rows, text, tick=tick)
@@ -126,14 +126,14 @@ def balance(
         centroids=centroids,
         metric=metric,
     )
-    with together(group):
+    with stop_together(group):
         if parallel.is_first:
-            _write(out, index, rows, label, k, decision, settings, clusters, gallery_groups, wanted, tick)
+            _write(out, index, rows, label, k, decision, settings, clusters, gallery_groups, expected, tick)
     barrier(group)
     return read_meta(out, expect="balance")
 
 
-def _wanted(
+def _expected(
     settings: BalanceSettings, rows: EmbeddingRows, label: np.ndarray, score: np.ndarray, k: int
 ) -> dict[str, Any]:
     """Everything that decides the result, as JSON: the arguments, the embeddings, and the labels to the last bit."""
@@ -152,15 +152,15 @@ def labels_digest(label: np.ndarray, score: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _complete(out: Path, wanted: dict[str, Any], index: ShardIndex) -> dict[str, Any] | None:
+def _complete(out: Path, expected: dict[str, Any], index: ShardIndex) -> dict[str, Any] | None:
     """meta.json of a folder that was finished with these arguments and is whole; None when it has to be made."""
     meta = finished_meta(out, "balance")
     if meta is None:
         return None
     before = meta.get("arguments")
-    if before != wanted:
+    if before != expected:
         old = before if isinstance(before, dict) else {}
-        changed = ", ".join(name for name, value in wanted.items() if old.get(name) != value)
+        changed = ", ".join(name for name, value in expected.items() if old.get(name) != value)
         log.warning("%s was made with other arguments or inputs (%s): making it afresh", out, changed)
         return None
     for name, size in zip(index.names, index.sizes.tolist()):
@@ -192,12 +192,12 @@ def _is_json(path: Path) -> bool:
 
 def _claim(out: Path, work: PartialResults) -> None:
     if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in ("keep", WORK, "meta.json")):
-        sweep(out)
+        remove_temporary_files(out)
         if any(out.iterdir()):
             raise UserError(f"{out} is not empty and was not made by tools/balance.py: take another --out")
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        sweep(out)
+        remove_temporary_files(out)
         (out / "meta.json").unlink(missing_ok=True)
     work.begin()
 
@@ -205,7 +205,7 @@ def _claim(out: Path, work: PartialResults) -> None:
 def _tidy(out: Path) -> None:
     """Remove what only an unfinished run needs."""
     PartialResults(out, {}).remove()
-    sweep(out)
+    remove_temporary_files(out)
 
 
 def index_of(shards: Path | str, rows: EmbeddingRows) -> ShardIndex:
@@ -228,7 +228,7 @@ def _write(
     settings: BalanceSettings,
     clusters: Path,
     gallery_groups: int,
-    wanted: dict[str, Any],
+    expected: dict[str, Any],
     tick: Tick,
 ) -> None:
     shard, row = tar_rows(index, rows)
@@ -239,19 +239,19 @@ def _write(
     if report.has_field(index, "origin"):
         facts |= report.planted_facts(report.origins(index, shard, row, tick), decision, label)
     write_text(out / "report.json", json.dumps(facts, indent=2) + "\n")
-    probe("balance:report")
+    failpoint("balance:report")
     has_subset = _write_subset(out, index, shard, row, decision.keep, tick)
     reader = ShardReader(index)
     show = gallery.pictures(reader, shard, row, tick)
     write_text(out / "gallery.html", _gallery(rows, label, k, decision, facts, gallery_groups, show))
     reader.close()
-    probe("balance:gallery")
+    failpoint("balance:gallery")
     source = {
         "embeddings": str(rows.directory.resolve()),
         "clusters": str(clusters.resolve()),
         "shards": str(index.root.resolve()),
     }
-    probe("balance:before_meta")
+    failpoint("balance:before_meta")
     with disk_errors(out / "meta.json"):
         write_meta(
             out,
@@ -270,9 +270,9 @@ def _write(
             model=rows.meta["model"],
             gallery_bytes=(out / "gallery.html").stat().st_size,
             has_subset=has_subset,
-            arguments=wanted | {"gallery_groups": gallery_groups},
+            arguments=expected | {"gallery_groups": gallery_groups},
         )
-    probe("balance:after_meta")
+    failpoint("balance:after_meta")
     _tidy(out)
 
 
@@ -283,7 +283,7 @@ def _write_masks(out: Path, index: ShardIndex, shard: np.ndarray, row: np.ndarra
         mask[row[(shard == number) & keep]] = True
         total += int(mask.sum())
         write_array(out / "keep" / f"{name}.npy", mask)
-        probe("balance:keep", step=number)
+        failpoint("balance:keep", step=number)
         tick(0)
     return total
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megacid.distributed import collectives
 from megacid.distributed.parallel import shard_range
-from megacid.distributed.stopping import together
+from megacid.distributed.stopping import stop_together
 from megacid.offline.cluster.state import KMeansSettings, KMeansState
 from megacid.offline.nearest import Assigner, Metric, chosen_backend, prepare, tile_rows
 from megacid.offline.rows import Rows
@@ -91,7 +91,7 @@ def one_pass(
     first, last = shard_range(tiles, collectives.rank(group), collectives.world_size(group))
     start, stop = first * tile, min(last * tile, rows.num_rows)
     moved = 0
-    with together(group):
+    with stop_together(group):
         for low in range(start, stop, block):
             x_BD = rows.read(low, min(low + block, stop))
             for at in range(0, len(x_BD), tile):

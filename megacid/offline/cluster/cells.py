@@ -88,7 +88,7 @@ def budgets(left: list[np.ndarray], k: int) -> np.ndarray:
     """
     filled = sum(len(curve) > 0 for curve in left)
     if not filled <= k <= sum(map(len, left)):
-        raise ValueError(f"k is {k}, wanted {filled} filled cells to {sum(map(len, left))} centroids")
+        raise ValueError(f"k is {k}, expected {filled} filled cells to {sum(map(len, left))} centroids")
     gains = [_falling(curve[:-1] - curve[1:]) for curve in left]
     cell = np.repeat(np.arange(len(left)), [len(gain) for gain in gains])
     best = np.argsort(-np.concatenate([*gains, np.empty(0)]), kind="stable")[: k - filled]

@@ -20,7 +20,7 @@ from megacid.offline.cluster.labels import label_partition
 from megacid.offline.nearest import Assigner
 from megacid.storage.atomic import write_json_atomic
 from megacid.storage.metadata import read_meta, write_meta
-from megacid.storage.stage_files import finished_meta, sweep, write_array
+from megacid.storage.stage_files import finished_meta, remove_temporary_files, write_array
 
 Tick = Callable[[int], None]
 
@@ -43,11 +43,13 @@ def cluster_features(
     wanted = {"features": str(source.resolve()), "digest": rows.digest}
     wanted |= {name: getattr(settings, name) for name in ("k", "metric", "seed", "init", "iterations", "train_sample")}
     claim = out / "settings.json"
-    sweep(out)
+    remove_temporary_files(out)
     meta = finished_meta(out, "sweep")
     if meta is not None:
         if meta["source"] != wanted:
-            raise UserError(f"{out} was made with {meta['source']}, wanted {wanted}: take another --out, or delete it")
+            raise UserError(
+                f"{out} was made with {meta['source']}, expected {wanted}: take another --out, or delete it"
+            )
         return meta
     if out.exists() and any(out.iterdir()) and not claim.exists():
         raise UserError(f"{out} is not empty and was not made by tools/sweep.py: take another --out")

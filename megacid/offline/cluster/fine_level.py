@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megacid.distributed.stopping import together
-from megacid.failpoints import probe
+from megacid.distributed.stopping import stop_together
+from megacid.failpoints import failpoint
 from megacid.offline.cluster.accumulate import Accumulator
 from megacid.offline.cluster.cells import Cells, budgets, deal
 from megacid.offline.cluster.kmeans import block_rows, imbalance_factor, spare_bytes, update
@@ -103,20 +103,20 @@ def _each_cell(
     cells = np.array(list(shapes), np.int64)
     mine = cells[deal(work[cells], run.world) == run.rank].tolist()
     began, done = time.monotonic(), 0
-    with together(run.group):
+    with stop_together(run.group):
         for number, cell in enumerate(mine, 1):
             if partial.array(f"{name}_{cell:05d}", shapes[cell], "f") is not None:
                 run.tick(int(rows[cell]))
                 continue
             partial.save_array(f"{name}_{cell:05d}", make(cell))
-            probe(f"cluster:{name}", step=cell)
+            failpoint(f"cluster:{name}", step=cell)
             run.tick(0)
             done += 1
             if number == len(mine) or number * 10 // len(mine) > (number - 1) * 10 // len(mine):
                 seconds = time.monotonic() - began
                 left = seconds / done * (len(mine) - number)
                 log.info("%s, cells %d/%d of this rank: %.1f s, %.0f s to go", name, number, len(mine), seconds, left)
-    with together(run.group):
+    with stop_together(run.group):
         parts = {cell: partial.array(f"{name}_{cell:05d}", shape, "f") for cell, shape in shapes.items()}
         missing = [cell for cell, part in parts.items() if part is None]
         if missing:

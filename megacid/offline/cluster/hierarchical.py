@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from megacid.distributed import collectives
-from megacid.distributed.stopping import together
-from megacid.failpoints import probe
+from megacid.distributed.stopping import stop_together
+from megacid.failpoints import failpoint
 from megacid.offline.cluster.accumulate import Accumulator, Group, Tick, grid_scale
 from megacid.offline.cluster.cells import Cells, by_label, deal
 from megacid.offline.cluster.fine_level import fine_level
@@ -86,10 +86,10 @@ def two_level(
     check_memory(n, rows.dim, settings)
     final = replace(settings, iterations=max(settings.refine, 1))
     checkpoint, partial = work / "state.npz", PartialResults(work, _fingerprint(rows, settings, device, identity))
-    with together(group):
+    with stop_together(group):
         # First of all: a folder of other settings is refused before anything in it is dropped.
         state = load_state(checkpoint, final, identity) if checkpoint.exists() else None
-    with together(group):
+    with stop_together(group):
         if collectives.rank(group) == 0:
             partial.begin()
     largest = check_rows(rows, settings.metric, block, group, unit_rows=unit_rows, tick=tick)
@@ -107,13 +107,13 @@ def two_level(
         identity=identity,
         tick=lambda done: tick(0),
     ).centroids
-    with together(group):
-        probe("cluster:coarse")
+    with stop_together(group):
+        failpoint("cluster:coarse")
     cells = Cells(partial, n, count, tile_rows(device))
     _assign_cells(run, coarse_CD, cells)
     if state is None:
         centroids_KD, weight_K = fine_level(run, cells, partial, min(n, more_than(settings.k)))
-        probe("cluster:merge")
+        failpoint("cluster:merge")
         state = KMeansState(
             merge_nearest(
                 centroids_KD, weight_K, settings.k, settings.metric, lambda c_KD: _neighbours(run, c_KD, coarse_CD)
@@ -151,7 +151,7 @@ def _fingerprint(
 def _assign_cells(run: LevelRun, coarse_CD: Tensor, cells: Cells) -> None:
     """Find the cell of every row, part by part, parts dealt out over the ranks; opens `cells`."""
     assigner = run.assigner(coarse_CD)
-    with together(run.group):
+    with stop_together(run.group):
         for part in range(run.rank, cells.parts, run.world):
             start, stop = cells.bounds(part)
             if cells.load(part) is not None:
@@ -165,8 +165,8 @@ def _assign_cells(run: LevelRun, coarse_CD: Tensor, cells: Cells) -> None:
                     label[where] = run.nearest(assigner, x_TD)[1].cpu().numpy()
                     run.tick(len(x_TD))
             cells.save(part, label)
-            probe("cluster:cells", step=part)
-    with together(run.group):
+            failpoint("cluster:cells", step=part)
+    with stop_together(run.group):
         cells.open()
 
 
@@ -223,7 +223,7 @@ def _refine(run: LevelRun, cells: Cells, coarse_CD: Tensor, state: KMeansState, 
         candidates = _candidates(run, state.centroids, coarse_CD)
         compared = sum(len(ids) * int(size) for ids, size in zip(candidates, cells.sizes)) / n
         log.info("iteration %d: a row is compared with %.0f of %d centroids", state.iteration + 1, compared, settings.k)
-        with together(run.group):
+        with stop_together(run.group):
             for cell in mine:
                 members, ids = cells.members(cell), candidates[cell].to(run.device)
                 assigner = run.assigner(state.centroids[candidates[cell]])
@@ -245,11 +245,11 @@ def _refine(run: LevelRun, cells: Cells, coarse_CD: Tensor, state: KMeansState, 
         sizes, empty = update(state, total, settings)
         state.imbalance = imbalance_factor(sizes)
         state.stopped = settled(state.objective, settings)
-        with together(run.group):
-            probe("cluster:refine", step=state.iteration)
+        with stop_together(run.group):
+            failpoint("cluster:refine", step=state.iteration)
             if run.rank == 0:
                 save()
-            probe("cluster:refine_saved", step=state.iteration)
+            failpoint("cluster:refine_saved", step=state.iteration)
             run.tick(0)
         share = float(total.flat[-1]) / n if known else None
         report(state, settings.refine, empty, share, time.monotonic() - began)

@@ -23,14 +23,14 @@ from torch import Tensor
 from megacid.distributed import collectives
 from megacid.distributed.consensus import any_rank, gather_json
 from megacid.distributed.parallel import shard_range
-from megacid.distributed.stopping import together
+from megacid.distributed.stopping import stop_together
 from megacid.errors import UserError
-from megacid.failpoints import probe
+from megacid.failpoints import failpoint
 from megacid.offline.cluster.accumulate import Accumulator, Group, Tick, grid_scale, one_pass, pass_rows
 from megacid.offline.cluster.seeding import check_memory, initial_centroids, sample_rows
 from megacid.offline.cluster.state import KMeansSettings, KMeansState, load_state, save_state, settled
 from megacid.offline.nearest import Metric, search_bytes, tile_rows
-from megacid.offline.rows import Rows, SubsetRows, odd_row
+from megacid.offline.rows import Rows, SubsetRows, find_invalid_row
 
 log = logging.getLogger(__name__)
 _READ_BYTES = 8  # of a value while rows are read: fp32 at most, gathered from several files
@@ -86,16 +86,16 @@ def check_rows(
     or with `unit_rows` a length that is not 1."""
     start, stop = shard_range(rows.num_rows, collectives.rank(group), collectives.world_size(group))
     largest, tile = 0.0, tile_rows(torch.device("cpu"))
-    with together(group):
+    with stop_together(group):
         for low in range(start, stop, block):
             x_BD = rows.read(low, min(low + block, stop))
             for at in range(0, len(x_BD), tile):
                 x = np.asarray(x_BD[at : at + tile], np.float32)
-                found = odd_row(x, zero_is_odd=metric == "cosine" or unit_rows, unit=unit_rows)
+                found = find_invalid_row(x, allow_zero=metric != "cosine" and not unit_rows, unit=unit_rows)
                 if found is not None:
                     row, what = found
                     raise UserError(
-                        f"{rows.name(low + at + row)} {what}, wanted finite rows{' of length 1' if unit_rows else ' of non-zero length' if metric == 'cosine' else ''}: delete that file and run tools/embed.py again"
+                        f"{rows.name(low + at + row)} {what}, expected finite rows{' of length 1' if unit_rows else ' of non-zero length' if metric == 'cosine' else ''}: delete that file and run tools/embed.py again"
                     )
                 largest = max(largest, float(np.abs(x).max(initial=0)))
             tick(0)
@@ -187,15 +187,15 @@ def kmeans(
     check_memory(n, rows.dim, settings)
     largest = check_rows(rows, settings.metric, block, group, unit_rows=unit_rows, tick=tick)
     scale = grid_scale(settings.metric, largest)
-    with together(group):
+    with stop_together(group):
         state = load_state(checkpoint, settings, identity or {}) if checkpoint and checkpoint.exists() else None
     if state is None:
         if settings.init == "k-means++":
             sample = sample_rows(n, settings.k, rows.dim)
             log.info("k-means++: %d centroids from a sample of %d of %d rows", settings.k, sample, n)
-        with together(group):
+        with stop_together(group):
             state = KMeansState(initial_centroids(rows, settings, device, tick))
-            probe("cluster:init")
+            failpoint("cluster:init")
     else:
         log.info("continuing after iteration %d of %d", state.iteration, settings.iterations)
     tile = pass_rows(settings, rows.dim, device)
@@ -212,11 +212,11 @@ def kmeans(
         sizes, empty = update(state, total, settings)
         state.imbalance = imbalance_factor(sizes)
         state.stopped = settled(state.objective, settings)
-        with together(group):
-            probe("cluster:iteration", step=state.iteration)
+        with stop_together(group):
+            failpoint("cluster:iteration", step=state.iteration)
             if checkpoint is not None and collectives.rank(group) == 0:
                 save_state(checkpoint, state, settings, identity or {})
-            probe("cluster:iteration_saved", step=state.iteration)
+            failpoint("cluster:iteration_saved", step=state.iteration)
             tick(0)
         report(
             state, settings.iterations, empty, float(total.flat[-1]) / n if known else None, time.monotonic() - began
@@ -244,7 +244,7 @@ def training_sample(rows: Rows, settings: KMeansSettings) -> Rows:
     """A uniform sample of rows without replacement, decided by the seed."""
     count = settings.train_sample or 0
     if not settings.k <= count:
-        raise UserError(f"train sample is {count} rows, wanted at least k = {settings.k}: raise --train-sample")
+        raise UserError(f"train sample is {count} rows, expected at least k = {settings.k}: raise --train-sample")
     if count >= rows.num_rows:
         log.info("training on all %d rows (the sample asked for, %d, is not smaller)", rows.num_rows, count)
         return rows

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from megacid.distributed.collectives import all_reduce_sum
 from megacid.distributed.parallel import Parallel
-from megacid.distributed.stopping import together
+from megacid.distributed.stopping import stop_together
 from megacid.errors import UserError
-from megacid.failpoints import probe
+from megacid.failpoints import failpoint
 from megacid.offline.nearest import Assigner, Backend, Metric, pad_rows, prepare, tile_rows
-from megacid.offline.rows import EmbeddingRows, PartitionedRows, odd_row
+from megacid.offline.rows import EmbeddingRows, PartitionedRows, find_invalid_row
 from megacid.storage.stage_files import writing
 
 _CENTROIDS, _SIMILARITY = b"centroids", b"similarity"  # in the metadata of a label file: sha256, and a sum as hex
@@ -56,8 +56,8 @@ def label_partition(
     for low in range(start, stop, tile):
         block = rows.read(low, min(low + tile, stop))
         # Training on a sample has not seen all rows.
-        found = odd_row(
-            np.asarray(block, np.float32), zero_is_odd=assigner.metric == "cosine" or unit_rows, unit=unit_rows
+        found = find_invalid_row(
+            np.asarray(block, np.float32), allow_zero=assigner.metric != "cosine" and not unit_rows, unit=unit_rows
         )
         if found is not None:
             raise UserError(f"{rows.name(low + found[0])} {found[1]}: delete that file and run tools/embed.py again")
@@ -112,7 +112,7 @@ def label_all(
     assigner = Assigner(centroids_KD, metric, parallel.device, backend)
     count_K = torch.zeros(k, dtype=torch.float64, device=parallel.device)
     value_of = torch.zeros(len(rows.stems), dtype=torch.float64, device=parallel.device)
-    with together(parallel.group):
+    with stop_together(parallel.group):
         for partition in range(parallel.rank, len(rows.stems), parallel.world):
             path, keys = out / "labels" / f"{rows.stems[partition]}.parquet", rows.keys(partition)
             before = _read_labels(path, keys, top, digest)
@@ -123,7 +123,7 @@ def label_all(
                 labels, score, value = label_partition(rows, partition, assigner, top, tick, unit_rows=True)
                 label = labels[:, 0]
                 _write_labels(path, keys, labels, score, digest, value)
-                probe("cluster:labels", step=partition)
+                failpoint("cluster:labels", step=partition)
                 tick(0)
             count_K += torch.from_numpy(np.bincount(label, minlength=k)).to(count_K)
             value_of[partition] = value

@@ -43,7 +43,7 @@ def read_labels(clusters: Path, rows: EmbeddingRows) -> tuple[np.ndarray, np.nda
         stored = table["label"].to_numpy()
         if stored.size and (stored.min() < -1 or stored.max() >= k):
             raise UserError(
-                f"{path} holds labels {stored.min()} .. {stored.max()}, wanted -1 .. {k - 1} as meta.json says: run "
+                f"{path} holds labels {stored.min()} .. {stored.max()}, expected -1 .. {k - 1} as meta.json says: run "
                 "tools/cluster.py again"
             )
         if keys == have:
@@ -67,7 +67,7 @@ def read_centroids(clusters: Path, dim: int) -> tuple[np.ndarray, Metric]:
     wanted = (int(meta["k"]), dim)
     if centroids.shape != wanted or centroids.dtype.kind != "f":
         raise UserError(
-            f"{path} is {centroids.dtype} of shape {centroids.shape}, wanted floating point {wanted}: run tools/cluster.py again"
+            f"{path} is {centroids.dtype} of shape {centroids.shape}, expected floating point {wanted}: run tools/cluster.py again"
         )
     values = np.array(centroids, np.float32)
     if not np.isfinite(values).all():

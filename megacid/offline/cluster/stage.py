@@ -19,9 +19,9 @@ import torch
 from megacid.distributed.collectives import barrier
 from megacid.distributed.consensus import any_rank
 from megacid.distributed.parallel import Parallel
-from megacid.distributed.stopping import together
+from megacid.distributed.stopping import stop_together
 from megacid.errors import UserError
-from megacid.failpoints import probe
+from megacid.failpoints import failpoint
 from megacid.offline.cluster.hierarchical import two_level
 from megacid.offline.cluster.kmeans import KMeansSettings, KMeansState, imbalance_factor, kmeans
 from megacid.offline.cluster.labels import centroids_digest, label_all
@@ -29,7 +29,14 @@ from megacid.offline.nearest import Backend, check_backend
 from megacid.offline.rows import EmbeddingRows
 from megacid.storage.atomic import write_json_atomic
 from megacid.storage.metadata import read_meta, write_meta
-from megacid.storage.stage_files import WORK, disk_errors, finished_meta, read_array, sweep, write_array
+from megacid.storage.stage_files import (
+    WORK,
+    disk_errors,
+    finished_meta,
+    read_array,
+    remove_temporary_files,
+    write_array,
+)
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int], Callable[[int], None]]  # takes the rows to do, gives what is told the rows done
@@ -51,22 +58,22 @@ def cluster(
     function of `progress` raises Stopped. UserError also when all samples fall into one of several clusters.
     """
     group = parallel.group
-    with together(group):
+    with stop_together(group):
         rows = EmbeddingRows(embeddings)
         if not 1 <= top_labels <= settings.k:
-            raise UserError(f"top labels is {top_labels}, wanted 1 to k = {settings.k}")
+            raise UserError(f"top labels is {top_labels}, expected 1 to k = {settings.k}")
         identity = _identity(rows)
-        wanted = _wanted(settings, top_labels) | identity
-        done = _finished(out, wanted)
+        expected = _expected(settings, top_labels) | identity
+        done = _finished(out, expected)
     state: KMeansState | None = None
     if done is not None:
         # Every rank has read the same meta.json; what is behind it is looked at in parts.
-        with together(group):
+        with stop_together(group):
             mine = range(parallel.rank, len(rows.stems), parallel.world)
             damage = _damaged(out, settings.k, rows, list(mine), top_labels)
             centroids = read_array(out / "centroids.npy", (settings.k, rows.dim), "f")
         if not any_rank(damage is not None, group):
-            with together(group):
+            with stop_together(group):
                 if parallel.is_first:
                     _tidy(out)
             log.info("%s is complete", out)
@@ -75,18 +82,18 @@ def cluster(
         if centroids is not None:
             # The labels follow from the centroids alone.
             state = KMeansState(torch.from_numpy(np.array(centroids)), int(done["iterations"]), done["objective"])
-    with together(group):
+    with stop_together(group):
         if parallel.is_first:
-            _claim(out, wanted)
+            _claim(out, expected)
     if state is None:
         state = _train(rows, out, settings, parallel, identity, progress)
     sizes, similarity = label_all(
         out, rows, state.centroids, settings.metric, settings.backend, parallel, top_labels, progress(rows.num_rows)
     )
-    with together(group):
+    with stop_together(group):
         _check_spread(sizes, rows, warn=parallel.is_first)
         if parallel.is_first:
-            facts = wanted | {"iterations": state.iteration, "iterations_asked": wanted["iterations"]}
+            facts = expected | {"iterations": state.iteration, "iterations_asked": expected["iterations"]}
             facts["objective"] = state.objective
             _finish(out, rows, state.centroids, facts, sizes, similarity)
     barrier(group)
@@ -141,17 +148,17 @@ def assign_only(
     with. Interruptions and complete folders are dealt with as in `cluster`.
     """
     group = parallel.group
-    with together(group):
+    with stop_together(group):
         check_backend(backend)
         rows, origin = EmbeddingRows(embeddings), read_meta(clusters, expect="cluster")
         _check_origin(rows, clusters, origin)
         k = int(origin["k"])
         if not 1 <= top_labels <= k:
-            raise UserError(f"top labels is {top_labels}, wanted 1 to k = {k}: correct --top-labels")
+            raise UserError(f"top labels is {top_labels}, expected 1 to k = {k}: correct --top-labels")
         stored = read_array(clusters / "centroids.npy", (k, rows.dim), "f")
         if stored is None:
             raise UserError(
-                f"{clusters / 'centroids.npy'} is missing or not {(k, rows.dim)} numbers, wanted what its meta.json says: "
+                f"{clusters / 'centroids.npy'} is missing or not {(k, rows.dim)} numbers, expected what its meta.json says: "
                 "run tools/cluster.py there again"
             )
         if out.resolve() == clusters.resolve():
@@ -159,25 +166,25 @@ def assign_only(
         if (out / "state.npz").exists() or (out / WORK).exists():
             raise UserError(f"{out} holds a clustering that has not ended: end it first, or take another --out")
         centroids_KD = torch.from_numpy(np.array(stored, np.float32))
-        wanted: dict[str, Any] = {"method": "assign-only", "labels_per_sample": top_labels, "k": k}
-        wanted |= {"metric": origin["metric"], "centroids_sha256": centroids_digest(centroids_KD)} | _identity(rows)
-        done = _finished(out, wanted)
+        expected: dict[str, Any] = {"method": "assign-only", "labels_per_sample": top_labels, "k": k}
+        expected |= {"metric": origin["metric"], "centroids_sha256": centroids_digest(centroids_KD)} | _identity(rows)
+        done = _finished(out, expected)
     if done is not None:
-        with together(group):
+        with stop_together(group):
             damage = _damaged(out, k, rows, list(range(parallel.rank, len(rows.stems), parallel.world)), top_labels)
         if not any_rank(damage is not None, group):
             log.info("%s is complete", out)
             return done
         log.warning("%s is damaged or missing: making again what is needed", damage or "a file that another rank reads")
-    with together(group):
+    with stop_together(group):
         if parallel.is_first:
-            _claim(out, wanted)
+            _claim(out, expected)
     sizes, similarity = label_all(
         out, rows, centroids_KD, origin["metric"], backend, parallel, top_labels, progress(rows.num_rows)
     )
-    with together(group):
+    with stop_together(group):
         if parallel.is_first:
-            _finish(out, rows, centroids_KD, wanted, sizes, similarity, clusters=str(clusters.resolve()))
+            _finish(out, rows, centroids_KD, expected, sizes, similarity, clusters=str(clusters.resolve()))
     barrier(group)
     return read_meta(out, expect="cluster")
 
@@ -215,17 +222,17 @@ def _identity(rows: EmbeddingRows) -> dict[str, Any]:
     }
 
 
-def _wanted(settings: KMeansSettings, top_labels: int) -> dict[str, Any]:
+def _expected(settings: KMeansSettings, top_labels: int) -> dict[str, Any]:
     names = ["method", "k", "metric", "seed", "init", "train_sample", "iterations", "tolerance"]
     if settings.method == "hierarchical":
         names += ["refine", "refine_cells"]
     return {name: getattr(settings, name) for name in names} | {"labels_per_sample": top_labels}
 
 
-def _finished(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+def _finished(out: Path, expected: dict[str, Any]) -> dict[str, Any] | None:
     """meta.json of a folder that was finished with the same settings; UserError when with others, None when not finished."""
     meta = finished_meta(out, "cluster")
-    for name, value in wanted.items() if meta else ():
+    for name, value in expected.items() if meta else ():
         before = (meta or {}).get("iterations_asked" if name == "iterations" else name)
         if before != value:
             raise UserError(
@@ -251,21 +258,21 @@ def _damaged(out: Path, k: int, rows: EmbeddingRows, partitions: list[int], top:
     return None
 
 
-def _claim(out: Path, wanted: dict[str, Any]) -> None:
+def _claim(out: Path, expected: dict[str, Any]) -> None:
     with disk_errors(out / "settings.json"):
         out.mkdir(parents=True, exist_ok=True)
-        sweep(out)
+        remove_temporary_files(out)
         if any(out.iterdir()) and not (out / "settings.json").exists():
             raise UserError(f"{out} is not empty and was not made by tools/cluster.py: take another --out")
         (out / "meta.json").unlink(missing_ok=True)
-        write_json_atomic(out / "settings.json", wanted)
+        write_json_atomic(out / "settings.json", expected)
 
 
 def _tidy(out: Path) -> None:
     """Remove what only an unfinished run needs."""
     (out / "state.npz").unlink(missing_ok=True)
     shutil.rmtree(out / WORK, ignore_errors=True)
-    sweep(out)
+    remove_temporary_files(out)
 
 
 def _finish(
@@ -278,10 +285,10 @@ def _finish(
     **source: str,
 ) -> None:
     """Write what stands beside the labels. source: more of where it comes from, for meta.json."""
-    probe("cluster:labelled")
+    failpoint("cluster:labelled")
     write_array(out / "centroids.npy", centroids_KD.numpy())
     write_array(out / "sizes.npy", sizes)
-    probe("cluster:before_meta")
+    failpoint("cluster:before_meta")
     with disk_errors(out / "meta.json"):
         write_meta(
             out,
@@ -295,5 +302,5 @@ def _finish(
             pretrained=rows.meta.get("pretrained"),
             **facts,
         )
-    probe("cluster:after_meta")
+    failpoint("cluster:after_meta")
     _tidy(out)

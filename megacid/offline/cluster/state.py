@@ -41,21 +41,21 @@ class KMeansSettings:
 
     def __post_init__(self) -> None:
         if self.k < 1:
-            raise UserError(f"k is {self.k}, wanted at least 1 cluster: give --k")
+            raise UserError(f"k is {self.k}, expected at least 1 cluster: give --k")
         if self.metric not in ("cosine", "euclidean"):
-            raise UserError(f"metric is {self.metric!r}, wanted cosine or euclidean")
+            raise UserError(f"metric is {self.metric!r}, expected cosine or euclidean")
         if self.init not in ("random", "k-means++"):
-            raise UserError(f"init is {self.init!r}, wanted random or k-means++")
+            raise UserError(f"init is {self.init!r}, expected random or k-means++")
         if self.iterations < 1:
-            raise UserError(f"iterations is {self.iterations}, wanted at least 1")
+            raise UserError(f"iterations is {self.iterations}, expected at least 1")
         if not 0 <= self.tolerance < 1:
-            raise UserError(f"tolerance is {self.tolerance}, wanted a share from 0 to below 1")
+            raise UserError(f"tolerance is {self.tolerance}, expected a share from 0 to below 1")
         if self.method not in ("flat", "hierarchical"):
-            raise UserError(f"method is {self.method!r}, wanted flat or hierarchical")
+            raise UserError(f"method is {self.method!r}, expected flat or hierarchical")
         for name in ("refine", "refine_cells"):
             if getattr(self, name) < 0:
                 raise UserError(
-                    f"{name} is {getattr(self, name)}, wanted 0 or more: correct --{name.replace('_', '-')}"
+                    f"{name} is {getattr(self, name)}, expected 0 or more: correct --{name.replace('_', '-')}"
                 )
         check_backend(self.backend)
 

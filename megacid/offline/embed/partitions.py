@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megacid.errors import UserError
-from megacid.failpoints import probe
+from megacid.failpoints import failpoint
 from megacid.storage.npy import load_npy
 from megacid.storage.stage_files import disk_errors, write_array, writing
 
@@ -112,10 +112,10 @@ class Partition:
         if self.about:
             for name, path, parts in (("image", files.image, self.image), ("text", files.text, self.text)):
                 write_array(path, np.concatenate(parts))
-                probe(f"embed:{name}_written", step=number)
+                failpoint(f"embed:{name}_written", step=number)
             keys, captions, uids, urls = zip(*self.about)
             _write(files.metadata, zip(_ABOUT, (keys, captions, [stem] * len(keys), keys, uids, urls)))
-            probe("embed:metadata_written", step=number)
+            failpoint("embed:metadata_written", step=number)
         if self.failures:
             keys, reasons = zip(*self.failures)
             _write(files.failures, zip(("shard", "key", "reason"), ([stem] * len(keys), keys, reasons)))

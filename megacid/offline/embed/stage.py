@@ -29,16 +29,16 @@ from megacid.data.workers import worker_start
 from megacid.distributed.collectives import barrier
 from megacid.distributed.consensus import gather_json
 from megacid.distributed.parallel import Parallel
-from megacid.distributed.stopping import Tick, together
+from megacid.distributed.stopping import Tick, stop_together
 from megacid.errors import UserError
-from megacid.failpoints import probe
+from megacid.failpoints import failpoint
 from megacid.models.clip import LoadedClip
 from megacid.offline.embed.input import Batch, Pairs, as_is
 from megacid.offline.embed.partitions import Partition, left_out, partition_files
 from megacid.offline.embed.work_queue import Ledger, Split, create_ledger
 from megacid.storage.atomic import write_json_atomic
 from megacid.storage.metadata import read_meta, write_meta
-from megacid.storage.stage_files import WORK, disk_errors, sweep
+from megacid.storage.stage_files import WORK, disk_errors, remove_temporary_files
 
 log = logging.getLogger(__name__)
 _NAMED = 100  # failed samples that meta.json names; all are counted, and the tables of failures hold all
@@ -74,7 +74,7 @@ def encode(clip: LoadedClip, index: ShardIndex, batch: Batch) -> tuple[np.ndarra
             at = int(bad.nonzero()[0])
             raise UserError(
                 f"model {clip.name} gives the {what} of sample {batch.about[at].key} (row {batch.rows[at]} of "
-                f"{index.tar_path(batch.shard)}) an embedding of length {float(length_B[at]):g}, wanted a finite "
+                f"{index.tar_path(batch.shard)}) an embedding of length {float(length_B[at]):g}, expected a finite "
                 "one of length 1: check the weights, or try --precision fp32"
             )
     return both[0].numpy(), both[1].numpy()
@@ -118,12 +118,12 @@ class _Work:
             for batch in loader:
                 self._add(part, batch)
                 if part.seen == self.index.sizes[batch.shard]:
-                    probe("embed:partition", step=batch.shard)
+                    failpoint("embed:partition", step=batch.shard)
                     files = partition_files(self.out, batch.shard, len(self.index.names))
                     part.save(files, batch.shard, self.index.names[batch.shard])
                     ledger.finish(batch.shard)
                     self.made.append(batch.shard)
-                    probe("embed:shard_done", step=batch.shard)
+                    failpoint("embed:shard_done", step=batch.shard)
                     part = Partition()
                 self.tick(ledger.advance(batch.size))
         except RuntimeError:
@@ -172,7 +172,7 @@ def claim(out: Path, settings: dict[str, Any], batch_size: int) -> None:
     path = out / "settings.json"
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    sweep(out)
+    remove_temporary_files(out)
     if path.exists():
         try:
             before = dict(json.loads(path.read_text()))
@@ -228,43 +228,43 @@ def embed(
     """
     group, path = parallel.group, out / WORK / "ledger"
     shards, mine = len(index.names), range(parallel.rank, len(index.names), parallel.world)
-    with together(group):
+    with stop_together(group):
         if parallel.is_first:
             claim(out, settings, batch_size)
             (out / "meta.json").unlink(missing_ok=True)
-    with together(group):
+    with stop_together(group):
         missing = [shard for shard in mine if _left_out(index, out, shard, clip.embed_dim) is None]
     done = np.ones(shards, np.bool_)
     done[[shard for part in gather_json(missing, group) for shard in part]] = False
     total = int(index.sizes[~done].sum())
-    with together(group):
+    with stop_together(group):
         if parallel.is_first:
             need = _check_space(out, total, clip.embed_dim)
             create_ledger(path, done, parallel.world)
             log.info("%d of %d shards to do, %d samples, %.3f GB to write", (~done).sum(), shards, total, need / 1e9)
-    with together(group):
+    with stop_together(group):
         ledger = Ledger(path, shards, parallel, split)
     if ledger.split == "steal" and not ledger.locks_are_shared(group):
         log.warning("%s lies on a file system without locks between the ranks: --split static is used", out)
         ledger.split = "static"
     # The ledger is the inner block: a rank that fails gives up its claims before it waits for the others.
-    with together(group), ledger:
+    with stop_together(group), ledger:
         work = _Work(index, clip, out, batch_size, workers, progress(total))
         work.do_all(ledger)
     samples = sum(gather_json(ledger.mine, group))
-    with together(group):
+    with stop_together(group):
         work.tick(ledger.learn(samples))
         # What others have made may not be visible here yet, when the file system is that of a network.
         seen = sorted({*mine}.difference(missing).union(work.made))
         facts = _verify(index, out, seen, clip.embed_dim)
     all_facts = gather_json(facts, group)
-    with together(group):
+    with stop_together(group):
         if parallel.is_first:
-            probe("embed:before_meta")
+            failpoint("embed:before_meta")
             shutil.rmtree(path.parent, ignore_errors=True)
             with disk_errors(out / "meta.json"):
                 _write_meta(index, clip, out, settings, all_facts)
-            probe("embed:done")
+            failpoint("embed:done")
     barrier(group)
     return read_meta(out, expect="embed")
 

@@ -226,13 +226,13 @@ def test_planted_copies_are_found_across_borders() -> None:
 
 def test_bad_input_is_named(tmp_path: Path) -> None:
     rows, clusters, centroids = toy()
-    with pytest.raises(UserError, match="across is -1, wanted 0"):
+    with pytest.raises(UserError, match="across is -1, expected 0"):
         BalanceSettings(threshold=0.1, across=-1)
     with pytest.raises(UserError, match="there are no centroids: run tools/cluster"):
         decide(rows, clusters, BalanceSettings(threshold=0.1, across=1))
     (tmp_path / "meta.json").write_text('{"made_by": "cluster", "k": 12, "metric": "cosine"}')
     np.save(tmp_path / "centroids.npy", centroids[:3])
-    with pytest.raises(UserError, match=r"shape \(3, 4\), wanted floating point \(12, 4\)"):
+    with pytest.raises(UserError, match=r"shape \(3, 4\), expected floating point \(12, 4\)"):
         read_centroids(tmp_path, 4)
     centroids[3, 1] = np.nan
     np.save(tmp_path / "centroids.npy", centroids)

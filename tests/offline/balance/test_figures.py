@@ -45,7 +45,7 @@ def test_distance_of_perceptual_redundancy() -> None:
     for wrong in (0.0, 0.5):
         with pytest.raises(UserError, match=r"wanted above 0 and at most the threshold of the links, 0\.4"):
             perceptual_below(0.4, wrong)
-    with pytest.raises(UserError, match="members 1, wanted at least 1 group and 2 members"):
+    with pytest.raises(UserError, match="members 1, expected at least 1 group and 2 members"):
         Choice(members=1)
 
 
@@ -86,7 +86,7 @@ def test_process_of_a_cluster_is_that_of_its_pairs() -> None:
     assert shown.explained == pytest.approx(1)
     alone = process(circle([0.3]), np.zeros(1, int), np.zeros(1, int), np.ones(1, bool), 0.1, 0)
     assert alone.place.tolist() == [[0, 0]] and layout(alone)[0].shape == (1, 2)
-    with pytest.raises(UserError, match="cluster 7 has 0 samples, wanted 1 to 500"):
+    with pytest.raises(UserError, match="cluster 7 has 0 samples, expected 1 to 500"):
         process(rows, label, owner, keep, 0.15, 7)
     np.testing.assert_allclose(
         owner_distance(rows, owner), 2 * np.sin(np.abs(np.array(angles) - np.array(angles)[owner]) / 2), atol=1e-6
