@@ -33,7 +33,7 @@ import torch
 
 from megacid.checkpoint import store
 from megacid.checkpoint.saver import SaveFailed, Saver
-from megacid.classifier.health import concerns, health, hit_histogram
+from megacid.classifier.health import health, health_warnings, hit_histogram
 from megacid.config.load import load_run
 from megacid.config.schema import RunFile
 from megacid.data.batch import Batch, DataBudgetError
@@ -284,7 +284,7 @@ def report_classes(step: int, parts: Parts, metrics: Metrics) -> None:
         return
     facts = health(parts.head)
     metrics.log_classes(step, facts, hit_histogram(parts.head))
-    for concern in concerns(facts) if parts.parallel.is_first else ():
+    for concern in health_warnings(facts) if parts.parallel.is_first else ():
         log.warning("%s", concern)
 
 

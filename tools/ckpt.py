@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from megacid.checkpoint import store
 from megacid.checkpoint.state import CheckpointReader
-from megacid.classifier.initialization import given_rows, shape_of
+from megacid.classifier.initialization import load_rows, shape_of
 from megacid.errors import UserError, run_tool
 from megacid.evaluate.export import checkpoint_of
 from megacid.storage.atomic import atomic_path
@@ -126,7 +126,7 @@ def export(args: argparse.Namespace) -> int:
 
 def import_(args: argparse.Namespace) -> int:
     shape = shape_of(args.path)
-    write_rows(args.out, shape, lambda start, stop: given_rows(args.path, start, stop, shape).numpy())
+    write_rows(args.out, shape, lambda start, stop: load_rows(args.path, start, stop, shape).numpy())
     return 0
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from megacid_kernels import Gradients
 
 
-class Computed(NamedTuple):
+class ForwardGradients(NamedTuple):
     """What forward has found out already."""
 
     gradients: Gradients
@@ -22,7 +22,7 @@ class Computed(NamedTuple):
     norm_sq: Tensor  # 0-d fp32, of the slabs in slab mode, else 0
 
 
-class Discriminate(torch.autograd.Function):
+class PartialFCFunction(torch.autograd.Function):
     """Joins a loss whose gradients are made in forward to autograd: the embeddings' go on, the rows' are collected.
 
     `anchor` is a scalar that requires grad, so that a loss without a trainable student still has a backward.
@@ -33,8 +33,8 @@ class Discriminate(torch.autograd.Function):
         ctx: Any,
         emb_BD: Tensor,
         anchor: Tensor,
-        compute: Callable[[bool], Computed],
-        collect: Callable[[Computed, Tensor], None],
+        compute: Callable[[bool], ForwardGradients],
+        collect: Callable[[ForwardGradients, Tensor], None],
         factor: int,
     ) -> tuple[Tensor, ...]:
         """factor: `gradient_factor`."""

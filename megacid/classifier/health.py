@@ -18,13 +18,13 @@ _BLOCK_BYTES = 1 << 24  # of rows at a time: the probe is to need little beside 
 
 
 @torch.no_grad()
-def health(head: PartialFC, *, probes: int = 256) -> dict[str, float]:
-    """Facts about all rows, the same on every rank. A collective; costs about 2 * probes * L * D operations.
+def health(head: PartialFC, *, sample_size: int = 256) -> dict[str, float]:
+    """Facts about all rows, the same on every rank. A collective; costs about 2 * sample_size * L * D operations.
 
     never_hit         share of the classes that were no training sample's label so far
     norm_min, norm_mean, norm_max    of the rows: weight decay shrinks what is not pulled, and only direction counts
     not_finite        rows with a NaN or an infinity
-    duplicates        share of `probes` evenly spread classes with another class above cosine 0.99: one cluster in two
+    duplicates        share of `sample_size` evenly spread classes with another class above cosine 0.99: one cluster in two
     nearest_cosine    their mean cosine to the nearest other class
     mean_direction    length of the mean unit row: near 0 for classes all around, 1 when all have collapsed into one
     """
@@ -34,23 +34,23 @@ def health(head: PartialFC, *, probes: int = 256) -> dict[str, float]:
     norms = norms.masked_fill(~finite, 0.0)
     inverse = torch.where(norms > 0, 1 / norms, 0.0)
 
-    draw = Draw.of_step(head.num_classes, min(1.0, probes / head.num_classes), seed=head.seed, step=0)
+    draw = Draw.of_step(head.num_classes, min(1.0, sample_size / head.num_classes), seed=head.seed, step=0)
     mine = draw.classes(start, head.class_stop, weight.device)
-    probe_ids = gather_plain(mine, head.group)
+    sample_ids = gather_plain(mine, head.group)
 
     def unit(rows: slice | Tensor) -> Tensor:
         return weight[rows].masked_fill(~finite[rows, None], 0.0) * inverse[rows, None]
 
-    probe_PD = gather_plain(unit(mine - start), head.group)
-    nearest = weight.new_full((len(probe_ids),), -1.0)
+    sample_PD = gather_plain(unit(mine - start), head.group)
+    nearest = weight.new_full((len(sample_ids),), -1.0)
     total = weight.new_zeros(head.embed_dim, dtype=torch.float64)
     step = max(1, _BLOCK_BYTES // (4 * head.embed_dim))
     for first in range(0, head.num_local, step):
         part = slice(first, min(first + step, head.num_local))
         rows = unit(part)
         total += rows.sum(0, dtype=torch.float64)
-        cosine = probe_PD @ rows.T
-        at = probe_ids - start - first  # a probe is not its own neighbour
+        cosine = sample_PD @ rows.T
+        at = sample_ids - start - first  # a probe is not its own neighbour
         inside = (at >= 0) & (at < len(rows))
         cosine[inside, at[inside]] = -1.0
         nearest = torch.maximum(nearest, cosine.amax(1))
@@ -71,7 +71,7 @@ def health(head: PartialFC, *, probes: int = 256) -> dict[str, float]:
     }
 
 
-def concerns(facts: dict[str, float]) -> list[str]:
+def health_warnings(facts: dict[str, float]) -> list[str]:
     """What in `health` an operator should look at now, one sentence each."""
     found = []
     if facts["not_finite"]:

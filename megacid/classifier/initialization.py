@@ -62,7 +62,7 @@ class _Source:
     remedy: str = "take the centroids of that k and teacher"
 
 
-def given_rows(init: Init, start: int, stop: int, shape: tuple[int, int]) -> Tensor:
+def load_rows(init: Init, start: int, stop: int, shape: tuple[int, int]) -> Tensor:
     """Rows [start, stop) of the given (num_classes, embed_dim) matrix, fp32 on the host; may share memory with `init`.
 
     init: array, memmap or tensor; the path of a .npy file, of a .safetensors file with one 2-d tensor (or one called
@@ -87,7 +87,7 @@ def given_rows(init: Init, start: int, stop: int, shape: tuple[int, int]) -> Ten
 
 
 def shape_of(init: Init) -> tuple[int, int]:
-    """(classes, width) of what `given_rows` would read. UserError for what it cannot read."""
+    """(classes, width) of what `load_rows` would read. UserError for what it cannot read."""
     path = None if isinstance(init, np.ndarray | Tensor) else Path(init)
     if path is not None and path.is_dir():
         said = f"init {str(init)!r}"

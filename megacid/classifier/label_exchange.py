@@ -24,7 +24,7 @@ from megacid.errors import UserError
 _NOWHERE = torch.iinfo(torch.int64).max  # above every class id
 
 
-class Exchanged(NamedTuple):
+class GatheredLabels(NamedTuple):
     """The same on every rank, but for `rows` and `positive`."""
 
     target_Gl: Tensor  # int64 global class ids, -1 = none
@@ -32,8 +32,10 @@ class Exchanged(NamedTuple):
     rows: Tensor | None  # int64 [S] local ids, sorted and unique: drawn, or a label of the batch; None: all
     positive: Tensor | None  # bool [S] the row is a label of the batch; None with `rows`
     num_positive: int  # rows of this rank that are labels of the batch
-    most_rows: int  # no rank uses more
-    union: Tensor | None  # int64, local ids, sorted and unique: `rows` and those that are held; None without either
+    max_rows: int  # no rank uses more
+    rows_with_pending: (
+        Tensor | None
+    )  # int64, local ids, sorted and unique: `rows` and those that are pending_rows; None without either
 
 
 def _first_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +46,7 @@ def _first_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:
     return ids, keep
 
 
-class Exchange:
+class LabelExchange:
     """`exchange(...)` is a collective over `group`."""
 
     def __init__(self, num_classes: int, group: dist.ProcessGroup | None):
@@ -64,10 +66,10 @@ class Exchange:
         fault: str | None,
         draw: Draw | None,
         device: torch.device,
-        held: Tensor | None = None,
-    ) -> Exchanged:
+        pending_rows: Tensor | None = None,
+    ) -> GatheredLabels:
         """target_Bl: int64 [B, l], on the host or on `device`. fault: why this rank's input cannot be used: becomes an
-        error on every rank instead of a rank that never arrives. draw: None to use every row. held: local ids whose
+        error on every rank instead of a rank that never arrives. draw: None to use every row. pending_rows: local ids whose
         gradients wait for this batch's to be added to them."""
         target_Bl = target_Bl.to(device, non_blocking=True)
         if self._edges is None or self._edges.device != device:
@@ -82,8 +84,10 @@ class Exchange:
             if draw is not None:
                 merged, keep = self._merge(draw, ordered, first)
                 joined, join = merged, keep
-                if held is not None:
-                    joined, join = _first_of_each(torch.cat([merged.masked_fill(~keep, _NOWHERE), held + self.start]))
+                if pending_rows is not None:
+                    joined, join = _first_of_each(
+                        torch.cat([merged.masked_fill(~keep, _NOWHERE), pending_rows + self.start])
+                    )
                 numbers += [keep.sum()[None], join.sum()[None]]
             said = torch.cat(numbers).tolist()  # the host synchronisation
             sizes, widths, faults = (said[i : 3 * self.world : 3] for i in range(3))
@@ -102,13 +106,13 @@ class Exchange:
         positives = said[3 * self.world + 2 : 4 * self.world + 2]
         widest = self.starts[1]
         if draw is None:
-            return Exchanged(target_Gl, sizes, None, None, positives[self.me], widest, None)
+            return GatheredLabels(target_Gl, sizes, None, None, positives[self.me], widest, None)
         rows = self._compact(merged, keep, said[-2])
         at = torch.searchsorted(ordered, rows + self.start).clamp(max=len(ordered) - 1)
         positive = ordered[at] == rows + self.start
         most = min(widest, draw.most(widest) + max(positives))
-        union = None if held is None else self._compact(joined, join, said[-1])
-        return Exchanged(target_Gl, sizes, rows, positive, positives[self.me], most, union)
+        rows_with_pending = None if pending_rows is None else self._compact(joined, join, said[-1])
+        return GatheredLabels(target_Gl, sizes, rows, positive, positives[self.me], most, rows_with_pending)
 
     def _gather(self, target_Bl: Tensor, fault: str | None, device: torch.device) -> Tensor:
         """[W, 3 + room]: batch size, labels per sample, 1 for a fault, labels; the rest -1."""

@@ -16,10 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megacid.classifier.autograd import Computed, Discriminate
-from megacid.classifier.initialization import Init, given_rows, random_rows
-from megacid.classifier.label_exchange import Exchange, Exchanged
-from megacid.classifier.row_gradient import HeldGradient, SlabGradient, TakeRows, second_backward
+from megacid.classifier.autograd import ForwardGradients, PartialFCFunction
+from megacid.classifier.initialization import Init, load_rows, random_rows
+from megacid.classifier.label_exchange import GatheredLabels, LabelExchange
+from megacid.classifier.row_gradient import (
+    OnRowGradient,
+    RecomputedRowGradient,
+    StoredRowGradient,
+    second_backward_error,
+)
 from megacid.classifier.row_state import ReadRows, copy_rows, gather_state, reader_of
 from megacid.classifier.sampling import Draw, sample_dims
 from megacid.distributed.collectives import (
@@ -45,7 +50,7 @@ class PartialFC(nn.Module):
     backward of a loss, `row_grad()` has the gradient of the rows that were used. `hits` int32 [L] counts the training
     samples that had each class as label.
 
-    A step synchronises with the device once, in `Exchange`. Nothing else here, in the row optimizers, or in the operator
+    A step synchronises with the device once, in `LabelExchange`. Nothing else here, in the row optimizers, or in the operator
     below reads a tensor on the host (tests count).
     """
 
@@ -77,7 +82,7 @@ class PartialFC(nn.Module):
                          Which classes depends on (seed, step) alone, so every number of ranks draws the same
         margin           None: Margin.cosface(0.3)
         group            ranks the classes are sharded over; None: the default group, or a single process
-        init             [C, D] first rows: see `megacid.classifier.initialization.given_rows`; None: N(0, 0.01), the same matrix
+        init             [C, D] first rows: see `megacid.classifier.initialization.load_rows`; None: N(0, 0.01), the same matrix
                          for every number of ranks
         margin_grad      "straight_through" takes d psi / d cos = 1
         grad_reduction   what the data-parallel engine does with the student's gradients
@@ -119,12 +124,12 @@ class PartialFC(nn.Module):
         self.mode, self._impl = mode, impl
         self._problem(Weights(), 1)
         self.log_q = log_q
-        self._exchange = Exchange(num_classes, group)
+        self._exchange = LabelExchange(num_classes, group)
         if init is None:
             rows = random_rows(self.class_start, self.class_stop, embed_dim, seed)
         else:
             # A copy: training must not write into what was given.
-            rows = given_rows(init, self.class_start, self.class_stop, (num_classes, embed_dim)).clone()
+            rows = load_rows(init, self.class_start, self.class_stop, (num_classes, embed_dim)).clone()
         self.weight = nn.Parameter(rows.to(device), requires_grad=False)
         try:
             _ = self.fused
@@ -133,8 +138,8 @@ class PartialFC(nn.Module):
         self.hits: Tensor
         self.register_buffer("hits", torch.zeros(self.num_local, dtype=torch.int32, device=device))
         self.step = 0
-        self._row_grad: HeldGradient | SlabGradient | None = None
-        self._last: tuple[Discrimination, Exchanged] | None = None
+        self._row_grad: StoredRowGradient | RecomputedRowGradient | None = None
+        self._last: tuple[Discrimination, GatheredLabels] | None = None
 
     def extra_repr(self) -> str:
         return f"{self.num_classes} classes, here {self.class_start}..{self.class_stop}, width {self.embed_dim}"
@@ -173,8 +178,8 @@ class PartialFC(nn.Module):
         draw = None
         if self.sample_rate < 1:
             draw = Draw.of_step(self.num_classes, self.sample_rate, seed=self.seed, step=self.step)
-        held = None if self._row_grad is None else self._row_grad.rows
-        batch = self._exchange(target_Bl, fault, draw, self.weight.device, held)
+        pending_rows = None if self._row_grad is None else self._row_grad.rows
+        batch = self._exchange(target_Bl, fault, draw, self.weight.device, pending_rows)
         bias_S = self._log_q_bias(draw, batch) if draw is not None and self.log_q else None
         dims = None
         if self.feature_rate < 1:
@@ -183,10 +188,10 @@ class PartialFC(nn.Module):
             teacher_BD = teacher_BD.index_select(1, dims) if teacher_BD is not None else None
         emb_GD = gather_plain(emb_BD, self.group, sizes=batch.sizes)
         teacher_GD = None if teacher_BD is None else gather_plain(teacher_BD, self.group, sizes=batch.sizes)
-        problem = self._problem(weights, batch.most_rows)
+        problem = self._problem(weights, batch.max_rows)
         train = torch.is_grad_enabled()
 
-        def compute(need_x: bool) -> Computed:
+        def compute(need_x: bool) -> ForwardGradients:
             w = self.weight.detach()
             if dims is not None:
                 w = (w if batch.rows is None else w.index_select(0, batch.rows)).index_select(1, dims)
@@ -202,25 +207,25 @@ class PartialFC(nn.Module):
                 ),
                 consume=(lambda start, stop, grad: norm_sq.add_(grad.square().sum())) if self.mode == "slab" else None,
             )  # fmt: skip
-            return Computed(found, scattered[0]() if scattered else None, norm_sq)
+            return ForwardGradients(found, scattered[0]() if scattered else None, norm_sq)
 
-        def collect(found: Computed, grad_loss: Tensor) -> None:
-            self._collect(batch, dims, held, found, grad_loss)
+        def collect(found: ForwardGradients, grad_loss: Tensor) -> None:
+            self._collect(batch, dims, pending_rows, found, grad_loss)
 
         if train:
             self._count_hits(batch)
         anchor = torch.zeros((), device=emb_BD.device, requires_grad=train)
         factor = gradient_factor(self.group, self.grad_reduction)
-        out = Discrimination(*Discriminate.apply(emb_BD, anchor, compute, collect, factor))
+        out = Discrimination(*PartialFCFunction.apply(emb_BD, anchor, compute, collect, factor))
         self._last = (Discrimination(*(part.detach() for part in out)), batch)
         return out
 
-    def _problem(self, weights: Weights, most_rows: int) -> Problem:
+    def _problem(self, weights: Weights, max_rows: int) -> Problem:
         try:
             return Problem(
                 num_classes=self.num_classes,
                 class_start=self.class_start,
-                max_rows=most_rows,
+                max_rows=max_rows,
                 group=self.group,
                 weights=weights,
                 **self._options,  # type: ignore[arg-type]
@@ -253,19 +258,24 @@ class PartialFC(nn.Module):
             )
         return None
 
-    def _log_q_bias(self, draw: Draw, batch: Exchanged) -> Tensor:
+    def _log_q_bias(self, draw: Draw, batch: GatheredLabels) -> Tensor:
         """[S] -ln of the chance that a class is used in this step: 1 for the labels of the batch."""
         assert batch.rows is not None and batch.positive is not None
         return (-draw.log_q(batch.rows + self.class_start)).masked_fill(batch.positive, 0.0)
 
     @torch.no_grad()
-    def _count_hits(self, batch: Exchanged) -> None:
+    def _count_hits(self, batch: GatheredLabels) -> None:
         local = batch.target_Gl.flatten() - self.class_start
         own = (local >= 0) & (local < self.num_local)  # -1, no label, is below every shard
         self.hits.index_add_(0, local.masked_fill(~own, 0), own.to(torch.int32))
 
     def _collect(
-        self, batch: Exchanged, dims: Tensor | None, held: Tensor | None, found: Computed, grad_loss: Tensor
+        self,
+        batch: GatheredLabels,
+        dims: Tensor | None,
+        pending_rows: Tensor | None,
+        found: ForwardGradients,
+        grad_loss: Tensor,
     ) -> None:
         def widen(grad: Tensor) -> Tensor:
             return grad if dims is None else grad.new_zeros(len(grad), self.embed_dim).index_copy_(1, dims, grad)
@@ -274,31 +284,35 @@ class PartialFC(nn.Module):
         if grad is None and gradients.each_slab is None:
             return
         rows = torch.arange(self.num_local, device=grad_loss.device) if batch.rows is None else batch.rows
-        new: HeldGradient | SlabGradient
+        new: StoredRowGradient | RecomputedRowGradient
         if grad is not None:
-            new = HeldGradient(rows, widen(grad.mul_(grad_loss)))  # in place: [S, D] is the largest tensor of the step
+            new = StoredRowGradient(
+                rows, widen(grad.mul_(grad_loss))
+            )  # in place: [S, D] is the largest tensor of the step
         else:
             assert gradients.each_slab is not None
-            new = SlabGradient(rows, self.embed_dim, gradients.each_slab, found.norm_sq, grad_loss.detach(), widen)
+            new = RecomputedRowGradient(
+                rows, self.embed_dim, gradients.each_slab, found.norm_sq, grad_loss.detach(), widen
+            )
         if self._row_grad is None:
             self._row_grad = new
-        elif isinstance(self._row_grad, SlabGradient) or isinstance(new, SlabGradient):
-            raise second_backward()
+        elif isinstance(self._row_grad, RecomputedRowGradient) or isinstance(new, RecomputedRowGradient):
+            raise second_backward_error()
         else:
             # Two forwards before the first backward: the exchange could not know the union.
-            union = batch.union if held is self._row_grad.rows else None
+            union = batch.rows_with_pending if pending_rows is self._row_grad.rows else None
             self._row_grad = self._row_grad.add(new, union, same_rows=batch.rows is None)
 
     def row_grad(self) -> tuple[Tensor, Tensor]:
         """(local row ids [S] sorted unique, d loss / d weight[rows] [S, D] fp32), summed over the backwards since
         `zero_grad`. Exact: no factor of the number of ranks. Empty before the first backward. In slab mode the matrix is
-        put together for this call: `each_row_grad` does without it."""
+        put together for this call: `for_each_row_grad` does without it."""
         if self._row_grad is None:
             none = torch.empty(0, dtype=torch.int64, device=self.weight.device)
             return none, self.weight.new_empty(0, self.embed_dim)
         return self._row_grad.rows, self._row_grad.matrix()
 
-    def each_row_grad(self, take: TakeRows) -> None:
+    def for_each_row_grad(self, take: OnRowGradient) -> None:
         """take(rows, gradient) for parts of `row_grad` that cover it: in slab mode the slabs, else all at once. It may
         change the weight of these rows."""
         if self._row_grad is not None:

@@ -13,16 +13,16 @@ from torch import Tensor
 from megacid.errors import UserError
 from megacid_kernels import Consume
 
-TakeRows = Callable[[Tensor, Tensor], object]  # (local row ids [n], gradient [n, D])
+OnRowGradient = Callable[[Tensor, Tensor], object]  # (local row ids [n], gradient [n, D])
 
 
-class HeldGradient:
+class StoredRowGradient:
     """rows_S: local ids, sorted and unique; grad_SD: fp32."""
 
     def __init__(self, rows_S: Tensor, grad_SD: Tensor):
         self.rows, self._grad = rows_S, grad_SD
 
-    def add(self, other: HeldGradient, union_U: Tensor | None, *, same_rows: bool) -> HeldGradient:
+    def add(self, other: StoredRowGradient, union_U: Tensor | None, *, same_rows: bool) -> StoredRowGradient:
         """The sum; union_U: the rows of both where they are known, same_rows: that they are the same anyway."""
         if same_rows:
             self._grad += other._grad
@@ -33,7 +33,7 @@ class HeldGradient:
         # Each part's rows are unique, so both additions are of one number per element: any order, same bits.
         total.index_add_(0, torch.searchsorted(union_U, self.rows), self._grad)
         total.index_add_(0, torch.searchsorted(union_U, other.rows), other._grad)
-        return HeldGradient(union_U, total)
+        return StoredRowGradient(union_U, total)
 
     def matrix(self) -> Tensor:
         return self._grad
@@ -43,11 +43,11 @@ class HeldGradient:
             return self._grad.square().sum()
         return torch.linalg.vector_norm(self._grad).square()  # without a second [S, D]
 
-    def each(self, take: TakeRows) -> None:
+    def each(self, take: OnRowGradient) -> None:
         take(self.rows, self._grad)
 
 
-class SlabGradient:
+class RecomputedRowGradient:
     """Made anew, slab by slab, from the class rows as they are at that time: a slab may be followed by the update of its
     rows, for no other slab needs them. So nothing of size [S, D] is held, and no row moves before the decision of the
     guard. Its norm is that of the slabs which forward made and dropped.
@@ -75,14 +75,14 @@ class SlabGradient:
     def norm_sq(self) -> Tensor:
         return self._norm_sq * self._scale.square()
 
-    def each(self, take: TakeRows) -> None:
+    def each(self, take: OnRowGradient) -> None:
         self._each_slab(lambda start, stop, grad: take(self.rows[start:stop], self._scaled(grad)))
 
     def _scaled(self, grad_nD: Tensor) -> Tensor:
         return self._widen(grad_nD).mul_(self._scale)
 
 
-def second_backward() -> UserError:
+def second_backward_error() -> UserError:
     return UserError(
         'a second backward of the classifier before zero_grad with mode "slab", which holds no gradient to add to: take '
         'one micro-batch per step, or mode "row"'

@@ -117,7 +117,7 @@ class RowOptimizer:
                 self._decay_then.index_fill_(0, rows_S, decay)
 
         if isinstance(self.head, PartialFC):
-            self.head.each_row_grad(take)
+            self.head.for_each_row_grad(take)
         else:  # whoever has rows and their gradient
             take(*self.head.row_grad())
         if self.lazy == "decay":

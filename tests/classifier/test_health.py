@@ -7,7 +7,7 @@ import torch
 from harness import run_ranks
 
 from megacid import PartialFC
-from megacid.classifier.health import concerns, health, hit_histogram
+from megacid.classifier.health import health, health_warnings, hit_histogram
 
 CLASSES = 101
 
@@ -25,7 +25,7 @@ def examine() -> tuple[dict[str, float], torch.Tensor]:
     here = labels if torch.distributed.is_initialized() is False or torch.distributed.get_rank() == 0 else labels[:0]
     head(torch.randn(len(here), 16, requires_grad=True), here).backward()
     head.weight[7, 2] = torch.nan if head.class_start == 0 else head.weight[7, 2]
-    return health(head, probes=CLASSES), hit_histogram(head)
+    return health(head, sample_size=CLASSES), hit_histogram(head)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -46,14 +46,14 @@ def test_planted_faults_are_found(world: int) -> None:
 def test_collapsed_classes_have_one_direction() -> None:
     found = health(PartialFC(50, 8, init=torch.ones(50, 8)))
     assert found["mean_direction"] == pytest.approx(1.0, abs=1e-5) and found["duplicates"] == 1.0
-    (said,) = concerns(found)
+    (said,) = health_warnings(found)
     assert "collapsed into one direction" in said
 
 
 def test_only_what_is_wrong_is_a_concern() -> None:
-    assert concerns(health(PartialFC(50, 32, seed=1))) == []
+    assert health_warnings(health(PartialFC(50, 32, seed=1))) == []
     rows = torch.randn(40, 32)
-    said = concerns(health(PartialFC(50, 32, init=torch.cat([rows, rows[:10]]))))
+    said = health_warnings(health(PartialFC(50, 32, init=torch.cat([rows, rows[:10]]))))
     assert said == [
         "40 % of the class rows have a duplicate (cosine above 0.99): take fewer clusters, or other centroids"
     ]

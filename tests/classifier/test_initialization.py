@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megacid.classifier.initialization import given_rows, random_rows
+from megacid.classifier.initialization import load_rows, random_rows
 from megacid.distributed.parallel import shard_range
 from megacid.errors import UserError
 
@@ -101,7 +101,7 @@ def sources(folder: Path) -> dict[str, Any]:
 def test_every_source_gives_the_same_bits_at_every_number_of_ranks(tmp_path: Path) -> None:
     for name, source in sources(tmp_path).items():
         for world in (1, 2, 3, 4):
-            parts = [given_rows(source, *shard_range(C, rank, world), SHAPE) for rank in range(world)]
+            parts = [load_rows(source, *shard_range(C, rank, world), SHAPE) for rank in range(world)]
             assert all(part.dtype == torch.float32 and not part.requires_grad for part in parts), name
             assert torch.equal(torch.cat(parts), matrix()), f"{name} at {world} ranks"
 
@@ -109,7 +109,7 @@ def test_every_source_gives_the_same_bits_at_every_number_of_ranks(tmp_path: Pat
 def test_rows_across_the_bounds_of_files_come_in_order(tmp_path: Path) -> None:
     folder = in_files(tmp_path / "x", "softmax_fc_gpu_{}.pt", shards(11), state_dict)
     for start, stop in ((0, 1), (2, 9), (4, 5), (5, 23), (22, 23)):
-        assert torch.equal(given_rows(folder, start, stop, SHAPE), matrix()[start:stop])
+        assert torch.equal(load_rows(folder, start, stop, SHAPE), matrix()[start:stop])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -123,7 +123,7 @@ def test_other_float_types_become_fp32(tmp_path: Path, dtype: torch.dtype) -> No
         np.save(tmp_path / "w.npy", weight.numpy())
         given.append(tmp_path / "w.npy")
     for source in given:
-        rows = given_rows(source, 3, 19, SHAPE)
+        rows = load_rows(source, 3, 19, SHAPE)
         assert rows.dtype == torch.float32 and torch.equal(rows, weight[3:19].float()), source
 
 
@@ -141,7 +141,7 @@ def test_random_rows_depend_on_the_seed_and_not_on_the_shard() -> None:
 
 def refused(source: Any, says: str, shape: tuple[int, int] = SHAPE, part: tuple[int, int] = (0, 5)) -> str:
     with pytest.raises(UserError, match=says) as caught:
-        given_rows(source, *part, shape)
+        load_rows(source, *part, shape)
     message = str(caught.value)
     assert ": " in message and "weights_only=False" not in message
     return message
@@ -188,7 +188,7 @@ def test_a_directory_without_or_with_two_kinds_of_files_is_refused(tmp_path: Pat
     folder = in_files(tmp_path / "x", "softmax_fc_gpu_{}.pt", [], state_dict)
     refused(folder, r"has no per-rank files, only .*training\.log.*, expected one of softmax_fc_gpu_\{\}\.pt")
     torch.save(matrix(), folder / "softmax_fc_gpu_0.pt")
-    assert torch.equal(given_rows(folder, 0, C, SHAPE), matrix())
+    assert torch.equal(load_rows(folder, 0, C, SHAPE), matrix())
     torch.save(checkpoint(matrix()), folder / "checkpoint_gpu_0.pt")
     refused(folder, "has files of 2 layouts")
 
@@ -250,7 +250,7 @@ def test_the_first_row_that_is_not_finite_is_named_by_its_global_number(tmp_path
     for source in (weight, tmp_path / "w.npy", tmp_path / "w.safetensors", folder):
         refused(source, "row 17 is not finite", part=(12, 23))
         refused(source, "row 19 is not finite", part=(18, 20))
-        assert torch.equal(given_rows(source, 0, 17, SHAPE), weight[:17])  # of others' rows nothing is read
+        assert torch.equal(load_rows(source, 0, 17, SHAPE), weight[:17])  # of others' rows nothing is read
 
 
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_only_the_own_rows_of_a_file_pass_through_memory(tmp_path: Path) -> None
     del weight
     for name in ("w.npy", "w.safetensors", "w.pt"):
         before = resident_kib()
-        rows = given_rows(tmp_path / name, 1000, 1010, shape)
+        rows = load_rows(tmp_path / name, 1000, 1010, shape)
         assert rows.shape == (10, 64) and resident_kib() - before < 16 << 10, name
 
 

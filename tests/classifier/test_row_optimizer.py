@@ -189,7 +189,7 @@ def test_wrong_inputs_are_named() -> None:
     head = PartialFC(5, 3)
     with pytest.raises(UserError, match=r"torch\.int32"):
         head(torch.randn(2, 3), torch.zeros(2, dtype=torch.int32))
-    with pytest.raises(UserError, match=r"wanted \[B, 3\]"):
+    with pytest.raises(UserError, match=r"expected \[B, 3\]"):
         head(torch.randn(2, 4), torch.tensor([0, 1]))
     for make, kwargs, says in (
         (RowAdamW, {"betas": (1.0, 0.9)}, "betas"),

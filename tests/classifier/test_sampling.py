@@ -12,7 +12,7 @@ from harness import run_ranks
 from torch.overrides import TorchFunctionMode
 
 from megacid import RowAdamW, RowSGD
-from megacid.classifier.label_exchange import Exchange, Exchanged
+from megacid.classifier.label_exchange import GatheredLabels, LabelExchange
 from megacid.classifier.partial_fc import PartialFC
 from megacid.classifier.sampling import Draw, hash_ids, sample_dims
 from megacid.distributed.parallel import shard_range
@@ -95,8 +95,8 @@ def test_feature_dimensions_follow_rate_and_step() -> None:
 LABELS = [[4, 90, 4, -1], [], [55, 90, 0, 99, 31, 30], [-1]]  # by rank, of 100 classes
 
 
-def exchanged(labels: list[list[int]], rate: float) -> Exchanged:
-    exchange = Exchange(100, None)
+def exchanged(labels: list[list[int]], rate: float) -> GatheredLabels:
+    exchange = LabelExchange(100, None)
     draw = Draw.of_step(100, rate, seed=0, step=5) if rate < 1 else None
     target = torch.tensor(labels[exchange.me], dtype=torch.int64).reshape(-1, 1)
     first = exchange(target, None, draw, torch.device("cpu"))
@@ -120,7 +120,7 @@ def test_rows_are_the_drawn_classes_and_the_labels_of_all_ranks(world: int, rate
         ]
         rows = torch.arange(stop - start) if batch.rows is None else batch.rows
         used += (rows + start).tolist()
-        assert len(rows) <= batch.most_rows <= 100 // world + 1
+        assert len(rows) <= batch.max_rows <= 100 // world + 1
         assert batch.num_positive == len({y for y in wanted if start <= y < stop})
         if batch.rows is not None:
             assert [row + start in wanted for row in batch.rows.tolist()] == batch.positive.tolist()

@@ -23,7 +23,7 @@ from pair_data import picture, put, stream, write_shards
 
 from megacid.checkpoint import store
 from megacid.checkpoint.state import CheckpointReader
-from megacid.classifier.initialization import given_rows
+from megacid.classifier.initialization import load_rows
 from megacid.config.load import load_run
 from megacid.data.batch import Positions
 from megacid.data.features import FeatureSet, FeatureStream
@@ -139,7 +139,7 @@ ARRAYS: dict[str, tuple[Callable[[Path, ShardIndex], Path], str, Reader]] = {
     "feature labels": (lambda f, i: features(f), "labels/labels_00000.npy", lambda f, i: read_features(f)),
     "class rows": (
         lambda f, i: void_path(save(f / "rows.npy", np.ones((CLASSES, DIM), np.float32)), f), "rows.npy",
-        lambda f, i: void(given_rows(f / "rows.npy", 0, CLASSES, (CLASSES, DIM))),
+        lambda f, i: void(load_rows(f / "rows.npy", 0, CLASSES, (CLASSES, DIM))),
     ),
 }  # fmt: skip
 
@@ -206,7 +206,7 @@ PLACES: dict[str, Callable[[str, ShardIndex], Any]] = {
     "keep": lambda path, index: KeepTable(path, index),
     "features": lambda path, index: FeatureSet(path),
     "embeddings": lambda path, index: EmbeddingRows(path),
-    "class rows": lambda path, index: given_rows(path, 0, 1, (1, 1)),
+    "class rows": lambda path, index: load_rows(path, 0, 1, (1, 1)),
     "weights": lambda path, index: _build("digits-student", path),
     "model": lambda path, index: _build(f"local-dir:{path}", None),
     "run file": lambda path, index: load_run(path, world=1),
@@ -308,13 +308,13 @@ def test_a_pickle_for_the_class_rows_is_refused(tmp_path: Path, marker: Path, fo
         folder.mkdir()
         shutil.copy(path, folder / layout)
         with pytest.raises(UserError):
-            given_rows(folder, 0, 1, (1, 2))
+            load_rows(folder, 0, 1, (1, 2))
         with pytest.raises(UserError):
             tool.main(["import", str(folder), "--out", str(tmp_path / "rows.npy")])
     for ending in (".pt", ".safetensors", ".npy"):
         other = shutil.copy(path, tmp_path / f"rows{ending}")
         with pytest.raises(UserError):
-            given_rows(other, 0, 1, (1, 2))
+            load_rows(other, 0, 1, (1, 2))
 
 
 def _tool(name: str) -> Any:

@@ -284,7 +284,7 @@ def test_slab_mode_trains_like_row_mode_and_holds_no_gradient(optimizer: Any, fe
             head.set_step(step)
             (0.3 * head(given["x"], given["target"])).backward()  # type: ignore[arg-type]
             parts: list[tuple[Tensor, Tensor]] = []
-            head.each_row_grad(lambda *part: parts.append(part))  # noqa: B023
+            head.for_each_row_grad(lambda *part: parts.append(part))  # noqa: B023
             ids, grad = head.row_grad()
             assert torch.equal(torch.cat([part[0] for part in parts]), ids) and (len(parts) > 1) == (mode == "slab")
             torch.testing.assert_close(head.grad_norm_sq(), grad.square().sum())
