@@ -289,7 +289,7 @@ class RowAdamW(RowOptimizer):
 
         adamw_rows_(
             self.head.weight, self.exp_avg, self.exp_avg_sq, grad_SD, AdamWFactors(*factors), betas=self.betas,
-            gradient_of="weight", **options,
+            **options,
         )  # fmt: skip
 
 
@@ -338,5 +338,5 @@ class RowSGD(RowOptimizer):
 
         sgd_rows_(
             self.head.weight, self.velocity, grad_SD, SGDFactors(*factors), lr=self.lr, weight_decay=self.weight_decay,
-            gradient_of="weight", **options,
+            **options,
         )  # fmt: skip

@@ -206,7 +206,7 @@ def test_a_peer_counts_by_its_faster_form_and_one_not_installed_passes_no_bar() 
 
 KNOWN_PEAK = """
 import torch
-from megacid.benchmarks.measure import peak_extra_bytes
+from benchmarks.measure import peak_extra_bytes
 kept = torch.ones(32 << 18)
 
 def iterate(mib):
@@ -222,7 +222,7 @@ print(peak_extra_bytes(lambda: iterate(64), cpu), peak_extra_bytes(lambda: None,
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's memory statistics")
 def test_extra_memory_finds_a_known_peak() -> None:
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")])}
     environment = {**os.environ, **measure.RETURN_FREED, **paths}
     done = subprocess.run([sys.executable, "-c", KNOWN_PEAK], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = """
 import argparse, dataclasses, json, sys
 import torch
-from megacid.benchmarks import head_gpu, head_kernels, measure, tiles
-from megacid.benchmarks.classifier import Shape
+from benchmarks import head_gpu, head_kernels, measure, tiles
+from benchmarks.classifier import Shape
 from megacid_kernels.fused.product import ProductTile
 
 measure._TURN_S, measure._LEAST_REPEATS, tiles._ROUNDS = 0.0, 1, 1
@@ -44,7 +44,7 @@ print(json.dumps([dataclasses.asdict(best), rows, kernels]))
 
 
 def test_in_the_interpreter_a_wrong_tile_is_left_out_and_every_kernel_of_the_head_is_timed() -> None:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -42,7 +42,7 @@ def builds(arch: int) -> Iterator[Build]:
 
 def row_builds() -> Iterator[Build]:
     from megacid_kernels.fused import tile_of
-    from megacid_kernels.fused.normalize import through_norm_kernel, unit_rows_kernel
+    from megacid_kernels.fused.normalize import unit_rows_kernel
     from megacid_kernels.fused.row_update import adamw_rows_kernel, sgd_rows_kernel
 
     def build(kernel: Any, name: str, width: int, types: dict[str, str], **constants: Any) -> Build:
@@ -60,8 +60,6 @@ def row_builds() -> Iterator[Build]:
             "second_ptr": "*bf16",
         }
         yield build(unit_rows_kernel, "unit_rows", width, unit, HAS_ROWS=True, HAS_SECOND=True, INTERPRET=False)
-        back = {"grad_ptr": "*fp32", "unit_ptr": "*fp32", "inverse_ptr": "*fp32"}
-        yield build(through_norm_kernel, "through_norm", width, back)
         for moments in ("fp32", "bf16"):
             # lazy "none" with the one, "decay" with the other
             for kernel, name, types in (
@@ -69,11 +67,11 @@ def row_builds() -> Iterator[Build]:
                 (sgd_rows_kernel, "sgd_rows", _sgd(moments, per_row=moments == "bf16")),
             ):
                 constants = {"COLUMNS": moments == "bf16", "BF16": moments == "bf16", "SCALE_IN_MEMORY": True}
-                yield build(kernel, f"{name} {moments}", width, types, **constants, HAS_ROWS=True, THROUGH_NORM=True)
-    # All rows, a gradient that has been through the norm, a number for its scale: the other branches.
+                yield build(kernel, f"{name} {moments}", width, types, **constants, HAS_ROWS=True)
+    # All rows, and a number for the gradient's scale: the other branches.
     unit |= {"rows_ptr": "*fp32", "first_ptr": "*fp32", "second_ptr": "*fp32"}
     yield build(unit_rows_kernel, "unit_rows plain", 512, unit, HAS_ROWS=False, HAS_SECOND=False, INTERPRET=False)
-    constants = {"COLUMNS": False, "BF16": True, "SCALE_IN_MEMORY": False, "HAS_ROWS": False, "THROUGH_NORM": False}
+    constants = {"COLUMNS": False, "BF16": True, "SCALE_IN_MEMORY": False, "HAS_ROWS": False}
     plain = {"rows_ptr": "*fp32", "grad_scale": "fp32"}
     yield build(adamw_rows_kernel, "adamw_rows plain", 512, _adamw("bf16", per_row=False) | plain, **constants)
     yield build(sgd_rows_kernel, "sgd_rows plain", 512, _sgd("bf16", per_row=False) | plain, **constants)

@@ -23,7 +23,6 @@ from megacid_kernels.fused import (
     Tile,
     adamw_rows_,
     sgd_rows_,
-    through_norm_,
     tile_of,
     unit_rows,
 )
@@ -127,31 +126,8 @@ def test_16_bit_unit_rows_are_rounded_to_nearest_even(device: str) -> None:
 
 @on_devices
 @shapes
-def test_through_norm_is_as_exact_as_pytorch(
-    num_local: int, sampled: int, width: int, tile: Tile | None, device: str
-) -> None:
-    rows = some_rows(num_local, sampled)
-    w, grad = weight_with_a_zero_row(num_local, width, rows), numbers(num_local, width, seed=2)
-
-    def formula(dtype: torch.dtype) -> Tensor:
-        unit, inverse = unit_and_inverse(w.to(dtype))
-        return (grad.to(dtype) - unit * (unit * grad.to(dtype)).sum(1, keepdim=True)) * inverse
-
-    unit, inverse = unit_and_inverse(w)
-    out = grad.to(device, copy=True)
-    assert through_norm_(out, unit.to(device), inverse.to(device), tile=tile) is out
-    terms = grad.abs().amax(1, keepdim=True) * inverse
-    assert_no_worse(out, formula(torch.float32), formula(torch.float64), 1e-6, terms)
-    assert not out.cpu()[(w == 0).all(1)].any()
-    again = grad.to(device, copy=True)
-    assert torch.equal(out, through_norm_(again, unit.to(device), inverse[:, 0].to(device), tile=tile))
-
-
-@on_devices
-@pytest.mark.parametrize("gradient_of", ["unit", "weight"])
-@shapes
 def test_one_step_is_as_exact_as_pytorch(
-    num_local: int, sampled: int, width: int, tile: Tile | None, gradient_of: Any, device: str
+    num_local: int, sampled: int, width: int, tile: Tile | None, device: str
 ) -> None:
     """Both optimizers with factors of every row's own; rows that are not sampled keep every bit; two runs are equal."""
     rows = some_rows(num_local, sampled)
@@ -164,9 +140,6 @@ def test_one_step_is_as_exact_as_pytorch(
 
     def formula(dtype: torch.dtype) -> dict[str, Tensor]:
         at, g, m, v = (x.to(dtype) for x in (w[rows], grad, mean[rows], square[rows]))
-        if gradient_of == "unit":
-            unit, inverse = unit_and_inverse(at)
-            g = (g - unit * (unit * g).sum(1, keepdim=True)) * inverse
         g = g * 0.3
         keep1, keep2, shrink, rate, eps = (factor.to(dtype) for factor in adamw)
         m1, v1 = keep1 * m + (1 - 0.9) * g, keep2 * v + (1 - 0.98) * g * g
@@ -178,7 +151,7 @@ def test_one_step_is_as_exact_as_pytorch(
     def kernels(where: Tensor, scale: Any) -> dict[str, Tensor]:
         state = {"adamw": w, "exp_avg": mean, "exp_avg_sq": square, "sgd": w, "velocity": mean}
         state = {name: x.to(device, copy=True) for name, x in state.items()}
-        options: dict[str, Any] = {"rows_S": where, "grad_scale": scale, "gradient_of": gradient_of, "tile": tile}
+        options: dict[str, Any] = {"rows_S": where, "grad_scale": scale, "tile": tile}
         adamw_rows_(
             state["adamw"], state["exp_avg"], state["exp_avg_sq"], grad.to(device),
             AdamWFactors(*(factor.to(device) for factor in adamw)), betas=(0.9, 0.98), **options,
@@ -192,7 +165,7 @@ def test_one_step_is_as_exact_as_pytorch(
     others = torch.ones(num_local, dtype=torch.bool)
     others[rows] = False
     before = {"adamw": w, "exp_avg": mean, "exp_avg_sq": square, "sgd": w, "velocity": mean}
-    terms = grad.abs().amax(1, keepdim=True) * (unit_and_inverse(w[rows])[1] if gradient_of == "unit" else 1)
+    terms = grad.abs().amax(1, keepdim=True)
     for name in want:
         assert_no_worse(got[name][rows.to(device)], plain[name], want[name], 1e-6, terms)
         assert torch.equal(got[name].cpu()[others], before[name][others]), (
@@ -227,7 +200,7 @@ def head_of(weight: Tensor) -> Any:
 def test_five_steps_are_those_of_the_row_optimizers(
     kind: Callable[..., Any], lazy: str, moments: str, width: int, device: str
 ) -> None:
-    """Other rows in every step, then all of them; a gradient of unit rows for the kernel, that of the rows for PyTorch."""
+    """Other rows in every step, then all of them."""
     w = numbers(17, width, seed=0).to(device)
     options = {"lr": 0.02, "weight_decay": 0.1, "moments": moments, "lazy": lazy}
     reference = recorded(kind)(head_of(w.clone()), **options)  # type: ignore[arg-type]
@@ -235,8 +208,7 @@ def test_five_steps_are_those_of_the_row_optimizers(
     for step in range(5):
         rows = some_rows(17, (6, 9, 4, 6, 17)[step], seed=step).to(device)
         g = numbers(len(rows), width, seed=10 + step).to(device)
-        unit, inverse = unit_and_inverse(reference.head.weight[rows])
-        reference.head.given = rows, (g - unit * (unit * g).sum(1, keepdim=True)) * inverse
+        reference.head.given = rows, g
         reference.lr = 0.02 / (step + 1)
         scale = torch.tensor(0.7, device=device)
         reference.step(grad_scale=scale)
@@ -268,7 +240,7 @@ def test_the_rounding_to_bf16_is_the_row_optimizers_bit_for_bit(device: str) -> 
     want = [round_to_bf16(x, half) for x, half in zip((grad.clone(), grad * grad), halves)]
     zeros = [torch.zeros(9, width, dtype=torch.bfloat16, device=device) for _ in range(3)]
     column = torch.ones(5, device=device)
-    shared: dict[str, Any] = {"rows_S": rows, "gradient_of": "weight", "keys": keys}
+    shared: dict[str, Any] = {"rows_S": rows, "keys": keys}
     w = torch.ones(9, width, device=device)
     adamw_rows_(
         w.clone(), zeros[0], zeros[1], grad, AdamWFactors(0.0, 0.0, 1.0, column, column), betas=(0, 0), **shared
@@ -296,7 +268,6 @@ def test_no_rows_are_no_work(device: str) -> None:
     assert unit.shape == (0, 6) and inverse.shape == (0,)
     sgd_rows_(w, w.clone(), w[:0], SGDFactors(0.9, 1.0), lr=0.1, weight_decay=0.0, rows_S=none)
     assert torch.equal(w, torch.ones_like(w))
-    assert through_norm_(w[:0], w[:0], inverse).shape == (0, 6)
 
 
 def test_what_cannot_be_used_is_named() -> None:
@@ -312,10 +283,6 @@ def test_what_cannot_be_used_is_named() -> None:
         unit_rows(w, rows.int())
     with pytest.raises(ValueError, match=r"dtypes is \(torch\.float64,\), expected one or two of"):
         unit_rows(w, rows, (torch.float64,))
-    with pytest.raises(ValueError, match=r"unit is \[4, 6\], expected \[2, 6\]"):
-        through_norm_(g, w, column)
-    with pytest.raises(ValueError, match=r"inverse is \[3\], expected \[2\] or \[2, 1\]"):
-        through_norm_(g, g, torch.ones(3))
     with pytest.raises(ValueError, match="block of a tile is 48, expected a power of two"):
         Tile(1, 48, 4)
 
@@ -329,8 +296,6 @@ def test_what_cannot_be_used_is_named() -> None:
         sgd(velocity_LD=w.half())
     with pytest.raises(ValueError, match="keys is None with bf16 moments"):
         sgd(velocity_LD=w.bfloat16())
-    with pytest.raises(ValueError, match="gradient_of is 'rows', expected 'unit' or 'weight'"):
-        sgd(gradient_of="rows")
     with pytest.raises(ValueError, match=r"grad_scale is \[2\], expected \[1\]"):
         sgd(grad_scale=column)
     with pytest.raises(ValueError, match=r"of the factors \['keep', 'shrink'\] only \['keep'\] are tensors"):
@@ -354,8 +319,7 @@ def test_nothing_waits_for_the_device() -> None:
     rows, scale = torch.tensor([3, 60], device="cuda"), torch.tensor(0.5, device="cuda")
 
     def work() -> None:
-        unit, inverse = unit_rows(w, rows)
-        through_norm_(g, unit, inverse)
+        _, inverse = unit_rows(w, rows)
         sgd_rows_(w, w.clone(), g, SGDFactors(0.9, 1.0), lr=0.1, weight_decay=0.0, rows_S=rows, grad_scale=scale)
         factors = AdamWFactors(0.9, 0.9, 1.0, torch.ones_like(inverse), torch.ones_like(inverse))
         adamw_rows_(w, w.clone(), w.clone(), g, factors, betas=(0.9, 0.98), rows_S=rows, grad_scale=scale)
@@ -379,7 +343,7 @@ def test_offsets_beyond_2_to_the_31_are_reached() -> None:
     before, grad = w[rows], numbers(2, width, seed=1).cuda()
     unit, _ = unit_rows(w, rows)
     torch.testing.assert_close(unit, unit_and_inverse(before)[0])
-    options: dict[str, Any] = {"rows_S": rows, "gradient_of": "weight"}
+    options: dict[str, Any] = {"rows_S": rows}
     sgd_rows_(w, velocity, grad, SGDFactors(0.9, 1.0), lr=0.1, weight_decay=0.0, **options)
     torch.testing.assert_close(w[rows], before - 0.1 * grad)
     torch.testing.assert_close(velocity[rows], grad)

@@ -95,7 +95,7 @@ def kernel_step(problem: Problem, kind: str, moments: str) -> Step:
     state = [torch.zeros_like(weight, dtype=dtype) for _ in range(2 if kind == "adamw" else 1)]
     count = torch.ones(len(rows), dtype=torch.int32, device=problem.device)
     keys = rounding_keys(rows, count, weight.shape[1], seed=SEED) if moments == "bf16" else None
-    common: dict[str, Any] = {"rows_S": rows, "gradient_of": "weight", "keys": keys}
+    common: dict[str, Any] = {"rows_S": rows, "keys": keys}
     column = torch.ones(len(rows), device=problem.device)
     # Of the first step, in every step: the numbers are not what is timed.
     correct1, correct2 = 1 - BETAS[0], math.sqrt(1 - BETAS[1])

@@ -6,7 +6,7 @@ from megacid_kernels.fused.gradient_epilogue import finish_x_, rows_through_norm
 from megacid_kernels.fused.label_gradient import LabelOrder, add_labels_, label_order
 from megacid_kernels.fused.launch import INTERPRET, Tile, tile_of
 from megacid_kernels.fused.nearest import nearest
-from megacid_kernels.fused.normalize import through_norm_, unit_rows
+from megacid_kernels.fused.normalize import unit_rows
 from megacid_kernels.fused.product import ProductTile
 from megacid_kernels.fused.row_epilogue import row_epilogue
 from megacid_kernels.fused.row_statistics import Exponentials, pitch, pitched
@@ -36,7 +36,6 @@ __all__ = [
     "rows_through_norm_",
     "sgd_rows_",
     "target_cosines",
-    "through_norm_",
     "tile_of",
     "tiles_for",
     "unit_rows",

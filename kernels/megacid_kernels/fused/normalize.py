@@ -16,7 +16,6 @@ from megacid_kernels.fused.launch import (
     INTERPRET,
     Tile,
     cast,
-    check_column,
     check_matrix,
     check_rows,
     columns,
@@ -64,33 +63,6 @@ def unit_rows_kernel(
     tl.store(inverse_ptr + slot, inverse, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def through_norm_kernel(
-    grad_ptr,  # [B, D] fp32, in and out
-    unit_ptr,  # [B, D] fp32
-    inverse_ptr,  # [B] fp32
-    num_rows,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    slot, inside, _source = slots(grad_ptr, num_rows, False, ROWS)
-    row = slot[:, None] * D
-    products = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, D, BLOCK):
-        column, mask = columns(start, inside, D, BLOCK)
-        unit = tl.load(unit_ptr + row + column, mask=mask, other=0.0)
-        grad = tl.load(grad_ptr + row + column, mask=mask, other=0.0)
-        products += unit * grad
-    along = tl.sum(products, axis=1)[:, None]
-    inverse = tl.load(inverse_ptr + slot, mask=inside, other=0.0)[:, None]
-    for start in range(0, D, BLOCK):
-        column, mask = columns(start, inside, D, BLOCK)
-        unit = tl.load(unit_ptr + row + column, mask=mask, other=0.0)
-        grad = tl.load(grad_ptr + row + column, mask=mask, other=0.0)
-        tl.store(grad_ptr + row + column, (grad - unit * along) * inverse, mask=mask)
-
-
 def unit_rows(
     w_LD: Tensor,
     rows_S: Tensor | None = None,
@@ -121,17 +93,3 @@ def unit_rows(
         D=width, HAS_ROWS=rows_S is not None, HAS_SECOND=len(units) == 2, INTERPRET=INTERPRET,
     )  # fmt: skip
     return *units, inverse
-
-
-def through_norm_(grad_BD: Tensor, unit_BD: Tensor, inverse_B: Tensor, *, tile: Tile | None = None) -> Tensor:
-    """Turn the gradient with respect to x / |x| into that with respect to x, in place; returned.
-
-    grad_BD, unit_BD fp32 contiguous; inverse_B = 1 / |x|, fp32 [B] or [B, 1], 0 for a zero row, whose gradient becomes 0.
-    Linear in the gradient: may run on partial sums. Bitwise repeatable. ValueError for what cannot be used.
-    """
-    check_matrix("grad", grad_BD, (torch.float32,))
-    check_matrix("unit", unit_BD, (torch.float32,), tuple(grad_BD.shape), grad_BD)
-    inverse = check_column("inverse", inverse_B, len(grad_BD), torch.float32, grad_BD)
-    width = grad_BD.shape[1]
-    launch(through_norm_kernel, len(grad_BD), tile or tile_of(width), grad_BD, unit_BD, inverse, len(grad_BD), D=width)
-    return grad_BD

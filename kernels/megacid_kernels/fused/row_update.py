@@ -1,4 +1,4 @@
-"""AdamW and SGD steps of sampled rows: Jacobian of the norm, decay, moments and the write back, in one pass.
+"""AdamW and SGD steps of sampled rows: decay, moments and the write back, in one pass.
 
 Legend: L rows in memory, S rows of this step, D width.
 
@@ -13,7 +13,7 @@ moment, the upper for the second. The kernels handle bf16 as int16 patterns, so 
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,7 +26,6 @@ from megacid_kernels.fused.launch import (
     check_matrix,
     check_rows,
     columns,
-    inverse_norm,
     launch,
     slots,
     tile_of,
@@ -34,7 +33,6 @@ from megacid_kernels.fused.launch import (
 
 Factor = float | Tensor  # of every row, or one per row: fp32 [S] or [S, 1]
 Keys = tuple[Tensor, Tensor]  # int32 [S] (or [S, 1]) and int32 [D] (or [1, D])
-GradientOf = Literal["unit", "weight"]
 
 
 class AdamWFactors(NamedTuple):
@@ -73,21 +71,6 @@ def _scale(x, IN_MEMORY: tl.constexpr):
         return tl.load(x)
     else:
         return x
-
-
-@triton.jit
-def _norm_terms(weight_ptr, grad_ptr, row, grad_row, inside, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """(1 / |w|, u . g), both [ROWS, 1]. Where D is one block, the compiler sees that the caller's loads are these."""
-    squares = tl.zeros((ROWS, BLOCK), tl.float32)
-    products = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, D, BLOCK):
-        column, mask = columns(start, inside, D, BLOCK)
-        w = tl.load(weight_ptr + row + column, mask=mask, other=0.0)
-        g = tl.load(grad_ptr + grad_row + column, mask=mask, other=0.0)
-        squares += w * w
-        products += w * g
-    inverse = inverse_norm(tl.sum(squares, axis=1))
-    return inverse[:, None], (tl.sum(products, axis=1) * inverse)[:, None]
 
 
 @triton.jit
@@ -138,7 +121,6 @@ def adamw_rows_kernel(
     add2,
     D: tl.constexpr,
     HAS_ROWS: tl.constexpr,
-    THROUGH_NORM: tl.constexpr,
     COLUMNS: tl.constexpr,
     SCALE_IN_MEMORY: tl.constexpr,
     BF16: tl.constexpr,
@@ -155,14 +137,10 @@ def adamw_rows_kernel(
     eps = tl.load(eps_ptr + slot, mask=inside, other=1.0)[:, None]  # 1: no 0 / 0 beyond the last row
     if BF16:
         row_key = tl.load(row_key_ptr + slot, mask=inside, other=0)[:, None]
-    if THROUGH_NORM:
-        inverse, along = _norm_terms(weight_ptr, grad_ptr, row, grad_row, inside, D, ROWS, BLOCK)
     for start in range(0, D, BLOCK):
         column, mask = columns(start, inside, D, BLOCK)
         w = tl.load(weight_ptr + row + column, mask=mask, other=0.0)
         g = tl.load(grad_ptr + grad_row + column, mask=mask, other=0.0)
-        if THROUGH_NORM:
-            g = (g - w * inverse * along) * inverse
         g = g * scale
         mean = kept1 * _load_moment(mean_ptr + row + column, mask, BF16) + add1 * g
         square = kept2 * _load_moment(square_ptr + row + column, mask, BF16) + add2 * g * g
@@ -192,7 +170,6 @@ def sgd_rows_kernel(
     weight_decay,
     D: tl.constexpr,
     HAS_ROWS: tl.constexpr,
-    THROUGH_NORM: tl.constexpr,
     COLUMNS: tl.constexpr,
     SCALE_IN_MEMORY: tl.constexpr,
     BF16: tl.constexpr,
@@ -206,14 +183,10 @@ def sgd_rows_kernel(
     shrunk = _factor(shrink, slot, inside, COLUMNS)
     if BF16:
         row_key = tl.load(row_key_ptr + slot, mask=inside, other=0)[:, None]
-    if THROUGH_NORM:
-        inverse, along = _norm_terms(weight_ptr, grad_ptr, row, grad_row, inside, D, ROWS, BLOCK)
     for start in range(0, D, BLOCK):
         column, mask = columns(start, inside, D, BLOCK)
         w = tl.load(weight_ptr + row + column, mask=mask, other=0.0)
         g = tl.load(grad_ptr + grad_row + column, mask=mask, other=0.0)
-        if THROUGH_NORM:
-            g = (g - w * inverse * along) * inverse
         w = w * shrunk
         velocity = kept * _load_moment(velocity_ptr + row + column, mask, BF16) + g * scale + weight_decay * w
         tl.store(weight_ptr + row + column, w - lr * velocity, mask=mask)
@@ -234,14 +207,13 @@ def adamw_rows_(
     betas: tuple[float, float],
     rows_S: Tensor | None = None,
     grad_scale: float | Tensor = 1.0,
-    gradient_of: GradientOf = "unit",
     keys: Keys | None = None,
     tile: Tile | None = None,
 ) -> None:
     """One AdamW step of rows `rows_S` in place. Other rows keep every bit.
 
     weight_LD    fp32 [L, D]. Both moments: fp32, or both bf16, which need `keys`
-    grad_SD      fp32 [S, D], with respect to w / |w| ("unit"; a zero row gets none) or to w ("weight")
+    grad_SD      fp32 [S, D], with respect to w[rows_S]
     factors      decay and bias correction per row, see `AdamWFactors`
     rows_S       int64 [S], sorted, unique, in [0, L), which is not checked: two programs that write one row race, and
                  others write elsewhere in memory. None: all rows, S = L
@@ -253,7 +225,7 @@ def adamw_rows_(
     ValueError for what cannot be used.
     """
     moments = {"exp_avg": exp_avg_LD, "exp_avg_sq": exp_avg_sq_LD}
-    call = _Call(weight_LD, moments, grad_SD, rows_S, grad_scale, gradient_of, keys)
+    call = _Call(weight_LD, moments, grad_SD, rows_S, grad_scale, keys)
     keep1, keep2, shrink = call.factors({"keep1": factors.keep1, "keep2": factors.keep2, "shrink": factors.shrink})
     rate, eps = (call.column(name, x) for name, x in (("rate", factors.rate), ("eps", factors.eps)))
     launch(
@@ -273,12 +245,11 @@ def sgd_rows_(
     weight_decay: float,
     rows_S: Tensor | None = None,
     grad_scale: float | Tensor = 1.0,
-    gradient_of: GradientOf = "unit",
     keys: Keys | None = None,
     tile: Tile | None = None,
 ) -> None:
     """One SGD step with momentum of rows `rows_S` in place; everything as in `adamw_rows_`, see `SGDFactors`."""
-    call = _Call(weight_LD, {"velocity": velocity_LD}, grad_SD, rows_S, grad_scale, gradient_of, keys)
+    call = _Call(weight_LD, {"velocity": velocity_LD}, grad_SD, rows_S, grad_scale, keys)
     keep, shrink = call.factors({"keep": factors.keep, "shrink": factors.shrink})
     launch(
         sgd_rows_kernel, call.num_rows, tile or tile_of(call.width),
@@ -297,7 +268,6 @@ class _Call:
         grad_SD: Tensor,
         rows_S: Tensor | None,
         grad_scale: float | Tensor,
-        gradient_of: str,
         keys: Keys | None,
     ):
         check_matrix("weight", weight_LD, (torch.float32,))
@@ -311,8 +281,6 @@ class _Call:
         check_matrix("grad", grad_SD, (torch.float32,), (self.num_rows, self.width), weight_LD)
         bf16 = first.dtype == torch.bfloat16
         self.moments = [moment.view(torch.int16) if bf16 else moment for moment in moments.values()]
-        if gradient_of not in ("unit", "weight"):
-            raise ValueError(f"gradient_of is {gradient_of!r}, expected 'unit' or 'weight'")
         if bf16 and keys is None:
             raise ValueError(
                 "keys is None with bf16 moments, expected the rows' and the columns' int32 keys of the rounding"
@@ -329,7 +297,6 @@ class _Call:
         self.constants = {
             "D": self.width,
             "HAS_ROWS": rows_S is not None,
-            "THROUGH_NORM": gradient_of == "unit",
             "SCALE_IN_MEMORY": isinstance(grad_scale, Tensor),
             "BF16": bf16,
         }
