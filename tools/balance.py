@@ -113,9 +113,9 @@ def main(argv: list[str] | None = None) -> int:
 def work(args: argparse.Namespace, settings: BalanceSettings, parallel: Parallel, stop: StopRequest) -> None:
     with tqdm(unit="row", desc="balance", disable=not parallel.is_first, unit_scale=True) as bar:
 
-        def progress(total: int):
+        def start_progress(total: int):
             bar.reset(-(-total // parallel.world))
-            return stop.ticking(bar.update)
+            return stop.polling(bar.update)
 
         balance(
             args.embeddings,
@@ -125,7 +125,7 @@ def work(args: argparse.Namespace, settings: BalanceSettings, parallel: Parallel
             parallel,
             shards=args.shards,
             gallery_groups=args.gallery_groups,
-            progress=progress,
+            start_progress=start_progress,
         )
     if args.reshard is not None:
         copy_kept(args, parallel, stop)
@@ -137,11 +137,11 @@ def copy_kept(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -
     shards = args.shards or read_meta(args.out, expect="balance")["source"]["shards"]
     with tqdm(unit="sample", desc="reshard", disable=not parallel.is_first, unit_scale=True) as bar:
 
-        def progress(total: int):
+        def start_progress(total: int):
             bar.reset(-(-total // parallel.world))
-            return stop.ticking(bar.update)
+            return stop.polling(bar.update)
 
-        meta = reshard(args.out, load_index(shards), args.reshard, parallel, progress=progress)
+        meta = reshard(args.out, load_index(shards), args.reshard, parallel, start_progress=start_progress)
     if parallel.is_first:
         print(f"{args.reshard}: {meta['kept']:,} samples in {len(meta['bytes']):,} tars")
 

@@ -147,9 +147,9 @@ def work(args: argparse.Namespace, settings: KMeansSettings | None, parallel: Pa
         logging_redirect_tqdm(),
     ):
 
-        def progress(total: int):
+        def start_progress(total: int):
             bar.reset(-(-total // parallel.world))
-            return stop.ticking(bar.update)
+            return stop.polling(bar.update)
 
         if settings is None:
             meta = assign_only(
@@ -159,10 +159,12 @@ def work(args: argparse.Namespace, settings: KMeansSettings | None, parallel: Pa
                 parallel,
                 top_labels=args.top_labels,
                 backend=args.backend,
-                progress=progress,
+                start_progress=start_progress,
             )
         else:
-            meta = cluster(args.embeddings, args.out, settings, parallel, top_labels=args.top_labels, progress=progress)
+            meta = cluster(
+                args.embeddings, args.out, settings, parallel, top_labels=args.top_labels, start_progress=start_progress
+            )
     if parallel.is_first:
         print(
             f"{args.out}: k {meta['k']:,}, objective {meta['final_objective']:.6f}, imbalance {meta['imbalance']:.3f}, empty {meta['empty']:,}"

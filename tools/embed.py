@@ -25,7 +25,7 @@ from tqdm import tqdm
 from megacid.data.index import ShardIndex, load_index
 from megacid.distributed.consensus import agree, fail_together
 from megacid.distributed.parallel import Parallel, accept_launcher_arguments, launched
-from megacid.distributed.stopping import StopRequest, Tick, run_stage
+from megacid.distributed.stopping import Progress, StopRequest, run_stage
 from megacid.errors import UserError, run_tool
 from megacid.models.clip import LoadedClip, load_clip
 from megacid.offline.embed import stage as embed_stage
@@ -106,11 +106,11 @@ def work(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> Non
         mininterval=0.5 if sys.stderr.isatty() else 30,
     ) as bar:
 
-        def progress(total: int) -> Tick:
+        def start_progress(total: int) -> Progress:
             if parallel.is_first and total:
                 print(estimate(index, clip, args, total, precision, parallel.world))
             bar.reset(total)
-            return stop.ticking(bar.update)
+            return stop.polling(bar.update)
 
         meta = embed_stage.embed(
             index,
@@ -121,7 +121,7 @@ def work(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> Non
             batch_size=args.batch_size,
             workers=args.workers,
             split=args.split,
-            progress=progress,
+            start_progress=start_progress,
         )
         facts = bar.format_dict
     if parallel.is_first:

@@ -132,7 +132,7 @@ def evaluate_features(args: argparse.Namespace) -> int:
         flop = 2.0 * (embedded * parameters + rows * test.classes * trained.tower.embed_dim)
         print(f"{task}: {embedded:,} rows to embed, {rows:,} x {test.classes:,} products, {flop:.3g} flop")
         with tqdm(total=test.classes, unit="class", desc=task) as bar:
-            metrics = accuracy(task, trained, args.features, limit=args.limit, tick=bar.update)
+            metrics = accuracy(task, trained, args.features, limit=args.limit, progress=bar.update)
         result = {"dataset": name, "model": "feature-mlp", "pretrained": run, "task": task, "metrics": metrics}
         file = args.out / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', '_'.join((name, run, task)))}.json"
         write_result(file, {**result, "language": "en"})

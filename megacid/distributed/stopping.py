@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Protocol
 
 import torch.distributed as dist
 
@@ -26,7 +27,6 @@ from megacid.distributed.parallel import Parallel, session
 from megacid.errors import EXIT_AGAIN
 
 Group = dist.ProcessGroup | None
-Tick = Callable[[int], None]  # takes the rows done since the last call; raises Stopped when the stage has to end
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LOOK_EVERY_S = 0.5  # a look at the mark is a call to a disk that may be far away
@@ -38,6 +38,20 @@ class Stopped(BaseException):  # not an error: no `except Exception` on the way 
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
+
+
+class Progress(Protocol):
+    """Reports work done, and is where a long stage may stop: call it often, and only inside a block of `stop_together`."""
+
+    def __call__(self, rows: int, /) -> object:
+        """Add `rows` to those done; 0 only polls. Raises Stopped when the stage was asked to end."""
+
+
+StartProgress = Callable[[int], Progress]  # takes the rows to do in all
+
+
+def no_progress(rows: int) -> None:
+    """A `Progress` that reports nothing and never stops."""
 
 
 class StopRequest:
@@ -114,14 +128,14 @@ class StopRequest:
         if code := self.asked():
             raise Stopped(code)
 
-    def ticking(self, tick: Tick) -> Tick:
-        """`tick`, which also polls."""
+    def polling(self, progress: Progress) -> Progress:
+        """`progress`, which then also polls."""
 
-        def both(rows: int) -> None:
-            tick(rows)
+        def report_and_poll(rows: int) -> None:
+            progress(rows)
             self.poll()
 
-        return both
+        return report_and_poll
 
     def forget(self) -> None:
         """Remove the mark. One rank, when the others no longer need it."""

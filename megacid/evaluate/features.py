@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megacid.checkpoint.state import CheckpointReader
 from megacid.data.features import FeatureSet
+from megacid.distributed.stopping import Progress, no_progress
 from megacid.errors import UserError
 from megacid.evaluate.export import checkpoint_of
 from megacid.models.feature_tower import FeatureTower
@@ -28,7 +29,6 @@ from megacid.models.feature_tower import FeatureTower
 TASKS = ("head", "nearest_class_mean")
 CLASSES_PER_BLOCK = 16384
 ROWS_PER_TILE = 1024  # x CLASSES_PER_BLOCK products: 64 MiB
-Tick = Callable[[int], object]
 Embed = Callable[[FeatureSet, np.ndarray], Tensor]  # rows of these numbers -> [m, D] fp32, L2-normalised
 
 
@@ -111,11 +111,11 @@ def mean_blocks(embed: Embed, train: FeatureSet) -> Iterator[Tensor]:
 
 
 @torch.inference_mode()
-def nearest(emb_ND: Tensor, blocks: Iterator[Tensor], tick: Tick = lambda classes: None) -> Tensor:
+def nearest(emb_ND: Tensor, blocks: Iterator[Tensor], progress: Progress = no_progress) -> Tensor:
     """int64 [N] on the CPU: the class with the largest product; of equal ones the lowest. A class of NaN is
     never nearest; -1 where all are.
 
-    blocks: [K, D] rows of the classes in order. tick: called with the number of classes done, for a progress bar.
+    blocks: [K, D] rows of the classes in order. progress: called with the number of classes done, for a progress bar.
     """
     best_N = torch.full((len(emb_ND),), -torch.inf, device=emb_ND.device)
     class_N = torch.full_like(best_N, -1, dtype=torch.int64)
@@ -128,7 +128,7 @@ def nearest(emb_ND: Tensor, blocks: Iterator[Tensor], tick: Tick = lambda classe
             best_N[tile] = torch.where(better, value, best_N[tile])
             class_N[tile] = torch.where(better, index + start, class_N[tile])
         start += len(row_KD)
-        tick(len(row_KD))
+        progress(len(row_KD))
     return class_N.cpu()
 
 
@@ -138,7 +138,7 @@ def tasks_for(train: FeatureSet) -> tuple[str, ...]:
 
 
 def accuracy(
-    task: str, trained: TrainedTower, directory: Path, *, limit: int | None = None, tick: Tick = lambda classes: None
+    task: str, trained: TrainedTower, directory: Path, *, limit: int | None = None, progress: Progress = no_progress
 ) -> dict[str, float]:
     """{"acc1": share, "test_rows": N, "classes": C} of "head" or "nearest_class_mean" on the test split of `directory`.
 
@@ -155,7 +155,7 @@ def accuracy(
             f"{what}: they name different things, use nearest_class_mean"
         )
     blocks = head_blocks(trained) if task == "head" else mean_blocks(trained.embed, train)
-    return _judge(trained.embed, test, blocks, limit, tick)
+    return _judge(trained.embed, test, blocks, limit, progress)
 
 
 def untrained_accuracy(directory: Path, *, limit: int | None = None) -> dict[str, float]:
@@ -166,11 +166,13 @@ def untrained_accuracy(directory: Path, *, limit: int | None = None) -> dict[str
         return F.normalize(torch.from_numpy(block.astype(np.float32)), dim=1)
 
     train, test = FeatureSet(directory, true_labels=True), FeatureSet(directory, "test")
-    return _judge(embed, test, mean_blocks(embed, train), limit, lambda classes: None)
+    return _judge(embed, test, mean_blocks(embed, train), limit, no_progress)
 
 
-def _judge(embed: Embed, test: FeatureSet, blocks: Iterator[Tensor], limit: int | None, tick: Tick) -> dict[str, float]:
+def _judge(
+    embed: Embed, test: FeatureSet, blocks: Iterator[Tensor], limit: int | None, progress: Progress
+) -> dict[str, float]:
     rows = np.arange(test.num_rows if limit is None else min(limit, test.num_rows))
     label_N = torch.from_numpy(test.take_labels(rows).astype(np.int64))
-    found_N = nearest(embed(test, rows), blocks, tick)
+    found_N = nearest(embed(test, rows), blocks, progress)
     return {"acc1": (found_N == label_N).double().mean().item(), "test_rows": len(rows), "classes": test.classes}

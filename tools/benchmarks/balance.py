@@ -29,6 +29,7 @@ from benchmarks.measure import ask_process
 from benchmarks.suite import Bar, Report, Row, clock_of, report
 from megacid.data.index import load_index
 from megacid.distributed.parallel import Parallel
+from megacid.distributed.stopping import no_progress
 from megacid.errors import UserError
 from megacid.offline.balance.deduplicate import BalanceSettings
 from megacid.offline.balance.stage import balance
@@ -114,7 +115,7 @@ def _stages(args: argparse.Namespace, n: int, k: int, across: list[int]) -> list
         digest = load_index(tars).digest
         write_embeddings(emb, lambda part: x[part.start : part.stop], n, args.tars, str(tars), digest)
         rows = EmbeddingRows(emb)
-        label_all(clusters, rows, torch.from_numpy(centroids), "cosine", "auto", ALONE, 1, lambda done: None)
+        label_all(clusters, rows, torch.from_numpy(centroids), "cosine", "auto", ALONE, 1, no_progress)
         np.save(clusters / "centroids.npy", centroids)
         facts = {"shards_digest": digest, "k": k, "metric": "cosine"} | ABOUT
         write_meta(clusters, "cluster", source={"embeddings": str(emb)}, **facts)

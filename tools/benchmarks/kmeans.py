@@ -29,6 +29,7 @@ from benchmarks.layout import write_embeddings
 from benchmarks.levels import fit, labels, tree
 from benchmarks.measure import ask_process
 from benchmarks.suite import Bar, Report, Row, clock_of, report
+from megacid.distributed.stopping import no_progress
 from megacid.errors import UserError
 from megacid.offline.cluster.accumulate import one_pass
 from megacid.offline.cluster.hierarchical import two_level
@@ -117,7 +118,7 @@ def _iteration(args: argparse.Namespace) -> list[Row]:
         settings = KMeansSettings(k=args.k, backend=backend, memory_gb=16)  # type: ignore[arg-type]
         state, before = KMeansState(start), np.full(args.rows, -1, np.int32)
         block = block_rows(args.rows, args.dim, settings, CPU)
-        total, _ = one_pass(rows, state, settings, before, 1.0, block, CPU, None, lambda done: None)
+        total, _ = one_pass(rows, state, settings, before, 1.0, block, CPU, None, no_progress)
         update(state, total, settings)
 
     def seconds(backend: str | None) -> float:

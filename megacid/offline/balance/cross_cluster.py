@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megacid.distributed.stopping import Progress
 from megacid.failpoints import failpoint
-from megacid.offline.balance.linking import Link, Tick, UnitRows, cosine_bound, roots, unite, unite_near
+from megacid.offline.balance.linking import Link, UnitRows, cosine_bound, roots, unite, unite_near
 from megacid.offline.nearest import Assigner, pad_rows, tile_rows
 from megacid.offline.rows import Rows
 from megacid.storage.stage_files import PartialResults
@@ -40,7 +41,7 @@ def listed(
     threshold: float,
     number: int,
     work: PartialResults | None,
-    tick: Tick,
+    progress: Progress,
 ) -> np.ndarray:
     """int64 [entries, 2]: (row, cluster it lists) of chunk `number` of these samples, LIST_ROWS of them; kept in `work`.
 
@@ -55,7 +56,7 @@ def listed(
     tile, top = tile_rows(assigner.device), min(across + 1, len(assigner.centroids_KD))
     parts = [np.empty((0, 2), np.int64)]
     for low in range(number * LIST_ROWS, min((number + 1) * LIST_ROWS, len(rows)), tile):
-        tick(0)
+        progress(0)
         which = slice(low, min(low + tile, len(rows), (number + 1) * LIST_ROWS))
         x_TD = unit[which]
         own = torch.from_numpy(label[which].astype(np.int64)).to(x_TD.device)
@@ -124,7 +125,7 @@ def link_pairs(
     panel: int,
     device: torch.device,
     work: PartialResults | None,
-    tick: Tick,
+    progress: Progress,
 ) -> np.ndarray:
     """int64 [E, 2], each once: rows that stand for two groups which are one, of the pairs [low, high); kept in `work`.
 
@@ -143,7 +144,7 @@ def link_pairs(
     parts = [np.empty((0, 2), np.int64)]
     for pair in range(low, high):
         failpoint("balance:pair", step=pair)
-        tick(0)
+        progress(0)
         start, middle, stop = (
             int(at) - base for at in (pairs.starts[pair], pairs.middles[pair], pairs.starts[pair + 1])
         )
@@ -153,7 +154,7 @@ def link_pairs(
             a, b = np.nonzero(near)
             found = np.stack([x_node[a], y_node[b]], axis=1)
         else:
-            found = _link_large(unit, start, middle, stop, x_node, y_node, bound, link, block, panel, tick)
+            found = _link_large(unit, start, middle, stop, x_node, y_node, bound, link, block, panel, progress)
         if len(found):
             parts.append(np.unique(found, axis=0) if len(found) > _MANY else found)
     links = np.concatenate(parts)
@@ -176,7 +177,7 @@ def _link_large(
     link: Link,
     block: int,
     panel: int,
-    tick: Tick,
+    progress: Progress,
 ) -> np.ndarray:
     """The links of one pair of clusters, rows [start, middle) and [middle, stop) of `unit`, in blocks. int64 [E, 2]."""
     node, number = np.unique(np.concatenate([x_node, y_node]), return_inverse=True)
@@ -189,10 +190,10 @@ def _link_large(
             y_PD = unit[q : min(q + panel, stop)]
             y_number = number[q - start : q - start + len(y_PD)]
             if link == "components":
-                unite_near(x_PD, y_PD, parent, x_number, y_number, bound, block, tick)
+                unite_near(x_PD, y_PD, parent, x_number, y_number, bound, block, progress)
                 continue
             for i in range(0, len(x_PD), block):
-                tick(0)
+                progress(0)
                 for j in range(0, len(y_PD), block):
                     a, b = np.nonzero((x_PD[i : i + block] @ y_PD[j : j + block].T > bound).cpu().numpy())
                     parts.append(np.stack([node[x_number[i + a]], node[y_number[j + b]]], axis=1))

@@ -6,7 +6,6 @@ Legend: n samples with an embedding (in order of the embedding partitions), m sa
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +15,7 @@ import torch.distributed as dist
 
 from megacid.distributed.collectives import gather_plain, rank, world_size
 from megacid.distributed.consensus import broadcast_json
-from megacid.distributed.stopping import stop_together
+from megacid.distributed.stopping import Progress, no_progress, stop_together
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.offline.balance import cross_cluster, linking
@@ -29,7 +28,6 @@ from megacid.storage.stage_files import PartialResults
 
 log = logging.getLogger(__name__)
 Group = dist.ProcessGroup | None
-Tick = Callable[[int], None]
 Keep = Literal["nearest", "farthest", "random", "caption"]
 PART_PAIRS = 1 << 28  # pairs of samples in one partial result: seconds to minutes of work
 
@@ -94,7 +92,7 @@ def preference(
     image: Rows,
     text: Rows | None,
     block: int = 65536,
-    tick: Tick = lambda rows: None,
+    progress: Progress = no_progress,
 ) -> np.ndarray:
     """float32 [n]: smaller is kept first. UserError naming a row of the captions that is not finite or zero."""
     if keep == "nearest":
@@ -110,7 +108,7 @@ def preference(
         v, t = (prepare(rows.read(low, high), "cosine", torch.device("cpu")) for rows in (image, text))
         for x_BD, rows in ((v, image), (t, text)):
             check_unit(x_BD, rows, np.arange(low, high))
-        tick(0)
+        progress(0)
         out[low:high] = -(v * t).sum(1).numpy()
     return out
 
@@ -129,7 +127,7 @@ def _link(
     threshold: float,
     settings: BalanceSettings,
     device: torch.device,
-    tick: Tick,
+    progress: Progress,
 ) -> np.ndarray:
     """Owners of one cluster as positions inside it, int64 [m]."""
     members = clusters.order[clusters.starts[cluster] : clusters.starts[cluster + 1]]
@@ -139,7 +137,7 @@ def _link(
     unit = UnitRows(image, members, device)
     # Small clusters, which are most of them, are held whole.
     x_MD = unit[:] if len(members) <= panel else unit
-    return owners(x_MD, threshold, settings.link, settings.block, tick, panel)
+    return owners(x_MD, threshold, settings.link, settings.block, progress, panel)
 
 
 def search_threshold(
@@ -148,13 +146,13 @@ def search_threshold(
     settings: BalanceSettings,
     device: torch.device,
     work: PartialResults | None = None,
-    tick: Tick = lambda rows: None,
+    progress: Progress = no_progress,
     assigner: Assigner | None = None,
 ) -> tuple[float, list[tuple[float, float]], int]:
     """(threshold whose share kept is nearest to the target, the visited curve, samples used), searched on whole clusters.
 
     Clusters are drawn by the seed until they hold `search_rows` samples; when that is all of them the share is exact.
-    work: holds the points visited so far, which are not worked out again. tick: called with 0 for every cluster.
+    work: holds the points visited so far, which are not worked out again. progress: called with 0 for every cluster.
     assigner: of the centroids, for `settings.across`.
     """
     assert settings.target_keep is not None
@@ -164,7 +162,7 @@ def search_threshold(
     lists = np.empty((0, 2), np.int64)
     if assigner is not None:
         # At the largest threshold a list leaves nothing out, so that it serves all of them.
-        lists = _lists(rows, part, np.arange(count), FARTHEST, settings, assigner, (0, 1), None, tick)
+        lists = _lists(rows, part, np.arange(count), FARTHEST, settings, assigner, (0, 1), None, progress)
     listed_here = np.isin(lists[:, 1], chosen).mean() if len(lists) else 1.0
     # JSON keeps every bit of a float.
     visited: dict[float, float] = {float(at): float(kept) for at, kept in (work.json("search") if work else None) or []}
@@ -173,14 +171,14 @@ def search_threshold(
         if threshold not in visited:
             owner, kept = np.arange(count), 0.0
             for c in chosen:
-                tick(0)
-                local = _link(rows, part, c, threshold, settings, device, tick)
+                progress(0)
+                local = _link(rows, part, c, threshold, settings, device, progress)
                 members = part.order[part.starts[c] : part.starts[c + 1]]
                 owner[members] = members[local]
                 kept += int(keep_mask(local, settings.cap).sum())
             if assigner is not None and threshold > 0:
                 pairs = _pairs(part, lists, owner, settings)
-                links = _links_across(rows, pairs, owner, threshold, settings, device, (0, 1), None, tick)
+                links = _links_across(rows, pairs, owner, threshold, settings, device, (0, 1), None, progress)
                 both = _kept(part, cross_cluster.joined(owner, links, part.priority, settings.link), settings.cap).sum()
                 # What was removed across the borders that lie inside of the sample, for all borders that were listed.
                 kept = max(kept - (kept - float(both)) / max(listed_here, 1 / count), 0.0)
@@ -202,7 +200,7 @@ def decide(
     device: torch.device | str = "cpu",
     group: Group = None,
     work: PartialResults | None = None,
-    tick: Tick = lambda rows: None,
+    progress: Progress = no_progress,
     centroids: np.ndarray | None = None,
     metric: Metric = "cosine",
 ) -> Decision:
@@ -210,7 +208,7 @@ def decide(
 
     centroids: float32 [k, D], for `settings.across`; metric: the one the labels were made with.
     work: holds the points of the search and the links of parts of the clusters; what is there is not done again.
-    tick: called with rows done (also 0); when it raises Stopped, all ranks stop.
+    progress: called with rows done (also 0); when it raises Stopped, all ranks stop.
     """
     device, me = torch.device(device), (rank(group), world_size(group))
     curve: list[tuple[float, float]] = []
@@ -225,7 +223,7 @@ def decide(
             # One rank decides: two devices may round a product differently.
             found = None
             if me[0] == 0:
-                found = search_threshold(image, clusters, settings, device, work, tick, assigner)
+                found = search_threshold(image, clusters, settings, device, work, progress, assigner)
         threshold, points, searched = broadcast_json(found, group)
         curve = [(float(at), float(kept)) for at, kept in points]
         log.info("threshold %.5f found on %d of %d samples", threshold, searched, image.num_rows)
@@ -243,7 +241,7 @@ def decide(
     with stop_together(group):
         for part in range(first, last):
             low, high = int(bounds[part]), int(bounds[part + 1])
-            local = _link_part(image, clusters, low, high, threshold, settings, device, work, tick)
+            local = _link_part(image, clusters, low, high, threshold, settings, device, work, progress)
             begin = int(clusters.starts[low])
             for cluster in range(low, high):
                 start, stop = int(clusters.starts[cluster]), int(clusters.starts[cluster + 1])
@@ -257,7 +255,7 @@ def decide(
         if settings.link == "greedy":
             rows = rows[owner[rows] == rows]  # the others need no list
         with stop_together(group):
-            lists = _lists(image, clusters, rows, threshold, settings, assigner, me, work, tick)
+            lists = _lists(image, clusters, rows, threshold, settings, assigner, me, work, progress)
         pairs = _pairs(clusters, _gathered(lists, device, group), owner, settings)
         left, right = (side.astype(np.float64) for side in pairs.sizes)
         log.info(
@@ -267,7 +265,7 @@ def decide(
             2 * (left @ right) * image.dim,
         )
         with stop_together(group):
-            links = _links_across(image, pairs, owner, threshold, settings, device, me, work, tick)
+            links = _links_across(image, pairs, owner, threshold, settings, device, me, work, progress)
         owner = cross_cluster.joined(owner, _gathered(links, device, group), clusters.priority, settings.link)
     return Decision(_kept(clusters, owner, settings.cap), owner, threshold, curve, searched, inside)
 
@@ -293,14 +291,16 @@ def _lists(
     assigner: Assigner,
     me: tuple[int, int],
     work: PartialResults | None,
-    tick: Tick,
+    progress: Progress,
 ) -> np.ndarray:
     """int64 [entries, 2]: (row, cluster it lists), of this rank's part of these rows. me: rank, number of ranks."""
     label = clusters.labels(image.num_rows)[rows]
     chunks = -(-len(rows) // cross_cluster.LIST_ROWS)
     parts = [np.empty((0, 2), np.int64)]
     for chunk in range(me[0] * chunks // me[1], (me[0] + 1) * chunks // me[1]):
-        parts.append(cross_cluster.listed(image, rows, label, assigner, settings.across, threshold, chunk, work, tick))
+        parts.append(
+            cross_cluster.listed(image, rows, label, assigner, settings.across, threshold, chunk, work, progress)
+        )
     return np.concatenate(parts)
 
 
@@ -320,7 +320,7 @@ def _links_across(
     device: torch.device,
     me: tuple[int, int],
     work: PartialResults | None,
-    tick: Tick,
+    progress: Progress,
 ) -> np.ndarray:
     """int64 [E, 2]: links between groups of neighbouring clusters, of this rank's part of the pairs. owner: of the first pass."""
     left, right = (side.astype(np.float64) for side in pairs.sizes)
@@ -334,7 +334,7 @@ def _links_across(
         low, high = int(bounds[part]), int(bounds[part + 1])
         parts.append(
             cross_cluster.link_pairs(
-                image, pairs, low, high, owner, threshold, settings.link, settings.block, panel, device, work, tick
+                image, pairs, low, high, owner, threshold, settings.link, settings.block, panel, device, work, progress
             )
         )
     return np.concatenate(parts)
@@ -365,25 +365,25 @@ def _link_part(
     settings: BalanceSettings,
     device: torch.device,
     work: PartialResults | None,
-    tick: Tick,
+    progress: Progress,
 ) -> np.ndarray:
     """Owners of the clusters [low, high) as positions inside each, int64, one after another; kept in `work`."""
     begin, end = int(clusters.starts[low]), int(clusters.starts[high])
     name = f"links-{low}-{high}"
     before = work.array(name, (end - begin,), "i") if work else None
     if before is not None:
-        tick(end - begin)
+        progress(end - begin)
         return before
     local = np.empty(end - begin, np.int64)
     for cluster in range(low, high):
         start, stop = int(clusters.starts[cluster]), int(clusters.starts[cluster + 1])
         failpoint("balance:cluster", step=cluster)
-        local[start - begin : stop - begin] = _link(image, clusters, cluster, threshold, settings, device, tick)
-        tick(stop - start)
+        local[start - begin : stop - begin] = _link(image, clusters, cluster, threshold, settings, device, progress)
+        progress(stop - start)
     if work:
         work.save_array(name, local)
     failpoint("balance:part", step=low)
-    tick(0)
+    progress(0)
     return local
 
 

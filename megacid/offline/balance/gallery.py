@@ -16,7 +16,7 @@ from PIL import Image
 
 from megacid.data.decode import decode_image
 from megacid.data.index import ShardReader
-from megacid.distributed.stopping import Tick
+from megacid.distributed.stopping import Progress, no_progress
 from megacid.offline.balance.groups import Group, Process, apart
 
 # Colours that people with any colour vision can tell apart (Okabe and Ito, 2008).
@@ -41,11 +41,11 @@ def thumbnail(image: Image.Image, side: int = 96) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def pictures(reader: ShardReader, shard: np.ndarray, row: np.ndarray, tick: Tick = lambda rows: None) -> Show:
-    """How samples are shown. shard, row: int [n], where each lies; tick: called with 0 for every picture."""
+def pictures(reader: ShardReader, shard: np.ndarray, row: np.ndarray, progress: Progress = no_progress) -> Show:
+    """How samples are shown. shard, row: int [n], where each lies; progress: called with 0 for every picture."""
 
     def show(number: int) -> tuple[Image.Image, str, str]:
-        tick(0)
+        progress(0)
         at = int(shard[number]), int(row[number])
         caption = reader.read(*at, "text").decode("utf-8", "replace")
         return decode_image(reader.read(*at, "image")), reader.index.table(at[0]).keys[at[1]], caption

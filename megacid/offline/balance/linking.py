@@ -10,19 +10,18 @@ owner is kept. Owners always have a smaller number than what they stand for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megacid.distributed.stopping import Progress, no_progress
 from megacid.errors import UserError
 from megacid.offline.nearest import prepare
 from megacid.offline.rows import Rows
 
 Link = Literal["components", "greedy"]
-Tick = Callable[[int], None]
 BLOCK = 1024
 PANEL_BYTES = 1 << 29  # of two panels while one of them is made
 
@@ -75,18 +74,20 @@ def owners(
     threshold: float,
     link: Link,
     block: int = BLOCK,
-    tick: Tick = lambda rows: None,
+    progress: Progress = no_progress,
     panel: int | None = None,
 ) -> np.ndarray:
     """int64 [m]. x_MD: unit rows fp32, in order of preference. threshold: Euclidean distance, links are strictly below it.
-    panel: rows held at once, twice; whole blocks; None: all. tick: called with 0 before every row of blocks; it may raise.
+    panel: rows held at once, twice; whole blocks; None: all. progress: called with 0 before every row of blocks; it may raise.
 
     "components": connected components of the links; "greedy": a row stays unless it is near a row that was already kept.
     """
     m = len(x_MD)
     if threshold <= 0 or m < 2:
         return np.arange(m, dtype=np.int64)
-    return (_components if link == "components" else _greedy)(x_MD, cosine_bound(threshold), block, tick, panel or m)
+    return (_components if link == "components" else _greedy)(
+        x_MD, cosine_bound(threshold), block, progress, panel or m
+    )
 
 
 def roots(parent: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
@@ -126,7 +127,7 @@ def unite_near(
     y_node: np.ndarray,
     bound: float,
     block: int,
-    tick: Tick = lambda rows: None,
+    progress: Progress = no_progress,
     *,
     same: bool = False,
 ) -> None:
@@ -135,7 +136,7 @@ def unite_near(
     same: both are the same rows; each pair of blocks is taken once.
     """
     for i in range(0, len(x_MD), block):
-        tick(0)
+        progress(0)
         for j in range(i if same else 0, len(y_ND), block):
             left, right = roots(parent, x_node[i : i + block]), roots(parent, y_node[j : j + block])
             # One component already: a cluster of a million copies costs one row of blocks, not all of them.
@@ -146,7 +147,7 @@ def unite_near(
             unite(parent, left[a[apart]], right[b[apart]])
 
 
-def _components(x_MD: Tensor | UnitRows, bound: float, block: int, tick: Tick, panel: int) -> np.ndarray:
+def _components(x_MD: Tensor | UnitRows, bound: float, block: int, progress: Progress, panel: int) -> np.ndarray:
     m = len(x_MD)
     parent, node = np.arange(m, dtype=np.int64), np.arange(m, dtype=np.int64)
     for p in range(0, m, panel):
@@ -159,12 +160,12 @@ def _components(x_MD: Tensor | UnitRows, bound: float, block: int, tick: Tick, p
             if left is None:
                 left = x_MD[p : p + panel]
             right = left if q == p else x_MD[q : q + panel]
-            unite_near(left, right, parent, mine, other, bound, block, tick, same=q == p)
+            unite_near(left, right, parent, mine, other, bound, block, progress, same=q == p)
             del right  # before the next one is made
     return roots(parent, node)
 
 
-def _greedy(x_MD: Tensor | UnitRows, bound: float, block: int, tick: Tick, panel: int) -> np.ndarray:
+def _greedy(x_MD: Tensor | UnitRows, bound: float, block: int, progress: Progress, panel: int) -> np.ndarray:
     m = len(x_MD)
     owner = np.arange(m, dtype=np.int64)
     for p in range(0, m, panel):
@@ -174,12 +175,12 @@ def _greedy(x_MD: Tensor | UnitRows, bound: float, block: int, tick: Tick, panel
             kept = q + np.flatnonzero(owner[q : q + panel] == np.arange(q, q + panel))
             k_KD = x_MD[kept]
             for i in range(0, len(x_PD), block):
-                tick(0)
+                progress(0)
                 _follow(owner, x_PD[i : i + block], p + i, k_KD, kept, bound, block)
             del k_KD
         kept = np.empty(0, np.int64)
         for i in range(0, len(x_PD), block):
-            tick(0)
+            progress(0)
             x_BD, first = x_PD[i : i + block], p + i
             rows = np.arange(first, first + len(x_BD))
             for j in range(0, len(kept), block):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megacid.data.index import ShardIndex, ShardReader, read_sample_json
-from megacid.distributed.stopping import Tick
+from megacid.distributed.stopping import Progress
 from megacid.offline.balance.deduplicate import Decision
 from megacid.offline.cluster.kmeans import imbalance_factor
 
@@ -92,16 +92,16 @@ def planted_facts(origin: np.ndarray, decision: Decision, label: np.ndarray) -> 
     return facts
 
 
-def origins(index: ShardIndex, shard: np.ndarray, row: np.ndarray, tick: Tick) -> np.ndarray:
+def origins(index: ShardIndex, shard: np.ndarray, row: np.ndarray, progress: Progress) -> np.ndarray:
     """int64 [n]: a number per planted group; a sample without `origin` is a group of its own.
 
-    shard, row: [n], where each sample lies; tick: called with 0 for every sample.
+    shard, row: [n], where each sample lies; progress: called with 0 for every sample.
     """
     reader = ShardReader(index)
     number: dict[str, int] = {}
     out = np.empty(len(shard), np.int64)
     for i, (s, r) in enumerate(zip(shard.tolist(), row.tolist())):
-        tick(0)
+        progress(0)
         own = index.table(s).keys[r]
         name = str(read_sample_json(reader, s, r).get("origin", own))
         out[i] = number.setdefault(name, len(number))

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,7 +27,7 @@ from megacid.data.tar_samples import Scan, runs
 from megacid.distributed.collectives import barrier
 from megacid.distributed.consensus import broadcast_json
 from megacid.distributed.parallel import Parallel
-from megacid.distributed.stopping import Tick, stop_together
+from megacid.distributed.stopping import Progress, StartProgress, no_progress, stop_together
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.storage.atomic import write_json_atomic
@@ -45,7 +45,7 @@ def reshard(
     out: Path,
     parallel: Parallel,
     *,
-    progress: Callable[[int], Tick] = lambda total: lambda done: None,
+    start_progress: StartProgress = lambda total: no_progress,
 ) -> dict[str, Any]:
     """Write OUT/<tar>.tar, sizes.json and, last, meta.json; returns it. balance: a complete folder of this stage.
 
@@ -62,15 +62,15 @@ def reshard(
     if broadcast_json(done, parallel.group):
         log.info("%s is complete", out)
         return read_meta(out)
-    tick = progress(int(keep.counts.sum()))
+    progress = start_progress(int(keep.counts.sum()))
     with stop_together(parallel.group):
         for shard in range(parallel.rank, len(index.names), parallel.world):
             rows = keep.kept(shard)
             target = out / f"{index.names[shard]}.tar"
             if len(rows) and not target.exists():
-                copy_rows(index, shard, rows, target, tick)
+                copy_rows(index, shard, rows, target, progress)
                 failpoint("reshard:tar", step=shard)
-            tick(len(rows))
+            progress(len(rows))
     barrier(parallel.group)
     with stop_together(parallel.group):
         if parallel.is_first:
@@ -79,7 +79,7 @@ def reshard(
     return read_meta(out)
 
 
-def copy_rows(index: ShardIndex, shard: int, rows: np.ndarray, target: Path, tick: Tick = lambda rows: None) -> None:
+def copy_rows(index: ShardIndex, shard: int, rows: np.ndarray, target: Path, progress: Progress = no_progress) -> None:
     """Write a tar with these samples (rows of the index, int64 [m]) of one shard: all members of each, headers too.
 
     UserError when the tar is not what was indexed.
@@ -104,14 +104,14 @@ def copy_rows(index: ShardIndex, shard: int, rows: np.ndarray, target: Path, tic
         raise _changed(source, f"{found} of {len(rows)} kept samples are where they were")
     with writing(target) as temporary, open(source, "rb", buffering=0) as tar, open(temporary, "wb") as copy:
         for start, stop in spans:
-            _copy(tar, copy, start, stop, source, tick)
+            _copy(tar, copy, start, stop, source, progress)
         copy.write(bytes(1024))
         copy.write(bytes(-copy.tell() % _RECORD))
 
 
-def _copy(tar: FileIO, copy: BinaryIO, start: int, stop: int, source: Path, tick: Tick) -> None:
+def _copy(tar: FileIO, copy: BinaryIO, start: int, stop: int, source: Path, progress: Progress) -> None:
     for low in range(start, stop, _CHUNK):
-        tick(0)
+        progress(0)
         size = min(_CHUNK, stop - low)
         with _reading(source):
             data = os.pread(tar.fileno(), size, low)

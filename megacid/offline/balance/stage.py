@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from megacid.data.index import ShardIndex, ShardReader, load_index, read_sample_
 from megacid.distributed.collectives import barrier
 from megacid.distributed.consensus import any_rank
 from megacid.distributed.parallel import Parallel
-from megacid.distributed.stopping import Tick, stop_together
+from megacid.distributed.stopping import Progress, StartProgress, no_progress, stop_together
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.offline.balance import gallery, report
@@ -71,16 +70,16 @@ def balance(
     *,
     shards: Path | None = None,
     gallery_groups: int = 40,
-    progress: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None,
+    start_progress: StartProgress = lambda total: no_progress,
 ) -> dict[str, Any]:
     """Decide, write everything, meta.json last; returns meta. Samples without an embedding are not kept: they cannot be decoded.
 
     shards: the tars the embeddings were made from; None: where they were then. An interrupted run goes on with the links
     it has; a complete folder of the same arguments and inputs is left as it is; with others it is made afresh, with a
-    warning. All ranks stop together when the function of `progress` raises Stopped.
+    warning. All ranks stop together when the function of `start_progress` raises Stopped.
     """
     group = parallel.group
-    tick = progress(0)
+    progress = start_progress(0)
     with stop_together(group):
         rows = EmbeddingRows(embeddings)
         text = EmbeddingRows(embeddings, "text") if settings.keep == "caption" else None
@@ -111,10 +110,10 @@ def balance(
     with stop_together(group):
         if parallel.is_first:
             _claim(out, work)
-        priority = preference(settings.keep, score, settings.seed, rows, text, tick=tick)
+        priority = preference(settings.keep, score, settings.seed, rows, text, progress=progress)
         sorted_rows = group_by_cluster(label, priority, k)
     barrier(group)
-    tick = progress(rows.num_rows)
+    progress = start_progress(rows.num_rows)
     decision = decide(
         rows,
         sorted_rows,
@@ -122,13 +121,13 @@ def balance(
         device=parallel.device,
         group=group,
         work=work,
-        tick=tick,
+        progress=progress,
         centroids=centroids,
         metric=metric,
     )
     with stop_together(group):
         if parallel.is_first:
-            _write(out, index, rows, label, k, decision, settings, clusters, gallery_groups, expected, tick)
+            _write(out, index, rows, label, k, decision, settings, clusters, gallery_groups, expected, progress)
     barrier(group)
     return read_meta(out, expect="balance")
 
@@ -229,20 +228,20 @@ def _write(
     clusters: Path,
     gallery_groups: int,
     expected: dict[str, Any],
-    tick: Tick,
+    progress: Progress,
 ) -> None:
     shard, row = tar_rows(index, rows)
-    kept_of = _write_masks(out, index, shard, row, decision.keep, tick)
+    kept_of = _write_masks(out, index, shard, row, decision.keep, progress)
     _write_owners(out, index, shard, row, decision.owner)
     facts = report.decision_facts(decision, label, k, settings.target_keep)
     facts["without_embedding"] = index.num_samples - rows.num_rows
     if report.has_field(index, "origin"):
-        facts |= report.planted_facts(report.origins(index, shard, row, tick), decision, label)
+        facts |= report.planted_facts(report.origins(index, shard, row, progress), decision, label)
     write_text(out / "report.json", json.dumps(facts, indent=2) + "\n")
     failpoint("balance:report")
-    has_subset = _write_subset(out, index, shard, row, decision.keep, tick)
+    has_subset = _write_subset(out, index, shard, row, decision.keep, progress)
     reader = ShardReader(index)
-    show = gallery.pictures(reader, shard, row, tick)
+    show = gallery.pictures(reader, shard, row, progress)
     write_text(out / "gallery.html", _gallery(rows, label, k, decision, facts, gallery_groups, show))
     reader.close()
     failpoint("balance:gallery")
@@ -276,7 +275,9 @@ def _write(
     _tidy(out)
 
 
-def _write_masks(out: Path, index: ShardIndex, shard: np.ndarray, row: np.ndarray, keep: np.ndarray, tick: Tick) -> int:
+def _write_masks(
+    out: Path, index: ShardIndex, shard: np.ndarray, row: np.ndarray, keep: np.ndarray, progress: Progress
+) -> int:
     total = 0
     for number, name in enumerate(index.names):
         mask = np.zeros(int(index.sizes[number]), bool)
@@ -284,7 +285,7 @@ def _write_masks(out: Path, index: ShardIndex, shard: np.ndarray, row: np.ndarra
         total += int(mask.sum())
         write_array(out / "keep" / f"{name}.npy", mask)
         failpoint("balance:keep", step=number)
-        tick(0)
+        progress(0)
     return total
 
 
@@ -336,7 +337,7 @@ def _gallery(
 
 
 def _write_subset(
-    out: Path, index: ShardIndex, shard: np.ndarray, row: np.ndarray, keep: np.ndarray, tick: Tick
+    out: Path, index: ShardIndex, shard: np.ndarray, row: np.ndarray, keep: np.ndarray, progress: Progress
 ) -> bool:
     """DataComp's list of kept uids, when the shards carry them (then True); nothing otherwise."""
     path = out / "subset.npy"
@@ -346,7 +347,7 @@ def _write_subset(
     reader = ShardReader(index)
     found = []
     for s, r in zip(shard[keep].tolist(), row[keep].tolist()):
-        tick(0)
+        progress(0)
         found.append(read_sample_json(reader, s, r).get("uid"))
     reader.close()
     uids = [uid for uid in found if isinstance(uid, str)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,13 +11,12 @@ from torch import Tensor
 
 from megacid.distributed import collectives
 from megacid.distributed.parallel import shard_range
-from megacid.distributed.stopping import stop_together
+from megacid.distributed.stopping import Progress, stop_together
 from megacid.offline.cluster.state import KMeansSettings, KMeansState
 from megacid.offline.nearest import Assigner, Metric, chosen_backend, prepare, tile_rows
 from megacid.offline.rows import Rows
 
 Group = dist.ProcessGroup | None
-Tick = Callable[[int], None]
 _GRID_BITS = 26
 _FAISS_TILES = 4
 
@@ -80,7 +78,7 @@ def one_pass(
     block: int,
     device: torch.device,
     group: Group,
-    tick: Callable[[int], None],
+    progress: Progress,
 ) -> tuple[Accumulator, np.ndarray]:
     """Assign this rank's rows and add them up; `previous` (int32, this rank's rows, -1 unknown) is brought up to date."""
     tile, piece = pass_rows(settings, rows.dim, device), tile_rows(device)
@@ -108,7 +106,7 @@ def one_pass(
                 where = slice(low + at - start, low + at - start + len(labels))
                 moved += int((previous[where] != labels).sum())
                 previous[where] = labels
-                tick(len(labels))
+                progress(len(labels))
     total.flat[-1] = moved
     collectives.all_reduce_sum(total.flat, group)
     return total, previous

@@ -6,7 +6,6 @@ The features are linked, not copied; the true classes go along, so that a run on
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from megacid.data.features import FeatureSet
+from megacid.distributed.stopping import Progress, no_progress
 from megacid.errors import UserError
 from megacid.offline.cluster.kmeans import KMeansSettings, kmeans
 from megacid.offline.cluster.labels import label_partition
@@ -22,8 +22,6 @@ from megacid.storage.atomic import write_json_atomic
 from megacid.storage.metadata import read_meta, write_meta
 from megacid.storage.stage_files import finished_meta, remove_temporary_files, write_array
 
-Tick = Callable[[int], None]
-
 
 def cluster_features(
     source: Path,
@@ -31,12 +29,12 @@ def cluster_features(
     settings: KMeansSettings,
     *,
     device: torch.device | str = "cpu",
-    tick: Tick = lambda rows: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Write the features directory `out` whose labels are the k clusters of `source`'s training rows; returns its meta.
 
     An interrupted call goes on after the last iteration; a complete directory made in the same way is left as it is.
-    tick: called with the number of rows done, num_rows * (iterations + 1) in all. UserError when `out` holds something else.
+    progress: called with the number of rows done, num_rows * (iterations + 1) in all. UserError when `out` holds something else.
     """
     rows = FeatureSet(source, true_labels=True)
     test = FeatureSet(source, "test")
@@ -56,12 +54,12 @@ def cluster_features(
     write_json_atomic(claim, wanted)
     device = torch.device(device)
     state = kmeans(
-        rows, settings, device=device, checkpoint=out / "state.npz", identity={"digest": rows.digest}, tick=tick
+        rows, settings, device=device, checkpoint=out / "state.npz", identity={"digest": rows.digest}, progress=progress
     )
     assigner = Assigner(state.centroids, settings.metric, device, settings.backend)
     sizes = np.zeros(settings.k, np.int64)
     for partition, path in enumerate(rows.label_paths):
-        labels, _, _ = label_partition(rows, partition, assigner, 1, tick)
+        labels, _, _ = label_partition(rows, partition, assigner, 1, progress)
         write_array(out / "labels" / path.name, labels[:, 0])
         sizes += np.bincount(labels[:, 0], minlength=settings.k)
     for folder, paths in (("features", rows.paths), ("true_labels", rows.label_paths),

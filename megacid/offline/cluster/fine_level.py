@@ -52,7 +52,7 @@ def fine_level(run: LevelRun, cells: Cells, partial: PartialResults, count: int)
         one = replace(run.settings, k=int(budget[cell]), seed=_cell_seed(run.settings.seed, cell), method="flat")
         members = SubsetRows(run.rows, cells.members(cell))
         if one.init == "random":
-            first = initial_centroids(members, one, run.device, run.tick)
+            first = initial_centroids(members, one, run.device, run.progress)
         else:
             chosen = starts[cell][0, : one.k].astype(np.int64)
             first = prepare(members.take(chosen), one.metric, torch.device("cpu"))
@@ -79,7 +79,7 @@ def _starts(run: LevelRun, cells: Cells, partial: PartialResults, count: int) ->
         members = SubsetRows(run.rows, cells.members(cell))
         sample = sample_rows(members.num_rows, steps[cell], members.dim)
         seed = _cell_seed(run.settings.seed, cell)
-        return np.stack(plus_plus(members, steps[cell], sample, seed, run.settings.metric, run.device, run.tick))
+        return np.stack(plus_plus(members, steps[cell], sample, seed, run.settings.metric, run.device, run.progress))
 
     shapes = {cell: (2, steps[cell]) for cell in np.flatnonzero(cells.sizes).tolist()}
     work = np.square(np.array(steps, np.float64))
@@ -106,11 +106,11 @@ def _each_cell(
     with stop_together(run.group):
         for number, cell in enumerate(mine, 1):
             if partial.array(f"{name}_{cell:05d}", shapes[cell], "f") is not None:
-                run.tick(int(rows[cell]))
+                run.progress(int(rows[cell]))
                 continue
             partial.save_array(f"{name}_{cell:05d}", make(cell))
             failpoint(f"cluster:{name}", step=cell)
-            run.tick(0)
+            run.progress(0)
             done += 1
             if number == len(mine) or number * 10 // len(mine) > (number - 1) * 10 // len(mine):
                 seconds = time.monotonic() - began
@@ -155,7 +155,7 @@ def _inside(run: LevelRun, members: Rows, settings: KMeansSettings, first: Tenso
         for x_TD in tiles():
             value_T, label_T = run.nearest(assigner, x_TD)
             total.add(x_TD, label_T, value_T)
-            run.tick(len(x_TD))
+            run.progress(len(x_TD))
         state.objective.append(total.objective(n))
         state.iteration += 1
         weight_K = total.counts_K.cpu().numpy()

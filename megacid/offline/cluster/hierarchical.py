@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from megacid.distributed import collectives
-from megacid.distributed.stopping import stop_together
+from megacid.distributed.stopping import Progress, no_progress, stop_together
 from megacid.failpoints import failpoint
-from megacid.offline.cluster.accumulate import Accumulator, Group, Tick, grid_scale
+from megacid.offline.cluster.accumulate import Accumulator, Group, grid_scale
 from megacid.offline.cluster.cells import Cells, by_label, deal
 from megacid.offline.cluster.fine_level import fine_level
 from megacid.offline.cluster.kmeans import (
@@ -67,7 +67,7 @@ def two_level(
     group: Group = None,
     identity: dict[str, Any] | None = None,
     unit_rows: bool = False,
-    tick: Tick = lambda rows: None,
+    progress: Progress = no_progress,
 ) -> KMeansState:
     """Run (or go on with) all stages; the same centroids on every rank. `.objective` holds the refining iterations.
 
@@ -92,8 +92,8 @@ def two_level(
     with stop_together(group):
         if collectives.rank(group) == 0:
             partial.begin()
-    largest = check_rows(rows, settings.metric, block, group, unit_rows=unit_rows, tick=tick)
-    run = LevelRun(rows, settings, grid_scale(settings.metric, largest), block, device, group, tick)
+    largest = check_rows(rows, settings.metric, block, group, unit_rows=unit_rows, progress=progress)
+    run = LevelRun(rows, settings, grid_scale(settings.metric, largest), block, device, group, progress)
 
     count = cell_count(settings.k)
     log.info("coarse clusters: %d, about the square root of k", count)
@@ -105,7 +105,7 @@ def two_level(
         group=group,
         checkpoint=partial.folder / "coarse.npz",
         identity=identity,
-        tick=lambda done: tick(0),
+        progress=lambda done: progress(0),
     ).centroids
     with stop_together(group):
         failpoint("cluster:coarse")
@@ -155,7 +155,7 @@ def _assign_cells(run: LevelRun, coarse_CD: Tensor, cells: Cells) -> None:
         for part in range(run.rank, cells.parts, run.world):
             start, stop = cells.bounds(part)
             if cells.load(part) is not None:
-                run.tick(stop - start)
+                run.progress(stop - start)
                 continue
             label = np.empty(stop - start, np.int32)
             for low in range(start, stop, run.block):
@@ -163,7 +163,7 @@ def _assign_cells(run: LevelRun, coarse_CD: Tensor, cells: Cells) -> None:
                 for at, x_TD in run.tiles(block):
                     where = slice(low + at - start, low + at - start + len(x_TD))
                     label[where] = run.nearest(assigner, x_TD)[1].cpu().numpy()
-                    run.tick(len(x_TD))
+                    run.progress(len(x_TD))
             cells.save(part, label)
             failpoint("cluster:cells", step=part)
     with stop_together(run.group):
@@ -206,7 +206,7 @@ def _neighbours(run: LevelRun, centroids_KD: Tensor, coarse_CD: Tensor) -> Tenso
         for at, x_TD in run.pieces(centroids_KD[own]):
             found = assigner.tile(x_TD.to(run.device), min(NEIGHBOURS + 1, len(ids)))[1].cpu()
             near_KM[own[at : at + len(x_TD)], : found.shape[1]] = ids[found]
-        run.tick(0)
+        run.progress(0)
     return near_KM
 
 
@@ -237,7 +237,7 @@ def _refine(run: LevelRun, cells: Cells, coarse_CD: Tensor, state: KMeansState, 
                         before = previous[cell][low + at : low + at + len(label)]
                         moved += int((before != label).sum())
                         before[:] = label
-                        run.tick(len(label))
+                        run.progress(len(label))
         total.flat[-1] = moved
         collectives.all_reduce_sum(total.flat, run.group)
         state.objective.append(total.objective(n))
@@ -250,7 +250,7 @@ def _refine(run: LevelRun, cells: Cells, coarse_CD: Tensor, state: KMeansState, 
             if run.rank == 0:
                 save()
             failpoint("cluster:refine_saved", step=state.iteration)
-            run.tick(0)
+            run.progress(0)
         share = float(total.flat[-1]) / n if known else None
         report(state, settings.refine, empty, share, time.monotonic() - began)
         known = True

@@ -23,10 +23,10 @@ from torch import Tensor
 from megacid.distributed import collectives
 from megacid.distributed.consensus import any_rank, gather_json
 from megacid.distributed.parallel import shard_range
-from megacid.distributed.stopping import stop_together
+from megacid.distributed.stopping import Progress, no_progress, stop_together
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
-from megacid.offline.cluster.accumulate import Accumulator, Group, Tick, grid_scale, one_pass, pass_rows
+from megacid.offline.cluster.accumulate import Accumulator, Group, grid_scale, one_pass, pass_rows
 from megacid.offline.cluster.seeding import check_memory, initial_centroids, sample_rows
 from megacid.offline.cluster.state import KMeansSettings, KMeansState, load_state, save_state, settled
 from megacid.offline.nearest import Metric, search_bytes, tile_rows
@@ -80,7 +80,7 @@ def check_rows(
     group: Group = None,
     *,
     unit_rows: bool = False,
-    tick: Tick = lambda rows: None,
+    progress: Progress = no_progress,
 ) -> float:
     """Largest absolute value of all rows. UserError on every rank naming the first row with NaN, inf, (cosine) zero norm,
     or with `unit_rows` a length that is not 1."""
@@ -98,7 +98,7 @@ def check_rows(
                         f"{rows.name(low + at + row)} {what}, expected finite rows{' of length 1' if unit_rows else ' of non-zero length' if metric == 'cosine' else ''}: delete that file and run tools/embed.py again"
                     )
                 largest = max(largest, float(np.abs(x).max(initial=0)))
-            tick(0)
+            progress(0)
     return max(gather_json(largest, group))
 
 
@@ -168,14 +168,14 @@ def kmeans(
     checkpoint: Path | None = None,
     identity: dict[str, Any] | None = None,
     unit_rows: bool = False,
-    tick: Tick = lambda rows: None,
+    progress: Progress = no_progress,
 ) -> KMeansState:
     """Run (or go on with) Lloyd's iterations; the same centroids on every rank.
 
     checkpoint: file that holds the state after every iteration; an existing one is continued and gives the same result.
     identity: what the rows are (digest, model); a checkpoint of something else is refused.
     unit_rows: the rows are embeddings and have to be of length 1, whatever the metric.
-    tick: called with the number of rows done (also 0), for a progress bar; when it raises Stopped, all ranks stop.
+    progress: called with the number of rows done (also 0), for a progress bar; when it raises Stopped, all ranks stop.
     Raises UserError for k > n, rows that are not finite or zero, a memory bound too small, a foreign checkpoint.
     """
     device = torch.device(device)
@@ -185,7 +185,7 @@ def kmeans(
     check_amount(n, settings.k, group)
     block = block_rows(math.ceil(n / collectives.world_size(group)), rows.dim, settings, device)
     check_memory(n, rows.dim, settings)
-    largest = check_rows(rows, settings.metric, block, group, unit_rows=unit_rows, tick=tick)
+    largest = check_rows(rows, settings.metric, block, group, unit_rows=unit_rows, progress=progress)
     scale = grid_scale(settings.metric, largest)
     with stop_together(group):
         state = load_state(checkpoint, settings, identity or {}) if checkpoint and checkpoint.exists() else None
@@ -194,7 +194,7 @@ def kmeans(
             sample = sample_rows(n, settings.k, rows.dim)
             log.info("k-means++: %d centroids from a sample of %d of %d rows", settings.k, sample, n)
         with stop_together(group):
-            state = KMeansState(initial_centroids(rows, settings, device, tick))
+            state = KMeansState(initial_centroids(rows, settings, device, progress))
             failpoint("cluster:init")
     else:
         log.info("continuing after iteration %d of %d", state.iteration, settings.iterations)
@@ -206,7 +206,7 @@ def kmeans(
         began = time.monotonic()
         known = bool(len(labels) == 0 or labels[0] >= 0) and state.iteration > 0 and len(state.objective) > 0
         known = not any_rank(not known, group)
-        total, labels = one_pass(rows, state, settings, labels, scale, block, device, group, tick)
+        total, labels = one_pass(rows, state, settings, labels, scale, block, device, group, progress)
         state.objective.append(total.objective(n))
         state.iteration += 1
         sizes, empty = update(state, total, settings)
@@ -217,7 +217,7 @@ def kmeans(
             if checkpoint is not None and collectives.rank(group) == 0:
                 save_state(checkpoint, state, settings, identity or {})
             failpoint("cluster:iteration_saved", step=state.iteration)
-            tick(0)
+            progress(0)
         report(
             state, settings.iterations, empty, float(total.flat[-1]) / n if known else None, time.monotonic() - began
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from megacid.distributed.collectives import all_reduce_sum
 from megacid.distributed.parallel import Parallel
-from megacid.distributed.stopping import stop_together
+from megacid.distributed.stopping import Progress, stop_together
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.offline.nearest import Assigner, Backend, Metric, pad_rows, prepare, tile_rows
@@ -40,7 +39,7 @@ def label_partition(
     partition: int,
     assigner: Assigner,
     top: int,
-    tick: Callable[[int], None],
+    progress: Progress,
     *,
     unit_rows: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, float]:
@@ -68,7 +67,7 @@ def label_partition(
         labels[where] = label_TL.cpu().numpy()
         score[where] = assigner.cosine(x_TD, label_TL[:, 0]).cpu().numpy()
         total += float(value_TL[:, 0].double().sum())
-        tick(len(x_TD))
+        progress(len(x_TD))
     return labels, score, total
 
 
@@ -105,7 +104,7 @@ def label_all(
     backend: Backend,
     parallel: Parallel,
     top: int,
-    tick: Callable[[int], None],
+    progress: Progress,
 ) -> tuple[np.ndarray, float]:
     """Write the label files that are missing; (sizes int64 [K], sum of the similarities) of all, the same on every rank."""
     k, digest = len(centroids_KD), centroids_digest(centroids_KD)
@@ -118,13 +117,13 @@ def label_all(
             before = _read_labels(path, keys, top, digest)
             if before is not None:
                 label, value = before
-                tick(len(label))
+                progress(len(label))
             else:
-                labels, score, value = label_partition(rows, partition, assigner, top, tick, unit_rows=True)
+                labels, score, value = label_partition(rows, partition, assigner, top, progress, unit_rows=True)
                 label = labels[:, 0]
                 _write_labels(path, keys, labels, score, digest, value)
                 failpoint("cluster:labels", step=partition)
-                tick(0)
+                progress(0)
             count_K += torch.from_numpy(np.bincount(label, minlength=k)).to(count_K)
             value_of[partition] = value
     all_reduce_sum(count_K, parallel.group)

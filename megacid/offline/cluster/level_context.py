@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from megacid.distributed import collectives
-from megacid.offline.cluster.accumulate import Group, Tick
+from megacid.distributed.stopping import Progress
+from megacid.offline.cluster.accumulate import Group
 from megacid.offline.cluster.state import KMeansSettings
 from megacid.offline.nearest import Assigner, pad_rows, prepare, tile_rows
 from megacid.offline.rows import Rows
@@ -29,7 +30,7 @@ class LevelRun:
     block: int
     device: torch.device
     group: Group
-    tick: Tick
+    progress: Progress
 
     @property
     def rank(self) -> int:

@@ -9,20 +9,18 @@ k-means++ draws the next row with a chance that is proportional to its squared d
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megacid.distributed.stopping import Progress, no_progress
 from megacid.errors import UserError
 from megacid.offline.cluster.merging import NEIGHBOURS, merge_nearest
 from megacid.offline.cluster.state import KMeansSettings
 from megacid.offline.nearest import Assigner, Metric, pad_rows, prepare, tile_rows
 from megacid.offline.rows import Rows
 
-if TYPE_CHECKING:
-    from megacid.distributed.stopping import Tick
 _SAMPLE_VALUES = 1 << 25
 
 
@@ -60,12 +58,12 @@ def more_than(k: int) -> int:
 
 
 def plus_plus(
-    rows: Rows, count: int, sample: int, seed: int, metric: Metric, device: torch.device, tick: Tick
+    rows: Rows, count: int, sample: int, seed: int, metric: Metric, device: torch.device, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
     """(row numbers int64 [count], squared distance of all rows to the nearest of the first 1, 2, ... float64 [count]).
 
     The distance is measured on `sample` rows drawn by the seed, and scaled up to all n. A shorter sequence is not the
-    beginning of a longer one. tick: called with 0 for every step.
+    beginning of a longer one. progress: called with 0 for every step.
     """
     n = rows.num_rows
     rng = np.random.default_rng([seed, 1])
@@ -81,7 +79,7 @@ def plus_plus(
     chosen, left = np.empty(count, np.int64), np.empty(count, np.float64)
     cumulative: np.ndarray | None = None
     for step in range(count):
-        tick(0)
+        progress(0)
         if cumulative is None:
             draw_L = rng.integers(sample, size=1)
         else:
@@ -100,17 +98,17 @@ def plus_plus(
 
 
 def initial_centroids(
-    rows: Rows, settings: KMeansSettings, device: torch.device, tick: Tick = lambda rows: None
+    rows: Rows, settings: KMeansSettings, device: torch.device, progress: Progress = no_progress
 ) -> Tensor:
-    """fp32 [K, D], the same on every rank; unit rows for the cosine. tick: called with 0 for every drawn row."""
+    """fp32 [K, D], the same on every rank; unit rows for the cosine. progress: called with 0 for every drawn row."""
     n, k = rows.num_rows, settings.k
     if settings.init == "random":
         chosen = np.sort(np.random.default_rng([settings.seed, 1]).choice(n, k, replace=False))
         return prepare(rows.take(chosen), settings.metric, torch.device("cpu"))
     count, sample = min(n, more_than(k)), sample_rows(n, k, rows.dim)
-    chosen, _ = plus_plus(rows, count, sample, settings.seed, settings.metric, device, tick)
+    chosen, _ = plus_plus(rows, count, sample, settings.seed, settings.metric, device, progress)
     centroids_KD = prepare(rows.take(chosen), settings.metric, torch.device("cpu"))
-    weight_K = _weights(rows, centroids_KD, _drawn(n, sample, settings.seed), settings, device, tick)
+    weight_K = _weights(rows, centroids_KD, _drawn(n, sample, settings.seed), settings, device, progress)
 
     def neighbours(centroids_KD: Tensor) -> Tensor:
         assigner = Assigner(centroids_KD, settings.metric, device, settings.backend)
@@ -118,14 +116,19 @@ def initial_centroids(
             assigner.tile(x_TD.to(device), min(NEIGHBOURS + 1, len(centroids_KD)))[1].cpu()
             for x_TD in centroids_KD.split(tile_rows(device))
         ]
-        tick(0)
+        progress(0)
         return torch.cat(found)
 
     return merge_nearest(centroids_KD, weight_K, k, settings.metric, neighbours)
 
 
 def _weights(
-    rows: Rows, centroids_KD: Tensor, drawn: np.ndarray, settings: KMeansSettings, device: torch.device, tick: Tick
+    rows: Rows,
+    centroids_KD: Tensor,
+    drawn: np.ndarray,
+    settings: KMeansSettings,
+    device: torch.device,
+    progress: Progress,
 ) -> Tensor:
     """float64 [K]: the weights `merge_nearest` wants, of the rows `drawn`."""
     assigner, tile = Assigner(centroids_KD, settings.metric, device, settings.backend), tile_rows(device)
@@ -135,5 +138,5 @@ def _weights(
         value_TL, label_TL = (found[: len(x_TD)].cpu() for found in assigner.tile(pad_rows(x_TD, tile)))
         value_T = value_TL[:, 0].double() if settings.metric == "cosine" else torch.ones(len(x_TD), dtype=torch.float64)
         weight_K.index_add_(0, label_TL[:, 0], value_T)
-        tick(0)
+        progress(0)
     return weight_K.clamp_min(0)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from megacid.distributed.collectives import barrier
 from megacid.distributed.consensus import any_rank
 from megacid.distributed.parallel import Parallel
-from megacid.distributed.stopping import stop_together
+from megacid.distributed.stopping import StartProgress, no_progress, stop_together
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.offline.cluster.hierarchical import two_level
@@ -39,7 +38,6 @@ from megacid.storage.stage_files import (
 )
 
 log = logging.getLogger(__name__)
-Progress = Callable[[int], Callable[[int], None]]  # takes the rows to do, gives what is told the rows done
 
 
 def cluster(
@@ -49,13 +47,13 @@ def cluster(
     parallel: Parallel,
     *,
     top_labels: int = 1,
-    progress: Progress = lambda total: lambda done: None,
+    start_progress: StartProgress = lambda total: no_progress,
 ) -> dict[str, Any]:
     """Cluster the image embeddings and write centroids, sizes, labels and meta.json; returns it.
 
     An interrupted run goes on after its last iteration or label file, with the same result. A complete folder made with
     the same settings is left as it is; what is missing or cut off in it is made again. All ranks stop together when the
-    function of `progress` raises Stopped. UserError also when all samples fall into one of several clusters.
+    function of `start_progress` raises Stopped. UserError also when all samples fall into one of several clusters.
     """
     group = parallel.group
     with stop_together(group):
@@ -86,9 +84,16 @@ def cluster(
         if parallel.is_first:
             _claim(out, expected)
     if state is None:
-        state = _train(rows, out, settings, parallel, identity, progress)
+        state = _train(rows, out, settings, parallel, identity, start_progress)
     sizes, similarity = label_all(
-        out, rows, state.centroids, settings.metric, settings.backend, parallel, top_labels, progress(rows.num_rows)
+        out,
+        rows,
+        state.centroids,
+        settings.metric,
+        settings.backend,
+        parallel,
+        top_labels,
+        start_progress(rows.num_rows),
     )
     with stop_together(group):
         _check_spread(sizes, rows, warn=parallel.is_first)
@@ -106,7 +111,7 @@ def _train(
     settings: KMeansSettings,
     parallel: Parallel,
     identity: dict[str, Any],
-    progress: Progress,
+    start_progress: StartProgress,
 ) -> KMeansState:
     if settings.method == "flat":
         return kmeans(
@@ -117,7 +122,7 @@ def _train(
             checkpoint=out / "state.npz",
             identity=identity,
             unit_rows=True,
-            tick=progress(rows.num_rows * settings.iterations),
+            progress=start_progress(rows.num_rows * settings.iterations),
         )
     return two_level(
         rows,
@@ -127,7 +132,7 @@ def _train(
         group=parallel.group,
         identity=identity,
         unit_rows=True,
-        tick=progress(rows.num_rows * (1 + settings.iterations + settings.refine)),
+        progress=start_progress(rows.num_rows * (1 + settings.iterations + settings.refine)),
     )
 
 
@@ -139,7 +144,7 @@ def assign_only(
     *,
     top_labels: int = 1,
     backend: Backend = "auto",
-    progress: Progress = lambda total: lambda done: None,
+    start_progress: StartProgress = lambda total: no_progress,
 ) -> dict[str, Any]:
     """Label embeddings with the finished centroids of `clusters`, in the layout of `cluster`; returns meta.json.
 
@@ -180,7 +185,7 @@ def assign_only(
         if parallel.is_first:
             _claim(out, expected)
     sizes, similarity = label_all(
-        out, rows, centroids_KD, origin["metric"], backend, parallel, top_labels, progress(rows.num_rows)
+        out, rows, centroids_KD, origin["metric"], backend, parallel, top_labels, start_progress(rows.num_rows)
     )
     with stop_together(group):
         if parallel.is_first:

@@ -16,7 +16,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from megacid.data.workers import worker_start
 from megacid.distributed.collectives import barrier
 from megacid.distributed.consensus import gather_json
 from megacid.distributed.parallel import Parallel
-from megacid.distributed.stopping import Tick, stop_together
+from megacid.distributed.stopping import Progress, StartProgress, no_progress, stop_together
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.models.clip import LoadedClip
@@ -84,9 +84,9 @@ class _Work:
     """Embeds the pieces that this rank takes from the ledger."""
 
     def __init__(
-        self, index: ShardIndex, clip: LoadedClip, out: Path, batch_size: int, workers: int, tick: Tick
+        self, index: ShardIndex, clip: LoadedClip, out: Path, batch_size: int, workers: int, progress: Progress
     ) -> None:
-        self.index, self.clip, self.out, self.tick = index, clip, out, tick
+        self.index, self.clip, self.out, self.progress = index, clip, out, progress
         self.batch_size, self.workers = batch_size, workers
         self.made: list[int] = []
         self.failed = 0
@@ -102,7 +102,7 @@ class _Work:
                 return
             else:
                 time.sleep(_LOOK_AGAIN_S)
-                self.tick(ledger.advance(0))
+                self.progress(ledger.advance(0))
 
     def _do(self, pieces: Iterable[int], ledger: Ledger) -> None:
         loader = DataLoader(
@@ -125,9 +125,9 @@ class _Work:
                     self.made.append(batch.shard)
                     failpoint("embed:shard_done", step=batch.shard)
                     part = Partition()
-                self.tick(ledger.advance(batch.size))
+                self.progress(ledger.advance(batch.size))
         except RuntimeError:
-            self.tick(0)  # a signal to the whole process group ends the workers too: then it is no failure
+            self.progress(0)  # a signal to the whole process group ends the workers too: then it is no failure
             raise
 
     def _add(self, part: Partition, batch: Batch) -> None:
@@ -217,12 +217,12 @@ def embed(
     batch_size: int,
     workers: int,
     split: Split = "steal",
-    progress: Callable[[int], Tick] = lambda total: lambda done: None,
+    start_progress: StartProgress = lambda total: no_progress,
 ) -> dict[str, Any]:
     """Embed what is missing and write meta.json; returns it.
 
     split: "static" gives shard s to rank s % world; "steal" does so first, and a rank that is done goes on with what no
-    other has begun, or a rank that is gone had. progress: called with the samples that all ranks together have to do;
+    other has begun, or a rank that is gone had. start_progress: called with the samples that all ranks together have to do;
     gives the function that takes those done, by all ranks as far as this one knows. Every rank fails together, with the
     same message, and stops together when that function raises Stopped.
     """
@@ -249,11 +249,11 @@ def embed(
         ledger.split = "static"
     # The ledger is the inner block: a rank that fails gives up its claims before it waits for the others.
     with stop_together(group), ledger:
-        work = _Work(index, clip, out, batch_size, workers, progress(total))
+        work = _Work(index, clip, out, batch_size, workers, start_progress(total))
         work.do_all(ledger)
     samples = sum(gather_json(ledger.mine, group))
     with stop_together(group):
-        work.tick(ledger.learn(samples))
+        work.progress(ledger.learn(samples))
         # What others have made may not be visible here yet, when the file system is that of a network.
         seen = sorted({*mine}.difference(missing).union(work.made))
         facts = _verify(index, out, seen, clip.embed_dim)

@@ -9,6 +9,7 @@ import torch
 from harness import run_ranks
 from test_deduplicate import brute_components, brute_greedy, unit_rows
 
+from megacid.distributed.stopping import no_progress
 from megacid.errors import UserError
 from megacid.offline.balance import cross_cluster, deduplicate, linking
 from megacid.offline.balance.cross_cluster import joined, listed, match_lists
@@ -148,7 +149,7 @@ def test_lists_name_the_clusters_behind_a_border_in_reach() -> None:
     x = torch.stack([angle.cos(), angle.sin()], dim=1).numpy()
     rows, label = np.arange(6), np.array([0, 0, 0, 1, 1, 2], np.int32)
     assigner = Assigner(centroids, "cosine", CPU)
-    entries = listed(ArrayRows(x), rows, label, assigner, 2, 0.1, 0, None, lambda done: None)
+    entries = listed(ArrayRows(x), rows, label, assigner, 2, 0.1, 0, None, no_progress)
     assert sorted(entries.tolist()) == [[2, 1], [3, 0]]
     pairs = match_lists(np.concatenate([entries, [[4, 2], [1, 1]]]), label, 3)  # nobody of cluster 2 lists cluster 1
     assert (pairs.rows.tolist(), pairs.starts.tolist(), pairs.middles.tolist()) == ([1, 2, 3], [0, 3], [2])
@@ -185,7 +186,7 @@ def test_restarts_and_ranks_decide_alike(link: str, tmp_path: Path, monkeypatch:
     for attempt in range(1000):
         calls, patience = 0, 20 + 10 * attempt
         try:
-            decision = decide(rows, clusters, settings, work=work, tick=cut, centroids=centroids)
+            decision = decide(rows, clusters, settings, work=work, progress=cut, centroids=centroids)
             break
         except Cut:
             assert attempt == 0 or (work.folder / "settings.json").exists()

@@ -166,7 +166,7 @@ def test_partial_results_change_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         return link(x, *rest)
 
     monkeypatch.setattr(deduplicate, "owners", counted)
-    again = decide(rows, clusters, settings, work=work, tick=count)
+    again = decide(rows, clusters, settings, work=work, progress=count)
     assert done == 1200  # the progress bar reaches its end
     assert 0 < linked < 600  # two of the parts, and nothing of the search
     for decision in (first, again, *run_ranks(_decide, 2, rows, clusters, settings)):

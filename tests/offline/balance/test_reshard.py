@@ -120,7 +120,7 @@ def test_a_restart_writes_only_what_is_missing(tmp_path: Path, index: ShardIndex
             raise Cut
 
     with pytest.raises(Cut):
-        reshard(balance, index, out, parallel(), progress=lambda total: cut)
+        reshard(balance, index, out, parallel(), start_progress=lambda total: cut)
     assert not (out / "meta.json").exists() and not list(out.glob("*.tmp*")) and not (out / "00001.tar").exists()
     first = (out / "00000.tar").stat().st_ino
     reshard(balance, index, out, parallel())

@@ -59,7 +59,7 @@ def test_ranks_and_an_interrupted_search_give_the_same_bits(tmp_path: Path) -> N
             raise Cut
 
     with pytest.raises(Cut):
-        decide(rows, clusters, settings, work=work, tick=cut, centroids=centroids)
+        decide(rows, clusters, settings, work=work, progress=cut, centroids=centroids)
     again = decide(rows, clusters, settings, work=work, centroids=centroids)
     two = run_ranks(_decide, 2, rows, clusters, settings, centroids)
     for other in (again, *two):

@@ -174,7 +174,7 @@ def test_cut_anywhere_it_goes_on_and_gives_the_same_bits(tmp_path: Path) -> None
         nonlocal total
         total += rows
 
-    two_level(ArrayRows(x), HIERARCHICAL, tmp_path / "count", tick=count)
+    two_level(ArrayRows(x), HIERARCHICAL, tmp_path / "count", progress=count)
     for share_done in (0.1, 0.3, 0.6, 0.75, 0.9):
         left = int(share_done * total)
 
@@ -186,7 +186,7 @@ def test_cut_anywhere_it_goes_on_and_gives_the_same_bits(tmp_path: Path) -> None
 
         work = tmp_path / str(share_done)
         with pytest.raises(CutError):
-            two_level(ArrayRows(x), HIERARCHICAL, work, tick=interrupt)
+            two_level(ArrayRows(x), HIERARCHICAL, work, progress=interrupt)
         state = two_level(ArrayRows(x), HIERARCHICAL, work)
         assert torch.equal(state.centroids, whole.centroids) and state.objective == whole.objective
     for change, message in (({"method": "flat"}, "method"), ({"iterations": 6}, "level_iterations=5")):

@@ -148,14 +148,14 @@ def test_restart_equals_an_uninterrupted_run(tmp_path: Path) -> None:
 
     path = tmp_path / "state.npz"
     with pytest.raises(StopAfterError):
-        kmeans(ArrayRows(x), settings, checkpoint=path, tick=interrupt)
+        kmeans(ArrayRows(x), settings, checkpoint=path, progress=interrupt)
     again = 0
 
     def count(rows: int) -> None:
         nonlocal again
         again += rows
 
-    resumed = kmeans(ArrayRows(x), settings, checkpoint=path, tick=count)
+    resumed = kmeans(ArrayRows(x), settings, checkpoint=path, progress=count)
     assert again == 4 * len(x)
     assert torch.equal(resumed.centroids, whole.centroids)
     assert resumed.objective == whole.objective

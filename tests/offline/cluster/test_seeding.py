@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megacid.distributed.stopping import no_progress
 from megacid.errors import UserError
 from megacid.offline.cluster.merging import merge_cost, merge_nearest
 from megacid.offline.cluster.seeding import check_memory, initial_centroids, plus_plus
@@ -30,7 +31,7 @@ def error_of(x: np.ndarray, metric: Metric) -> float:
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_plus_plus_says_what_its_rows_leave(metric: Metric) -> None:
     x = np.random.default_rng(0).normal(size=(500, 8)).astype(np.float32)
-    chosen, left = plus_plus(ArrayRows(x), 20, 500, 3, metric, CPU, lambda done: None)
+    chosen, left = plus_plus(ArrayRows(x), 20, 500, 3, metric, CPU, no_progress)
     exact = unit(x.astype(np.float64)) if metric == "cosine" else x.astype(np.float64)
     assert len(np.unique(chosen)) == 20
     for count in range(1, 21):
@@ -38,7 +39,7 @@ def test_plus_plus_says_what_its_rows_leave(metric: Metric) -> None:
         assert left[count - 1] == pytest.approx(distance.sum(), rel=1e-5)
     # More clusters than different rows: nothing is left, and any row will do.
     same = np.repeat(x[:3], 50, axis=0)
-    chosen, left = plus_plus(ArrayRows(same), 6, 150, 0, metric, CPU, lambda done: None)
+    chosen, left = plus_plus(ArrayRows(same), 6, 150, 0, metric, CPU, no_progress)
     assert len(np.unique(same[chosen[:3]], axis=0)) == 3 and left[2:] == pytest.approx(0, abs=1e-3)
 
 
