@@ -23,6 +23,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ from megacid.distributed.consensus import (
     gather_json,
 )
 from megacid.distributed.parallel import Parallel
+from megacid.distributed.parent_process import set_parent_death_signal
 from megacid.errors import (
     EXIT_AGAIN,
     EXIT_DATA,
@@ -60,7 +62,7 @@ from megacid.errors import (
 from megacid.failpoints import failpoint
 from megacid.training.components import make_classifier, make_objective, make_student, open_data, peak_rates, together
 from megacid.training.guard import TooManySkips, Verdict
-from megacid.training.lifecycle import Launcher, Lifecycle, RunLock, die_with_parent
+from megacid.training.lifecycle import Launcher, Lifecycle, RunLock
 from megacid.training.metrics import Metrics, setup_logging
 from megacid.training.resume import ResumeLossCheck, find_checkpoint
 from megacid.training.run_settings import check_same_settings, settings_of_this_rank
@@ -349,7 +351,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    die_with_parent()
+    if (
+        parallel_module.launched()
+    ):  # without a launcher the parent is a shell, whose end must not end what nohup started
+        set_parent_death_signal(signal.SIGTERM)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         run = load_run(args.deepspeed_config, args.set, world=world)

@@ -27,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "megacid.checkpoint": {"distributed", "storage"},
     "megacid.classifier": {"distributed", "kernels"},
     "megacid.losses": {"classifier", "distributed", "kernels"},
-    "megacid.evaluate": {"checkpoint", "data", "models", "storage"},
+    "megacid.evaluate": {"checkpoint", "data", "distributed", "models", "storage"},
     "megacid.offline": {"data", "distributed", "models", "storage", "kernels"},
     "megacid.training": {
         *("checkpoint", "classifier", "config", "data", "distributed", "kernels", "losses", "models", "storage")

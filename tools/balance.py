@@ -16,6 +16,7 @@ the report says how many of the planted copies were found.
 import argparse
 import json
 import logging
+import signal
 import sys
 from pathlib import Path
 
@@ -26,13 +27,13 @@ from tqdm import tqdm
 
 from megacid.data.index import load_index
 from megacid.distributed.parallel import Parallel, accept_launcher_arguments, launched
+from megacid.distributed.parent_process import set_parent_death_signal
 from megacid.distributed.stopping import StopRequest, run_stage
 from megacid.errors import UserError, run_tool
 from megacid.offline.balance.deduplicate import BalanceSettings
 from megacid.offline.balance.reshard import reshard
 from megacid.offline.balance.stage import balance
 from megacid.storage.metadata import read_meta
-from megacid.training.lifecycle import die_with_parent
 
 WAIT_S = 7200.0  # clusters are split by an estimate of their cost
 
@@ -105,8 +106,8 @@ def main(argv: list[str] | None = None) -> int:
         search_rows=args.search_rows,
         block=args.block,
     )
-    if launched():
-        die_with_parent()
+    if launched():  # without a launcher the parent is a shell, whose end must not end what nohup started
+        set_parent_death_signal(signal.SIGTERM)
     return run_stage(lambda parallel, stop: work(args, settings, parallel, stop), args.out, WAIT_S)
 
 

@@ -11,6 +11,7 @@ it soon, on all ranks, with exit code 143 and 130.
 
 import argparse
 import logging
+import signal
 import sys
 from pathlib import Path
 
@@ -22,13 +23,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megacid.distributed.consensus import fail_together
 from megacid.distributed.parallel import Parallel, accept_launcher_arguments, launched
+from megacid.distributed.parent_process import set_parent_death_signal
 from megacid.distributed.stopping import StopRequest, run_stage
 from megacid.errors import run_tool
 from megacid.offline.cluster.cost import describe_cost
 from megacid.offline.cluster.kmeans import KMeansSettings
 from megacid.offline.cluster.stage import assign_only, cluster
 from megacid.offline.rows import EmbeddingRows
-from megacid.training.lifecycle import die_with_parent
 
 WAIT_S = 7200.0  # ranks on slower disks
 PLUS_PLUS_K = 4096  # clusters up to which a flat k-means++ takes no longer than a few iterations
@@ -108,8 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("megacid").setLevel(logging.INFO)
     settings = None if args.assign_only else asked(args)
-    if launched():
-        die_with_parent()
+    if launched():  # without a launcher the parent is a shell, whose end must not end what nohup started
+        set_parent_death_signal(signal.SIGTERM)
     return run_stage(lambda parallel, stop: work(args, settings, parallel, stop), args.out, WAIT_S)
 
 

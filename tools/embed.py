@@ -14,6 +14,7 @@ under way, on all ranks, with exit code 143 and 130.
 import argparse
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -25,11 +26,11 @@ from tqdm import tqdm
 from megacid.data.index import ShardIndex, load_index
 from megacid.distributed.consensus import agree, fail_together
 from megacid.distributed.parallel import Parallel, accept_launcher_arguments, launched
+from megacid.distributed.parent_process import set_parent_death_signal
 from megacid.distributed.stopping import Progress, StopRequest, run_stage
 from megacid.errors import UserError, run_tool
 from megacid.models.clip import LoadedClip, load_clip
 from megacid.offline.embed import stage as embed_stage
-from megacid.training.lifecycle import die_with_parent
 
 SHOWN = 10  # shards and samples that were left out
 DAY_S = 86400.0  # with --split static the first rank to finish waits for the last one
@@ -75,8 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             f"--batch-size is {args.batch_size} and --workers {args.workers}, expected at least 1 and at least 0"
         )
-    if launched():
-        die_with_parent()
+    if launched():  # without a launcher the parent is a shell, whose end must not end what nohup started
+        set_parent_death_signal(signal.SIGTERM)
     return run_stage(lambda parallel, stop: work(args, parallel, stop), args.out, DAY_S)
 
 

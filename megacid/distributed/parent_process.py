@@ -1,4 +1,4 @@
-"""A process that must not outlive the one that started it."""
+"""Parent-death signals: a process that must not outlive the one that started it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def set_parent_death_signal(number: int) -> None:
-    """The kernel sends signal `number` to this process when the thread that started it ends, however it ends; Linux only."""
+    """Ask the kernel to send `number` to this process when the thread that started it ends, for any reason. Linux only."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)

@@ -13,7 +13,6 @@ from typing import IO
 from megacid.distributed.collectives import Group
 from megacid.distributed.consensus import any_rank
 from megacid.distributed.parallel import launched
-from megacid.distributed.parent_process import set_parent_death_signal
 from megacid.errors import UserError
 
 
@@ -67,15 +66,6 @@ class Lifecycle:
     def stop_requested(self) -> bool:
         """True on every rank when one was asked to stop. A collective."""
         return any_rank(self.asked, self.group)
-
-
-def die_with_parent() -> None:
-    """The kernel sends SIGTERM to this rank when the launcher that started it ends, however it ends: no orphans.
-
-    Not without a launcher: a shell that is left must not end what was started with nohup.
-    """
-    if launched():
-        set_parent_death_signal(signal.SIGTERM)
 
 
 def _process(pid: int) -> tuple[int, str, str] | None:
