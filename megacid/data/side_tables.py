@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megacid.data.decode import BadSample
 from megacid.data.index import ShardIndex
@@ -21,8 +19,12 @@ from megacid.data.memmap import gather_rows
 from megacid.errors import UserError
 from megacid.storage.metadata import read_meta
 from megacid.storage.npy import load_npy
+from megacid.storage.parquet import join_by_key, key_column, label_column, read_parquet
 
 _OPEN_SHARDS = 64
+_EMBED_AGAIN, _CLUSTER_AGAIN, _BALANCE_AGAIN = (
+    f"run tools/{tool}.py again" for tool in ("embed", "cluster", "balance")
+)
 
 
 def _checked_meta(directory: str | Path, index: ShardIndex, made_by: str) -> dict[str, Any]:
@@ -55,72 +57,6 @@ def _fact(meta: dict[str, Any], directory: Path, name: str) -> int:
             f"{directory}/meta.json has {name} {str(value)[:40]!r}, expected a whole number above 0: make {directory} again"
         )
     return value
-
-
-def _again(path: Path) -> str:
-    return f"run the tool that made {path.parents[1]} again"
-
-
-def _check_present(path: Path) -> None:
-    if not path.exists():
-        raise UserError(f"{path} is missing although the stage is complete: {_again(path)}")
-
-
-def _load_npy(path: Path) -> np.ndarray:
-    """A read-only memory map."""
-    _check_present(path)
-    return load_npy(path, _again(path))
-
-
-def _read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
-    _check_present(path)
-    try:
-        return pq.read_table(path, columns=columns)
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        said = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} is not a readable parquet file ({said}): {_again(path)}") from None
-
-
-def _keys(table: pa.Table, column: str, path: Path) -> list[str]:
-    """A column of keys. UserError when it is missing or holds no strings: nothing would ever match."""
-    kind = table.schema.field(column).type if column in table.column_names else None
-    if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise UserError(f"{path} has the column {column} of type {kind}, expected strings: {_again(path)}")
-    return list(table[column].to_pylist())
-
-
-def _labels(table: pa.Table, column: str, keys: list[str], classes: int, path: Path) -> np.ndarray:
-    """int64 [rows] of a column of labels: integers, -1 .. classes - 1. UserError names the sample otherwise."""
-    values = table[column]
-    if not pa.types.is_integer(values.type) or values.null_count:
-        what = f"{values.null_count} nulls" if values.null_count else f"{values.type}"
-        row = next((i for i, value in enumerate(values.to_pylist()) if not isinstance(value, int)), 0)
-        named = f", the first one of sample {keys[row]}" if keys else ""
-        raise UserError(f"{path} has the column {column} with {what}{named}, expected integers: {_again(path)}")
-    found = values.to_numpy()
-    outside = (
-        np.flatnonzero((found < -1) | (found >= classes))
-        if found.dtype != np.uint64
-        else np.flatnonzero(found >= classes)
-    )
-    if outside.size:
-        raise UserError(
-            f"{path} holds labels {found.min()} .. {found.max()}, but -1 .. {classes - 1} is allowed by meta.json; the "
-            f"first one outside is {column} {found[outside[0]]} of sample {keys[outside[0]]}: run tools/cluster.py again"
-        )
-    return found.astype(np.int64)
-
-
-def _match(wanted: list[str], present: list[str], where: Path) -> np.ndarray:
-    """int64 [len(wanted)]: row of each wanted key in `present`, -1 where there is none."""
-    if wanted == present:
-        return np.arange(len(wanted))
-    row_of = {key: row for row, key in enumerate(present)}
-    if len(row_of) != len(present):
-        raise UserError(
-            f"{where} names {len(present) - len(row_of)} keys twice, but keys must be unique in a shard: make it again"
-        )
-    return np.array([row_of.get(key, -1) for key in wanted], np.int64)
 
 
 class _TeacherShard(NamedTuple):
@@ -173,10 +109,10 @@ class TeacherTable:
             none = np.empty((0, self.dim), np.float16)
             return _TeacherShard(np.full(int(self.index.sizes[shard]), -1), none, none if self.has_text else None)
         number = self._partitions[self.index.names[shard]]
-        image = _load_npy(self._image_files[number])
-        text = _load_npy(self._text_files[number]) if self.has_text else None
+        image = load_npy(self._image_files[number], _EMBED_AGAIN)
+        text = load_npy(self._text_files[number], _EMBED_AGAIN) if self.has_text else None
         metadata = self._metadata_files.get(number, self.directory / "metadata" / f"metadata_{number:05d}.parquet")
-        keys = _keys(_read_parquet(metadata, ["image_path"]), "image_path", metadata)
+        keys = key_column(read_parquet(metadata, _EMBED_AGAIN, ["image_path"]), "image_path", metadata, _EMBED_AGAIN)
         files = (self._image_files[number], image), (self._text_files.get(number), text)
         for path, array in files:
             if array is not None and (array.shape != (len(keys), self.dim) or array.dtype.kind != "f"):
@@ -184,7 +120,8 @@ class TeacherTable:
                     f"{path} has shape {array.shape} of {array.dtype}, "
                     f"but {(len(keys), self.dim)} of floating point fits its metadata: run tools/embed.py again"
                 )
-        return _TeacherShard(_match(self.index.table(shard).keys, keys, metadata), image, text)
+        row_of = join_by_key(self.index.table(shard).keys, keys, metadata, _EMBED_AGAIN)
+        return _TeacherShard(row_of, image, text)
 
     def has(self, shard: int, rows: np.ndarray) -> np.ndarray:
         """bool [m]: which rows of the tar have an embedding."""
@@ -232,7 +169,7 @@ class LabelTable:
 
     def _open(self, shard: int) -> np.ndarray:
         path = self.directory / "labels" / f"{self.index.names[shard]}.parquet"
-        table = _read_parquet(path)
+        table = read_parquet(path, _CLUSTER_AGAIN)
         names = [name for name in table.column_names if name == "label" or name.removeprefix("label_").isdigit()]
         if "key" not in table.column_names or "label" not in names:
             raise UserError(
@@ -246,9 +183,10 @@ class LabelTable:
                 f"run tools/cluster.py with --top-labels {self._wanted}, or use fewer"
             )
         names = names[: self._wanted]
-        keys = _keys(table, "key", path)
-        at = _match(self.index.table(shard).keys, keys, path)
-        stored = np.stack([_labels(table, name, keys, self.num_classes, path) for name in names], axis=1)
+        keys = key_column(table, "key", path, _CLUSTER_AGAIN)
+        at = join_by_key(self.index.table(shard).keys, keys, path, _CLUSTER_AGAIN)
+        columns = [label_column(table, name, keys, self.num_classes, path, _CLUSTER_AGAIN) for name in names]
+        stored = np.stack(columns, axis=1)
         labels = np.full((len(at), len(names)), -1, np.int64)
         labels[at >= 0] = stored[at[at >= 0]]
         return labels
@@ -273,7 +211,7 @@ class KeepTable:
 
     def _mask(self, shard: int) -> np.ndarray:
         path = self.directory / "keep" / f"{self.index.names[shard]}.npy"
-        mask = _load_npy(path)
+        mask = load_npy(path, _BALANCE_AGAIN)
         if mask.dtype != np.bool_ or mask.shape != (int(self.index.sizes[shard]),):
             raise UserError(
                 f"{path} is {mask.dtype} {mask.shape}, "

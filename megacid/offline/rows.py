@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megacid.data.lru import LRUCache
 from megacid.data.memmap import MappedRows
@@ -20,6 +18,7 @@ from megacid.errors import UserError
 from megacid.offline.embed.partitions import PartitionFiles, partition_files
 from megacid.storage.metadata import read_meta
 from megacid.storage.npy import load_npy
+from megacid.storage.parquet import key_column, parquet_shape, read_parquet
 
 _OPEN_MAPS = 128
 _LENGTH_SLACK = 0.02  # of a unit vector in float16; the widest rows are off by less than 0.002
@@ -166,12 +165,7 @@ class EmbeddingRows(MappedRows):
     def _check_keys(self, number: int, rows: int) -> None:
         """Before hours of work, not after: only the footer of the file is read."""
         path = self._metadata_path(number)
-        try:
-            have = pq.read_metadata(path).num_rows
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise UserError(
-                f"{path} cannot be read ({error}): run tools/embed.py again, it redoes what is missing"
-            ) from None
+        have, _ = parquet_shape(path, "run tools/embed.py again, it redoes what is missing")
         if have != rows:
             raise UserError(
                 f"{path} has {have} rows, {self._path(number)} has {rows}: run tools/embed.py again, it redoes what does not fit"
@@ -204,10 +198,8 @@ class EmbeddingRows(MappedRows):
         if self.stems[partition] in self._empty:
             return []
         path = self._metadata_path(self.numbers[partition])
-        try:
-            keys: list[str] = pq.read_table(path, columns=["image_path"])["image_path"].to_pylist()
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            raise UserError(f"{path} cannot be read ({error}): run tools/embed.py again") from None
+        remedy = "run tools/embed.py again"
+        keys = key_column(read_parquet(path, remedy, ["image_path"]), "image_path", path, remedy)
         if len(keys) != self.rows_of[partition]:
             raise UserError(
                 f"{path} has {len(keys)} rows, its embeddings have {self.rows_of[partition]}: run tools/embed.py again"

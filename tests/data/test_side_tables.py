@@ -110,14 +110,14 @@ def test_several_labels_per_sample_keep_their_order(tmp_path: Path, index: Shard
 
 
 def test_labels_beyond_the_number_of_classes_are_refused(tmp_path: Path, index: ShardIndex) -> None:
-    with pytest.raises(UserError, match=r"labels 3 .. 7, but -1 .. 6"):
+    with pytest.raises(UserError, match=r"label 7 for sample c, expected -1 .. 6"):
         LabelTable(label_dir(tmp_path / "c", index.digest, k=7), index)
 
 
 def test_a_key_named_twice_is_refused(tmp_path: Path, index: ShardIndex) -> None:
     folder = label_dir(tmp_path / "c", index.digest)
     write_parquet(folder / "labels" / "00000.parquet", key=["a", "a"], label=pa.array([1, 2], pa.int32()))
-    with pytest.raises(UserError, match="twice"):
+    with pytest.raises(UserError, match=r"00000.parquet has more than one row for the key a, expected unique keys"):
         LabelTable(folder, index)
 
 
@@ -128,7 +128,7 @@ def test_a_missing_or_damaged_label_file_is_named(tmp_path: Path, index: ShardIn
     path.unlink()
     if content:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=r"labels/00001.parquet is"):
+    with pytest.raises(UserError, match=r"labels/00001.parquet (is missing|cannot be read)"):
         LabelTable(folder, index).rows(1, np.array([0]))
 
 

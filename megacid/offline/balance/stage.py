@@ -35,6 +35,7 @@ from megacid.offline.cluster.read_labels import read_centroids, read_labels
 from megacid.offline.nearest import Metric
 from megacid.offline.rows import EmbeddingRows
 from megacid.storage.metadata import read_meta, write_meta
+from megacid.storage.parquet import join_by_key
 from megacid.storage.stage_files import (
     WORK,
     PartialResults,
@@ -55,9 +56,9 @@ def tar_rows(index: ShardIndex, rows: EmbeddingRows) -> tuple[np.ndarray, np.nda
     number = {name: i for i, name in enumerate(index.names)}
     for partition, stem in enumerate(rows.stems):
         where = slice(int(rows.starts[partition]), int(rows.starts[partition + 1]))
-        at = {key: place for place, key in enumerate(index.table(number[stem]).keys)}
         shard[where] = number[stem]
-        row[where] = [at[key] for key in rows.keys(partition)]
+        tar, remedy = index.root / f"{stem}.tar", f"run tools/embed.py again for {rows.directory}"
+        row[where] = join_by_key(rows.keys(partition), index.table(number[stem]).keys, tar, remedy, require_all=True)
     return shard, row
 
 

@@ -24,6 +24,7 @@ from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.offline.nearest import Assigner, Backend, Metric, pad_rows, prepare, tile_rows
 from megacid.offline.rows import EmbeddingRows, PartitionedRows, find_invalid_row
+from megacid.storage.parquet import read_parquet
 from megacid.storage.stage_files import writing
 
 _CENTROIDS, _SIMILARITY = b"centroids", b"similarity"  # in the metadata of a label file: sha256, and a sum as hex
@@ -86,13 +87,13 @@ def _read_labels(path: Path, keys: list[str], top: int, centroids: str) -> tuple
     """(first label int32 [n], sum of the similarities) of a label file that is whole, of these keys and made with the
     centroids of this sha256; else None."""
     try:
-        table = pq.read_table(path)
-        facts = table.schema.metadata or {}
+        table = read_parquet(path, "")
+        metadata = table.schema.metadata or {}
         fits = table.num_columns == 2 + top and table["key"].to_pylist() == keys
-        if not fits or facts.get(_CENTROIDS) != centroids.encode():
+        if not fits or metadata.get(_CENTROIDS) != centroids.encode():
             return None
-        return table["label"].to_numpy(), float.fromhex(facts[_SIMILARITY].decode())
-    except (OSError, ValueError, KeyError, pa.ArrowException):
+        return table["label"].to_numpy(), float.fromhex(metadata[_SIMILARITY].decode())
+    except (UserError, ValueError, KeyError):
         return None
 
 

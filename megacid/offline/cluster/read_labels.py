@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megacid.errors import UserError
 from megacid.offline.nearest import Metric
 from megacid.offline.rows import EmbeddingRows
 from megacid.storage.metadata import read_meta
 from megacid.storage.npy import load_npy
+from megacid.storage.parquet import join_by_key, key_column, label_column, read_parquet
 
 
 def read_labels(clusters: Path, rows: EmbeddingRows) -> tuple[np.ndarray, np.ndarray, int]:
@@ -29,33 +28,16 @@ def read_labels(clusters: Path, rows: EmbeddingRows) -> tuple[np.ndarray, np.nda
                 f"{rows.directory} ({rows.meta.get(name)!r}): run tools/cluster.py on {rows.directory}"
             )
     k = int(meta["k"])
+    remedy = f"run tools/cluster.py on {rows.directory} again"
     label, score = np.full(rows.num_rows, -1, np.int32), np.zeros(rows.num_rows, np.float16)
     for partition, stem in enumerate(rows.stems):
         path = clusters / "labels" / f"{stem}.parquet"
-        if not path.exists():
-            raise UserError(f"{path} is missing although the stage is complete: run tools/cluster.py again")
-        try:
-            table = pq.read_table(path, columns=["key", "label", "score"])
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            raise UserError(f"{path} cannot be read ({error}): run tools/cluster.py again") from None
-        keys, have = rows.keys(partition), table["key"].to_pylist()
+        table = read_parquet(path, remedy, ["key", "label", "score"])
+        keys = key_column(table, "key", path, remedy)
         where = slice(int(rows.starts[partition]), int(rows.starts[partition + 1]))
-        stored = table["label"].to_numpy()
-        if stored.size and (stored.min() < -1 or stored.max() >= k):
-            raise UserError(
-                f"{path} holds labels {stored.min()} .. {stored.max()}, expected -1 .. {k - 1} as meta.json says: run "
-                "tools/cluster.py again"
-            )
-        if keys == have:
-            label[where], score[where] = stored, table["score"].to_numpy()
-            continue
-        row_of = {key: row for row, key in enumerate(have)}
-        at = np.array([row_of.get(key, -1) for key in keys], np.int64)
-        if (at < 0).any():
-            raise UserError(
-                f"{path} has no label for {int((at < 0).sum())} embedded samples: run tools/cluster.py on {rows.directory} again"
-            )
-        label[where], score[where] = stored[at], table["score"].to_numpy()[at]
+        at = join_by_key(rows.keys(partition), keys, path, remedy, require_all=True)
+        label[where] = label_column(table, "label", keys, k, path, remedy)[at]
+        score[where] = table["score"].to_numpy()[at]
     return label, score, k
 
 

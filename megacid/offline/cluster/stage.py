@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from megacid.distributed.collectives import barrier
@@ -28,6 +26,7 @@ from megacid.offline.nearest import Backend, check_backend
 from megacid.offline.rows import EmbeddingRows
 from megacid.storage.atomic import write_json_atomic
 from megacid.storage.metadata import read_meta, write_meta
+from megacid.storage.parquet import parquet_shape
 from megacid.storage.stage_files import (
     WORK,
     disk_errors,
@@ -255,10 +254,10 @@ def _damaged(out: Path, k: int, rows: EmbeddingRows, partitions: list[int], top:
     for partition in partitions:
         path = out / "labels" / f"{rows.stems[partition]}.parquet"
         try:
-            footer = pq.read_metadata(path)  # at the end of the file: gone when it was cut off
-        except (OSError, ValueError, pa.ArrowException):
+            shape = parquet_shape(path, "")
+        except UserError:
             return path
-        if (footer.num_rows, footer.num_columns) != (rows.rows_of[partition], 2 + top):
+        if shape != (rows.rows_of[partition], 2 + top):
             return path
     return None
 

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.storage.npy import load_npy
+from megacid.storage.parquet import read_parquet
 from megacid.storage.stage_files import disk_errors, write_array, writing
 
 _DIGITS = 5
@@ -64,10 +65,10 @@ class About(NamedTuple):
 
 
 def stored_failures(files: PartitionFiles) -> list[Failure]:
-    """What was left out of a partition; raises OSError, ValueError, KeyError or ArrowException for a damaged file."""
+    """What was left out of a partition. UserError when the file is damaged."""
     if not files.failures.exists():
         return []
-    table = pq.read_table(files.failures, columns=["key", "reason"])
+    table = read_parquet(files.failures, "run tools/embed.py again", ["key", "reason"])
     return [Failure(key, reason) for key, reason in zip(table["key"].to_pylist(), table["reason"].to_pylist())]
 
 
@@ -85,9 +86,9 @@ def left_out(files: PartitionFiles, stem: str, keys: list[str], dim: int) -> lis
         if not wanted:
             return failures
         shapes = [(array.shape, array.dtype.kind) for array in (load_npy(path, "") for path in files[:2])]
-        table = pq.read_table(files.metadata, columns=list(_ABOUT))
+        table = read_parquet(files.metadata, "", list(_ABOUT))
         fits = set(table["shard"].to_pylist()) <= {stem} and table["image_path"].to_pylist() == wanted
-    except (OSError, ValueError, EOFError, KeyError, UserError, pa.ArrowException):
+    except (UserError, ValueError):  # ValueError: a string that is not UTF-8
         return None
     return failures if fits and shapes == [((len(wanted), dim), "f")] * 2 else None
 
