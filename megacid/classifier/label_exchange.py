@@ -1,11 +1,10 @@
-"""What the ranks have to know of each other's batch before a step of the classifier: sizes, labels, rows to use.
+"""Exchanges labels between ranks before a step: batch sizes, labels of the global batch, class rows that each rank uses.
 
-Legend: B local batch, G gathered batch, l labels per sample, W ranks, S rows that this rank uses.
+Legend: B local batch, G gathered batch, l labels per sample, W ranks, S class rows that this rank uses.
 
-One small all-gather and ONE host synchronisation: the numbers that shape the step (batch sizes, how many rows) and those
-that can end it (labels out of range, a rank with unusable input) are read together. Everything before it is a pure
-function on the device; nothing before it uses a label as an index, so a label out of range is found on the host before
-any kernel could follow it.
+A step takes one small all-gather and ONE host synchronisation: the numbers that shape the step (batch sizes, row counts)
+and those that end it (labels out of range, invalid input on a rank) are read together. Before that read everything runs
+on the device and no label is used as an index, so an invalid label cannot make a kernel access memory out of bounds.
 """
 
 from __future__ import annotations
@@ -21,134 +20,141 @@ from megacid.distributed.collectives import all_gather_single, rank, world_size
 from megacid.distributed.parallel import shard_range
 from megacid.errors import UserError
 
-_NOWHERE = torch.iinfo(torch.int64).max  # above every class id
+_ABOVE_ALL = torch.iinfo(torch.int64).max  # sorts behind every class id: marks entries to drop
+_HEADER = 3  # batch size, labels per sample, 1 for invalid input: precede the labels in a rank's message
 
 
 class GatheredLabels(NamedTuple):
-    """The same on every rank, but for `rows` and `positive`."""
+    """The first three fields and `max_rows` are the same on every rank."""
 
     target_Gl: Tensor  # int64 global class ids, -1 = none
-    sizes: list[int]  # local batch of every rank
-    rows: Tensor | None  # int64 [S] local ids, sorted and unique: drawn, or a label of the batch; None: all
-    positive: Tensor | None  # bool [S] the row is a label of the batch; None with `rows`
+    sizes: list[int]  # local batch size by rank
+    max_rows: int  # upper bound of S over the ranks
     num_positive: int  # rows of this rank that are labels of the batch
-    max_rows: int  # no rank uses more
-    rows_with_pending: (
-        Tensor | None
-    )  # int64, local ids, sorted and unique: `rows` and those that are pending_rows; None without either
+    rows: Tensor | None = (
+        None  # int64 [S] local ids, sorted, unique: drawn classes and labels of the batch; None: all rows
+    )
+    positive: Tensor | None = None  # bool [S] the row is a label of the batch; None if `rows` is
+    rows_with_pending: Tensor | None = (
+        None  # int64 local ids, sorted, unique: `rows` and `pending_rows`; None without either
+    )
 
 
-def _first_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(ids sorted, bool: the first of equal ones and not _NOWHERE)."""
+def _sort_unique(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(sorted ids, bool mask of the first of equal ids, without _ABOVE_ALL)."""
     ids = ids.sort().values
-    keep = ids != _NOWHERE
+    keep = ids != _ABOVE_ALL
     keep[1:] &= ids[1:] != ids[:-1]
     return ids, keep
 
 
 class LabelExchange:
-    """`exchange(...)` is a collective over `group`."""
+    """Gathers the labels of all ranks and selects this rank's class rows. Calling it is a collective over `group`."""
 
     def __init__(self, num_classes: int, group: dist.ProcessGroup | None):
         self.num_classes, self.group = num_classes, group
-        world = world_size(group)
-        self.me, self.world = rank(group), world
-        self.starts = [shard_range(num_classes, r, world)[0] for r in range(world)] + [num_classes]
-        self.start = self.starts[self.me]
-        # Labels of a rank that fit the message. It grows with the largest batch, alike on every rank; the step in which it
-        # grows sends twice and so synchronises twice.
-        self._room = 1
+        self.rank, self.world = rank(group), world_size(group)
+        self.starts = [shard_range(num_classes, r, self.world)[0] for r in range(self.world)] + [num_classes]
+        self.start = self.starts[self.rank]
+        # Labels per message. Grows to the largest batch, equally on every rank; a step in which it grows gathers and
+        # synchronises twice.
+        self._capacity = 1
         self._edges: Tensor | None = None  # `starts` on the device
 
     def __call__(
         self,
         target_Bl: Tensor,
-        fault: str | None,
+        input_error: str | None,
         draw: Draw | None,
         device: torch.device,
         pending_rows: Tensor | None = None,
     ) -> GatheredLabels:
-        """target_Bl: int64 [B, l], on the host or on `device`. fault: why this rank's input cannot be used: becomes an
-        error on every rank instead of a rank that never arrives. draw: None to use every row. pending_rows: local ids whose
-        gradients wait for this batch's to be added to them."""
+        """
+        Args:
+            target_Bl: int64 [B, l] global class ids, on the host or on `device`.
+            input_error: why this rank's input is invalid. It is raised on every rank, which avoids a deadlock.
+            draw: random classes of the step; None uses every row.
+            pending_rows: int64 local ids, sorted and unique, whose gradients will be added to those of this batch.
+
+        Raises:
+            UserError: on every rank, for invalid input or labels on any rank.
+        """
         target_Bl = target_Bl.to(device, non_blocking=True)
         if self._edges is None or self._edges.device != device:
             self._edges = torch.tensor(self.starts, device=device)
         while True:
-            table = self._gather(target_Bl, fault, device)
-            ordered, first = _first_of_each(table[:, 3:].flatten())
-            counted = torch.cat([first.new_zeros(1, dtype=torch.int64), first.cumsum(0)])
-            edges = torch.searchsorted(ordered, self._edges)
-            present = counted[edges[1:]] - counted[edges[:-1]]
-            numbers = [table[:, :3].flatten(), ordered[:1], ordered[-1:], present]
+            table = self._gather(target_Bl, input_error, device)
+            labels, first = _sort_unique(table[:, _HEADER:].flatten())
+            count_before = torch.cat([first.new_zeros(1, dtype=torch.int64), first.cumsum(0)])
+            edges = torch.searchsorted(labels, self._edges)
+            positives = count_before[edges[1:]] - count_before[edges[:-1]]
+            numbers = [table[:, :_HEADER].flatten(), labels[:1], labels[-1:], positives]
             if draw is not None:
-                merged, keep = self._merge(draw, ordered, first)
-                joined, join = merged, keep
+                classes, keep = self._merge(draw, labels, first)
+                both, keep_both = classes, keep
                 if pending_rows is not None:
-                    joined, join = _first_of_each(
-                        torch.cat([merged.masked_fill(~keep, _NOWHERE), pending_rows + self.start])
-                    )
-                numbers += [keep.sum()[None], join.sum()[None]]
-            said = torch.cat(numbers).tolist()  # the host synchronisation
-            sizes, widths, faults = (said[i : 3 * self.world : 3] for i in range(3))
-            longest = max(n * width for n, width in zip(sizes, widths))
-            if longest <= self._room or any(faults):
+                    kept = classes.masked_fill(~keep, _ABOVE_ALL)
+                    both, keep_both = _sort_unique(torch.cat([kept, pending_rows + self.start]))
+                numbers += [keep.sum()[None], keep_both.sum()[None]]
+            values = torch.cat(numbers).tolist()  # the host synchronisation
+            header, (lowest, highest, *counts) = values[: _HEADER * self.world], values[_HEADER * self.world :]
+            sizes, widths, invalid = (header[i::_HEADER] for i in range(_HEADER))
+            longest = max(size * width for size, width in zip(sizes, widths))
+            if longest <= self._capacity or any(invalid):
                 break
-            self._room = longest
-        self._refuse(fault, sizes, widths, faults, *said[3 * self.world : 3 * self.world + 2])
-        width = widths[0]
-        if self.world == 1:
-            target_Gl = target_Bl
-        elif len(set(sizes)) == 1:
-            target_Gl = table[:, 3 : 3 + sizes[0] * width].reshape(-1, width)
-        else:
-            target_Gl = torch.cat([table[r, 3 : 3 + n * width].reshape(n, width) for r, n in enumerate(sizes)])
-        positives = said[3 * self.world + 2 : 4 * self.world + 2]
-        widest = self.starts[1]
+            self._capacity = longest
+        self._check(input_error, widths, invalid, lowest, highest)
+        target_Gl = self._targets(target_Bl, table, sizes, widths[0])
+        num_positive, most_positive, widest = counts[self.rank], max(counts[: self.world]), self.starts[1]
         if draw is None:
-            return GatheredLabels(target_Gl, sizes, None, None, positives[self.me], widest, None)
-        rows = self._compact(merged, keep, said[-2])
-        at = torch.searchsorted(ordered, rows + self.start).clamp(max=len(ordered) - 1)
-        positive = ordered[at] == rows + self.start
-        most = min(widest, draw.most(widest) + max(positives))
-        rows_with_pending = None if pending_rows is None else self._compact(joined, join, said[-1])
-        return GatheredLabels(target_Gl, sizes, rows, positive, positives[self.me], most, rows_with_pending)
+            return GatheredLabels(target_Gl, sizes, widest, num_positive)
+        rows = self._compact(classes, keep, counts[-2])
+        place = torch.searchsorted(labels, rows + self.start).clamp(max=len(labels) - 1)
+        positive = labels[place] == rows + self.start
+        max_rows = min(widest, draw.max_count(widest) + most_positive)
+        with_pending = None if pending_rows is None else self._compact(both, keep_both, counts[-1])
+        return GatheredLabels(target_Gl, sizes, max_rows, num_positive, rows, positive, with_pending)
 
-    def _gather(self, target_Bl: Tensor, fault: str | None, device: torch.device) -> Tensor:
-        """[W, 3 + room]: batch size, labels per sample, 1 for a fault, labels; the rest -1."""
+    def _gather(self, target_Bl: Tensor, input_error: str | None, device: torch.device) -> Tensor:
+        """int64 [W, _HEADER + capacity]: every rank's header and labels, padded with -1."""
         size, width = target_Bl.shape
-        labels = target_Bl.flatten()[: self._room]
-        # Filled on the device: a tensor made of host numbers would be copied, and the copy waits.
-        head = [labels.new_full((1,), number) for number in (size, width, int(fault is not None))]
-        mine = torch.cat([*head, labels, labels.new_full((self._room - len(labels),), -1)])
+        labels = target_Bl.flatten()[: self._capacity]
+        # Filled on the device: copying a tensor made from host numbers would synchronise.
+        header = [labels.new_full((1,), number) for number in (size, width, int(input_error is not None))]
+        message = torch.cat([*header, labels, labels.new_full((self._capacity - len(labels),), -1)])
         if self.world == 1:
-            return mine[None]
-        table = mine.new_empty(self.world * len(mine))
-        all_gather_single(table, mine, group=self.group)
+            return message[None]
+        table = message.new_empty(self.world * len(message))
+        all_gather_single(table, message, group=self.group)
         return table.view(self.world, -1)
 
-    def _merge(self, draw: Draw, ordered: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        """(classes drawn here and labels of the batch that live here, sorted; which of them to keep)."""
-        stop = self.starts[self.me + 1]
-        here = first & (ordered >= self.start) & (ordered < stop)
-        drawn = draw.classes(self.start, stop, ordered.device)
-        return _first_of_each(torch.cat([drawn, ordered.masked_fill(~here, _NOWHERE)]))
+    def _targets(self, target_Bl: Tensor, table: Tensor, sizes: list[int], width: int) -> Tensor:
+        if self.world == 1:
+            return target_Bl
+        labels = table[:, _HEADER:]
+        if len(set(sizes)) == 1:
+            return labels[:, : sizes[0] * width].reshape(-1, width)
+        return torch.cat([labels[r, : size * width].reshape(size, width) for r, size in enumerate(sizes)])
 
-    def _compact(self, merged: Tensor, keep: Tensor, count: int) -> Tensor:
-        """merged[keep] as local ids; a boolean index would ask the device for the count that is known already."""
+    def _merge(self, draw: Draw, labels: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        """`_sort_unique` of this rank's drawn classes and labels of the batch, as global ids."""
+        stop = self.starts[self.rank + 1]
+        here = first & (labels >= self.start) & (labels < stop)
+        drawn = draw.classes(self.start, stop, labels.device)
+        return _sort_unique(torch.cat([drawn, labels.masked_fill(~here, _ABOVE_ALL)]))
+
+    def _compact(self, ids: Tensor, keep: Tensor, count: int) -> Tensor:
+        """ids[keep] as local ids; boolean indexing would synchronise to learn `count`, which is known."""
         place = torch.where(keep, keep.cumsum(0) - 1, count)
-        return merged.new_empty(count + 1).scatter_(0, place, merged)[:count] - self.start
+        return ids.new_empty(count + 1).scatter_(0, place, ids)[:count] - self.start
 
-    def _refuse(
-        self, fault: str | None, sizes: list[int], widths: list[int], faults: list[int], lowest: int, highest: int
-    ) -> None:
-        if fault is not None:
-            raise UserError(fault)
-        if any(faults):
-            bad = [r for r, flag in enumerate(faults) if flag]
-            raise UserError(f"rank {bad[0]} was given unusable input for the classifier: see its message")
+    def _check(self, input_error: str | None, widths: list[int], invalid: list[int], lowest: int, highest: int) -> None:
+        if input_error is not None:
+            raise UserError(input_error)
+        if any(invalid):
+            raise UserError(f"rank {invalid.index(1)} has invalid input for the classifier: see that rank's message")
         if len(set(widths)) > 1:
-            raise UserError(f"the ranks have {widths} labels per sample: pass equally many on every rank")
+            raise UserError(f"Got {widths} labels per sample by rank, expected the same number on every rank")
         for value in (lowest, highest):
             if not -1 <= value < self.num_classes:
                 raise UserError(

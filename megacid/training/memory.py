@@ -42,7 +42,7 @@ def _classifier(
     if config.sample_rate < 1:
         draw = Draw.of_step(num_classes, config.sample_rate, seed=0, step=0)
         # A batch of more than one class is spread over the ranks like the classes are.
-        rows = min(local, draw.most(local) + -(-gathered // world))
+        rows = min(local, draw.max_count(local) + -(-gathered // world))
     moments = (2 if config.optimizer == "adamw" else 1) * (4 if config.moments == "fp32" else 2)
     used = embed_dim if config.feature_rate == 1 else max(1, round(config.feature_rate * embed_dim))
     problem = Problem(

@@ -1,4 +1,4 @@
-"""Facts about all classes: what is planted must be found, at every number of ranks."""
+"""Diagnostics over all classes: planted faults must be found, at every number of ranks."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ def examine() -> tuple[dict[str, float], torch.Tensor]:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_planted_faults_are_found(world: int) -> None:
-    found, histogram = run_ranks(examine, world)[-1]
+    stats, histogram = run_ranks(examine, world)[-1]
     w = planted()
     norms = torch.cat([w[:7], w[8:]]).norm(dim=1)
-    assert found["not_finite"] == 1 and found["duplicates"] == pytest.approx(2 / CLASSES)
-    assert found["norm_min"] == pytest.approx(float(norms.min())) and found["norm_max"] == pytest.approx(
+    assert stats["not_finite"] == 1 and stats["duplicates"] == pytest.approx(2 / CLASSES)
+    assert stats["norm_min"] == pytest.approx(float(norms.min())) and stats["norm_max"] == pytest.approx(
         float(norms.max())
     )
-    assert found["norm_mean"] == pytest.approx(float(norms.sum()) / CLASSES)
-    assert found["never_hit"] == pytest.approx((CLASSES - 3) / CLASSES)
+    assert stats["norm_mean"] == pytest.approx(float(norms.sum()) / CLASSES)
+    assert stats["never_hit"] == pytest.approx((CLASSES - 3) / CLASSES)
     assert histogram.tolist() == [CLASSES - 3, 1, 1, 1] + [0] * 29
-    assert found["mean_direction"] < 0.2 and 0.3 < found["nearest_cosine"] < 0.9
+    assert stats["mean_direction"] < 0.2 and 0.3 < stats["nearest_cosine"] < 0.9
 
 
 def test_collapsed_classes_have_one_direction() -> None:
-    found = health(PartialFC(50, 8, init=torch.ones(50, 8)))
-    assert found["mean_direction"] == pytest.approx(1.0, abs=1e-5) and found["duplicates"] == 1.0
-    (said,) = health_warnings(found)
-    assert "collapsed into one direction" in said
+    stats = health(PartialFC(50, 8, init=torch.ones(50, 8)))
+    assert stats["mean_direction"] == pytest.approx(1.0, abs=1e-5) and stats["duplicates"] == 1.0
+    (warning,) = health_warnings(stats)
+    assert "collapsed into one direction" in warning
 
 
-def test_only_what_is_wrong_is_a_concern() -> None:
+def test_healthy_classes_give_no_warning() -> None:
     assert health_warnings(health(PartialFC(50, 32, seed=1))) == []
     rows = torch.randn(40, 32)
-    said = health_warnings(health(PartialFC(50, 32, init=torch.cat([rows, rows[:10]]))))
-    assert said == [
-        "40 % of the class rows have a duplicate (cosine above 0.99): take fewer clusters, or other centroids"
+    warnings = health_warnings(health(PartialFC(50, 32, init=torch.cat([rows, rows[:10]]))))
+    assert warnings == [
+        "40 % of the class rows have a duplicate (cosine above 0.99): use fewer clusters, or other centroids"
     ]
 
 

@@ -32,7 +32,7 @@ def test_shards_draw_exactly_what_one_process_draws(classes: int, rate: float) -
             ranges = [shard_range(classes, rank, world) for rank in range(world)]
             parts = [draw.classes(start, stop) for start, stop in ranges]
             assert torch.equal(torch.cat(parts), whole), f"{world} ranks draw other classes than one"
-            assert all(len(part) <= draw.most(stop - start) for part, (start, stop) in zip(parts, ranges))
+            assert all(len(part) <= draw.max_count(stop - start) for part, (start, stop) in zip(parts, ranges))
 
 
 def test_the_draw_is_a_pure_function_of_seed_and_step() -> None:
@@ -98,7 +98,7 @@ LABELS = [[4, 90, 4, -1], [], [55, 90, 0, 99, 31, 30], [-1]]  # by rank, of 100 
 def exchanged(labels: list[list[int]], rate: float) -> GatheredLabels:
     exchange = LabelExchange(100, None)
     draw = Draw.of_step(100, rate, seed=0, step=5) if rate < 1 else None
-    target = torch.tensor(labels[exchange.me], dtype=torch.int64).reshape(-1, 1)
+    target = torch.tensor(labels[exchange.rank], dtype=torch.int64).reshape(-1, 1)
     first = exchange(target, None, draw, torch.device("cpu"))
     again = exchange(target, None, draw, torch.device("cpu"))  # with room for every label from the start
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(first, again))
@@ -194,9 +194,9 @@ def refused(kind: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "mine", "others"),
     [
-        ("dtype", "labels are torch.int32", "rank 0 was given unusable input"),
+        ("dtype", "labels are torch.int32", "rank 0 has invalid input"),
         ("range", "label 40 is out of range", "label 40 is out of range"),
-        ("width", "embeddings have shape (2, 5)", "rank 0 was given unusable input"),
+        ("width", "embeddings have shape (2, 5)", "rank 0 has invalid input"),
         ("several", "[2, 1, 1] labels per sample", "[2, 1, 1] labels per sample"),
     ],
 )
