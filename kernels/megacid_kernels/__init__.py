@@ -9,16 +9,16 @@ from megacid_kernels.discrimination import (
     linear_margin_discrimination,
 )
 from megacid_kernels.engines.dispatch import resolve
+from megacid_kernels.loss_spec import LossSpec, TargetMargin, Weights
 from megacid_kernels.margin import Margin
-from megacid_kernels.problem import Problem, TargetMargin, Weights
-from megacid_kernels.schedule import Consume
+from megacid_kernels.schedule import OnGradientSlab
 
 __all__ = [
-    "Consume",
     "Discrimination",
     "Gradients",
+    "LossSpec",
     "Margin",
-    "Problem",
+    "OnGradientSlab",
     "TargetMargin",
     "Weights",
     "contrastive_cross_entropy",

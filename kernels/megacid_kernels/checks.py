@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megacid_kernels.problem import Problem
+from megacid_kernels.loss_spec import LossSpec
 
 
 def check_inputs(
     x: Tensor,
     w: Tensor,
     target: Tensor,
-    problem: Problem,
+    spec: LossSpec,
     rows: Tensor | None,
     teacher: Tensor | None,
     bias: Tensor | None,
@@ -29,9 +29,9 @@ def check_inputs(
         raise ValueError(
             f"target is {tuple(target.shape)} {target.dtype}, expected torch.int64 [{x.shape[0]}] or [{x.shape[0]}, l]"
         )
-    if target.ndim == 2 and (target.shape[1] == 0 or (target.shape[1] > 1 and problem.weights.gamma > 0)):
+    if target.ndim == 2 and (target.shape[1] == 0 or (target.shape[1] > 1 and spec.weights.gamma > 0)):
         raise ValueError(
-            f"target is {tuple(target.shape)} with gamma {problem.weights.gamma}, expected at least one label per sample, "
+            f"target is {tuple(target.shape)} with gamma {spec.weights.gamma}, expected at least one label per sample, "
             "and one alone for the KL: set gamma to 0, or pass the nearest label only"
         )
     for name, given in (("x", x), ("w", w), ("teacher", teacher)):
@@ -44,24 +44,24 @@ def check_inputs(
     for name, given in (("w", w), ("target", target), ("rows", rows), ("teacher", teacher), ("bias", bias)):
         if given is not None and given.device != x.device:
             raise ValueError(f"{name} is on {given.device}, expected {x.device} like x")
-    if problem.weights.needs_teacher:
+    if spec.weights.needs_teacher:
         if teacher is None:
             raise ValueError("teacher is None, but beta or gamma is > 0: pass the stored embeddings [G, D]")
         if teacher.shape != x.shape:
             raise ValueError(f"teacher is {tuple(teacher.shape)}, expected {tuple(x.shape)} like x")
-    if problem.world > 1 and problem.max_rows is None:
-        raise ValueError(f"max_rows is None on {problem.world} ranks: pass the most rows of w that any rank holds")
-    if problem.num_classes < w.shape[0]:
+    if spec.world > 1 and spec.max_rows is None:
+        raise ValueError(f"max_rows is None on {spec.world} ranks: pass the most rows of w that any rank holds")
+    if spec.num_classes < w.shape[0]:
         raise ValueError(
-            f"num_classes is {problem.num_classes}, but w has {w.shape[0]} rows: pass the classes of all ranks"
+            f"num_classes is {spec.num_classes}, but w has {w.shape[0]} rows: pass the classes of all ranks"
         )
 
 
-def check_label_values(target: Tensor, problem: Problem) -> None:
+def check_label_values(target: Tensor, spec: LossSpec) -> None:
     """ValueError for a label out of range, where labels lie on the host: elsewhere a look would wait for the device, and
     such a label makes the loss NaN."""
     if target.device.type == "cpu" and target.dtype == torch.int64 and target.numel():
         low, high = (int(value) for value in target.aminmax())
-        if low < -1 or high >= problem.num_classes:
+        if low < -1 or high >= spec.num_classes:
             wrong = low if low < -1 else high
-            raise ValueError(f"target holds {wrong}, expected -1 (no label) or 0 to {problem.num_classes - 1}")
+            raise ValueError(f"target holds {wrong}, expected -1 (no label) or 0 to {spec.num_classes - 1}")

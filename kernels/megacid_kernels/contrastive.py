@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from megacid_kernels.engines.candidates import Candidates, TorchCandidates
 from megacid_kernels.engines.dispatch import resolve
 from megacid_kernels.epilogue import one_label, over_z
-from megacid_kernels.problem import equal_chunk
+from megacid_kernels.loss_spec import equal_chunk
 
 DEFAULT_BUDGET_BYTES = 1 << 28
 

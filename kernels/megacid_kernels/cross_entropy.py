@@ -17,14 +17,14 @@ from torch.distributed.distributed_c10d import _get_default_group, _resolve_proc
 
 from megacid_kernels.checks import check_label_values
 from megacid_kernels.discrimination import discrimination_with_gradients, linear_margin_discrimination
+from megacid_kernels.loss_spec import LossSpec, TargetMargin
 from megacid_kernels.margin import Margin
-from megacid_kernels.problem import Problem, TargetMargin
 
 _NAME = "megacid_kernels::linear_margin_cross_entropy"
 _SCHEMA = """(
     Tensor x, Tensor w, Tensor target, Tensor? rows, Tensor? bias, float m1, float m2, float m3, bool easy_margin,
     str margin_grad, float scale, float? filter_threshold, SymInt num_classes, SymInt class_start, SymInt? max_rows,
-    str reduction, str group, str impl, str mode, str precision, int? memory_budget_bytes, bool need_x, bool need_w
+    str reduction, str group, str impl, str weight_grad, str precision, int? memory_budget_bytes, bool need_x, bool need_w
 ) -> (Tensor loss, Tensor grad_x, Tensor grad_w)""".replace("\n", " ")
 _NUM_ARGUMENTS = 23
 
@@ -40,7 +40,7 @@ def linear_margin_cross_entropy(
     group: dist.ProcessGroup | None = None,
     reduction: Literal["mean", "sum"] = "mean",
     impl: str = "auto",
-    mode: str = "auto",
+    weight_grad: str = "auto",
     memory_budget_bytes: int | None = None,
     class_start: int = 0,
     num_classes: int | None = None,
@@ -54,8 +54,8 @@ def linear_margin_cross_entropy(
 
     Tensors and gradients as in `linear_margin_discrimination`; x's gradient is this shard's partial sum. On several
     ranks `num_classes` (all ranks together) and `max_rows` (most rows of w on any rank) must be given and equal on
-    every rank: the fixed shift and the chunks follow from them. impl, mode, precision, memory_budget_bytes: see
-    `Problem`. Under torch.compile and torch.export one node, `torch.ops.megacid_kernels.linear_margin_cross_entropy`;
+    every rank: the fixed shift and the chunks follow from them. impl, weight_grad, precision, memory_budget_bytes: see
+    `LossSpec`. Under torch.compile and torch.export one node, `torch.ops.megacid_kernels.linear_margin_cross_entropy`;
     a margin that is no `megacid_kernels.Margin` has no such form and is computed outside of graphs.
     """
     world = dist.get_world_size(group) if dist.is_initialized() else 1
@@ -63,17 +63,18 @@ def linear_margin_cross_entropy(
         raise ValueError(f"num_classes is None on {world} ranks: pass the number of classes of all ranks together")
     count = w.shape[0] if num_classes is None else num_classes
     if margin is not None and not isinstance(margin, Margin):
-        problem = Problem(
+        spec = LossSpec(
             num_classes=count, scale=scale, margin=margin, margin_grad=margin_grad, filter_threshold=filter_threshold,
-            class_start=class_start, max_rows=max_rows, reduction=reduction, group=group, impl=impl, mode=mode,
+            class_start=class_start, max_rows=max_rows, reduction=reduction, group=group, impl=impl,
+            weight_grad=weight_grad,
             precision=precision, memory_budget_bytes=memory_budget_bytes,
         )  # fmt: skip
-        return linear_margin_discrimination(x, w, target, problem, rows=rows, bias=bias).loss
+        return linear_margin_discrimination(x, w, target, spec, rows=rows, bias=bias).loss
     numbers = margin or Margin()
     train = torch.is_grad_enabled()
     loss: Tensor = _operator(
         x, w, target, rows, bias, numbers.m1, numbers.m2, numbers.m3, numbers.easy_margin, margin_grad, scale,
-        filter_threshold, count, class_start, max_rows, reduction, _name_of(group), impl, mode, precision,
+        filter_threshold, count, class_start, max_rows, reduction, _name_of(group), impl, weight_grad, precision,
         memory_budget_bytes, train and x.requires_grad, train and w.requires_grad,
     )[0]  # fmt: skip
     return loss
@@ -111,21 +112,21 @@ def _operator(
     reduction: Literal["mean", "sum"],
     group: str,
     impl: str,
-    mode: str,
+    weight_grad: str,
     precision: str,
     memory_budget_bytes: int | None,
     need_x: bool,
     need_w: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = Problem(
+    spec = LossSpec(
         num_classes=num_classes, scale=scale, margin=Margin(m1, m2, m3, easy_margin), margin_grad=margin_grad,
         filter_threshold=filter_threshold, class_start=class_start, max_rows=max_rows, reduction=reduction,
-        group=_group_of(group), impl=impl, mode=mode, precision=precision,
+        group=_group_of(group), impl=impl, weight_grad=weight_grad, precision=precision,
         memory_budget_bytes=memory_budget_bytes,
     )  # fmt: skip
-    check_label_values(target, problem)
+    check_label_values(target, spec)
     found = discrimination_with_gradients(
-        x, w, target, problem, rows=rows, bias=bias, need_x=need_x, need_w=need_w
+        x, w, target, spec, rows=rows, bias=bias, need_x=need_x, need_w=need_w
     )  # fmt: skip
     grads = [x.new_empty(0) if grad is None else grad for grad in (found.x, found.w)]
     return found.result.loss, grads[0], grads[1]

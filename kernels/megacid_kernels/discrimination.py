@@ -13,10 +13,10 @@ from torch import Tensor
 
 from megacid_kernels.checks import check_inputs, check_label_values
 from megacid_kernels.engines.dispatch import Implementation, engine_for, resolve
-from megacid_kernels.engines.interface import Call
-from megacid_kernels.plan import plan_rows, plan_slabs
-from megacid_kernels.problem import Problem
-from megacid_kernels.schedule import Consume, Run
+from megacid_kernels.engines.interface import EngineInputs
+from megacid_kernels.loss_spec import LossSpec
+from megacid_kernels.plan import plan_chunks, plan_slabs
+from megacid_kernels.schedule import LossComputation, OnGradientSlab
 
 _LEAST_SAMPLES = 8  # in a chunk; tensor cores multiply 16, and equal chunks may be half of what the budget holds
 
@@ -37,9 +37,9 @@ class Gradients(NamedTuple):
     result: Discrimination  # detached
     x: Tensor | None  # [G, D] this shard's partial sum
     w: Tensor | None  # [S, D]; None as well where slabs were consumed
-    # In slab mode: call consume(start, stop, slab) for all slabs of the gradient of w once more, with the same bits. The
+    # weight_grad "recomputed": call on_grad_slab(start, stop, slab) for all slabs of the gradient of w once more, with the same bits. The
     # rows of a slab are read when its turn comes: those of the slabs before may have changed by then.
-    each_slab: Callable[[Consume], None] | None = None
+    each_slab: Callable[[OnGradientSlab], None] | None = None
 
 
 class _InForward(torch.autograd.Function):
@@ -54,12 +54,12 @@ class _InForward(torch.autograd.Function):
         rows: Tensor | None,
         teacher: Tensor | None,
         bias: Tensor | None,
-        problem: Problem,
+        spec: LossSpec,
         grad_enabled: bool,
     ) -> tuple[Tensor, ...]:
         need_x, need_w = (grad_enabled and ctx.needs_input_grad[i] for i in (0, 1))
         found = discrimination_with_gradients(
-            x, w, target, problem, rows=rows, teacher=teacher, bias=bias, need_x=need_x, need_w=need_w
+            x, w, target, spec, rows=rows, teacher=teacher, bias=bias, need_x=need_x, need_w=need_w
         )
         ctx.save_for_backward(found.x, found.w)
         ctx.mark_non_differentiable(*found.result[1:])
@@ -75,7 +75,7 @@ def linear_margin_discrimination(
     x: Tensor,
     w: Tensor,
     target: Tensor,
-    problem: Problem,
+    spec: LossSpec,
     *,
     rows: Tensor | None = None,
     teacher: Tensor | None = None,
@@ -83,33 +83,33 @@ def linear_margin_discrimination(
 ) -> Discrimination:
     """Weighted sum of the student's margin cross entropy, the teacher's cross entropy and their KL, classes sharded.
 
-    x [G, D]         embeddings of the gathered batch, identical on every rank of `problem.group`; any length
+    x [G, D]         embeddings of the gathered batch, identical on every rank of `spec.group`; any length
     w [S, D]         this rank's class rows (all of its shard, or those sampled); any length, also 0
     target [G]       int64 global class ids; -1 = unlabelled: left out of every term. Or [G, l], l labels per sample,
                      -1 = none: then alpha and beta weigh MLCD's ln(1 + sum_labels exp(-z)) + ln(1 + sum_negatives
                      exp(z)) (An et al., ECCV 2024) instead of the cross entropy, and gamma must be 0
-    rows [S] int64   sorted: w[j] is class `problem.class_start + rows[j]`; None: rows 0 .. S-1
+    rows [S] int64   sorted: w[j] is class `spec.class_start + rows[j]`; None: rows 0 .. S-1
     teacher [G, D]   stored embeddings, needed when beta or gamma > 0; gets no gradient
     bias [S]         added to a class's logit where it is a negative: -ln(its probability of being sampled) makes the sum
                      over the sample an unbiased estimate of the sum over all classes (log-Q correction). The fixed shift
                      assumes sum_j exp(bias_j) <= num_classes
 
     bf16 and fp16 inputs are computed in float32; float64 stays float64. Every labelled class must be in the w of some
-    rank, otherwise the loss is NaN. Memory: the [chunk, S] matrices within `problem.memory_budget_bytes`, and the
+    rank, otherwise the loss is NaN. Memory: the [chunk, S] matrices within `spec.memory_budget_bytes`, and the
     gradients [G, D] and [S, D]. The gradient of w is exact. The gradient of x is THIS SHARD'S PARTIAL SUM: the sum over
     ranks is the gradient (the backward of `megacid.distributed.collectives.gather_rows` does it). With no labelled
     sample loss and gradients are 0. Raises ValueError for shapes, dtypes and devices that do not fit, and for labels out of
     range where they lie on the host.
     """
-    check_label_values(target, problem)
-    return Discrimination(*_InForward.apply(x, w, target, rows, teacher, bias, problem, torch.is_grad_enabled()))
+    check_label_values(target, spec)
+    return Discrimination(*_InForward.apply(x, w, target, rows, teacher, bias, spec, torch.is_grad_enabled()))
 
 
 def discrimination_with_gradients(
     x: Tensor,
     w: Tensor,
     target: Tensor,
-    problem: Problem,
+    spec: LossSpec,
     *,
     rows: Tensor | None = None,
     teacher: Tensor | None = None,
@@ -119,40 +119,40 @@ def discrimination_with_gradients(
     overwrite_w: bool = False,
     gather: bool = False,
     on_grad_x: Callable[[Tensor], None] | None = None,
-    consume: Consume | None = None,
+    on_grad_slab: OnGradientSlab | None = None,
 ) -> Gradients:
     """`linear_margin_discrimination` without autograd: the result and the gradients of its loss at once.
 
     For callers with an autograd of their own: no second copy of the gradient [S, D] is made for scaling it.
 
-    overwrite_w  w is scratch; in row mode PyTorch normalises its rows in place, which saves two passes over [chunk, S]
+    overwrite_w  w is scratch; with a stored gradient PyTorch normalises its rows in place, which saves two passes over [chunk, S]
     gather       w is [L, D], all class rows of this rank, of which `rows` are used: they are read where they lie, and no
                  [S, D] copy has to exist beside them. bias and the gradient stay [S] and [S, D]
     on_grad_x    called with the finished gradient of x before the last matrix products, so that a reduction of it over the
                  ranks runs under them
-    consume      called with (start, stop, gradient of rows [start, stop) of the S), slab by slab in slab mode, else once;
+    on_grad_slab      called with (start, stop, gradient of rows [start, stop) of the S), slab by slab where the gradient is recomputed, else once;
                  then the gradient as a whole is nowhere, and `Gradients.w` is None
 
-    Without need_x and need_w no matrix is kept, whatever the mode: 2 G S D FLOP, memory within the budget.
+    Without need_x and need_w no matrix is kept, whatever weight_grad says: 2 G S D FLOP, memory within the budget.
     """
-    check_inputs(x, w, target, problem, rows, teacher, bias, gather)
+    check_inputs(x, w, target, spec, rows, teacher, bias, gather)
     wide = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
-    chosen = resolve(problem.impl, x.device, wide)
-    if chosen == "torch" and problem.precision not in ("auto", "fp32"):
+    chosen = resolve(spec.impl, x.device, wide)
+    if chosen == "torch" and spec.precision not in ("auto", "fp32"):
         raise ValueError(
-            f"precision is {problem.precision!r} in PyTorch, which computes in {wide}: wanted 'auto' or 'fp32'"
+            f"precision is {spec.precision!r} in PyTorch, which computes in {wide}: wanted 'auto' or 'fp32'"
         )
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         run = _prepare(
-            x, w, target, problem, rows, teacher, bias, gather, overwrite_w, need_x or need_w, chosen, wide
+            x, w, target, spec, rows, teacher, bias, gather, overwrite_w, need_x or need_w, chosen, wide
         )  # fmt: skip
-        out = run.outcome(need_x, need_w, on_grad_x, consume if need_w else None)
+        out = run.compute(need_x, need_w, on_grad_x, on_grad_slab if need_w else None)
         cosine = out.target_cosine[:, 0] if target.ndim == 1 else out.target_cosine
         return Gradients(
             Discrimination(out.terms.sum(), out.raw, cosine, out.largest_negative, out.removed),
             None if out.grad_x is None else out.grad_x.to(x.dtype),
             None if out.grad_w is None else out.grad_w.to(w.dtype),
-            run.each_slab if run.plan.mode == "slab" else None,
+            run.each_slab if run.plan.kind == "recomputed" else None,
         )
 
 
@@ -160,7 +160,7 @@ def _prepare(
     x: Tensor,
     w: Tensor,
     target: Tensor,
-    problem: Problem,
+    spec: LossSpec,
     rows: Tensor | None,
     teacher: Tensor | None,
     bias: Tensor | None,
@@ -169,17 +169,17 @@ def _prepare(
     gradients: bool,
     chosen: Implementation,
     wide: torch.dtype,
-) -> Run:
-    by_rows = gradients and problem.mode != "slab"
+) -> LossComputation:
+    by_rows = gradients and spec.weight_grad != "recomputed"
     target_Gl = target[:, None] if target.ndim == 1 else target
-    call = Call(w, rows if gather else None, bias, problem, by_rows, overwrite_w and not gather)
+    call = EngineInputs(w, rows if gather else None, bias, spec, by_rows, overwrite_w and not gather)
     engine = engine_for(chosen, call, wide)
     count, device = engine.num_rows, x.device.type
     if by_rows:
         triton = chosen == "triton"
         labels = 0 if triton else target_Gl.shape[1]  # whose rows PyTorch copies
-        plan = plan_rows(
-            problem,
+        plan = plan_chunks(
+            spec,
             len(x),
             count,
             x.shape[1],
@@ -189,6 +189,6 @@ def _prepare(
             least=_LEAST_SAMPLES if triton else 0,
         )
     else:
-        plan = plan_slabs(problem, count, engine.slab_bytes(len(x), gradients), gradients, device)
+        plan = plan_slabs(spec, count, engine.slab_bytes(len(x), gradients), gradients, device)
     teacher = None if teacher is None else teacher.to(wide)
-    return Run(engine, problem, plan, x.to(wide), target_Gl, rows, teacher)
+    return LossComputation(engine, spec, plan, x.to(wide), target_Gl, rows, teacher)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megacid_kernels.problem import Problem
+from megacid_kernels.loss_spec import LossSpec
 
 
 class Coefficients(NamedTuple):
@@ -57,10 +57,10 @@ def _several_labels(negatives: Tensor, logit: Tensor, present: Tensor, shift: fl
     return Softmax(loss, torch.exp(pull - positive[:, None]), log_z)
 
 
-def epilogue(problem: Problem, stats: dict[str, Tensor], present: Tensor, share: Tensor) -> Coefficients:
+def epilogue(spec: LossSpec, stats: dict[str, Tensor], present: Tensor, share: Tensor) -> Coefficients:
     """stats: the sums over ranks, [b] each: "own", row sums of the matrices by name, "psi0".. and "cos_t0".. by label,
     "gap" for the KL. present [b, l] bool; share [b]: the sample's weight in the loss, 0 for unlabelled samples."""
-    w, s, labels = problem.weights, problem.scale, present.shape[1]
+    w, s, labels = spec.weights, spec.scale, present.shape[1]
     raw, target_t = [torch.zeros_like(share) for _ in range(3)], None
     target_x = torch.zeros_like(present, dtype=share.dtype)
     with_x: dict[str, Tensor] = {}
@@ -68,7 +68,7 @@ def epilogue(problem: Problem, stats: dict[str, Tensor], present: Tensor, share:
 
     def softmax(name: str, cosine: str, temperature: float) -> Softmax:
         logit = torch.stack([stats[f"{cosine}{i}"] for i in range(labels)], 1) * (s / temperature)
-        shift = problem.shift(temperature)
+        shift = spec.shift(temperature)
         if labels == 1:
             return one_label(stats[name], logit, shift)
         return _several_labels(stats[name], logit, present, shift)
@@ -83,7 +83,7 @@ def epilogue(problem: Problem, stats: dict[str, Tensor], present: Tensor, share:
         target_t = -each[:, None] * teacher.pull
     if w.gamma > 0:
         soft = s / w.temperature
-        each, name_S, name_T = share * (w.gamma * soft), problem.softened("S"), problem.softened("T")
+        each, name_S, name_T = share * (w.gamma * soft), spec.softened("S"), spec.softened("T")
         student = softmax(name_S, "psi", w.temperature)
         teacher = softmax(name_T, "cos_t", w.temperature)
         target_gap = (1 - teacher.pull[:, 0]) * (stats["cos_t0"] - stats["psi0"])

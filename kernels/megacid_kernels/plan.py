@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from megacid_kernels.problem import Problem
+from megacid_kernels.loss_spec import LossSpec
 
 _TILE_ROWS = 128  # slabs that are not the last end where the tiles of a product do
 
@@ -18,28 +18,28 @@ class SlabBytes(NamedTuple):
 
 
 class Plan(NamedTuple):
-    mode: Literal["row", "slab", "loss-only"]
-    chunks: list[slice]  # of samples in mode "row"; the others take all of them at once
-    slabs: list[tuple[int, int]]  # (start, stop) of class rows; one with all of them in mode "row"
+    kind: Literal["stored", "recomputed", "loss-only"]
+    chunks: list[slice]  # of samples where the gradient is stored; the others take all of them at once
+    slabs: list[tuple[int, int]]  # (start, stop) of class rows; one with all of them where the gradient is stored
 
 
-def plan_rows(
-    problem: Problem, batch: int, rows: int, width: int, labels: int, itemsize: int, device: str, *, least: int
+def plan_chunks(
+    spec: LossSpec, batch: int, rows: int, width: int, labels: int, itemsize: int, device: str, *, least: int
 ) -> Plan:
-    """The same number of chunks on every rank, see `Problem.chunk`. ValueError where the budget does not hold `least`
+    """The same number of chunks on every rank, see `LossSpec.chunk`. ValueError where the budget does not hold `least`
     samples; PyTorch asks for none and takes one at a time then, Triton would be a thousand times slower."""
-    step = problem.chunk(batch, rows, width, labels, itemsize, device)
+    step = spec.chunk(batch, rows, width, labels, itemsize, device)
     if step < min(batch, least):
         raise ValueError(
-            f"memory_budget_bytes is {problem.budget(device)}, which allows chunks of {step} samples beside "
-            f"{problem.max_rows or rows} class rows, expected at least {min(batch, least)}: raise it, or take mode 'slab'"
+            f"memory_budget_bytes is {spec.budget(device)}, which allows chunks of {step} samples beside "
+            f"{spec.max_rows or rows} class rows, expected at least {min(batch, least)}: raise it, or pass weight_grad='recomputed'"
         )
-    return Plan("row", [slice(start, min(start + step, batch)) for start in range(0, batch, step)], [(0, rows)])
+    return Plan("stored", [slice(start, min(start + step, batch)) for start in range(0, batch, step)], [(0, rows)])
 
 
-def plan_slabs(problem: Problem, rows: int, needs: SlabBytes, gradients: bool, device: str) -> Plan:
+def plan_slabs(spec: LossSpec, rows: int, needs: SlabBytes, gradients: bool, device: str) -> Plan:
     """ValueError where not even a slab of one class fits the budget."""
-    budget = problem.budget(device)
+    budget = spec.budget(device)
     left = budget - needs.fixed
     if left < needs.each:
         raise ValueError(
@@ -50,4 +50,4 @@ def plan_slabs(problem: Problem, rows: int, needs: SlabBytes, gradients: bool, d
     if most > _TILE_ROWS:
         most -= most % _TILE_ROWS
     slabs = [(start, min(start + most, rows)) for start in range(0, rows, most)] or [(0, 0)]
-    return Plan("slab" if gradients else "loss-only", [], slabs)
+    return Plan("recomputed" if gradients else "loss-only", [], slabs)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megacid_kernels.problem import TargetMargin, Weights
+from megacid_kernels.loss_spec import TargetMargin, Weights
 
 
 def discrimination_reference(

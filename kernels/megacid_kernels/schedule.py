@@ -1,14 +1,14 @@
-"""One order of work for every mode: loss and closed-form gradients of a batch, whatever engine does it.
+"""One order of work for every plan: loss and closed-form gradients of a batch, whatever engine does it.
 
 Legend: G gathered batch, b samples of one chunk, D width, S rows of w on this rank, n rows of a slab, l labels per sample.
 
 Samples are cut into chunks, class rows into slabs; one of the two into one piece.
 
-    row        chunks of samples, all rows: exponentials -> ONE sum all-reduce of [k, b] row statistics, hidden under the
+    stored     chunks of samples, all rows: exponentials -> ONE sum all-start_all_reduce of [k, b] row statistics, hidden under the
                dX product -> dX, dW. 6 G S D FLOP. The matrices [b, S] are what has to fit the budget
-    slab       all samples, slabs of rows: first all row sums and the all-reduce; then for every slab the exponentials
+    recomputed all samples, slabs of rows: first all row sums and the all-start_all_reduce; then for every slab the exponentials
                again, dX += E w, and the slab of dW, complete. 8 G S D FLOP; no [S, D] gradient has to exist
-    loss-only  slab mode's first half, where nobody wants a gradient: 2 G S D FLOP, and no matrix is kept
+    loss-only  the first half of that, where nobody wants a gradient: 2 G S D FLOP, and no matrix is kept
 
 The exponentials are stored un-normalised: 1 / Z scales rows, so it commutes with both gradient products and no second
 pass over [b, S] is needed. With E_j = exp(z_j - kappa) for the negatives (E_y := 0), n = sum_j E_j:
@@ -31,17 +31,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megacid_kernels.engines.interface import Block, Engine, Labels, Negatives, Pull
+from megacid_kernels.engines.interface import ClassBlock, Engine, Labels, NegativeStatistics, TargetGradient
 from megacid_kernels.epilogue import Coefficients
+from megacid_kernels.loss_spec import LossSpec
 from megacid_kernels.plan import Plan
-from megacid_kernels.problem import Problem
 from megacid_kernels.targets import Target, locate, within, without_repeats
 
-Consume = Callable[[int, int, Tensor], object]  # (start, stop, gradient of rows [start, stop) of w)
+OnGradientSlab = Callable[[int, int, Tensor], object]  # (start, stop, gradient of rows [start, stop) of w)
 
 
-class Outcome(NamedTuple):
-    """What `Run` gives; the last two only where they were asked for."""
+class LossOutput(NamedTuple):
+    """What `LossComputation` gives; the last two only where they were asked for."""
 
     terms: Tensor  # [3] weighted and reduced: alpha * CE(student), beta * CE(teacher), gamma * KL
     raw: Tensor  # [3] the same without their weights
@@ -56,25 +56,25 @@ class Batch:
     """What belongs to the whole batch, and no class row."""
 
     def __init__(
-        self, engine: Engine, x_GD: Tensor, target_Gl: Tensor, rows_S: Tensor | None, teacher_GD: Tensor | None, problem: Problem
+        self, engine: Engine, x_GD: Tensor, target_Gl: Tensor, rows_S: Tensor | None, teacher_GD: Tensor | None, spec: LossSpec
     ):  # fmt: skip
         target_Gl = without_repeats(target_Gl) if target_Gl.shape[1] > 1 else target_Gl
         self.present = target_Gl >= 0
-        self.labels = Labels(*locate(target_Gl, rows_S, problem.class_start, engine.num_rows))
+        self.labels = Labels(*locate(target_Gl, rows_S, spec.class_start, engine.num_rows))
         self.labelled = self.present.any(1)
         count = self.labelled.sum().to(x_GD.dtype)
-        self.each = 1 / count.clamp_min(1) if problem.reduction == "mean" else torch.ones_like(count)
+        self.each = 1 / count.clamp_min(1) if spec.reduction == "mean" else torch.ones_like(count)
         self.student = engine.samples(x_GD)
         self.teacher = None
-        if teacher_GD is not None and problem.weights.needs_teacher:
+        if teacher_GD is not None and spec.weights.needs_teacher:
             self.teacher = engine.samples(teacher_GD)
 
 
-class Chunk:
+class SampleChunk:
     """Samples `part` of a batch on their way through all slabs."""
 
-    def __init__(self, engine: Engine, batch: Batch, problem: Problem, part: slice):
-        self.engine, self.problem = engine, problem
+    def __init__(self, engine: Engine, batch: Batch, spec: LossSpec, part: slice):
+        self.engine, self.spec = engine, spec
         self.student = batch.student.part(part)
         self.teacher = batch.teacher.part(part) if batch.teacher is not None else None
         self.labels = Labels(batch.labels.own[part], batch.labels.slot[part])
@@ -84,14 +84,14 @@ class Chunk:
         self.largest: Tensor | None = None
         self.stats: dict[str, Tensor] = {}
         self.products: dict[str, Tensor] = {}  # matrix @ unit rows over the slabs so far
-        self.found: Negatives | None = None  # of the last slab
-        self.pulls: list[Pull] = []
-        # The KL compares the cosines under the teacher's distribution through this product, before the all-reduce.
-        self.early = {problem.softened("T")} if problem.weights.gamma > 0 else set()
+        self.found: NegativeStatistics | None = None  # of the last slab
+        self.pulls: list[TargetGradient] = []
+        # The KL compares the cosines under the teacher's distribution through this product, before the all-start_all_reduce.
+        self.early = {spec.softened("T")} if spec.weights.gamma > 0 else set()
         self._on_x: Target | None = None
         self._on_t: Target | None = None
 
-    def measure(self, block: Block, start: int, stop: int, keep: set[str]) -> None:
+    def accumulate_statistics(self, block: ClassBlock, start: int, stop: int, keep: set[str]) -> None:
         """Add a slab to the row statistics; the matrices in `keep` stay in `found`."""
         found = block.negatives(self.student, self.teacher, self._labels_in(start, stop), keep | self.early)
         for name, sums in found.sums.items():
@@ -103,12 +103,12 @@ class Chunk:
             self.products[name] = block.product(found.matrices[name], self.products.get(name))
         self.found = found
 
-    def reduce(self) -> Callable[[], dict[str, Tensor]]:
-        """Start the all-reduce of everything that the ranks have to know of each other's rows; the result, when called."""
-        weights, labels = self.problem.weights, self.labels
+    def start_all_reduce(self) -> Callable[[], dict[str, Tensor]]:
+        """Start the all-start_all_reduce of everything that the ranks have to know of each other's rows; the result, when called."""
+        weights, labels = self.spec.weights, self.labels
         if self.teacher is not None and weights.gamma > 0:
             gap = self.teacher.unit - self.student.unit
-            self.stats["gap"] = torch.linalg.vecdot(gap, self.products[self.problem.softened("T")])
+            self.stats["gap"] = torch.linalg.vecdot(gap, self.products[self.spec.softened("T")])
         if weights.needs_student:
             self._on_x = self.engine.target(self.student, labels, True)
         if self.teacher is not None:
@@ -117,9 +117,9 @@ class Chunk:
         for kind, value in self._by_label():
             self.stats |= {f"{kind}{i}": column for i, column in enumerate(value.unbind(1))}
         reduced = torch.stack(list(self.stats.values()))
-        names, problem, pending = list(self.stats), self.problem, None
-        if problem.world > 1:
-            pending = dist.all_reduce(reduced, group=problem.group, async_op=True)
+        names, spec, pending = list(self.stats), self.spec, None
+        if spec.world > 1:
+            pending = dist.all_reduce(reduced, group=spec.group, async_op=True)
 
         def result() -> dict[str, Tensor]:
             if pending is not None:
@@ -132,7 +132,7 @@ class Chunk:
         found = [] if self._on_x is None else [("psi", self._on_x.psi), ("cos", self._on_x.cos)]
         return found + ([] if self._on_t is None else [("cos_t", self._on_t.cos)])
 
-    def settle(self, stats: dict[str, Tensor]) -> Coefficients:
+    def finish_statistics(self, stats: dict[str, Tensor]) -> Coefficients:
         """From the reduced statistics: `raw` [3, b], `target_cosine` [b, l], and how labels and negatives pull."""
         rows = self.engine.coefficients(stats, self.present, self.share)
         # A label whose class no rank holds would be a wrong number; NaN is a loud one.
@@ -142,23 +142,21 @@ class Chunk:
         if self._on_x is not None:
             self.target_cosine = torch.stack([stats[f"cos{i}"] for i in range(self.present.shape[1])], 1)
             # dpsi is 0 where another rank owns the class
-            self.pulls.append(Pull(rows.target_x * self._on_x.dpsi, self._on_x.cos, self.student))
+            self.pulls.append(TargetGradient(rows.target_x * self._on_x.dpsi, self._on_x.cos, self.student))
         if self.teacher is not None and self._on_t is not None and rows.target_t is not None:
-            self.pulls.append(Pull(rows.target_t * self.labels.own, self._on_t.cos, self.teacher))
+            self.pulls.append(TargetGradient(rows.target_t * self.labels.own, self._on_t.cos, self.teacher))
         self.rows = rows
         return rows
 
-    def recall(self, block: Block, start: int, stop: int) -> None:
+    def recompute_exponentials(self, block: ClassBlock, start: int, stop: int) -> None:
         """The matrices of a slab once more."""
-        names = set(self.problem.matrices("S")) | (
-            set(self.problem.matrices("T")) if self.teacher is not None else set()
-        )
+        names = set(self.spec.matrices("S")) | (set(self.spec.matrices("T")) if self.teacher is not None else set())
         self.found = block.negatives(self.student, self.teacher, self._labels_in(start, stop), names)
 
-    def add_products(self, block: Block) -> None:
+    def add_products(self, block: ClassBlock) -> None:
         """The slab in `found` into what the gradient of x needs; no reduced number is needed for that."""
         assert self.found is not None
-        for name in self.problem.student_products():
+        for name in self.spec.student_products():
             if name not in self.early:
                 self.products[name] = block.product(self.found.matrices[name], self.products.get(name))
 
@@ -173,7 +171,7 @@ class Chunk:
         self.products = {}
         return self.engine.finish_x(parts, self.pulls[0], self.labels)
 
-    def add_gradient_of_w(self, grad_nD: Tensor | None, block: Block, start: int, stop: int) -> Tensor:
+    def add_gradient_of_w(self, grad_nD: Tensor | None, block: ClassBlock, start: int, stop: int) -> Tensor:
         """Add the slab in `found` to the gradient of its rows, and forget its matrices."""
         assert self.found is not None
         found, self.found = self.found, None
@@ -197,49 +195,49 @@ class Chunk:
         return Labels(*within(self.labels.own, self.labels.slot, start, stop))
 
 
-class Run:
-    """One call. `outcome` computes; in slab mode `each_slab` gives the gradient of w once more, slab by slab."""
+class LossComputation:
+    """One call. `compute` computes; with weight_grad "recomputed" `each_slab` gives the gradient of w once more, slab by slab."""
 
     def __init__(
         self,
         engine: Engine,
-        problem: Problem,
+        spec: LossSpec,
         plan: Plan,
         x_GD: Tensor,
         target_Gl: Tensor,
         rows_S: Tensor | None,
         teacher_GD: Tensor | None,
     ):
-        self.engine, self.problem, self.plan = engine, problem, plan
-        self.batch = Batch(engine, x_GD, target_Gl, rows_S, teacher_GD, problem)
+        self.engine, self.spec, self.plan = engine, spec, plan
+        self.batch = Batch(engine, x_GD, target_Gl, rows_S, teacher_GD, spec)
         size = len(x_GD)
         self._raw = x_GD.new_zeros(3)
         self._target_cosine = x_GD.new_zeros(target_Gl.shape)
         self._largest = x_GD.new_full((size,), -torch.inf)
         self._removed = torch.zeros(size, dtype=torch.int64, device=x_GD.device)
         self._grad_x: Tensor | None = None
-        self._last: Chunk | None = None
+        self._last: SampleChunk | None = None
 
-    def outcome(
+    def compute(
         self,
         need_x: bool,
         need_w: bool,
         on_grad_x: Callable[[Tensor], None] | None = None,
-        consume: Consume | None = None,
-    ) -> Outcome:
-        """on_grad_x: called with the finished gradient of x before the last products of that of w. consume: called with
+        on_grad_slab: OnGradientSlab | None = None,
+    ) -> LossOutput:
+        """on_grad_x: called with the finished gradient of x before the last products of that of w. on_grad_slab: called with
         every slab of the gradient of w, which then is not kept; a slab's memory is the caller's."""
-        problem, x = self.problem, self.batch.student.x
+        spec, x = self.spec, self.batch.student.x
         self._grad_x = torch.zeros_like(x) if need_x else None
-        grad_w = _Assembled(self.engine.num_rows, x) if need_w and consume is None else None
-        keep = consume or (grad_w if need_w else None)
-        if self.plan.mode == "row":
+        grad_w = _Assembled(self.engine.num_rows, x) if need_w and on_grad_slab is None else None
+        keep = on_grad_slab or (grad_w if need_w else None)
+        if self.plan.kind == "stored":
             self._by_rows(keep, on_grad_x)
         else:
             self._by_slabs(need_x, keep, on_grad_x)
         raw = self._raw * self.batch.each
-        weights = (problem.weights.alpha, problem.weights.beta, problem.weights.gamma)
-        return Outcome(
+        weights = (spec.weights.alpha, spec.weights.beta, spec.weights.gamma)
+        return LossOutput(
             terms=torch.stack([weight * part for weight, part in zip(weights, raw.unbind())]),
             raw=raw,
             target_cosine=self._target_cosine,
@@ -249,71 +247,73 @@ class Run:
             grad_w=None if grad_w is None else grad_w.whole,
         )
 
-    def _by_rows(self, consume: Consume | None, on_grad_x: Callable[[Tensor], None] | None) -> None:
+    def _by_rows(self, on_grad_slab: OnGradientSlab | None, on_grad_x: Callable[[Tensor], None] | None) -> None:
         rows, need_x = self.engine.num_rows, self._grad_x is not None
         block, grad_w = self.engine.block(0, rows, True), None
         parts = self.plan.chunks
         for part in parts:
             last = part is parts[-1]
-            chunk = Chunk(self.engine, self.batch, self.problem, part)
-            names = set(self.problem.matrices("S")) | set(self.problem.matrices("T"))
-            chunk.measure(block, 0, rows, names)
+            chunk = SampleChunk(self.engine, self.batch, self.spec, part)
+            names = set(self.spec.matrices("S")) | set(self.spec.matrices("T"))
+            chunk.accumulate_statistics(block, 0, rows, names)
             if last:
-                block.forget_logits()
-            pending = chunk.reduce()
+                block.release_logit_rows()
+            pending = chunk.start_all_reduce()
             if need_x:
                 chunk.add_products(block)
             if last:
-                block.forget_rows()
-            chunk.settle(pending())
+                block.release_rows()
+            chunk.finish_statistics(pending())
             self._note(chunk, part)
             if need_x:
                 self._finish_x(chunk, part, on_grad_x if last else None)
-            if consume is not None:
+            if on_grad_slab is not None:
                 grad_w = chunk.add_gradient_of_w(grad_w, block, 0, rows)
         if not parts and on_grad_x is not None and self._grad_x is not None:
             on_grad_x(self._grad_x)
-        if consume is not None:
-            consume(0, rows, block.through_norm_(grad_w) if grad_w is not None else self._no_gradient())
+        if on_grad_slab is not None:
+            on_grad_slab(0, rows, block.through_norm_(grad_w) if grad_w is not None else self._no_gradient())
 
-    def _by_slabs(self, need_x: bool, consume: Consume | None, on_grad_x: Callable[[Tensor], None] | None) -> None:
+    def _by_slabs(
+        self, need_x: bool, on_grad_slab: OnGradientSlab | None, on_grad_x: Callable[[Tensor], None] | None
+    ) -> None:
         whole = slice(0, len(self.batch.student.x))
-        chunk = Chunk(self.engine, self.batch, self.problem, whole)
+        chunk = SampleChunk(self.engine, self.batch, self.spec, whole)
         for start, stop in self.plan.slabs:
-            chunk.measure(self.engine.block(start, stop, bool(chunk.early)), start, stop, set())
+            chunk.accumulate_statistics(self.engine.block(start, stop, bool(chunk.early)), start, stop, set())
             chunk.found = None
-        chunk.settle(chunk.reduce()())
+        chunk.finish_statistics(chunk.start_all_reduce()())
         self._note(chunk, whole)
         self._last = chunk
-        if not need_x and consume is None:
+        if not need_x and on_grad_slab is None:
             return
         for start, stop in self.plan.slabs:
             block = self.engine.block(start, stop, True)
-            chunk.recall(block, start, stop)
-            block.forget_logits()
+            chunk.recompute_exponentials(block, start, stop)
+            block.release_logit_rows()
             if need_x:
                 chunk.add_products(block)
                 if stop == self.engine.num_rows:
                     self._finish_x(chunk, whole, on_grad_x)
-            block.forget_rows()
-            if consume is not None:
-                consume(start, stop, block.through_norm_(chunk.add_gradient_of_w(None, block, start, stop)))
+            block.release_rows()
+            if on_grad_slab is not None:
+                on_grad_slab(start, stop, block.through_norm_(chunk.add_gradient_of_w(None, block, start, stop)))
 
-    def each_slab(self, consume: Consume) -> None:
+    def each_slab(self, on_grad_slab: OnGradientSlab) -> None:
         """The slabs of the gradient of w once more, bit for bit, from class rows that may have changed in the slabs before:
         what an optimizer needs that must not move a row before a decision about the whole step. 4 G S D FLOP."""
         chunk = self._last
         if chunk is None:
             raise ValueError(
-                f"mode is {self.problem.mode!r}, expected 'slab' and a gradient: other modes keep no slabs"
+                f"weight_grad is {self.spec.weight_grad!r}, expected 'recomputed' and a gradient: nothing else makes slabs"
             )
         for start, stop in self.plan.slabs:
             block = self.engine.block(start, stop, True)
-            chunk.recall(block, start, stop)
-            block.forget_logits()
-            consume(start, stop, block.through_norm_(chunk.add_gradient_of_w(None, block, start, stop)))
+            chunk.recompute_exponentials(block, start, stop)
+            block.release_logit_rows()
+            on_grad_slab(start, stop, block.through_norm_(chunk.add_gradient_of_w(None, block, start, stop)))
 
-    def _note(self, chunk: Chunk, part: slice) -> None:
+    def _note(self, chunk: SampleChunk, part: slice) -> None:
         self._raw += chunk.raw.sum(1)
         if chunk.target_cosine is not None:
             self._target_cosine[part] = chunk.target_cosine
@@ -321,7 +321,7 @@ class Run:
             self._largest[part] = chunk.largest
         self._removed[part] = chunk.removed
 
-    def _finish_x(self, chunk: Chunk, part: slice, on_grad_x: Callable[[Tensor], None] | None) -> None:
+    def _finish_x(self, chunk: SampleChunk, part: slice, on_grad_x: Callable[[Tensor], None] | None) -> None:
         assert self._grad_x is not None
         found = chunk.gradient_of_x()
         if found is not None:

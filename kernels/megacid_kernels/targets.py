@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megacid_kernels.problem import Problem
+from megacid_kernels.loss_spec import LossSpec
 
 
 class Target(NamedTuple):
@@ -48,20 +48,20 @@ def within(own: Tensor, slot: Tensor, start: int, stop: int) -> tuple[Tensor, Te
     return own, (slot - start).clamp(0, max(stop - start - 1, 0))
 
 
-def target_of(x_bD: Tensor, w_blD: Tensor, own: Tensor, problem: Problem | None) -> Target:
-    """From unit rows; problem: whose margin acts, if one does. sin = |x - w| |x + w| / 2 keeps its digits at cos -> +-1."""
+def target_of(x_bD: Tensor, w_blD: Tensor, own: Tensor, spec: LossSpec | None) -> Target:
+    """From unit rows; spec: whose margin acts, if one does. sin = |x - w| |x + w| / 2 keeps its digits at cos -> +-1."""
     x, sin = x_bD[:, None, :], None
     cos = torch.linalg.vecdot(x, w_blD)
-    if problem is not None and problem.margin is not None:
+    if spec is not None and spec.margin is not None:
         sin = torch.linalg.vector_norm(x - w_blD, dim=2) * torch.linalg.vector_norm(x + w_blD, dim=2) / 2
-    return with_margin(cos, sin, own, problem)
+    return with_margin(cos, sin, own, spec)
 
 
-def with_margin(cos: Tensor, sin: Tensor | None, own: Tensor, problem: Problem | None) -> Target:
+def with_margin(cos: Tensor, sin: Tensor | None, own: Tensor, spec: LossSpec | None) -> Target:
     """All [b, l]; sin is needed where a margin acts."""
     psi, dpsi = cos, torch.ones_like(cos)
-    if problem is not None and problem.margin is not None and sin is not None:
-        psi, exact = problem.margin.target(cos, sin)
-        dpsi = exact if problem.margin_grad == "exact" else dpsi
+    if spec is not None and spec.margin is not None and sin is not None:
+        psi, exact = spec.margin.target(cos, sin)
+        dpsi = exact if spec.margin_grad == "exact" else dpsi
     zero = torch.zeros_like(cos)
     return Target(*(torch.where(own, value, zero) for value in (cos, psi, dpsi)))

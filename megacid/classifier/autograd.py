@@ -19,7 +19,7 @@ class ForwardGradients(NamedTuple):
 
     gradients: Gradients
     x: Tensor | None  # [B, D] gradient of this rank's embeddings, summed over the ranks
-    norm_sq: Tensor  # 0-d fp32, of the slabs in slab mode, else 0
+    norm_sq: Tensor  # 0-d fp32, of the slabs with weight_grad "recomputed", else 0
 
 
 class PartialFCFunction(torch.autograd.Function):

@@ -39,7 +39,7 @@ from megacid.distributed.collectives import (
 )
 from megacid.distributed.parallel import shard_range
 from megacid.errors import UserError
-from megacid_kernels import Discrimination, Problem, Weights, discrimination_with_gradients, resolve
+from megacid_kernels import Discrimination, LossSpec, Weights, discrimination_with_gradients, resolve
 from megacid_kernels.margin import Margin
 
 
@@ -72,7 +72,7 @@ class PartialFC(nn.Module):
         filter_threshold: float | None = None,
         log_q: bool = False,
         impl: str = "auto",
-        mode: str = "auto",
+        weight_grad: str = "auto",
         precision: str = "auto",
         memory_budget_bytes: int | None = None,
         device: torch.device | str | None = None,
@@ -92,10 +92,10 @@ class PartialFC(nn.Module):
         log_q            divide a drawn negative's exponential by its chance of being drawn, so that the denominator is an
                          unbiased estimate of the one over all classes
         impl             "torch", "triton", or "auto": Triton on CUDA where it imports, else PyTorch
-        mode             "row" (which "auto" is), or "slab": least memory, for no [S, D] gradient exists. A step is 12 instead
+        weight_grad      "stored" (which "auto" is), or "recomputed": least memory, for no [S, D] gradient exists. A step is 12 instead
                          of 6 G S D FLOP: forward makes the slabs for their norm, the optimizer makes them again, because no
                          row may move before the guard's decision. One backward per step
-        precision        of Triton's products: "fp16" (which "auto" is), "bf16", "fp32", see `megacid_kernels.Problem`
+        precision        of Triton's products: "fp16" (which "auto" is), "bf16", "fp32", see `megacid_kernels.LossSpec`
         memory_budget_bytes  for the [chunk, S] matrices; None: 1 GiB, on a CPU 64 MiB or half of the rows' gradient
         """
         super().__init__()
@@ -118,11 +118,11 @@ class PartialFC(nn.Module):
         self.num_local = self.class_stop - self.class_start
         self._options = {
             "scale": scale, "margin": margin or Margin.cosface(0.3), "margin_grad": margin_grad,
-            "filter_threshold": filter_threshold, "impl": impl, "mode": mode, "precision": precision, "memory_budget_bytes": memory_budget_bytes,
-            "reduction": reduction,
+            "filter_threshold": filter_threshold, "impl": impl, "weight_grad": weight_grad, "precision": precision,
+            "memory_budget_bytes": memory_budget_bytes, "reduction": reduction,
         }  # fmt: skip
-        self.mode, self._impl = mode, impl
-        self._problem(Weights(), 1)
+        self.weight_grad, self._impl = weight_grad, impl
+        self._loss_spec(Weights(), 1)
         self.log_q = log_q
         self._exchange = LabelExchange(num_classes, group)
         if init is None:
@@ -188,7 +188,7 @@ class PartialFC(nn.Module):
             teacher_BD = teacher_BD.index_select(1, dims) if teacher_BD is not None else None
         emb_GD = gather_plain(emb_BD, self.group, sizes=batch.sizes)
         teacher_GD = None if teacher_BD is None else gather_plain(teacher_BD, self.group, sizes=batch.sizes)
-        problem = self._problem(weights, batch.max_rows)
+        spec = self._loss_spec(weights, batch.max_rows)
         train = torch.is_grad_enabled()
 
         def compute(need_x: bool) -> ForwardGradients:
@@ -198,14 +198,17 @@ class PartialFC(nn.Module):
             scattered: list[Callable[[], Tensor]] = []
             norm_sq = torch.zeros((), device=w.device)
             found = discrimination_with_gradients(
-                emb_GD, w, batch.target_Gl if several else batch.target_Gl[:, 0], problem, rows=batch.rows,
+                emb_GD, w, batch.target_Gl if several else batch.target_Gl[:, 0], spec, rows=batch.rows,
                 teacher=teacher_GD, bias=bias_S, need_x=need_x, need_w=train, overwrite_w=dims is not None,
                 gather=batch.rows is not None and dims is None,
                 # Under the last products of the rows' gradient; every rank comes by here.
                 on_grad_x=lambda grad: scattered.append(
                     start_reduce_scatter_rows(grad.to(emb_GD.dtype), batch.sizes, self.group)
                 ),
-                consume=(lambda start, stop, grad: norm_sq.add_(grad.square().sum())) if self.mode == "slab" else None,
+                on_grad_slab=(
+                    (lambda start, stop, grad: norm_sq.add_(grad.square().sum()))
+                    if self.weight_grad == "recomputed" else None
+                ),
             )  # fmt: skip
             return ForwardGradients(found, scattered[0]() if scattered else None, norm_sq)
 
@@ -220,9 +223,9 @@ class PartialFC(nn.Module):
         self._last = (Discrimination(*(part.detach() for part in out)), batch)
         return out
 
-    def _problem(self, weights: Weights, max_rows: int) -> Problem:
+    def _loss_spec(self, weights: Weights, max_rows: int) -> LossSpec:
         try:
-            return Problem(
+            return LossSpec(
                 num_classes=self.num_classes,
                 class_start=self.class_start,
                 max_rows=max_rows,
@@ -305,16 +308,16 @@ class PartialFC(nn.Module):
 
     def row_grad(self) -> tuple[Tensor, Tensor]:
         """(local row ids [S] sorted unique, d loss / d weight[rows] [S, D] fp32), summed over the backwards since
-        `zero_grad`. Exact: no factor of the number of ranks. Empty before the first backward. In slab mode the matrix is
-        put together for this call: `for_each_row_grad` does without it."""
+        `zero_grad`. Exact: no factor of the number of ranks. Empty before the first backward. With weight_grad
+        "recomputed" the matrix is assembled for this call: `for_each_row_grad` does without it."""
         if self._row_grad is None:
             none = torch.empty(0, dtype=torch.int64, device=self.weight.device)
             return none, self.weight.new_empty(0, self.embed_dim)
         return self._row_grad.rows, self._row_grad.matrix()
 
     def for_each_row_grad(self, take: OnRowGradient) -> None:
-        """take(rows, gradient) for parts of `row_grad` that cover it: in slab mode the slabs, else all at once. It may
-        change the weight of these rows."""
+        """take(rows, gradient) for parts of `row_grad` that cover it: the slabs of a recomputed gradient, else all at once.
+        It may change the weight of these rows."""
         if self._row_grad is not None:
             self._row_grad.each(take)
 

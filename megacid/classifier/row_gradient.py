@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megacid.errors import UserError
-from megacid_kernels import Consume
+from megacid_kernels import OnGradientSlab
 
 OnRowGradient = Callable[[Tensor, Tensor], object]  # (local row ids [n], gradient [n, D])
 
@@ -59,7 +59,7 @@ class RecomputedRowGradient:
         self,
         rows_S: Tensor,
         width: int,
-        each_slab: Callable[[Consume], None],
+        each_slab: Callable[[OnGradientSlab], None],
         norm_sq: Tensor,
         scale: Tensor,
         widen: Callable[[Tensor], Tensor],
@@ -84,6 +84,6 @@ class RecomputedRowGradient:
 
 def second_backward_error() -> UserError:
     return UserError(
-        'a second backward of the classifier before zero_grad with mode "slab", which holds no gradient to add to: take '
-        'one micro-batch per step, or mode "row"'
+        'second backward of the classifier before zero_grad with weight_grad "recomputed", which stores no gradient to add '
+        'to: use one micro-batch per step, or weight_grad "stored"'
     )

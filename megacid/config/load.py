@@ -22,6 +22,7 @@ from typing import Any, Literal
 import hjson
 
 from megacid.config.deepspeed import KNOWN_KEYS, lint_deepspeed
+from megacid.config.renamed import rename_message
 from megacid.config.schema import MegacidConfig, RunFile, defaults
 from megacid.config.validation import check, check_numbers
 from megacid.errors import UserError, nearest
@@ -60,7 +61,8 @@ def _build(cls: type, values: Any, where: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
-            raise UserError(f'unknown key "{where}.{key}": {nearest(key, list(hints))}')
+            renamed = rename_message(f"{where}.{key}", values[key])
+            raise UserError(renamed or f'unknown key "{where}.{key}": {nearest(key, list(hints))}')
     for item in dataclasses.fields(cls):
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and item.name not in values:
@@ -123,9 +125,9 @@ def load_run(path: str | Path, assignments: list[str] | None = None, *, world: i
     megacid: MegacidConfig = _build(MegacidConfig, block, "megacid")
     check(megacid, defaults())
     run = RunFile(path, megacid, lint_deepspeed(tree, world))
-    if megacid.classifier.mode == "slab" and run.accumulation > 1:
+    if megacid.classifier.weight_grad == "recomputed" and run.accumulation > 1:
         raise UserError(
-            f'"megacid.classifier.mode" is "slab" and there are {run.accumulation} micro-batches in a step, expected one: no '
-            'gradient is held that a second one could be added to; write "row", or a larger micro-batch'
+            f'"megacid.classifier.weight_grad" is "recomputed" with {run.accumulation} micro-batches per step, expected 1: '
+            'a recomputed gradient cannot be accumulated; set it to "stored", or raise the micro-batch'
         )
     return run

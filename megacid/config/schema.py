@@ -125,8 +125,8 @@ class ClassifierConfig:
     """Negatives with a larger cosine leave the denominator; null: none do."""
     log_q: bool = False
     """Weigh sampled negatives by 1 / their chance, so that the denominator is unbiased for the one over all classes."""
-    mode: Literal["row", "slab"] = "row"
-    """Order of work of the class rows: row, or slab: no gradient of all sampled rows in memory, for twice the arithmetic."""
+    weight_grad: Literal["stored", "recomputed"] = "stored"
+    """Gradient of the class rows: stored until the update, or recomputed in slabs: less memory, twice the arithmetic."""
     init: str = "centroids"
     """Start rows: centroids (of data.labels), random (N(0, 0.01)), or a path: .npy, .safetensors, or a directory of per-rank insightface checkpoints."""
     optimizer: Literal["adamw", "sgd"] = "adamw"

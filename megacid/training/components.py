@@ -170,7 +170,7 @@ def make_classifier(
         feature_rate=config.feature_rate,
         filter_threshold=config.filter_threshold,
         log_q=config.log_q,
-        mode=config.mode,
+        weight_grad=config.weight_grad,
         device=parallel.device,
     )
     peak = peak_rates(run)[1]

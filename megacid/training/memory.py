@@ -6,7 +6,7 @@ from __future__ import annotations
 from megacid.classifier.sampling import Draw
 from megacid.config.schema import RunFile
 from megacid.distributed.parallel import shard_range
-from megacid_kernels import Problem, Weights
+from megacid_kernels import LossSpec, Weights
 
 MIB = 2**20
 
@@ -45,24 +45,24 @@ def _classifier(
         rows = min(local, draw.max_count(local) + -(-gathered // world))
     moments = (2 if config.optimizer == "adamw" else 1) * (4 if config.moments == "fp32" else 2)
     used = embed_dim if config.feature_rate == 1 else max(1, round(config.feature_rate * embed_dim))
-    problem = Problem(
+    spec = LossSpec(
         num_classes=num_classes,
         scale=config.scale,
         weights=Weights(loss.alpha, loss.beta, loss.gamma, loss.cluster_temperature),
         filter_threshold=config.filter_threshold,
         max_rows=rows,
     )
-    matrices = len(problem.matrices("S")) + len(problem.matrices("T"))
+    matrices = len(spec.matrices("S")) + len(spec.matrices("T"))
     itemsize = 2 if device == "cuda" else 4  # of an exponential in Triton's engine, and in PyTorch's
     per_logit = itemsize * max(1, matrices) + (config.filter_threshold is not None)
     held: dict[str, float] = {
         "classifier rows": local * (embed_dim * 4 + 4),
         "classifier optimizer": local * (embed_dim * moments + 4 + (12 if config.lazy == "decay" else 0)),
     }
-    if config.mode == "slab":
+    if config.weight_grad == "recomputed":
         whole = rows * (used * 8 + gathered * per_logit)
-        return held | {"a slab: rows, logits, gradient": min(problem.budget(device), whole)}
-    chunk = problem.chunk(gathered, rows, used, run.megacid.data.labels_per_sample, itemsize, device)
+        return held | {"a slab: rows, logits, gradient": min(spec.budget(device), whole)}
+    chunk = spec.chunk(gathered, rows, used, run.megacid.data.labels_per_sample, itemsize, device)
     gradients = rows * used * 4
     if used < embed_dim or run.accumulation > 1:  # the gradient over all dimensions; the sum of the micro-batches
         gradients += rows * embed_dim * 4

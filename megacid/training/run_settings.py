@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from megacid.config.renamed import with_new_keys
 from megacid.config.schema import RunFile, defaults
 from megacid.errors import UserError
 from megacid.storage.atomic import write_json_atomic
@@ -49,7 +50,7 @@ def check_same_settings(run: RunFile, directory: Path) -> None:
     """UserError with a diff when the directory belongs to a run with other settings."""
     try:
         resolved = json.loads((directory / "config.json").read_text())["resolved"]
-        before = flat({**resolved})
+        before = with_new_keys(flat({**resolved}))
     except FileNotFoundError:
         return
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

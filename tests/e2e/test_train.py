@@ -70,13 +70,13 @@ def losses(run: Path) -> dict[int, float]:
 
 @pytest.mark.parametrize(("world", "stage"), [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)])
 def test_a_stopped_and_resumed_run_ends_with_the_same_bits(pipeline: Pipeline, world: int, stage: int) -> None:
-    """One of them in slab mode, where the optimizer makes the classifier's gradient itself."""
-    mode = ("--set", f"classifier.mode={'slab' if stage == 2 else 'row'}")
+    """One of them with weight_grad "recomputed", where the optimizer makes the classifier's gradient itself."""
+    weight_grad = ("--set", f"classifier.weight_grad={'recomputed' if stage == 2 else 'stored'}")
     through = pipeline.run_file(f"through{world}{stage}", zero_optimization={"stage": stage})
-    run_train(world, through, *mode)
+    run_train(world, through, *weight_grad)
     broken = pipeline.run_file(f"broken{world}{stage}", zero_optimization={"stage": stage})
-    run_train(world, broken, *mode, "--stop-after", "4", expect=143)
-    run_train(world, broken, *mode)
+    run_train(world, broken, *weight_grad, "--stop-after", "4", expect=143)
+    run_train(world, broken, *weight_grad)
     want, got = (
         tensors(pipeline.root / "runs" / f"{name}{world}{stage}" / "step-00000006") for name in ("through", "broken")
     )
@@ -226,8 +226,8 @@ BAD = {
     "teacher width": (["--set", "student.embed_dim=48"], "embed_dim"),
     "unknown model": (["--set", "student.model=ViT-Z-99"], "ViT-Z-99"),
     "no terms": (["--set", 'loss={"alpha": 1.0}'], "every weight"),
-    "slab mode": (["--set", "classifier.mode=slab", "--set", "train_micro_batch_size_per_gpu=4", "--set",
-                   "gradient_accumulation_steps=2"], "there are 2 micro-batches"),
+    "recomputed gradient": (["--set", "classifier.weight_grad=recomputed", "--set", "train_micro_batch_size_per_gpu=4",
+                            "--set", "gradient_accumulation_steps=2"], "with 2 micro-batches per step, expected 1"),
     "labels needed": (["--set", "data.labels=null"], "needs labels"),
 }  # fmt: skip
 

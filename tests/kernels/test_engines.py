@@ -1,4 +1,4 @@
-"""Both engines under every schedule: Triton against float64 and PyTorch, slabs and losses alone against row mode, the
+"""Both engines under every schedule: Triton against float64 and PyTorch, slabs and losses alone against a stored gradient, the
 classifier's step through Triton, ranks.
 
 Without a GPU in Triton's interpreter, see `interpreter.py`.
@@ -20,7 +20,7 @@ from torch import Tensor
 from megacid import Margin, PartialFC, RowAdamW, RowSGD
 from megacid.distributed.collectives import rank, world_size
 from megacid.errors import UserError
-from megacid_kernels import Discrimination, Gradients, Problem, Weights, discrimination_with_gradients
+from megacid_kernels import Discrimination, Gradients, LossSpec, Weights, discrimination_with_gradients
 from megacid_kernels.engines.torch_engine import TorchBlock
 from megacid_kernels.fused import INTERPRET, tiles_for
 from megacid_kernels.fused.gemm import product_fp32
@@ -61,16 +61,16 @@ def inputs(labels: int, bias: bool, classes: int = CLASSES) -> dict[str, Tensor 
     return {"x": x, "w": w, "target": target if labels > 1 else target[:, 0], "teacher": teacher, "bias": offset}
 
 
-def call(problem: Problem, given: dict[str, Tensor | None], device: str = "cpu", **options: Any) -> Gradients:
+def call(spec: LossSpec, given: dict[str, Tensor | None], device: str = "cpu", **options: Any) -> Gradients:
     moved: dict[str, Any] = {name: None if t is None else t.to(device) for name, t in given.items()}
     x, w, target = (moved.pop(name) for name in ("x", "w", "target"))
-    return discrimination_with_gradients(x, w, target, problem, **moved, **options)
+    return discrimination_with_gradients(x, w, target, spec, **moved, **options)
 
 
-def problem_of(name: str, **changes: Any) -> Problem:
+def spec_of(name: str, **changes: Any) -> LossSpec:
     weights, _, _, threshold = TERMS[name]
     given = {"scale": 20.0, "margin": Margin(m2=0.3, m3=0.1), "weights": weights, "filter_threshold": threshold}
-    return Problem(num_classes=CLASSES, **(given | changes))
+    return LossSpec(num_classes=CLASSES, **(given | changes))
 
 
 def relative(got: Tensor | None, want: Tensor | None) -> float:
@@ -91,8 +91,8 @@ def assert_near(got: Gradients, want: Gradients, gate: float, what: str) -> None
 )
 def test_every_term_is_within_its_gate_of_float64(name: str, precision: str, device: str) -> None:
     given = inputs(*TERMS[name][1:3])
-    exact = call(problem_of(name), {k: t.double() if t is not None and t.is_floating_point() else t for k, t in given.items()})  # fmt: skip
-    got = call(problem_of(name, impl="triton", precision=precision), given, device)
+    exact = call(spec_of(name), {k: t.double() if t is not None and t.is_floating_point() else t for k, t in given.items()})  # fmt: skip
+    got = call(spec_of(name, impl="triton", precision=precision), given, device)
     assert_near(got, exact, GATES[precision], name)
     result, want = got.result, exact.result
     torch.testing.assert_close(result.target_cosine.cpu().double(), want.target_cosine, rtol=0, atol=1e-6)
@@ -100,7 +100,7 @@ def test_every_term_is_within_its_gate_of_float64(name: str, precision: str, dev
     assert float(near) < {"fp16": 1e-3, "bf16": 8e-3, "fp32": 1e-6}[precision]
     assert torch.equal(result.removed.cpu(), want.removed)
     if precision == "fp32":  # PyTorch's own engine in float32 has to stand the same gate
-        assert_near(call(problem_of(name), given), exact, GATES["fp32"], name)
+        assert_near(call(spec_of(name), given), exact, GATES["fp32"], name)
 
 
 @on_devices
@@ -108,11 +108,11 @@ def test_every_term_is_within_its_gate_of_float64(name: str, precision: str, dev
 def test_chunks_slabs_and_losses_alone_change_nothing_but_the_order_of_sums(name: str, device: str) -> None:
     """fp32, where an order of sums is a matter of 1e-7; and with fp16 two runs are equal bit for bit."""
     given = inputs(*TERMS[name][1:3])
-    whole = call(problem_of(name, impl="triton", precision="fp32"), given, device)
+    whole = call(spec_of(name, impl="triton", precision="fp32"), given, device)
     budget = CLASSES * 4 * (75 if TERMS[name][0].gamma else 22)  # 17 samples
-    chunks = problem_of(name, impl="triton", precision="fp32", memory_budget_bytes=budget)
+    chunks = spec_of(name, impl="triton", precision="fp32", memory_budget_bytes=budget)
     assert_near(call(chunks, given, device), whole, 2e-6, "chunks")
-    slabs = problem_of(name, impl="triton", precision="fp32", mode="slab", memory_budget_bytes=40_000)
+    slabs = spec_of(name, impl="triton", precision="fp32", weight_grad="recomputed", memory_budget_bytes=40_000)
     found = call(slabs, given, device)
     assert_near(found, whole, 2e-6, "slabs")
     alone = call(slabs, given, device, need_x=False, need_w=False)
@@ -121,7 +121,7 @@ def test_chunks_slabs_and_losses_alone_change_nothing_but_the_order_of_sums(name
     assert torch.equal(alone.result.removed, whole.result.removed)
     if name != "alpha, bias, filter":
         return
-    half = problem_of(name, impl="triton")
+    half = spec_of(name, impl="triton")
     first, again = (call(half, given, device) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip((*first.result, first.x, first.w), (*again.result, again.x, again.w)))
 
@@ -130,8 +130,8 @@ def test_chunks_slabs_and_losses_alone_change_nothing_but_the_order_of_sums(name
 def test_cosines_by_cublas_give_what_the_fused_product_gives(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given, problem = inputs(1, True), problem_of("alpha, beta", impl="triton")
-    fused = call(problem, given, device)
+    given, spec = inputs(1, True), spec_of("alpha, beta", impl="triton")
+    fused = call(spec, given, device)
     architecture = "interpreter"
     if device == "cuda":
         architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
@@ -139,27 +139,27 @@ def test_cosines_by_cublas_give_what_the_fused_product_gives(
     (tmp_path / "table.json").write_text(as_json({(architecture, "float16", WIDTH): entry}))
     assert json.loads((tmp_path / "table.json").read_text())[0]["matrix"] == "in-place"
     monkeypatch.setenv(TABLE_VARIABLE, str(tmp_path / "table.json"))
-    assert_near(call(problem, given, device), fused, 3e-3, "in place")
+    assert_near(call(spec, given, device), fused, 3e-3, "in place")
 
 
 @on_devices
-@pytest.mark.parametrize("mode", ["row", "slab"])
-def test_rows_read_where_they_lie_are_rows_passed_as_a_matrix(mode: str, device: str) -> None:
+@pytest.mark.parametrize("weight_grad", ["stored", "recomputed"])
+def test_rows_read_where_they_lie_are_rows_passed_as_a_matrix(weight_grad: str, device: str) -> None:
     """Also: x's gradient is finished when it is announced, slabs are the whole gradient, and come again bit for bit."""
     given = inputs(1, False)
     rows = torch.unique(torch.cat([given["target"].clamp_min(0), torch.arange(0, CLASSES, 2)]))  # type: ignore[union-attr]
-    problem = problem_of("alpha", impl="triton", mode=mode, memory_budget_bytes=20_000)
-    picked = call(problem, given | {"w": given["w"][rows]}, device, rows=rows.to(device))  # type: ignore[index]
+    spec = spec_of("alpha", impl="triton", weight_grad=weight_grad, memory_budget_bytes=20_000)
+    picked = call(spec, given | {"w": given["w"][rows]}, device, rows=rows.to(device))  # type: ignore[index]
     announced: list[Tensor] = []
     slabs: list[tuple[int, int, Tensor]] = []
     found = call(
-        problem, given, device, rows=rows.to(device), gather=True, on_grad_x=lambda grad: announced.append(grad.clone()),
-        consume=lambda start, stop, grad: slabs.append((start, stop, grad.clone())),
+        spec, given, device, rows=rows.to(device), gather=True, on_grad_x=lambda grad: announced.append(grad.clone()),
+        on_grad_slab=lambda start, stop, grad: slabs.append((start, stop, grad.clone())),
     )  # fmt: skip
     assert torch.equal(found.x, picked.x) and torch.equal(announced[0], picked.x) and len(announced) == 1
     assert found.w is None and torch.equal(torch.cat([grad for *_, grad in slabs]), picked.w)
     assert [start for start, *_ in slabs] == [0, *(stop for _, stop, _ in slabs[:-1])] and slabs[-1][1] == len(rows)
-    assert (len(slabs) > 1) == (mode == "slab") == (found.each_slab is not None)
+    assert (len(slabs) > 1) == (weight_grad == "recomputed") == (found.each_slab is not None)
     if found.each_slab is not None:
         again: list[Tensor] = []
         found.each_slab(lambda start, stop, grad: again.append(grad.clone()))
@@ -170,12 +170,12 @@ def test_rows_read_where_they_lie_are_rows_passed_as_a_matrix(mode: str, device:
 def test_nothing_to_do_is_done(device: str) -> None:
     given = inputs(1, False)
     nobody = given | {"w": given["w"][:0], "target": torch.full((BATCH,), -1)}  # type: ignore[index]
-    for mode in ("row", "slab"):
-        problem = problem_of("alpha", impl="triton", mode=mode)
-        out = call(problem, nobody, device)
+    for weight_grad in ("stored", "recomputed"):
+        spec = spec_of("alpha", impl="triton", weight_grad=weight_grad)
+        out = call(spec, nobody, device)
         assert float(out.result.loss) == 0 and out.w.shape == (0, WIDTH) and not out.x.any()
         empty = {k: None if t is None else t if k == "w" else t[:0] for k, t in given.items()}
-        out = call(problem, empty, device)
+        out = call(spec, empty, device)
         assert out.x.shape == (0, WIDTH) and not out.w.any()
 
 
@@ -184,7 +184,7 @@ def test_a_budget_too_small_for_tensor_cores_is_refused(device: str) -> None:
     with pytest.raises(
         ValueError, match="memory_budget_bytes is 900, which allows chunks of 3 samples beside 150 class rows"
     ):
-        call(problem_of("alpha", impl="triton", memory_budget_bytes=900), inputs(1, False), device)
+        call(spec_of("alpha", impl="triton", memory_budget_bytes=900), inputs(1, False), device)
 
 
 @on_devices
@@ -216,7 +216,7 @@ def test_steps_of_the_classifier_through_triton_are_those_in_pytorch(
     optimizer: Any, lazy: str, moments: str, device: str
 ) -> None:
     given, found = inputs(1, False), []
-    for options in ({"impl": "torch"}, {"impl": "triton"}, {"impl": "triton", "mode": "slab", "memory_budget_bytes": 20_000}):  # fmt: skip
+    for options in ({"impl": "torch"}, {"impl": "triton"}, {"impl": "triton", "weight_grad": "recomputed", "memory_budget_bytes": 20_000}):  # fmt: skip
         head = PartialFC(CLASSES, WIDTH, sample_rate=0.4, init=given["w"], scale=20.0, device=device, **options)  # type: ignore[arg-type]
         rows = optimizer(head, lr=0.02, lazy=lazy, moments=moments)
         x = given["x"].to(device).requires_grad_()  # type: ignore[union-attr]
@@ -241,18 +241,20 @@ def test_steps_of_the_classifier_through_triton_are_those_in_pytorch(
 @pytest.mark.parametrize("name", list(TERMS))
 def test_in_pytorch_slabs_and_losses_alone_are_row_mode(name: str) -> None:
     given = {k: t.double() if t is not None and t.is_floating_point() else t for k, t in inputs(*TERMS[name][1:3]).items()}  # fmt: skip
-    whole = call(problem_of(name), given)
+    whole = call(spec_of(name), given)
     for budget in (30_000, 1_000_000):
-        problem = problem_of(name, mode="slab", memory_budget_bytes=budget)
-        assert_near(call(problem, given), whole, 1e-12, f"slabs within {budget} bytes")
-        alone = call(problem, given, need_x=False, need_w=False)
+        spec = spec_of(name, weight_grad="recomputed", memory_budget_bytes=budget)
+        assert_near(call(spec, given), whole, 1e-12, f"slabs within {budget} bytes")
+        alone = call(spec, given, need_x=False, need_w=False)
         torch.testing.assert_close(tuple(alone.result), tuple(whole.result), rtol=1e-12, atol=1e-12)
 
 
 @in_pytorch
-@pytest.mark.parametrize(("mode", "budget", "pieces"), [("row", CLASSES * 4 * 12, 5), ("slab", 15_000, 3)])
+@pytest.mark.parametrize(
+    ("weight_grad", "budget", "pieces"), [("stored", CLASSES * 4 * 12, 5), ("recomputed", 15_000, 3)]
+)
 def test_the_gradient_of_x_is_announced_before_the_last_product_of_w(
-    mode: str, budget: int, pieces: int, monkeypatch: pytest.MonkeyPatch
+    weight_grad: str, budget: int, pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under which its reduction over the ranks is to run. One product per chunk or slab."""
     said: list[str] = []
@@ -263,10 +265,10 @@ def test_the_gradient_of_x_is_announced_before_the_last_product_of_w(
         return multiply(block, *given)
 
     monkeypatch.setattr(TorchBlock, "add_gradient", noted)
-    problem = problem_of("alpha", mode=mode, memory_budget_bytes=budget)
-    found = call(problem, inputs(1, False), on_grad_x=lambda grad: said.append("x"))
+    spec = spec_of("alpha", weight_grad=weight_grad, memory_budget_bytes=budget)
+    found = call(spec, inputs(1, False), on_grad_x=lambda grad: said.append("x"))
     assert said == ["w"] * (pieces - 1) + ["x", "w"]
-    assert_near(found, call(problem_of("alpha"), inputs(1, False)), 1e-6, mode)
+    assert_near(found, call(spec_of("alpha"), inputs(1, False)), 1e-6, weight_grad)
 
 
 @in_pytorch
@@ -274,9 +276,9 @@ def test_the_gradient_of_x_is_announced_before_the_last_product_of_w(
 @pytest.mark.parametrize("optimizer", [RowAdamW, RowSGD])
 def test_slab_mode_trains_like_row_mode_and_holds_no_gradient(optimizer: Any, feature_rate: float) -> None:
     given, found = inputs(1, False), []
-    for mode in ("row", "slab"):
+    for weight_grad in ("stored", "recomputed"):
         head = PartialFC(
-            CLASSES, WIDTH, sample_rate=0.6, init=given["w"], scale=20.0, mode=mode, memory_budget_bytes=12_000,
+            CLASSES, WIDTH, sample_rate=0.6, init=given["w"], scale=20.0, weight_grad=weight_grad, memory_budget_bytes=12_000,
             feature_rate=feature_rate,
         )  # fmt: skip
         rows = optimizer(head, lr=0.02, lazy="decay")
@@ -286,7 +288,9 @@ def test_slab_mode_trains_like_row_mode_and_holds_no_gradient(optimizer: Any, fe
             parts: list[tuple[Tensor, Tensor]] = []
             head.for_each_row_grad(lambda *part: parts.append(part))  # noqa: B023
             ids, grad = head.row_grad()
-            assert torch.equal(torch.cat([part[0] for part in parts]), ids) and (len(parts) > 1) == (mode == "slab")
+            assert torch.equal(torch.cat([part[0] for part in parts]), ids) and (len(parts) > 1) == (
+                weight_grad == "recomputed"
+            )
             torch.testing.assert_close(head.grad_norm_sq(), grad.square().sum())
             rows.step(grad_scale=0.7)
             rows.zero_grad()
@@ -297,9 +301,9 @@ def test_slab_mode_trains_like_row_mode_and_holds_no_gradient(optimizer: Any, fe
 @in_pytorch
 def test_slab_mode_refuses_what_it_cannot_add_up() -> None:
     given = inputs(1, False)
-    head = PartialFC(CLASSES, WIDTH, init=given["w"], mode="slab")
+    head = PartialFC(CLASSES, WIDTH, init=given["w"], weight_grad="recomputed")
     head(given["x"], given["target"]).backward()  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r'second backward .* take one micro-batch per step, or mode "row"'):
+    with pytest.raises(UserError, match=r'second backward .* use one micro-batch per step, or weight_grad "stored"'):
         head(given["x"], given["target"]).backward()  # type: ignore[arg-type]
 
 
@@ -319,16 +323,21 @@ def on_a_rank(options: dict[str, Any], train: bool) -> tuple[Discrimination, Ten
 
 
 IN_PYTORCH = [
-    pytest.param(world, {"mode": mode, "memory_budget_bytes": budget}, id=f"{mode}-{world}", marks=in_pytorch)
+    pytest.param(
+        world,
+        {"weight_grad": weight_grad, "memory_budget_bytes": budget},
+        id=f"{weight_grad}-{world}",
+        marks=in_pytorch,
+    )
     for world in (2, 4)
-    for mode, budget in (("row", 2000), ("slab", 9000))
+    for weight_grad, budget in (("stored", 2000), ("recomputed", 9000))
 ]
 IN_TRITON = [
     pytest.param(
-        world, {"impl": "triton", "mode": mode, "memory_budget_bytes": budget}, id=f"triton-{mode}-{world}",
+        world, {"impl": "triton", "weight_grad": weight_grad, "memory_budget_bytes": budget}, id=f"triton-{weight_grad}-{world}",
         marks=pytest.mark.skipif(not INTERPRET, reason="runs in the interpreter"),
     )
-    for world, mode, budget in ((2, "slab", 10_000), (4, "row", 40_000))
+    for world, weight_grad, budget in ((2, "recomputed", 10_000), (4, "stored", 40_000))
 ]  # fmt: skip
 
 
@@ -355,20 +364,24 @@ def test_memory_stays_within_the_matrix_and_the_gradient() -> None:
     x, w = (torch.randn(n, width, device="cuda") for n in (batch, classes))
     target = torch.randint(classes, (batch,), device="cuda")
 
-    def peak(problem: Problem, w: Tensor, **options: Any) -> int:
+    def peak(spec: LossSpec, w: Tensor, **options: Any) -> int:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        discrimination_with_gradients(x, w, target, problem, **options)
+        discrimination_with_gradients(x, w, target, spec, **options)
         return torch.cuda.max_memory_allocated() - before
 
-    assert peak(Problem(num_classes=classes), w) <= 1.05 * (2 * batch * classes + 4 * classes * width)
+    assert peak(LossSpec(num_classes=classes), w) <= 1.05 * (2 * batch * classes + 4 * classes * width)
     budget = 1 << 28
-    slab = peak(Problem(num_classes=classes, mode="slab", memory_budget_bytes=budget), w, consume=lambda *_: None)
+    slab = peak(
+        LossSpec(num_classes=classes, weight_grad="recomputed", memory_budget_bytes=budget),
+        w,
+        on_grad_slab=lambda *_: None,
+    )
     assert slab <= 1.05 * budget + 40 * batch * width
     if torch.cuda.mem_get_info()[0] > 24 << 30:
         del w
         w = torch.randn(10_000_000, width, device="cuda")
-        assert peak(Problem(num_classes=len(w)), w, need_x=False, need_w=False) <= 1 << 30
+        assert peak(LossSpec(num_classes=len(w)), w, need_x=False, need_w=False) <= 1 << 30
 
 
 @pytest.mark.gpu
@@ -380,10 +393,10 @@ def test_matrices_beyond_2_to_the_31_entries_are_reached() -> None:
     w = torch.randn(classes, width, device="cuda", generator=g)
     target = torch.randint(classes - 50, classes, (batch,), device="cuda", generator=g)
     x = w[target] + torch.randn(batch, width, device="cuda", generator=g)
-    whole = discrimination_with_gradients(x, w, target, Problem(num_classes=classes, memory_budget_bytes=8 << 30))
-    parts = discrimination_with_gradients(x, w, target, Problem(num_classes=classes, memory_budget_bytes=1 << 29))
-    plain = discrimination_with_gradients(x, w, target, Problem(num_classes=classes, impl="torch"))
+    whole = discrimination_with_gradients(x, w, target, LossSpec(num_classes=classes, memory_budget_bytes=8 << 30))
+    parts = discrimination_with_gradients(x, w, target, LossSpec(num_classes=classes, memory_budget_bytes=1 << 29))
+    plain = discrimination_with_gradients(x, w, target, LossSpec(num_classes=classes, impl="torch"))
     assert_near(parts, whole, 1e-3, "chunks")
     assert_near(whole, plain, GATES["fp16"], "PyTorch")
-    again = discrimination_with_gradients(x, w, target, Problem(num_classes=classes, memory_budget_bytes=8 << 30))
+    again = discrimination_with_gradients(x, w, target, LossSpec(num_classes=classes, memory_budget_bytes=8 << 30))
     assert torch.equal(whole.x, again.x) and torch.equal(whole.w, again.w)

@@ -17,7 +17,7 @@ import torch
 from interpreter import assert_holds_in_the_interpreter, on_devices
 from torch import Tensor
 
-from megacid_kernels import Problem
+from megacid_kernels import LossSpec
 from megacid_kernels.fused import (
     INTERPRET,
     Exponentials,
@@ -145,7 +145,7 @@ def test_exponentials_and_row_statistics_are_as_exact_as_pytorch(case: Case, way
     if way == "in-place":  # what was rounded before is not to be judged here
         plain_cos = plain_cos if case.dtype == torch.float32 else plain_cos.half().float()
         cos = plain_cos.double()
-    shift = Problem(num_classes=S, scale=case.scale).shift()
+    shift = LossSpec(num_classes=S, scale=case.scale).shift()
     bias = numbers(S, seed=5) if case.bias else None
     threshold = threshold_in_a_gap(cos, case.quantile) if case.quantile else None
     keep = negatives(cos, slot, own)
@@ -222,7 +222,7 @@ def test_cosines_of_exactly_one_neither_overflow_nor_vanish(scale: float, device
     w = torch.cat([torch.eye(16), -torch.eye(16)]).to(device).half()
     slot, own = torch.full((3, 1), 5, device=device), torch.tensor([[True], [False], [False]], device=device)
     for classes in (32, 1 << 40):
-        shift = Problem(num_classes=classes, scale=scale).shift()
+        shift = LossSpec(num_classes=classes, scale=scale).shift()
         each = [math.exp(scale * c - shift) for c in (1, 0, -1)]
         want = torch.tensor([each[0] + each[2] + 29 * each[1], *[each[0] + each[2] + 30 * each[1]] * 2])
         for got in (
@@ -328,7 +328,7 @@ def test_target_cosines_and_sines_keep_their_digits(width: int, tile: Tile | Non
 @on_devices
 @pytest.mark.parametrize("scale", [30.0, 64.0, 100.0])
 def test_row_epilogue_is_the_softplus_of_float64(scale: float, device: str) -> None:
-    shift = Problem(num_classes=10_000_000, scale=scale).shift()
+    shift = LossSpec(num_classes=10_000_000, scale=scale).shift()
     psi = torch.linspace(-1.5, 1.0, 301)
     log_n = torch.linspace(-20, 80, 301)[torch.randperm(301, generator=torch.Generator().manual_seed(0))]
     sums, share = log_n.exp(), torch.rand(301, generator=torch.Generator().manual_seed(1)) / 4096
@@ -528,7 +528,7 @@ def test_the_kernels_together_are_the_loss_and_its_gradients(
     want_loss, want_x, want_w = by_float64(x, w_LD[classes], y, margin, scale)
 
     x, w_LD, target = x.to(device), w_LD.to(device), classes[y].to(device)[:, None]
-    shift = Problem(num_classes=len(classes), scale=scale).shift()
+    shift = LossSpec(num_classes=len(classes), scale=scale).shift()
     first, second = (torch.float16, torch.bfloat16) if dtype == torch.float16 else (dtype, dtype)
     unit_x, inverse_x = unit_rows(x, None, (first,), tile=MANY_ROWS)
     shards: list[dict[str, Any]] = []

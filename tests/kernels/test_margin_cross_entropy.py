@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megacid_kernels import (
-    Problem,
+    LossSpec,
     Weights,
     discrimination_with_gradients,
     linear_margin_cross_entropy,
@@ -66,8 +66,8 @@ def both(
         )
         t = teacher.to(xs.dtype) if teacher is not None else None
         if kind is not None:
-            problem = Problem(num_classes=len(w), **options)  # type: ignore[arg-type]
-            result = linear_margin_discrimination(xs, ws, y, problem, teacher=t, bias=bias)
+            spec = LossSpec(num_classes=len(w), **options)  # type: ignore[arg-type]
+            result = linear_margin_discrimination(xs, ws, y, spec, teacher=t, bias=bias)
             loss, raw = result.loss, result.raw
         else:
             keep = {k: v for k, v in options.items() if k in ("margin", "scale", "filter_threshold", "reduction")}
@@ -207,7 +207,7 @@ def test_diagnostics_are_the_target_cosine_the_largest_negative_and_what_was_fil
     unit = torch.nn.functional.normalize
     cosine = unit(x) @ unit(w).T
     label = torch.nn.functional.one_hot(y.clamp_min(0), 40).bool() & (y >= 0)[:, None]
-    out = linear_margin_discrimination(x, w, y, Problem(num_classes=40, scale=100.0, filter_threshold=0.4))
+    out = linear_margin_discrimination(x, w, y, LossSpec(num_classes=40, scale=100.0, filter_threshold=0.4))
     torch.testing.assert_close(out.target_cosine[y >= 0], cosine[label])
     hidden = (cosine > 0.4) & ~label
     torch.testing.assert_close(out.largest_negative, cosine.masked_fill(label | hidden, -2).amax(1))
@@ -216,11 +216,11 @@ def test_diagnostics_are_the_target_cosine_the_largest_negative_and_what_was_fil
 
 def test_gradients_without_autograd_are_those_of_autograd_and_may_use_the_rows_as_scratch() -> None:
     x, _, w, y = make(23, 40, 9, seed=6)
-    xs, ws, problem = x.clone().requires_grad_(), w.clone().requires_grad_(), Problem(num_classes=40)
-    linear_margin_discrimination(xs, ws, y, problem).loss.backward()
+    xs, ws, spec = x.clone().requires_grad_(), w.clone().requires_grad_(), LossSpec(num_classes=40)
+    linear_margin_discrimination(xs, ws, y, spec).loss.backward()
     scratch = w.clone()
-    kept = discrimination_with_gradients(x, w, y, problem)
-    used = discrimination_with_gradients(x, scratch, y, problem, overwrite_w=True)
+    kept = discrimination_with_gradients(x, w, y, spec)
+    used = discrimination_with_gradients(x, scratch, y, spec, overwrite_w=True)
     assert torch.equal(kept.x, xs.grad) and torch.equal(kept.w, ws.grad)
     torch.testing.assert_close((used.x, used.w), (xs.grad, ws.grad), rtol=1e-10, atol=1e-12)
     assert not torch.equal(scratch, w)
@@ -228,7 +228,7 @@ def test_gradients_without_autograd_are_those_of_autograd_and_may_use_the_rows_a
 
 def test_a_shard_without_rows_gives_its_share_of_nothing() -> None:
     x = torch.randn(3, 4)
-    out = discrimination_with_gradients(x, x.new_empty(0, 4), torch.full((3,), -1), Problem(num_classes=9))
+    out = discrimination_with_gradients(x, x.new_empty(0, 4), torch.full((3,), -1), LossSpec(num_classes=9))
     assert float(out.result.loss) == 0 and out.w.shape == (0, 4) and not out.x.any()
 
 
@@ -236,7 +236,7 @@ def test_a_wrong_teacher_distribution_would_be_seen() -> None:
     """The KL of a distribution with itself is 0 and without margin has no gradient."""
     x, _, w, y = make(9, 20, 6)
     xs = x.clone().requires_grad_()
-    out = linear_margin_discrimination(xs, w, y, Problem(num_classes=20, weights=Weights(0, 0, 1.0, 3.0)), teacher=x)
+    out = linear_margin_discrimination(xs, w, y, LossSpec(num_classes=20, weights=Weights(0, 0, 1.0, 3.0)), teacher=x)
     out.loss.backward()
     assert abs(float(out.raw[2])) < 1e-13
     assert float(xs.grad.abs().max()) < 1e-13
@@ -336,16 +336,16 @@ def test_chunks_do_not_change_the_result() -> None:
 
 
 def test_budget_decides_the_chunk() -> None:
-    problem = Problem(num_classes=1000, memory_budget_bytes=10 * 1000 * 4)
-    assert problem.chunk(batch=60, rows=1000, width=0, labels=1, itemsize=4, device="cuda") == 10
-    assert problem.chunk(batch=62, rows=1000, width=0, labels=1, itemsize=4, device="cuda") == 9  # 7 equal ones
-    assert problem.chunk(batch=64, rows=1000, width=125, labels=2, itemsize=4, device="cuda") == 5
-    assert Problem(num_classes=1000, memory_budget_bytes=1).chunk(64, 1000, 8, 1, 4, "cpu") == 1
-    assert Problem(num_classes=1000).chunk(64, 1000, 8, 1, 4, "cpu") == 64
+    spec = LossSpec(num_classes=1000, memory_budget_bytes=10 * 1000 * 4)
+    assert spec.chunk(batch=60, rows=1000, width=0, labels=1, itemsize=4, device="cuda") == 10
+    assert spec.chunk(batch=62, rows=1000, width=0, labels=1, itemsize=4, device="cuda") == 9  # 7 equal ones
+    assert spec.chunk(batch=64, rows=1000, width=125, labels=2, itemsize=4, device="cuda") == 5
+    assert LossSpec(num_classes=1000, memory_budget_bytes=1).chunk(64, 1000, 8, 1, 4, "cpu") == 1
+    assert LossSpec(num_classes=1000).chunk(64, 1000, 8, 1, 4, "cpu") == 64
     # On a CPU without a budget: 64 MiB, or half of the gradient where that is more.
-    assert Problem(num_classes=1 << 17).chunk(512, 1 << 17, 256, 1, 4, "cpu") == 128
-    assert Problem(num_classes=1 << 20).chunk(512, 1 << 20, 512, 1, 4, "cpu") == 256
-    assert Problem(num_classes=1 << 17).chunk(512, 1 << 17, 256, 1, 4, "cuda") == 512
+    assert LossSpec(num_classes=1 << 17).chunk(512, 1 << 17, 256, 1, 4, "cpu") == 128
+    assert LossSpec(num_classes=1 << 20).chunk(512, 1 << 20, 512, 1, 4, "cpu") == 256
+    assert LossSpec(num_classes=1 << 17).chunk(512, 1 << 17, 256, 1, 4, "cuda") == 512
 
 
 def test_two_runs_are_bitwise_equal() -> None:
@@ -430,7 +430,7 @@ def test_zero_rows_give_finite_gradients_and_16_bit_inputs_keep_their_dtype() ->
     ("change", "says"),
     [
         ({"impl": "triton"}, "available are 'auto', 'torch'"),
-        ({"mode": "column"}, "available are 'auto', 'row', 'slab'"),
+        ({"weight_grad": "lost"}, "available are 'auto', 'stored', 'recomputed'"),
         ({"scale": -1.0}, "scale is -1.0"),
         ({"reduction": "none"}, "reduction is 'none'"),
         ({"memory_budget_bytes": 0}, "memory_budget_bytes is 0"),
@@ -450,12 +450,12 @@ def test_unusable_tensors_are_refused() -> None:
     with pytest.raises(ValueError, match="one D"):
         linear_margin_cross_entropy(x, w[:, :2], y)
     with pytest.raises(ValueError, match="teacher is None"):
-        linear_margin_discrimination(x, w, y, Problem(num_classes=4, weights=Weights(beta=1)))
+        linear_margin_discrimination(x, w, y, LossSpec(num_classes=4, weights=Weights(beta=1)))
     with pytest.raises(ValueError, match="rows is"):
         linear_margin_cross_entropy(x, w, y, rows=y)
     with pytest.raises(ValueError, match="bias is"):
         linear_margin_cross_entropy(x, w, y, bias=torch.zeros(3))
     with pytest.raises(ValueError, match="one alone for the KL"):
         linear_margin_discrimination(
-            x, w, y[:, None].expand(2, 2), Problem(num_classes=4, weights=Weights(gamma=1)), teacher=x
+            x, w, y[:, None].expand(2, 2), LossSpec(num_classes=4, weights=Weights(gamma=1)), teacher=x
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megacid import Margin
 from megacid_kernels import (
-    Problem,
+    LossSpec,
     discrimination_with_gradients,
     linear_margin_cross_entropy,
     linear_margin_discrimination,
@@ -36,7 +36,7 @@ def arguments(*, need_x: bool, need_w: bool, **changes: Any) -> tuple[Any, ...]:
         "x": x.requires_grad_(need_x), "w": w.requires_grad_(need_w), "target": target, "rows": None, "bias": None,
         "m1": 1.0, "m2": 0.4, "m3": 0.1, "easy_margin": False, "margin_grad": "exact", "scale": 16.0,
         "filter_threshold": None, "num_classes": 14, "class_start": 0, "max_rows": None, "reduction": "mean", "group": "",
-        "impl": "auto", "mode": "auto", "precision": "auto", "memory_budget_bytes": None, "need_x": need_x,
+        "impl": "auto", "weight_grad": "auto", "precision": "auto", "memory_budget_bytes": None, "need_x": need_x,
         "need_w": need_w,
     }  # fmt: skip
     return tuple((values | changes).values())
@@ -46,7 +46,7 @@ def arguments(*, need_x: bool, need_w: bool, **changes: Any) -> tuple[Any, ...]:
 def test_opcheck_finds_nothing(need_x: bool, need_w: bool) -> None:
     operator = torch.ops.megacid_kernels.linear_margin_cross_entropy.default
     torch.library.opcheck(operator, arguments(need_x=need_x, need_w=need_w))
-    changes = {"rows": torch.arange(14), "bias": torch.rand(14), "mode": "slab", "filter_threshold": 0.2}
+    changes = {"rows": torch.arange(14), "bias": torch.rand(14), "weight_grad": "recomputed", "filter_threshold": 0.2}
     torch.library.opcheck(operator, arguments(need_x=need_x, need_w=need_w, **changes), test_utils="test_faketensor")
 
 
@@ -111,7 +111,7 @@ def test_a_margin_of_another_class_gives_the_same_numbers() -> None:
         ({"precision": "fp8"}, "precision is 'fp8', available are"),
         ({"precision": "fp16"}, "precision is 'fp16' in PyTorch"),
         ({"scale": 200.0}, r"scale is 200.0 with 14 classes .* <= 160"),
-        ({"mode": "slab", "memory_budget_bytes": 8}, r"memory_budget_bytes is 8, expected at least \d+"),
+        ({"weight_grad": "recomputed", "memory_budget_bytes": 8}, r"memory_budget_bytes is 8, expected at least \d+"),
         ({"target": torch.full((9,), 14)}, "target holds 14, expected -1 .* to 13"),
         ({"target": torch.full((9,), -2)}, "target holds -2"),
         ({"x": torch.zeros(9, 6, dtype=torch.int64)}, r"x is torch\.int64, expected floating point"),
@@ -126,7 +126,7 @@ def test_what_cannot_be_used_is_named(change: dict[str, Any], says: str) -> None
 def test_tensors_on_two_devices_are_refused() -> None:
     x, w, target = tensors()
     with pytest.raises(ValueError, match="target is on meta, expected cpu like x"):
-        discrimination_with_gradients(x, w, target.to("meta"), Problem(num_classes=14))
+        discrimination_with_gradients(x, w, target.to("meta"), LossSpec(num_classes=14))
 
 
 def test_without_triton_auto_on_cuda_is_pytorch_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def test_several_labels_and_no_rows_are_allowed() -> None:
     x, w, target = tensors()
     several = torch.stack([target, target.roll(1)], 1)
     got = linear_margin_cross_entropy(x, w, several, scale=16.0)
-    want = linear_margin_discrimination(x, w, several, Problem(num_classes=14, scale=16.0)).loss
+    want = linear_margin_discrimination(x, w, several, LossSpec(num_classes=14, scale=16.0)).loss
     assert torch.equal(got, want)
     assert float(linear_margin_cross_entropy(x, w[:0], target.fill_(-1), num_classes=14)) == 0
 

@@ -16,11 +16,12 @@ from harness import run_ranks
 
 from megacid.config.deepspeed import lint_deepspeed
 from megacid.config.load import load_run
+from megacid.config.renamed import RENAMED
 from megacid.config.schema import GuardConfig, ScheduleConfig
 from megacid.errors import UserError
 from megacid.training.guard import Guard, TooManySkips, Verdict
 from megacid.training.metrics import peak_memory_mib
-from megacid.training.run_settings import check_same_settings, write_config
+from megacid.training.run_settings import check_same_settings, flat, write_config
 from megacid.training.schedule import learning_rate_share, parameter_groups
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,6 +185,29 @@ def test_a_run_that_was_started_before_a_setting_existed_had_its_default(tmp_pat
     check_same_settings(run, tmp_path)
     with pytest.raises(UserError, match=r"megacid\.classifier\.log_q: False -> True"):
         check_same_settings(load_run(file, ["classifier.log_q=true"], world=1), tmp_path)
+
+
+def test_a_renamed_key_is_one_line_that_says_what_to_write(tmp_path: Path) -> None:
+    file = ROOT / "configs" / "digits_cpu.json"
+    expected = '"megacid.classifier.mode" was renamed: write "megacid.classifier.weight_grad": "recomputed" instead'
+    with pytest.raises(UserError) as error:
+        load_run(file, ["classifier.mode=slab"], world=1)
+    assert str(error.value) == expected
+    known = flat(load_run(file, world=1).resolved())
+    assert all(new.key in known and old not in known for old, new in RENAMED.items())
+
+
+def test_a_run_that_was_started_under_an_old_key_goes_on_under_the_new_one(tmp_path: Path) -> None:
+    file = ROOT / "configs" / "digits_cpu.json"
+    run = load_run(file, ["classifier.weight_grad=recomputed"], world=1)
+    write_config(run, tmp_path, 1)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["resolved"]["megacid"]["classifier"].pop("weight_grad") == "recomputed"
+    saved["resolved"]["megacid"]["classifier"]["mode"] = "slab"
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    check_same_settings(run, tmp_path)
+    with pytest.raises(UserError, match="weight_grad: 'recomputed' -> 'stored'"):
+        check_same_settings(load_run(file, world=1), tmp_path)
 
 
 def test_set_reaches_both_halves_of_the_run_file() -> None:

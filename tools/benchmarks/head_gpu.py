@@ -228,7 +228,7 @@ LEAST_CLASSES = 131_072
 
 
 def check(found: dict[str, Any]) -> list[Bar]:
-    """The bars of the shapes that were run. Row mode counts by its faster way of making the exponentials."""
+    """The bars of the shapes that were run. The stored gradient counts by its faster way of making the exponentials."""
     by_case: dict[tuple[str, str], dict[str, Row]] = {}
     for row in found["results"]:
         by_case.setdefault((row["shape"], row["block"]), {})[row["provider"]] = row

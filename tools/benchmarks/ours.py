@@ -89,14 +89,22 @@ def _provider(make: Any, about: str, **options: Any) -> Provider:
 
 OURS = {
     "megacid-fused": _provider(
-        training, "row mode, exponentials out of the product", matrix="fused", impl="triton", mode="row"
+        training,
+        "stored gradient, exponentials out of the product",
+        matrix="fused",
+        impl="triton",
+        weight_grad="stored",
     ),
     "megacid-in-place": _provider(
-        training, "row mode, exponentials over a cuBLAS product", matrix="in-place", impl="triton", mode="row"
+        training,
+        "stored gradient, exponentials over a cuBLAS product",
+        matrix="in-place",
+        impl="triton",
+        weight_grad="stored",
     ),
-    "megacid-slab": _provider(training, "slab mode, least memory", impl="triton", mode="slab"),
+    "megacid-slab": _provider(training, "recomputed gradient, least memory", impl="triton", weight_grad="recomputed"),
     "megacid-loss-only": _provider(loss_only, "no gradients", impl="triton"),
-    "megacid-torch": _provider(training, "row mode in plain PyTorch, fp32", impl="torch", mode="row"),
+    "megacid-torch": _provider(training, "stored gradient in plain PyTorch, fp32", impl="torch", weight_grad="stored"),
 }
 # Largest relative errors of the gradients on the sample, and u, the rounding of the factors of the first product: fp16 for
 # the kernels, bf16 for peers. One of ours that is further off ends the bench.

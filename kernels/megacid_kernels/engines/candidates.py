@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Negatives(NamedTuple):
+class AnchorNegatives(NamedTuple):
     """Of a chunk of anchors; `matrix` is 0 at each anchor's own pair."""
 
     matrix: Tensor  # [c, G] exp(z - shift)
@@ -19,7 +19,7 @@ class Negatives(NamedTuple):
 class Candidates(Protocol):
     """What touches a matrix [c, G] or all candidates: one way for PyTorch, one for Triton's kernels and cuBLAS."""
 
-    def negatives(self, scaled_cD: Tensor, target_c: Tensor, first: int) -> Negatives:
+    def negatives(self, scaled_cD: Tensor, target_c: Tensor, first: int) -> AnchorNegatives:
         """scaled_cD: scale times the anchors, whose pairs are `first` and the following; target_c: their logits to them."""
         ...
 
@@ -36,12 +36,12 @@ class TorchCandidates:
     def __init__(self, other_GD: Tensor):
         self.other = other_GD
 
-    def negatives(self, scaled_cD: Tensor, target_c: Tensor, first: int) -> Negatives:
+    def negatives(self, scaled_cD: Tensor, target_c: Tensor, first: int) -> AnchorNegatives:
         z_cG = scaled_cD @ self.other.T
         z_cG[:, first : first + len(z_cG)].diagonal().fill_(-torch.inf)
         shift_c = torch.maximum(z_cG.amax(1), target_c)
         e_cG = z_cG.sub_(shift_c[:, None]).exp_()
-        return Negatives(e_cG, e_cG.sum(1), shift_c)
+        return AnchorNegatives(e_cG, e_cG.sum(1), shift_c)
 
     def product(self, matrix_cG: Tensor) -> Tensor:
         return matrix_cG @ self.other

@@ -10,9 +10,9 @@ from typing import Literal
 
 import torch
 
-from megacid_kernels.engines.interface import Call, Engine
+from megacid_kernels.engines.interface import Engine, EngineInputs
 from megacid_kernels.engines.torch_engine import TorchEngine
-from megacid_kernels.problem import IMPLEMENTATIONS
+from megacid_kernels.loss_spec import IMPLEMENTATIONS
 
 Implementation = Literal["torch", "triton"]
 
@@ -68,7 +68,7 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Implementati
     return "triton"
 
 
-def engine_for(chosen: Implementation, call: Call, dtype: torch.dtype) -> Engine:
+def engine_for(chosen: Implementation, call: EngineInputs, dtype: torch.dtype) -> Engine:
     if chosen == "torch":
         return TorchEngine(call, dtype)
     from megacid_kernels.engines.triton_engine import TritonEngine

@@ -3,7 +3,7 @@
 Legend: G gathered batch, b samples of one chunk, l labels per sample, D width, S rows of w on this rank, n rows of a block.
 
 `schedule.py` holds one order of work, `torch_engine.py` and `fused/engine.py` the two ways to do it. An engine is made for
-one call; a block is a run of its class rows, in row mode all of them.
+one call; a block is a run of its class rows, all of them where the gradient is stored.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from megacid_kernels.epilogue import Coefficients
+from megacid_kernels.loss_spec import LossSpec
 from megacid_kernels.plan import SlabBytes
-from megacid_kernels.problem import Problem
 from megacid_kernels.targets import Target
 
 
@@ -37,7 +37,7 @@ class Labels(NamedTuple):
     slot: Tensor  # [b, l] int64, in which row
 
 
-class Pull(NamedTuple):
+class TargetGradient(NamedTuple):
     """How the labels of one distribution pull."""
 
     coefficient: Tensor  # [b, l] d loss / d target cosine, 0 where not own
@@ -45,8 +45,8 @@ class Pull(NamedTuple):
     samples: Samples
 
 
-class Negatives(NamedTuple):
-    """The matrices of exponentials of a chunk and a block, see `Problem.matrices`, and their row statistics."""
+class NegativeStatistics(NamedTuple):
+    """The matrices of exponentials of a chunk and a block, see `LossSpec.matrices`, and their row statistics."""
 
     matrices: dict[str, Tensor]  # name -> [b, n], of those that were asked for
     sums: dict[str, Tensor]  # name -> [b]
@@ -54,18 +54,20 @@ class Negatives(NamedTuple):
     removed: Tensor  # [b] int64, negatives that the filter took out
 
 
-class Block(Protocol):
+class ClassBlock(Protocol):
     """Class rows [start, stop) of an engine. Slots are counted from `start`."""
 
-    def negatives(self, student: Samples, teacher: Samples | None, labels: Labels, keep: set[str]) -> Negatives:
-        """All matrices of the problem; those in `keep` are returned."""
+    def negatives(
+        self, student: Samples, teacher: Samples | None, labels: Labels, keep: set[str]
+    ) -> NegativeStatistics:
+        """All matrices of the spec; those in `keep` are returned."""
         ...
 
-    def forget_logits(self) -> None:
+    def release_logit_rows(self) -> None:
         """`negatives` will not be called again."""
         ...
 
-    def forget_rows(self) -> None:
+    def release_rows(self) -> None:
         """Nor will `product`."""
         ...
 
@@ -78,7 +80,7 @@ class Block(Protocol):
         `through_norm_` makes the right one of."""
         ...
 
-    def add_labels_(self, grad_nD: Tensor, labels: Labels, pulls: list[Pull]) -> None:
+    def add_labels_(self, grad_nD: Tensor, labels: Labels, pulls: list[TargetGradient]) -> None:
         """grad[slot] += coefficient (x - cos w) in an order that is the same in every run: the part of d loss / d w that
         is tangential to w."""
         ...
@@ -93,20 +95,20 @@ class Engine(Protocol):
 
     def samples(self, x_GD: Tensor) -> Samples: ...
 
-    def block(self, start: int, stop: int, products: bool) -> Block:
-        """products: more than `Block.negatives` will be asked for."""
+    def block(self, start: int, stop: int, products: bool) -> ClassBlock:
+        """products: more than `ClassBlock.negatives` will be asked for."""
         ...
 
     def target(self, samples: Samples, labels: Labels, margin: bool) -> Target:
-        """In row mode and slab mode after every row has been in a block."""
+        """For gradients and for a loss alone after every row has been in a block."""
         ...
 
     def coefficients(self, stats: dict[str, Tensor], present: Tensor, share: Tensor) -> Coefficients:
         """`epilogue.epilogue`."""
         ...
 
-    def finish_x(self, products: list[tuple[Tensor, Tensor]], pull: Pull, labels: Labels) -> Tensor:
-        """[b, D], this shard's part of the gradient of x from (coefficient [b], `Block.product`) and the labels' pull."""
+    def finish_x(self, products: list[tuple[Tensor, Tensor]], pull: TargetGradient, labels: Labels) -> Tensor:
+        """[b, D], this shard's part of the gradient of x from (coefficient [b], `ClassBlock.product`) and the labels' pull."""
         ...
 
     def matrix_bytes(self) -> int:
@@ -118,12 +120,12 @@ class Engine(Protocol):
         ...
 
 
-class Call(NamedTuple):
+class EngineInputs(NamedTuple):
     """The arguments that both engines are made of."""
 
     w: Tensor  # [S, D], or [L, D] with `gather`: any floating dtype
     gather: Tensor | None  # int64 [S] which rows of w are meant; None: all
     bias: Tensor | None  # [S]
-    problem: Problem
+    spec: LossSpec
     whole: bool  # one block of all rows will be asked for, once
     overwrite: bool  # w is scratch and may be normalised in place

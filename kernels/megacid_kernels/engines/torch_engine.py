@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megacid_kernels.engines.interface import Call, Labels, Negatives, Pull, Samples
+from megacid_kernels.engines.interface import EngineInputs, Labels, NegativeStatistics, Samples, TargetGradient
 from megacid_kernels.epilogue import Coefficients, epilogue
+from megacid_kernels.loss_spec import LossSpec
 from megacid_kernels.plan import SlabBytes
-from megacid_kernels.problem import Problem
 from megacid_kernels.targets import Target, target_of
 
 _BLOCK_BYTES = {"cpu": 1 << 20}  # elementwise work on [S, D] in blocks that stay in a core's cache
@@ -51,8 +51,8 @@ class TorchBlock:
     instead, and so are the exponentials once they are summed, which puts the norms into both gradient products.
     """
 
-    def __init__(self, problem: Problem, w_nD: Tensor, bias_n: Tensor | None, overwrite: bool):
-        self.problem, self.bias = problem, bias_n
+    def __init__(self, spec: LossSpec, w_nD: Tensor, bias_n: Tensor | None, overwrite: bool):
+        self.spec, self.bias = spec, bias_n
         self.inverse = inverse_norms(w_nD)
         self.w = w_nD.mul_(self.inverse) if overwrite else w_nD
         self.columns = None if overwrite else self.inverse[:, 0]  # [n], to multiply matrices [b, n] with
@@ -64,18 +64,20 @@ class TorchBlock:
         rows = self.w[slot]
         return rows if self.columns is None else rows.mul_(self.columns[slot][..., None])
 
-    def negatives(self, student: Samples, teacher: Samples | None, labels: Labels, keep: set[str]) -> Negatives:
+    def negatives(
+        self, student: Samples, teacher: Samples | None, labels: Labels, keep: set[str]
+    ) -> NegativeStatistics:
         found = _Found(torch.zeros(len(labels.slot), dtype=torch.int64, device=labels.slot.device))
-        self._exponentials(found, student.unit, labels, self.problem.matrices("S"), keep, student=True)
+        self._exponentials(found, student.unit, labels, self.spec.matrices("S"), keep, student=True)
         if teacher is not None:
-            self._exponentials(found, teacher.unit, labels, self.problem.matrices("T"), keep, student=False)
-        return Negatives(found.matrices, found.sums, found.largest, found.removed)
+            self._exponentials(found, teacher.unit, labels, self.spec.matrices("T"), keep, student=False)
+        return NegativeStatistics(found.matrices, found.sums, found.largest, found.removed)
 
     def _exponentials(
         self, found: _Found, unit_bD: Tensor, labels: Labels, names: dict[str, float], keep: set[str], *, student: bool
     ) -> None:
         """The matrices `names` (name -> temperature) of one distribution; of the student also mask and maximum."""
-        threshold, scale = self.problem.filter_threshold, self.problem.scale
+        threshold, scale = self.spec.filter_threshold, self.spec.scale
         if not names and not (student and threshold is not None):
             return
         temperatures = list(names.items()) or [("", 1.0)]
@@ -92,7 +94,7 @@ class TorchBlock:
             if not name:
                 continue
             z = logits if temperature == first else logits * (first / temperature)
-            shift = self.problem.shift(temperature)
+            shift = self.spec.shift(temperature)
             if self.bias is not None:
                 z += self.bias - shift
             elif shift:
@@ -106,10 +108,10 @@ class TorchBlock:
     def _scaled(self, matrix_bn: Tensor) -> Tensor:
         return matrix_bn if self.columns is None else matrix_bn.mul_(self.columns)
 
-    def forget_logits(self) -> None:
+    def release_logit_rows(self) -> None:
         """The other products take the same rows."""
 
-    def forget_rows(self) -> None:
+    def release_rows(self) -> None:
         """The Jacobian of the norm takes them."""
 
     def product(self, matrix_bn: Tensor, total_bD: Tensor | None = None) -> Tensor:
@@ -120,7 +122,7 @@ class TorchBlock:
             return torch.mm(matrix_bn.T, features_bD)
         return grad_nD.addmm_(matrix_bn.T, features_bD)
 
-    def add_labels_(self, grad_nD: Tensor, labels: Labels, pulls: list[Pull]) -> None:
+    def add_labels_(self, grad_nD: Tensor, labels: Labels, pulls: list[TargetGradient]) -> None:
         if not len(grad_nD):
             return
         w_blD = self.rows_of(labels.slot)
@@ -143,7 +145,7 @@ class TorchBlock:
 
 
 class TorchEngine:
-    def __init__(self, call: Call, dtype: torch.dtype):
+    def __init__(self, call: EngineInputs, dtype: torch.dtype):
         self._call, self._dtype = call, dtype
         self.num_rows = len(call.w) if call.gather is None else len(call.gather)
         self._whole: TorchBlock | None = None
@@ -159,7 +161,7 @@ class TorchEngine:
         converted = w_nD.to(self._dtype)
         scratch = call.gather is not None or converted is not w_nD or (call.overwrite and call.whole)
         bias = None if call.bias is None else call.bias[start:stop].to(self._dtype)
-        found = TorchBlock(call.problem, converted, bias, scratch)
+        found = TorchBlock(call.spec, converted, bias, scratch)
         if call.whole:
             self._whole = found
         return found
@@ -175,13 +177,13 @@ class TorchEngine:
         return rows * inverse_norms(rows)
 
     def target(self, samples: Samples, labels: Labels, margin: bool) -> Target:
-        problem = self._call.problem if margin else None
-        return target_of(samples.unit, self._label_rows(labels.slot), labels.own, problem)
+        spec = self._call.spec if margin else None
+        return target_of(samples.unit, self._label_rows(labels.slot), labels.own, spec)
 
     def coefficients(self, stats: dict[str, Tensor], present: Tensor, share: Tensor) -> Coefficients:
-        return epilogue(self._call.problem, stats, present, share)
+        return epilogue(self._call.spec, stats, present, share)
 
-    def finish_x(self, products: list[tuple[Tensor, Tensor]], pull: Pull, labels: Labels) -> Tensor:
+    def finish_x(self, products: list[tuple[Tensor, Tensor]], pull: TargetGradient, labels: Labels) -> Tensor:
         unit, inverse = pull.samples.unit, pull.samples.inverse
         # Only what is tangential: at cos = +-1, where d psi is large, the rest would not cancel in the Jacobian.
         away = self._label_rows(labels.slot) - pull.cos[..., None] * unit[:, None, :]
@@ -194,9 +196,9 @@ class TorchEngine:
         return self._dtype.itemsize
 
     def slab_bytes(self, batch: int, gradients: bool) -> SlabBytes:
-        problem = self._call.problem
-        matrices = max(1, len(problem.matrices("S")) + len(problem.matrices("T")))
-        hidden = batch if problem.filter_threshold is not None else 0
+        spec = self._call.spec
+        matrices = max(1, len(spec.matrices("S")) + len(spec.matrices("T")))
+        hidden = batch if spec.filter_threshold is not None else 0
         copies = (self._call.gather is not None) + gradients
         each = self._dtype.itemsize * (batch * matrices + copies * self._call.w.shape[1]) + hidden
         return SlabBytes(0, each, max(1, self.num_rows))

@@ -2,7 +2,7 @@
 
 Legend: G candidates, c anchors of one chunk, D width.
 
-Cosines are bounded, so one shift serves all anchors: kappa = max(0, scale + ln G - 80), as in `Problem.shift`, keeps every sum finite in fp32. The
+Cosines are bounded, so one shift serves all anchors: kappa = max(0, scale + ln G - 80), as in `LossSpec.shift`, keeps every sum finite in fp32. The
 scale is a parameter, known to the device alone: it goes into the anchors and, as kappa, into the bias of every column.
 """
 
@@ -13,10 +13,10 @@ import math
 import torch
 from torch import Tensor
 
-from megacid_kernels.engines.candidates import Negatives
+from megacid_kernels.engines.candidates import AnchorNegatives
 from megacid_kernels.fused.exponentials import exponentials
 from megacid_kernels.fused.gemm import product_fp32
-from megacid_kernels.problem import LARGEST_LOG_SUM
+from megacid_kernels.loss_spec import LARGEST_LOG_SUM
 
 
 class TritonCandidates:
@@ -26,14 +26,14 @@ class TritonCandidates:
         self._shift = (scale.float() + (math.log(max(1, len(other_GD))) - LARGEST_LOG_SUM)).clamp_min(0)
         self._bias = (-self._shift).repeat(len(other_GD))
 
-    def negatives(self, scaled_cD: Tensor, target_c: Tensor, first: int) -> Negatives:
+    def negatives(self, scaled_cD: Tensor, target_c: Tensor, first: int) -> AnchorNegatives:
         slot_c = torch.arange(first, first + len(scaled_cD), device=scaled_cD.device)[:, None]
         found = exponentials(
             scaled_cD.half(), self._first, slot_c, torch.ones_like(slot_c, dtype=torch.bool), scale=1.0, shift=0.0,
             bias_S=self._bias, largest=False,
         )  # fmt: skip
         assert found.matrix is not None
-        return Negatives(found.matrix, found.sums, self._shift)
+        return AnchorNegatives(found.matrix, found.sums, self._shift)
 
     def product(self, matrix_cG: Tensor) -> Tensor:
         return product_fp32(matrix_cG, self._second)

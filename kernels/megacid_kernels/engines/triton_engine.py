@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacid_kernels.engines.interface import Call, Labels, Negatives, Pull, Samples
+from megacid_kernels.engines.interface import EngineInputs, Labels, NegativeStatistics, Samples, TargetGradient
 from megacid_kernels.epilogue import Coefficients, epilogue
 from megacid_kernels.fused.exponentials import exponentials
 from megacid_kernels.fused.exponentials_inplace import exponentials_
@@ -45,9 +45,9 @@ _TILE_STATISTICS = 12 / 64  # bytes per entry at most: three numbers per tile of
 class TritonBlock:
     """Rows [start, stop) of those that a call uses."""
 
-    def __init__(self, call: Call, start: int, stop: int, products: bool):
+    def __init__(self, call: EngineInputs, start: int, stop: int, products: bool):
         """products: `product` will be called, not `negatives` alone."""
-        self._problem = call.problem
+        self._loss_spec = call.spec
         gather = None if call.gather is None else call.gather[start:stop]
         if call.w.dtype == torch.float32:
             # Read where they lie.
@@ -55,16 +55,18 @@ class TritonBlock:
         else:
             self._w, self._gather = (call.w[start:stop] if gather is None else call.w[gather]).float(), None
         self._bias = None if call.bias is None else call.bias[start:stop].float()
-        dtypes = tuple(dict.fromkeys(_OPERANDS[call.problem.precision]))
+        dtypes = tuple(dict.fromkeys(_OPERANDS[call.spec.precision]))
         *units, self.inverse = unit_rows(self._w, self._gather, dtypes if products else dtypes[:1])
         self._first: Tensor | None = units[0]
         self._second: Tensor | None = units[-1]
 
-    def negatives(self, student: Samples, teacher: Samples | None, labels: Labels, keep: set[str]) -> Negatives:
-        problem, threshold = self._problem, self._problem.filter_threshold
-        found = Negatives({}, {}, None, torch.zeros_like(labels.slot[:, 0]))
+    def negatives(
+        self, student: Samples, teacher: Samples | None, labels: Labels, keep: set[str]
+    ) -> NegativeStatistics:
+        spec, threshold = self._loss_spec, self._loss_spec.filter_threshold
+        found = NegativeStatistics({}, {}, None, torch.zeros_like(labels.slot[:, 0]))
         hidden: Tensor | None = None
-        student_names = list(problem.matrices("S").items())
+        student_names = list(spec.matrices("S").items())
         if threshold is not None and not student_names:
             filtered = self._exponentials(student.operand, labels, 1.0, threshold, None, keep=False, largest=False)
             found, hidden = found._replace(removed=filtered.removed), filtered.hidden
@@ -78,7 +80,7 @@ class TritonBlock:
                 found, hidden = found._replace(largest=given.largest, removed=given.removed), given.hidden
             _note(found, name, given)
         if teacher is not None:
-            for name, temperature in problem.matrices("T").items():
+            for name, temperature in spec.matrices("T").items():
                 given = self._exponentials(
                     teacher.operand, labels, temperature, None, hidden, keep=name in keep, largest=False
                 )
@@ -99,7 +101,7 @@ class TritonBlock:
         w = self._first
         assert w is not None
         options: dict[str, Any] = {
-            "scale": self._problem.scale / temperature, "shift": self._problem.shift(temperature), "bias_S": self._bias,
+            "scale": self._loss_spec.scale / temperature, "shift": self._loss_spec.shift(temperature), "bias_S": self._bias,
             "threshold": threshold, "hidden_bS": hidden_bn, "largest": largest,
         }  # fmt: skip
         # cuBLAS writes no fp16 from bf16, and bf16 cannot hold a cosine.
@@ -110,11 +112,11 @@ class TritonBlock:
             return exponentials_(cos, labels.slot, labels.own, **options)
         return exponentials(operand_bD, w, labels.slot, labels.own, store=keep, **options)
 
-    def forget_logits(self) -> None:
+    def release_logit_rows(self) -> None:
         if self._first is not self._second:
             self._first = None
 
-    def forget_rows(self) -> None:
+    def release_rows(self) -> None:
         self._first = self._second = None
 
     def product(self, matrix_bn: Tensor, total_bD: Tensor | None = None) -> Tensor:
@@ -124,7 +126,7 @@ class TritonBlock:
     def add_gradient(self, grad_nD: Tensor | None, matrix_bn: Tensor, features_bD: Tensor) -> Tensor:
         return product_fp32(matrix_bn.T, features_bD.to(matrix_bn.dtype), grad_nD)
 
-    def add_labels_(self, grad_nD: Tensor, labels: Labels, pulls: list[Pull]) -> None:
+    def add_labels_(self, grad_nD: Tensor, labels: Labels, pulls: list[TargetGradient]) -> None:
         order = label_order(*reversed(labels))
         row = labels.slot if self._gather is None or not len(grad_nD) else self._gather[labels.slot]
         for coefficient, cos, samples in pulls:
@@ -135,20 +137,20 @@ class TritonBlock:
         return grad_nD
 
 
-def _note(found: Negatives, name: str, given: Exponentials) -> None:
+def _note(found: NegativeStatistics, name: str, given: Exponentials) -> None:
     found.sums[name] = given.sums
     if given.matrix is not None:
         found.matrices[name] = given.matrix
 
 
 class TritonEngine:
-    def __init__(self, call: Call):
+    def __init__(self, call: EngineInputs):
         self._call = call
         self.num_rows = len(call.w) if call.gather is None else len(call.gather)
         self._inverse = torch.zeros(self.num_rows, device=call.w.device)  # filled as blocks are made
 
     def samples(self, x_GD: Tensor) -> Samples:
-        x, operand = x_GD.contiguous(), _OPERANDS[self._call.problem.precision][0]
+        x, operand = x_GD.contiguous(), _OPERANDS[self._call.spec.precision][0]
         *units, inverse = unit_rows(x, None, tuple(dict.fromkeys((torch.float32, operand))))
         return Samples(x, inverse[:, None], units[0], units[-1])
 
@@ -160,7 +162,7 @@ class TritonEngine:
     def target(self, samples: Samples, labels: Labels, margin: bool) -> Target:
         w, row = self._label_rows(labels)
         cos, sin = target_cosines(samples.x, samples.inverse, w, self._inverse, row, labels.slot, labels.own)
-        return with_margin(cos, sin, labels.own, self._call.problem if margin else None)
+        return with_margin(cos, sin, labels.own, self._call.spec if margin else None)
 
     def _label_rows(self, labels: Labels) -> tuple[Tensor, Tensor]:
         """(fp32 rows, int64 [b, l] which of them the labels are)."""
@@ -172,17 +174,17 @@ class TritonEngine:
         return call.w[row.flatten()].float(), torch.arange(row.numel(), device=row.device).view(row.shape)
 
     def coefficients(self, stats: dict[str, Tensor], present: Tensor, share: Tensor) -> Coefficients:
-        problem, weights = self._call.problem, self._call.problem.weights
+        spec, weights = self._call.spec, self._call.spec.weights
         if weights.beta > 0 or weights.gamma > 0 or present.shape[1] > 1:
-            return epilogue(problem, stats, present, share)
+            return epilogue(spec, stats, present, share)
         each = share * weights.alpha
         loss, over_z, pull = row_epilogue(
-            stats["S"], stats["psi0"], each, scale=problem.scale, shift=problem.shift()
+            stats["S"], stats["psi0"], each, scale=spec.scale, shift=spec.shift()
         )  # fmt: skip
         nothing = torch.zeros_like(loss)
         return Coefficients(torch.stack([loss, nothing, nothing]), pull[:, None], None, {"S": over_z}, {})
 
-    def finish_x(self, products: list[tuple[Tensor, Tensor]], pull: Pull, labels: Labels) -> Tensor:
+    def finish_x(self, products: list[tuple[Tensor, Tensor]], pull: TargetGradient, labels: Labels) -> Tensor:
         (coefficient, total), *more = products
         if more:
             total = coefficient[:, None] * total
@@ -194,12 +196,12 @@ class TritonEngine:
         return finish_x_(total, coefficient, pull.coefficient, pull.cos, x, inverse, w, self._inverse, row, labels.slot)
 
     def matrix_bytes(self) -> int:
-        return 4 if self._call.problem.precision == "fp32" else 2
+        return 4 if self._call.spec.precision == "fp32" else 2
 
     def slab_bytes(self, batch: int, gradients: bool) -> SlabBytes:
-        problem, width = self._call.problem, self._call.w.shape[1]
-        kept = len(problem.matrices("S")) + len(problem.matrices("T")) if gradients else int(problem.weights.gamma > 0)
-        hidden = problem.filter_threshold is not None
+        spec, width = self._call.spec, self._call.w.shape[1]
+        kept = len(spec.matrices("S")) + len(spec.matrices("T")) if gradients else int(spec.weights.gamma > 0)
+        hidden = spec.filter_threshold is not None
         each = batch * (kept * self.matrix_bytes() + hidden + _TILE_STATISTICS)
         each += width * (4 + 4 * gradients)  # the unit rows, and their gradient
         if self._call.w.dtype != torch.float32:

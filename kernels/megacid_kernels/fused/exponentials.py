@@ -133,7 +133,7 @@ def exponentials(
     largest      False: no `largest`
     tile         None: as `tuning` says for this device, dtype and width
 
-    scale + ln S - shift <= 88 keeps all finite, see `Problem.shift`. Bitwise repeatable; the bits of a row depend on
+    scale + ln S - shift <= 88 keeps all finite, see `LossSpec.shift`. Bitwise repeatable; the bits of a row depend on
     tile.columns and tile.depth, not on the other rows. b = 0 and S = 0 are allowed. No host synchronisation. Not seen by
     autograd. ValueError for what cannot be used.
     """

@@ -121,7 +121,7 @@ def reduce_tiles_kernel(
 
 
 @dataclass(frozen=True)
-class Counting:
+class NegativeMask:
     """What of a row counts and what is to be found out: the checked arguments that both ways have."""
 
     scale: float
@@ -191,13 +191,13 @@ def counting(
     threshold: float | None,
     hidden_bS: Tensor | None,
     largest: bool,
-) -> Counting:
+) -> NegativeMask:
     """Checked; shape = (b, S). ValueError for what cannot be used."""
     samples, columns = shape
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale is {scale}, expected a finite number > 0 such as 64")
     if not math.isfinite(shift):
-        raise ValueError(f"shift is {shift}, expected a finite number: `Problem.shift` says which")
+        raise ValueError(f"shift is {shift}, expected a finite number: `LossSpec.shift` says which")
     if threshold is not None and hidden_bS is not None:
         raise ValueError("threshold and hidden are both given, expected one: hidden is what a threshold gave before")
     check_matrix("slot", slot_bl, (torch.int64,), (samples, slot_bl.shape[-1]), like)
@@ -210,7 +210,7 @@ def counting(
             raise ValueError(
                 f"hidden has strides {hidden_bS.stride()} and ends in its last row, expected it as it was given"
             )
-    return Counting(
+    return NegativeMask(
         scale,
         shift,
         slot_bl.shape[1],

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
-MODES = ("auto", "row", "slab")
+WEIGHT_GRADS = ("auto", "stored", "recomputed")
 PRECISIONS = ("auto", "fp16", "bf16", "fp32")
 DEFAULT_BUDGET_BYTES = 1 << 30
 LARGEST_LOG_SUM = 80.0  # of exponentials: e^80 and what it is multiplied with stay finite in float32
-_CPU_BUDGET_BYTES = 1 << 26  # at least, see `Problem.chunk`
+_CPU_BUDGET_BYTES = 1 << 26  # at least, see `LossSpec.chunk`
 # Of the shift. Up to here negatives at cosine 0 and a little below keep exponentials that float32 can hold.
 _MOST_SHIFT = 80.0
 
@@ -68,7 +68,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Problem:
+class LossSpec:
     """Everything but the tensors. `group`: ranks the classes are sharded over (None: the default group, or alone)."""
 
     num_classes: int  # classes of all ranks: bounds the sum of exponentials, must be the same on every rank
@@ -82,7 +82,7 @@ class Problem:
     reduction: Literal["mean", "sum"] = "mean"
     group: dist.ProcessGroup | None = None
     impl: str = "auto"  # see `dispatch.resolve`
-    mode: str = "auto"  # "row", which "auto" is, or "slab": see `schedule`
+    weight_grad: str = "auto"  # "stored", which "auto" is, or "recomputed": see `schedule`
     # Triton's products: "fp16" (which "auto" is) rounds the unit rows to it for the cosines, and everything in the products
     # of the gradients to bf16; "bf16" does so for both and holds one copy of the rows; "fp32" rounds nothing. PyTorch
     # computes in the inputs' precision, at least float32, and takes no other word than "auto" and "fp32".
@@ -92,7 +92,7 @@ class Problem:
     def __post_init__(self) -> None:
         for name, value, known in (
             ("impl", self.impl, IMPLEMENTATIONS),
-            ("mode", self.mode, MODES),
+            ("weight_grad", self.weight_grad, WEIGHT_GRADS),
             ("precision", self.precision, PRECISIONS),
         ):
             if value not in known:
