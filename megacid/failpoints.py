@@ -13,7 +13,8 @@ environment, or depends on one; `tests/faults/` does (see `tests/faultplan.py`).
     embed:          partition, image_written, text_written, metadata_written, shard_done, before_meta, done
     cluster:        init, iteration, iteration_saved, labels, labelled, before_meta, after_meta
                     two levels: coarse, cells, start, fine, merge, refine, refine_saved
-    balance:        search, cluster, part, listed, pair, across, keep, report, gallery, before_meta, after_meta
+    balance:        search, cluster, part, candidate_clusters, pair, cross_cluster, keep, report, gallery, before_meta,
+                    after_meta
     reshard:        tar, before_meta
     eval:           before_result, task_done                synthesize:     before_meta
     offline:        file (inside every atomic write, before the rename), folder

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
 from megacid.data.batch import Batch
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.loader import PairStream
+from megacid.storage.metadata import write_meta
 
 SIZES = {"00000": 9, "00001": 7, "00002": 8}
 
@@ -80,3 +83,39 @@ def peak_mib(reset: bool = False) -> float:
         Path("/proc/self/clear_refs").write_text("5")
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) / 1024
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, array)
+
+
+def write_parquet(path: Path, **columns: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+
+
+def teacher_dir(folder: Path, digest: str, width: int = 2, pad: int = 5, text: bool = True) -> Path:
+    """Rows in another order than the tars, partition numbers in another order than the shards, and no row for "b"."""
+    for number, keys in ((1, ["c", "a"]), (0, ["e", "d"])):
+        rows = np.array([[ord(key), number] for key in keys], np.float16)
+        save(folder / "img_emb" / f"img_emb_{number:0{pad}d}.npy", rows)
+        if text:
+            save(folder / "text_emb" / f"text_emb_{number:0{pad}d}.npy", -rows)
+        write_parquet(folder / "metadata" / f"metadata_{number:0{pad}d}.parquet", image_path=keys, caption=keys)
+    write_meta(folder, "embed", {}, shards_digest=digest, dim=width, partitions={"00000": 1, "00001": 0})
+    return folder
+
+
+def label_dir(folder: Path, digest: str, k: int = 10, **extra: object) -> Path:
+    write_parquet(folder / "labels" / "00000.parquet", key=["c", "a"], label=pa.array([7, 3], pa.int32()), **extra)
+    write_parquet(folder / "labels" / "00001.parquet", key=["d", "e"], label=pa.array([-1, 9], pa.int32()))
+    write_meta(folder, "cluster", {}, shards_digest=digest, k=k, dim=2)
+    return folder
+
+
+def keep_dir(folder: Path, digest: str) -> Path:
+    save(folder / "keep" / "00000.npy", np.array([True, False, True]))
+    save(folder / "keep" / "00001.npy", np.array([False, False]))
+    write_meta(folder, "balance", {}, shards_digest=digest, kept=2, total=5)
+    return folder

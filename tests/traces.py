@@ -102,7 +102,7 @@ def record(root: Path) -> dict[str, Any]:
     for name, more in {
         "keep-components": ("--target-keep", 0.6),
         "keep-greedy": ("--target-keep", 0.6, "--link", "greedy"),
-        "keep-across": ("--target-keep", 0.6, "--across", 4),
+        "keep-across": ("--target-keep", 0.6, "--neighbor-clusters", 4),
     }.items():
         run_tool_here("balance", *common, "--out", root / name, *more)
         traces[name] = _keep(root / name)

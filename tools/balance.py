@@ -3,9 +3,9 @@
 
     tools/balance.py --embeddings data/digits/teacher --clusters data/digits/clusters --out data/digits/balance --target-keep 0.563
     tools/balance.py --embeddings teacher --clusters clusters --out balance --threshold 0.35 --link greedy --keep caption
-    tools/balance.py --embeddings teacher --clusters clusters --out balance --threshold 0.1 --across 4 --reshard kept
+    tools/balance.py --embeddings teacher --clusters clusters --out balance --threshold 0.1 --neighbor-clusters 4 --reshard kept
 
-Writes keep/<tar>.npy (bool, in tar order), owner/<tar>.npy (the sample that is kept for each, counted over all tars; -1:
+Writes keep/<tar>.npy (bool, in tar order), representative/<tar>.npy (the sample that is kept for each, counted over all tars; -1:
 without an embedding), report.json, gallery.html and, when the shards carry uids, DataComp's subset.npy.
 Run it again after an interruption: it goes on with the links that OUT/.work holds and gives the same result. SIGTERM and
 Ctrl-C end it soon, on all ranks, with exit code 143 and 130. Other arguments for the same OUT make it afresh.
@@ -63,7 +63,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--cap", type=int, help="keep at most so many samples of one cluster")
     parser.add_argument(
-        "--across",
+        "--neighbor-clusters",
         type=int,
         default=0,
         metavar="M",
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         link=args.link,
         keep=args.keep,
         cap=args.cap,
-        across=args.across,
+        neighbor_clusters=args.neighbor_clusters,
         seed=args.seed,
         search_rows=args.search_rows,
         block=args.block,
@@ -157,7 +157,7 @@ def print_report(args: argparse.Namespace, report: dict) -> None:
         print(
             f"  threshold searched on {report['searched_samples']:,} samples{'' if exact else ' (a sample of the clusters)'}"
         )
-    across = f" ({report['removed_across']:,} of them across clusters)" if args.across else ""
+    across = f" ({report['removed_across_clusters']:,} of them across clusters)" if args.neighbor_clusters else ""
     print(
         f"  removed: {report['removed_by_links']:,} by links{across}, {report['removed_by_cap']:,} by the cap; without an embedding: {report['without_embedding']:,}"
     )

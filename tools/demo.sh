@@ -55,7 +55,7 @@ stage embed "teacher embeddings of every image and caption" "$again" \
 stage cluster "k-means over the image embeddings" "$again" \
     alone tools/cluster.py --embeddings $out/teacher_embeddings --out $out/clusters --k 64
 stage balance "semantic balance inside clusters and across their borders: keep 56.3 % of the pairs, as the paper does" "$again" \
-    alone tools/balance.py --shards data/digits/train --embeddings $out/teacher_embeddings --clusters $out/clusters --out $out/balance --target-keep 0.563 --across 4
+    alone tools/balance.py --shards data/digits/train --embeddings $out/teacher_embeddings --clusters $out/clusters --out $out/balance --target-keep 0.563 --neighbor-clusters 4
 stage figures "what was called redundant, one cluster step by step, cluster sizes: Figure 2 of the paper" "$again" \
     alone tools/figures.py --demo $out --out $out/figures
 stage student_plain "student without a teacher (contrastive loss)" "$again" \

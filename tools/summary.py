@@ -81,7 +81,7 @@ def main() -> int:
             "share_kept": report["share_kept"],
             "share_removed": report["share_removed"],
             "threshold": report["threshold"],
-            "removed_across": report["removed_across"],
+            "removed_across_clusters": report["removed_across_clusters"],
             "planted_copies": planted,
             "planted_copies_inside_clusters": inside,
         },

@@ -14,6 +14,8 @@ from typing import Any
 from megacid.errors import UserError
 from megacid.storage.atomic import write_json_atomic
 
+_EARLIER_FIELDS = {"balance": "across"}  # by tool: a field that only earlier versions wrote, in another layout
+
 
 def versions() -> dict[str, str]:
     """Versions of the packages whose behaviour a result depends on; absent ones are left out."""
@@ -64,4 +66,6 @@ def read_meta(directory: str | Path, expect: str | None = None) -> dict[str, Any
         raise UserError(
             f"{directory} was made by {meta.get('made_by')!r}, expected a directory made by {expect!r}: correct the path"
         )
+    if _EARLIER_FIELDS.get(expect or "") in meta:
+        raise UserError(f"{directory} was written by an earlier version of megacid: delete it and run {tool} again")
     return dict(meta)

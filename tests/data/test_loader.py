@@ -7,9 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pair_data import SIZES, same, stream, tokenize, transform, write_shards
+from pair_data import (
+    SIZES,
+    keep_dir,
+    label_dir,
+    same,
+    save,
+    stream,
+    teacher_dir,
+    tokenize,
+    transform,
+    write_parquet,
+    write_shards,
+)
 from PIL import Image
-from test_side_tables import keep_dir, label_dir, save, teacher_dir, write_parquet
 
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.loader import BUDGET_FLOOR, PairStream

@@ -2,15 +2,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from pair_data import keep_dir, label_dir, save, teacher_dir, write_parquet
 from test_index import make_tar
 
 from megacid.data.decode import BadSample
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
 from megacid.errors import UserError
-from megacid.storage.metadata import write_meta
 
 KEYS = {"00000": ["a", "b", "c"], "00001": ["d", "e"]}
 
@@ -21,42 +20,6 @@ def index(tmp_path: Path) -> ShardIndex:
     for name, keys in KEYS.items():
         make_tar(tmp_path / "shards" / f"{name}.tar", keys)
     return load_index(tmp_path / "shards")
-
-
-def save(path: Path, array: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, array)
-
-
-def write_parquet(path: Path, **columns: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), path)
-
-
-def teacher_dir(folder: Path, digest: str, width: int = 2, pad: int = 5, text: bool = True) -> Path:
-    """Rows in another order than the tars, partition numbers in another order than the shards, and no row for "b"."""
-    for number, keys in ((1, ["c", "a"]), (0, ["e", "d"])):
-        rows = np.array([[ord(key), number] for key in keys], np.float16)
-        save(folder / "img_emb" / f"img_emb_{number:0{pad}d}.npy", rows)
-        if text:
-            save(folder / "text_emb" / f"text_emb_{number:0{pad}d}.npy", -rows)
-        write_parquet(folder / "metadata" / f"metadata_{number:0{pad}d}.parquet", image_path=keys, caption=keys)
-    write_meta(folder, "embed", {}, shards_digest=digest, dim=width, partitions={"00000": 1, "00001": 0})
-    return folder
-
-
-def label_dir(folder: Path, digest: str, k: int = 10, **extra: object) -> Path:
-    write_parquet(folder / "labels" / "00000.parquet", key=["c", "a"], label=pa.array([7, 3], pa.int32()), **extra)
-    write_parquet(folder / "labels" / "00001.parquet", key=["d", "e"], label=pa.array([-1, 9], pa.int32()))
-    write_meta(folder, "cluster", {}, shards_digest=digest, k=k, dim=2)
-    return folder
-
-
-def keep_dir(folder: Path, digest: str) -> Path:
-    save(folder / "keep" / "00000.npy", np.array([True, False, True]))
-    save(folder / "keep" / "00001.npy", np.array([False, False]))
-    write_meta(folder, "balance", {}, shards_digest=digest, kept=2, total=5)
-    return folder
 
 
 @pytest.mark.parametrize("pad", [1, 5])

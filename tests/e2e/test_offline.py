@@ -228,11 +228,11 @@ def test_balance_finds_the_planted_copies(stage: Path) -> None:
     assert page.count("data:image/jpeg;base64,") == 22 + members and f"before: {members:,} samples" in page
     for svg in re.findall(r"<svg.*?</svg>", page):
         ElementTree.fromstring(svg)
-    owner = np.concatenate([np.load(out / "owner" / f"{shard:05d}.npy") for shard in range(3)])
+    representative = np.concatenate([np.load(out / "representative" / f"{shard:05d}.npy") for shard in range(3)])
     # Every third sample is a copy of the one before; whichever has the smaller row stays. Row 16 could not be decoded.
     wanted = [row - 1 if row % 3 == 2 else row for row in range(36)]
     wanted[16], wanted[17] = -1, 17
-    assert owner.tolist() == wanted
+    assert representative.tolist() == wanted
 
 
 def test_figures_of_the_stages(stage: Path, tmp_path: Path) -> None:

@@ -231,20 +231,22 @@ def test_balance_goes_on_where_it_was_killed(stage: Path, tool: Callable[[str], 
     one.equals(stage / REFERENCE["balance"])
 
 
-ACROSS = ["balance:pair", "balance:across", "reshard:tar", "reshard:before_meta"]
+CROSS_CLUSTER = ["balance:pair", "balance:cross_cluster", "reshard:tar", "reshard:before_meta"]
 
 
 def test_second_pass_and_copy_killed_anywhere_give_the_same_bits(stage: Path, tool: Callable[[str], Tool]) -> None:
     """One run is killed at every stage in turn, first one of two ranks; another is never interrupted."""
 
     def options(copy: str) -> list[object]:
-        return ["--across", 3, "--reshard", stage / copy]
+        return ["--neighbor-clusters", 3, "--reshard", stage / copy]
 
     whole, cut = Tool("balance", stage, "across-whole", tool("balance").log), tool("balance")
     assert whole.fates(1, more=options("kept-whole")) == [0], whole.said
-    assert json.loads((whole.out / "meta.json").read_text())["across"] == 3
-    assert cut.fates(2, kill("balance:listed", rank=1), more=options("kept-cut")) == [EXIT_AGAIN, KILLED], cut.said
-    for at in ACROSS:
+    assert json.loads((whole.out / "meta.json").read_text())["neighbor_clusters"] == 3
+    assert cut.fates(2, kill("balance:candidate_clusters", rank=1), more=options("kept-cut")) == [EXIT_AGAIN, KILLED], (
+        cut.said
+    )
+    for at in CROSS_CLUSTER:
         assert cut.fates(1, kill(at), more=options("kept-cut")) == [KILLED], (at, cut.said)
     assert cut.fates(2, more=options("kept-cut")) == [0, 0], cut.said
     cut.equals(whole.out)

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", type=int, default=4096)
     parser.add_argument("--tars", type=int, default=100)
     parser.add_argument("--threshold", type=float, default=0.35)
-    parser.add_argument("--across", type=int, nargs="*", default=[0, 4], help="a run for each")
+    parser.add_argument("--neighbor-clusters", type=int, nargs="*", default=[0, 4], help="a run for each")
     parser.add_argument("--link", choices=("components", "greedy"), default="components")
     parser.add_argument("--large", type=int, default=0, help="also one cluster of so many members (the bar: 300000)")
     parser.add_argument("--seed", type=int, default=0)
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Report:
     if args.device != "cpu":
         raise UserError(f"--device is {args.device}, this suite runs on the CPU: give --device cpu")
-    rows = _stages(args, args.rows, args.k, args.across) if args.across else []
+    rows = _stages(args, args.rows, args.k, args.neighbor_clusters) if args.neighbor_clusters else []
     if args.large:
         rows += _stages(args, args.large, 1, [0])
     return report(args, rows)
@@ -70,13 +70,14 @@ def run(args: argparse.Namespace) -> Report:
 def check(report: Report) -> list[Bar]:
     bars = []
     for row in report["results"]:
-        what = f"{row['rows']:,} rows, {row['k']:,} clusters, across {row['across']}"
+        what = f"{row['rows']:,} rows, {row['k']:,} clusters, {row['neighbor_clusters']} neighbor clusters"
         bars.append(Bar(f"precision, {what}", row.get("precision"), LEAST_FOUND, True))
         if row["k"] == 1:
             bars.append(Bar(f"peak GiB, {what}", row.get("peak_gib"), MOST_GIB, False))
         else:
             bars.append(Bar(f"seconds, {what}", row.get("seconds"), MOST_S, False))
-        if row["k"] == 1 or row["across"]:  # without the second pass, copies across borders are not looked for
+        # Without the second pass, copies in different clusters are not looked for.
+        if row["k"] == 1 or row["neighbor_clusters"]:
             bars.append(Bar(f"recall, {what}", row.get("recall"), LEAST_FOUND, True))
     return bars
 
@@ -106,7 +107,7 @@ def rows_with_copies(n: int, dim: int, k: int, seed: int) -> tuple[np.ndarray, n
     return x, group, centroids
 
 
-def _stages(args: argparse.Namespace, n: int, k: int, across: list[int]) -> list[Row]:
+def _stages(args: argparse.Namespace, n: int, k: int, neighbor_clusters: list[int]) -> list[Row]:
     x, group, centroids = rows_with_copies(n, args.dim, k, args.seed)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
@@ -120,22 +121,22 @@ def _stages(args: argparse.Namespace, n: int, k: int, across: list[int]) -> list
         facts = {"shards_digest": digest, "k": k, "metric": "cosine"} | ABOUT
         write_meta(clusters, "cluster", source={"embeddings": str(emb)}, **facts)
         found = []
-        for neighbours in across:
-            out = folder / f"balance-{neighbours}"
+        for neighbors in neighbor_clusters:
+            out = folder / f"balance-{neighbors}"
             request = {name: getattr(args, name) for name in ("threshold", "link", "threads", "clock")}
-            request |= {"folder": str(folder), "out": str(out), "across": neighbours}
-            row: Row = {"rows": n, "k": k, "dim": args.dim, "across": neighbours, "link": args.link}
+            request |= {"folder": str(folder), "out": str(out), "neighbor_clusters": neighbors}
+            row: Row = {"rows": n, "k": k, "dim": args.dim, "neighbor_clusters": neighbors, "link": args.link}
             row |= ask_process("benchmarks.balance", request, {})
             if "skipped" not in row:
                 masks = [np.load(out / "keep" / f"{number:05d}.npy") for number in range(len(parts_of(n, args.tars)))]
                 row |= _found(group, np.concatenate(masks))
                 print(
-                    f"{n:,} rows, {k:,} clusters, across {neighbours}: {row['seconds']:.1f} s, peak {row['peak_gib']:.2f} GiB, "
+                    f"{n:,} rows, {k:,} clusters, {neighbors} neighbor clusters: {row['seconds']:.1f} s, peak {row['peak_gib']:.2f} GiB, "
                     f"precision {row['precision']:.4f}, recall {row['recall']:.4f}",
                     flush=True,
                 )
             else:
-                print(f"{n:,} rows, {k:,} clusters, across {neighbours}: {row['skipped']}", flush=True)
+                print(f"{n:,} rows, {k:,} clusters, {neighbors} neighbor clusters: {row['skipped']}", flush=True)
             found.append(row)
     return found
 
@@ -152,7 +153,9 @@ def main() -> None:
     asked: dict[str, Any] = json.loads(sys.argv[1])
     torch.set_num_threads(asked["threads"])
     torch.mm(torch.ones(8, 8), torch.ones(8, 8))  # the library's own buffers are there before they are counted
-    settings = BalanceSettings(threshold=asked["threshold"], link=asked["link"], across=asked["across"])
+    settings = BalanceSettings(
+        threshold=asked["threshold"], link=asked["link"], neighbor_clusters=asked["neighbor_clusters"]
+    )
     folder, clock = Path(asked["folder"]), clock_of(argparse.Namespace(clock=asked["clock"]))
     own, began = anonymous_bytes(), clock()
     with PeakOfAnonymous() as peak:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megacid.distributed.stopping import Progress
 from megacid.failpoints import failpoint
-from megacid.offline.balance.linking import Link, UnitRows, cosine_bound, roots, unite, unite_near
+from megacid.offline.balance.linking import Link, UnitRows, cosine_bound, find, union, union_near
 from megacid.offline.nearest import Assigner, pad_rows, tile_rows
 from megacid.offline.rows import Rows
 from megacid.storage.stage_files import PartialResults
@@ -32,12 +32,12 @@ _MANY = 4096  # links of one pair of clusters that are worth to be looked throug
 LIST_ROWS = 1 << 16  # samples in one partial result of the lists; whole tiles
 
 
-def listed(
+def candidate_clusters(
     image: Rows,
     rows: np.ndarray,
     label: np.ndarray,
     assigner: Assigner,
-    across: int,
+    neighbor_clusters: int,
     threshold: float,
     number: int,
     work: PartialResults | None,
@@ -45,15 +45,15 @@ def listed(
 ) -> np.ndarray:
     """int64 [entries, 2]: (row, cluster it lists) of chunk `number` of these samples, LIST_ROWS of them; kept in `work`.
 
-    rows: int64 [n] row numbers; label: [n] the clusters they are in; across: M.
+    rows: int64 [n] row numbers; label: [n] the clusters they are in; neighbor_clusters: M.
     """
-    name = f"near-{number}"
+    name = f"candidates-{number}"
     before = work.array(name, (None, 2), "i") if work else None
     if before is not None:
         return before
     unit = UnitRows(image, rows, assigner.device)
     c_KD, half_K = assigner.centroids_KD, assigner.half_norm_K
-    tile, top = tile_rows(assigner.device), min(across + 1, len(assigner.centroids_KD))
+    tile, top = tile_rows(assigner.device), min(neighbor_clusters + 1, len(assigner.centroids_KD))
     parts = [np.empty((0, 2), np.int64)]
     for low in range(number * LIST_ROWS, min((number + 1) * LIST_ROWS, len(rows)), tile):
         progress(0)
@@ -64,14 +64,14 @@ def listed(
         near_TM = assigner.tile(pad_rows(x_TD, tile), top)[1][: len(x_TD)]
         for column in range(top):
             other = near_TM[:, column]
-            apart = c_KD[own] - c_KD[other]
-            most = half_K[own] - half_K[other] + apart.norm(dim=1) * (threshold + _SLACK) + _ROUNDING
-            good = ((apart * x_TD).sum(1) <= most) & (other != own)
+            normal = c_KD[own] - c_KD[other]
+            most = half_K[own] - half_K[other] + normal.norm(dim=1) * (threshold + _SLACK) + _ROUNDING
+            good = ((normal * x_TD).sum(1) <= most) & (other != own)
             parts.append(np.stack([rows[which][good.cpu().numpy()], other[good].cpu().numpy()], axis=1))
     found = np.concatenate(parts)
     if work:
         work.save_array(name, found)
-    failpoint("balance:listed", step=number)
+    failpoint("balance:candidate_clusters", step=number)
     return found
 
 
@@ -118,7 +118,7 @@ def link_pairs(
     pairs: Pairs,
     low: int,
     high: int,
-    owner: np.ndarray,
+    representative: np.ndarray,
     threshold: float,
     link: Link,
     block: int,
@@ -129,9 +129,9 @@ def link_pairs(
 ) -> np.ndarray:
     """int64 [E, 2], each once: rows that stand for two groups which are one, of the pairs [low, high); kept in `work`.
 
-    owner: int64 [n], of the first pass. Components: enough links to unite what is linked; greedy: all of them.
+    representative: int64 [n], of the first pass. Components: enough links to unite what is linked; greedy: all of them.
     """
-    name = f"across-{low}-{high}"
+    name = f"cross-cluster-{low}-{high}"
     before = work.array(name, (None, 2), "i") if work else None
     if before is not None:
         return before
@@ -148,7 +148,7 @@ def link_pairs(
         start, middle, stop = (
             int(at) - base for at in (pairs.starts[pair], pairs.middles[pair], pairs.starts[pair + 1])
         )
-        x_node, y_node = owner[rows[start:middle]], owner[rows[middle:stop]]
+        x_node, y_node = representative[rows[start:middle]], representative[rows[middle:stop]]
         if isinstance(unit, Tensor) and max(len(x_node), len(y_node)) <= block:
             near = (unit[start:middle] @ unit[middle:stop].T > bound).cpu().numpy()
             a, b = np.nonzero(near)
@@ -162,7 +162,7 @@ def link_pairs(
     links = np.unique(links[links[:, 0] != links[:, 1]], axis=0)
     if work:
         work.save_array(name, links)
-    failpoint("balance:across")
+    failpoint("balance:cross_cluster")
     return links
 
 
@@ -190,7 +190,7 @@ def _link_large(
             y_PD = unit[q : min(q + panel, stop)]
             y_number = number[q - start : q - start + len(y_PD)]
             if link == "components":
-                unite_near(x_PD, y_PD, parent, x_number, y_number, bound, block, progress)
+                union_near(x_PD, y_PD, parent, x_number, y_number, bound, block, progress)
                 continue
             for i in range(0, len(x_PD), block):
                 progress(0)
@@ -198,37 +198,37 @@ def _link_large(
                     a, b = np.nonzero((x_PD[i : i + block] @ y_PD[j : j + block].T > bound).cpu().numpy())
                     parts.append(np.stack([node[x_number[i + a]], node[y_number[j + b]]], axis=1))
     if link == "components":
-        root = roots(parent, np.arange(len(node)))
+        root = find(parent, np.arange(len(node)))
         moved = np.flatnonzero(root != np.arange(len(node)))
         parts.append(np.stack([node[root[moved]], node[moved]], axis=1))
     return np.concatenate(parts)
 
 
-def joined(owner: np.ndarray, links: np.ndarray, priority: np.ndarray, link: Link) -> np.ndarray:
+def merge_groups(representative: np.ndarray, links: np.ndarray, priority: np.ndarray, link: Link) -> np.ndarray:
     """int64 [n]: who stands for every row once the groups of both passes are one.
 
-    owner: int64 [n] of the first pass; links: int64 [E, 2] between rows that are their own owner; priority: [n], smaller is
+    representative: int64 [n] of the first pass; links: int64 [E, 2] between rows that are their own representative; priority: [n], smaller is
     preferred, equal ones by row. Greedy: of the kept rows, in order of preference over all clusters, one stays unless it
     is near one that stays; what it stood for follows it.
     """
     if not len(links):
-        return owner
+        return representative
     rows = np.unique(links)
     rows = rows[np.argsort(priority[rows], kind="stable")]
     by_number = np.argsort(rows)
     place = by_number[np.searchsorted(rows, links, sorter=by_number)]
     parent = np.arange(len(rows), dtype=np.int64)
     if link == "components":
-        unite(parent, place[:, 0], place[:, 1])
-        parent = roots(parent, np.arange(len(rows)))
+        union(parent, place[:, 0], place[:, 1])
+        parent = find(parent, np.arange(len(rows)))
     else:
-        _stay_or_follow(parent, place.min(axis=1), place.max(axis=1))
-    out = owner.copy()
+        greedy_keep(parent, place.min(axis=1), place.max(axis=1))
+    out = representative.copy()
     out[rows] = rows[parent]
-    return out[owner]  # what was removed in the first pass follows the one it was removed for
+    return out[representative]  # what was removed in the first pass follows the one it was removed for
 
 
-def _stay_or_follow(parent: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+def greedy_keep(parent: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
     """The greedy choice in rounds; fills parent. low, high: int64 [E], the preferred place of each link and the other."""
     stays, follows = np.zeros(len(parent), bool), np.zeros(len(parent), bool)
     while not (stays | follows).all():

@@ -20,8 +20,8 @@ from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.offline.balance import cross_cluster, linking
 from megacid.offline.balance.clusters import Clusters
-from megacid.offline.balance.linking import Link, UnitRows, check_unit, keep_mask, owners, panel_rows
-from megacid.offline.balance.threshold_search import FARTHEST, draw, narrow
+from megacid.offline.balance.linking import Link, UnitRows, check_unit, keep_mask, panel_rows, representatives
+from megacid.offline.balance.threshold_search import FARTHEST, bisect_threshold, sample_clusters
 from megacid.offline.nearest import Assigner, Metric, prepare
 from megacid.offline.rows import Rows, SubsetRows
 from megacid.storage.stage_files import PartialResults
@@ -41,7 +41,7 @@ class BalanceSettings:
     link: Link = "components"
     keep: Keep = "nearest"
     cap: int | None = None  # at most so many kept samples per cluster
-    across: int = 0  # every sample is also compared with so many clusters that come next to it
+    neighbor_clusters: int = 0  # every sample is also compared with so many clusters that come next to it
     seed: int = 0
     search_rows: int = 200_000  # the threshold is searched on whole clusters with about so many samples
     block: int = 1024
@@ -59,9 +59,9 @@ class BalanceSettings:
             raise UserError(f"keep is {self.keep!r}, expected nearest, farthest, random or caption")
         if self.cap is not None and self.cap < 1:
             raise UserError(f"cap is {self.cap}, expected at least 1 sample per cluster")
-        if self.across < 0:
+        if self.neighbor_clusters < 0:
             raise UserError(
-                f"across is {self.across}, expected 0 (inside clusters only) or a number of neighbouring clusters"
+                f"neighbor clusters is {self.neighbor_clusters}, expected 0 (inside clusters only) or a number of neighbouring clusters"
             )
         if self.search_rows < 1 or self.block < 1:
             raise UserError(f"search rows is {self.search_rows} and block {self.block}, expected at least 1 each")
@@ -69,20 +69,20 @@ class BalanceSettings:
 
 @dataclass(frozen=True)
 class Decision:
-    """keep: bool [n]; owner: int64 [n], the row kept for each row's group (before the cap); both by embedding row."""
+    """keep: bool [n]; representative: int64 [n], the row kept for each row's group (before the cap); both by embedding row."""
 
     keep: np.ndarray
-    owner: np.ndarray
+    representative: np.ndarray
     threshold: float
     curve: list[tuple[float, float]]  # (threshold, share kept) visited by the search
     searched_rows: int  # 0 when the threshold was given
-    owner_inside: np.ndarray  # int64 [n], of the first pass; `owner` itself without a second one
+    first_pass: np.ndarray  # int64 [n], of the first pass; `representative` itself without a second one
 
     @property
-    def removed_across(self) -> int:
+    def removed_across_clusters(self) -> int:
         """Samples kept by the first pass, not by the second."""
-        number = np.arange(len(self.owner))
-        return int((self.owner_inside == number).sum() - (self.owner == number).sum())
+        number = np.arange(len(self.representative))
+        return int((self.first_pass == number).sum() - (self.representative == number).sum())
 
 
 def preference(
@@ -129,7 +129,7 @@ def _link(
     device: torch.device,
     progress: Progress,
 ) -> np.ndarray:
-    """Owners of one cluster as positions inside it, int64 [m]."""
+    """Representatives of one cluster as positions inside it, int64 [m]."""
     members = clusters.order[clusters.starts[cluster] : clusters.starts[cluster + 1]]
     if len(members) < 2 or threshold <= 0:
         return np.arange(len(members), dtype=np.int64)
@@ -137,7 +137,7 @@ def _link(
     unit = UnitRows(image, members, device)
     # Small clusters, which are most of them, are held whole.
     x_MD = unit[:] if len(members) <= panel else unit
-    return owners(x_MD, threshold, settings.link, settings.block, progress, panel)
+    return representatives(x_MD, threshold, settings.link, settings.block, progress, panel)
 
 
 def search_threshold(
@@ -153,10 +153,10 @@ def search_threshold(
 
     Clusters are drawn by the seed until they hold `search_rows` samples; when that is all of them the share is exact.
     work: holds the points visited so far, which are not worked out again. progress: called with 0 for every cluster.
-    assigner: of the centroids, for `settings.across`.
+    assigner: of the centroids, for `settings.neighbor_clusters`.
     """
     assert settings.target_keep is not None
-    chosen = draw(clusters.sizes, settings.search_rows, settings.seed, assigner)
+    chosen = sample_clusters(clusters.sizes, settings.search_rows, settings.seed, assigner)
     numbers, part = clusters.of(chosen)
     rows, count = SubsetRows(image, numbers), len(numbers)
     lists = np.empty((0, 2), np.int64)
@@ -169,17 +169,19 @@ def search_threshold(
 
     def share(threshold: float) -> float:
         if threshold not in visited:
-            owner, kept = np.arange(count), 0.0
+            representative, kept = np.arange(count), 0.0
             for c in chosen:
                 progress(0)
                 local = _link(rows, part, c, threshold, settings, device, progress)
                 members = part.order[part.starts[c] : part.starts[c + 1]]
-                owner[members] = members[local]
+                representative[members] = members[local]
                 kept += int(keep_mask(local, settings.cap).sum())
             if assigner is not None and threshold > 0:
-                pairs = _pairs(part, lists, owner, settings)
-                links = _links_across(rows, pairs, owner, threshold, settings, device, (0, 1), None, progress)
-                both = _kept(part, cross_cluster.joined(owner, links, part.priority, settings.link), settings.cap).sum()
+                pairs = _pairs(part, lists, representative, settings)
+                links = _links_across(rows, pairs, representative, threshold, settings, device, (0, 1), None, progress)
+                both = _kept(
+                    part, cross_cluster.merge_groups(representative, links, part.priority, settings.link), settings.cap
+                ).sum()
                 # What was removed across the borders that lie inside of the sample, for all borders that were listed.
                 kept = max(kept - (kept - float(both)) / max(listed_here, 1 / count), 0.0)
             visited[threshold] = kept
@@ -188,7 +190,7 @@ def search_threshold(
             failpoint("balance:search", step=len(visited))
         return visited[threshold] / count
 
-    threshold, curve = narrow(settings.target_keep, count, share)
+    threshold, curve = bisect_threshold(settings.target_keep, count, share)
     return threshold, curve, count
 
 
@@ -206,7 +208,7 @@ def decide(
 ) -> Decision:
     """Link and choose in every cluster; clusters are split over the ranks and every rank gets the whole decision.
 
-    centroids: float32 [k, D], for `settings.across`; metric: the one the labels were made with.
+    centroids: float32 [k, D], for `settings.neighbor_clusters`; metric: the one the labels were made with.
     work: holds the points of the search and the links of parts of the clusters; what is there is not done again.
     progress: called with rows done (also 0); when it raises Stopped, all ranks stop.
     """
@@ -214,9 +216,11 @@ def decide(
     curve: list[tuple[float, float]] = []
     threshold, searched = settings.threshold, 0
     assigner: Assigner | None = None
-    if settings.across:
+    if settings.neighbor_clusters:
         if centroids is None:
-            raise UserError(f"across is {settings.across} but there are no centroids: run tools/cluster.py again")
+            raise UserError(
+                f"neighbor clusters is {settings.neighbor_clusters} but there are no centroids: run tools/cluster.py again"
+            )
         assigner = Assigner(prepare(centroids, metric, device), metric, device)
     if threshold is None:
         with stop_together(group):
@@ -247,16 +251,16 @@ def decide(
                 start, stop = int(clusters.starts[cluster]), int(clusters.starts[cluster + 1])
                 mine[start - base : stop - base] = clusters.order[start:stop][local[start - begin : stop - begin]]
     # A sample without a cluster cannot be compared with anything and stays.
-    owner = np.arange(image.num_rows)
-    owner[clusters.order[clusters.starts[0] :]] = _gathered(mine, device, group)
-    inside = owner
+    representative = np.arange(image.num_rows)
+    representative[clusters.order[clusters.starts[0] :]] = _gathered(mine, device, group)
+    inside = representative
     if assigner is not None and threshold > 0:
         rows = clusters.order[clusters.starts[0] :]
         if settings.link == "greedy":
-            rows = rows[owner[rows] == rows]  # the others need no list
+            rows = rows[representative[rows] == rows]  # the others need no list
         with stop_together(group):
             lists = _lists(image, clusters, rows, threshold, settings, assigner, me, work, progress)
-        pairs = _pairs(clusters, _gathered(lists, device, group), owner, settings)
+        pairs = _pairs(clusters, _gathered(lists, device, group), representative, settings)
         left, right = (side.astype(np.float64) for side in pairs.sizes)
         log.info(
             "%d pairs of neighbouring clusters, %d samples at their borders, %.3g flop",
@@ -265,14 +269,16 @@ def decide(
             2 * (left @ right) * image.dim,
         )
         with stop_together(group):
-            links = _links_across(image, pairs, owner, threshold, settings, device, me, work, progress)
-        owner = cross_cluster.joined(owner, _gathered(links, device, group), clusters.priority, settings.link)
-    return Decision(_kept(clusters, owner, settings.cap), owner, threshold, curve, searched, inside)
+            links = _links_across(image, pairs, representative, threshold, settings, device, me, work, progress)
+        representative = cross_cluster.merge_groups(
+            representative, _gathered(links, device, group), clusters.priority, settings.link
+        )
+    return Decision(_kept(clusters, representative, settings.cap), representative, threshold, curve, searched, inside)
 
 
-def _kept(clusters: Clusters, owner: np.ndarray, cap: int | None) -> np.ndarray:
-    """bool [n]: rows that are their own owner, of every cluster at most the `cap` most preferred."""
-    keep = owner == np.arange(len(owner))
+def _kept(clusters: Clusters, representative: np.ndarray, cap: int | None) -> np.ndarray:
+    """bool [n]: rows that are their own representative, of every cluster at most the `cap` most preferred."""
+    keep = representative == np.arange(len(representative))
     if cap is not None:
         for start, stop in zip(clusters.starts[:-1].tolist(), clusters.starts[1:].tolist()):
             if stop - start > cap:
@@ -299,22 +305,26 @@ def _lists(
     parts = [np.empty((0, 2), np.int64)]
     for chunk in range(me[0] * chunks // me[1], (me[0] + 1) * chunks // me[1]):
         parts.append(
-            cross_cluster.listed(image, rows, label, assigner, settings.across, threshold, chunk, work, progress)
+            cross_cluster.candidate_clusters(
+                image, rows, label, assigner, settings.neighbor_clusters, threshold, chunk, work, progress
+            )
         )
     return np.concatenate(parts)
 
 
-def _pairs(clusters: Clusters, lists: np.ndarray, owner: np.ndarray, settings: BalanceSettings) -> cross_cluster.Pairs:
-    """Which samples of which clusters are compared. lists: int64 [entries, 2]; owner: of the first pass."""
+def _pairs(
+    clusters: Clusters, lists: np.ndarray, representative: np.ndarray, settings: BalanceSettings
+) -> cross_cluster.Pairs:
+    """Which samples of which clusters are compared. lists: int64 [entries, 2]; representative: of the first pass."""
     if settings.link == "greedy":
-        lists = lists[owner[lists[:, 0]] == lists[:, 0]]  # what the first pass removed is gone
-    return cross_cluster.match_lists(lists, clusters.labels(len(owner)), len(clusters.sizes))
+        lists = lists[representative[lists[:, 0]] == lists[:, 0]]  # what the first pass removed is gone
+    return cross_cluster.match_lists(lists, clusters.labels(len(representative)), len(clusters.sizes))
 
 
 def _links_across(
     image: Rows,
     pairs: cross_cluster.Pairs,
-    owner: np.ndarray,
+    representative: np.ndarray,
     threshold: float,
     settings: BalanceSettings,
     device: torch.device,
@@ -322,7 +332,7 @@ def _links_across(
     work: PartialResults | None,
     progress: Progress,
 ) -> np.ndarray:
-    """int64 [E, 2]: links between groups of neighbouring clusters, of this rank's part of the pairs. owner: of the first pass."""
+    """int64 [E, 2]: links between groups of neighbouring clusters, of this rank's part of the pairs. representative: of the first pass."""
     left, right = (side.astype(np.float64) for side in pairs.sizes)
     panel = panel_rows(image.dim, settings.block, linking.PANEL_BYTES // 4)
     # A part is as large as its work, or as the rows that are held for it.
@@ -334,7 +344,18 @@ def _links_across(
         low, high = int(bounds[part]), int(bounds[part + 1])
         parts.append(
             cross_cluster.link_pairs(
-                image, pairs, low, high, owner, threshold, settings.link, settings.block, panel, device, work, progress
+                image,
+                pairs,
+                low,
+                high,
+                representative,
+                threshold,
+                settings.link,
+                settings.block,
+                panel,
+                device,
+                work,
+                progress,
             )
         )
     return np.concatenate(parts)
@@ -367,7 +388,7 @@ def _link_part(
     work: PartialResults | None,
     progress: Progress,
 ) -> np.ndarray:
-    """Owners of the clusters [low, high) as positions inside each, int64, one after another; kept in `work`."""
+    """Representatives of the clusters [low, high) as positions inside each, int64, one after another; kept in `work`."""
     begin, end = int(clusters.starts[low]), int(clusters.starts[high])
     name = f"links-{low}-{high}"
     before = work.array(name, (end - begin,), "i") if work else None

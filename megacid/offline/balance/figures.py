@@ -25,9 +25,9 @@ from megacid.offline.balance.groups import (
     Group,
     Groups,
     Process,
-    owner_distance,
     perceptual_below,
     process,
+    representative_distance,
     sample_cluster,
 )
 from megacid.offline.balance.report import cluster_sizes, size_facts
@@ -75,7 +75,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Balanced:
-    """Everything the figures are made from, by embedding row. owner: int64 [n]; keep: bool [n]; label: int32 [n], -1 for none;
+    """Everything the figures are made from, by embedding row. representative: int64 [n]; keep: bool [n]; label: int32 [n], -1 for none;
     shard, row: [n], where each sample lies in the tars."""
 
     rows: EmbeddingRows
@@ -83,7 +83,7 @@ class Balanced:
     report: dict[str, Any]
     label: np.ndarray
     k: int
-    owner: np.ndarray
+    representative: np.ndarray
     keep: np.ndarray
     shard: np.ndarray
     row: np.ndarray
@@ -111,7 +111,7 @@ def read_balanced(
     place = index.starts[shard] + row
     of, kept = (
         np.concatenate([_part(balance / kind / f"{name}.npy", int(size)) for name, size in zip(index.names, index.sizes)])
-        for kind in ("owner", "keep")
+        for kind in ("representative", "keep")
     )  # fmt: skip
     number = np.full(index.num_samples, -1, np.int64)
     number[place] = np.arange(rows.num_rows)
@@ -128,13 +128,15 @@ def _part(path: Path, size: int) -> np.ndarray:
 
 def make_figures(found: Balanced, choice: Choice, out: Path) -> list[Path]:
     """Write fig2a .. fig2d as .png and .pdf, and index.html; returns what was written."""
-    groups = Groups(found.owner, owner_distance(found.rows, found.owner))
+    groups = Groups(found.representative, representative_distance(found.rows, found.representative))
     below = perceptual_below(found.threshold, choice.perceptual)
     before, after = cluster_sizes(found.label, found.keep, found.k)
-    cluster = choice.cluster if choice.cluster is not None else sample_cluster(found.label, found.owner, found.k)
+    cluster = (
+        choice.cluster if choice.cluster is not None else sample_cluster(found.label, found.representative, found.k)
+    )
     shown = None
     if cluster is not None:
-        shown = process(found.rows, found.label, found.owner, found.keep, found.threshold, cluster)
+        shown = process(found.rows, found.label, found.representative, found.keep, found.threshold, cluster)
     tight = groups.perceptual(below, choice.groups, choice.members)
     loose = groups.near(found.threshold, below, choice.groups, choice.members)
     reader = ShardReader(found.index)
@@ -182,7 +184,7 @@ def _text_c(shown: Process | None, found: Balanced, choice: Choice) -> str:
         if choice.cluster is not None
         else "the one of median size among those with two groups or more"
     )
-    away = int((~shown.kept & ~np.isin(found.owner[shown.rows], shown.rows)).sum())
+    away = int((~shown.kept & ~np.isin(found.representative[shown.rows], shown.rows)).sum())
     return (
         f"Cluster {shown.cluster} of {found.k:,}, {chosen}: {len(shown.rows):,} samples, {len(shown.links):,} pairs nearer than {found.threshold:.4f}, "
         f"{int(shown.kept.sum()):,} kept{f', {away:,} removed for a sample of another cluster' if away else ''}. The embeddings lie along their first two principal components "

@@ -17,7 +17,7 @@ from PIL import Image
 from megacid.data.decode import decode_image
 from megacid.data.index import ShardReader
 from megacid.distributed.stopping import Progress, no_progress
-from megacid.offline.balance.groups import Group, Process, apart
+from megacid.offline.balance.groups import Group, Process, spread_overlaps
 
 # Colours that people with any colour vision can tell apart (Okabe and Ito, 2008).
 KEPT, REMOVED, ALONE = "#0072B2", "#D55E00", "#9a9a9a"
@@ -112,7 +112,7 @@ def layout(shown: Process) -> tuple[np.ndarray, float]:
     """
     side = 0.5 / max(np.sqrt(len(shown.rows)), 3)  # a quarter of the square, so that links can be seen between them
     stretched = (shown.place - shown.place.min(0)) / np.maximum(np.ptp(shown.place, axis=0), 1e-9)
-    return apart(side / 2 + (1 - side) * stretched, 1.4 * side), side
+    return spread_overlaps(side / 2 + (1 - side) * stretched, 1.4 * side), side
 
 
 def process_plot(shown: Process, show: Show, side: int = 360) -> str:

@@ -30,13 +30,13 @@ class Group:
     spread: float
 
 
-def owner_distance(image: Rows, owner: np.ndarray, block: int = 16384) -> np.ndarray:
-    """Euclidean distance float32 [n] of every sample to the one kept for it; 0 for kept ones, and where owner is -1."""
-    out = np.zeros(len(owner), np.float32)
-    linked = np.flatnonzero((owner >= 0) & (owner != np.arange(len(owner))))
+def representative_distance(image: Rows, representative: np.ndarray, block: int = 16384) -> np.ndarray:
+    """Euclidean distance float32 [n] of every sample to the one kept for it; 0 for kept ones, and where representative is -1."""
+    out = np.zeros(len(representative), np.float32)
+    linked = np.flatnonzero((representative >= 0) & (representative != np.arange(len(representative))))
     for low in range(0, len(linked), block):
         part = linked[low : low + block]
-        a, b = (prepare(image.take(which), "cosine", torch.device("cpu")) for which in (part, owner[part]))
+        a, b = (prepare(image.take(which), "cosine", torch.device("cpu")) for which in (part, representative[part]))
         out[part] = (a - b).norm(dim=1).numpy()
     return out
 
@@ -58,10 +58,10 @@ class Groups:
     A group is *perceptual* when its spread is below a given distance, else *semantic*.
     """
 
-    def __init__(self, owner: np.ndarray, distance: np.ndarray) -> None:
-        """owner: int64 [n], a kept sample is its own; distance: float [n], of each sample to its owner."""
-        linked = np.flatnonzero(owner != np.arange(len(owner)))
-        self._roots, group = np.unique(owner[linked], return_inverse=True)
+    def __init__(self, representative: np.ndarray, distance: np.ndarray) -> None:
+        """representative: int64 [n], a kept sample is its own; distance: float [n], of each sample to its representative."""
+        linked = np.flatnonzero(representative != np.arange(len(representative)))
+        self._roots, group = np.unique(representative[linked], return_inverse=True)
         self._distance = distance
         spread = np.zeros(len(self._roots))
         np.maximum.at(spread, group, distance[linked])
@@ -119,13 +119,13 @@ class Process:
     explained: float
 
 
-def sample_cluster(label: np.ndarray, owner: np.ndarray, k: int) -> int | None:
+def sample_cluster(label: np.ndarray, representative: np.ndarray, k: int) -> int | None:
     """The cluster to show: of those with at least two groups and at most MOST_SHOWN samples, the one of median size (the
-    smaller number of equal ones). None when there is none. label: int [n], -1 for none; owner: int64 [n]."""
-    linked = np.flatnonzero((owner != np.arange(len(owner))) & (label >= 0))
+    smaller number of equal ones). None when there is none. label: int [n], -1 for none; representative: int64 [n]."""
+    linked = np.flatnonzero((representative != np.arange(len(representative))) & (label >= 0))
     # Groups by the cluster of what was removed, so that one across a border counts on its side.
-    pairs = np.unique(label[linked].astype(np.int64) * len(owner) + owner[linked])
-    groups = np.bincount(pairs // len(owner), minlength=k)
+    pairs = np.unique(label[linked].astype(np.int64) * len(representative) + representative[linked])
+    groups = np.bincount(pairs // len(representative), minlength=k)
     sizes = np.bincount(label[label >= 0], minlength=k)
     fit = np.flatnonzero((groups >= 2) & (sizes <= MOST_SHOWN))
     if not len(fit):
@@ -134,11 +134,11 @@ def sample_cluster(label: np.ndarray, owner: np.ndarray, k: int) -> int | None:
 
 
 def process(
-    image: Rows, label: np.ndarray, owner: np.ndarray, keep: np.ndarray, threshold: float, cluster: int
+    image: Rows, label: np.ndarray, representative: np.ndarray, keep: np.ndarray, threshold: float, cluster: int
 ) -> Process:
     """How a cluster is thinned out. UserError when it is empty or has more than MOST_SHOWN samples.
 
-    label: int [n]; owner: int64 [n]; keep: bool [n]; threshold: distance of the links.
+    label: int [n]; representative: int64 [n]; keep: bool [n]; threshold: distance of the links.
     """
     rows = np.flatnonzero(label == cluster)
     if not 0 < len(rows) <= MOST_SHOWN:
@@ -156,15 +156,15 @@ def process(
     # The sign of a component is arbitrary; the largest coordinate is made positive.
     place *= np.where(place[np.abs(place).argmax(0), [0, 1]] < 0, -1, 1)
     total = float((s**2).sum())
-    roots, inverse, sizes = np.unique(owner[rows], return_inverse=True, return_counts=True)
-    number = np.empty(len(roots), np.int64)
-    number[np.lexsort((roots, -sizes))] = np.arange(len(roots))
+    found, inverse, sizes = np.unique(representative[rows], return_inverse=True, return_counts=True)
+    number = np.empty(len(found), np.int64)
+    number[np.lexsort((found, -sizes))] = np.arange(len(found))
     number[sizes == 1] = -1
     explained = float((s[:2] ** 2).sum()) / total if total else 1.0
     return Process(cluster, rows, place, np.stack([a, b], axis=1), number[inverse], keep[rows], explained)
 
 
-def apart(place: np.ndarray, side: float, rounds: int = 300) -> np.ndarray:
+def spread_overlaps(place: np.ndarray, side: float, rounds: int = 300) -> np.ndarray:
     """float [m, 2]: places of the unit square moved inside it, as little as they need, so that squares of that side around
     them hardly overlap."""
     place = np.array(place, float)

@@ -4,8 +4,8 @@ Legend: m samples of a cluster in order of preference (row 0 is the one to keep 
 panel, D width.
 
 The m x m matrix of a cluster is never made: only B x B blocks of it. A large cluster is not even held: two panels of its
-rows are, and are read again when their turn comes. `owner[i]` is the row that is kept for row i; a row that is its own
-owner is kept. Owners always have a smaller number than what they stand for.
+rows are, and are read again when their turn comes. `representative[i]` is the row that is kept for row i; a row that is its own
+representative is kept. Representatives always have a smaller number than what they stand for.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def check_unit(x_BD: Tensor, rows: Rows, numbers: np.ndarray) -> None:
         )
 
 
-def owners(
+def representatives(
     x_MD: Tensor | UnitRows,
     threshold: float,
     link: Link,
@@ -90,7 +90,7 @@ def owners(
     )
 
 
-def roots(parent: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
+def find(parent: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
     """int64 [B]: the roots of these rows, which are made their parents (pointer jumping)."""
     found = parent[rows]
     while True:
@@ -101,12 +101,12 @@ def roots(parent: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
         found = grand
 
 
-def unite(parent: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+def union(parent: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
     """Union of all pairs (a, b) at once; the smaller root wins, so the root is the component's most preferred row."""
     while len(a):
-        root_a, root_b = roots(parent, a), roots(parent, b)
-        apart = root_a != root_b
-        low, high = np.minimum(root_a[apart], root_b[apart]), np.maximum(root_a[apart], root_b[apart])
+        root_a, root_b = find(parent, a), find(parent, b)
+        different = root_a != root_b
+        low, high = np.minimum(root_a[different], root_b[different]), np.maximum(root_a[different], root_b[different])
         np.minimum.at(parent, high, low)
         a, b = low, high
 
@@ -119,7 +119,7 @@ def _near(x_BD: Tensor, y_BD: Tensor, bound: float) -> tuple[np.ndarray, np.ndar
     return rows, at - rows * near.shape[1]
 
 
-def unite_near(
+def union_near(
     x_MD: Tensor,
     y_ND: Tensor,
     parent: np.ndarray,
@@ -138,13 +138,13 @@ def unite_near(
     for i in range(0, len(x_MD), block):
         progress(0)
         for j in range(i if same else 0, len(y_ND), block):
-            left, right = roots(parent, x_node[i : i + block]), roots(parent, y_node[j : j + block])
+            left, right = find(parent, x_node[i : i + block]), find(parent, y_node[j : j + block])
             # One component already: a cluster of a million copies costs one row of blocks, not all of them.
             if (left == left[0]).all() and (right == left[0]).all():
                 continue
             a, b = _near(x_MD[i : i + block], y_ND[j : j + block], bound)
-            apart = left[a] != right[b]
-            unite(parent, left[a[apart]], right[b[apart]])
+            different = left[a] != right[b]
+            union(parent, left[a[different]], right[b[different]])
 
 
 def _components(x_MD: Tensor | UnitRows, bound: float, block: int, progress: Progress, panel: int) -> np.ndarray:
@@ -154,29 +154,29 @@ def _components(x_MD: Tensor | UnitRows, bound: float, block: int, progress: Pro
         left: Tensor | None = None
         for q in range(p, m, panel):
             mine, other = node[p : p + panel], node[q : q + panel]
-            root = roots(parent, mine)
-            if (root == root[0]).all() and (roots(parent, other) == root[0]).all():
+            root = find(parent, mine)
+            if (root == root[0]).all() and (find(parent, other) == root[0]).all():
                 continue  # without reading them
             if left is None:
                 left = x_MD[p : p + panel]
             right = left if q == p else x_MD[q : q + panel]
-            unite_near(left, right, parent, mine, other, bound, block, progress, same=q == p)
+            union_near(left, right, parent, mine, other, bound, block, progress, same=q == p)
             del right  # before the next one is made
-    return roots(parent, node)
+    return find(parent, node)
 
 
 def _greedy(x_MD: Tensor | UnitRows, bound: float, block: int, progress: Progress, panel: int) -> np.ndarray:
     m = len(x_MD)
-    owner = np.arange(m, dtype=np.int64)
+    representative = np.arange(m, dtype=np.int64)
     for p in range(0, m, panel):
         x_PD = x_MD[p : p + panel]
         # Kept rows of earlier panels come first: the first that is near stands for a row, as if rows came one at a time.
         for q in range(0, p, panel):
-            kept = q + np.flatnonzero(owner[q : q + panel] == np.arange(q, q + panel))
+            kept = q + np.flatnonzero(representative[q : q + panel] == np.arange(q, q + panel))
             k_KD = x_MD[kept]
             for i in range(0, len(x_PD), block):
                 progress(0)
-                _follow(owner, x_PD[i : i + block], p + i, k_KD, kept, bound, block)
+                _follow(representative, x_PD[i : i + block], p + i, k_KD, kept, bound, block)
             del k_KD
         kept = np.empty(0, np.int64)
         for i in range(0, len(x_PD), block):
@@ -186,34 +186,34 @@ def _greedy(x_MD: Tensor | UnitRows, bound: float, block: int, progress: Progres
             for j in range(0, len(kept), block):
                 stayed = kept[j : j + block]
                 at = torch.from_numpy(stayed - p).to(x_PD.device)
-                _follow(owner, x_BD, first, x_PD[at], stayed, bound, block)
+                _follow(representative, x_BD, first, x_PD[at], stayed, bound, block)
             a, b = _near(x_BD, x_BD, bound)
             later = b > a
             a, b = a[later], b[later]
             starts = np.searchsorted(a, np.arange(len(x_BD) + 1))
             for r in np.unique(a):
-                if owner[first + r] == first + r:
+                if representative[first + r] == first + r:
                     follow = first + b[starts[r] : starts[r + 1]]
-                    follow = follow[owner[follow] == follow]
-                    owner[follow] = first + r
-            kept = np.concatenate([kept, rows[owner[rows] == rows]])
-    return owner
+                    follow = follow[representative[follow] == follow]
+                    representative[follow] = first + r
+            kept = np.concatenate([kept, rows[representative[rows] == rows]])
+    return representative
 
 
 def _follow(
-    owner: np.ndarray, x_BD: Tensor, first: int, k_KD: Tensor, kept: np.ndarray, bound: float, block: int
+    representative: np.ndarray, x_BD: Tensor, first: int, k_KD: Tensor, kept: np.ndarray, bound: float, block: int
 ) -> None:
     """Rows first, first + 1, ... (x_BD) that are still their own follow the first of the kept rows (k_KD) that is near."""
     for j in range(0, len(kept), block):
         a, b = _near(x_BD, k_KD[j : j + block], bound)
         row, at = np.unique(a, return_index=True)  # the first hit of each row has the smallest column
-        free = owner[first + row] == first + row
-        owner[first + row[free]] = kept[j + b[at[free]]]
+        free = representative[first + row] == first + row
+        representative[first + row[free]] = kept[j + b[at[free]]]
 
 
-def keep_mask(owner: np.ndarray, cap: int | None) -> np.ndarray:
-    """bool [m]: rows that are their own owner, at most `cap` of them (the most preferred)."""
-    keep = owner == np.arange(len(owner))
+def keep_mask(representative: np.ndarray, cap: int | None) -> np.ndarray:
+    """bool [m]: rows that are their own representative, at most `cap` of them (the most preferred)."""
+    keep = representative == np.arange(len(representative))
     if cap is not None:
         keep &= np.cumsum(keep) <= cap
     return keep

@@ -62,7 +62,7 @@ def decision_facts(decision: Decision, label: np.ndarray, k: int, target_keep: f
     """What was kept, by what it was removed, the search, the sizes of the groups and of the clusters. label: int [n]."""
     before, after = cluster_sizes(label, decision.keep, k)
     kept, total = int(decision.keep.sum()), len(decision.keep)
-    linked_kept = decision.owner == np.arange(total)
+    linked_kept = decision.representative == np.arange(total)
     given = [(0.0, 1.0), (decision.threshold, kept / total)]  # without a search all that is known of the curve
     return {
         "total": total,
@@ -70,14 +70,14 @@ def decision_facts(decision: Decision, label: np.ndarray, k: int, target_keep: f
         "share_kept": kept / total,
         "share_removed": 1 - kept / total,
         "removed_by_links": int((~linked_kept).sum()),
-        "removed_across": decision.removed_across,
+        "removed_across_clusters": decision.removed_across_clusters,
         "removed_by_cap": int((linked_kept & ~decision.keep).sum()),
         "threshold": decision.threshold,
         "cosine": 1 - decision.threshold**2 / 2,
         "target_keep": target_keep,
         "threshold_curve": [{"threshold": t, "share_kept": s} for t, s in decision.curve or given],
         "searched_samples": decision.searched_rows,
-        "group_sizes": power_histogram(np.unique(decision.owner, return_counts=True)[1]),
+        "group_sizes": power_histogram(np.unique(decision.representative, return_counts=True)[1]),
         "cluster_sizes_before": size_facts(before),
         "cluster_sizes_after": size_facts(after),
     }
@@ -85,9 +85,9 @@ def decision_facts(decision: Decision, label: np.ndarray, k: int, target_keep: f
 
 def planted_facts(origin: np.ndarray, decision: Decision, label: np.ndarray) -> dict[str, Any]:
     """How well planted copies were found; where there was a second pass, also by the first alone (same threshold, before the cap)."""
-    facts = {"planted_copies": planted_report(origin, decision.keep, decision.owner, label)}
-    first = decision.owner_inside
-    if first is not decision.owner:
+    facts = {"planted_copies": planted_report(origin, decision.keep, decision.representative, label)}
+    first = decision.first_pass
+    if first is not decision.representative:
         facts["planted_copies_inside_clusters"] = planted_report(origin, first == np.arange(len(first)), first, label)
     return facts
 
@@ -109,10 +109,12 @@ def origins(index: ShardIndex, shard: np.ndarray, row: np.ndarray, progress: Pro
     return out
 
 
-def planted_report(origin: np.ndarray, keep: np.ndarray, owner: np.ndarray, label: np.ndarray) -> dict[str, Any]:
+def planted_report(
+    origin: np.ndarray, keep: np.ndarray, representative: np.ndarray, label: np.ndarray
+) -> dict[str, Any]:
     """How well planted copies were found.
 
-    origin: int64 [n], number of the planted group of each sample (an original and its copies share one); keep, owner, label: [n].
+    origin: int64 [n], number of the planted group of each sample (an original and its copies share one); keep, representative, label: [n].
 
     removal_recall: share of groups with copies of which at most one member is kept.
     copies_removed: of the members beyond one per group, the share that was removed.
@@ -127,16 +129,16 @@ def planted_report(origin: np.ndarray, keep: np.ndarray, owner: np.ndarray, labe
     removable = int((members - 1)[copied].sum())
     removed_right = int((members - np.maximum(kept, 1))[copied].sum())
     removed = int((~keep).sum())
-    linked = owner != np.arange(len(owner))
+    linked = representative != np.arange(len(representative))
     pairs = int((members * (members - 1) // 2).sum())
     return {
         "groups": int(copied.sum()),
         "copies": removable,
         "removal_recall": _share(int((kept <= 1)[copied].sum()), int(copied.sum())),
         "copies_removed": _share(removed_right, removable),
-        "linking_recall": _share(_pairs_within(groups, owner), pairs),
+        "linking_recall": _share(_pairs_within(groups, representative), pairs),
         "same_cluster": _share(_pairs_within(groups, label), pairs),
-        "linking_precision": _share(int((groups[linked] == groups[owner[linked]]).sum()), int(linked.sum())),
+        "linking_precision": _share(int((groups[linked] == groups[representative[linked]]).sum()), int(linked.sum())),
         "removal_precision": _share(removed_right, removed),
     }
 

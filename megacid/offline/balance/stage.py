@@ -1,4 +1,4 @@
-"""The balance stage: from embeddings and clusters to keep masks and owners per tar, a report and a gallery.
+"""The balance stage: from embeddings and clusters to keep masks and representatives per tar, a report and a gallery.
 
 Legend: n samples with an embedding.
 """
@@ -26,9 +26,9 @@ from megacid.offline.balance.deduplicate import BalanceSettings, Decision, decid
 from megacid.offline.balance.groups import (
     PERCEPTUAL_SHARE,
     Groups,
-    owner_distance,
     perceptual_below,
     process,
+    representative_distance,
     sample_cluster,
 )
 from megacid.offline.cluster.read_labels import read_centroids, read_labels
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 def tar_rows(index: ShardIndex, rows: EmbeddingRows) -> tuple[np.ndarray, np.ndarray]:
-    """(shard int32 [n], row in its tar int64 [n]) of every embedded sample, joined by key."""
+    """(shard int32 [n], row in its tar int64 [n]) of every embedded sample, merge_groups by key."""
     shard, row = np.empty(rows.num_rows, np.int32), np.empty(rows.num_rows, np.int64)
     number = {name: i for i, name in enumerate(index.names)}
     for partition, stem in enumerate(rows.stems):
@@ -93,7 +93,7 @@ def balance(
         label, score, k = read_labels(clusters, rows)
         centroids: np.ndarray | None = None
         metric: Metric = "cosine"
-        if settings.across:
+        if settings.neighbor_clusters:
             centroids, metric = read_centroids(clusters, rows.dim)
         index = index_of(shards or rows.meta["source"]["shards"], rows)
         expected = _expected(settings, rows, label, score, k)
@@ -164,7 +164,7 @@ def _complete(out: Path, expected: dict[str, Any], index: ShardIndex) -> dict[st
         log.warning("%s was made with other arguments or inputs (%s): making it afresh", out, changed)
         return None
     for name, size in zip(index.names, index.sizes.tolist()):
-        for path, kind in ((out / "keep" / f"{name}.npy", "b"), (out / "owner" / f"{name}.npy", "i")):
+        for path, kind in ((out / "keep" / f"{name}.npy", "b"), (out / "representative" / f"{name}.npy", "i")):
             if read_array(path, (size,), kind) is None:
                 log.warning("%s is damaged or missing: making it again", path)
                 return None
@@ -233,7 +233,7 @@ def _write(
 ) -> None:
     shard, row = tar_rows(index, rows)
     kept_of = _write_masks(out, index, shard, row, decision.keep, progress)
-    _write_owners(out, index, shard, row, decision.owner)
+    _write_representatives(out, index, shard, row, decision.representative)
     facts = report.decision_facts(decision, label, k, settings.target_keep)
     facts["without_embedding"] = index.num_samples - rows.num_rows
     if report.has_field(index, "origin"):
@@ -265,7 +265,7 @@ def _write(
             link=settings.link,
             keep=settings.keep,
             cap=settings.cap,
-            across=settings.across,
+            neighbor_clusters=settings.neighbor_clusters,
             seed=settings.seed,
             model=rows.meta["model"],
             gallery_bytes=(out / "gallery.html").stat().st_size,
@@ -290,13 +290,15 @@ def _write_masks(
     return total
 
 
-def _write_owners(out: Path, index: ShardIndex, shard: np.ndarray, row: np.ndarray, owner: np.ndarray) -> None:
-    """owner/<tar>.npy: for every sample, counted over all tars in their order, the one kept for it; -1: without an embedding."""
+def _write_representatives(
+    out: Path, index: ShardIndex, shard: np.ndarray, row: np.ndarray, representative: np.ndarray
+) -> None:
+    """representative/<tar>.npy: for every sample, counted over all tars in their order, the one kept for it; -1: without an embedding."""
     place = index.starts[shard] + row
     of = np.full(index.num_samples, -1, np.int64)
-    of[place] = place[owner]
+    of[place] = place[representative]
     for number, name in enumerate(index.names):
-        write_array(out / "owner" / f"{name}.npy", of[index.starts[number] : index.starts[number + 1]])
+        write_array(out / "representative" / f"{name}.npy", of[index.starts[number] : index.starts[number + 1]])
 
 
 def _gallery(
@@ -309,9 +311,9 @@ def _gallery(
     show: gallery.Show,
 ) -> str:
     """gallery.html: about half of the groups of each kind, one cluster, the sizes."""
-    groups = Groups(decision.owner, owner_distance(rows, decision.owner))
+    groups = Groups(decision.representative, representative_distance(rows, decision.representative))
     below = perceptual_below(decision.threshold)
-    cluster = sample_cluster(label, decision.owner, k)
+    cluster = sample_cluster(label, decision.representative, k)
     sections = [
         (
             "Perceptual redundancy",
@@ -330,7 +332,7 @@ def _gallery(
         ),
     ]
     if cluster is not None:
-        shown = process(rows, label, decision.owner, decision.keep, decision.threshold, cluster)
+        shown = process(rows, label, decision.representative, decision.keep, decision.threshold, cluster)
         text = f"Cluster {cluster}, the one of median size among those with two groups or more: its embeddings along their first two principal components, pictures moved apart where they would overlap. Lines are pairs nearer than {decision.threshold:.4f}, colours are groups (grey: alone), pale pictures are removed."
         sections.insert(2, ("The process on one cluster", text, gallery.process_plot(shown, show)))
     summary = f"{facts['kept']:,} of {facts['total']:,} samples kept ({facts['share_kept']:.2%}), links below distance {decision.threshold:.5f}"

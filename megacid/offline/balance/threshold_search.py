@@ -23,7 +23,7 @@ NEIGHBOURHOOD = (
 _RESOLUTION = 1e-5  # the search stops when its interval is this narrow
 
 
-def draw(sizes: np.ndarray, rows: int, seed: int, assigner: Assigner | None = None) -> list[int]:
+def sample_clusters(sizes: np.ndarray, rows: int, seed: int, assigner: Assigner | None = None) -> list[int]:
     """Clusters that hold at least `rows` samples together, or all that hold any; the order is part of the draw.
 
     sizes: int64 [k]; assigner: of the k centroids, None: clusters are drawn without their neighbours. UserError when all are empty.
@@ -51,7 +51,9 @@ def _neighbourhood(assigner: Assigner, cluster: int) -> list[int]:
     return [cluster, *near]  # the cluster itself is in both, and taken once
 
 
-def narrow(target: float, count: int, share: Callable[[float], float]) -> tuple[float, list[tuple[float, float]]]:
+def bisect_threshold(
+    target: float, count: int, share: Callable[[float], float]
+) -> tuple[float, list[tuple[float, float]]]:
     """(threshold whose share kept is nearest to the target, the visited (threshold, share) by threshold).
 
     share: falls from 1 at distance 0; of `count` samples, so that a difference of half a sample is none. Steps go to the

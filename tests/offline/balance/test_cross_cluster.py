@@ -12,9 +12,9 @@ from test_deduplicate import brute_components, brute_greedy, unit_rows
 from megacid.distributed.stopping import no_progress
 from megacid.errors import UserError
 from megacid.offline.balance import cross_cluster, deduplicate, linking
-from megacid.offline.balance.cross_cluster import joined, listed, match_lists
+from megacid.offline.balance.cross_cluster import candidate_clusters, match_lists, merge_groups
 from megacid.offline.balance.deduplicate import BalanceSettings, Clusters, Decision, decide, group_by_cluster
-from megacid.offline.balance.linking import UnitRows, owners, panel_rows
+from megacid.offline.balance.linking import UnitRows, panel_rows, representatives
 from megacid.offline.cluster.read_labels import read_centroids
 from megacid.offline.nearest import Assigner
 from megacid.offline.rows import ArrayRows
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def test_panels_change_nothing(panel: int, link: str, brute: Callable[..., np.ndarray]) -> None:
     x = unit_rows(90)
     rows = UnitRows(ArrayRows(x.numpy()), np.arange(90), CPU)
-    np.testing.assert_array_equal(owners(rows, 0.2, link, 7, panel=panel), brute(rows[:], 0.2))
+    np.testing.assert_array_equal(representatives(rows, 0.2, link, 7, panel=panel), brute(rows[:], 0.2))
 
 
 def test_large_cluster_is_read_in_panels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +50,9 @@ def test_large_cluster_is_read_in_panels(monkeypatch: pytest.MonkeyPatch) -> Non
     few = decide(image, clusters, BalanceSettings(threshold=0.2, block=10))
     assert max(asked) == 100 and len(asked) > 10
     monkeypatch.undo()
-    np.testing.assert_array_equal(few.owner, decide(image, clusters, BalanceSettings(threshold=0.2, block=10)).owner)
+    np.testing.assert_array_equal(
+        few.representative, decide(image, clusters, BalanceSettings(threshold=0.2, block=10)).representative
+    )
 
 
 def labelled(x: np.ndarray, k: int, metric: str = "cosine", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -76,69 +78,72 @@ def toy(n: int = 700, k: int = 12, metric: str = "cosine") -> tuple[ArrayRows, C
 @pytest.mark.parametrize("threshold", [0.05, 0.12, 0.5])
 def test_components_over_all_neighbours_are_those_of_all_pairs(threshold: float, metric: str) -> None:
     rows, clusters, centroids = toy(metric=metric)
-    settings = BalanceSettings(threshold=threshold, across=11, block=16)
+    settings = BalanceSettings(threshold=threshold, neighbor_clusters=11, block=16)
     decision = decide(rows, clusters, settings, centroids=centroids, metric=metric)
     order = np.argsort(clusters.priority, kind="stable")
     x = torch.nn.functional.normalize(torch.from_numpy(rows.array[order].astype(np.float32)), dim=1)
     wanted = np.empty(len(order), np.int64)
     wanted[order] = order[brute_components(x, threshold)]
-    np.testing.assert_array_equal(decision.owner, wanted)
+    np.testing.assert_array_equal(decision.representative, wanted)
     inside = decide(rows, clusters, BalanceSettings(threshold=threshold))
-    assert decision.removed_across == inside.keep.sum() - decision.keep.sum() >= 0
-    assert threshold == 0.05 or decision.removed_across > 0
+    assert decision.removed_across_clusters == inside.keep.sum() - decision.keep.sum() >= 0
+    assert threshold == 0.05 or decision.removed_across_clusters > 0
 
 
 @pytest.mark.parametrize("link", ["components", "greedy"])
 def test_large_borders_are_read_in_panels(link: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, clusters, centroids = toy(k=3)
-    settings = BalanceSettings(threshold=0.2, link=link, across=2, block=8)
+    settings = BalanceSettings(threshold=0.2, link=link, neighbor_clusters=2, block=8)
     whole = decide(rows, clusters, settings, centroids=centroids)
     monkeypatch.setattr(linking, "PANEL_BYTES", 4 * 20 * 4 * 16)
-    assert panel_rows(4, 8, linking.PANEL_BYTES // 4) == 16 and whole.removed_across > 10
+    assert panel_rows(4, 8, linking.PANEL_BYTES // 4) == 16 and whole.removed_across_clusters > 10
     large = []
     link_large = cross_cluster._link_large
     monkeypatch.setattr(
         cross_cluster, "_link_large", lambda unit, *rest: large.append(type(unit)) or link_large(unit, *rest)
     )
     few = decide(rows, clusters, settings, centroids=centroids)
-    np.testing.assert_array_equal(few.owner, whole.owner)
-    assert UnitRows in large and few.removed_across == whole.removed_across
+    np.testing.assert_array_equal(few.representative, whole.representative)
+    assert UnitRows in large and few.removed_across_clusters == whole.removed_across_clusters
 
 
 def test_greedy_leaves_no_two_near_ones_and_removes_only_near_kept_ones() -> None:
     rows, clusters, centroids = toy()
     decision = decide(
-        rows, clusters, BalanceSettings(threshold=0.15, link="greedy", across=11, block=16), centroids=centroids
+        rows,
+        clusters,
+        BalanceSettings(threshold=0.15, link="greedy", neighbor_clusters=11, block=16),
+        centroids=centroids,
     )
     x = torch.nn.functional.normalize(torch.from_numpy(rows.array.astype(np.float32)), dim=1)
     distance = torch.cdist(x.double(), x.double()).numpy()
     kept = np.flatnonzero(decision.keep)
     near = distance[np.ix_(kept, kept)] < 0.15
     assert near.sum() == len(kept)  # each one to itself
-    assert decision.keep[decision.owner].all()
+    assert decision.keep[decision.representative].all()
     # Near the kept one, or near one that was kept until the second pass and is near the kept one itself.
-    assert (distance[np.arange(len(x)), decision.owner] < 0.3).all()
+    assert (distance[np.arange(len(x)), decision.representative] < 0.3).all()
     # The same over the survivors of the first pass as one greedy pass over them in order of preference.
     first = np.flatnonzero(decide(rows, clusters, BalanceSettings(threshold=0.15, link="greedy")).keep)
     first = first[np.argsort(clusters.priority[first], kind="stable")]
-    np.testing.assert_array_equal(decision.owner[first], first[brute_greedy(x[first], 0.15)])
+    np.testing.assert_array_equal(decision.representative[first], first[brute_greedy(x[first], 0.15)])
 
 
 def test_greedy_follows_a_chain_in_order() -> None:
     chain = np.array([[0, 1], [1, 2], [2, 3], [3, 4]])
-    assert joined(np.arange(6), chain, np.zeros(6), "greedy").tolist() == [0, 0, 2, 2, 4, 5]
-    assert joined(np.arange(6), chain, np.zeros(6), "components").tolist() == [0, 0, 0, 0, 0, 5]
-    assert joined(np.arange(6), chain, np.array([9, 1, 2, 0, 9, 9]), "greedy").tolist() == [1, 1, 3, 3, 3, 5]
+    assert merge_groups(np.arange(6), chain, np.zeros(6), "greedy").tolist() == [0, 0, 2, 2, 4, 5]
+    assert merge_groups(np.arange(6), chain, np.zeros(6), "components").tolist() == [0, 0, 0, 0, 0, 5]
+    assert merge_groups(np.arange(6), chain, np.array([9, 1, 2, 0, 9, 9]), "greedy").tolist() == [1, 1, 3, 3, 3, 5]
     # What the first pass removed for row 1 follows it.
-    assert joined(np.array([0, 1, 1]), np.array([[0, 1]]), np.zeros(3), "greedy").tolist() == [0, 0, 0]
+    assert merge_groups(np.array([0, 1, 1]), np.array([[0, 1]]), np.zeros(3), "greedy").tolist() == [0, 0, 0]
 
 
 def test_cap_counts_what_both_passes_keep() -> None:
     rows, clusters, centroids = toy()
-    decision = decide(rows, clusters, BalanceSettings(threshold=0.12, across=3, cap=4), centroids=centroids)
+    decision = decide(rows, clusters, BalanceSettings(threshold=0.12, neighbor_clusters=3, cap=4), centroids=centroids)
     for cluster in range(12):
         members = clusters.order[clusters.starts[cluster] : clusters.starts[cluster + 1]]
-        own = members[decision.owner[members] == members]
+        own = members[decision.representative[members] == members]
         assert members[decision.keep[members]].tolist() == own[:4].tolist()
 
 
@@ -149,7 +154,7 @@ def test_lists_name_the_clusters_behind_a_border_in_reach() -> None:
     x = torch.stack([angle.cos(), angle.sin()], dim=1).numpy()
     rows, label = np.arange(6), np.array([0, 0, 0, 1, 1, 2], np.int32)
     assigner = Assigner(centroids, "cosine", CPU)
-    entries = listed(ArrayRows(x), rows, label, assigner, 2, 0.1, 0, None, no_progress)
+    entries = candidate_clusters(ArrayRows(x), rows, label, assigner, 2, 0.1, 0, None, no_progress)
     assert sorted(entries.tolist()) == [[2, 1], [3, 0]]
     pairs = match_lists(np.concatenate([entries, [[4, 2], [1, 1]]]), label, 3)  # nobody of cluster 2 lists cluster 1
     assert (pairs.rows.tolist(), pairs.starts.tolist(), pairs.middles.tolist()) == ([1, 2, 3], [0, 3], [2])
@@ -164,7 +169,7 @@ def _decide(rows: ArrayRows, clusters: Clusters, settings: BalanceSettings, cent
 @pytest.mark.parametrize("link", ["components", "greedy"])
 def test_restarts_and_ranks_decide_alike(link: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, clusters, centroids = toy()
-    settings = BalanceSettings(threshold=0.15, link=link, across=5)
+    settings = BalanceSettings(threshold=0.15, link=link, neighbor_clusters=5)
     whole = decide(rows, clusters, settings, centroids=centroids)
     monkeypatch.setattr(deduplicate, "PART_PAIRS", 500)
     monkeypatch.setattr(cross_cluster, "LIST_ROWS", 100)
@@ -190,10 +195,10 @@ def test_restarts_and_ranks_decide_alike(link: str, tmp_path: Path, monkeypatch:
             break
         except Cut:
             assert attempt == 0 or (work.folder / "settings.json").exists()
-    assert attempt > 2 and len(list(work.folder.glob("across-*.npy"))) > 2
-    assert len(list(work.folder.glob("near-*.npy"))) > 3
+    assert attempt > 2 and len(list(work.folder.glob("cross-cluster-*.npy"))) > 2
+    assert len(list(work.folder.glob("candidates-*.npy"))) > 3
     for other in (decision, *run_ranks(_decide, 2, rows, clusters, settings, centroids)):
-        np.testing.assert_array_equal(other.owner, whole.owner)
+        np.testing.assert_array_equal(other.representative, whole.representative)
         np.testing.assert_array_equal(other.keep, whole.keep)
 
 
@@ -214,23 +219,23 @@ def test_planted_copies_are_found_across_borders() -> None:
 
     def score(decision: Decision) -> tuple[float, float]:
         removed = np.flatnonzero(~decision.keep)
-        right = (removed >= n) & (decision.owner[removed] == of[np.maximum(removed - n, 0)])
+        right = (removed >= n) & (decision.representative[removed] == of[np.maximum(removed - n, 0)])
         return float(right.sum() / len(removed)), float(right.sum() / copies)
 
     inside = score(decide(ArrayRows(x), clusters, BalanceSettings(threshold=0.15)))
     assert inside[0] >= 0.99 and inside[1] == pytest.approx(1 - crossing.mean(), abs=0.001)
     for link in ("components", "greedy"):
-        settings = BalanceSettings(threshold=0.15, across=4, link=link)
+        settings = BalanceSettings(threshold=0.15, neighbor_clusters=4, link=link)
         precision, recall = score(decide(ArrayRows(x), clusters, settings, centroids=centroids))
         assert precision >= 0.99 and recall >= 0.99, (link, precision, recall)
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:
     rows, clusters, centroids = toy()
-    with pytest.raises(UserError, match="across is -1, expected 0"):
-        BalanceSettings(threshold=0.1, across=-1)
+    with pytest.raises(UserError, match="neighbor clusters is -1, expected 0"):
+        BalanceSettings(threshold=0.1, neighbor_clusters=-1)
     with pytest.raises(UserError, match="there are no centroids: run tools/cluster"):
-        decide(rows, clusters, BalanceSettings(threshold=0.1, across=1))
+        decide(rows, clusters, BalanceSettings(threshold=0.1, neighbor_clusters=1))
     (tmp_path / "meta.json").write_text('{"made_by": "cluster", "k": 12, "metric": "cosine"}')
     np.save(tmp_path / "centroids.npy", centroids[:3])
     with pytest.raises(UserError, match=r"shape \(3, 4\), expected floating point \(12, 4\)"):

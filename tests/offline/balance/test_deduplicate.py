@@ -11,7 +11,7 @@ from harness import run_ranks
 from megacid.errors import UserError
 from megacid.offline.balance import deduplicate
 from megacid.offline.balance.deduplicate import BalanceSettings, Clusters, Decision, decide, group_by_cluster
-from megacid.offline.balance.linking import keep_mask, owners
+from megacid.offline.balance.linking import keep_mask, representatives
 from megacid.offline.balance.report import planted_report, power_histogram, subset_array
 from megacid.offline.rows import ArrayRows
 from megacid.storage.stage_files import PartialResults
@@ -26,28 +26,28 @@ def brute_near(x: torch.Tensor, threshold: float) -> np.ndarray:
 
 
 def brute_components(x: torch.Tensor, threshold: float) -> np.ndarray:
-    near, owner = brute_near(x, threshold), np.full(len(x), -1)
+    near, representative = brute_near(x, threshold), np.full(len(x), -1)
     for first in range(len(x)):
-        if owner[first] >= 0:
+        if representative[first] >= 0:
             continue
         todo = [first]
         while todo:
             row = todo.pop()
-            if owner[row] < 0:
-                owner[row] = first
+            if representative[row] < 0:
+                representative[row] = first
                 todo += np.flatnonzero(near[row]).tolist()
-    return owner
+    return representative
 
 
 def brute_greedy(x: torch.Tensor, threshold: float) -> np.ndarray:
-    near, owner, kept = brute_near(x, threshold), np.arange(len(x)), []
+    near, representative, kept = brute_near(x, threshold), np.arange(len(x)), []
     for row in range(len(x)):
         earlier = [k for k in kept if near[row, k]]
         if earlier:
-            owner[row] = earlier[0]
+            representative[row] = earlier[0]
         else:
             kept.append(row)
-    return owner
+    return representative
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.2, 0.5, 2.0])
@@ -59,14 +59,14 @@ def test_owners_equal_brute_force(threshold: float, block: int, link: str, brute
         wanted = np.arange(90)
     else:
         wanted = brute(x, threshold)
-    np.testing.assert_array_equal(owners(x, threshold, link, block), wanted)
+    np.testing.assert_array_equal(representatives(x, threshold, link, block), wanted)
 
 
 def test_chains_differ_between_the_modes() -> None:
     angle = torch.arange(6) * 0.1
     x = torch.stack([angle.cos(), angle.sin()], dim=1)
-    assert owners(x, 0.11, "components").tolist() == [0] * 6
-    assert owners(x, 0.11, "greedy").tolist() == [0, 0, 2, 2, 4, 4]
+    assert representatives(x, 0.11, "components").tolist() == [0] * 6
+    assert representatives(x, 0.11, "greedy").tolist() == [0, 0, 2, 2, 4, 4]
 
 
 def test_a_cluster_of_copies_needs_one_row_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,14 +80,14 @@ def test_a_cluster_of_copies_needs_one_row_of_blocks(monkeypatch: pytest.MonkeyP
         return plain(self, other)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", counted)
-    assert (owners(unit_rows(1).repeat(200, 1), 0.1, "components", 10) == 0).all()
+    assert (representatives(unit_rows(1).repeat(200, 1), 0.1, "components", 10) == 0).all()
     assert products == 20
 
 
 def test_cap_keeps_the_most_preferred() -> None:
-    owner = np.array([0, 0, 2, 3, 2, 5])
-    assert keep_mask(owner, None).tolist() == [True, False, True, True, False, True]
-    assert keep_mask(owner, 2).tolist() == [True, False, True, False, False, False]
+    representative = np.array([0, 0, 2, 3, 2, 5])
+    assert keep_mask(representative, None).tolist() == [True, False, True, True, False, True]
+    assert keep_mask(representative, 2).tolist() == [True, False, True, False, False, False]
 
 
 def clustered(n: int = 1200, k: int = 15, seed: int = 1) -> tuple[ArrayRows, np.ndarray, np.ndarray]:
@@ -106,8 +106,8 @@ def test_decide_works_inside_clusters_only(link: str) -> None:
         members = np.flatnonzero(label == cluster)
         members = members[np.argsort(priority[members], kind="stable")]
         x = torch.nn.functional.normalize(torch.from_numpy(rows.array[members].astype(np.float32)), dim=1)
-        np.testing.assert_array_equal(decision.owner[members], members[brute(x, 0.4)])
-    np.testing.assert_array_equal(decision.keep, decision.owner == np.arange(1200))
+        np.testing.assert_array_equal(decision.representative[members], members[brute(x, 0.4)])
+    np.testing.assert_array_equal(decision.keep, decision.representative == np.arange(1200))
     assert decision.keep[5] and 0 < decision.keep.sum() < 1200
 
 
@@ -158,21 +158,21 @@ def test_partial_results_change_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         done += links
 
     linked = 0
-    link = deduplicate.owners
+    link = deduplicate.representatives
 
     def counted(x: torch.Tensor, *rest: Any) -> np.ndarray:
         nonlocal linked
         linked += len(x)
         return link(x, *rest)
 
-    monkeypatch.setattr(deduplicate, "owners", counted)
+    monkeypatch.setattr(deduplicate, "representatives", counted)
     again = decide(rows, clusters, settings, work=work, progress=count)
     assert done == 1200  # the progress bar reaches its end
     assert 0 < linked < 600  # two of the parts, and nothing of the search
     for decision in (first, again, *run_ranks(_decide, 2, rows, clusters, settings)):
         assert decision.threshold == whole.threshold and decision.curve == whole.curve
         np.testing.assert_array_equal(decision.keep, whole.keep)
-        np.testing.assert_array_equal(decision.owner, whole.owner)
+        np.testing.assert_array_equal(decision.representative, whole.representative)
 
 
 def test_parts_are_whole_clusters_of_about_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_ranks_decide_alike() -> None:
     for decision in run_ranks(_decide, 2, rows, clusters, settings):
         assert decision.threshold == alone.threshold
         np.testing.assert_array_equal(decision.keep, alone.keep)
-        np.testing.assert_array_equal(decision.owner, alone.owner)
+        np.testing.assert_array_equal(decision.representative, alone.representative)
 
 
 def test_preferred_sample_of_a_group_is_kept() -> None:
@@ -209,9 +209,9 @@ def test_planted_report() -> None:
     #                 group 0 (3 members)  group 1 (2)  singles
     origin = np.array([0, 0, 0, 1, 1, 2, 3])
     label = np.array([0, 0, 1, 0, 0, 0, 0])
-    owner = np.array([0, 0, 2, 3, 4, 5, 5])
-    keep = owner == np.arange(7)
-    facts = planted_report(origin, keep, owner, label)
+    representative = np.array([0, 0, 2, 3, 4, 5, 5])
+    keep = representative == np.arange(7)
+    facts = planted_report(origin, keep, representative, label)
     assert (facts["groups"], facts["copies"]) == (2, 3)
     assert facts["removal_recall"] == 0  # both groups still have two members
     assert facts["copies_removed"] == pytest.approx(1 / 3)

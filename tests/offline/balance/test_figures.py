@@ -8,16 +8,23 @@ from megacid.errors import UserError
 from megacid.offline.balance import groups as groups_module
 from megacid.offline.balance.figures import Choice
 from megacid.offline.balance.gallery import component_colour, group_rows, layout, page, size_curve, size_plot
-from megacid.offline.balance.groups import Groups, apart, owner_distance, perceptual_below, process, sample_cluster
+from megacid.offline.balance.groups import (
+    Groups,
+    perceptual_below,
+    process,
+    representative_distance,
+    sample_cluster,
+    spread_overlaps,
+)
 from megacid.offline.rows import ArrayRows
 
 # Groups {0, 1}, {2, 3, 4}, {5, 6}, {7, 8} of spread 0.5, 0.2, 0.05, 0.3; 9 is alone.
-OWNER = np.array([0, 0, 2, 2, 2, 5, 5, 7, 7, 9])
+REPRESENTATIVE = np.array([0, 0, 2, 2, 2, 5, 5, 7, 7, 9])
 DISTANCE = np.array([0, 0.5, 0, 0.2, 0.1, 0, 0.05, 0, 0.3, 0])
 
 
 def test_groups_are_sorted_by_their_largest_distance_and_parted_at_the_given_one() -> None:
-    groups = Groups(OWNER, DISTANCE)
+    groups = Groups(REPRESENTATIVE, DISTANCE)
     assert groups.spread.tolist() == [0.05, 0.2, 0.3, 0.5]
     perceptual, semantic = groups.perceptual(0.3, 9, 9), groups.semantic(0.3, 9, 9)
     assert [group.rows.tolist() for group in perceptual] == [[5, 6], [2, 4, 3]]  # kept one, then nearest first
@@ -35,15 +42,15 @@ def test_groups_are_sorted_by_their_largest_distance_and_parted_at_the_given_one
 
 
 def test_members_of_a_large_group_are_spread_over_its_distances() -> None:
-    owner, distance = np.zeros(101, np.int64), np.arange(101) / 100
-    group = Groups(owner, distance).at(0, 5)
+    representative, distance = np.zeros(101, np.int64), np.arange(101) / 100
+    group = Groups(representative, distance).at(0, 5)
     assert group.rows.tolist() == [0, 1, 34, 67, 100] and group.size == 101 and group.spread == 1.0
 
 
 def test_distance_of_perceptual_redundancy() -> None:
     assert perceptual_below(0.4) == 0.2 and perceptual_below(0.4, 0.4) == 0.4
     for wrong in (0.0, 0.5):
-        with pytest.raises(UserError, match=r"wanted above 0 and at most the threshold of the links, 0\.4"):
+        with pytest.raises(UserError, match=r"expected above 0 and at most the threshold of the links, 0\.4"):
             perceptual_below(0.4, wrong)
     with pytest.raises(UserError, match="members 1, expected at least 1 group and 2 members"):
         Choice(members=1)
@@ -56,23 +63,23 @@ def circle(angles: list[float]) -> ArrayRows:
 def test_sample_cluster_has_the_median_size_among_those_with_two_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     # Clusters 0 .. 4 of 4, 6, 9, 5 and 20 samples; cluster 3 has one group.
     label = np.repeat([0, 1, 2, 3, 4], [4, 6, 9, 5, 20])
-    owner = np.arange(len(label))
+    representative = np.arange(len(label))
     for cluster, groups in ((0, 2), (1, 2), (2, 2), (3, 1), (4, 3)):
         first = int(np.flatnonzero(label == cluster)[0])
         for group in range(groups):
-            owner[first + 2 * group + 1] = first + 2 * group
-    assert sample_cluster(label, owner, 5) == 1  # 4, 6, 9, 20: the lower median
+            representative[first + 2 * group + 1] = first + 2 * group
+    assert sample_cluster(label, representative, 5) == 1  # 4, 6, 9, 20: the lower median
     monkeypatch.setattr(groups_module, "MOST_SHOWN", 8)
-    assert sample_cluster(label, owner, 5) == 0  # 4, 6
+    assert sample_cluster(label, representative, 5) == 0  # 4, 6
     assert sample_cluster(label, np.arange(len(label)), 5) is None
 
 
 def test_process_of_a_cluster_is_that_of_its_pairs() -> None:
     angles = [0.0, 0.1, 0.2, 1.0, 1.1, 2.0, 0.05]  # the last one is in another cluster
-    label, owner = np.array([0, 0, 0, 0, 0, 0, 1]), np.array([1, 1, 1, 3, 3, 5, 1])
-    keep = owner == np.arange(7)
+    label, representative = np.array([0, 0, 0, 0, 0, 0, 1]), np.array([1, 1, 1, 3, 3, 5, 1])
+    keep = representative == np.arange(7)
     rows = circle(angles)
-    shown = process(rows, label, owner, keep, 0.15, 0)
+    shown = process(rows, label, representative, keep, 0.15, 0)
     assert shown.links.tolist() == [[0, 1], [1, 2], [3, 4]]
     assert shown.component.tolist() == [0, 0, 0, 1, 1, -1]  # the largest first; a sample alone has none
     assert shown.kept.tolist() == [False, True, False, True, False, True]
@@ -87,20 +94,22 @@ def test_process_of_a_cluster_is_that_of_its_pairs() -> None:
     alone = process(circle([0.3]), np.zeros(1, int), np.zeros(1, int), np.ones(1, bool), 0.1, 0)
     assert alone.place.tolist() == [[0, 0]] and layout(alone)[0].shape == (1, 2)
     with pytest.raises(UserError, match="cluster 7 has 0 samples, expected 1 to 500"):
-        process(rows, label, owner, keep, 0.15, 7)
+        process(rows, label, representative, keep, 0.15, 7)
     np.testing.assert_allclose(
-        owner_distance(rows, owner), 2 * np.sin(np.abs(np.array(angles) - np.array(angles)[owner]) / 2), atol=1e-6
+        representative_distance(rows, representative),
+        2 * np.sin(np.abs(np.array(angles) - np.array(angles)[representative]) / 2),
+        atol=1e-6,
     )
 
 
 def test_pictures_of_one_point_are_moved_apart_inside_the_square() -> None:
     place = np.concatenate([np.full((20, 2), 0.5), np.random.default_rng(0).random((10, 2))])
     side = 0.1
-    moved = apart(place, side)
+    moved = spread_overlaps(place, side)
     gap = np.abs(moved[:, None] - moved[None]).max(axis=2) + np.eye(30)
     assert gap.min() > 0.9 * side and moved.min() >= side / 2 and moved.max() <= 1 - side / 2
     apart_already = np.array([[0.2, 0.2], [0.8, 0.8]])
-    np.testing.assert_allclose(apart(apart_already, side), apart_already, atol=0.01 * side)
+    np.testing.assert_allclose(spread_overlaps(apart_already, side), apart_already, atol=0.01 * side)
 
 
 def test_curve_of_a_million_clusters_is_short() -> None:
@@ -116,7 +125,7 @@ def test_page_escapes_what_comes_from_the_data() -> None:
     picture = Image.new("RGB", (8, 8))
     show = lambda row: (picture, f"<key {row}>", 'a "caption" <b>')  # noqa: E731
     keep = np.array([True, False] + [False] * 8)
-    body = group_rows(Groups(OWNER, DISTANCE).semantic(0.4, 1, 9), keep, show)
+    body = group_rows(Groups(REPRESENTATIVE, DISTANCE).semantic(0.4, 1, 9), keep, show)
     text = page("<t>", "<s>", [("<h>", "<x>", body)])
     assert (
         "&lt;key 1&gt;" in text and "&quot;caption&quot; &lt;b&gt;" in text and "<key" not in text and "<b>" not in text
@@ -124,5 +133,5 @@ def test_page_escapes_what_comes_from_the_data() -> None:
     assert all(f"&lt;{letter}&gt;" in text and f"<{letter}>" not in text for letter in "tshx")
     assert text.count('class="kept"') == 1 and "0.5000" in text
     # A group of which the cap left nothing says so.
-    assert "removed by the cap" in group_rows(Groups(OWNER, DISTANCE).semantic(0.4, 1, 9), ~keep & False, show)
+    assert "removed by the cap" in group_rows(Groups(REPRESENTATIVE, DISTANCE).semantic(0.4, 1, 9), ~keep & False, show)
     assert component_colour(-1) not in {component_colour(number) for number in range(8)}

@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pair_data import put
-from test_side_tables import label_dir, teacher_dir
+from pair_data import label_dir, put, teacher_dir
 
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
+from megacid.offline.balance.figures import read_balanced
 from megacid.offline.balance.reshard import reshard
 from megacid.storage.metadata import read_meta, write_meta
+from megacid.storage.stage_files import finished_meta
 
 KEPT = {"00000": [True, False, True], "00001": [False, True], "00002": [False, False]}
 KEYS = {"00000": ["a", "b", "c"], "00001": ["d", "e" * 150], "00002": ["f", "g"]}
@@ -157,6 +158,20 @@ def test_bad_directories_are_refused(tmp_path: Path, index: ShardIndex, balance:
     with pytest.raises(UserError, match="was not made by --reshard"):
         reshard(balance, index, balance, parallel())
     assert (other / "mine.tar").read_bytes() == b"precious" and (balance / "keep" / "00000.npy").exists()
+
+
+def test_a_folder_of_an_earlier_version_is_refused(tmp_path: Path, index: ShardIndex, balance: Path) -> None:
+    """Every reader of a balance folder: masks (training and --reshard), figures, and a new run of the stage."""
+    write_meta(balance, "balance", {}, shards_digest=index.digest, across=0)  # the field is neighbor_clusters today
+    message = "balance was written by an earlier version of megacid: delete it and run tools/balance.py again"
+    with pytest.raises(UserError, match=message):
+        reshard(balance, index, tmp_path / "kept", parallel())
+    with pytest.raises(UserError, match=message):
+        KeepTable(balance, index)
+    with pytest.raises(UserError, match=message):
+        read_balanced(balance)
+    with pytest.raises(UserError, match=message):
+        finished_meta(balance, "balance")
 
 
 def test_a_source_that_changed_is_named(tmp_path: Path, index: ShardIndex, balance: Path) -> None:

@@ -11,7 +11,7 @@ from test_deduplicate import unit_rows
 
 from megacid.errors import UserError
 from megacid.offline.balance.deduplicate import BalanceSettings, Clusters, Decision, decide, group_by_cluster
-from megacid.offline.balance.threshold_search import NEIGHBOURHOOD, draw, narrow
+from megacid.offline.balance.threshold_search import NEIGHBOURHOOD, bisect_threshold, sample_clusters
 from megacid.offline.nearest import Assigner, prepare
 from megacid.offline.rows import ArrayRows
 from megacid.storage.stage_files import PartialResults
@@ -33,20 +33,20 @@ def _decide(rows: ArrayRows, clusters: Clusters, settings: BalanceSettings, cent
 @pytest.mark.parametrize(("link", "cap"), [("components", None), ("components", 40), ("greedy", None)])
 def test_share_with_the_second_pass_is_what_was_asked_for(link: str, cap: int | None) -> None:
     rows, clusters, centroids = data(700, 12)
-    settings = BalanceSettings(target_keep=0.5, link=link, across=4, cap=cap)
+    settings = BalanceSettings(target_keep=0.5, link=link, neighbor_clusters=4, cap=cap)
     decision = decide(rows, clusters, settings, centroids=centroids)
     assert decision.keep.mean() == pytest.approx(0.5, abs=3 / 700)
-    assert decision.removed_across > 10  # what a search without the second pass would be wrong by
+    assert decision.removed_across_clusters > 10  # what a search without the second pass would be wrong by
     # All clusters were searched: every point of the curve is what a run at that threshold keeps.
     assert decision.searched_rows == 700
     for threshold, share in decision.curve[1:-1:4]:
-        given = BalanceSettings(threshold=threshold, link=link, across=4, cap=cap)
+        given = BalanceSettings(threshold=threshold, link=link, neighbor_clusters=4, cap=cap)
         assert decide(rows, clusters, given, centroids=centroids).keep.mean() == pytest.approx(share, abs=1e-9)
 
 
 def test_ranks_and_an_interrupted_search_give_the_same_bits(tmp_path: Path) -> None:
     rows, clusters, centroids = data(700, 12)
-    settings = BalanceSettings(target_keep=0.5, across=4)
+    settings = BalanceSettings(target_keep=0.5, neighbor_clusters=4)
     whole = decide(rows, clusters, settings, centroids=centroids)
     work = PartialResults(tmp_path, {})
     work.begin()
@@ -64,16 +64,16 @@ def test_ranks_and_an_interrupted_search_give_the_same_bits(tmp_path: Path) -> N
     two = run_ranks(_decide, 2, rows, clusters, settings, centroids)
     for other in (again, *two):
         assert other.threshold == whole.threshold and other.curve == whole.curve
-        np.testing.assert_array_equal(other.owner, whole.owner)
+        np.testing.assert_array_equal(other.representative, whole.representative)
         np.testing.assert_array_equal(other.keep, whole.keep)
 
 
 def test_sample_of_neighbourhoods_speaks_for_all_clusters() -> None:
     rows, clusters, centroids = data(12_000, 400, 6)
-    settings = BalanceSettings(target_keep=0.6, across=4, search_rows=3000)
+    settings = BalanceSettings(target_keep=0.6, neighbor_clusters=4, search_rows=3000)
     decision = decide(rows, clusters, settings, centroids=centroids)
     assert 3000 <= decision.searched_rows < 3400
-    share = decision.removed_across / len(decision.keep)
+    share = decision.removed_across_clusters / len(decision.keep)
     assert share > 0.05
     # Without the scale from the borders inside of the sample to all of them it would be off by half of that share.
     assert decision.keep.mean() == pytest.approx(0.6, abs=share / 4)
@@ -82,15 +82,15 @@ def test_sample_of_neighbourhoods_speaks_for_all_clusters() -> None:
 def test_clusters_are_drawn_with_their_neighbours() -> None:
     _, clusters, centroids = data(2000, 100)
     assigner = Assigner(prepare(centroids, "cosine", CPU), "cosine", CPU)
-    few = draw(clusters.sizes, 200, 0, assigner)
+    few = sample_clusters(clusters.sizes, 200, 0, assigner)
     unit = centroids / np.linalg.norm(centroids, axis=1, keepdims=True)
     near = np.argsort(-(unit @ unit[few[0]]), kind="stable")[:NEIGHBOURHOOD]
     assert set(few) <= set(near.tolist()) and clusters.sizes[few].sum() >= 200 > clusters.sizes[few[:-1]].sum()
-    everything = draw(clusters.sizes, 10**9, 0, assigner)
+    everything = sample_clusters(clusters.sizes, 10**9, 0, assigner)
     assert sorted(everything) == np.flatnonzero(clusters.sizes).tolist()
-    assert sorted(draw(clusters.sizes, 10**9, 0)) == sorted(everything)
+    assert sorted(sample_clusters(clusters.sizes, 10**9, 0)) == sorted(everything)
     with pytest.raises(UserError, match="no sample has a cluster"):
-        draw(np.zeros(3, np.int64), 10, 0)
+        sample_clusters(np.zeros(3, np.int64), 10, 0)
 
 
 def test_chosen_clusters_alone_keep_their_order() -> None:
@@ -105,9 +105,11 @@ def test_chosen_clusters_alone_keep_their_order() -> None:
 
 def test_search_takes_few_steps_on_a_smooth_curve_and_finds_a_step() -> None:
     visited = []
-    threshold, curve = narrow(0.563, 10**6, lambda at: visited.append(at) or 1 / (1 + np.exp((at - 0.37) / 0.03)))
+    threshold, curve = bisect_threshold(
+        0.563, 10**6, lambda at: visited.append(at) or 1 / (1 + np.exp((at - 0.37) / 0.03))
+    )
     assert 1 / (1 + np.exp((threshold - 0.37) / 0.03)) == pytest.approx(0.563, abs=1e-6)
     assert len(visited) == len(curve) <= 16  # halves alone would take 19
-    threshold, curve = narrow(0.5, 1000, lambda at: 1.0 if at < 0.3 else 0.1)
+    threshold, curve = bisect_threshold(0.5, 1000, lambda at: 1.0 if at < 0.3 else 0.1)
     assert threshold == pytest.approx(0.3, abs=2e-5) and threshold >= 0.3  # 0.1 is nearer to 0.5 than 1.0 is
     assert curve == sorted(curve) and curve[0] == (0.0, 1.0)
