@@ -23,6 +23,7 @@ from megacid.offline.balance.clusters import Clusters
 from megacid.offline.balance.linking import Link, UnitRows, check_unit, keep_mask, panel_rows, representatives
 from megacid.offline.balance.threshold_search import FARTHEST, bisect_threshold, sample_clusters
 from megacid.offline.nearest import Assigner, Metric, prepare
+from megacid.offline.random_streams import RandomStream
 from megacid.offline.rows import Rows, SubsetRows
 from megacid.storage.stage_files import PartialResults
 
@@ -100,7 +101,7 @@ def preference(
     if keep == "farthest":
         return score.astype(np.float32)
     if keep == "random":
-        return np.random.default_rng([seed, 3]).permutation(len(score)).astype(np.float64)
+        return np.random.default_rng([seed, RandomStream.KEEP_ORDER]).permutation(len(score)).astype(np.float64)
     assert text is not None
     out = np.empty(len(score), np.float32)
     for low in range(0, len(score), block):

@@ -15,6 +15,7 @@ import numpy as np
 
 from megacid.errors import UserError
 from megacid.offline.nearest import Assigner
+from megacid.offline.random_streams import RandomStream
 
 FARTHEST = 2.0  # no two unit vectors are farther apart
 NEIGHBOURHOOD = (
@@ -30,7 +31,7 @@ def sample_clusters(sizes: np.ndarray, rows: int, seed: int, assigner: Assigner 
     """
     chosen: dict[int, None] = {}
     count = 0
-    for first in np.random.default_rng([seed, 4]).permutation(len(sizes)).tolist():
+    for first in np.random.default_rng([seed, RandomStream.SAMPLED_CLUSTERS]).permutation(len(sizes)).tolist():
         if count >= rows:
             break
         if first in chosen or not sizes[first]:

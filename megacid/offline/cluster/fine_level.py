@@ -26,6 +26,7 @@ from megacid.offline.cluster.level_context import LevelRun
 from megacid.offline.cluster.seeding import initial_centroids, plus_plus, sample_rows
 from megacid.offline.cluster.state import KMeansSettings, KMeansState, settled
 from megacid.offline.nearest import prepare
+from megacid.offline.random_streams import RandomStream
 from megacid.offline.rows import Rows, SubsetRows
 from megacid.storage.stage_files import PartialResults
 
@@ -125,7 +126,7 @@ def _each_cell(
 
 
 def _cell_seed(seed: int, cell: int) -> int:
-    return int(np.random.SeedSequence([seed, 3, cell]).generate_state(1, np.uint64)[0])
+    return int(np.random.SeedSequence([seed, RandomStream.CELL, cell]).generate_state(1, np.uint64)[0])
 
 
 def _inside(run: LevelRun, members: Rows, settings: KMeansSettings, first: Tensor) -> tuple[Tensor, np.ndarray]:

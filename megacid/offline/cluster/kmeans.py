@@ -30,6 +30,7 @@ from megacid.offline.cluster.accumulate import Accumulator, Group, grid_scale, o
 from megacid.offline.cluster.seeding import check_memory, initial_centroids, sample_rows
 from megacid.offline.cluster.state import KMeansSettings, KMeansState, load_state, save_state, settled
 from megacid.offline.nearest import Metric, search_bytes, tile_rows
+from megacid.offline.random_streams import RandomStream
 from megacid.offline.rows import Rows, SubsetRows, find_invalid_row
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def split_empty(
     if not heap:
         return len(empty)
     heapq.heapify(heap)
-    rng = np.random.default_rng([settings.seed, 2, iteration])
+    rng = np.random.default_rng([settings.seed, RandomStream.EMPTY_CLUSTERS, iteration])
     for cluster in empty:
         error, worst = heapq.heappop(heap)
         sign = torch.from_numpy(rng.integers(0, 2, centroids_KD.shape[1]).astype(np.float32) * 2 - 1)
@@ -249,5 +250,5 @@ def training_sample(rows: Rows, settings: KMeansSettings) -> Rows:
         log.info("training on all %d rows (the sample asked for, %d, is not smaller)", rows.num_rows, count)
         return rows
     log.info("training on a sample of %d of %d rows (%.1f per cluster)", count, rows.num_rows, count / settings.k)
-    rng = np.random.default_rng([settings.seed, 0])
+    rng = np.random.default_rng([settings.seed, RandomStream.TRAINING_SAMPLE])
     return SubsetRows(rows, np.sort(rng.choice(rows.num_rows, count, replace=False)))

@@ -19,6 +19,7 @@ from megacid.errors import UserError
 from megacid.offline.cluster.merging import NEIGHBOURS, merge_nearest
 from megacid.offline.cluster.state import KMeansSettings
 from megacid.offline.nearest import Assigner, Metric, pad_rows, prepare, tile_rows
+from megacid.offline.random_streams import RandomStream
 from megacid.offline.rows import Rows
 
 _SAMPLE_VALUES = 1 << 25
@@ -49,7 +50,7 @@ def _candidates(count: int) -> int:
 
 
 def _drawn(n: int, sample: int, seed: int) -> np.ndarray:
-    return np.sort(np.random.default_rng([seed, 5]).choice(n, sample, replace=False))
+    return np.sort(np.random.default_rng([seed, RandomStream.SEEDING_SAMPLE]).choice(n, sample, replace=False))
 
 
 def more_than(k: int) -> int:
@@ -66,7 +67,7 @@ def plus_plus(
     beginning of a longer one. progress: called with 0 for every step.
     """
     n = rows.num_rows
-    rng = np.random.default_rng([seed, 1])
+    rng = np.random.default_rng([seed, RandomStream.INITIAL_CENTROIDS])
     drawn = _drawn(n, sample, seed)
     read = rows.take(drawn)
     x_BD = torch.empty(read.shape, device=device)
@@ -103,7 +104,9 @@ def initial_centroids(
     """fp32 [K, D], the same on every rank; unit rows for the cosine. progress: called with 0 for every drawn row."""
     n, k = rows.num_rows, settings.k
     if settings.init == "random":
-        chosen = np.sort(np.random.default_rng([settings.seed, 1]).choice(n, k, replace=False))
+        chosen = np.sort(
+            np.random.default_rng([settings.seed, RandomStream.INITIAL_CENTROIDS]).choice(n, k, replace=False)
+        )
         return prepare(rows.take(chosen), settings.metric, torch.device("cpu"))
     count, sample = min(n, more_than(k)), sample_rows(n, k, rows.dim)
     chosen, _ = plus_plus(rows, count, sample, settings.seed, settings.metric, device, progress)
