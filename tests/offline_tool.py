@@ -24,8 +24,8 @@ REFERENCE = {"embed": "emb", "cluster": "clusters", "balance": "balance", "eval"
 
 def arguments(name: str, folder: Path, out: str) -> list[object]:
     if name == "embed":
-        # Which rank does what must not depend on their speed; test_embed_sharing.py lets them steal.
-        return [*embed_args(folder, out), "--split", "static"]
+        # The assignment must not depend on the speed of the ranks; test_work_queue.py tests dynamic sharding.
+        return [*embed_args(folder, out), "--sharding", "static"]
     if name == "cluster":
         return cluster_args(folder, out)
     if name == "balance":

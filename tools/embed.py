@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Embed every pair of a folder of shards with a frozen teacher (open_clip), in clip-retrieval's layout.
+"""Embed every image-text pair of a folder of shards with a frozen open_clip teacher.
 
     tools/embed.py --shards data/digits/train --out data/digits/teacher --model local-dir:exports/teacher
     tools/embed.py --shards laion --out teacher --model ViT-bigG-14 --pretrained laion2b_s39b_b160k
-    torchrun --nproc_per_node 8 tools/embed.py ...       (or deepspeed): the ranks share the shards
+    torchrun --nproc_per_node 8 tools/embed.py ...       (or deepspeed): ranks divide the shards
 
-Writes img_emb/*.npy and text_emb/*.npy (float16, L2-normalised), metadata/*.parquet, one of each per tar, and, where
-samples were left out, failures/*.parquet with the reasons; `embedding-reader`, `autofaiss` and `clip-retrieval` read them.
-Run it again after an interruption: partitions that are complete are skipped. SIGTERM and Ctrl-C end it after the batch
-under way, on all ranks, with exit code 143 and 130.
+Writes clip-retrieval's layout, which embedding-reader and autofaiss also read, one file of each kind per tar:
+img_emb/*.npy and text_emb/*.npy (float16, L2-normalised), metadata/*.parquet, and failures/*.parquet with the reason
+for every skipped sample. SIGTERM (exit code 143) and Ctrl-C (130) stop all ranks after the current batch.
+
+The same command continues an interrupted run; a finished or started OUT made with other arguments is refused.
 """
 
 import argparse
@@ -32,21 +33,16 @@ from megacid.errors import UserError, run_tool
 from megacid.models.clip import LoadedClip, load_clip
 from megacid.offline.embed import stage as embed_stage
 
-SHOWN = 10  # shards and samples that were left out
-DAY_S = 86400.0  # with --split static the first rank to finish waits for the last one
+SHOWN = 10  # shards with skipped samples, and skipped samples, that are printed
+COLLECTIVE_TIMEOUT_S = 86400.0  # with --sharding static the first rank to finish waits for the last one
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", required=True, help="directory with *.tar")
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=Path,
-        help="directory to write; continued when it was begun with the same arguments",
-    )
+    parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="directory to write or continue")
     parser.add_argument("--model", required=True, help="open_clip name, or local-dir:PATH")
-    parser.add_argument("--pretrained", help="open_clip tag or weights file; not for local-dir")
+    parser.add_argument("--pretrained", help="open_clip tag or weights file; not with local-dir")
     parser.add_argument("--batch-size", type=int, default=256, help="samples per forward pass and rank (default 256)")
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), help="arithmetic of the teacher (default: bf16 on a GPU, else fp32)"
@@ -55,14 +51,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--workers",
         type=int,
         default=min(8, os.cpu_count() or 1),
-        help="processes per rank that decode; 0: none besides this one",
+        help="decoding processes per rank (default: number of cores, at most 8); 0: decode in the main process",
     )
     parser.add_argument(
-        "--split",
-        choices=("steal", "static"),
-        default="steal",
-        help="steal: a rank that has done its share takes over shards nobody has begun (needs a file system with locks "
-        "between the nodes; default). static: shard number modulo ranks. The files are the same",
+        "--sharding",
+        choices=("dynamic", "static"),
+        default="dynamic",
+        help="dynamic (default): a rank that is done takes over shards that no rank has started; needs file locks that "
+        "work between nodes. static: shard number modulo number of ranks. Both write the same files",
     )
     accept_launcher_arguments(parser)
     return parser.parse_args(argv)
@@ -74,15 +70,16 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("megacid").setLevel(logging.INFO)
     if args.batch_size < 1 or args.workers < 0:
         raise UserError(
-            f"--batch-size is {args.batch_size} and --workers {args.workers}, expected at least 1 and at least 0"
+            f"--batch-size is {args.batch_size} and --workers {args.workers}, expected at least 1 and at least 0: "
+            "correct them"
         )
     if launched():  # without a launcher the parent is a shell, whose end must not end what nohup started
         set_parent_death_signal(signal.SIGTERM)
-    return run_stage(lambda parallel, stop: work(args, parallel, stop), args.out, DAY_S)
+    return run_stage(lambda parallel, stop: embed(args, parallel, stop), args.out, COLLECTIVE_TIMEOUT_S)
 
 
-def work(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> None:
-    # One rank makes a missing index, the others find it.
+def embed(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> None:
+    # The first rank builds a missing index before the others load it.
     with fail_together(parallel.group):
         index = load_index(args.shards) if parallel.is_first else None
     with fail_together(parallel.group):
@@ -103,7 +100,7 @@ def work(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> Non
         desc="embed",
         disable=not parallel.is_first,
         unit_scale=True,
-        smoothing=0,  # the samples of other ranks become known in bursts
+        smoothing=0,  # progress of other ranks arrives in bursts
         mininterval=0.5 if sys.stderr.isatty() else 30,
     ) as bar:
 
@@ -121,40 +118,41 @@ def work(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> Non
             settings=settings,
             batch_size=args.batch_size,
             workers=args.workers,
-            split=args.split,
+            sharding=args.sharding,
             start_progress=start_progress,
         )
-        facts = bar.format_dict
+        stats = bar.format_dict
     if parallel.is_first:
-        print_result(args.out, meta, int(facts.get("n", 0)), float(facts.get("elapsed", 0)), parallel.world)
+        print_result(args.out, meta, int(stats.get("n", 0)), float(stats.get("elapsed", 0)), parallel.world)
 
 
 def estimate(
     index: ShardIndex, clip: LoadedClip, args: argparse.Namespace, total: int, precision: str, ranks: int
 ) -> str:
-    """What is to be done and about how long it takes, before it begins."""
+    """One line with the amount of work and an estimate of its duration."""
     decoding, model = embed_stage.seconds_per_sample(clip, index, args.batch_size)
     decoding /= max(1, args.workers)
-    # Workers decode while the model runs; without any, one waits for the other.
+    # Workers decode while the model runs; without workers decoding and the model alternate.
     each = max(decoding, model) if args.workers else decoding + model
     return (
-        f"{total:,} of {index.num_samples:,} pairs in {len(index.names):,} shards, width {clip.embed_dim}, {precision}: "
-        f"about {each * total / ranks / 3600:.3g} h on {ranks} ranks (per sample and rank {1e3 * model:.3g} ms of the "
-        f"model, {1e3 * decoding:.3g} ms of {args.workers} decoding processes)"
+        f"{total:,} of {index.num_samples:,} pairs in {len(index.names):,} shards, width {clip.embed_dim}, {precision}:"
+        f" about {each * total / ranks / 3600:.3g} h on {ranks} rank{'s' if ranks > 1 else ''} (per sample and rank: "
+        f"{1e3 * model:.3g} ms in the model, {1e3 * decoding:.3g} ms decoding with {args.workers} workers)"
     )
 
 
 def print_result(out: Path, meta: dict, done: int, seconds: float, ranks: int) -> None:
     failed, by_shard = meta["failures"], meta["failures_by_shard"]
-    print(f"{out}: {meta['num_samples']:,} samples embedded, {failed['count']:,} left out")
+    print(f"{out}: {meta['num_samples']:,} samples embedded, {failed['count']:,} skipped")
     if done:
         print(f"  this run: {done:,} samples in {seconds:,.0f} s, {done / seconds:,.1f} samples/s on {ranks} ranks")
     if by_shard:
         worst = sorted(by_shard, key=by_shard.__getitem__, reverse=True)[:SHOWN]
-        print(f"  left out in {len(by_shard):,} shards, most in {', '.join(f'{s}: {by_shard[s]:,}' for s in worst)}")
-        print(f"  reasons are in {out / 'failures'}; the first ones:")
+        counts = ", ".join(f"{stem}: {by_shard[stem]:,}" for stem in worst)
+        print(f"  skipped in {len(by_shard):,} shards, most in {counts}")
+        print(f"  reasons are in {out / 'failures'}; the first skipped samples:")
     for name in failed["named"][:SHOWN]:
-        print(f"  left out: {name}")
+        print(f"  skipped: {name}")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def test_a_tar_without_any_good_picture_leaves_no_files_and_all_stages_go_on(sta
     (tmp_path / "model").symlink_to(stage / "model")
     spoil(tmp_path / "shards" / "00001.tar", lambda name: name.endswith(".png"))
     said = run("embed", *embed_args(tmp_path))
-    assert "24 samples embedded, 12 left out" in said and "left out in 1 shards, most in 00001: 12" in said
+    assert "24 samples embedded, 12 skipped" in said and "skipped in 1 shards, most in 00001: 12" in said
     meta = json.loads((tmp_path / "emb" / "meta.json").read_text())
     assert meta["failures_by_shard"] == {"00001": 12} and meta["empty"] == ["00001"]
     # embedding-reader takes the i-th metadata file for the i-th array that has rows.

@@ -85,7 +85,7 @@ def test_embed_redoes_only_what_is_torn(stage: Path) -> None:
     (stage / "emb" / "metadata" / "metadata_00002.parquet").unlink()
     (stage / "emb" / "meta.json").unlink()
     said = run("embed", *embed_args(stage))
-    assert "2 of 3 shards to do" in said and "left out: 00001/000010004" in said
+    assert "2 of 3 shards to do" in said and "skipped: 00001/000010004" in said
     after = snapshot(stage / "emb", "*_emb/*.npy")
     assert {name: digest for name, (digest, _) in after.items()} == {
         name: digest for name, (digest, _) in before.items()

@@ -348,7 +348,7 @@ def test_other_labels_for_the_same_arguments_are_other_inputs(copy: Path) -> Non
 def test_embed_says_when_the_batch_size_changed(whole: Path) -> None:
     shutil.copytree(whole / "emb", whole / "batches")
     (whole / "batches" / IMAGES).unlink()
-    assert "was begun with batch size 5, this run has 6" in run(
+    assert "was started with batch size 5, this run has 6" in run(
         "embed", *embed_args(whole, "batches"), "--batch-size", 6
     )
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from megacid.data.workers import worker_start
 from megacid.distributed.stopping import StopRequest
 from megacid.errors import EXIT_AGAIN
-from megacid.offline.embed.stage import _Batches
+from megacid.offline.embed.stage import ShardBatchSampler
 
 TERM = 128 + signal.SIGTERM
 
@@ -295,5 +295,5 @@ def test_workers_do_not_inherit_a_handler_that_only_takes_notes() -> None:
 
 def test_a_batch_never_crosses_from_one_tar_into_the_next() -> None:
     """A product rounds differently when its shape changes: a partition must not depend on what else is to do."""
-    batches = list(_Batches(np.array([3, 3, 8]), 4))
+    batches = list(ShardBatchSampler(np.array([3, 3, 8]), 4))
     assert batches == [[0, 1, 2], [3, 4, 5, 6], [7]]

@@ -1,11 +1,11 @@
-"""Teacher embeddings of every pair of every shard, in clip-retrieval's layout, one partition per tar.
+"""The embedding stage: teacher embeddings of every pair of every shard, one partition per tar.
 
 Legend: B batch, D width.
 
-The files of a partition are written atomically; one is skipped when all are there and agree. `settings.json` is written
-first, so that a folder begun with another model is refused; `meta.json` is written last. A batch never crosses from one
-tar into the next: a product of matrices rounds differently when its shape changes, so only then does a partition not
-depend on what else there was to do, and neither a kill nor the number of ranks nor who did what changes a bit.
+The files of a partition are written atomically; a partition is skipped if all its files exist and agree.
+`settings.json` is written first, so a folder started with another model is refused; `meta.json` is written last. A
+batch never spans two tars: a matrix product rounds differently when its shape changes, so the bits of a partition
+depend on its tar and the batch size alone, not on interruptions, the number of ranks or the assignment of shards.
 """
 
 from __future__ import annotations
@@ -34,23 +34,27 @@ from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.models.clip import LoadedClip
 from megacid.offline.embed.input import Batch, Pairs, as_is
-from megacid.offline.embed.partitions import Partition, left_out, partition_files
-from megacid.offline.embed.work_queue import Ledger, Split, create_ledger
+from megacid.offline.embed.partitions import Partition, failures_if_complete, partition_files
+from megacid.offline.embed.work_queue import Sharding, WorkQueue, create_queue
 from megacid.storage.atomic import write_json_atomic
 from megacid.storage.metadata import read_meta, write_meta
 from megacid.storage.stage_files import WORK, disk_errors, remove_temporary_files
 
 log = logging.getLogger(__name__)
-_NAMED = 100  # failed samples that meta.json names; all are counted, and the tables of failures hold all
-_LOGGED = 20  # samples left out that every rank logs one by one; then every hundredth
-_LOOK_AGAIN_S = 1.0  # for work of ranks that are gone
+_NAMED = 100  # skipped samples that meta.json lists by name; the failures tables list all
+_LOGGED = 20  # skipped samples that each rank logs individually; after that every hundredth
+_POLL_S = 1.0  # interval between checks for shards that other ranks have abandoned
 
 
-class _Batches(Sampler[list[int]]):
-    """Numbers of samples in batches of at most batch_size, none of which crosses from one tar into the next."""
+class ShardBatchSampler(Sampler[list[int]]):
+    """Batches of at most `batch_size` sample numbers, none of which spans two tars.
+
+    Args:
+        ends: int64 [tars], last sample number + 1 of each tar.
+        shards: The shards to visit, an iterator consumed as batches are needed; None: all.
+    """
 
     def __init__(self, ends: np.ndarray, batch_size: int, shards: Iterable[int] | None = None) -> None:
-        """ends: int64 [tars], last number + 1 of each. shards: which, asked for one at a time; None: all."""
         self.ends, self.batch_size = ends.tolist(), batch_size
         self.shards = range(len(self.ends)) if shards is None else shards
 
@@ -62,90 +66,91 @@ class _Batches(Sampler[list[int]]):
 
 
 def encode(clip: LoadedClip, index: ShardIndex, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Image and text embeddings of what could be decoded: float16 [B, D], L2-normalised.
+    """Image and text embeddings of the decoded samples, float16 [B, D] each, L2-normalised.
 
-    UserError naming the sample when one is not a finite vector of length 1.
+    Raises:
+        UserError: An embedding is not a finite vector of length 1; the message names the sample.
     """
     both = clip.encode_image(batch.image).half().cpu(), clip.encode_text(batch.text).half().cpu()
-    for what, emb_BD in zip(("image", "text"), both):
+    for modality, emb_BD in zip(("image", "text"), both):
         length_B = emb_BD.float().norm(dim=1)
         bad = ~((length_B - 1).abs() < 0.01)  # also true for NaN
         if bad.any():
             at = int(bad.nonzero()[0])
             raise UserError(
-                f"model {clip.name} gives the {what} of sample {batch.about[at].key} (row {batch.rows[at]} of "
+                f"model {clip.name} gives the {modality} of sample {batch.samples[at].key} (row {batch.rows[at]} of "
                 f"{index.tar_path(batch.shard)}) an embedding of length {float(length_B[at]):g}, expected a finite "
-                "one of length 1: check the weights, or try --precision fp32"
+                "embedding of length 1: check the weights, or try --precision fp32"
             )
     return both[0].numpy(), both[1].numpy()
 
 
-class _Work:
-    """Embeds the pieces that this rank takes from the ledger."""
+class _ShardEmbedder:
+    """Embeds the shards that this rank claims from the queue."""
 
     def __init__(
         self, index: ShardIndex, clip: LoadedClip, out: Path, batch_size: int, workers: int, progress: Progress
     ) -> None:
         self.index, self.clip, self.out, self.progress = index, clip, out, progress
         self.batch_size, self.workers = batch_size, workers
-        self.made: list[int] = []
+        self.written: list[int] = []
         self.failed = 0
 
-    def do_all(self, ledger: Ledger) -> None:
-        """Until everything is done that this rank has to see done, also what ranks that are gone had claimed."""
+    def run(self, queue: WorkQueue) -> None:
+        """Claim and embed until the queue is finished, including shards whose rank died."""
         while True:
-            pieces = ledger.take()
-            # Workers are started only where there is something for them.
-            if (first := next(pieces, None)) is not None:
-                self._do(chain([first], pieces), ledger)
-            elif ledger.finished():
+            shards = queue.claim()
+            # Peek first: starting the data workers is expensive.
+            if (first := next(shards, None)) is not None:
+                self._embed(chain([first], shards), queue)
+            elif queue.finished():
                 return
             else:
-                time.sleep(_LOOK_AGAIN_S)
-                self.progress(ledger.advance(0))
+                time.sleep(_POLL_S)
+                self.progress(queue.note_progress(0))
 
-    def _do(self, pieces: Iterable[int], ledger: Ledger) -> None:
+    def _embed(self, shards: Iterable[int], queue: WorkQueue) -> None:
         loader = DataLoader(
             Pairs(self.index, self.clip.preprocess_eval, self.clip.tokenizer),
-            # Claims are made as the workers need them: in this process, at most a few batches ahead.
-            batch_sampler=_Batches(self.index.starts[1:], self.batch_size, pieces),
+            # The sampler runs in this process and claims shards at most a few batches ahead.
+            batch_sampler=ShardBatchSampler(self.index.starts[1:], self.batch_size, shards),
             num_workers=self.workers,
             collate_fn=as_is,
             worker_init_fn=worker_start(),
         )
-        part = Partition()
+        partition = Partition()
         try:
             for batch in loader:
-                self._add(part, batch)
-                if part.seen == self.index.sizes[batch.shard]:
+                self._add(partition, batch)
+                if partition.size == self.index.sizes[batch.shard]:
                     failpoint("embed:partition", step=batch.shard)
                     files = partition_files(self.out, batch.shard, len(self.index.names))
-                    part.save(files, batch.shard, self.index.names[batch.shard])
-                    ledger.finish(batch.shard)
-                    self.made.append(batch.shard)
+                    partition.save(files, batch.shard, self.index.names[batch.shard])
+                    queue.finish(batch.shard)
+                    self.written.append(batch.shard)
                     failpoint("embed:shard_done", step=batch.shard)
-                    part = Partition()
-                self.progress(ledger.advance(batch.size))
+                    partition = Partition()
+                self.progress(queue.note_progress(batch.size))
         except RuntimeError:
-            self.progress(0)  # a signal to the whole process group ends the workers too: then it is no failure
+            self.progress(0)  # raises Stopped if a signal to the process group ended the workers: that is not a failure
             raise
 
-    def _add(self, part: Partition, batch: Batch) -> None:
-        if batch.about:
+    def _add(self, partition: Partition, batch: Batch) -> None:
+        if batch.samples:
             image_BD, text_BD = encode(self.clip, self.index, batch)
-            part.image.append(image_BD)
-            part.text.append(text_BD)
-            part.about += batch.about
-        part.failures += batch.failures
+            partition.image.append(image_BD)
+            partition.text.append(text_BD)
+            partition.samples += batch.samples
+        partition.failures += batch.failures
         for key, reason in batch.failures:
             self.failed += 1
             if self.failed <= _LOGGED or self.failed % 100 == 0:
                 name = self.index.names[batch.shard]
-                log.warning("left out %s/%s, number %d of this rank: %s", name, key, self.failed, reason)
+                log.warning("skipped %s/%s (%d skipped by this rank): %s", name, key, self.failed, reason)
 
 
 def weights_digest(model: str, pretrained: str | None) -> str:
-    """sha256 of local weight files, so that other weights under the same name are noticed; the tag itself otherwise."""
+    """sha256 of local weight files, which detects changed weights under the same name; "tag:NAME" for a tag."""
     folder = Path(model.removeprefix("local-dir:"))
     if model.startswith("local-dir:"):
         paths = sorted(
@@ -181,11 +186,12 @@ def claim(out: Path, settings: dict[str, Any], batch_size: int) -> None:
         for name, value in settings.items():
             if before.get(name) != value:
                 raise UserError(
-                    f"{out} was made with {name} {before.get(name)!r}, this run has {value!r}: take another --out or delete it"
+                    f"{out} was made with {name} {before.get(name)!r}, this run has {value!r}: take another --out or "
+                    "delete it"
                 )
         if before.get("batch_size") != batch_size:
             log.warning(
-                "%s was begun with batch size %s, this run has %d: what is there is kept, it may differ in the last bit",
+                "%s was started with batch size %s, this run has %d: existing partitions are kept, their last bits may differ",
                 out,
                 before.get("batch_size"),
                 batch_size,
@@ -198,7 +204,7 @@ def claim(out: Path, settings: dict[str, Any], batch_size: int) -> None:
 
 
 def _check_space(out: Path, todo: int, dim: int) -> float:
-    need = todo * dim * 4 * 1.02 + todo * 200  # two fp16 rows, and what a caption takes
+    need = todo * dim * 4 * 1.02 + todo * 200  # two fp16 rows and the metadata of a sample
     free = shutil.disk_usage(out).free
     if need > free:
         raise UserError(
@@ -216,77 +222,81 @@ def embed(
     settings: dict[str, Any],
     batch_size: int,
     workers: int,
-    split: Split = "steal",
+    sharding: Sharding = "dynamic",
     start_progress: StartProgress = lambda total: no_progress,
 ) -> dict[str, Any]:
-    """Embed what is missing and write meta.json; returns it.
+    """Embed the missing shards and write meta.json, whose content is returned.
 
-    split: "static" gives shard s to rank s % world; "steal" does so first, and a rank that is done goes on with what no
-    other has begun, or a rank that is gone had. start_progress: called with the samples that all ranks together have to do;
-    gives the function that takes those done, by all ranks as far as this one knows. Every rank fails together, with the
-    same message, and stops together when that function raises Stopped.
+    All ranks fail together with the same message, and stop together when the progress function raises Stopped.
+
+    Args:
+        settings: The model, precision and weights; recorded, and compared with those of a started folder.
+        sharding: "static" assigns shard s to rank s % world. "dynamic" starts the same way; a rank that is done then
+            takes over shards that no rank has started and those of ranks that died.
+        start_progress: Called with the number of samples to embed on all ranks; returns a function that takes the
+            number of further samples that all ranks have embedded.
     """
-    group, path = parallel.group, out / WORK / "ledger"
+    group, path = parallel.group, out / WORK / "queue"
     shards, mine = len(index.names), range(parallel.rank, len(index.names), parallel.world)
     with stop_together(group):
         if parallel.is_first:
             claim(out, settings, batch_size)
             (out / "meta.json").unlink(missing_ok=True)
     with stop_together(group):
-        missing = [shard for shard in mine if _left_out(index, out, shard, clip.embed_dim) is None]
+        missing = [shard for shard in mine if _failed_keys(index, out, shard, clip.embed_dim) is None]
     done = np.ones(shards, np.bool_)
-    done[[shard for part in gather_json(missing, group) for shard in part]] = False
+    done[[shard for shards_of_rank in gather_json(missing, group) for shard in shards_of_rank]] = False
     total = int(index.sizes[~done].sum())
     with stop_together(group):
         if parallel.is_first:
             need = _check_space(out, total, clip.embed_dim)
-            create_ledger(path, done, parallel.world)
+            create_queue(path, done, parallel.world)
             log.info("%d of %d shards to do, %d samples, %.3f GB to write", (~done).sum(), shards, total, need / 1e9)
     with stop_together(group):
-        ledger = Ledger(path, shards, parallel, split)
-    if ledger.split == "steal" and not ledger.locks_are_shared(group):
-        log.warning("%s lies on a file system without locks between the ranks: --split static is used", out)
-        ledger.split = "static"
-    # The ledger is the inner block: a rank that fails gives up its claims before it waits for the others.
-    with stop_together(group), ledger:
-        work = _Work(index, clip, out, batch_size, workers, start_progress(total))
-        work.do_all(ledger)
-    samples = sum(gather_json(ledger.mine, group))
+        queue = WorkQueue(path, shards, parallel, sharding)
+    if queue.sharding == "dynamic" and not queue.locks_are_shared(group):
+        log.warning("%s is on a file system without locks between the ranks: using --sharding static", out)
+        queue.sharding = "static"
+    # The queue is the inner block: a failing rank releases its claims before it waits for the other ranks.
+    with stop_together(group), queue:
+        embedder = _ShardEmbedder(index, clip, out, batch_size, workers, start_progress(total))
+        embedder.run(queue)
+    samples = sum(gather_json(queue.samples_done, group))
     with stop_together(group):
-        work.progress(ledger.learn(samples))
-        # What others have made may not be visible here yet, when the file system is that of a network.
-        seen = sorted({*mine}.difference(missing).union(work.made))
-        facts = _verify(index, out, seen, clip.embed_dim)
-    all_facts = gather_json(facts, group)
+        embedder.progress(queue.note_total(samples))
+        # On a network file system the files of other ranks may not be visible here yet, so each rank checks its own.
+        checked = sorted({*mine}.difference(missing).union(embedder.written))
+        stats = _verify(index, out, checked, clip.embed_dim)
+    all_stats = gather_json(stats, group)
     with stop_together(group):
         if parallel.is_first:
             failpoint("embed:before_meta")
             shutil.rmtree(path.parent, ignore_errors=True)
             with disk_errors(out / "meta.json"):
-                _write_meta(index, clip, out, settings, all_facts)
+                _write_meta(index, clip, out, settings, all_stats)
             failpoint("embed:done")
     barrier(group)
     return read_meta(out, expect="embed")
 
 
-def _left_out(index: ShardIndex, out: Path, shard: int, dim: int) -> list[str] | None:
-    """Keys of a tar that a complete partition leaves out; None when it is not complete."""
+def _failed_keys(index: ShardIndex, out: Path, shard: int, dim: int) -> list[str] | None:
+    """Keys of the samples that a complete partition skips; None when the partition is not complete."""
     files = partition_files(out, shard, len(index.names))
-    failures = left_out(files, index.names[shard], index.table(shard).keys, dim)
+    failures = failures_if_complete(files, index.names[shard], index.table(shard).keys, dim)
     return None if failures is None else [failure.key for failure in failures]
 
 
 def _verify(index: ShardIndex, out: Path, shards: list[int], dim: int) -> dict[str, Any]:
-    """What is in the partitions of some shards, read back from disk: failed samples by shard, the first ones by name."""
+    """Read partitions back from disk: skipped samples by shard, names of the first, shards without embeddings."""
     by_shard: dict[str, int] = {}
     named: list[str] = []
     empty: list[str] = []
     for shard in shards:
-        failed = _left_out(index, out, shard, dim)
+        failed = _failed_keys(index, out, shard, dim)
         if failed is None:
             raise UserError(
-                f"partition {shard} of {out} ({partition_files(out, shard, len(index.names)).image} and those beside it) is "
-                "not readable right after it was written: check the disk, and run the same command again"
+                f"{partition_files(out, shard, len(index.names)).image} or another file of its partition is not readable "
+                "after it was written: check the disk and run the same command again"
             )
         stem = index.names[shard]
         if failed:
@@ -298,16 +308,16 @@ def _verify(index: ShardIndex, out: Path, shards: list[int], dim: int) -> dict[s
 
 
 def _write_meta(
-    index: ShardIndex, clip: LoadedClip, out: Path, settings: dict[str, Any], facts: list[dict[str, Any]]
+    index: ShardIndex, clip: LoadedClip, out: Path, settings: dict[str, Any], stats: list[dict[str, Any]]
 ) -> None:
-    by_shard = {stem: count for fact in facts for stem, count in fact["by_shard"].items()}
+    by_shard = {stem: count for part in stats for stem, count in part["by_shard"].items()}
     failed = sum(by_shard.values())
     if failed == index.num_samples:
         raise UserError(
-            f"none of the {index.num_samples} samples of {index.root} could be embedded: see {out / 'failures'}, check the "
-            "images and captions"
+            f"none of the {index.num_samples} samples of {index.root} could be embedded: see {out / 'failures'} and "
+            "check the images and captions"
         )
-    named = sorted({name for fact in facts for name in fact["named"]})
+    named = sorted({name for part in stats for name in part["named"]})
     write_meta(
         out,
         "embed",
@@ -318,7 +328,7 @@ def _write_meta(
         weights=settings["weights"],
         dim=clip.embed_dim,
         partitions={stem: number for number, stem in enumerate(index.names)},
-        empty=sorted({stem for fact in facts for stem in fact["empty"]}),
+        empty=sorted({stem for part in stats for stem in part["empty"]}),
         shards_digest=index.digest,
         num_samples=index.num_samples - failed,
         failures={"count": failed, "named": named[:_NAMED]},
@@ -327,16 +337,16 @@ def _write_meta(
 
 
 def seconds_per_sample(clip: LoadedClip, index: ShardIndex, batch_size: int) -> tuple[float, float]:
-    """Seconds that decoding (in one process) and the model take for one sample, measured on a small batch of the first
-    shard that has samples; NaN when nothing there can be decoded."""
+    """Seconds per sample of decoding (in one process) and of the model, measured on a small batch of the first
+    non-empty shard; NaN when none of it can be decoded."""
     shard = int(np.flatnonzero(index.sizes)[0])
     start, count = int(index.starts[shard]), min(batch_size, 32, int(index.sizes[shard]))
     began = time.monotonic()
     batch = Pairs(index, clip.preprocess_eval, clip.tokenizer).__getitems__(list(range(start, start + count)))
     decoding = (time.monotonic() - began) / count
-    if not batch.about:
+    if not batch.samples:
         return math.nan, math.nan
-    encode(clip, index, batch)  # the first run pays for lazy initialisation
+    encode(clip, index, batch)  # the first call pays for lazy initialisation
     began = time.monotonic()
     encode(clip, index, batch)
-    return decoding, (time.monotonic() - began) / len(batch.about)
+    return decoding, (time.monotonic() - began) / len(batch.samples)

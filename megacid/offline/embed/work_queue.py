@@ -1,10 +1,11 @@
-"""Which rank does which piece of work: a fixed share, or whatever is left when it gets there.
+"""Static or work-stealing assignment of shards to ranks, using POSIX record locks.
 
-A ledger in the output folder says what is done: one byte per piece, then for every rank the samples it has done so far.
-To steal, a rank claims a piece with a POSIX record lock on its byte. The kernel (on a network file system, its lock
-service) takes the lock away from a process that ends, however it ends, so that the others take its piece over; no server
-and no clock is needed. A claim only saves work: a partition appears whole and with the same bits whoever makes it, so two
-ranks that do the same one, because a file system keeps its locks to one host, lose time and nothing else.
+A queue file in the output folder records progress: one byte per shard (1 when it is done), then one int64 per rank, the
+samples that the rank has embedded. With dynamic sharding a rank claims a shard with a record lock on the shard's byte.
+The kernel (on a network file system, its lock service) releases the locks of a process when that process ends for any
+reason, so other ranks can take its shard over; no server and no clock is needed. A claim only avoids duplicate work: a
+partition is written atomically and has the same bits whichever rank writes it. Two ranks that embed the same shard,
+because a file system keeps its locks to one host, lose time and nothing else.
 """
 
 from __future__ import annotations
@@ -25,36 +26,46 @@ from megacid.distributed.consensus import gather_json
 from megacid.distributed.parallel import Parallel
 from megacid.storage.stage_files import disk_errors
 
-Split = Literal["steal", "static"]
-_TELL_EVERY_S = 1.0
+Sharding = Literal["dynamic", "static"]
+_PUBLISH_EVERY_S = 1.0
 _COUNT = np.dtype("<i8")
 
 
-def create_ledger(path: Path, done: np.ndarray, world: int) -> None:
-    """Write the ledger of `done` (bool [pieces]). One rank, before the others open it. UserError for a full disk."""
+def create_queue(path: Path, done: np.ndarray, world: int) -> None:
+    """Write the queue file on one rank, before any rank opens it.
+
+    Args:
+        done: bool [shards], the shards that need no work.
+
+    Raises:
+        UserError: The disk is full or not writable.
+    """
     marks = done.astype(np.uint8).tobytes()
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # a rank of a run that was killed may still have the old one open
+        path.unlink(missing_ok=True)  # a rank of a killed run may still have the old file open
         path.write_bytes(marks + bytes(_COUNT.itemsize * world))
 
 
-class Ledger:
-    """An open ledger. `with Ledger(...) as ledger:`; leaving the block gives up every claim.
+class WorkQueue:
+    """An open queue file, used as a context manager; leaving the block releases every claim.
 
-    Locks belong to a process: one ledger of a path at a time in each.
+    POSIX locks belong to a process: a process may have one queue of a path open at a time.
+
+    Attributes:
+        sharding: "dynamic" or "static"; may be changed before the first claim. One rank alone is always static.
+        samples_done: Samples that this rank has finished.
     """
 
-    def __init__(self, path: Path, pieces: int, parallel: Parallel, split: Split) -> None:
-        self.path, self.pieces = path, pieces
-        # Alone no locks are needed. May be changed as long as nothing has been taken.
-        self.split: Split = split if parallel.world > 1 else "static"
+    def __init__(self, path: Path, shards: int, parallel: Parallel, sharding: Sharding) -> None:
+        self.path, self.shards = path, shards
+        self.sharding: Sharding = sharding if parallel.world > 1 else "static"
         self.rank, self.world = parallel.rank, parallel.world
         self._file = os.open(path, os.O_RDWR)
-        self.mine = 0  # samples that this rank has done
-        self._others, self._known, self._told = 0, 0, 0.0
+        self.samples_done = 0
+        self._others, self._total, self._published = 0, 0, 0.0
 
-    def __enter__(self) -> Ledger:
+    def __enter__(self) -> WorkQueue:
         return self
 
     def __exit__(
@@ -62,71 +73,72 @@ class Ledger:
     ) -> None:
         os.close(self._file)
 
-    def take(self) -> Iterator[int]:
-        """Claim pieces, one each time: first those of the own share (rank, rank + world, ...), then, to steal, others'
-        from the end. Ends when none is left that nobody has claimed; some may still be under way (`finished`)."""
-        own = list(range(self.rank, self.pieces, self.world))
-        others = [piece for piece in reversed(range(self.pieces)) if piece % self.world != self.rank]
-        for piece in own + (others if self.split == "steal" else []):
-            if not self._done(piece) and (self.split == "static" or self._claim(piece)):
-                yield piece
+    def claim(self) -> Iterator[int]:
+        """Claim shards one at a time: first this rank's own (rank, rank + world, ...), then, with dynamic sharding,
+        those of other ranks from the end. Ends when no unclaimed shard is left; some may not be finished yet."""
+        own = list(range(self.rank, self.shards, self.world))
+        others = [shard for shard in reversed(range(self.shards)) if shard % self.world != self.rank]
+        for shard in own + (others if self.sharding == "dynamic" else []):
+            if not self._done(shard) and (self.sharding == "static" or self._claim(shard)):
+                yield shard
 
-    def finish(self, piece: int) -> None:
-        """The piece is on disk."""
+    def finish(self, shard: int) -> None:
+        """Mark a shard as done, once its files are on disk, and release the claim."""
         with disk_errors(self.path):
-            os.pwrite(self._file, b"\1", piece)
-        if self.split == "steal":
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, piece)
+            os.pwrite(self._file, b"\1", shard)
+        if self.sharding == "dynamic":
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, shard)
 
     def finished(self) -> bool:
-        """Whether nothing is left for this rank: all pieces are done, or (static) those of its share."""
-        marks = np.frombuffer(os.pread(self._file, self.pieces, 0), np.uint8)
-        return bool(marks.all() if self.split == "steal" else marks[self.rank :: self.world].all())
+        """Whether all shards are done, or with static sharding all shards of this rank."""
+        marks = np.frombuffer(os.pread(self._file, self.shards, 0), np.uint8)
+        return bool(marks.all() if self.sharding == "dynamic" else marks[self.rank :: self.world].all())
 
-    def advance(self, samples: int) -> int:
-        """Count samples of this rank; returns how many more than last time all ranks together are known to have done."""
-        self.mine += samples
-        if self.world > 1 and time.monotonic() - self._told > _TELL_EVERY_S:
-            self._told = time.monotonic()
+    def note_progress(self, samples: int) -> int:
+        """Count samples of this rank; returns how many more all ranks together have done since the last call."""
+        self.samples_done += samples
+        if self.world > 1 and time.monotonic() - self._published > _PUBLISH_EVERY_S:
+            self._published = time.monotonic()
+            at = self.shards + _COUNT.itemsize * self.rank
             with disk_errors(self.path):
-                os.pwrite(self._file, np.array(self.mine, _COUNT).tobytes(), self.pieces + _COUNT.itemsize * self.rank)
-            counts = np.frombuffer(os.pread(self._file, _COUNT.itemsize * self.world, self.pieces), _COUNT)
+                os.pwrite(self._file, np.array(self.samples_done, _COUNT).tobytes(), at)
+            counts = np.frombuffer(os.pread(self._file, _COUNT.itemsize * self.world, self.shards), _COUNT)
             self._others = int(counts.sum() - counts[self.rank])
-        return self.learn(self.mine + self._others)
+        return self.note_total(self.samples_done + self._others)
 
-    def learn(self, samples: int) -> int:
-        """All ranks together have done so many samples; returns how many more than was known."""
-        more, self._known = samples - self._known, samples
-        return more
+    def note_total(self, samples: int) -> int:
+        """Set the samples that all ranks together have done; returns the increase."""
+        increase, self._total = samples - self._total, samples
+        return increase
 
     def locks_are_shared(self, group: dist.ProcessGroup | None) -> bool:
-        """Whether a lock of one rank keeps the others out, on every rank. A collective; before anything is taken."""
-        beyond = self.pieces + _COUNT.itemsize * self.world
-        held = self._supported(beyond) if self.rank == 0 else True
+        """Whether a lock held by rank 0 excludes every other rank. A collective, called before the first claim."""
+        unused = self.shards + _COUNT.itemsize * self.world
+        works = self._try_lock(unused) if self.rank == 0 else True
         gather_json(None, group)
         if self.rank != 0:
-            held = self._supported(beyond) is False
-        shared = all(gather_json(held, group))
-        if self.rank == 0 and held:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, beyond)
+            works = self._try_lock(unused) is False
+        shared = all(gather_json(works, group))
+        if self.rank == 0 and works:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, unused)
         return shared
 
-    def _supported(self, piece: int) -> bool | None:
-        """Whether the lock was to be had; None when the file system has no locks."""
+    def _try_lock(self, at: int) -> bool | None:
+        """Whether the lock was acquired; None when the file system has no locks."""
         try:
-            return _lock(self._file, piece)
+            return _lock(self._file, at)
         except OSError:
             return None
 
-    def _done(self, piece: int) -> bool:
-        return os.pread(self._file, 1, piece) == b"\1"
+    def _done(self, shard: int) -> bool:
+        return os.pread(self._file, 1, shard) == b"\1"
 
-    def _claim(self, piece: int) -> bool:
-        if not _lock(self._file, piece):
+    def _claim(self, shard: int) -> bool:
+        if not _lock(self._file, shard):
             return False
-        if not self._done(piece):  # read again: what it said before the lock may be old
+        if not self._done(shard):  # read again: the value read before the lock may be stale
             return True
-        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, piece)
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, shard)
         return False
 
 

@@ -1,4 +1,4 @@
-"""Ranks that share the shards of tools/embed.py: slow ones, dead ones, and file systems without locks; always the same files."""
+"""tools/embed.py on several ranks, with slow and dead ranks and file systems without locks: always the same files."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from offline_tool import KILLED, Tool
 
 from megacid.distributed.parallel import Parallel
 from megacid.errors import EXIT_AGAIN
-from megacid.offline.embed.work_queue import Ledger, create_ledger
+from megacid.offline.embed.work_queue import WorkQueue, create_queue
 
-STEAL: list[object] = ["--split", "steal"]
+DYNAMIC: list[object] = ["--sharding", "dynamic"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def pair(stage: Path, tmp_path: Path) -> Tool:
 
 
 def makers(pair: Tool) -> dict[str, Callable[..., None]]:
-    """Hooks that note which rank made a partition."""
+    """Hooks that record which rank wrote a partition."""
 
     def note(step: int) -> None:
         with open(f"{pair.log}.made", "a") as file:
@@ -48,14 +48,14 @@ def makers(pair: Tool) -> dict[str, Callable[..., None]]:
 
 
 def made(pair: Tool) -> dict[int, int]:
-    """Shard -> the rank that made it; none was made twice."""
+    """Shard -> the rank that wrote it; asserts that none was written twice."""
     lines = [line.split() for line in Path(f"{pair.log}.made").read_text().splitlines()]
     assert len(lines) == len({shard for shard, _ in lines})
     return {int(shard): int(rank) for shard, rank in lines}
 
 
 def rank_0_waits(pair: Tool, file: str) -> dict[str, Callable[..., None]]:
-    """Hook: rank 0 does not go on with its first shard before that file is there."""
+    """Hook: rank 0 does not finish its first shard before that file exists."""
 
     def wait(step: int) -> None:
         deadline = time.monotonic() + 30
@@ -66,29 +66,29 @@ def rank_0_waits(pair: Tool, file: str) -> dict[str, Callable[..., None]]:
     return {"embed:partition": wait}
 
 
-@pytest.mark.parametrize("split", ["steal", "static"])
-def test_a_rank_that_is_done_goes_on_with_what_the_slow_one_has_not_begun(split: str, stage: Path, pair: Tool) -> None:
-    # The last file of shard 2 when it is stolen, of shard 1 when it is not.
-    file = f"metadata/metadata_0000{2 if split == 'steal' else 1}.parquet"
+@pytest.mark.parametrize("sharding", ["dynamic", "static"])
+def test_a_finished_rank_takes_over_shards_of_a_slow_rank(sharding: str, stage: Path, pair: Tool) -> None:
+    # The last file that rank 1 writes: of shard 2 with dynamic sharding, of shard 1 with static.
+    file = f"metadata/metadata_0000{2 if sharding == 'dynamic' else 1}.parquet"
     hooks = makers(pair) | rank_0_waits(pair, file)
-    assert pair.fates(2, hooks=hooks, more=["--split", split]) == [0, 0], pair.said
-    assert made(pair) == {0: 0, 1: 1, 2: 1 if split == "steal" else 0}
+    assert pair.fates(2, hooks=hooks, more=["--sharding", sharding]) == [0, 0], pair.said
+    assert made(pair) == {0: 0, 1: 1, 2: 1 if sharding == "dynamic" else 0}
     pair.equals(stage / "emb")
-    # One bar for all ranks.
+    # The progress bar counts all ranks.
     assert "this run: 36 samples in" in pair.said[0] and "on 2 ranks" in pair.said[0]
 
 
-def test_what_a_killed_rank_had_claimed_is_done_by_the_others(stage: Path, pair: Tool) -> None:
+def test_claims_of_a_killed_rank_are_taken_over(stage: Path, pair: Tool) -> None:
     hooks = makers(pair) | rank_0_waits(pair, "text_emb/text_emb_00001.npy")
-    assert pair.fates(2, kill("embed:text_written", rank=1, step=1), hooks=hooks, more=STEAL) == [EXIT_AGAIN, KILLED]
+    assert pair.fates(2, kill("embed:text_written", rank=1, step=1), hooks=hooks, more=DYNAMIC) == [EXIT_AGAIN, KILLED]
     assert made(pair) == {0: 0, 1: 0, 2: 0}
     assert "another rank is gone" in pair.said[0] and not (pair.out / "meta.json").exists()
-    assert pair.fates(2, kill("embed:partition")) == [0, 0], "a partition that was whole was made again"
+    assert pair.fates(2, kill("embed:partition")) == [0, 0], "a complete partition was embedded again"
     pair.equals(stage / "emb")
 
 
-def test_a_rank_that_fails_gives_its_claims_up(stage: Path, pair: Tool) -> None:
-    """It waits for the others to say so, and they would wait for its shard."""
+def test_a_failing_rank_releases_its_claims(stage: Path, pair: Tool) -> None:
+    """It waits for the other ranks before it reports the error, and they would wait for its shard."""
     flag = Path(f"{pair.log}.begun")
 
     def rank_1_first(step: int) -> None:
@@ -100,10 +100,10 @@ def test_a_rank_that_fails_gives_its_claims_up(stage: Path, pair: Tool) -> None:
 
     full = Fault("offline:file", "os_error", rank=1)
     hooks = makers(pair) | {"embed:partition": rank_1_first}
-    assert pair.fates(2, full, hooks=hooks, more=STEAL) == [2, 2], pair.said
+    assert pair.fates(2, full, hooks=hooks, more=DYNAMIC) == [2, 2], pair.said
     assert made(pair) == {0: 0, 1: 0, 2: 0} and not (pair.out / "meta.json").exists()
     assert pair.said[0].count("No space left on device") == 1
-    assert pair.fates(2, kill("embed:partition")) == [0, 0], "a partition that was whole was made again"
+    assert pair.fates(2, kill("embed:partition")) == [0, 0], "a complete partition was embedded again"
     pair.equals(stage / "emb")
 
 
@@ -112,28 +112,27 @@ def no_locks(file: int, *_: object) -> None:
 
 
 @pytest.mark.parametrize("lockf", [no_locks, lambda *_: None], ids=["none", "of one host"])
-def test_without_locks_between_the_ranks_the_split_is_static(
+def test_without_locks_between_ranks_sharding_is_static(
     lockf: Callable[..., None], stage: Path, pair: Tool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fcntl, "lockf", lockf)
     hooks = makers(pair) | rank_0_waits(pair, "failures/failures_00001.parquet")
-    assert pair.fates(2, hooks=hooks, more=STEAL) == [0, 0], pair.said
-    assert "file system without locks between the ranks: --split static is used" in pair.said[0]
+    assert pair.fates(2, hooks=hooks, more=DYNAMIC) == [0, 0], pair.said
+    assert "file system without locks between the ranks: using --sharding static" in pair.said[0]
     assert made(pair) == {0: 0, 1: 1, 2: 0}
     pair.equals(stage / "emb")
 
 
-def test_a_piece_that_was_finished_since_it_was_looked_at_is_not_taken(tmp_path: Path) -> None:
-    """What a network file system says before the lock may be old; POSIX locks do not keep out the process itself."""
-    create_ledger(tmp_path / "ledger", np.array([False, True, False]), 2)
-    one, two = (
-        Ledger(tmp_path / "ledger", 3, Parallel(rank, 2, rank, torch.device("cpu"), None), "steal") for rank in (0, 1)
-    )
+def test_a_shard_finished_before_the_lock_was_acquired_is_not_claimed(tmp_path: Path) -> None:
+    """A network file system may return stale bytes before the lock; POSIX locks do not exclude their own process."""
+    path = tmp_path / "queue"
+    create_queue(path, np.array([False, True, False]), 2)
+    one, two = (WorkQueue(path, 3, Parallel(rank, 2, rank, torch.device("cpu"), None), "dynamic") for rank in (0, 1))
     with one, two:
         assert not two._claim(1) and two._claim(2)
         one.finish(2)
-        assert list(two.take()) == [0]
+        assert list(two.claim()) == [0]
         assert not one.finished()
         one.finish(0)
-        assert two.finished() and list(one.take()) == []
-        assert (one.advance(3), one.advance(0), one.learn(10)) == (3, 0, 7)
+        assert two.finished() and list(one.claim()) == []
+        assert (one.note_progress(3), one.note_progress(0), one.note_total(10)) == (3, 0, 7)
