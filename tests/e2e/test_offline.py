@@ -297,4 +297,4 @@ def test_stages_of_different_shards_are_not_mixed(stage: Path, tmp_path: Path) -
     )
     assert str(tmp_path / "shards") in said and "other shards" in said
     said = run("cluster", "--embeddings", stage / "clusters", "--out", tmp_path / "c", "--k", 3, expect=2)
-    assert "wanted a directory made by 'embed'" in said
+    assert "expected a directory made by 'embed'" in said

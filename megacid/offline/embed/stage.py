@@ -191,7 +191,7 @@ def claim(out: Path, settings: dict[str, Any], batch_size: int) -> None:
                 )
         if before.get("batch_size") != batch_size:
             log.warning(
-                "%s was started with batch size %s, this run has %d: existing partitions are kept, their last bits may differ",
+                "%s was started with batch size %s, this run has %d: existing files are kept, last bits may differ",
                 out,
                 before.get("batch_size"),
                 batch_size,
@@ -287,7 +287,7 @@ def _failed_keys(index: ShardIndex, out: Path, shard: int, dim: int) -> list[str
 
 
 def _verify(index: ShardIndex, out: Path, shards: list[int], dim: int) -> dict[str, Any]:
-    """Read partitions back from disk: skipped samples by shard, names of the first, shards without embeddings."""
+    """Read partitions back: skipped samples by shard, names of the first, shards without embeddings."""
     by_shard: dict[str, int] = {}
     named: list[str] = []
     empty: list[str] = []
