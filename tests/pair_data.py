@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from megacid.data.batch import Batch
+from megacid.data.batch import Batch, Positions
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.loader import PairStream
+from megacid.data.pairs import PairOptions
 from megacid.storage.metadata import write_meta
 
 SIZES = {"00000": 9, "00001": 7, "00002": 8}
@@ -65,12 +66,13 @@ def tokenize(captions: list[str]) -> torch.Tensor:
     return torch.tensor([[int(caption or 0)] for caption in captions])
 
 
+_PLAN = dict(global_batch=8, micro_batch=8, accumulation=1, rank=0, world=1, start_step=0, total_steps=6)
+
+
 def stream(index: ShardIndex, **changes: Any) -> PairStream:
-    options: dict[str, Any] = dict(
-        transform=transform, tokenize=tokenize, global_batch=8, micro_batch=8, accumulation=1, rank=0, world=1,
-        seed=1, start_step=0, total_steps=6,
-    )  # fmt: skip
-    return PairStream(index, **{**options, **changes})
+    """One rank, batches of 8, 6 steps; `changes`: fields of Positions and of PairOptions."""
+    plan = Positions(**{name: changes.pop(name, value) for name, value in _PLAN.items()})
+    return PairStream(index, plan, PairOptions(**{"transform": transform, "tokenize": tokenize, "seed": 1, **changes}))
 
 
 def same(a: Batch, b: Batch) -> bool:

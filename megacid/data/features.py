@@ -89,7 +89,7 @@ class FeatureSet(MappedRows):
             partition, inside = self.partition_of(int(rows[outside[0]]))
             raise UserError(
                 f"{self.label_paths[partition]} row {inside} has label {labels[outside[0]]}, "
-                f"wanted 0 .. {self.classes - 1} as meta.json says: the data is damaged, {_AGAIN}"
+                f"expected 0 .. {self.classes - 1} as meta.json says: the data is damaged, {_AGAIN}"
             )
         return labels
 
@@ -131,8 +131,8 @@ class FeatureStream:
         self.features, self.plan, self.pin_memory = features, plan, pin_memory
         if features.num_rows < plan.global_batch:
             raise UserError(
-                f"{features.directory} has {features.num_rows} rows, but the global batch is {plan.global_batch}: "
-                "use a smaller batch or more data"
+                f"{features.directory} has {features.num_rows} rows, expected at least one global batch of "
+                f"{plan.global_batch}: use a smaller batch or more data"
             )
         self.order = SampleOrder(np.diff(features.starts), seed=seed, block_shards=block_shards)
 
@@ -174,7 +174,9 @@ class FeatureStream:
         image, text = torch.zeros(size, self.features.dim), torch.empty(size, 0, dtype=torch.int64)
         return Batch(image, text, nothing, None, None, nothing.clone(), failure=failure)
 
-    def facts(self) -> dict[str, Any]:
+    def statistics(self) -> dict[str, Any]:
         """Counts for the log."""
-        set_ = self.features
-        return {"rows": set_.num_rows, "classes": set_.classes, "width": set_.dim, "files": len(set_.paths)}
+        features = self.features
+        return {
+            "rows": features.num_rows, "classes": features.classes, "width": features.dim, "files": len(features.paths)
+        }  # fmt: skip

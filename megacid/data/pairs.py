@@ -1,4 +1,4 @@
-"""Positions of the stream to batches of pairs: what runs in a loader worker.
+"""Reading of image-text pairs: positions of the stream to batches, in the loader workers.
 
 Shapes: b micro-batch, T tokens, Dt teacher width, l labels per sample.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,79 +17,109 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megacid.data.batch import Batch
-from megacid.data.decode import BadSample, decode_caption, decode_image
+from megacid.data.decode import MAX_PIXELS, BadSample, decode_caption, decode_image
 from megacid.data.index import ShardIndex, ShardReader
 from megacid.data.lru import LRUCache
 from megacid.data.order import SampleOrder, derive_key
 from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
 from megacid.errors import UserError
 
-_BLACK = (64, 64)  # pixels of the image that a dummy batch is made of
+_BLACK = (64, 64)  # pixels of the image in a dummy batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOptions:
+    """How pairs are ordered, read and joined with the side tables; the same on every rank.
+
+    Args:
+        transform: PIL RGB image -> float32 [3, H, W].
+        tokenize: list of b captions -> int64 [b, T].
+        seed: decides the order and, with seeded_transform, the augmentation.
+        seeded_transform: the transform is random. The global generators of torch and Python are seeded for every sample
+            from (seed, epoch, sample), so that the result does not depend on rank or worker, and restored afterwards.
+        workers: processes that read and decode; 0 reads in this process.
+        worker_timeout_s: seconds without a batch after which the workers count as lost.
+        teacher, labels: side tables; None leaves their fields of the batch None.
+        keep: side table of the samples to use; None uses all.
+        error_budget: tolerated share of bad samples on a rank (of at least 10,000 samples).
+        max_consecutive_errors: bad samples in a row, while looking for one replacement, that end the run.
+        max_image_pixels: largest width x height that is decoded.
+        block_shards: number of shards that are shuffled with each other, see `SampleOrder`.
+        pin_memory: return batches in page-locked memory, for asynchronous copies to a GPU.
+    """
+
+    transform: Callable[[Image.Image], Tensor]
+    tokenize: Callable[[list[str]], Tensor]
+    seed: int
+    seeded_transform: bool = False
+    workers: int = 0
+    worker_timeout_s: float = 120.0
+    teacher: TeacherTable | None = None
+    labels: LabelTable | None = None
+    keep: KeepTable | None = None
+    error_budget: float = 0.001
+    max_consecutive_errors: int = 100
+    max_image_pixels: float = MAX_PIXELS
+    block_shards: int = 16
+    pin_memory: bool = False
 
 
 class Pairs(Dataset[Any]):
-    """Positions to a Batch; lives in the worker."""
+    """Maps a list of positions to a Batch; runs in the loader workers.
+
+    usable_rows: shard -> int64 rows that take part; replacement_stride: coprime to the number of samples.
+    """
 
     def __init__(
         self,
         index: ShardIndex,
         order: SampleOrder,
-        rows_of: Callable[[int], np.ndarray],
-        *,
-        transform: Callable[[Image.Image], Tensor],
-        tokenize: Callable[[list[str]], Tensor],
-        seeded: bool,
-        seed: int,
-        probe_stride: int,
-        max_probes: int,
-        max_pixels: float,
-        teacher: TeacherTable | None,
-        labels: LabelTable | None,
+        usable_rows: Callable[[int], np.ndarray],
+        options: PairOptions,
+        replacement_stride: int,
     ) -> None:
-        self.index, self.order, self.rows_of = index, order, rows_of
-        self.transform, self.tokenize, self.seeded, self.seed = transform, tokenize, seeded, seed
-        self.probe_stride, self.max_probes, self.max_pixels = probe_stride, max_probes, max_pixels
-        self.teacher, self.labels = teacher, labels
+        self.index, self.order, self.usable_rows, self.options = index, order, usable_rows, options
+        self.replacement_stride = replacement_stride
+        self.teacher, self.labels = options.teacher, options.labels
         self.reader = ShardReader(index)
         self.starts = index.starts
 
     def __getitems__(self, positions: list[int]) -> Batch | str:
-        """A Batch, or the reason why the run has to stop (an exception would lose its text on the way to the
-        trainer)."""
+        """The batch, or the reason why the run has to stop (an exception would lose its text between processes)."""
         try:
             return self._batch(positions)
-        except (UserError, OSError) as error:  # a side table, opened only now, that is damaged or was cut
+        except (UserError, OSError) as error:  # a side table, opened only now, is damaged or was cut
             return str(error)
 
     def _batch(self, positions: list[int]) -> Batch | str:
         located = list(zip(*(part.tolist() for part in self.order.locate_many(np.array(positions, np.int64)))))
         replaced: list[str] = []
         images, captions, used = [], [], []
-        for position, (epoch, shard, nth) in zip(positions, located):
+        for position, (epoch, shard, number) in zip(positions, located):
             failures = 0
             while True:
-                row = int(self.rows_of(shard)[nth])
+                row = int(self.usable_rows(shard)[number])
                 try:
                     image, caption = self._read(epoch, shard, row)
                     break
                 except BadSample as bad:
                     replaced.append(str(bad))
                     failures += 1
-                    if failures >= self.max_probes:
+                    if failures >= self.options.max_consecutive_errors:
                         return (
                             f"{failures} bad samples in a row, the last one {bad}: the data is damaged, see "
                             f"tools/index_shards.py --verify {self.index.root}"
                         )
-                    epoch, shard, nth = self.order.locate(self._probe(position, failures))
+                    epoch, shard, number = self.order.locate(self._replacement(position, failures))
             images.append(image)
             captions.append(caption)
             used.append((shard, row))
         shards, rows = np.array(used, np.int64).T
-        teacher_image, teacher_text = self._teacher(shards, rows)
+        teacher_image, teacher_text = self._teacher_rows(shards, rows)
         return Batch(
             image=torch.stack(images),
-            text=self.tokenize(captions),
-            label=self._labels(shards, rows),
+            text=self.options.tokenize(captions),
+            label=self._label_rows(shards, rows),
             teacher_image=teacher_image,
             teacher_text=teacher_text,
             sample_id=torch.from_numpy(self.starts[shards] + rows),
@@ -96,15 +127,14 @@ class Pairs(Dataset[Any]):
         )
 
     def dummy(self, size: int, failure: str) -> Batch:
-        """A batch of that many samples with nothing in it: black images, empty captions, labels and ids -1, one unit
-        vector for all teacher embeddings."""
-        image = self._augmented(Image.new("RGB", _BLACK), 0)
+        """A batch of `size` placeholders: black images, empty captions, labels and ids -1, unit teacher embeddings."""
+        image = self._transform(Image.new("RGB", _BLACK), 0)
         width = 0 if self.labels is None else self.labels.labels_per_sample
         dim = 0 if self.teacher is None else self.teacher.dim
         unit = torch.full((size, dim), max(dim, 1) ** -0.5)
         return Batch(
             image=image.expand(size, *image.shape).contiguous(),
-            text=self.tokenize([""] * size),
+            text=self.options.tokenize([""] * size),
             label=None if self.labels is None else torch.full((size, width) if width > 1 else (size,), -1),
             teacher_image=None if self.teacher is None else unit,
             teacher_text=unit.clone() if self.teacher is not None and self.teacher.has_text else None,
@@ -112,35 +142,38 @@ class Pairs(Dataset[Any]):
             failure=failure,
         )
 
-    def _probe(self, position: int, attempt: int) -> int:
-        """The stand-in for a bad sample: a fixed walk through its own epoch that meets every sample once, and begins
-        about one global batch further on, so that no sample is likely to appear twice in a batch."""
+    def _replacement(self, position: int, attempt: int) -> int:
+        """The position that replaces a bad sample: a fixed walk through its own epoch that visits every sample once.
+
+        It begins about one global batch ahead, so a sample is unlikely to appear twice in a batch.
+        """
         epoch, offset = divmod(position, self.order.num_samples)
-        return epoch * self.order.num_samples + (offset + attempt * self.probe_stride) % self.order.num_samples
+        return epoch * self.order.num_samples + (offset + attempt * self.replacement_stride) % self.order.num_samples
 
     def _read(self, epoch: int, shard: int, row: int) -> tuple[Tensor, str]:
         name, key = self.index.names[shard], self.index.table(shard).keys[row]
         if self.teacher is not None and not self.teacher.has(shard, np.array([row])).all():
             raise BadSample(name, key, "no teacher embedding")
         data = self.reader.read(shard, row, "image")
-        image = decode_image(data, max_pixels=self.max_pixels, shard=name, key=key)
+        image = decode_image(data, max_pixels=self.options.max_image_pixels, shard=name, key=key)
         caption = decode_caption(self.reader.read(shard, row, "text"), shard=name, key=key)
-        return self._augmented(image, derive_key(self.seed, epoch, int(self.starts[shard]) + row) >> 1), caption
+        seed = derive_key(self.options.seed, epoch, int(self.starts[shard]) + row) >> 1
+        return self._transform(image, seed), caption
 
-    def _augmented(self, image: Image.Image, seed: int) -> Tensor:
-        if not self.seeded:
-            return self.transform(image)
+    def _transform(self, image: Image.Image, seed: int) -> Tensor:
+        if not self.options.seeded_transform:
+            return self.options.transform(image)
         # Only the CPU generator: torch.manual_seed would also reset the generators of the devices.
         python_state = random.getstate()
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed)
             random.seed(seed)
             try:
-                return self.transform(image)
+                return self.options.transform(image)
             finally:
                 random.setstate(python_state)
 
-    def _labels(self, shards: np.ndarray, rows: np.ndarray) -> Tensor | None:
+    def _label_rows(self, shards: np.ndarray, rows: np.ndarray) -> Tensor | None:
         if self.labels is None:
             return None
         width = self.labels.labels_per_sample
@@ -149,7 +182,7 @@ class Pairs(Dataset[Any]):
             out[shards == shard] = self.labels.rows(int(shard), rows[shards == shard])
         return torch.from_numpy(out)
 
-    def _teacher(self, shards: np.ndarray, rows: np.ndarray) -> tuple[Tensor | None, Tensor | None]:
+    def _teacher_rows(self, shards: np.ndarray, rows: np.ndarray) -> tuple[Tensor | None, Tensor | None]:
         if self.teacher is None:
             return None, None
         image = np.empty((len(rows), self.teacher.dim), np.float32)
@@ -163,16 +196,14 @@ class Pairs(Dataset[Any]):
 
 
 class UsableRows:
-    """Rows of a shard that take part: kept, and with a text.
-
-    A class, not a closure, so that spawned workers can have it.
-    """
+    """Rows of a shard that take part: kept, and with a text. A class because spawned workers cannot unpickle a closure."""
 
     def __init__(self, index: ShardIndex, keep: KeepTable | None) -> None:
         self.index, self.keep = index, keep
         self._rows: LRUCache[np.ndarray] = LRUCache(64)
 
     def __call__(self, shard: int) -> np.ndarray:
+        """int64 rows of the tar, ascending."""
         return self._rows.get(shard, lambda: self._find(shard))
 
     def _find(self, shard: int) -> np.ndarray:
@@ -182,7 +213,7 @@ class UsableRows:
         return rows
 
     def count(self, shard: int) -> int:
-        """How many; without opening the shard where that can be avoided."""
+        """Number of usable rows; opens the shard only when it has samples without text."""
         if self.index.shards[shard]["without_text"]:
             return len(self(shard))
         return int(self.index.sizes[shard] if self.keep is None else self.keep.counts[shard])

@@ -18,6 +18,7 @@ from megacid.data.batch import Batch, Positions
 from megacid.data.features import FeatureSet, FeatureStream
 from megacid.data.index import load_index
 from megacid.data.loader import PairStream
+from megacid.data.pairs import PairOptions
 from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
 from megacid.distributed.consensus import agree, fail_together
 from megacid.distributed.parallel import Parallel
@@ -35,7 +36,7 @@ class Stream(Protocol):
     """The micro-batches of one rank; the position is the start step alone."""
 
     def __iter__(self) -> Iterator[Batch]: ...
-    def facts(self) -> dict[str, Any]: ...
+    def statistics(self) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -55,9 +56,23 @@ def open_data(run: RunFile, parallel: Parallel) -> Data:
     else:
         assert run.megacid.data.shards is not None
         data = _open_pairs(run, run.megacid.data.shards, parallel)
-    facts = together(lambda: data.stream(0).facts(), parallel)
-    log.info("data: %s", "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()))
+    statistics = together(lambda: data.stream(0).statistics(), parallel)
+    log.info(
+        "data: %s", "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in statistics.items())
+    )
     return data
+
+
+def _positions(run: RunFile, parallel: Parallel, start_step: int) -> Positions:
+    return Positions(
+        run.global_batch,
+        run.micro_batch,
+        run.accumulation,
+        parallel.rank,
+        parallel.world,
+        start_step,
+        run.megacid.run.total_steps,
+    )
 
 
 def _open_features(run: RunFile, directory: str, parallel: Parallel) -> Data:
@@ -65,11 +80,9 @@ def _open_features(run: RunFile, directory: str, parallel: Parallel) -> Data:
     agree(features.digest, f"the content of {directory}", parallel.group)
 
     def stream(start_step: int) -> FeatureStream:
-        plan = Positions(run.global_batch, run.micro_batch, run.accumulation, parallel.rank, parallel.world,
-                         start_step, run.megacid.run.total_steps)  # fmt: skip
         return FeatureStream(
             features,
-            plan,
+            _positions(run, parallel, start_step),
             seed=run.megacid.run.seed,
             block_shards=run.megacid.data.block_shards,
             pin_memory=parallel.device.type == "cuda",
@@ -93,20 +106,12 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
     )
     keep = together(lambda: KeepTable(config.keep, index) if config.keep else None, parallel)
 
-    def stream(start_step: int) -> PairStream:
-        return PairStream(
-            index,
+    options = together(
+        lambda: PairOptions(
             transform=train_transform(run.megacid.student, config.augment),
             tokenize=tokenizer_for(run.megacid.student),
-            global_batch=run.global_batch,
-            micro_batch=run.micro_batch,
-            accumulation=run.accumulation,
-            rank=parallel.rank,
-            world=parallel.world,
             seed=run.megacid.run.seed,
-            start_step=start_step,
-            total_steps=run.megacid.run.total_steps,
-            seeded=config.augment != "none",
+            seeded_transform=config.augment != "none",
             workers=config.workers,
             worker_timeout_s=config.worker_timeout_s,
             teacher=teacher,
@@ -116,10 +121,11 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
             max_image_pixels=config.max_image_pixels,
             block_shards=config.block_shards,
             pin_memory=parallel.device.type == "cuda",
-        )
-
+        ),
+        parallel,
+    )
     return Data(
-        stream,
+        lambda start_step: PairStream(index, _positions(run, parallel, start_step), options),
         teacher_dim=teacher.dim if teacher else None,
         num_classes=labels.num_classes if labels else None,
         centroids=labels.directory / "centroids.npy" if labels else None,

@@ -153,7 +153,7 @@ def test_files_that_do_not_fit_are_refused_at_the_start(folder: Path, tmp_path: 
 
 
 def test_more_than_the_rows_and_a_missing_test_split_are_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match="has 24 rows, but the global batch is 32"):
+    with pytest.raises(UserError, match="has 24 rows, expected at least one global batch of 32"):
         stream(folder, global_batch=32, micro_batch=32)
     with pytest.raises(UserError, match="no test split: --test-per-class above 0"):
         FeatureSet(folder, "test")

@@ -15,7 +15,6 @@ from pair_data import (
     save,
     stream,
     teacher_dir,
-    tokenize,
     transform,
     write_parquet,
     write_shards,
@@ -73,11 +72,11 @@ def test_global_batches_do_not_depend_on_ranks_or_micro_batches(
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing_even_random_augmentation(damaged: ShardIndex, workers: int) -> None:
-    alone = list(stream(damaged, transform=noisy, seeded=True))
-    others = list(stream(damaged, transform=noisy, seeded=True, workers=workers))
+    alone = list(stream(damaged, transform=noisy, seeded_transform=True))
+    others = list(stream(damaged, transform=noisy, seeded_transform=True, workers=workers))
     assert len(alone) == len(others) == 6
     assert all(same(a, b) and a.replaced == b.replaced for a, b in zip(alone, others))
-    again = list(stream(damaged, transform=noisy, seeded=True, world=2, rank=1, micro_batch=4))
+    again = list(stream(damaged, transform=noisy, seeded_transform=True, world=2, rank=1, micro_batch=4))
     assert all(torch.equal(a.image[4:], b.image) for a, b in zip(alone, again))
 
 
@@ -88,7 +87,7 @@ def test_seeded_augmentation_differs_by_epoch_and_leaves_the_generators_alone(in
     torch.manual_seed(0)
     random.seed(0)
     noise = {}
-    for number, batch in enumerate(stream(index, transform=noisy, seeded=True)):
+    for number, batch in enumerate(stream(index, transform=noisy, seeded_transform=True)):
         for sample, image in zip(batch.sample_id.tolist(), batch.image):
             noise[number // 3, sample] = image
     assert torch.equal(torch.rand(3), expected[0]) and random.random() == expected[1]
@@ -153,8 +152,8 @@ def test_samples_without_text_take_no_part(tmp_path: Path) -> None:
     index = write_shards(tmp_path / "shards", without_text={0, 10, 23})
     batches = stream(index, global_batch=7, micro_batch=7, total_steps=3)
     assert sorted(s for b in batches for s in b.sample_id.tolist()) == sorted(set(range(24)) - {0, 10, 23})
-    facts = batches.facts()
-    assert facts["samples"] == 24 and facts["kept"] == 21 and facts["without_text"] == 3
+    statistics = batches.statistics()
+    assert statistics["samples"] == 24 and statistics["kept"] == 21 and statistics["without_text"] == 3
 
 
 def test_keep_labels_and_teacher_follow_the_sample(tmp_path: Path, index: ShardIndex) -> None:
@@ -194,9 +193,9 @@ def test_keep_labels_and_teacher_follow_the_sample(tmp_path: Path, index: ShardI
         assert torch.equal(batch.teacher_text, batch.teacher_image + 0.5)
         seen += ids.tolist()
     assert sorted(seen) == list(range(0, 24, 2))
-    facts = batches.facts()
-    assert facts["kept"] == 12 and facts["teacher_share"] == 1.0
-    assert facts["labelled_share"] == pytest.approx(11 / 12)
+    statistics = batches.statistics()
+    assert statistics["kept"] == 12 and statistics["teacher_share"] == 1.0
+    assert statistics["labelled_share"] == pytest.approx(11 / 12)
 
 
 def test_a_sample_the_teacher_never_saw_is_replaced(tmp_path: Path) -> None:
@@ -206,22 +205,22 @@ def test_a_sample_the_teacher_never_saw_is_replaced(tmp_path: Path) -> None:
     make_tar(tmp_path / "s" / "00000.tar", ["a", "b", "c"])
     make_tar(tmp_path / "s" / "00001.tar", ["d", "e"])
     index = load_index(tmp_path / "s")
-    batches = PairStream(
-        index, transform=transform, tokenize=tokenize, global_batch=1, micro_batch=1, accumulation=1, rank=0, world=1,
-        seed=0, start_step=0, total_steps=5, teacher=TeacherTable(teacher_dir(tmp_path / "t", index.digest), index),
+    one_by_one = dict(global_batch=1, micro_batch=1, total_steps=5)
+    batches = stream(
+        index, **one_by_one, seed=0, teacher=TeacherTable(teacher_dir(tmp_path / "t", index.digest), index),
         labels=LabelTable(label_dir(tmp_path / "c", index.digest), index),
         keep=KeepTable(keep_dir(tmp_path / "k", index.digest), index), max_consecutive_errors=1,
     )  # fmt: skip
-    assert batches.facts()["teacher_share"] == 1.0  # b, which it lacks, is not kept
-    without_keep = stream(index, global_batch=1, micro_batch=1, total_steps=5, teacher=batches.teacher)
-    assert without_keep.facts()["teacher_share"] == pytest.approx(4 / 5)
+    assert batches.statistics()["teacher_share"] == 1.0  # b, which it lacks, is not kept
+    without_keep = stream(index, **one_by_one, teacher=batches.options.teacher)
+    assert without_keep.statistics()["teacher_share"] == pytest.approx(4 / 5)
     assert "not a readable" in (next(iter(batches)).failure or "")
 
 
 def test_sizes_that_do_not_fit_are_user_errors(index: ShardIndex) -> None:
     with pytest.raises(UserError, match="global batch is 8"):
         stream(index, micro_batch=3)
-    with pytest.raises(UserError, match="24 usable samples"):
+    with pytest.raises(UserError, match="24 usable samples of 24, expected at least one global batch of 25"):
         stream(index, global_batch=25, micro_batch=25)
     with pytest.raises(UserError, match="rank is 1"):
         stream(index, rank=1)

@@ -261,7 +261,9 @@ def test_uneven_and_empty_shards_give_every_rank_as_many_batches(tmp_path: Path,
 
 def test_fewer_samples_than_a_global_batch_is_said_at_once(tmp_path: Path) -> None:
     index = odd_shards(tmp_path / "shards", 3, 0, 4)
-    with pytest.raises(UserError, match="has 7 usable samples of 7, but the global batch is 8: use a smaller batch"):
+    with pytest.raises(
+        UserError, match="has 7 usable samples of 7, expected at least one global batch of 8: use a smaller batch"
+    ):
         stream(index)
     with pytest.raises(UserError, match="no complete sample"):
         odd_shards(tmp_path / "empty", 0, 0)
