@@ -78,7 +78,7 @@ def row_builds() -> Iterator[Build]:
 
 
 _FP32_ROWS = {"x_ptr": "*fp32", "w_ptr": "*fp32", "inverse_x_ptr": "*fp32", "inverse_w_ptr": "*fp32", "row_ptr": "*i64"}
-_PULL = {"pull_ptr": "*fp32", "cos_ptr": "*fp32"}
+_LABELS = {"grad_cos_ptr": "*fp32", "cos_ptr": "*fp32"}
 
 
 def head_builds() -> Iterator[Build]:
@@ -106,7 +106,7 @@ def head_builds() -> Iterator[Build]:
             "num_pairs": "i32",
         }
         yield Build(f"target_cosines D={width}", target.target_cosines_kernel, types, cut | {"LABELS": 1}, tile.warps)
-        types = _FP32_ROWS | _PULL | {"product_ptr": "*fp32", "coefficient_ptr": "*fp32", "slot_ptr": "*i64"}
+        types = _FP32_ROWS | _LABELS | {"product_ptr": "*fp32", "coefficient_ptr": "*fp32", "slot_ptr": "*i64"}
         types |= {"num_rows": "i32", "num_w": "i32", "num_slots": "i32"}
         for count in (1, 4) if width == 512 else (1,):
             name = "finish_x" if count == 1 else f"finish_x {count} labels"
@@ -127,7 +127,7 @@ def head_builds() -> Iterator[Build]:
             cut | {"HAS_ROWS": True},
             tile.warps,
         )
-        types = _FP32_ROWS | _PULL | {"grad_ptr": "*fp32", "order_slot_ptr": "*i64", "order_entry_ptr": "*i64"}
+        types = _FP32_ROWS | _LABELS | {"grad_ptr": "*fp32", "order_slot_ptr": "*i64", "order_entry_ptr": "*i64"}
         tile = label_gradient.tile_of_row(width)
         cut |= {"ROWS": tile.rows, "BLOCK": tile.block, "LABELS": 1}
         yield Build(
@@ -156,18 +156,23 @@ def head_builds() -> Iterator[Build]:
         )
 
     tile = row_statistics.REDUCTION_TILE
-    types = {"sums_part_ptr": "*fp32", "largest_part_ptr": "*fp32", "removed_part_ptr": "*i32", "sums_ptr": "*fp32"}
+    types = {
+        "sums_partial_ptr": "*fp32",
+        "largest_partial_ptr": "*fp32",
+        "removed_partial_ptr": "*i32",
+        "sums_ptr": "*fp32",
+    }
     types |= {"largest_ptr": "*fp32", "removed_ptr": "*i64", "num_tiles": "i32", "num_rows": "i32"}
     types |= {"scale_log2": "fp32", "shift_log2": "fp32"}
     cut = {"LARGEST": True, "FILTER": True, "HAS_BIAS": True, "ROWS": tile.rows, "BLOCK": tile.block}
     yield Build("reduce_tiles", row_statistics.reduce_tiles_kernel, types, cut, tile.warps)
 
-    types = {"value_part_ptr": "*fp32", "label_part_ptr": "*i32", "value_ptr": "*fp32", "label_ptr": "*i64"}
+    types = {"value_partial_ptr": "*fp32", "label_partial_ptr": "*i32", "value_ptr": "*fp32", "label_ptr": "*i64"}
     cut = {"ROWS": 32, "BLOCK": 64}
     yield Build("best_strip", best_strip_kernel, types | {"num_rows": "i32", "num_strips": "i32"}, cut, 4)
 
     tile = row_epilogue.TILE
-    types = {f"{name}_ptr": "*fp32" for name in ("sums", "psi", "share", "loss", "coefficient", "pull")}
+    types = {f"{name}_ptr": "*fp32" for name in ("sums", "psi", "share", "loss", "coefficient", "grad_psi")}
     types |= {"num_rows": "i32", "scale": "fp32", "shift": "fp32"}
     cut = {"ROWS": tile.rows, "BLOCK": tile.block}
     yield Build("row_epilogue", row_epilogue.row_epilogue_kernel, types, cut, tile.warps)

@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -50,6 +51,11 @@ if not INTERPRET:
 
     def test_every_comparison_holds_in_the_interpreter() -> None:
         assert_holds_in_the_interpreter(__file__)
+
+
+def module_of(kernel: str) -> ModuleType:
+    """The module, whose name in the package is that of its function."""
+    return importlib.import_module(f"megacid_kernels.fused.{kernel}")
 
 
 def numbers(*shape: int, seed: int) -> Tensor:
@@ -269,7 +275,7 @@ def test_bits_are_the_same_again_and_in_any_order_of_programs(device: str, monke
     assert same(exponentials(x, w, slot, own, **options, tile=dataclasses.replace(SMALL, group=8)))
     assert same(exponentials(x, w, slot, own, **options, store=False, largest=False, tile=SMALL))
     # Row statistics of 2 row tiles at a time: 12 bytes per row and tile of columns.
-    monkeypatch.setattr("megacid_kernels.fused.exponentials._PARTS_BYTES", 2 * 32 * 12 * 4)
+    monkeypatch.setattr(module_of("exponentials"), "_PARTIAL_BYTES", 2 * 32 * 12 * 4)
     assert same(exponentials(x, w, slot, own, **options, tile=SMALL))
 
     cos = (x @ w.T).contiguous()
@@ -595,9 +601,8 @@ def test_of_equally_near_centroids_the_lower_label_is_taken(
     value = x @ c.T - (norm if norm is not None else 0)
     want = lowest_of_the_largest(value)
     assert ((value == want[0][:, None]).sum(1) > 1).all()
-    module = importlib.import_module("megacid_kernels.fused.nearest")
     for strips in (1, 3, 64):
-        monkeypatch.setattr(module, "_MOST_STRIPS", strips)
+        monkeypatch.setattr(module_of("nearest"), "_MAX_STRIPS", strips)
         got = nearest(x.to(device, dtype), c.to(device, dtype), norm if norm is None else norm.to(device), tile=SMALL)
         assert torch.equal(got[0].cpu(), want[0]) and torch.equal(got[1].cpu(), want[1])
 

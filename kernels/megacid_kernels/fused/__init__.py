@@ -1,4 +1,4 @@
-"""Triton kernels of the head and of the row updates. Needs triton; what else in the package imports this does so late."""
+"""Triton kernels of the classifier and its row optimizers. Needs triton: the rest of the package imports it lazily."""
 
 from megacid_kernels.fused.exponentials import exponentials
 from megacid_kernels.fused.exponentials_inplace import exponentials_

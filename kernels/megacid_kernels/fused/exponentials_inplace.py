@@ -1,9 +1,12 @@
-"""Exponentials of cosine logits where the cosines were: after a matrix product by cuBLAS, in the same bytes.
+"""Exponentials of cosine logits written over the cosines, which cuBLAS has computed.
 
-Legend: b samples, S rows of w on this rank, l labels per sample, T strips of columns. See `negatives` for E.
+Legend: b samples, S rows of w on this rank, l labels per sample, T column strips. See `row_statistics` for E.
 
-fp16 holds cosines well (11 bits, |c| <= 1) and exponentials not at all; bf16 the other way round. So 2 bytes are read as
-fp16 and 2 are written as bf16 in their place: 4 per entry, and no second matrix (fp32: 8).
+fp16 holds cosines well (11 bits, |c| <= 1) but not exponentials; with bf16 it is the other way round. So 2 bytes are
+read as fp16 and written as bf16 in the same place: 4 bytes per entry and no second matrix (fp32: 8 bytes).
+
+Grid: one program per `tile.rows` rows and strip of BLOCKS blocks of columns. It writes the row sums of its strip into
+partials [T, b]. The bits of a row depend on tile.block only.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -19,26 +22,26 @@ from megacid_kernels.fused.row_statistics import (
     Exponentials,
     check_pitched,
     count_labels,
-    counting,
+    exponentials_spec,
     without_labels,
 )
 
 TILE = Tile(rows=1, block=2048, warps=4)  # two 128-bit loads of fp16 per thread and block
-BLOCKS = 8  # of a strip; a program of 16384 columns is long against its start
+BLOCKS = 8  # per strip: 16384 columns per program amortise its start
 _LOG2E = tl.constexpr(LOG2E)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_columns"])
 def exponentials_in_place_kernel(
-    cos_ptr,  # [b, S] fp16 or fp32
-    matrix_ptr,  # the same bytes, bf16 or fp32
+    cos_ptr,  # [b, S] fp16 or fp32 in
+    matrix_ptr,  # [b, S] bf16 or fp32 out, the same bytes
     slot_ptr,  # [b, l] int64
     own_ptr,  # [b, l] uint8
-    bias_ptr,  # [S] fp32, or anything with HAS_BIAS = False
-    hidden_ptr,  # [b, S] uint8: in with HAS_HIDDEN, out with FILTER, else anything
+    bias_ptr,  # [S] fp32, unused unless HAS_BIAS
+    hidden_ptr,  # [b, S] uint8: in with HAS_HIDDEN, out with FILTER, else unused
     sums_ptr,  # [T, b] fp32 out
-    largest_ptr,  # [T, b] fp32 out, or anything with LARGEST = False
-    removed_ptr,  # [T, b] int32 out, or anything with FILTER = False
+    largest_ptr,  # [T, b] fp32 out, unused unless LARGEST
+    removed_ptr,  # [T, b] int32 out, unused unless FILTER
     num_rows,
     num_columns,
     stride,
@@ -70,19 +73,19 @@ def exponentials_in_place_kernel(
         first = start + block * BLOCK
         column = (first + tl.arange(0, BLOCK))[None, :]
         if first < num_columns:
-            full = first + BLOCK <= num_columns  # a mask of columns would make it loads of 16 bits
+            full = first + BLOCK <= num_columns  # a mask of columns would split the loads into 16 bits
             if full:
                 cos = tl.load(cos_ptr + row + column, mask=inside[:, None], other=0.0).to(tl.float32)
             else:
                 mask = inside[:, None] & (column < num_columns)
                 cos = tl.load(cos_ptr + row + column, mask=mask, other=float("-inf")).to(tl.float32)
-            # -inf is what does not count: its exponential is 0, it is no maximum and above no threshold.
+            # An excluded entry is -inf: its exponential is 0, and it is neither a maximum nor above a threshold.
             if hits > 0:
                 cos = without_labels(cos, slot_ptr, own_ptr, sample, inside, column, LABELS)
             if HAS_HIDDEN:
                 mask = inside[:, None] & (column < hidden_stride)
-                given = tl.load(hidden_ptr + hidden_row + column, mask=mask, other=0)
-                cos = tl.where(given != 0, float("-inf"), cos)
+                given_mask = tl.load(hidden_ptr + hidden_row + column, mask=mask, other=0)
+                cos = tl.where(given_mask != 0, float("-inf"), cos)
             if FILTER:
                 hidden = cos > threshold
                 mask = inside[:, None] & (column < hidden_stride)
@@ -96,19 +99,19 @@ def exponentials_in_place_kernel(
                 exponent = tl.fma(cos, scale_log2, -shift_log2)
             if LARGEST:
                 largest = tl.maximum(largest, exponent if HAS_BIAS else cos)
-            found = tl.exp2(exponent)
-            sums += found
-            stored = cast(found, matrix_ptr.dtype.element_ty, INTERPRET)
+            exponential = tl.exp2(exponent)
+            sums += exponential
+            stored = cast(exponential, matrix_ptr.dtype.element_ty, INTERPRET)
             if full:
                 tl.store(matrix_ptr + row + column, stored, mask=inside[:, None])
             else:
                 tl.store(matrix_ptr + row + column, stored, mask=inside[:, None] & (column < num_columns))
-    part = strip.to(tl.int64) * num_rows + sample
-    tl.store(sums_ptr + part, tl.sum(sums, axis=1), mask=inside)
+    partial = strip.to(tl.int64) * num_rows + sample
+    tl.store(sums_ptr + partial, tl.sum(sums, axis=1), mask=inside)
     if LARGEST:
-        tl.store(largest_ptr + part, tl.max(largest, axis=1), mask=inside)
+        tl.store(largest_ptr + partial, tl.max(largest, axis=1), mask=inside)
     if FILTER:
-        tl.store(removed_ptr + part, tl.sum(removed, axis=1), mask=inside)
+        tl.store(removed_ptr + partial, tl.sum(removed, axis=1), mask=inside)
 
 
 def exponentials_(
@@ -124,34 +127,34 @@ def exponentials_(
     largest: bool = True,
     tile: Tile | None = None,
 ) -> Exponentials:
-    """As `forward.exponentials`, from cosines that are there already and are overwritten.
+    """`exponentials.exponentials` from cosines that exist already; they are overwritten.
 
-    cos_bS   fp16, or fp32; rows any distance apart, fastest where it is a multiple of 16 elements as `negatives.pitched`
-             makes it. Of fp16 the result's matrix is the same storage as bf16, of fp32 it is cos_bS itself
-    tile     None: one row times 2048 columns per step; a program makes eight steps
+    Args:
+        cos_bS: fp16 or fp32, contiguous rows; fastest with the row stride of `row_statistics.pitched`. The matrix of
+            the result is the same storage: bf16 for fp16, cos_bS itself for fp32.
+        tile: None: one row times 2048 columns per iteration.
 
-    Bitwise repeatable; the bits of a row depend on tile.block alone. No host synchronisation. Not seen by autograd.
-    ValueError for what cannot be used.
+    The other arguments and the result are those of `exponentials`.
     """
     check_pitched("cos", cos_bS, (torch.float16, torch.float32), None, cos_bS)
     samples, columns = cos_bS.shape
-    rule = counting(
+    spec = exponentials_spec(
         cos_bS, (samples, columns), slot_bl, own_bl, scale=scale, shift=shift, bias_S=bias_S, threshold=threshold,
         hidden_bS=hidden_bS, largest=largest,
     )  # fmt: skip
     matrix = cos_bS.view(torch.bfloat16) if cos_bS.dtype == torch.float16 else cos_bS
-    result = rule.result(matrix, samples, columns, like=cos_bS)
-    hidden = rule.given if result.hidden is None else result.hidden.view(torch.uint8)
+    result = spec.result(matrix, samples, columns, like=cos_bS)
+    hidden = spec.hidden if result.hidden is None else result.hidden.view(torch.uint8)
     tile = tile or TILE
     strips = triton.cdiv(columns, BLOCKS * tile.block)
     if samples and columns:
-        parts = rule.parts(strips, samples)
+        partials = spec.partials(strips, samples)
         launch(
             exponentials_in_place_kernel, triton.cdiv(samples, tile.rows) * strips * tile.rows, tile,
-            cos_bS, matrix, rule.slot, rule.own, cos_bS if rule.bias is None else rule.bias,
-            cos_bS if hidden is None else hidden, *parts, samples, columns, cos_bS.stride(0),
-            0 if hidden is None else hidden.stride(0), rule.scale_log2, rule.shift_log2, threshold or 0.0,
-            BLOCKS=BLOCKS, INTERPRET=INTERPRET, **rule.constants,
+            cos_bS, matrix, spec.slot, spec.own, cos_bS if spec.bias is None else spec.bias,
+            cos_bS if hidden is None else hidden, *partials, samples, columns, cos_bS.stride(0),
+            0 if hidden is None else hidden.stride(0), spec.scale_log2, spec.shift_log2, threshold or 0.0,
+            BLOCKS=BLOCKS, INTERPRET=INTERPRET, **spec.constants,
         )  # fmt: skip
-        rule.reduce(parts, result, slice(0, samples))
+        spec.reduce(partials, result, slice(0, samples))
     return result

@@ -1,9 +1,9 @@
-"""Products of 16-bit matrices with an fp32 result: the two gradient products, by cuBLAS.
+"""The two gradient products: cuBLAS products of 16-bit matrices with an fp32 result.
 
-A result in 16 bits would round every chunk of the sum. On CUDA torch >= 2.8 has the product, and >= 2.11 surely adds it to
-an fp32 matrix as well; in between blocks of the product are added. Elsewhere (older torch, Triton's interpreter on a CPU)
-blocks of the factors are widened to fp32: their products are exact in TF32, which holds bf16's 8 bits, so tensor cores do
-that too, at half their rate and with a block's copy in memory.
+A 16-bit result would round every chunk of the sum. torch >= 2.8 has the product on CUDA, and >= 2.11 can add it to an
+fp32 matrix in place; in between, blocks of the product are added. Elsewhere (older torch, Triton's interpreter on a
+CPU) blocks of the factors are converted to fp32: their products are exact in TF32, whose mantissa holds bf16's 8 bits,
+so tensor cores compute them as well, at half the rate and with one block's copy in memory.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ _HAS_MM, _HAS_ADDMM = _VERSION >= (2, 8), _VERSION >= (2, 11)
 
 
 def product_fp32(a_mk: Tensor, b_kn: Tensor, total_mn: Tensor | None = None) -> Tensor:
-    """a @ b, fp32 [m, n], added to `total_mn` in place if there is one. a and b: one dtype of fp32, bf16, fp16; either may
-    be a transposed view. fp32 factors are multiplied as PyTorch's settings say."""
+    """a @ b in fp32 [m, n], added to `total_mn` in place if that is given.
+
+    a_mk and b_kn share one dtype of fp32, bf16, fp16; either may be a transposed view. fp32 factors are multiplied as
+    PyTorch's settings say."""
     if a_mk.dtype == torch.float32:
         return a_mk @ b_kn if total_mn is None else total_mn.addmm_(a_mk, b_kn)
     if a_mk.device.type != "cuda" or not _HAS_MM:
@@ -33,13 +35,13 @@ def product_fp32(a_mk: Tensor, b_kn: Tensor, total_mn: Tensor | None = None) -> 
         return torch.addmm(total_mn, a_mk, b_kn, out_dtype=torch.float32, out=total_mn)
     step = max(1, _BLOCK_BYTES // (4 * b_kn.shape[1]))
     for start in range(0, len(a_mk), step):
-        part = slice(start, start + step)
-        total_mn[part] += torch.mm(a_mk[part], b_kn, out_dtype=torch.float32)
+        block = slice(start, start + step)
+        total_mn[block] += torch.mm(a_mk[block], b_kn, out_dtype=torch.float32)
     return total_mn
 
 
 def _widened(a_mk: Tensor, b_kn: Tensor, total_mn: Tensor | None) -> Tensor:
-    """Cut along the longest side: of class rows, which may be the sum's or the result's."""
+    """The product in blocks along the classes, which are the rows of the result or the summed dimension."""
     m, k = a_mk.shape
     n = b_kn.shape[1]
     if total_mn is None:
@@ -48,14 +50,14 @@ def _widened(a_mk: Tensor, b_kn: Tensor, total_mn: Tensor | None) -> Tensor:
         if k > m:
             step = max(1, _BLOCK_BYTES // (4 * (m + n)))
             for start in range(0, k, step):
-                part = slice(start, start + step)
-                total_mn.addmm_(a_mk[:, part].float(), b_kn[part].float())
+                block = slice(start, start + step)
+                total_mn.addmm_(a_mk[:, block].float(), b_kn[block].float())
         else:
             step = max(1, _BLOCK_BYTES // (4 * max(k, 1)))
             b = b_kn.float()
             for start in range(0, m, step):
-                part = slice(start, start + step)
-                total_mn[part].addmm_(a_mk[part].float(), b)
+                block = slice(start, start + step)
+                total_mn[block].addmm_(a_mk[block].float(), b)
     return total_mn
 
 

@@ -1,11 +1,18 @@
-"""What makes gradients of the two products: row scale, labels' pull and the Jacobian of the norm, one pass in place each.
+"""Epilogues of the two gradient products, each one pass in place: row scale, labels' terms, backward of the norm.
 
 Legend: b samples, l labels per sample, D width, L rows of the weight in memory, S rows of this step.
 
-    g_x = coefficient E w + sum over labels of pull (w_y - cos x)        d loss / d x = (g_x - u (u . g_x)) / |x|
+    g_x = coefficient E w + sum over labels of grad_cos (w_y - cos x)        d loss / d x = (g_x - u (u . g_x)) / |x|
 
-with unit rows u. Of a label's row only what is tangential to x: where cos is close to +-1 and the margin's derivative is
-large, the rest would not cancel in the Jacobian.
+with unit rows u; the gradient of w goes through its norm in the same way. Of a label's row only the part tangential to
+x is added: where cos is close to +-1 and the margin's derivative is large, the rest would not cancel afterwards.
+
+`finish_x_kernel`: one program per `tile.rows` samples. Reads the product, x and the rows of this rank's labels (8 + 4 l
+bytes per element), writes 4.
+`rows_through_norm_kernel`: one program per `tile.rows` of the S rows. Reads the gradient and w (8 bytes per element),
+writes 4 and the squared length of each row's gradient.
+
+Each row is one program's; sums over D are in the order of the columns. Rows wider than 4096 are read twice.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -17,13 +24,13 @@ from torch import Tensor
 
 from megacid_kernels.fused.launch import (
     Tile,
+    block_columns,
     check_column,
+    check_label_terms,
     check_matrix,
-    check_pulls,
     check_rows,
-    columns,
     launch,
-    slots,
+    program_slots,
     tile_of,
 )
 
@@ -34,7 +41,7 @@ def _with_labels(
     unit,
     w_ptr,
     inverse_w_ptr,
-    pull_ptr,
+    grad_cos_ptr,
     cos_ptr,
     row_ptr,
     slot_ptr,
@@ -47,21 +54,21 @@ def _with_labels(
     LABELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """total + sum over labels of pull (w_y - cos unit), [ROWS, BLOCK]. Unrolled, so that the compiler sees that two calls
-    load the same. A row is read where its pull is not 0; a NaN of it is not 0, and then the index may be anything."""
+    """total + sum over labels of grad_cos (w_y - cos unit), [ROWS, BLOCK]. Unrolled: the compiler then merges the loads
+    of two calls. A row is read where grad_cos is not 0; NaN is not 0, and its index may be invalid."""
     for label in tl.static_range(LABELS):
         at = sample * LABELS + label
-        pull = tl.load(pull_ptr + at, mask=inside, other=0.0)
+        grad_cos = tl.load(grad_cos_ptr + at, mask=inside, other=0.0)
         cos = tl.load(cos_ptr + at, mask=inside, other=0.0)
         row = tl.load(row_ptr + at, mask=inside, other=-1)
         slot = tl.load(slot_ptr + at, mask=inside, other=-1)
-        there = (pull != 0.0) & (row >= 0) & (row < num_w) & (slot >= 0) & (slot < num_slots)
-        inverse = tl.load(inverse_w_ptr + slot, mask=there, other=0.0)
-        mask = there[:, None]
+        valid = (grad_cos != 0.0) & (row >= 0) & (row < num_w) & (slot >= 0) & (slot < num_slots)
+        inverse = tl.load(inverse_w_ptr + slot, mask=valid, other=0.0)
+        mask = valid[:, None]
         if D % BLOCK != 0:
             mask = mask & (column < D)
         w = tl.load(w_ptr + row[:, None] * D + column, mask=mask, other=0.0) * inverse[:, None]
-        total += pull[:, None] * (w - cos[:, None] * unit)
+        total += grad_cos[:, None] * (w - cos[:, None] * unit)
     return total
 
 
@@ -69,7 +76,7 @@ def _with_labels(
 def finish_x_kernel(
     product_ptr,  # [b, D] fp32, in; the gradient, out
     coefficient_ptr,  # [b] fp32
-    pull_ptr,  # [b, l] fp32
+    grad_cos_ptr,  # [b, l] fp32
     cos_ptr,  # [b, l] fp32
     x_ptr,  # [b, D] fp32
     inverse_x_ptr,  # [b] fp32
@@ -85,27 +92,27 @@ def finish_x_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sample, inside, _source = slots(product_ptr, num_rows, False, ROWS)
+    sample, inside, _source = program_slots(product_ptr, num_rows, False, ROWS)
     row = sample[:, None] * D
     coefficient = tl.load(coefficient_ptr + sample, mask=inside, other=0.0)[:, None]
     inverse = tl.load(inverse_x_ptr + sample, mask=inside, other=0.0)[:, None]
     products = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, D, BLOCK):
-        column, mask = columns(start, inside, D, BLOCK)
+        column, mask = block_columns(start, inside, D, BLOCK)
         unit = tl.load(x_ptr + row + column, mask=mask, other=0.0) * inverse
         grad = tl.load(product_ptr + row + column, mask=mask, other=0.0) * coefficient
         grad = _with_labels(
-            grad, unit, w_ptr, inverse_w_ptr, pull_ptr, cos_ptr, row_ptr, slot_ptr, sample, inside, column,
+            grad, unit, w_ptr, inverse_w_ptr, grad_cos_ptr, cos_ptr, row_ptr, slot_ptr, sample, inside, column,
             num_w, num_slots, D, LABELS, BLOCK,
         )  # fmt: skip
         products += unit * grad
     along = tl.sum(products, axis=1)[:, None]
     for start in range(0, D, BLOCK):
-        column, mask = columns(start, inside, D, BLOCK)
+        column, mask = block_columns(start, inside, D, BLOCK)
         unit = tl.load(x_ptr + row + column, mask=mask, other=0.0) * inverse
         grad = tl.load(product_ptr + row + column, mask=mask, other=0.0) * coefficient
         grad = _with_labels(
-            grad, unit, w_ptr, inverse_w_ptr, pull_ptr, cos_ptr, row_ptr, slot_ptr, sample, inside, column,
+            grad, unit, w_ptr, inverse_w_ptr, grad_cos_ptr, cos_ptr, row_ptr, slot_ptr, sample, inside, column,
             num_w, num_slots, D, LABELS, BLOCK,
         )  # fmt: skip
         tl.store(product_ptr + row + column, (grad - unit * along) * inverse, mask=mask)
@@ -124,18 +131,18 @@ def rows_through_norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    slot, inside, source = slots(rows_ptr, num_rows, HAS_ROWS, ROWS)
+    slot, inside, source = program_slots(rows_ptr, num_rows, HAS_ROWS, ROWS)
     row, w_row = slot[:, None] * D, source[:, None] * D
     inverse = tl.load(inverse_ptr + slot, mask=inside, other=0.0)[:, None]
     products = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, D, BLOCK):
-        column, mask = columns(start, inside, D, BLOCK)
+        column, mask = block_columns(start, inside, D, BLOCK)
         unit = tl.load(w_ptr + w_row + column, mask=mask, other=0.0) * inverse
         products += unit * tl.load(grad_ptr + row + column, mask=mask, other=0.0)
     along = tl.sum(products, axis=1)[:, None]
     squares = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, D, BLOCK):
-        column, mask = columns(start, inside, D, BLOCK)
+        column, mask = block_columns(start, inside, D, BLOCK)
         unit = tl.load(w_ptr + w_row + column, mask=mask, other=0.0) * inverse
         grad = (tl.load(grad_ptr + row + column, mask=mask, other=0.0) - unit * along) * inverse
         tl.store(grad_ptr + row + column, grad, mask=mask)
@@ -146,7 +153,7 @@ def rows_through_norm_kernel(
 def finish_x_(
     product_bD: Tensor,
     coefficient_b: Tensor,
-    pull_bl: Tensor,
+    grad_cos_bl: Tensor,
     cos_bl: Tensor,
     x_bD: Tensor,
     inverse_x_b: Tensor,
@@ -157,29 +164,32 @@ def finish_x_(
     *,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Turn E w into the gradient of x, this shard's part of it, in place; returned.
+    """Turn the product E w into this shard's part of the gradient of x, in place. Linear: add the parts of the shards.
 
-    product_bD      fp32 contiguous, E w with unit rows w
-    coefficient_b   fp32, see `row_epilogue`
-    pull_bl         fp32, d loss / d target cosine; 0 where the label is another rank's. cos_bl fp32: that cosine
-    x_bD, w_LD      fp32 contiguous, any length; inverse_x_b, inverse_w_S fp32: 1 / length, 0 of a zero row
-    row_bl          int64, the row of w_LD; slot_bl int64, the index of inverse_w_S. Looked at where the pull is not 0
-    tile            None: `tile_of(D)`
+    Args:
+        product_bD: fp32, contiguous; E w with unit rows w. Overwritten.
+        coefficient_b: fp32, see `row_epilogue`.
+        grad_cos_bl: fp32, d loss / d target cosine; 0 where the label is on another rank.
+        cos_bl: fp32, the target cosine.
+        x_bD, w_LD: fp32, contiguous, rows of any length.
+        inverse_x_b, inverse_w_S: fp32, 1 / length; 0 for a zero row.
+        row_bl, slot_bl: int64, the label's row of w_LD and its index into inverse_w_S; read where grad_cos is not 0.
+        tile: None: `tile_of(D)`.
 
-    Per element 8 + 4 l bytes are read (of labels of this rank) and 4 written. Linear: parts of several shards may be added.
-    Bitwise repeatable, no host synchronisation, not seen by autograd. ValueError for what cannot be used.
+    Returns:
+        product_bD.
     """
     check_matrix("product", product_bD, (torch.float32,))
     samples, width = product_bD.shape
-    inverse_x, inverse_w = check_pulls(
-        product_bD, samples, inverse_w_S.numel(), pull_bl, cos_bl, x_bD, inverse_x_b, w_LD, inverse_w_S, row_bl
+    inverse_x, inverse_w = check_label_terms(
+        product_bD, samples, inverse_w_S.numel(), grad_cos_bl, cos_bl, x_bD, inverse_x_b, w_LD, inverse_w_S, row_bl
     )
-    check_matrix("slot", slot_bl, (torch.int64,), tuple(pull_bl.shape), product_bD)
+    check_matrix("slot", slot_bl, (torch.int64,), tuple(grad_cos_bl.shape), product_bD)
     coefficient = check_column("coefficient", coefficient_b, samples, torch.float32, product_bD)
     launch(
         finish_x_kernel, samples, tile or tile_of(width),
-        product_bD, coefficient, pull_bl, cos_bl, x_bD, inverse_x, w_LD, inverse_w, row_bl, slot_bl,
-        samples, len(w_LD), len(inverse_w), D=width, LABELS=pull_bl.shape[1],
+        product_bD, coefficient, grad_cos_bl, cos_bl, x_bD, inverse_x, w_LD, inverse_w, row_bl, slot_bl,
+        samples, len(w_LD), len(inverse_w), D=width, LABELS=grad_cos_bl.shape[1],
     )  # fmt: skip
     return product_bD
 
@@ -187,15 +197,17 @@ def finish_x_(
 def rows_through_norm_(
     grad_SD: Tensor, w_LD: Tensor, rows_S: Tensor | None, inverse_S: Tensor, *, tile: Tile | None = None
 ) -> Tensor:
-    """Turn the gradient of unit rows into that of w[rows], in place. Returned: its squared length per row, fp32 [S].
+    """Turn the gradient of the unit rows into that of w[rows], in place.
 
-    grad_SD     fp32 contiguous, with respect to w[rows] / |w[rows]|
-    w_LD        fp32 contiguous; rows_S int64, each in [0, L), which is not checked; None: all rows
-    inverse_S   1 / |w[rows]|, fp32, 0 of a zero row, whose gradient becomes 0
-    tile        None: `tile_of(D)`
+    Args:
+        grad_SD: fp32, contiguous, with respect to w[rows] / |w[rows]|. Overwritten.
+        w_LD: fp32, contiguous.
+        rows_S: int64, each in [0, L); None: all rows, S = L.
+        inverse_S: fp32, 1 / |w[rows]|; 0 for a zero row, whose gradient becomes 0.
+        tile: None: `tile_of(D)`.
 
-    8 bytes are read and 4 written per element. Bitwise repeatable, no host synchronisation, not seen by autograd.
-    ValueError for what cannot be used.
+    Returns:
+        The squared length of every row's gradient, fp32 [S].
     """
     check_matrix("w", w_LD, (torch.float32,))
     num_rows, width = check_rows(rows_S, len(w_LD), w_LD), w_LD.shape[1]

@@ -1,6 +1,10 @@
-"""What the fused kernels share: tiles, launching, rounding of casts, checks of tensors.
+"""Shared by all fused kernels: tiles, the launcher, rounding of casts, checks of arguments.
 
-Legend: D width, S rows worked on.
+Legend: D width, L rows of the weight in memory, S rows of this step (all L, or some), b samples, l labels per sample.
+
+Every launcher of this package promises the same and says only where it differs: arguments are checked (ValueError names
+the argument, its value and what is expected), indices are not; the host never waits for the device; autograd does not
+see the call. Kernels use no atomics and add in a fixed order, so two calls with equal inputs give equal bits.
 """
 
 # No `from __future__ import annotations` where kernels are: Triton reads their annotations.
@@ -26,7 +30,7 @@ def _power_of_two(value: int) -> bool:
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program works on: `rows` rows, `block` columns at a time, with `warps` warps. Powers of two."""
+    """The work of one program: `rows` rows, `block` columns per iteration, `warps` warps. All are powers of two."""
 
     rows: int
     block: int
@@ -41,27 +45,26 @@ class Tile:
 
 
 def tile_of(width: int) -> Tile:
-    """The tile for rows of this width. Up to 4096 columns a row is one block: it is read once and stays in registers."""
+    """The default tile for rows of this width. A row of up to 4096 columns is one block and stays in registers."""
     block = min(max(triton.next_power_of_2(width), _MIN_BLOCK), _MAX_BLOCK)
     return Tile(max(1, _TILE_ELEMENTS // block), block, 8 if block > _TILE_ELEMENTS else 4)
 
 
 @triton.jit
 def cast(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """fp32 -> dtype, to nearest even. Triton's interpreter truncates to bf16, which would shrink every number by 0.2 % on
-    average, and makes 1e-38 of a zero: there the bits are put together by hand."""
+    """fp32 -> dtype, rounded to nearest even. In Triton's interpreter bf16 is made bit by bit: its own cast truncates,
+    which shrinks every number by 0.2 % on average, and turns 0 into 1e-38."""
     if INTERPRET and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        rounded = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)  # a carry could make a NaN a zero
+        rounded = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)  # a carry could turn a NaN into 0
         return (rounded >> 16).to(tl.uint16).to(dtype, bitcast=True)
     else:
         return x.to(dtype)
 
 
 @triton.jit
-def slots(rows_ptr, num_rows, HAS_ROWS: tl.constexpr, ROWS: tl.constexpr):
-    """(slot [ROWS]: 0 .. S-1 of this program, inside [ROWS], source [ROWS]: the row of the [L, D] tensors), int64: an
-    offset slot * D can pass 2^31."""
+def program_slots(rows_ptr, num_rows, HAS_ROWS: tl.constexpr, ROWS: tl.constexpr):
+    """(slot in 0 .. S-1, whether it exists, its row in the [L, D] tensors), [ROWS]. int64: slot * D can exceed 2^31."""
     slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = slot < num_rows
     source = slot
@@ -71,9 +74,9 @@ def slots(rows_ptr, num_rows, HAS_ROWS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def columns(start, inside, D: tl.constexpr, BLOCK: tl.constexpr):
-    """(column [1, BLOCK], mask) of the block at `start`. D is constexpr: the compiler sees how rows are aligned, and
-    no mask on columns is left where blocks are full."""
+def block_columns(start, inside, D: tl.constexpr, BLOCK: tl.constexpr):
+    """(column [1, BLOCK], mask) of the block at `start`. D is constexpr: the compiler then knows the rows' alignment
+    and drops the mask of columns where blocks are full."""
     column = (start + tl.arange(0, BLOCK))[None, :]
     mask = inside[:, None]
     if D % BLOCK != 0:
@@ -83,23 +86,23 @@ def columns(start, inside, D: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def inverse_norm(sum_of_squares):
-    """1 / |w|; 0 of a zero row, which so stays zero and gets no gradient."""
-    found = sum_of_squares > 0.0
-    norm = tl.sqrt_rn(tl.where(found, sum_of_squares, 1.0))
-    return tl.where(found, tl.div_rn(tl.full(norm.shape, 1.0, tl.float32), norm), 0.0)
+    """1 / |w|; 0 for a zero row, which therefore stays zero and gets no gradient."""
+    nonzero = sum_of_squares > 0.0
+    norm = tl.sqrt_rn(tl.where(nonzero, sum_of_squares, 1.0))
+    return tl.where(nonzero, tl.div_rn(tl.full(norm.shape, 1.0, tl.float32), norm), 0.0)
 
 
-# The decorator's result says whether TRITON_INTERPRET was set when this module was imported, which is what counts.
+# Triton reads TRITON_INTERPRET when it decorates a kernel: the type of a decorated function tells what it read.
 INTERPRET = not isinstance(cast, triton.JITFunction)
 
 
 def launch(kernel: Any, num_rows: int, tile: Tile, *args: Any, **constants: Any) -> None:
-    """Run `kernel` on all rows. args[0] is a tensor on the device that it runs on."""
+    """Run `kernel` with one program per `tile.rows` of `num_rows`, on the device of args[0]; nothing for no rows."""
     device = args[0].device
     if device.type == "cpu" and not INTERPRET:
         raise ValueError(
-            "the tensors are on the cpu, expected a GPU: on a CPU these kernels only run in Triton's interpreter, for "
-            "tests, with TRITON_INTERPRET=1 set before the import"
+            "the tensors are on the cpu, expected a GPU: on a CPU these kernels only run in Triton's interpreter (for "
+            "tests), with TRITON_INTERPRET=1 set before the import"
         )
     if num_rows:
         guard = contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
@@ -116,7 +119,7 @@ def check_matrix(
     shape: tuple[int, ...] | None = None,
     like: Tensor | None = None,
 ) -> None:
-    """ValueError unless x is a contiguous matrix [n, D >= 1] of one of `dtypes`, of `shape`, on the device of `like`."""
+    """Raises ValueError unless x is contiguous [n, D >= 1] of one of `dtypes`, of `shape`, on the device of `like`."""
     if x.ndim != 2 or x.shape[1] < 1 or (shape is not None and tuple(x.shape) != shape):
         raise ValueError(
             f"{name} is {list(x.shape)}, expected {'[rows, width >= 1]' if shape is None else list(shape)}"
@@ -125,7 +128,7 @@ def check_matrix(
 
 
 def check_column(name: str, x: Tensor, length: int, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """x as [length]; ValueError unless it is a contiguous [length], [length, 1] or [1, length] of `dtype`."""
+    """x as [length]; raises ValueError unless it is contiguous [length], [length, 1] or [1, length] of `dtype`."""
     if x.numel() != length or x.ndim not in (1, 2) or (x.ndim == 2 and 1 not in x.shape):
         raise ValueError(f"{name} is {list(x.shape)}, expected [{length}] or [{length}, 1]")
     _check_storage(name, x, (dtype,), like)
@@ -141,11 +144,11 @@ def _check_storage(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], like: 
         raise ValueError(f"{name} is on {x.device}, expected {like.device} like the other tensors")
 
 
-def check_pulls(
+def check_label_terms(
     like: Tensor,
     samples: int,
     num_slots: int,
-    pull_bl: Tensor,
+    grad_cos_bl: Tensor,
     cos_bl: Tensor,
     x_bD: Tensor,
     inverse_x_b: Tensor,
@@ -153,12 +156,12 @@ def check_pulls(
     inverse_w_S: Tensor,
     row_bl: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(inverse_x [b], inverse_w [S]). ValueError unless these are the labels' pulls of b = `samples`, their embeddings, and
-    class rows of which S = `num_slots` are used: fp32, row int64, of the width of `like` [n, D] and on its device."""
-    width, shape = like.shape[1], (samples, pull_bl.shape[-1])
+    """(inverse_x [b], inverse_w [S]) after checking the arguments that `finish_x_` and `add_labels_` share: b =
+    `samples`, S = `num_slots`, the width and device of `like` [n, D]. Raises ValueError."""
+    width, shape = like.shape[1], (samples, grad_cos_bl.shape[-1])
     check_matrix("x", x_bD, (torch.float32,), (samples, width), like)
     check_matrix("w", w_LD, (torch.float32,), (len(w_LD), width), like)
-    for name, value in (("pull", pull_bl), ("cos", cos_bl)):
+    for name, value in (("grad_cos", grad_cos_bl), ("cos", cos_bl)):
         check_matrix(name, value, (torch.float32,), shape, like)
     check_matrix("row", row_bl, (torch.int64,), shape, like)
     inverse_x = check_column("inverse_x", inverse_x_b, samples, torch.float32, like)
@@ -166,8 +169,7 @@ def check_pulls(
 
 
 def check_rows(rows_S: Tensor | None, num_rows: int, like: Tensor) -> int:
-    """S. ValueError unless rows_S is int64 [S] on the right device. Its values are not looked at: that would wait for
-    the device."""
+    """S, the number of rows of this step. Raises ValueError unless rows_S is int64 [S] on the device of `like`."""
     if rows_S is None:
         return num_rows
     if rows_S.ndim != 1:

@@ -1,8 +1,10 @@
-"""Unit rows of a matrix, and the way of a gradient back through the norm. One read and one write each.
+"""L2 normalisation of rows: gathered, divided by their lengths and cast to one or two dtypes in one pass.
 
-Legend: L rows in memory, S rows worked on, B rows of a batch, D width.
+Legend: L rows in memory, S rows of this step, D width.
 
-    u = w / |w|        d loss / d w = (g - u (u . g)) / |w|,  g = d loss / d u
+Grid: one program per `tile.rows` rows. Per row it reads w once (D fp32; twice where D exceeds one block of 4096
+columns) and writes the unit row in each output dtype and 1 / |w| in fp32. A row's sum of squares is one program's, in
+the order of its columns.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -15,13 +17,13 @@ from torch import Tensor
 from megacid_kernels.fused.launch import (
     INTERPRET,
     Tile,
+    block_columns,
     cast,
     check_matrix,
     check_rows,
-    columns,
     inverse_norm,
     launch,
-    slots,
+    program_slots,
     tile_of,
 )
 
@@ -43,18 +45,18 @@ def unit_rows_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    slot, inside, source = slots(rows_ptr, num_rows, HAS_ROWS, ROWS)
+    slot, inside, source = program_slots(rows_ptr, num_rows, HAS_ROWS, ROWS)
     w_row, row = source[:, None] * D, slot[:, None] * D
     squares = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, D, BLOCK):
-        column, mask = columns(start, inside, D, BLOCK)
+        column, mask = block_columns(start, inside, D, BLOCK)
         w = tl.load(w_ptr + w_row + column, mask=mask, other=0.0)
         squares += w * w
     inverse = inverse_norm(tl.sum(squares, axis=1))
-    # Where D is one block both loops vanish and the compiler sees that this is the same load: w is read once. A store
-    # in between would make it two.
+    # Where D is one block both loops vanish and the compiler merges this load with the one above; a store in between
+    # would prevent that.
     for start in range(0, D, BLOCK):
-        column, mask = columns(start, inside, D, BLOCK)
+        column, mask = block_columns(start, inside, D, BLOCK)
         w = tl.load(w_ptr + w_row + column, mask=mask, other=0.0)
         unit = w * inverse[:, None]
         tl.store(first_ptr + row + column, cast(unit, first_ptr.dtype.element_ty, INTERPRET), mask=mask)
@@ -70,15 +72,17 @@ def unit_rows(
     *,
     tile: Tile | None = None,
 ) -> tuple[Tensor, ...]:
-    """(w[rows] / |w[rows]| [S, D] in each of `dtypes`, 1 / |w[rows]| fp32 [S]): gathered, normalised and cast in one pass.
+    """w[rows] / |w[rows]| in each of `dtypes`.
 
-    w_LD     fp32, contiguous. Norms and quotients are fp32, rounded once to the output's type
-    rows_S   int64, each in [0, L), which is not checked; None: all rows
-    dtypes   one or two of fp32, fp16, bf16
-    tile     None: `tile_of(D)`
+    Args:
+        w_LD: fp32 [L, D], contiguous.
+        rows_S: int64 [S], each in [0, L); None: all rows, S = L.
+        dtypes: one or two of fp32, fp16, bf16. Lengths and quotients are fp32 and rounded once to these.
+        tile: None: `tile_of(D)`.
 
-    A zero row stays zero and its inverse is 0; so does one whose squared length underflows (|w| < 1e-23). Fixed order of
-    additions, bitwise repeatable, no host synchronisation. ValueError for what cannot be used.
+    Returns:
+        A matrix [S, D] per dtype, then 1 / |w[rows]|, fp32 [S]. A zero row stays zero and has inverse 0; so does one
+        whose squared length underflows (|w| < 1e-23).
     """
     check_matrix("w", w_LD, (torch.float32,))
     num_rows = check_rows(rows_S, len(w_LD), w_LD)

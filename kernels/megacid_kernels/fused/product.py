@@ -1,6 +1,7 @@
-"""The matrix product under the exponentials and under the search for the nearest centroid: a tile of x . w in registers.
+"""The matrix product inside `exponentials` and `nearest`: a tile of x . w in registers.
 
-Legend: b rows of x, S rows of w, D width. One program makes tiles of [ROWS, BLOCK] dot products, DEPTH columns at a time.
+Legend: b rows of x, S rows of w, D width. A program makes tiles of [ROWS, BLOCK] dot products, DEPTH columns per
+iteration. The sum over D is in the order of the iterations, so its bits depend on DEPTH.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -19,10 +20,11 @@ PRODUCT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class ProductTile:
-    """How a product is cut: `rows` rows of x times `columns` rows of w, `depth` of the width at a time in a pipeline of
-    `stages`, by `warps` warps. `group` row tiles follow each other before the next columns: what is read of w meanwhile
-    stays in the L2 cache. Powers of two but for `stages` and `group`; `rows`, `columns` and `depth` at least 16, the
-    smallest product of a tensor core."""
+    """Tile of a product: `rows` rows of x times `columns` rows of w, `depth` of the width per iteration.
+
+    The loop is pipelined in `stages` by `warps` warps. `group` row tiles run before the next columns, so what they read
+    of w stays in the L2 cache. All but `stages` and `group` are powers of two; `rows`, `columns` and `depth` are at
+    least 16, the smallest product of a tensor core."""
 
     rows: int
     columns: int
@@ -39,25 +41,25 @@ class ProductTile:
         for name in ("stages", "group"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} of a tile is {getattr(self, name)}, expected at least 1")
-        _ = self.launch_tile  # whose check is that of the warps
+        _ = self.launch_tile  # checks the warps
 
     @property
     def launch_tile(self) -> Tile:
         return Tile(self.rows, self.columns, self.warps)
 
     def with_room_for_masks(self) -> "ProductTile":
-        """Half the columns: a matrix of masks besides the products would not fit the registers."""
+        """Half the columns: a mask next to the products would not fit the registers."""
         return replace(self, columns=max(16, self.columns // 2))
 
     @property
     def constants(self) -> dict[str, int]:
-        """What a product's kernel needs besides the `launch_tile`."""
+        """The constants of a product's kernel that are not in the `launch_tile`."""
         return {"DEPTH": self.depth, "GROUP": self.group, "num_stages": self.stages}
 
 
 @triton.jit
 def tile_of_program(row_tiles, column_tiles, GROUP: tl.constexpr):
-    """(row tile, column tile) of this program: GROUP row tiles times all column tiles, then the next GROUP row tiles."""
+    """(row tile, column tile) of this program: GROUP row tiles with all column tiles, then the next GROUP row tiles."""
     program = tl.program_id(0)
     per_group = GROUP * column_tiles
     first = program // per_group * GROUP
@@ -68,10 +70,10 @@ def tile_of_program(row_tiles, column_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def product(
-    x_ptr,
-    w_ptr,
-    x_row,
-    w_row,
+    x_ptr,  # [b, D] fp16, bf16 or fp32
+    w_ptr,  # [S, D] same dtype
+    x_row,  # [ROWS] int64
+    w_row,  # [BLOCK] int64
     D: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -79,8 +81,8 @@ def product(
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """x[x_row] . w[w_row], fp32 [ROWS, BLOCK]. The rows are int64 and exist: whoever calls clamps them and looks away from
-    what is beyond, for masks of rows would cost registers in every step. D is constexpr, see `launch.columns`."""
+    """x[x_row] . w[w_row], fp32 [ROWS, BLOCK]. Rows are int64 and must exist: the caller clamps them and masks the
+    result, because masks here would cost registers in every iteration. D is constexpr, see `launch.block_columns`."""
     depth = tl.arange(0, DEPTH)
     x_at = x_ptr + x_row[:, None] * D + depth[None, :]
     w_at = w_ptr + w_row[None, :] * D + depth[:, None]
@@ -93,7 +95,7 @@ def product(
             inside = depth < D - start
             x = tl.load(x_at, mask=inside[None, :], other=0.0)
             w = tl.load(w_at, mask=inside[:, None], other=0.0)
-        if INTERPRET:  # it multiplies bf16 as if its bits were integers
+        if INTERPRET:  # its tl.dot multiplies the bit patterns of bf16
             total += tl.dot(x.to(tl.float32), w.to(tl.float32), input_precision="ieee")
         else:
             total = tl.dot(x, w, total, input_precision=PRECISION)
@@ -103,6 +105,6 @@ def product(
 
 
 def check_factors(x_bD: Tensor, w_SD: Tensor, w_name: str = "w") -> None:
-    """ValueError unless both are contiguous matrices of one dtype of `PRODUCT_DTYPES` and one width on one device."""
+    """Raises ValueError unless both are contiguous, of one width, device and dtype of `PRODUCT_DTYPES`."""
     check_matrix("x", x_bD, PRODUCT_DTYPES)
     check_matrix(w_name, w_SD, (x_bD.dtype,), (len(w_SD), x_bD.shape[1]), x_bD)

@@ -1,13 +1,14 @@
-"""What both ways to the matrix of exponentials share: which entries count, the row statistics, and their sum.
+"""Shared by both kernels that make exponentials: which entries count, the row statistics, and their reduction.
 
-Legend: b samples, S rows of w on this rank, l labels per sample, T tiles of columns.
+Legend: b samples, S rows of w on this rank, l labels per sample, T column tiles.
 
 With cosines c_j of a sample, z_j = scale c_j (+ bias_j) and a fixed shift:
 
-    E_j = exp(z_j - shift);  0 where j is one of the sample's labels or taken out by the filter
+    E_j = exp(z_j - shift);  0 where j is one of the sample's labels, is hidden by the caller or removed by the filter
 
-Every tile of columns leaves its row sums in [T, b]; one more kernel adds them in the order of T. So there are no atomics,
-and the bits depend on the width of a tile alone: not on the number of samples, nor on when a program ran.
+Every column tile writes the statistics of its rows into partials [T, b]; `reduce_tiles_kernel` (one program per 32
+samples) adds them in the order of T. There are no atomics, and the bits depend on the width of a tile only: not on the
+number of samples, nor on the order in which programs run.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -24,22 +25,22 @@ from torch import Tensor
 from megacid_kernels.fused.launch import Tile, check_column, check_matrix, launch
 
 LOG2E = math.log2(math.e)
-_PITCH = 16  # columns: rows of 16-bit numbers start at multiples of 32 bytes, and Triton knows it of their stride
+_PITCH = 16  # columns: 16-bit rows then start at multiples of 32 bytes, and Triton sees that of their stride
 REDUCTION_TILE = Tile(rows=32, block=64, warps=4)
 
 
 class Exponentials(NamedTuple):
-    """What the negatives of every sample are."""
+    """Exponentials of the negatives and their row statistics."""
 
-    matrix: Tensor | None  # [b, S] exp(z - shift), rows `pitch(S)` apart; see who made it for its dtype
-    sums: Tensor  # [b] fp32, of the fp32 exponentials
+    matrix: Tensor | None  # [b, S] exp(z - shift), rows `pitch(S)` apart; fp32, or bf16 from 16-bit inputs
+    sums: Tensor  # [b] fp32, sums of the exponentials before they are rounded to the matrix's dtype
     largest: Tensor | None  # [b] fp32, largest z / scale of a negative that counts, -inf without any
-    removed: Tensor  # [b] int64, negatives that the filter took out; 0 without a threshold
-    hidden: Tensor | None  # [b, S] bool, which they are; None without a threshold
+    removed: Tensor  # [b] int64, how many negatives the filter removed; 0 without a threshold
+    hidden: Tensor | None  # [b, S] bool, which negatives it removed; None without a threshold
 
 
 def pitch(columns: int) -> int:
-    """Distance of the rows of a [b, S] matrix in elements such that all of them can be moved 128 bits at a time."""
+    """Row stride, in elements, at which every row of `columns` can be moved 128 bits at a time."""
     return triton.cdiv(columns, _PITCH) * _PITCH
 
 
@@ -50,16 +51,16 @@ def pitched(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
 
 @triton.jit
 def _label(slot_ptr, own_ptr, sample, inside, label, LABELS: tl.constexpr):
-    """Slot of this label of every sample, [ROWS]; -1 where another rank owns it."""
+    """Slot of this label of every sample, [ROWS]; -1 where its class is on another rank."""
     own = tl.load(own_ptr + sample * LABELS + label, mask=inside, other=0) != 0
     return tl.load(slot_ptr + sample * LABELS + label, mask=own, other=-1)
 
 
 @triton.jit
 def count_labels(slot_ptr, own_ptr, sample, inside, first, last, LABELS: tl.constexpr):
-    """How many labels of these samples are in columns `first` to `last`. Where classes are many hardly any tile holds one,
-    and its comparisons, twice as much work as its exponentials, can be left out. Asked before a tile is made: the answer
-    then is there in time."""
+    """How many labels of these samples lie in columns `first` to `last`. With many classes hardly any tile holds one,
+    and the comparisons, twice the work of the exponentials, can be skipped. Call it before the product:
+    the loads overlap."""
     hits = 0
     for label in range(LABELS):
         slot = _label(slot_ptr, own_ptr, sample, inside, label, LABELS)
@@ -78,12 +79,12 @@ def without_labels(cos, slot_ptr, own_ptr, sample, inside, column, LABELS: tl.co
 
 @triton.jit(do_not_specialize=["num_tiles", "num_rows"])
 def reduce_tiles_kernel(
-    sums_part_ptr,  # [T, b] fp32
-    largest_part_ptr,  # [T, b] fp32, or anything with LARGEST = False
-    removed_part_ptr,  # [T, b] int32, or anything with FILTER = False
+    sums_partial_ptr,  # [T, b] fp32
+    largest_partial_ptr,  # [T, b] fp32, unused unless LARGEST
+    removed_partial_ptr,  # [T, b] int32, unused unless FILTER
     sums_ptr,  # [b] fp32 out
-    largest_ptr,  # [b] fp32 out, or anything with LARGEST = False
-    removed_ptr,  # [b] int64 out, or anything with FILTER = False
+    largest_ptr,  # [b] fp32 out, unused unless LARGEST
+    removed_ptr,  # [b] int64 out, unused unless FILTER
     num_tiles,
     num_rows,
     scale_log2,
@@ -100,29 +101,29 @@ def reduce_tiles_kernel(
     largest = tl.full((BLOCK, ROWS), float("-inf"), tl.float32)
     removed = tl.zeros((BLOCK, ROWS), tl.int32)
     start = 0
-    while start < num_tiles:  # not `range`: older interpreters cannot take a bound that they read from an argument
+    while start < num_tiles:  # not `range`: older interpreters accept no runtime bound
         at = (start + tile).to(tl.int64) * num_rows + row
         mask = (start + tile < num_tiles) & (row < num_rows)
-        sums += tl.load(sums_part_ptr + at, mask=mask, other=0.0)
+        sums += tl.load(sums_partial_ptr + at, mask=mask, other=0.0)
         if LARGEST:
-            largest = tl.maximum(largest, tl.load(largest_part_ptr + at, mask=mask, other=float("-inf")))
+            largest = tl.maximum(largest, tl.load(largest_partial_ptr + at, mask=mask, other=float("-inf")))
         if FILTER:
-            removed += tl.load(removed_part_ptr + at, mask=mask, other=0)
+            removed += tl.load(removed_partial_ptr + at, mask=mask, other=0)
         start += BLOCK
     out = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tl.store(sums_ptr + out, tl.sum(sums, axis=0), mask=out < num_rows)
     if LARGEST:
-        found = tl.max(largest, axis=0)
-        if HAS_BIAS:  # the tiles hold exponents of two then
-            found = (found + shift_log2) / scale_log2
-        tl.store(largest_ptr + out, found, mask=out < num_rows)
+        largest_row = tl.max(largest, axis=0)
+        if HAS_BIAS:  # the partials are exponents of two, not cosines
+            largest_row = (largest_row + shift_log2) / scale_log2
+        tl.store(largest_ptr + out, largest_row, mask=out < num_rows)
     if FILTER:
         tl.store(removed_ptr + out, tl.sum(removed, axis=0).to(tl.int64), mask=out < num_rows)
 
 
 @dataclass(frozen=True)
-class NegativeMask:
-    """What of a row counts and what is to be found out: the checked arguments that both ways have."""
+class ExponentialsSpec:
+    """The checked arguments that `exponentials` and `exponentials_` share."""
 
     scale: float
     shift: float
@@ -131,7 +132,7 @@ class NegativeMask:
     own: Tensor  # [b, l] uint8
     bias: Tensor | None
     threshold: float | None
-    given: Tensor | None  # [b, S] uint8, hidden by whoever calls
+    hidden: Tensor | None  # [b, S] uint8, negatives that the caller hides
     largest: bool
 
     @property
@@ -148,12 +149,12 @@ class NegativeMask:
             "LABELS": self.labels,
             "HAS_BIAS": self.bias is not None,
             "FILTER": self.threshold is not None,
-            "HAS_HIDDEN": self.given is not None,
+            "HAS_HIDDEN": self.hidden is not None,
             "LARGEST": self.largest,
         }
 
     def result(self, matrix: Tensor | None, samples: int, columns: int, like: Tensor) -> Exponentials:
-        """With row statistics as they are of no column at all."""
+        """Exponentials with the row statistics of no columns at all, to be filled by `reduce`."""
         return Exponentials(
             matrix,
             torch.zeros(samples, device=like.device),
@@ -162,24 +163,25 @@ class NegativeMask:
             pitched(samples, columns, torch.bool, like.device) if self.threshold is not None else None,
         )
 
-    def parts(self, tiles: int, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Where tiles leave the sums, the largest and the number of removed: [T, b]. Of what is not wanted, anything."""
+    def partials(self, tiles: int, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Empty [T, b] of sums, of the largest, of the number removed; the sums again where the spec needs no such."""
         sums = torch.empty(tiles, samples, device=self.slot.device)
         largest = torch.empty_like(sums) if self.largest else sums
         return sums, largest, torch.empty_like(sums, dtype=torch.int32) if self.threshold is not None else sums
 
-    def reduce(self, parts: tuple[Tensor, Tensor, Tensor], result: Exponentials, rows: slice) -> None:
-        """Over tiles, into these rows of the result."""
-        tiles, samples = parts[0].shape
+    def reduce(self, partials: tuple[Tensor, Tensor, Tensor], result: Exponentials, rows: slice) -> None:
+        """Reduce the partials over the tiles into these rows of the result."""
+        tiles, samples = partials[0].shape
         largest = result.sums if result.largest is None else result.largest
         launch(
             reduce_tiles_kernel, samples, REDUCTION_TILE,
-            *parts, result.sums[rows], largest[rows], result.removed[rows], tiles, samples, self.scale_log2, self.shift_log2,
+            *partials, result.sums[rows], largest[rows], result.removed[rows], tiles, samples,
+            self.scale_log2, self.shift_log2,
             LARGEST=self.largest, FILTER=self.threshold is not None, HAS_BIAS=self.bias is not None,
         )  # fmt: skip
 
 
-def counting(
+def exponentials_spec(
     like: Tensor,
     shape: tuple[int, int],
     slot_bl: Tensor,
@@ -191,26 +193,28 @@ def counting(
     threshold: float | None,
     hidden_bS: Tensor | None,
     largest: bool,
-) -> NegativeMask:
-    """Checked; shape = (b, S). ValueError for what cannot be used."""
+) -> ExponentialsSpec:
+    """Check the arguments for a matrix of `shape` = (b, S). Raises ValueError."""
     samples, columns = shape
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale is {scale}, expected a finite number > 0 such as 64")
     if not math.isfinite(shift):
-        raise ValueError(f"shift is {shift}, expected a finite number: `LossSpec.shift` says which")
+        raise ValueError(f"shift is {shift}, expected a finite number such as `LossSpec.shift()`")
     if threshold is not None and hidden_bS is not None:
-        raise ValueError("threshold and hidden are both given, expected one: hidden is what a threshold gave before")
+        raise ValueError(
+            "threshold and hidden are both given, expected one: hidden is the result of an earlier threshold"
+        )
     check_matrix("slot", slot_bl, (torch.int64,), (samples, slot_bl.shape[-1]), like)
     check_matrix("own", own_bl, (torch.bool,), tuple(slot_bl.shape), like)
     bias = check_column("bias", bias_S, columns, torch.float32, like) if bias_S is not None else None
     if hidden_bS is not None:
         check_pitched("hidden", hidden_bS, (torch.bool,), shape, like)
-        # Rows are read up to their stride: masks then are of whole words.
+        # Kernels read rows up to their stride, which keeps masks to whole words.
         if hidden_bS.storage_offset() + samples * hidden_bS.stride(0) > hidden_bS.untyped_storage().nbytes():
             raise ValueError(
-                f"hidden has strides {hidden_bS.stride()} and ends in its last row, expected it as it was given"
+                f"hidden has strides {hidden_bS.stride()} and ends in its last row, expected the `hidden` of a result"
             )
-    return NegativeMask(
+    return ExponentialsSpec(
         scale,
         shift,
         slot_bl.shape[1],
@@ -226,12 +230,12 @@ def counting(
 def check_pitched(
     name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, int] | None, like: Tensor
 ) -> None:
-    """ValueError unless x is a matrix of one of `dtypes` whose rows do not overlap and have no holes."""
+    """Raises ValueError unless x is a matrix of one of `dtypes` with contiguous rows that do not overlap."""
     if x.ndim != 2 or (shape is not None and tuple(x.shape) != shape):
         raise ValueError(f"{name} is {list(x.shape)}, expected {'[b, S]' if shape is None else list(shape)}")
     if x.dtype not in dtypes:
         raise ValueError(f"{name} is {x.dtype}, expected {' or '.join(map(str, dtypes))}")
     if x.numel() and (x.stride(1) != 1 or (len(x) > 1 and x.stride(0) < x.shape[1])):
-        raise ValueError(f"{name} has strides {x.stride()} for shape {list(x.shape)}, expected one row after the other")
+        raise ValueError(f"{name} has strides {x.stride()} for shape {list(x.shape)}, expected contiguous rows")
     if x.device != like.device:
         raise ValueError(f"{name} is on {x.device}, expected {like.device} like the other tensors")

@@ -1,14 +1,15 @@
-"""AdamW and SGD steps of sampled rows: decay, moments and the write back, in one pass.
+"""AdamW and SGD steps of sampled rows: decay, moments and write back in one pass.
 
 Legend: L rows in memory, S rows of this step, D width.
 
-What a step is, and what the factors of a row are, is `megacid.classifier.row_optimizer`'s business; here is the same
-arithmetic, fp32, in the same order. In float operations per element it is nothing: what counts are the bytes. With fp32
-moments AdamW moves 28 per element (weight and both moments there and back, gradient), SGD 20; with bf16 moments 20 and 16.
+`megacid.classifier.row_optimizer` defines the step and the factors of a row; these kernels do the same fp32 arithmetic
+in the same order. Grid: one program per `tile.rows` of the S rows; every element is read and written once, nothing is
+reduced. The kernels are bound by memory: AdamW moves 28 bytes per element (weight and both moments read and written,
+gradient read), SGD 20; with bf16 moments 20 and 16.
 
-bf16 moments are rounded up or down at random without bias, see `megacid.classifier.row_state`: 32 bits per element,
+bf16 moments are rounded stochastically without bias, see `megacid.classifier.row_state`: 32 random bits per element,
 murmur3's finaliser (Appleby, public domain) of a key of the row and one of the column; the lower half for the first
-moment, the upper for the second. The kernels handle bf16 as int16 patterns, so nothing but these bits decides.
+moment, the upper for the second. bf16 is handled as int16 patterns, so only these bits decide.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -22,16 +23,16 @@ from torch import Tensor
 
 from megacid_kernels.fused.launch import (
     Tile,
+    block_columns,
     check_column,
     check_matrix,
     check_rows,
-    columns,
     launch,
-    slots,
+    program_slots,
     tile_of,
 )
 
-Factor = float | Tensor  # of every row, or one per row: fp32 [S] or [S, 1]
+Factor = float | Tensor  # one for all rows, or one per row: fp32 [S] or [S, 1]
 Keys = tuple[Tensor, Tensor]  # int32 [S] (or [S, 1]) and int32 [D] (or [1, D])
 
 
@@ -39,7 +40,8 @@ class AdamWFactors(NamedTuple):
     """m = keep1 m + (1 - beta1) g,  v = keep2 v + (1 - beta2) g^2,  w = shrink w - rate m / (sqrt(v) + eps).
 
     With n steps counted, rate = lr sqrt(1 - beta2^n) / (1 - beta1^n) and eps = eps0 sqrt(1 - beta2^n) is AdamW
-    (Loshchilov and Hutter, 2019) with both bias corrections moved to the row. The first three: all floats, or all columns.
+    (Loshchilov and Hutter, 2019) with both bias corrections moved to the row. `keep1`, `keep2`
+    and `shrink` are all floats or all [S].
     """
 
     keep1: Factor
@@ -50,7 +52,7 @@ class AdamWFactors(NamedTuple):
 
 
 class SGDFactors(NamedTuple):
-    """w = shrink w,  v = keep v + g + weight_decay w,  w = w - lr v. Both floats, or both columns."""
+    """w = shrink w,  v = keep v + g + weight_decay w,  w = w - lr v. Both are floats, or both [S]."""
 
     keep: Factor
     shrink: Factor
@@ -58,7 +60,7 @@ class SGDFactors(NamedTuple):
 
 @triton.jit
 def _factor(x, slot, inside, COLUMN: tl.constexpr):
-    """[ROWS, 1] of a column in memory, or the number itself."""
+    """x[slot] as [ROWS, 1] if x is a column in memory, else the number x."""
     if COLUMN:
         return tl.load(x + slot, mask=inside, other=0.0)[:, None]
     else:
@@ -75,7 +77,7 @@ def _scale(x, IN_MEMORY: tl.constexpr):
 
 @triton.jit
 def _random_bits(row_key, column_key_ptr, column, D: tl.constexpr):
-    """murmur3's finaliser, uint32 [ROWS, BLOCK]. Products are meant to wrap: no check in debug builds."""
+    """murmur3's finaliser, uint32 [ROWS, BLOCK]. Products wrap on purpose: no overflow check in debug builds."""
     column_key = tl.load(column_key_ptr + column, mask=column < D, other=0)
     bits = (row_key ^ column_key).to(tl.uint32, bitcast=True)
     bits = bits ^ (bits >> 16)
@@ -87,7 +89,7 @@ def _random_bits(row_key, column_key_ptr, column, D: tl.constexpr):
 
 @triton.jit
 def _load_moment(pointer, mask, BF16: tl.constexpr):
-    """fp32; of bf16 patterns in int16 the upper half of the fp32 pattern."""
+    """A moment as fp32; an int16 pattern of bf16 is the upper half of the fp32 pattern."""
     x = tl.load(pointer, mask=mask, other=0)
     if BF16:
         x = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -96,7 +98,7 @@ def _load_moment(pointer, mask, BF16: tl.constexpr):
 
 @triton.jit
 def _to_bf16(x, bits):
-    """int16 patterns; `bits`: uint32 below 2^16. A carry out of the lower half is the rounding up."""
+    """int16 patterns of bf16; `bits`: uint32 below 2^16. A carry out of the lower half rounds up."""
     pattern = tl.add(x.to(tl.uint32, bitcast=True), bits, sanitize_overflow=False)
     return (pattern >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
 
@@ -105,20 +107,20 @@ def _to_bf16(x, bits):
 def adamw_rows_kernel(
     weight_ptr,  # [L, D] fp32, in and out
     mean_ptr,  # [L, D] fp32, or bf16 as int16, in and out
-    square_ptr,  # [L, D] likewise
+    square_ptr,  # [L, D] same dtype, in and out
     grad_ptr,  # [S, D] fp32
-    rows_ptr,  # [S] int64, or anything with HAS_ROWS = False
-    row_key_ptr,  # [S] int32, or anything with BF16 = False
-    column_key_ptr,  # [D] int32, likewise
-    keep1,  # [S] fp32 with COLUMNS, else a number; so the next two
-    keep2,
-    shrink,
+    rows_ptr,  # [S] int64, unused unless HAS_ROWS
+    row_key_ptr,  # [S] int32, unused unless BF16
+    column_key_ptr,  # [D] int32, unused unless BF16
+    keep1,  # [S] fp32 with COLUMNS, else a number
+    keep2,  # [S] fp32 with COLUMNS, else a number
+    shrink,  # [S] fp32 with COLUMNS, else a number
     rate_ptr,  # [S] fp32
     eps_ptr,  # [S] fp32
-    grad_scale,  # fp32 in memory with SCALE_IN_MEMORY, else a number
+    grad_scale,  # [1] fp32 with SCALE_IN_MEMORY, else a number
     num_rows,
-    add1,
-    add2,
+    add1,  # 1 - beta1
+    add2,  # 1 - beta2
     D: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -127,7 +129,7 @@ def adamw_rows_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    slot, inside, source = slots(rows_ptr, num_rows, HAS_ROWS, ROWS)
+    slot, inside, source = program_slots(rows_ptr, num_rows, HAS_ROWS, ROWS)
     row, grad_row = source[:, None] * D, slot[:, None] * D
     scale = _scale(grad_scale, SCALE_IN_MEMORY)
     kept1 = _factor(keep1, slot, inside, COLUMNS)
@@ -138,7 +140,7 @@ def adamw_rows_kernel(
     if BF16:
         row_key = tl.load(row_key_ptr + slot, mask=inside, other=0)[:, None]
     for start in range(0, D, BLOCK):
-        column, mask = columns(start, inside, D, BLOCK)
+        column, mask = block_columns(start, inside, D, BLOCK)
         w = tl.load(weight_ptr + row + column, mask=mask, other=0.0)
         g = tl.load(grad_ptr + grad_row + column, mask=mask, other=0.0)
         g = g * scale
@@ -159,12 +161,12 @@ def sgd_rows_kernel(
     weight_ptr,  # [L, D] fp32, in and out
     velocity_ptr,  # [L, D] fp32, or bf16 as int16, in and out
     grad_ptr,  # [S, D] fp32
-    rows_ptr,  # [S] int64, or anything with HAS_ROWS = False
-    row_key_ptr,  # [S] int32, or anything with BF16 = False
-    column_key_ptr,  # [D] int32, likewise
-    keep,  # [S] fp32 with COLUMNS, else a number; so the next one
-    shrink,
-    grad_scale,  # fp32 in memory with SCALE_IN_MEMORY, else a number
+    rows_ptr,  # [S] int64, unused unless HAS_ROWS
+    row_key_ptr,  # [S] int32, unused unless BF16
+    column_key_ptr,  # [D] int32, unused unless BF16
+    keep,  # [S] fp32 with COLUMNS, else a number
+    shrink,  # [S] fp32 with COLUMNS, else a number
+    grad_scale,  # [1] fp32 with SCALE_IN_MEMORY, else a number
     num_rows,
     lr,
     weight_decay,
@@ -176,7 +178,7 @@ def sgd_rows_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    slot, inside, source = slots(rows_ptr, num_rows, HAS_ROWS, ROWS)
+    slot, inside, source = program_slots(rows_ptr, num_rows, HAS_ROWS, ROWS)
     row, grad_row = source[:, None] * D, slot[:, None] * D
     scale = _scale(grad_scale, SCALE_IN_MEMORY)
     kept = _factor(keep, slot, inside, COLUMNS)
@@ -184,7 +186,7 @@ def sgd_rows_kernel(
     if BF16:
         row_key = tl.load(row_key_ptr + slot, mask=inside, other=0)[:, None]
     for start in range(0, D, BLOCK):
-        column, mask = columns(start, inside, D, BLOCK)
+        column, mask = block_columns(start, inside, D, BLOCK)
         w = tl.load(weight_ptr + row + column, mask=mask, other=0.0)
         g = tl.load(grad_ptr + grad_row + column, mask=mask, other=0.0)
         w = w * shrunk
@@ -210,28 +212,28 @@ def adamw_rows_(
     keys: Keys | None = None,
     tile: Tile | None = None,
 ) -> None:
-    """One AdamW step of rows `rows_S` in place. Other rows keep every bit.
+    """One AdamW step of rows `rows_S`, in place. Other rows keep every bit.
 
-    weight_LD    fp32 [L, D]. Both moments: fp32, or both bf16, which need `keys`
-    grad_SD      fp32 [S, D], with respect to w[rows_S]
-    factors      decay and bias correction per row, see `AdamWFactors`
-    rows_S       int64 [S], sorted, unique, in [0, L), which is not checked: two programs that write one row race, and
-                 others write elsewhere in memory. None: all rows, S = L
-    grad_scale   factor of the gradient; a tensor of one fp32 is read on the device
-    keys         `megacid.classifier.row_state.rounding_keys`; not used for fp32 moments
-    tile         None: `tile_of(D)`
-
-    All tensors contiguous and on one device. Bitwise repeatable, no host synchronisation, not seen by autograd.
-    ValueError for what cannot be used.
+    Args:
+        weight_LD: fp32, contiguous.
+        exp_avg_LD, exp_avg_sq_LD: both fp32, or both bf16, which needs `keys`; contiguous.
+        grad_SD: fp32, contiguous, with respect to w[rows_S].
+        factors: decay and bias correction per row.
+        betas: of AdamW; the factors have their powers.
+        rows_S: int64, sorted, unique, in [0, L): of equal rows the programs would race, and a row out of range writes
+            elsewhere in memory. None: all rows, S = L.
+        grad_scale: multiplies the gradient; one fp32 on the device, or a number.
+        keys: `megacid.classifier.row_state.rounding_keys`; unused for fp32 moments.
+        tile: None: `tile_of(D)`.
     """
     moments = {"exp_avg": exp_avg_LD, "exp_avg_sq": exp_avg_sq_LD}
-    call = _Call(weight_LD, moments, grad_SD, rows_S, grad_scale, keys)
-    keep1, keep2, shrink = call.factors({"keep1": factors.keep1, "keep2": factors.keep2, "shrink": factors.shrink})
-    rate, eps = (call.column(name, x) for name, x in (("rate", factors.rate), ("eps", factors.eps)))
+    step = _StepArguments(weight_LD, moments, grad_SD, rows_S, grad_scale, keys)
+    keep1, keep2, shrink = step.factors({"keep1": factors.keep1, "keep2": factors.keep2, "shrink": factors.shrink})
+    rate, eps = (step.column(name, x) for name, x in (("rate", factors.rate), ("eps", factors.eps)))
     launch(
-        adamw_rows_kernel, call.num_rows, tile or tile_of(call.width),
-        weight_LD, *call.moments, grad_SD, call.rows, *call.keys, keep1, keep2, shrink, rate, eps, call.grad_scale,
-        call.num_rows, float(1 - betas[0]), float(1 - betas[1]), COLUMNS=isinstance(keep1, Tensor), **call.constants,
+        adamw_rows_kernel, step.num_rows, tile or tile_of(step.width),
+        weight_LD, *step.moments, grad_SD, step.rows, *step.keys, keep1, keep2, shrink, rate, eps, step.grad_scale,
+        step.num_rows, float(1 - betas[0]), float(1 - betas[1]), COLUMNS=isinstance(keep1, Tensor), **step.constants,
     )  # fmt: skip
 
 
@@ -248,18 +250,19 @@ def sgd_rows_(
     keys: Keys | None = None,
     tile: Tile | None = None,
 ) -> None:
-    """One SGD step with momentum of rows `rows_S` in place; everything as in `adamw_rows_`, see `SGDFactors`."""
-    call = _Call(weight_LD, {"velocity": velocity_LD}, grad_SD, rows_S, grad_scale, keys)
-    keep, shrink = call.factors({"keep": factors.keep, "shrink": factors.shrink})
+    """One SGD step with momentum of rows `rows_S`, in place. See `SGDFactors`; the other arguments are those of
+    `adamw_rows_`."""
+    step = _StepArguments(weight_LD, {"velocity": velocity_LD}, grad_SD, rows_S, grad_scale, keys)
+    keep, shrink = step.factors({"keep": factors.keep, "shrink": factors.shrink})
     launch(
-        sgd_rows_kernel, call.num_rows, tile or tile_of(call.width),
-        weight_LD, *call.moments, grad_SD, call.rows, *call.keys, keep, shrink, call.grad_scale,
-        call.num_rows, float(lr), float(weight_decay), COLUMNS=isinstance(keep, Tensor), **call.constants,
+        sgd_rows_kernel, step.num_rows, tile or tile_of(step.width),
+        weight_LD, *step.moments, grad_SD, step.rows, *step.keys, keep, shrink, step.grad_scale,
+        step.num_rows, float(lr), float(weight_decay), COLUMNS=isinstance(keep, Tensor), **step.constants,
     )  # fmt: skip
 
 
-class _Call:
-    """The checked arguments that both optimizers have, as the kernels take them."""
+class _StepArguments:
+    """The checked arguments that both optimizers share, as their kernels take them."""
 
     def __init__(
         self,
@@ -276,15 +279,13 @@ class _Call:
         self.rows = weight_LD if rows_S is None else rows_S
         first = next(iter(moments.values()))
         for name, moment in moments.items():
-            known = (torch.float32, torch.bfloat16) if moment is first else (first.dtype,)
-            check_matrix(name, moment, known, tuple(weight_LD.shape), weight_LD)
+            dtypes = (torch.float32, torch.bfloat16) if moment is first else (first.dtype,)
+            check_matrix(name, moment, dtypes, tuple(weight_LD.shape), weight_LD)
         check_matrix("grad", grad_SD, (torch.float32,), (self.num_rows, self.width), weight_LD)
         bf16 = first.dtype == torch.bfloat16
         self.moments = [moment.view(torch.int16) if bf16 else moment for moment in moments.values()]
         if bf16 and keys is None:
-            raise ValueError(
-                "keys is None with bf16 moments, expected the rows' and the columns' int32 keys of the rounding"
-            )
+            raise ValueError("keys is None with bf16 moments, expected the int32 rounding keys of the rows and columns")
         self.keys = [weight_LD, weight_LD]
         if bf16 and keys is not None:
             self.keys = [
@@ -305,11 +306,8 @@ class _Call:
         return check_column(name, x, self.num_rows, torch.float32, self.like)
 
     def factors(self, named: dict[str, Factor]) -> list[Factor]:
-        """All floats, or all columns [S]."""
-        kinds = {name: isinstance(x, Tensor) for name, x in named.items()}
-        if len(set(kinds.values())) > 1:
-            columns_of = [name for name, is_column in kinds.items() if is_column]
-            raise ValueError(
-                f"of the factors {list(kinds)} only {columns_of} are tensors, expected all of them or none"
-            )
+        """All floats, or all fp32 [S]."""
+        tensors = [name for name, x in named.items() if isinstance(x, Tensor)]
+        if 0 < len(tensors) < len(named):
+            raise ValueError(f"of the factors {list(named)} only {tensors} are tensors, expected all of them or none")
         return [self.column(name, x) if isinstance(x, Tensor) else float(x) for name, x in named.items()]

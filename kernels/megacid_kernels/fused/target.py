@@ -1,9 +1,12 @@
-"""Cosine and sine of every sample to its labels, from full-precision rows where they lie.
+"""Cosine and sine between every sample and its labels, from fp32 rows read in place.
 
 Legend: b samples, l labels per sample, D width, L rows of the weight in memory, S rows of this step.
 
-The margin turns on digits that 16-bit rows do not have, and on a sine: sqrt(1 - c^2) has none left where c is close to
-+-1, |x - w| |x + w| / 2 of unit vectors has all of them.
+The margin depends on digits that 16-bit rows do not have, and on the sine. sqrt(1 - c^2) has no digits left where c is
+close to +-1; |x - w| |x + w| / 2 of unit vectors keeps all of them.
+
+Grid: one program per `tile.rows` (sample, label) pairs, which reads both rows (8 bytes per element) and writes two fp32
+numbers per pair. Rows are read only for labels of this rank. Sums over D are in the order of the columns.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -13,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megacid_kernels.fused.launch import Tile, check_column, check_matrix, columns, launch, tile_of
+from megacid_kernels.fused.launch import Tile, block_columns, check_column, check_matrix, launch, tile_of
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -46,7 +49,7 @@ def target_cosines_kernel(
     differences = tl.zeros((ROWS, BLOCK), tl.float32)
     sums = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, D, BLOCK):
-        column, mask = columns(start, own, D, BLOCK)
+        column, mask = block_columns(start, own, D, BLOCK)
         x = tl.load(x_ptr + x_row + column, mask=mask, other=0.0) * inverse_x
         w = tl.load(w_ptr + w_row + column, mask=mask, other=0.0) * inverse_w
         products += x * w
@@ -68,14 +71,18 @@ def target_cosines(
     *,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of the angle between every sample and each of its labels, fp32 [b, l]; zeros where not own_bl.
+    """Cosine and sine of the angle between every sample and each of its labels.
 
-    x_bD, w_LD    fp32 contiguous, any length; inverse_x_b, inverse_w_S fp32: 1 / length, 0 of a zero row
-    row_bl        int64, the row of w_LD; slot_bl int64, the index of inverse_w_S. Looked at where own_bl (bool) alone
-    tile          None: `tile_of(D)`
+    Args:
+        x_bD, w_LD: fp32, contiguous, rows of any length.
+        inverse_x_b, inverse_w_S: fp32, 1 / length of the rows of x and of the S rows of this step; 0 for a zero row.
+        row_bl: int64, the label's row of w_LD; read where own_bl only.
+        slot_bl: int64, the label's index into inverse_w_S; read where own_bl only.
+        own_bl: bool, whether the label's class is on this rank.
+        tile: None: `tile_of(D)`.
 
-    8 bytes are read per element of a pair. Neither is clipped: |cos| may pass 1 by a rounding. Bitwise repeatable, no host
-    synchronisation, not seen by autograd. ValueError for what cannot be used.
+    Returns:
+        (cos, sin), fp32 [b, l], 0 where not own_bl. Neither is clipped: |cos| may exceed 1 by a rounding error.
     """
     check_matrix("x", x_bD, (torch.float32,))
     width, shape = x_bD.shape[1], (len(x_bD), slot_bl.shape[-1])

@@ -1,16 +1,15 @@
-"""Which tile a product is cut into, by device, dtype and width: a table that is looked up, never searched for at run time.
+"""The tiles of the products by device, dtype and width: a table that is looked up, never tuned at run time.
 
-Why no autotuning: kernels that work in place would spoil their data while they are timed, ranks could choose differently,
-and two runs would not give the same bits.
+Autotuning would spoil the data of in-place kernels, let ranks choose differently, and change bits between runs.
 
-MEGACID_KERNEL_TABLE names a JSON file whose entries go before those here (`tools/tune.py` measures one):
+MEGACID_KERNEL_TABLE names a JSON file whose entries take precedence over the table here (`tools/tune.py` measures one):
 
     [{"architecture": "sm_90", "dtype": "float16", "width": 512, "matrix": "fused",
       "forward": {"rows": 128, "columns": 256, "depth": 64, "warps": 8, "stages": 4, "group": 8},
       "nearest": {"rows": 128, "columns": 256, "depth": 64, "warps": 8, "stages": 4, "group": 64}}]
 
-An entry is for widths up to its own and above the next smaller one of its architecture and dtype; the largest of them is
-for all that are wider, too.
+An entry serves widths up to its own and above the next smaller entry of its architecture and dtype; the largest also
+serves all wider ones.
 """
 
 import json
@@ -32,12 +31,12 @@ Key = tuple[str, str, int]  # architecture such as "sm_90", dtype such as "float
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the products of one device, dtype and range of widths are made."""
+    """Tiles of the products of one device, dtype and range of widths."""
 
     forward: ProductTile
     nearest: ProductTile
-    matrix: MatrixBy  # the exponentials: "fused" with their product, or "in-place" over a product by cuBLAS
-    measured: bool = False  # on such a device, or estimated from its data sheet and from what the compiler says
+    matrix: MatrixBy  # exponentials "fused" into the product, or "in-place" over a cuBLAS product
+    measured: bool = False  # on such a device; else estimated from its data sheet and the compiler's report
 
 
 def _entry(forward: tuple[int, ...], nearest: tuple[int, ...], matrix: MatrixBy) -> Tiles:
@@ -48,13 +47,13 @@ def _entry(forward: tuple[int, ...], nearest: tuple[int, ...], matrix: MatrixBy)
 # from L2, and for short rows two programs of 128 x 128 hide each other's epilogue.
 _WIDE_90 = _entry((128, 256, 64, 8, 4, 8), (128, 256, 64, 8, 4, 64), "in-place")
 _SHORT_90 = _entry((128, 128, 64, 8, 3, 8), (128, 256, 64, 8, 4, 64), "fused")
-# mma.sync in Triton is close to cuBLAS: fused at any width. With 256 columns both would spill registers.
+# Triton's mma.sync is close to cuBLAS, so fused at any width. With 256 columns both kernels would spill registers.
 _ANY_80 = _entry((128, 128, 32, 8, 4, 8), (128, 128, 32, 8, 4, 64), "fused")
-# 99 KiB (sm_86, sm_89, sm_120) and all that is not known: what fits everywhere.
+# 99 KiB (sm_86, sm_89, sm_120) and unknown devices: a tile that fits everywhere.
 _ELSEWHERE = _entry((64, 128, 32, 4, 3, 8), (64, 128, 32, 4, 3, 64), "fused")
-# fp32 has no tensor core of its precision: small tiles, and cuBLAS for the matrix.
+# No tensor core has the precision of fp32: small tiles, and cuBLAS for the matrix.
 _FLOAT32 = _entry((64, 128, 16, 8, 2, 8), (64, 128, 16, 8, 2, 64), "in-place")
-# Triton's interpreter pays by the operation, not by its size.
+# The interpreter's time depends on the number of operations, not on their size.
 _INTERPRETED = _entry((128, 256, 512, 8, 1, 8), (128, 256, 512, 8, 1, 8), "fused")
 
 _HALVES = ("float16", "bfloat16")
@@ -66,16 +65,16 @@ TABLE: dict[Key, Tiles] = {
 
 
 def tiles_for(device: torch.device, dtype: torch.dtype, width: int) -> Tiles:
-    """The entry for products of such rows on this device. ValueError for a dtype without kernels, or a bad table."""
+    """The tiles for rows of this dtype and width. Raises ValueError for a dtype without kernels and for a bad table."""
     if dtype not in PRODUCT_DTYPES:
         raise ValueError(f"dtype is {dtype}, expected one of {PRODUCT_DTYPES}")
     name = str(dtype).removeprefix("torch.")
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        found = lookup(f"sm_{major}{minor}", name, width)
+        tiles = lookup(f"sm_{major}{minor}", name, width)
     else:
-        found = lookup("interpreter", name, width) if INTERPRET else None
-    return found or (_INTERPRETED if INTERPRET else _FLOAT32 if dtype == torch.float32 else _ELSEWHERE)
+        tiles = lookup("interpreter", name, width) if INTERPRET else None
+    return tiles or (_INTERPRETED if INTERPRET else _FLOAT32 if dtype == torch.float32 else _ELSEWHERE)
 
 
 def lookup(architecture: str, dtype: str, width: int) -> Tiles | None:
@@ -90,7 +89,7 @@ def lookup(architecture: str, dtype: str, width: int) -> Tiles | None:
 
 @lru_cache
 def read_table(path: str) -> dict[Key, Tiles]:
-    """The table in a JSON file; read once per process. ValueError that names the file where it is not one."""
+    """The table in a JSON file, read once per process. Raises ValueError that names the file."""
     try:
         entries = json.loads(Path(path).read_text())
         table = dict(_parsed(entry) for entry in entries)
@@ -105,9 +104,9 @@ def read_table(path: str) -> dict[Key, Tiles]:
 
 
 def _parsed(entry: dict[str, Any]) -> tuple[Key, Tiles]:
-    wanted = {"architecture", "dtype", "width", "matrix", "forward", "nearest"}
-    if set(entry) != wanted:
-        raise ValueError(f"an entry has {sorted(entry)}, expected {sorted(wanted)}")
+    expected = {"architecture", "dtype", "width", "matrix", "forward", "nearest"}
+    if set(entry) != expected:
+        raise ValueError(f"an entry has {sorted(entry)}, expected {sorted(expected)}")
     if entry["matrix"] not in get_args(MatrixBy):
         raise ValueError(f"matrix is {entry['matrix']!r}, expected one of {get_args(MatrixBy)}")
     forward, nearest = ProductTile(**entry["forward"]), ProductTile(**entry["nearest"])
@@ -116,7 +115,7 @@ def _parsed(entry: dict[str, Any]) -> tuple[Key, Tiles]:
 
 
 def as_json(table: dict[Key, Tiles]) -> str:
-    """The text of a table's file, for `read_table`."""
+    """The table as the JSON text that `read_table` reads."""
     entries = [
         {
             "architecture": architecture,
