@@ -1,10 +1,10 @@
-"""Exchanges labels between ranks before a step: batch sizes, labels of the global batch, class rows that each rank uses.
+"""Exchanges labels between ranks before a step: batch sizes, labels of the global batch, class rows of each rank.
 
 Legend: B local batch, G gathered batch, l labels per sample, W ranks, S class rows that this rank uses.
 
-A step takes one small all-gather and ONE host synchronisation: the numbers that shape the step (batch sizes, row counts)
-and those that end it (labels out of range, invalid input on a rank) are read together. Before that read everything runs
-on the device and no label is used as an index, so an invalid label cannot make a kernel access memory out of bounds.
+A step takes one small all-gather and ONE host synchronisation: the numbers that shape the step (batch sizes, rows) and
+those that end it (labels out of range, invalid input on a rank) are read together. Before that read everything runs on
+the device and no label is used as an index, so an invalid label cannot make a kernel access memory out of bounds.
 """
 
 from __future__ import annotations

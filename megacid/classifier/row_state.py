@@ -20,7 +20,7 @@ ReadRows = Callable[[str, int, int], Tensor]
 
 
 def copy_rows(own: Mapping[str, Tensor], read: ReadRows, start: int, stop: int) -> None:
-    """Fill the tensors of `own` [stop - start, ...] in place with global rows [start, stop), converted to their dtypes.
+    """Fill the tensors of `own` [stop - start, ...] in place with global rows [start, stop).
 
     Raises:
         UserError: rows of another shape. `own` is then unchanged.
@@ -30,8 +30,8 @@ def copy_rows(own: Mapping[str, Tensor], read: ReadRows, start: int, stop: int) 
     for name, rows in loaded.items():
         if rows.shape != own[name].shape:
             raise UserError(
-                f"rows [{start}, {stop}) of {name!r} have shape {tuple(rows.shape)}, expected {tuple(own[name].shape)}: "
-                "load a state of the same number of classes, width and optimizer"
+                f"rows [{start}, {stop}) of {name!r} have shape {tuple(rows.shape)}, expected "
+                f"{tuple(own[name].shape)}: load a state of the same number of classes, width and optimizer"
             )
     with torch.no_grad():
         for name, rows in loaded.items():
@@ -96,7 +96,7 @@ def rounding_bits(row_S1: Tensor, column_1D: Tensor, out_SD: Tensor, spare_SD: T
 def round_to_bf16(x_SD: Tensor, bits_SD: Tensor) -> Tensor:
     """Round stochastically to bf16, unbiased: x_SD fp32, contiguous, overwritten; bits_SD int32, uniform in [0, 2^16).
 
-    Rounding to nearest would freeze a moving average: with beta = 0.999 a step changes it by less than 2^-9 of its value,
+    Rounding to nearest would freeze a moving average: with beta = 0.999 a step changes it by less than 2^-9 of itself,
     half the distance between two bf16 numbers.
     """
     pattern = x_SD.view(torch.int32)

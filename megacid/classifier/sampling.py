@@ -2,9 +2,9 @@
 
 The classes of all ranks are cut into n = sample_rate * num_classes strata of (nearly) equal size and one class is drawn
 from each. The cost of a draw grows with the drawn classes, not with all classes (a random permutation or a top-k of
-random keys, as in partial FC, touches every class); a rank draws its own part without communication; and a sum over the
-drawn classes has less variance than with independent draws. Each step rotates the strata by a random offset: every class
-is equally likely, and no two classes exclude each other permanently. No host synchronisation.
+random keys, as in partial FC, touches every class); a rank draws its own part without communication; and a sum over
+the drawn classes has less variance than with independent draws. Each step rotates the strata by a random offset:
+every class is equally likely, and no two classes exclude each other permanently. No host synchronisation.
 """
 
 from __future__ import annotations

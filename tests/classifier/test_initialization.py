@@ -117,12 +117,12 @@ def test_other_float_types_become_fp32(tmp_path: Path, dtype: torch.dtype) -> No
     weight = matrix().to(dtype)
     save_file({"w": weight}, tmp_path / "w.safetensors")
     torch.save(weight, tmp_path / "w.pt")
-    given: list[Any] = [weight, tmp_path / "w.safetensors", tmp_path / "w.pt"]
-    given.append(in_files(tmp_path / "x", "softmax_fc_gpu_{}.pt", shards(3, weight), state_dict))
+    inputs: list[Any] = [weight, tmp_path / "w.safetensors", tmp_path / "w.pt"]
+    inputs.append(in_files(tmp_path / "x", "softmax_fc_gpu_{}.pt", shards(3, weight), state_dict))
     if dtype != torch.bfloat16:  # numpy has none
         np.save(tmp_path / "w.npy", weight.numpy())
-        given.append(tmp_path / "w.npy")
-    for source in given:
+        inputs.append(tmp_path / "w.npy")
+    for source in inputs:
         rows = load_rows(source, 3, 19, SHAPE)
         assert rows.dtype == torch.float32 and torch.equal(rows, weight[3:19].float()), source
 
@@ -139,8 +139,8 @@ def test_random_rows_depend_on_the_seed_and_not_on_the_shard() -> None:
 # ---- what does not fit -------------------------------------------------------------------------------------------
 
 
-def refused(source: Any, says: str, shape: tuple[int, int] = SHAPE, part: tuple[int, int] = (0, 5)) -> str:
-    with pytest.raises(UserError, match=says) as caught:
+def refused(source: Any, expected: str, shape: tuple[int, int] = SHAPE, part: tuple[int, int] = (0, 5)) -> str:
+    with pytest.raises(UserError, match=expected) as caught:
         load_rows(source, *part, shape)
     message = str(caught.value)
     assert ": " in message and "weights_only=False" not in message
@@ -155,8 +155,10 @@ def test_a_matrix_of_another_size_is_refused_with_both_sizes(tmp_path: Path) -> 
             refused(source, r"has width 6, expected embed_dim = 7", (C, 7))
         else:
             for shape in ((24, D), (C, 7)):
-                said = refused(source, re.escape(f"shape (23, 6), expected {shape} = (num_classes, embed_dim)"), shape)
-                assert not isinstance(source, str | Path) or str(source) in said, name
+                message = refused(
+                    source, re.escape(f"shape (23, 6), expected {shape} = (num_classes, embed_dim)"), shape
+                )
+                assert not isinstance(source, str | Path) or str(source) in message, name
     refused(matrix().ravel(), r"shape \(138,\)")
 
 
@@ -178,7 +180,7 @@ def test_every_rank_sees_a_wrong_file_of_another_rank(tmp_path: Path) -> None:
 def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     folder = in_files(tmp_path / "x", "checkpoint_gpu_{}.pt", shards(5), checkpoint)
     (folder / "checkpoint_gpu_2.pt").unlink()
-    refused(folder, r"4 files up to rank 4, but none of rank 2: .* copy checkpoint_gpu_2\.pt")
+    refused(folder, r"4 files up to rank 4, but none of rank 2: copy checkpoint_gpu_2\.pt")
     (folder / "checkpoint_gpu_3.pt").unlink()
     (folder / "checkpoint_gpu_4.pt").unlink()
     refused(folder, r"holds 10 classes in 2 files, expected num_classes = 23: .*all its ranks")
