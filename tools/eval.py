@@ -35,8 +35,7 @@ from megacid.evaluate.zero_shot import zero_shot
 from megacid.failpoints import failpoint
 from megacid.models.clip import LOCAL_DIR, LoadedClip, load_clip
 from megacid.models.student import loaded_student
-from megacid.storage.atomic import write_json_atomic
-from megacid.storage.stage_files import disk_errors
+from megacid.storage.atomic import disk_errors, write_json_atomic
 
 TASKS = {"zero_shot": "zeroshot_classification", "linear_probe": "linear_probe"}  # ours -> CLIP_benchmark's name
 

@@ -16,7 +16,7 @@ from megacid.distributed.stopping import run_alone
 from megacid.errors import UserError, run_tool
 from megacid.evaluate.export import export_student, student_from_run
 from megacid.models.clip import LOCAL_DIR
-from megacid.storage.stage_files import disk_errors, sweep
+from megacid.storage.atomic import disk_errors, remove_temporary_files
 
 
 def parse_step(text: str) -> int | None:
@@ -42,7 +42,7 @@ def export(args: argparse.Namespace) -> int:
     student, step = student_from_run(args.run, parse_step(args.step))
     name = args.name or args.run.resolve().name
     with disk_errors(args.out):
-        sweep(args.out)
+        remove_temporary_files(args.out)
         files = export_student(student, args.out, name=name, source={"run": str(args.run), "step": step})
     for file in files:
         print(f"{file}  {file.stat().st_size:,} bytes")

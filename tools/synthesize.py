@@ -35,7 +35,8 @@ from megacid.errors import UserError, run_tool
 from megacid.failpoints import failpoint
 from megacid.storage.atomic import write_json_atomic
 from megacid.storage.metadata import read_meta, write_meta
-from megacid.storage.stage_files import staged_folder, write_array, write_npy
+from megacid.storage.npy import write_array, write_npy
+from megacid.storage.stage_directory import staged_folder
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_CAPTIONS = (

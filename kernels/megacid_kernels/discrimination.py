@@ -140,7 +140,7 @@ def discrimination_with_gradients(
     chosen = resolve(spec.impl, x.device, wide)
     if chosen == "torch" and spec.precision not in ("auto", "fp32"):
         raise ValueError(
-            f"precision is {spec.precision!r} in PyTorch, which computes in {wide}: wanted 'auto' or 'fp32'"
+            f"precision is {spec.precision!r} in PyTorch, which computes in {wide}: expected 'auto' or 'fp32'"
         )
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         run = _prepare(

@@ -74,7 +74,9 @@ def _apply_set(tree: dict[str, Any], assignment: str) -> None:
     """One `--set section.key=value`: first the megacid block, else DeepSpeed's keys. The value is read as JSON, else as text."""
     path, sign, text = assignment.partition("=")
     if not sign or not path:
-        raise UserError(f"--set {assignment!r}: wanted section.key=value, for example --set classifier.sample_rate=0.2")
+        raise UserError(
+            f"--set {assignment!r}: expected section.key=value, for example --set classifier.sample_rate=0.2"
+        )
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):  # the type that the key wants decides

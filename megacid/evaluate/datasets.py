@@ -108,7 +108,9 @@ def _lines(file: Path) -> list[str]:
     while lines and not lines[-1].strip():
         lines.pop()
     if not lines or not all(line.strip() for line in lines):
-        raise UserError(f"{file} has an empty line or none at all; wanted one entry per line (line number = class id)")
+        raise UserError(
+            f"{file} has an empty line or none at all; expected one entry per line (line number = class id)"
+        )
     return [line.strip() for line in lines]
 
 

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megacid.errors import UserError
+from megacid.failpoints import failpoint
+
 
 def fsync_dir(path: Path) -> None:
     """Make renames inside `path` durable."""
@@ -63,3 +66,35 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """An OSError of the block becomes a UserError that names `path`: the disk is full, or may not be written to."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error}): free space on that disk or correct its permissions, and run the same "
+            "command again; what was complete is kept"
+        ) from None
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """`atomic_path` with `disk_errors`: yields the temporary name; no reading inside."""
+    with disk_errors(path), atomic_path(path) as temporary:
+        yield temporary
+        failpoint("offline:file", path=path)
+
+
+def write_text(path: Path, text: str) -> None:
+    with writing(path) as temporary:
+        temporary.write_text(text)
+
+
+def remove_temporary_files(out: Path) -> None:
+    """Remove the temporary files that a killed run left in a stage directory and the folders in it."""
+    for pattern in (".tmp-*", "*/.tmp-*"):
+        for path in out.glob(pattern):
+            path.unlink(missing_ok=True)

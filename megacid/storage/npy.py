@@ -9,6 +9,7 @@ from typing import BinaryIO
 import numpy as np
 
 from megacid.errors import UserError
+from megacid.storage.atomic import writing
 
 
 def load_npy(path: Path, remedy: str) -> np.ndarray:
@@ -40,3 +41,19 @@ def write_npy(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...], blocks: I
     )
     for block in blocks:
         file.write(np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8).data)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """A .npy without pickles, atomic and durable."""
+    with writing(path) as temporary, open(temporary, "wb") as file:
+        write_npy(file, array.dtype, array.shape, [array])
+
+
+def read_array(path: Path, shape: tuple[int | None, ...], kind: str) -> np.ndarray | None:
+    """A memory map of the array; None when the file is missing, cut off, or not of that shape (None: any) and dtype kind."""
+    try:
+        array = load_npy(path, "it is made again")
+    except UserError:
+        return None
+    fits = array.ndim == len(shape) and all(want in (None, have) for want, have in zip(shape, array.shape))
+    return array if fits and array.dtype.kind == kind else None

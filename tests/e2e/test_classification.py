@@ -155,7 +155,7 @@ def test_a_sweep_is_kept_and_resumed_and_ends_in_table_and_plot(root: Path) -> N
     before = {path: path.stat().st_mtime_ns for path in out.rglob("step-*")}
     run_tool_inside(*words)
     assert before and {path: path.stat().st_mtime_ns for path in out.rglob("step-*")} == before
-    assert "'limit': None}, wanted" in run_tool_inside(*words, "--limit", 9, expect=2)
+    assert "'limit': None}, expected" in run_tool_inside(*words, "--limit", 9, expect=2)
     assert "classifier.m3: 0.1 -> 0.2" in run_tool_inside(*words, "--set", "classifier.m3=0.2", expect=2)
 
 

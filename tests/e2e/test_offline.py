@@ -196,7 +196,7 @@ def test_cluster_is_left_alone_when_complete_and_refused_when_different(stage: P
     before = snapshot(stage / "clusters", "**/*.*")
     assert "is complete" in run("cluster", *cluster_args(stage))
     assert snapshot(stage / "clusters", "**/*.*") == before
-    assert "k=4, this run has k=5" in run("cluster", *cluster_args(stage, k=5), expect=2)
+    assert "with k 4, this run has 5" in run("cluster", *cluster_args(stage, k=5), expect=2)
     assert "k is 36 but there are only 35 rows" in run("cluster", *cluster_args(stage, out="many", k=36), expect=2)
 
 

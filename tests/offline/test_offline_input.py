@@ -34,7 +34,7 @@ from megacid.errors import UserError
 from megacid.models.clip import load_clip
 from megacid.offline.embed import stage as embed_stage
 from megacid.offline.rows import EmbeddingRows
-from megacid.storage.stage_files import PartialResults
+from megacid.storage.stage_directory import PartialResults
 
 IMAGES, TEXTS, KEYS = "img_emb/img_emb_00001.npy", "text_emb/text_emb_00001.npy", "metadata/metadata_00001.parquet"
 Spoil = Callable[[Path], None]
@@ -308,30 +308,31 @@ def test_partial_results_of_other_arguments_are_not_used(whole: Path, tmp_path: 
     tool = Tool("cluster", whole, "partial-cluster", tmp_path / "log")
     assert tool.fates(1, kill("cluster:iteration_saved", step=3)) == [KILLED]
     for more, message in (
-        (["--k", 5], "made with k=4, this run has k=5"),
-        (["--seed", 1], "made with seed=0, this run has seed=1"),
-        (["--iterations", 2], "is after iteration 3, with iterations=2 .* a run ends after 2"),
-        (["--tolerance", 0.5], "is after iteration 3, .* a run ends after 2"),
+        (["--k", 5], "made with k 4, this run has 5"),
+        (["--seed", 1], "made with seed 0, this run has 1"),
+        (["--iterations", 2], "made with iterations 4, this run has 2"),
+        (["--tolerance", 0.5], r"made with tolerance 0\.0, this run has 0\.5"),
     ):
         assert_one_error(run("cluster", *tool.args, *more, expect=2), message)
     assert run("cluster", *tool.args)
     tool.equals(whole / "clusters")
 
 
-def test_balance_starts_afresh_with_other_arguments(whole: Path, tmp_path: Path) -> None:
+def test_balance_refuses_a_folder_of_other_arguments_and_leaves_it_as_it_is(whole: Path, tmp_path: Path) -> None:
     tool = Tool("balance", whole, "partial-balance", tmp_path / "log")
     assert tool.fates(1, kill("balance:report")) == [KILLED]
     assert (tool.out / ".work").is_dir()
     threshold = balance_args(whole, tool.out.name, "--threshold", 0.003)
-    assert "partial results of other arguments or inputs (threshold, target_keep): starting afresh" in run(
-        "balance", *threshold
-    )
-    tool.equals(whole / "balance")
-    # A finished folder is made afresh too, and left alone when nothing has changed.
-    assert "is complete" in run("balance", *threshold)
-    assert "made with other arguments or inputs (cap): making it afresh" in run("balance", *threshold, "--cap", 1)
-    assert "making it afresh" in run("balance", *threshold)
-    tool.equals(whole / "balance")
+    before = results(tool.out)
+    assert_one_error(run("balance", *threshold, expect=2), r"made with threshold None, this run has 0\.003")
+    assert results(tool.out) == before
+    uninterrupted = Tool("balance", whole, "whole-balance", tmp_path / "log")
+    run("balance", *uninterrupted.args)
+    run("balance", *tool.args)
+    tool.equals(uninterrupted.out)
+    assert "is complete" in run("balance", *tool.args)
+    assert_one_error(run("balance", *tool.args, "--cap", 1, expect=2), "made with cap None, this run has 1")
+    tool.equals(uninterrupted.out)
 
 
 def test_other_labels_for_the_same_arguments_are_other_inputs(copy: Path) -> None:
@@ -342,13 +343,13 @@ def test_other_labels_for_the_same_arguments_are_other_inputs(copy: Path) -> Non
     labels = table["label"].to_numpy().copy()
     labels[0] = (labels[0] + 1) % 4
     pq.write_table(table.set_column(1, "label", pa.array(labels, pa.int32())), path)
-    assert "other arguments or inputs (labels): making it afresh" in run("balance", *arguments)
+    assert_one_error(run("balance", *arguments, expect=2), "again was made with labels '")
 
 
 def test_embed_says_when_the_batch_size_changed(whole: Path) -> None:
     shutil.copytree(whole / "emb", whole / "batches")
     (whole / "batches" / IMAGES).unlink()
-    assert "was started with batch size 5, this run has 6" in run(
+    assert "was started with batch_size 5, this run has 6" in run(
         "embed", *embed_args(whole, "batches"), "--batch-size", 6
     )
 

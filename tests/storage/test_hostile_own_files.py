@@ -23,8 +23,7 @@ from megacid.errors import UserError
 from megacid.evaluate.export import student_from_run
 from megacid.evaluate.features import trained_tower
 from megacid.offline.cluster.state import KMeansSettings, KMeansState, fingerprint, load_state, save_state
-from megacid.offline.embed.stage import claim
-from megacid.storage.stage_files import finished_meta
+from megacid.storage.stage_directory import StageDirectory, finished_meta
 from megacid.training.resume import ResumeLossCheck
 from megacid.training.run_settings import check_same_settings
 
@@ -47,7 +46,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "drift": ("config.json", drift),
     "export": ("config.json", student_from_run),
     "tower": ("config.json", lambda folder: trained_tower(folder, FeatureSet(features(folder / "f")))),
-    "embed": ("settings.json", lambda folder: claim(folder, {"model": "x"}, 8)),
+    "embed": ("settings.json", lambda folder: StageDirectory(folder, "embed", {"model": "x"}).begin()),
 }
 SHAPES: dict[str, bytes] = {
     **BOMBS,

@@ -157,7 +157,7 @@ def test_two_batch_sizes_give_the_third(given: dict[str, int], world: int, want:
             "does not exist at ZeRO stage 3",
         ),
         ({"train_batch_size": 8, "optimizer": {"type": "Lion"}}, '"optimizer" is'),
-        ({"train_batch_size": "8"}, "wanted a whole number"),
+        ({"train_batch_size": "8"}, "expected a whole number"),
     ],
 )
 def test_what_deepspeed_would_ignore_or_misread_is_an_error(keys: dict[str, Any], said: str) -> None:
@@ -223,7 +223,7 @@ def test_set_reaches_both_halves_of_the_run_file() -> None:
         2,
         "other",
     )
-    with pytest.raises(UserError, match=r"wanted section\.key=value"):
+    with pytest.raises(UserError, match=r"expected section\.key=value"):
         load_run(file, ["classifier"], world=2)
 
 

@@ -43,7 +43,7 @@ class Shape:
             if min(shape.classes, shape.width, shape.batch) < 1 or not 0 < shape.rate <= 1:
                 raise ValueError
         except ValueError:
-            wish = "wanted classes,width,batch,rate (numbers above 0, rate at most 1): 131072,256,256,1"
+            wish = "expected classes,width,batch,rate (numbers above 0, rate at most 1): 131072,256,256,1"
             raise UserError(f"shape is {text!r}, {wish}") from None
         return shape
 

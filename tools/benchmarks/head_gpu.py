@@ -72,7 +72,7 @@ def missed_gate(name: str, case: Case, found: dict[str, float]) -> str:
     limits = {"loss_error": allowed_loss_error(name, case.shape.width)}
     limits |= {"dx_error": allowed_error(name), "dw_error": allowed_error(name)}
     return " and ".join(
-        f"{what} {value:.1e} (wanted <= {limits[what]:.1e})"
+        f"{what} {value:.1e} (expected <= {limits[what]:.1e})"
         for what, value in found.items()
         if not value <= limits[what]
     )
@@ -173,7 +173,7 @@ def measure_case(case: Case, names: list[str], timer: measure.Timer, rounds: int
 def run(args: argparse.Namespace, shapes: list[Shape]) -> Report:
     if any(shape.rate != 1 for shape in shapes):
         raise UserError(
-            "a rate below 1 is not for the suite head on a GPU, which takes all rows: wanted classes,width,batch,1"
+            "a rate below 1 is not for the suite head on a GPU, which takes all rows: expected classes,width,batch,1"
         )
     for name in args.providers:
         if name not in PROVIDERS:

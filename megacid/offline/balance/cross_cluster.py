@@ -24,7 +24,7 @@ from megacid.failpoints import failpoint
 from megacid.offline.balance.linking import Link, UnitRows, cosine_bound, find, union, union_near
 from megacid.offline.nearest import Assigner, pad_rows, tile_rows
 from megacid.offline.rows import Rows
-from megacid.storage.stage_files import PartialResults
+from megacid.storage.stage_directory import PartialResults
 
 _SLACK = 4e-3  # rows were assigned as float16 of nearly length 1, and the products were rounded
 _ROUNDING = 1e-5  # of a product of two unit vectors in fp32

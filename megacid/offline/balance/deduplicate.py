@@ -25,7 +25,7 @@ from megacid.offline.balance.threshold_search import FARTHEST, bisect_threshold,
 from megacid.offline.nearest import Assigner, Metric, prepare
 from megacid.offline.random_streams import RandomStream
 from megacid.offline.rows import Rows, SubsetRows
-from megacid.storage.stage_files import PartialResults
+from megacid.storage.stage_directory import PartialResults
 
 log = logging.getLogger(__name__)
 Group = dist.ProcessGroup | None

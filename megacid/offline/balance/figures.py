@@ -34,9 +34,9 @@ from megacid.offline.balance.report import cluster_sizes, size_facts
 from megacid.offline.balance.stage import index_of, labels_digest, tar_rows
 from megacid.offline.cluster.read_labels import read_labels
 from megacid.offline.rows import EmbeddingRows
+from megacid.storage.atomic import write_text, writing
 from megacid.storage.metadata import read_meta
 from megacid.storage.npy import load_npy
-from megacid.storage.stage_files import write_text, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

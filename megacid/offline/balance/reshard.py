@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
@@ -30,9 +28,9 @@ from megacid.distributed.parallel import Parallel
 from megacid.distributed.stopping import Progress, StartProgress, no_progress, stop_together
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
-from megacid.storage.atomic import write_json_atomic
-from megacid.storage.metadata import read_meta, write_meta
-from megacid.storage.stage_files import WORK, PartialResults, disk_errors, remove_temporary_files, writing
+from megacid.storage.atomic import disk_errors, write_json_atomic, writing
+from megacid.storage.metadata import read_meta
+from megacid.storage.stage_directory import StageDirectory
 
 log = logging.getLogger(__name__)
 _RECORD = 10240  # tars end on a whole record
@@ -50,15 +48,17 @@ def reshard(
     """Write OUT/<tar>.tar, sizes.json and, last, meta.json; returns it. balance: a complete folder of this stage.
 
     Tars are shared out to the ranks and appear whole; those an interrupted run wrote are not written again. A folder that
-    is complete is left as it is; with other masks or shards it is made afresh. UserError when OUT holds something else.
+    is complete is left as it is; one of other masks or shards, and one that holds something else, is refused (UserError).
     """
     keep = KeepTable(balance, index)
-    wanted = {"shards_digest": index.digest, "keep": _masks_digest(keep, len(index.names))}
-    work = PartialResults(out, wanted)
+    arguments = {"shards_digest": index.digest, "keep": _masks_digest(keep, len(index.names))}
+    stage = StageDirectory(out, "reshard", arguments, command="tools/balance.py --reshard")
     with stop_together(parallel.group):
-        done = parallel.is_first and _complete(out, wanted)
+        if out.resolve() == index.root.resolve():
+            raise UserError(f"--reshard is {out}, the directory of the shards: give it another, empty directory")
+        done = parallel.is_first and _complete(stage)
         if parallel.is_first and not done:
-            _claim(out, index, work)
+            stage.begin()
     if broadcast_json(done, parallel.group):
         log.info("%s is complete", out)
         return read_meta(out)
@@ -74,7 +74,7 @@ def reshard(
     barrier(parallel.group)
     with stop_together(parallel.group):
         if parallel.is_first:
-            _finish(balance, index, keep, out, wanted)
+            _finish(stage, balance, index, keep)
     barrier(parallel.group)
     return read_meta(out)
 
@@ -141,21 +141,10 @@ def _masks_digest(keep: KeepTable, shards: int) -> str:
     return digest.hexdigest()
 
 
-def _complete(out: Path, wanted: dict[str, Any]) -> bool:
-    """Whether OUT is whole and was made from these masks. UserError when its meta.json is that of another tool."""
-    if not (out / "meta.json").exists():
-        return False
-    try:
-        meta = json.loads((out / "meta.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        log.warning("%s is damaged: making the copy again where needed", out / "meta.json")
-        return False
-    if not isinstance(meta, dict) or meta.get("made_by") != "reshard":
-        raise UserError(f"{out} was not made by --reshard: give it an empty directory")
-    if meta.get("arguments") != wanted:
-        log.warning("%s was made from other masks or shards: making it afresh", out)
-        return False
-    if not (out / "sizes.json").is_file():
+def _complete(stage: StageDirectory) -> bool:
+    """Whether the copy is finished and every tar has its size; a tar of another size is removed, to be written again."""
+    meta, out = stage.finished(), stage.path
+    if meta is None or not (out / "sizes.json").is_file():
         return False
     sizes = {path.name: path.stat().st_size for path in out.glob("*.tar")}
     for name, size in meta["bytes"].items():
@@ -166,54 +155,19 @@ def _complete(out: Path, wanted: dict[str, Any]) -> bool:
     return True
 
 
-def _claim(out: Path, index: ShardIndex, work: PartialResults) -> None:
-    """Make OUT ours; tars stay only where they were made from the same masks."""
-    if out.resolve() == index.root.resolve():
-        raise UserError(f"--reshard is {out}, where the shards are: give it another, empty directory")
-    ours = any((out / name).exists() for name in (WORK, "meta.json"))
-    if not ours and out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty and was not made by --reshard: give it an empty directory")
-    # A finished copy has no partial results any more, but says what it was made from.
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        remove_temporary_files(out)
-        if not _made_from(out, work.fingerprint):
-            for path in out.glob("*.tar"):
-                path.unlink()
-            shutil.rmtree(out / "index", ignore_errors=True)
-        # Before meta.json goes: whoever looks in between finds one of the two.
-        work.begin()
-        for name in ("meta.json", "sizes.json"):
-            (out / name).unlink(missing_ok=True)
-
-
-def _made_from(out: Path, wanted: dict[str, Any]) -> bool:
-    for path, name in ((out / "meta.json", "arguments"), (out / WORK / "settings.json", None)):
-        try:
-            found = json.loads(path.read_text())
-            return bool((found[name] if name else found) == wanted)
-        except (OSError, ValueError, RecursionError, KeyError, TypeError):
-            continue
-    return False
-
-
-def _finish(balance: Path, index: ShardIndex, keep: KeepTable, out: Path, wanted: dict[str, Any]) -> None:
+def _finish(stage: StageDirectory, balance: Path, index: ShardIndex, keep: KeepTable) -> None:
+    out = stage.path
     written = [shard for shard in range(len(index.names)) if keep.counts[shard]]
     names = [index.names[shard] for shard in written]
     # One shard at a time: a hundred million keys are not held.
     hashes = [keys_sha256([index.table(s).keys[row] for row in keep.kept(s).tolist()]) for s in written]
     with disk_errors(out):
         write_json_atomic(out / "sizes.json", {f"{index.names[s]}.tar": int(keep.counts[s]) for s in written})
-        failpoint("reshard:before_meta")
-        write_meta(
-            out,
-            "reshard",
-            source={"shards": str(index.root.resolve()), "balance": str(balance.resolve())},
-            shards_digest=index.digest,
-            digest=content_digest(zip(names, hashes)),
-            kept=int(keep.counts.sum()),
-            bytes={f"{name}.tar": (out / f"{name}.tar").stat().st_size for name in names},
-            arguments=wanted,
-        )
-    PartialResults(out, {}).remove()
-    remove_temporary_files(out)
+    stage.commit(
+        {"shards": str(index.root.resolve()), "balance": str(balance.resolve())},
+        shards_digest=index.digest,
+        digest=content_digest(zip(names, hashes)),
+        kept=int(keep.counts.sum()),
+        bytes={f"{name}.tar": (out / f"{name}.tar").stat().st_size for name in names},
+        arguments=stage.arguments,
+    )

@@ -34,18 +34,11 @@ from megacid.offline.balance.groups import (
 from megacid.offline.cluster.read_labels import read_centroids, read_labels
 from megacid.offline.nearest import Metric
 from megacid.offline.rows import EmbeddingRows
-from megacid.storage.metadata import read_meta, write_meta
+from megacid.storage.atomic import write_text
+from megacid.storage.metadata import read_meta
+from megacid.storage.npy import read_array, write_array
 from megacid.storage.parquet import join_by_key
-from megacid.storage.stage_files import (
-    WORK,
-    PartialResults,
-    disk_errors,
-    finished_meta,
-    read_array,
-    remove_temporary_files,
-    write_array,
-    write_text,
-)
+from megacid.storage.stage_directory import StageDirectory
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +69,7 @@ def balance(
     """Decide, write everything, meta.json last; returns meta. Samples without an embedding are not kept: they cannot be decoded.
 
     shards: the tars the embeddings were made from; None: where they were then. An interrupted run goes on with the links
-    it has; a complete folder of the same arguments and inputs is left as it is; with others it is made afresh, with a
-    warning. All ranks stop together when the function of `start_progress` raises Stopped.
+    it has; a complete folder is left as it is; a folder of other arguments or inputs is refused. All ranks stop together when the function of `start_progress` raises Stopped.
     """
     group = parallel.group
     progress = start_progress(0)
@@ -99,18 +91,20 @@ def balance(
         expected = _expected(settings, rows, label, score, k)
         if centroids is not None:
             expected["centroids"] = hashlib.sha256(centroids.tobytes()).hexdigest()
-        done = _complete(out, expected | {"gallery_groups": gallery_groups}, index)
+        expected["gallery_groups"] = gallery_groups
+        stage = StageDirectory(out, "balance", expected)
+        done = _complete(stage, index)
     # Label files may be read at different moments: all ranks have to find the same.
     if not any_rank(done is None, group):
         with stop_together(group):
             if parallel.is_first:
-                _tidy(out)
+                stage.remove_partial_results()
         log.info("%s is complete", out)
         return read_meta(out, expect="balance")
-    work = PartialResults(out, expected)
     with stop_together(group):
         if parallel.is_first:
-            _claim(out, work)
+            stage.begin()
+            stage.work.begin()
         priority = preference(settings.keep, score, settings.seed, rows, text, progress=progress)
         sorted_rows = group_by_cluster(label, priority, k)
     barrier(group)
@@ -121,14 +115,14 @@ def balance(
         settings,
         device=parallel.device,
         group=group,
-        work=work,
+        work=stage.work,
         progress=progress,
         centroids=centroids,
         metric=metric,
     )
     with stop_together(group):
         if parallel.is_first:
-            _write(out, index, rows, label, k, decision, settings, clusters, gallery_groups, expected, progress)
+            _write(stage, index, rows, label, k, decision, settings, clusters, progress)
     barrier(group)
     return read_meta(out, expect="balance")
 
@@ -152,16 +146,10 @@ def labels_digest(label: np.ndarray, score: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _complete(out: Path, expected: dict[str, Any], index: ShardIndex) -> dict[str, Any] | None:
-    """meta.json of a folder that was finished with these arguments and is whole; None when it has to be made."""
-    meta = finished_meta(out, "balance")
+def _complete(stage: StageDirectory, index: ShardIndex) -> dict[str, Any] | None:
+    """meta.json of a finished folder whose files are whole; None when it has to be made."""
+    meta, out = stage.finished(), stage.path
     if meta is None:
-        return None
-    before = meta.get("arguments")
-    if before != expected:
-        old = before if isinstance(before, dict) else {}
-        changed = ", ".join(name for name, value in expected.items() if old.get(name) != value)
-        log.warning("%s was made with other arguments or inputs (%s): making it afresh", out, changed)
         return None
     for name, size in zip(index.names, index.sizes.tolist()):
         for path, kind in ((out / "keep" / f"{name}.npy", "b"), (out / "representative" / f"{name}.npy", "i")):
@@ -190,24 +178,6 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-def _claim(out: Path, work: PartialResults) -> None:
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in ("keep", WORK, "meta.json")):
-        remove_temporary_files(out)
-        if any(out.iterdir()):
-            raise UserError(f"{out} is not empty and was not made by tools/balance.py: take another --out")
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        remove_temporary_files(out)
-        (out / "meta.json").unlink(missing_ok=True)
-    work.begin()
-
-
-def _tidy(out: Path) -> None:
-    """Remove what only an unfinished run needs."""
-    PartialResults(out, {}).remove()
-    remove_temporary_files(out)
-
-
 def index_of(shards: Path | str, rows: EmbeddingRows) -> ShardIndex:
     """The tars that the embeddings were made from. UserError when they are others."""
     index = load_index(shards)
@@ -219,7 +189,7 @@ def index_of(shards: Path | str, rows: EmbeddingRows) -> ShardIndex:
 
 
 def _write(
-    out: Path,
+    stage: StageDirectory,
     index: ShardIndex,
     rows: EmbeddingRows,
     label: np.ndarray,
@@ -227,10 +197,9 @@ def _write(
     decision: Decision,
     settings: BalanceSettings,
     clusters: Path,
-    gallery_groups: int,
-    expected: dict[str, Any],
     progress: Progress,
 ) -> None:
+    out = stage.path
     shard, row = tar_rows(index, rows)
     kept_of = _write_masks(out, index, shard, row, decision.keep, progress)
     _write_representatives(out, index, shard, row, decision.representative)
@@ -243,7 +212,7 @@ def _write(
     has_subset = _write_subset(out, index, shard, row, decision.keep, progress)
     reader = ShardReader(index)
     show = gallery.pictures(reader, shard, row, progress)
-    write_text(out / "gallery.html", _gallery(rows, label, k, decision, facts, gallery_groups, show))
+    write_text(out / "gallery.html", _gallery(rows, label, k, decision, facts, stage.arguments["gallery_groups"], show))
     reader.close()
     failpoint("balance:gallery")
     source = {
@@ -251,29 +220,21 @@ def _write(
         "clusters": str(clusters.resolve()),
         "shards": str(index.root.resolve()),
     }
-    failpoint("balance:before_meta")
-    with disk_errors(out / "meta.json"):
-        write_meta(
-            out,
-            "balance",
-            source=source,
-            shards_digest=index.digest,
-            kept=kept_of,
-            total=index.num_samples,
-            threshold=decision.threshold,
-            target_keep=settings.target_keep,
-            link=settings.link,
-            keep=settings.keep,
-            cap=settings.cap,
-            neighbor_clusters=settings.neighbor_clusters,
-            seed=settings.seed,
-            model=rows.meta["model"],
-            gallery_bytes=(out / "gallery.html").stat().st_size,
-            has_subset=has_subset,
-            arguments=expected | {"gallery_groups": gallery_groups},
-        )
-    failpoint("balance:after_meta")
-    _tidy(out)
+    stage.commit(
+        source,
+        shards_digest=index.digest,
+        kept=kept_of,
+        total=index.num_samples,
+        threshold=decision.threshold,
+        **{
+            name: getattr(settings, name)
+            for name in ("target_keep", "link", "keep", "cap", "neighbor_clusters", "seed")
+        },
+        model=rows.meta["model"],
+        gallery_bytes=(out / "gallery.html").stat().st_size,
+        has_subset=has_subset,
+        arguments=stage.arguments,
+    )
 
 
 def _write_masks(

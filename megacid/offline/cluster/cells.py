@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from megacid.storage.stage_files import PartialResults
+from megacid.storage.stage_directory import PartialResults
 
 PARTS = 256  # at most
 PART_TILES = 16  # at least, of all parts but the last: each is two files

@@ -14,13 +14,12 @@ import torch
 
 from megacid.data.features import FeatureSet
 from megacid.distributed.stopping import Progress, no_progress
-from megacid.errors import UserError
 from megacid.offline.cluster.kmeans import KMeansSettings, kmeans
 from megacid.offline.cluster.labels import label_partition
 from megacid.offline.nearest import Assigner
-from megacid.storage.atomic import write_json_atomic
-from megacid.storage.metadata import read_meta, write_meta
-from megacid.storage.stage_files import finished_meta, remove_temporary_files, write_array
+from megacid.storage.metadata import read_meta
+from megacid.storage.npy import write_array
+from megacid.storage.stage_directory import StageDirectory
 
 
 def cluster_features(
@@ -40,18 +39,10 @@ def cluster_features(
     test = FeatureSet(source, "test")
     wanted = {"features": str(source.resolve()), "digest": rows.digest}
     wanted |= {name: getattr(settings, name) for name in ("k", "metric", "seed", "init", "iterations", "train_sample")}
-    claim = out / "settings.json"
-    remove_temporary_files(out)
-    meta = finished_meta(out, "sweep")
-    if meta is not None:
-        if meta["source"] != wanted:
-            raise UserError(
-                f"{out} was made with {meta['source']}, expected {wanted}: take another --out, or delete it"
-            )
+    stage = StageDirectory(out, "sweep", wanted)
+    if (meta := stage.finished()) is not None:
         return meta
-    if out.exists() and any(out.iterdir()) and not claim.exists():
-        raise UserError(f"{out} is not empty and was not made by tools/sweep.py: take another --out")
-    write_json_atomic(claim, wanted)
+    stage.begin()
     device = torch.device(device)
     state = kmeans(
         rows, settings, device=device, checkpoint=out / "state.npz", identity={"digest": rows.digest}, progress=progress
@@ -67,9 +58,7 @@ def cluster_features(
         for path in paths:
             _link(path, out / folder / path.name)
     facts = {"rows": rows.num_rows, "test rows": test.num_rows, "empty": int((sizes == 0).sum())}
-    write_meta(
-        out,
-        "sweep",
+    stage.commit(
         wanted,
         classes=settings.k,
         dim=rows.dim,

@@ -28,7 +28,7 @@ from megacid.offline.cluster.state import KMeansSettings, KMeansState, settled
 from megacid.offline.nearest import prepare
 from megacid.offline.random_streams import RandomStream
 from megacid.offline.rows import Rows, SubsetRows
-from megacid.storage.stage_files import PartialResults
+from megacid.storage.stage_directory import PartialResults
 
 log = logging.getLogger(__name__)
 _MORE_STEPS = 8  # of k-means++ in every cell, above half more than its share

@@ -47,7 +47,7 @@ from megacid.offline.cluster.seeding import check_memory, more_than
 from megacid.offline.cluster.state import KMeansSettings, KMeansState, fingerprint, load_state, save_state, settled
 from megacid.offline.nearest import tile_rows
 from megacid.offline.rows import Rows
-from megacid.storage.stage_files import PartialResults
+from megacid.storage.stage_directory import PartialResults
 
 log = logging.getLogger(__name__)
 COARSE_POINTS = 256  # rows per coarse centroid in the sample that these are trained on

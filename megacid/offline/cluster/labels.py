@@ -24,8 +24,8 @@ from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.offline.nearest import Assigner, Backend, Metric, pad_rows, prepare, tile_rows
 from megacid.offline.rows import EmbeddingRows, PartitionedRows, find_invalid_row
+from megacid.storage.atomic import writing
 from megacid.storage.parquet import read_parquet
-from megacid.storage.stage_files import writing
 
 _CENTROIDS, _SIMILARITY = b"centroids", b"similarity"  # in the metadata of a label file: sha256, and a sum as hex
 

@@ -6,7 +6,6 @@ Legend: K clusters, D width.
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,10 @@ from megacid.offline.cluster.kmeans import KMeansSettings, KMeansState, imbalanc
 from megacid.offline.cluster.labels import centroids_digest, label_all
 from megacid.offline.nearest import Backend, check_backend
 from megacid.offline.rows import EmbeddingRows
-from megacid.storage.atomic import write_json_atomic
-from megacid.storage.metadata import read_meta, write_meta
+from megacid.storage.metadata import read_meta
+from megacid.storage.npy import read_array, write_array
 from megacid.storage.parquet import parquet_shape
-from megacid.storage.stage_files import (
-    WORK,
-    disk_errors,
-    finished_meta,
-    read_array,
-    remove_temporary_files,
-    write_array,
-)
+from megacid.storage.stage_directory import WORK, StageDirectory
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +53,8 @@ def cluster(
             raise UserError(f"top labels is {top_labels}, expected 1 to k = {settings.k}")
         identity = _identity(rows)
         expected = _expected(settings, top_labels) | identity
-        done = _finished(out, expected)
+        stage = StageDirectory(out, "cluster", expected)
+        done = stage.finished()
     state: KMeansState | None = None
     if done is not None:
         # Every rank has read the same meta.json; what is behind it is looked at in parts.
@@ -72,7 +65,7 @@ def cluster(
         if not any_rank(damage is not None, group):
             with stop_together(group):
                 if parallel.is_first:
-                    _tidy(out)
+                    _remove_partial_results(stage)
             log.info("%s is complete", out)
             return done
         log.warning("%s is damaged or missing: making again what is needed", damage or "a file that another rank reads")
@@ -81,7 +74,7 @@ def cluster(
             state = KMeansState(torch.from_numpy(np.array(centroids)), int(done["iterations"]), done["objective"])
     with stop_together(group):
         if parallel.is_first:
-            _claim(out, expected)
+            stage.begin()
     if state is None:
         state = _train(rows, out, settings, parallel, identity, start_progress)
     sizes, similarity = label_all(
@@ -97,9 +90,9 @@ def cluster(
     with stop_together(group):
         _check_spread(sizes, rows, warn=parallel.is_first)
         if parallel.is_first:
-            facts = expected | {"iterations": state.iteration, "iterations_asked": expected["iterations"]}
+            facts = expected | {"iterations": state.iteration, "iterations_asked": settings.iterations}
             facts["objective"] = state.objective
-            _finish(out, rows, state.centroids, facts, sizes, similarity)
+            _finish(stage, rows, state.centroids, facts, sizes, similarity)
     barrier(group)
     return read_meta(out, expect="cluster")
 
@@ -172,7 +165,8 @@ def assign_only(
         centroids_KD = torch.from_numpy(np.array(stored, np.float32))
         expected: dict[str, Any] = {"method": "assign-only", "labels_per_sample": top_labels, "k": k}
         expected |= {"metric": origin["metric"], "centroids_sha256": centroids_digest(centroids_KD)} | _identity(rows)
-        done = _finished(out, expected)
+        stage = StageDirectory(out, "cluster", expected)
+        done = stage.finished()
     if done is not None:
         with stop_together(group):
             damage = _damaged(out, k, rows, list(range(parallel.rank, len(rows.stems), parallel.world)), top_labels)
@@ -182,13 +176,13 @@ def assign_only(
         log.warning("%s is damaged or missing: making again what is needed", damage or "a file that another rank reads")
     with stop_together(group):
         if parallel.is_first:
-            _claim(out, expected)
+            stage.begin()
     sizes, similarity = label_all(
         out, rows, centroids_KD, origin["metric"], backend, parallel, top_labels, start_progress(rows.num_rows)
     )
     with stop_together(group):
         if parallel.is_first:
-            _finish(out, rows, centroids_KD, expected, sizes, similarity, clusters=str(clusters.resolve()))
+            _finish(stage, rows, centroids_KD, expected, sizes, similarity, clusters=str(clusters.resolve()))
     barrier(group)
     return read_meta(out, expect="cluster")
 
@@ -233,18 +227,6 @@ def _expected(settings: KMeansSettings, top_labels: int) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names} | {"labels_per_sample": top_labels}
 
 
-def _finished(out: Path, expected: dict[str, Any]) -> dict[str, Any] | None:
-    """meta.json of a folder that was finished with the same settings; UserError when with others, None when not finished."""
-    meta = finished_meta(out, "cluster")
-    for name, value in expected.items() if meta else ():
-        before = (meta or {}).get("iterations_asked" if name == "iterations" else name)
-        if before != value:
-            raise UserError(
-                f"{out} was made with {name}={before!r}, this run has {name}={value!r}: take another --out or delete it"
-            )
-    return meta
-
-
 def _damaged(out: Path, k: int, rows: EmbeddingRows, partitions: list[int], top: int) -> Path | None:
     """The first file of a finished folder that is missing or not whole; of the label files only those of `partitions`."""
     if read_array(out / "centroids.npy", (k, rows.dim), "f") is None:
@@ -262,25 +244,13 @@ def _damaged(out: Path, k: int, rows: EmbeddingRows, partitions: list[int], top:
     return None
 
 
-def _claim(out: Path, expected: dict[str, Any]) -> None:
-    with disk_errors(out / "settings.json"):
-        out.mkdir(parents=True, exist_ok=True)
-        remove_temporary_files(out)
-        if any(out.iterdir()) and not (out / "settings.json").exists():
-            raise UserError(f"{out} is not empty and was not made by tools/cluster.py: take another --out")
-        (out / "meta.json").unlink(missing_ok=True)
-        write_json_atomic(out / "settings.json", expected)
-
-
-def _tidy(out: Path) -> None:
-    """Remove what only an unfinished run needs."""
-    (out / "state.npz").unlink(missing_ok=True)
-    shutil.rmtree(out / WORK, ignore_errors=True)
-    remove_temporary_files(out)
+def _remove_partial_results(stage: StageDirectory) -> None:
+    (stage.path / "state.npz").unlink(missing_ok=True)
+    stage.remove_partial_results()
 
 
 def _finish(
-    out: Path,
+    stage: StageDirectory,
     rows: EmbeddingRows,
     centroids_KD: torch.Tensor,
     facts: dict[str, Any],
@@ -290,21 +260,16 @@ def _finish(
 ) -> None:
     """Write what stands beside the labels. source: more of where it comes from, for meta.json."""
     failpoint("cluster:labelled")
-    write_array(out / "centroids.npy", centroids_KD.numpy())
-    write_array(out / "sizes.npy", sizes)
-    failpoint("cluster:before_meta")
-    with disk_errors(out / "meta.json"):
-        write_meta(
-            out,
-            "cluster",
-            source={"embeddings": str(rows.directory.resolve()), "shards": rows.meta["source"].get("shards")} | source,
-            dim=rows.dim,
-            num_samples=rows.num_rows,
-            final_objective=similarity / rows.num_rows,
-            imbalance=imbalance_factor(sizes),
-            empty=int((sizes == 0).sum()),
-            pretrained=rows.meta.get("pretrained"),
-            **facts,
-        )
-    failpoint("cluster:after_meta")
-    _tidy(out)
+    write_array(stage.path / "centroids.npy", centroids_KD.numpy())
+    write_array(stage.path / "sizes.npy", sizes)
+    stage.commit(
+        {"embeddings": str(rows.directory.resolve()), "shards": rows.meta["source"].get("shards")} | source,
+        dim=rows.dim,
+        num_samples=rows.num_rows,
+        final_objective=similarity / rows.num_rows,
+        imbalance=imbalance_factor(sizes),
+        empty=int((sizes == 0).sum()),
+        pretrained=rows.meta.get("pretrained"),
+        **facts,
+    )
+    _remove_partial_results(stage)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megacid.errors import UserError
 from megacid.offline.nearest import Backend, Metric, check_backend
-from megacid.storage.stage_files import writing
+from megacid.storage.atomic import writing
 
 Init = Literal["random", "k-means++"]
 

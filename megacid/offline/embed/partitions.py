@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
-from megacid.storage.npy import load_npy
+from megacid.storage.atomic import disk_errors, writing
+from megacid.storage.npy import load_npy, write_array
 from megacid.storage.parquet import read_parquet
-from megacid.storage.stage_files import disk_errors, write_array, writing
 
 _DIGITS = 5
 _COLUMNS = ("image_path", "caption", "shard", "key", "uid", "url")

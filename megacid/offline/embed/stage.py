@@ -11,7 +11,6 @@ depend on its tar and the batch size alone, not on interruptions, the number of 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import shutil
@@ -36,9 +35,8 @@ from megacid.models.clip import LoadedClip
 from megacid.offline.embed.input import Batch, Pairs, as_is
 from megacid.offline.embed.partitions import Partition, failures_if_complete, partition_files
 from megacid.offline.embed.work_queue import Sharding, WorkQueue, create_queue
-from megacid.storage.atomic import write_json_atomic
-from megacid.storage.metadata import read_meta, write_meta
-from megacid.storage.stage_files import WORK, disk_errors, remove_temporary_files
+from megacid.storage.metadata import read_meta
+from megacid.storage.stage_directory import WORK, StageDirectory
 
 log = logging.getLogger(__name__)
 _NAMED = 100  # skipped samples that meta.json lists by name; the failures tables list all
@@ -172,37 +170,6 @@ def weights_digest(model: str, pretrained: str | None) -> str:
     return digest.hexdigest()
 
 
-def claim(out: Path, settings: dict[str, Any], batch_size: int) -> None:
-    """Write settings.json, or check that the folder was begun with the same; UserError naming both otherwise."""
-    path = out / "settings.json"
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    remove_temporary_files(out)
-    if path.exists():
-        try:
-            before = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError, RecursionError):
-            raise UserError(f"{path} is damaged: delete {out} or take another --out") from None
-        for name, value in settings.items():
-            if before.get(name) != value:
-                raise UserError(
-                    f"{out} was made with {name} {before.get(name)!r}, this run has {value!r}: take another --out or "
-                    "delete it"
-                )
-        if before.get("batch_size") != batch_size:
-            log.warning(
-                "%s was started with batch size %s, this run has %d: existing files are kept, last bits may differ",
-                out,
-                before.get("batch_size"),
-                batch_size,
-            )
-    elif any(out.iterdir()):
-        raise UserError(f"{out} is not empty and was not made by tools/embed.py: take another --out")
-    else:
-        with disk_errors(path):
-            write_json_atomic(path, {**settings, "batch_size": batch_size})
-
-
 def _check_space(out: Path, todo: int, dim: int) -> float:
     need = todo * dim * 4 * 1.02 + todo * 200  # two fp16 rows and the metadata of a sample
     free = shutil.disk_usage(out).free
@@ -237,11 +204,11 @@ def embed(
             number of further samples that all ranks have embedded.
     """
     group, path = parallel.group, out / WORK / "queue"
+    stage = StageDirectory(out, "embed", settings, notes={"batch_size": batch_size})
     shards, mine = len(index.names), range(parallel.rank, len(index.names), parallel.world)
     with stop_together(group):
         if parallel.is_first:
-            claim(out, settings, batch_size)
-            (out / "meta.json").unlink(missing_ok=True)
+            stage.begin()
     with stop_together(group):
         missing = [shard for shard in mine if _failed_keys(index, out, shard, clip.embed_dim) is None]
     done = np.ones(shards, np.bool_)
@@ -270,10 +237,7 @@ def embed(
     all_stats = gather_json(stats, group)
     with stop_together(group):
         if parallel.is_first:
-            failpoint("embed:before_meta")
-            shutil.rmtree(path.parent, ignore_errors=True)
-            with disk_errors(out / "meta.json"):
-                _write_meta(index, clip, out, settings, all_stats)
+            _finish(stage, index, clip, all_stats)
             failpoint("embed:done")
     barrier(group)
     return read_meta(out, expect="embed")
@@ -307,25 +271,18 @@ def _verify(index: ShardIndex, out: Path, shards: list[int], dim: int) -> dict[s
     return {"by_shard": by_shard, "named": named, "empty": empty}
 
 
-def _write_meta(
-    index: ShardIndex, clip: LoadedClip, out: Path, settings: dict[str, Any], stats: list[dict[str, Any]]
-) -> None:
+def _finish(stage: StageDirectory, index: ShardIndex, clip: LoadedClip, stats: list[dict[str, Any]]) -> None:
     by_shard = {stem: count for part in stats for stem, count in part["by_shard"].items()}
     failed = sum(by_shard.values())
     if failed == index.num_samples:
         raise UserError(
-            f"none of the {index.num_samples} samples of {index.root} could be embedded: see {out / 'failures'} and "
+            f"none of the {index.num_samples} samples of {index.root} could be embedded: see {stage.path / 'failures'} and "
             "check the images and captions"
         )
     named = sorted({name for part in stats for name in part["named"]})
-    write_meta(
-        out,
-        "embed",
-        source={"shards": str(index.root.resolve())},
-        model=settings["model"],
-        pretrained=settings["pretrained"],
-        precision=settings["precision"],
-        weights=settings["weights"],
+    stage.commit(
+        {"shards": str(index.root.resolve())},
+        **{name: stage.arguments[name] for name in ("model", "pretrained", "precision", "weights")},
         dim=clip.embed_dim,
         partitions={stem: number for number, stem in enumerate(index.names)},
         empty=sorted({stem for part in stats for stem in part["empty"]}),

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from megacid.distributed.consensus import gather_json
 from megacid.distributed.parallel import Parallel
-from megacid.storage.stage_files import disk_errors
+from megacid.storage.atomic import disk_errors
 
 Sharding = Literal["dynamic", "static"]
 _PUBLISH_EVERY_S = 1.0

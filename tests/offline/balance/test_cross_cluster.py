@@ -18,7 +18,7 @@ from megacid.offline.balance.linking import UnitRows, panel_rows, representative
 from megacid.offline.cluster.read_labels import read_centroids
 from megacid.offline.nearest import Assigner
 from megacid.offline.rows import ArrayRows
-from megacid.storage.stage_files import PartialResults
+from megacid.storage.stage_directory import PartialResults
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from megacid.offline.balance.deduplicate import BalanceSettings, Clusters, Decis
 from megacid.offline.balance.linking import keep_mask, representatives
 from megacid.offline.balance.report import planted_report, power_histogram, subset_array
 from megacid.offline.rows import ArrayRows
-from megacid.storage.stage_files import PartialResults
+from megacid.storage.stage_directory import PartialResults
 
 
 def unit_rows(m: int, dim: int = 3, seed: int = 0) -> torch.Tensor:

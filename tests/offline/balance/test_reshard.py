@@ -17,7 +17,7 @@ from megacid.errors import UserError
 from megacid.offline.balance.figures import read_balanced
 from megacid.offline.balance.reshard import reshard
 from megacid.storage.metadata import read_meta, write_meta
-from megacid.storage.stage_files import finished_meta
+from megacid.storage.stage_directory import finished_meta
 
 KEPT = {"00000": [True, False, True], "00001": [False, True], "00002": [False, False]}
 KEYS = {"00000": ["a", "b", "c"], "00001": ["d", "e" * 150], "00002": ["f", "g"]}
@@ -66,7 +66,13 @@ def test_kept_samples_are_copied_byte_for_byte(tmp_path: Path, index: ShardIndex
     out = tmp_path / "kept"
     meta = reshard(balance, index, out, parallel())
     assert json.loads((out / "sizes.json").read_text()) == {"00000.tar": 2, "00001.tar": 1}
-    assert sorted(path.name for path in out.iterdir()) == ["00000.tar", "00001.tar", "meta.json", "sizes.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "00000.tar",
+        "00001.tar",
+        "meta.json",
+        "settings.json",
+        "sizes.json",
+    ]
     for name in ("00000", "00001"):
         wanted = [key for key, kept in zip(KEYS[name], KEPT[name]) if kept]
         source, copy = members(index.root / f"{name}.tar"), members(out / f"{name}.tar")
@@ -137,25 +143,26 @@ def test_a_restart_writes_only_what_is_missing(tmp_path: Path, index: ShardIndex
     assert (out / "00000.tar").stat().st_ino == first
 
 
-def test_other_masks_make_it_afresh(tmp_path: Path, index: ShardIndex, balance: Path) -> None:
+def test_a_copy_of_other_masks_is_refused(tmp_path: Path, index: ShardIndex, balance: Path) -> None:
     out = tmp_path / "kept"
     reshard(balance, index, out, parallel())
     load_index(out)
     write_masks(balance, index, KEPT | {"00001": [False, False], "00002": [True, False]})
-    reshard(balance, index, out, parallel())
-    assert json.loads((out / "sizes.json").read_text()) == {"00000.tar": 2, "00002.tar": 1}
-    assert load_index(out).names == ["00000", "00002"] and not (out / "00001.tar").exists()
+    tars = {path.name: path.read_bytes() for path in out.glob("*.tar")}
+    with pytest.raises(UserError, match="kept was made with keep '"):
+        reshard(balance, index, out, parallel())
+    assert {path.name: path.read_bytes() for path in out.glob("*.tar")} == tars
 
 
 def test_bad_directories_are_refused(tmp_path: Path, index: ShardIndex, balance: Path) -> None:
-    with pytest.raises(UserError, match="where the shards are: give it another"):
+    with pytest.raises(UserError, match="the directory of the shards: give it another"):
         reshard(balance, index, index.root, parallel())
     other = tmp_path / "other"
     other.mkdir()
     (other / "mine.tar").write_bytes(b"precious")
-    with pytest.raises(UserError, match="not empty and was not made by --reshard"):
+    with pytest.raises(UserError, match=r"not empty and was not made by tools/balance\.py --reshard"):
         reshard(balance, index, other, parallel())
-    with pytest.raises(UserError, match="was not made by --reshard"):
+    with pytest.raises(UserError, match=r"was not made by tools/balance\.py --reshard"):
         reshard(balance, index, balance, parallel())
     assert (other / "mine.tar").read_bytes() == b"precious" and (balance / "keep" / "00000.npy").exists()
 

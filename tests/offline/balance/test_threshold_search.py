@@ -14,7 +14,7 @@ from megacid.offline.balance.deduplicate import BalanceSettings, Clusters, Decis
 from megacid.offline.balance.threshold_search import NEIGHBOURHOOD, bisect_threshold, sample_clusters
 from megacid.offline.nearest import Assigner, prepare
 from megacid.offline.rows import ArrayRows
-from megacid.storage.stage_files import PartialResults
+from megacid.storage.stage_directory import PartialResults
 
 CPU = torch.device("cpu")
 

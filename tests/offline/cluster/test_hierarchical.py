@@ -21,7 +21,7 @@ from megacid.offline.cluster.hierarchical import cell_count, two_level
 from megacid.offline.cluster.kmeans import KMeansSettings, block_rows, kmeans
 from megacid.offline.nearest import TILE_CENTROIDS, Assigner, Metric, tile_rows
 from megacid.offline.rows import ArrayRows
-from megacid.storage.stage_files import PartialResults
+from megacid.storage.stage_directory import PartialResults
 
 CPU = torch.device("cpu")
 
