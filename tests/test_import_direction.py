@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "megacid.training": {
         *("checkpoint", "classifier", "config", "data", "distributed", "kernels", "losses", "models", "storage")
     },
-    "megacid.train": {"checkpoint", "classifier", "config", "data", "distributed", "training"},
+    "megacid.train": {"checkpoint", "config", "data", "distributed", "training"},
     "megacid": {"classifier"},
 }
 LEAVES = {"megacid.errors", "megacid.failpoints"}

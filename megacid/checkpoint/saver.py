@@ -77,6 +77,7 @@ class Saver:
     ) -> None:
         self.root, self.keep_last, self.group = root, keep_last, group
         self.background, self.max_failures = background, max_failures
+        self.last_step = -1  # of the newest save begun
         self._under_way: _Save | None = None
         self._failures = 0
 
@@ -96,6 +97,7 @@ class Saver:
         self.finish()
         began, me = time.perf_counter(), rank(self.group)
         save = self._under_way = _Save(step, facts)
+        self.last_step = step
         if me == 0:
             with save.local(me):
                 save.stage = store.make_stage(self.root, step)

@@ -1,7 +1,7 @@
-"""The parts of a run, each built from the run file: data, student, classifier with its optimizer, objective.
+"""Builds what a run trains with from its run file: data, student, classifier with its optimizer, objective.
 
-`train.py` puts them together. A mistake that only one rank can see (a missing file on its node, say) becomes the same
-error on every rank, so that nobody waits in a collective for a rank that has left.
+A mistake that only one rank sees, such as a file that is missing on its node, is the same error on every rank: local
+work stands in `fail_together` blocks, collectives stand outside of them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
+from megacid.checkpoint import store
 from megacid.classifier import Margin, PartialFC, RowAdamW, RowSGD
 from megacid.config.schema import RunFile
 from megacid.data.batch import Batch, Positions
@@ -23,60 +24,88 @@ from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
 from megacid.distributed.consensus import agree, fail_together
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
+from megacid.failpoints import failpoint
 from megacid.losses import ClusterDistillation, Objective
 from megacid.models.clip import tokenizer_for, train_transform
 from megacid.models.feature_tower import FeatureTower
 from megacid.models.student import Student, build_student
+from megacid.training.run_settings import check_same_settings
+from megacid.training.schedule import peak_rates
 
 log = logging.getLogger("megacid")
-T = TypeVar("T")
 
 
 class Stream(Protocol):
-    """The micro-batches of one rank; the position is the start step alone."""
+    """Micro-batches of one rank, a pure function of the start step."""
 
     def __iter__(self) -> Iterator[Batch]: ...
     def statistics(self) -> dict[str, Any]: ...
 
 
-@dataclass
+@dataclass(frozen=True)
 class Data:
-    """What a run trains on, and what the rest of it needs to know about that."""
+    """The training data, and the sizes that the model takes from them."""
 
     stream: Callable[[int], Stream]  # from a start step
     teacher_dim: int | None = None
     num_classes: int | None = None  # None: no labels
-    centroids: Path | None = None  # of the labels; None: they have none
+    centroids: Path | None = None  # of the labels' clusters; None: they have none
     feature_dim: int | None = None  # None: pairs of images and texts
 
 
+@dataclass(frozen=True)
+class Components:
+    """What a run trains with, before the student is inside an engine. run: with the student's width filled in."""
+
+    run: RunFile
+    data: Data
+    student: Student | FeatureTower
+    head: PartialFC | None
+    row_optimizer: RowAdamW | RowSGD | None
+    objective: Objective
+
+
+def build_components(run: RunFile, parallel: Parallel) -> Components:
+    """Open the data and build student, classifier and objective; check that the run directory has the same settings.
+
+    A collective. Every rank raises the same UserError or RanksDisagree.
+    """
+    data = open_data(run, parallel)
+    with fail_together(parallel.group):
+        student = make_student(run, data)
+        run = run.with_embed_dim(student.embed_dim)
+        # Each rank looks for checkpoints itself: ranks that see different files must not skip a collective over it.
+        if store.list_steps(run.directory):
+            check_same_settings(run, run.directory)
+        failpoint("start:building", step=0)
+        head, row_optimizer = make_classifier(run, data, student.embed_dim, parallel)
+        objective = make_objective(run, head, parallel)
+    return Components(run, data, student, head, row_optimizer, objective)
+
+
 def open_data(run: RunFile, parallel: Parallel) -> Data:
+    """Open shards with their side tables, or features, and check that all ranks see the same content. A collective."""
     if run.megacid.data.features is not None:
         data = _open_features(run, run.megacid.data.features, parallel)
     else:
         assert run.megacid.data.shards is not None
         data = _open_pairs(run, run.megacid.data.shards, parallel)
-    statistics = together(lambda: data.stream(0).statistics(), parallel)
-    log.info(
-        "data: %s", "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in statistics.items())
-    )
+    with fail_together(parallel.group):
+        stats = data.stream(0).statistics()
+    log.info("data: %s", "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in stats.items()))
     return data
 
 
 def _positions(run: RunFile, parallel: Parallel, start_step: int) -> Positions:
     return Positions(
-        run.global_batch,
-        run.micro_batch,
-        run.accumulation,
-        parallel.rank,
-        parallel.world,
-        start_step,
-        run.megacid.run.total_steps,
-    )
+        run.global_batch, run.micro_batch, run.accumulation, parallel.rank, parallel.world,
+        start_step, run.megacid.run.total_steps,
+    )  # fmt: skip
 
 
 def _open_features(run: RunFile, directory: str, parallel: Parallel) -> Data:
-    features = together(lambda: FeatureSet(directory), parallel)
+    with fail_together(parallel.group):
+        features = FeatureSet(directory)
     agree(features.digest, f"the content of {directory}", parallel.group)
 
     def stream(start_step: int) -> FeatureStream:
@@ -93,21 +122,22 @@ def _open_features(run: RunFile, directory: str, parallel: Parallel) -> Data:
 
 def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
     config, loss = run.megacid.data, run.megacid.loss
-    together(lambda: load_index(shards) if parallel.is_first else None, parallel)  # rank 0 builds a missing index alone
-    index = together(lambda: load_index(shards), parallel)
+    with fail_together(parallel.group):
+        if parallel.is_first:
+            load_index(shards)  # makes a missing index, once
+    with fail_together(parallel.group):
+        index = load_index(shards)
     agree(index.digest, f"the content of {shards}", parallel.group)
     needs_teacher = loss.instance or loss.mse or (loss.cluster and (loss.beta or loss.gamma))
-    teacher = together(
-        lambda: TeacherTable(config.teacher, index) if config.teacher and needs_teacher else None, parallel
-    )
-    labels = together(
-        lambda: LabelTable(config.labels, index, config.labels_per_sample) if config.labels and loss.cluster else None,
-        parallel,
-    )
-    keep = together(lambda: KeepTable(config.keep, index) if config.keep else None, parallel)
-
-    options = together(
-        lambda: PairOptions(
+    teacher, labels, keep = None, None, None
+    with fail_together(parallel.group):
+        if config.teacher and needs_teacher:
+            teacher = TeacherTable(config.teacher, index)
+        if config.labels and loss.cluster:
+            labels = LabelTable(config.labels, index, config.labels_per_sample)
+        if config.keep:
+            keep = KeepTable(config.keep, index)
+        options = PairOptions(
             transform=train_transform(run.megacid.student, config.augment),
             tokenize=tokenizer_for(run.megacid.student),
             seed=run.megacid.run.seed,
@@ -121,9 +151,7 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
             max_image_pixels=config.max_image_pixels,
             block_shards=config.block_shards,
             pin_memory=parallel.device.type == "cuda",
-        ),
-        parallel,
-    )
+        )
     return Data(
         lambda start_step: PairStream(index, _positions(run, parallel, start_step), options),
         teacher_dim=teacher.dim if teacher else None,
@@ -133,11 +161,13 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
 
 
 def make_student(run: RunFile, data: Data) -> Student | FeatureTower:
+    """The student of the teacher's width, or a feature tower. Raises UserError when the widths contradict each other."""
     config = run.megacid.student
     width = config.embed_dim or data.teacher_dim
     if data.teacher_dim is not None and width != data.teacher_dim:
         raise UserError(
-            f'"megacid.student.embed_dim" is {width}, the teacher in {run.megacid.data.teacher} has {data.teacher_dim}: write null or {data.teacher_dim}'
+            f'"megacid.student.embed_dim" is {width}, expected {data.teacher_dim}, the width of the teacher in '
+            f"{run.megacid.data.teacher}: write null or {data.teacher_dim}"
         )
     if data.feature_dim is not None:
         assert width is not None
@@ -158,7 +188,7 @@ def make_student(run: RunFile, data: Data) -> Student | FeatureTower:
 def make_classifier(
     run: RunFile, data: Data, width: int, parallel: Parallel
 ) -> tuple[PartialFC | None, RowAdamW | RowSGD | None]:
-    """The class-sharded head and its row-sparse optimizer; (None, None) when the run has no cluster term."""
+    """The class-sharded classifier and its row-sparse optimizer; (None, None) for a run without the cluster term."""
     if data.num_classes is None:
         return None, None
     config = run.megacid.classifier
@@ -179,23 +209,16 @@ def make_classifier(
         weight_grad=config.weight_grad,
         device=parallel.device,
     )
-    peak = peak_rates(run)[1]
-    stored: dict[str, Any] = {"moments": config.moments, "lazy": config.lazy}
+    common: dict[str, Any] = {
+        "lr": peak_rates(run)[1], "weight_decay": config.weight_decay, "moments": config.moments, "lazy": config.lazy,
+    }  # fmt: skip
     if config.optimizer == "adamw":
-        return head, RowAdamW(
-            head, lr=peak, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, **stored
-        )
-    return head, RowSGD(head, lr=peak, momentum=config.momentum, weight_decay=config.weight_decay, **stored)
-
-
-def peak_rates(run: RunFile) -> tuple[float, float]:
-    """Peak learning rate of the student and of the class rows."""
-    student = float(run.deepspeed["optimizer"]["params"]["lr"])
-    rows = run.megacid.classifier.lr
-    return student, student if rows is None else rows
+        return head, RowAdamW(head, betas=config.betas, eps=config.eps, **common)
+    return head, RowSGD(head, momentum=config.momentum, **common)
 
 
 def make_objective(run: RunFile, head: PartialFC | None, parallel: Parallel) -> Objective:
+    """The weighted sum of the loss terms; a term of weight 0 is not computed."""
     loss = run.megacid.loss
     cluster = None
     if head is not None:
@@ -212,10 +235,3 @@ def make_objective(run: RunFile, head: PartialFC | None, parallel: Parallel) -> 
         grad_reduction=run.grad_reduction,
         temperature=loss.temperature,
     )
-
-
-def together(build: Callable[[], T], parallel: Parallel) -> T:
-    """build() on every rank, without collectives inside; what goes wrong on one is an error on all, so that nobody waits."""
-    with fail_together(parallel.group):
-        value = build()
-    return value

@@ -75,7 +75,7 @@ class Guard:
         loss: Tensor,
         student_norm: Tensor,
         head_norm_sq: Tensor | None,
-        what: Callable[[], tuple[bool, str]],
+        describe: Callable[[], tuple[bool, str]],
         *,
         failure: str | None = None,
         stop: bool = False,
@@ -104,7 +104,7 @@ class Guard:
         if not math.isfinite(numbers[_HEAD]) or numbers[_BAD] > 0:
             rows_bad = head_norm_sq is not None and not math.isfinite(float(head_norm_sq))
             self._skip(step)
-            self._warn(step, "has a non-finite loss or gradient and is skipped", rows_bad, what, {
+            self._warn(step, "has a non-finite loss or gradient and is skipped", rows_bad, describe, {
                 "loss": float(loss.detach()), "student gradient norm": own_norm,
                 "classifier gradient norm^2": None if head_norm_sq is None else float(head_norm_sq),
             })  # fmt: skip
@@ -116,7 +116,7 @@ class Guard:
         if limit is not None and mean_loss > limit:
             median = statistics.median(self._losses)
             words = f"has a loss spike, {mean_loss:.6g} (median of the last {len(self._losses)}: {median:.6g}, limit {limit:.6g}), policy {self.config.spike}"
-            self._warn(step, words, False, what, {})
+            self._warn(step, words, False, describe, {})
             if self.config.spike == "abort":
                 raise TooManySkips(
                     f"step {step} has loss {mean_loss:.6g}, more than {limit:.6g}, and guard.spike is abort: look at the "
@@ -133,10 +133,10 @@ class Guard:
         return Verdict(True, norm, scale, mean_loss, stopped)
 
     def _warn(
-        self, step: int, said: str, rows_bad: bool, what: Callable[[], tuple[bool, str]], numbers: dict[str, Any]
+        self, step: int, said: str, rows_bad: bool, describe: Callable[[], tuple[bool, str]], numbers: dict[str, Any]
     ) -> None:
         """One warning, on rank 0, that names the ranks at fault with their samples. A collective."""
-        guilty, text = what()
+        guilty, text = describe()
         values = ", ".join(f"{name} {value}" for name, value in numbers.items())
         reports = gather_json([2 * guilty or int(rows_bad), f"{values}; {text}" if values else text], self.group)
         # Through the shared loss every rank sees what one rank caused: samples at fault come before rows, rows before none.

@@ -1,12 +1,18 @@
-"""What a run needs in memory, from the shapes alone. Activations of the towers are not in it: they depend on the towers
-and on recomputation."""
+"""Estimates the memory of a run from its shapes, without the activations of the student's towers."""
 
 from __future__ import annotations
 
+import logging
+
+from megacid.classifier import PartialFC
 from megacid.classifier.sampling import Draw
 from megacid.config.schema import RunFile
-from megacid.distributed.parallel import shard_range
+from megacid.distributed.parallel import Parallel, shard_range
+from megacid.models.feature_tower import FeatureTower
+from megacid.models.student import Student
 from megacid_kernels import LossSpec, Weights
+
+log = logging.getLogger("megacid")
 
 MIB = 2**20
 
@@ -14,13 +20,17 @@ MIB = 2**20
 def memory_estimate(
     run: RunFile, parameters: int, num_classes: int, embed_dim: int, world: int, device: str
 ) -> dict[str, float]:
-    """MiB of rank 0 (the largest class shard) by part, at the moment of a step when most is alive.
+    """Peak memory of rank 0, which has the largest class shard, in MiB by part.
 
-    parameters: of the student; num_classes: 0 without a classifier; device: its type.
+    Args:
+        parameters: number of the student's parameters.
+        num_classes: over all ranks; 0 without a classifier.
+        world: number of ranks.
+        device: "cpu" or "cuda".
     """
     share = [1.0 / world if run.zero_stage >= stage else 1.0 for stage in (1, 2, 3)]
     width = 2 if run.bf16 else 4
-    parts = {
+    sizes = {
         "student weights": parameters * width * share[2],
         "student gradients": parameters * width * share[1],
         # Adam's two moments, and under bf16 the fp32 master copy (DeepSpeed keeps one in fp32 too when it partitions).
@@ -28,9 +38,9 @@ def memory_estimate(
     }
     gathered = run.micro_batch * world
     if num_classes:
-        parts |= _classifier(run, num_classes, embed_dim, world, gathered, device)
-    parts["embeddings"] = gathered * embed_dim * 4 * 6
-    return {name: size / MIB for name, size in parts.items()}
+        sizes |= _classifier(run, num_classes, embed_dim, world, gathered, device)
+    sizes["embeddings"] = gathered * embed_dim * 4 * 6
+    return {name: size / MIB for name, size in sizes.items()}
 
 
 def _classifier(
@@ -55,19 +65,36 @@ def _classifier(
     matrices = len(spec.matrices("S")) + len(spec.matrices("T"))
     itemsize = 2 if device == "cuda" else 4  # of an exponential in Triton's engine, and in PyTorch's
     per_logit = itemsize * max(1, matrices) + (config.filter_threshold is not None)
-    held: dict[str, float] = {
+    stored: dict[str, float] = {
         "classifier rows": local * (embed_dim * 4 + 4),
         "classifier optimizer": local * (embed_dim * moments + 4 + (12 if config.lazy == "decay" else 0)),
     }
     if config.weight_grad == "recomputed":
         whole = rows * (used * 8 + gathered * per_logit)
-        return held | {"a slab: rows, logits, gradient": min(spec.budget(device), whole)}
+        return stored | {"a slab: rows, logits, gradient": min(spec.budget(device), whole)}
     chunk = spec.chunk(gathered, rows, used, run.megacid.data.labels_per_sample, itemsize, device)
     gradients = rows * used * 4
     if used < embed_dim or run.accumulation > 1:  # the gradient over all dimensions; the sum of the micro-batches
         gradients += rows * embed_dim * 4
-    return held | {
+    return stored | {
         "sampled rows": rows * used * 4,
         "their gradient": gradients,
         "their logits": chunk * rows * per_logit,
     }
+
+
+def report_memory(run: RunFile, student: Student | FeatureTower, head: PartialFC | None, parallel: Parallel) -> None:
+    """Log the sizes of the run and the memory of rank 0, without activations."""
+    parameters = sum(p.numel() for p in student.parameters())
+    num_classes = head.num_classes if head else 0
+    sizes = memory_estimate(run, parameters, num_classes, student.embed_dim, parallel.world, parallel.device.type)
+    log.info(
+        "student %s: %.2f M parameters, width %d; classes %d; ranks %d; ZeRO stage %d; batch %d = %d x %d x %d ranks",
+        run.megacid.student.model, parameters / 1e6, student.embed_dim, num_classes, parallel.world, run.zero_stage,
+        run.global_batch, run.micro_batch, run.accumulation, parallel.world,
+    )  # fmt: skip
+    log.info(
+        "memory of rank 0 without activations: %.1f MiB (%s)",
+        sum(sizes.values()),
+        ", ".join(f"{name} {size:.1f}" for name, size in sizes.items()),
+    )

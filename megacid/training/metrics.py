@@ -1,4 +1,4 @@
-"""Where numbers go: one line per log_every steps, tensorboard, throughput, ETA, peak memory."""
+"""Logging of a run: log lines, tensorboard, throughput, time to the end, peak memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from megacid.config.schema import RunFile
+from megacid.distributed.parallel import Parallel
 from megacid.storage.atomic import write_json_atomic
 
 log = logging.getLogger("megacid")
@@ -19,7 +21,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def setup_logging(rank: int, directory: Path | None) -> None:
-    """Rank 0 logs to stdout and, with a directory, to log.txt; other ranks only warnings, marked with their rank."""
+    """Log to stderr on rank 0 and, with a directory, to its log.txt; other ranks log only warnings, with their rank."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if rank == 0 and directory is not None:
         handlers.append(logging.FileHandler(directory / "log.txt"))
@@ -31,7 +33,7 @@ def setup_logging(rank: int, directory: Path | None) -> None:
         handlers=handlers,
         force=True,
     )
-    # Only our own loggers: open_clip narrates every step of building a model on the root logger.
+    # Only our own loggers: open_clip logs every step of building a model to the root logger.
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
@@ -41,9 +43,9 @@ def _clock(seconds: float) -> str:
 
 
 def _status_mib(key: str) -> float:
-    """VmHWM or VmRSS of this process; its ru_maxrss where the system does not say.
+    """VmHWM or VmRSS of this process in MiB; its ru_maxrss on a system without /proc.
 
-    Not ru_maxrss everywhere: that survives exec, so a small process started by a large one would report the large one.
+    ru_maxrss survives exec: a small process that a large one started would report the size of the large one.
     """
     if _STATUS.exists():
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{key}:"))
@@ -52,54 +54,49 @@ def _status_mib(key: str) -> float:
 
 
 def peak_memory_mib() -> float:
-    """Peak of the accelerator's allocated memory, or of this process's resident memory on a CPU."""
+    """Peak of the memory allocated on the GPU, or of this process's resident memory on a CPU."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     return _status_mib("VmHWM")
 
 
 def resident_memory_mib() -> float:
-    """Resident memory of this process now; where the system does not say, its peak."""
+    """Resident memory of this process; its peak on a system without /proc."""
     return _status_mib("VmRSS")
 
 
 def _curve(folder: Path, step: int) -> SummaryWriter:
-    """A new event file, whose first point is `step`: points that a crashed run wrote beyond its last checkpoint are
-    taken back. Readers go through the files in the order of their names, which begin with whole seconds and go on with
-    the process's number: a second start within one second might be read before the first, so it waits for the next."""
+    """A new event file that starts at `step` and purges what a crashed run wrote beyond its last checkpoint.
+
+    Readers order the files by name, which is the start in whole seconds and then the process id. A second start within
+    the same second could be read before the first, so it waits for the next second.
+    """
     while list(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
         time.sleep(0.05)
     return SummaryWriter(str(folder), purge_step=step)
 
 
 class Metrics:
-    """Rank 0 writes; the other ranks only keep the clock."""
+    """Log lines, tensorboard and train_summary.json of a run. Rank 0 writes; the other ranks only measure time."""
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        first: bool,
-        start_step: int,
-        total_steps: int,
-        global_batch: int,
-        world: int,
-        log_every: int,
-    ) -> None:
-        self.directory, self.first, self.total_steps = directory, first, total_steps
-        self.global_batch, self.world, self.log_every = global_batch, world, log_every
-        self.writer = _curve(directory / "tensorboard", start_step + 1) if first else None
+    def __init__(self, run: RunFile, parallel: Parallel, start_step: int) -> None:
+        config = run.megacid.run
+        self.directory, self.world, self.global_batch = run.directory, parallel.world, run.global_batch
+        self.total_steps, self.log_every = config.total_steps, config.log_every
+        self.writer = _curve(run.directory / "tensorboard", start_step + 1) if parallel.is_first else None
         self.began, self.start_step = time.perf_counter(), start_step
         self._last, self._last_step, self._data_s = self.began, start_step, 0.0
 
     def waited_for_data(self, seconds: float) -> None:
+        """Add to the time that the training loop waited for batches."""
         self._data_s += seconds
 
     def due(self, step: int) -> bool:
+        """Whether `step` is to be logged: every log_every steps, and the last."""
         return (step + 1) % self.log_every == 0 or step + 1 == self.total_steps
 
     def log(self, step: int, loss: Tensor, terms: dict[str, Tensor], scalars: dict[str, float]) -> None:
-        """Called when `due`. loss, terms: 0-d tensors (the same on every rank). scalars: lr, norms, diagnostics."""
+        """Log one step that is `due`. loss, terms: 0-d, the same on every rank. scalars: tag -> learning rate, norms, ..."""
         now = time.perf_counter()
         steps = step + 1 - self._last_step
         seconds = max(now - self._last, 1e-9)
@@ -120,19 +117,20 @@ class Metrics:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step + 1)
         eta = (self.total_steps - step - 1) * (now - self.began) / (step + 1 - self.start_step)
-        said = "  ".join(f"{name} {float(value):.4f}" for name, value in terms.items())
+        losses = "  ".join(f"{name} {float(value):.4f}" for name, value in terms.items())
         log.info(
             "step %d/%d  loss %.4f  %s  lr %.2e  grad norm %.3f  %.0f samples/s  data wait %.0f %%  ETA %s",
-            step + 1, self.total_steps, values["train/loss"], said, scalars["train/lr"], scalars["train/grad_norm"], rate, 100 * wait, _clock(eta),
+            step + 1, self.total_steps, values["train/loss"], losses, scalars["train/lr"], scalars["train/grad_norm"],
+            rate, 100 * wait, _clock(eta),
         )  # fmt: skip
 
-    def log_classes(self, step: int, facts: dict[str, float], hits: Tensor) -> None:
-        """Facts about all class rows, and hits: int64 counts of classes with 0, 1, 2-3, 4-7, ... training samples."""
+    def log_classes(self, step: int, stats: dict[str, float], hits: Tensor) -> None:
+        """Log diagnostics over all class rows. hits: int64 counts of classes with 0, 1, 2-3, 4-7, ... training samples."""
         if self.writer is None:
             return
-        for name, value in facts.items():
+        for name, value in stats.items():
             self.writer.add_scalar(f"classes/{name}", value, step + 1)
-        # Bins by powers of two: tensorboard wants the right edge of each.
+        # Bins by powers of two; tensorboard takes the right edge of each.
         edges = [0.5] + [2.0**i - 0.5 for i in range(1, len(hits))]
         counts = hits.tolist()
         middle = [0.0] + [1.5 * 2.0 ** (i - 1) for i in range(1, len(hits))]
@@ -141,19 +139,18 @@ class Metrics:
             sum=sum(n * m for n, m in zip(counts, middle)), sum_squares=sum(n * m * m for n, m in zip(counts, middle)),
             bucket_limits=edges, bucket_counts=counts, global_step=step + 1,
         )  # fmt: skip
-        log.info("classes: %s", "  ".join(f"{name} {value:.4g}" for name, value in facts.items()))
+        log.info("classes: %s", "  ".join(f"{name} {value:.4g}" for name, value in stats.items()))
 
-    def close(self, summary: dict[str, Any]) -> None:
-        """Write summary.json: steps done here, seconds, samples/s, peak memory, and what the caller adds."""
+    def close(self, **fields: Any) -> None:
+        """Write train_summary.json: seconds, samples/s and peak memory (MiB) of this start, and `fields`."""
         if self.writer is None:
             return
         self.writer.close()
         seconds = time.perf_counter() - self.began
-        steps = self._last_step - self.start_step
-        facts = {
+        summary = {
             "seconds": seconds,
-            "samples_per_second": steps * self.global_batch / seconds,
+            "samples_per_second": (self._last_step - self.start_step) * self.global_batch / seconds,
             "peak_memory_mib": peak_memory_mib(),
-            **summary,
+            **fields,
         }
-        write_json_atomic(self.directory / "train_summary.json", facts)
+        write_json_atomic(self.directory / "train_summary.json", summary)

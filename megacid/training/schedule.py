@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step, and the parameter groups."""
+"""Learning rates as a pure function of the step, and the student's parameter groups."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from megacid.config.schema import ScheduleConfig
+from megacid.config.schema import RunFile, ScheduleConfig
 
 
 def learning_rate_share(step: int, total_steps: int, schedule: ScheduleConfig) -> float:
-    """Share of the peak learning rate in step 0 .. total_steps - 1: linear warm-up that ends at 1, then cosine or constant."""
+    """Fraction of the peak learning rate at `step` (from 0): linear warm-up to 1, then cosine decay or constant."""
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
     if schedule.kind == "constant":
@@ -20,8 +20,15 @@ def learning_rate_share(step: int, total_steps: int, schedule: ScheduleConfig) -
     return schedule.final_share + (1 - schedule.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def peak_rates(run: RunFile) -> tuple[float, float]:
+    """Peak learning rates of the student and of the class rows."""
+    student = float(run.deepspeed["optimizer"]["params"]["lr"])
+    rows = run.megacid.classifier.lr
+    return student, student if rows is None else rows
+
+
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases, norms and the logit scale (fewer than two dimensions) do not."""
+    """Optimizer groups: `weight_decay` for matrices, none for biases, norms and the logit scale (below two dimensions)."""
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for _, p in trained if p.ndim >= 2], "weight_decay": weight_decay},

@@ -1,42 +1,45 @@
-"""What a run trains with, put together from its run file, and filled from a checkpoint.
-
-The single parts are made by `assemble.py`; `train.py` steps them.
-"""
+"""The state of a run on one rank: everything that a step reads and changes, its checkpoints, and resuming from one."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megacid.checkpoint import state, store
+import torch
+
+from megacid.checkpoint import store
+from megacid.checkpoint.state import RowState, restore
 from megacid.classifier import PartialFC, RowAdamW, RowSGD
 from megacid.config.schema import RunFile
 from megacid.distributed.collectives import barrier
+from megacid.distributed.consensus import agree
 from megacid.distributed.parallel import Parallel
-from megacid.failpoints import failpoint
 from megacid.losses import Objective
 from megacid.models.feature_tower import FeatureTower
 from megacid.models.student import Student
-from megacid.training.components import Data, make_classifier, make_objective, make_student, open_data, together
+from megacid.training.components import Data, build_components
 from megacid.training.guard import Guard
-from megacid.training.memory import memory_estimate
-from megacid.training.run_settings import check_same_settings, write_config
+from megacid.training.memory import report_memory
+from megacid.training.run_settings import write_config
 from megacid.training.schedule import parameter_groups
+
+if TYPE_CHECKING:
+    from megacid.distributed.engine import Engine
 
 log = logging.getLogger("megacid")
 
 
 @dataclass(frozen=True)
-class Parts:
+class TrainState:
     """What a run trains with, on this rank."""
 
     run: RunFile
     parallel: Parallel
     data: Data
     student: Student | FeatureTower
-    engine: Any
+    engine: Engine
     objective: Objective
     head: PartialFC | None
     row_optimizer: RowAdamW | RowSGD | None
@@ -44,22 +47,23 @@ class Parts:
 
     @property
     def identity(self) -> dict[str, int]:
-        """What a checkpoint must have in common with the run."""
+        """The sizes that a checkpoint must have in common with the run."""
         return {"num_classes": self.head.num_classes if self.head else 0, "embed_dim": self.student.embed_dim}
 
     @property
-    def rows(self) -> dict[str, state.RowState]:
-        """What is saved by global row."""
+    def rows(self) -> dict[str, RowState]:
+        """What a checkpoint stores by global row."""
         if self.head is None or self.row_optimizer is None:
             return {}
         return {"head": self.head, "optimizer": self.row_optimizer}
 
     @property
     def row_range(self) -> tuple[int, int]:
+        """[start, stop) of this rank's classes."""
         return (self.head.class_start, self.head.class_stop) if self.head else (0, 0)
 
-    def facts(self, step: int) -> dict[str, Any]:
-        """Of the manifest of a checkpoint after `step` steps."""
+    def manifest(self, step: int) -> dict[str, Any]:
+        """Fields of the manifest of a checkpoint after `step` steps."""
         return {
             **self.identity,
             "updates": step - self.guard.skipped,
@@ -68,51 +72,69 @@ class Parts:
             "guard": self.guard.state(),
         }
 
+    def check_replicas(self, step: int) -> None:
+        """Raise RanksDisagree when ranks are at different steps or a bit of the student differs. A collective."""
+        agree(str(step), "the step", self.parallel.group)
+        digest = self.engine.replica_digest()
+        if digest is not None:
+            what = f"the student's weights after step {step + 1} (the replicas have diverged)"
+            agree(digest, what, self.parallel.group)
 
-def build(run: RunFile, parallel: Parallel) -> Parts:
-    # deepspeed takes seconds to import: not before the settings are known to be good.
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Result of the micro-batches of one step on this rank.
+
+    loss, terms: 0-d means over the micro-batches. finite: bool, one for each of sample_ids: whether its embedding is
+    finite. failure: why the data of this rank end the run.
+    """
+
+    loss: torch.Tensor
+    terms: dict[str, torch.Tensor]
+    sample_ids: list[int]
+    finite: torch.Tensor
+    failure: str | None
+
+    def describe(self) -> tuple[bool, str]:
+        """For the guard's warnings: whether samples of this rank have non-finite embeddings; terms and samples as text."""
+        bad = [number for number, good in zip(self.sample_ids, self.finite.tolist()) if not good]
+        named = bad or self.sample_ids
+        shown = ", ".join(map(str, named[:8])) + (", ..." if len(named) > 8 else "")
+        kind = "samples with a non-finite embedding" if bad else "samples"
+        terms = ", ".join(f"{name} {float(value):.6g}" for name, value in self.terms.items())
+        return bool(bad), f"terms {terms}; {kind} {shown}"
+
+
+def build_train_state(run: RunFile, parallel: Parallel) -> TrainState:
+    """Build everything that the run trains with. A collective; every rank raises the same error."""
+    components = build_components(run, parallel)
+    # After the checks of settings and data, because importing deepspeed takes seconds.
     from megacid.distributed.engine import Engine
 
-    data = open_data(run, parallel)
-    student = together(lambda: make_student(run, data), parallel)
-    run = run.with_embed_dim(student.embed_dim)
-    # The question is part of the block: ranks that see other files must not part over a collective.
-    together(lambda: check_same_settings(run, run.directory) if store.list_steps(run.directory) else None, parallel)
-    failpoint("start:building", step=0)
-    head, row_optimizer = together(lambda: make_classifier(run, data, student.embed_dim, parallel), parallel)
-    objective = make_objective(run, head, parallel)
+    run, student = components.run, components.student
     student.to(parallel.device)
-    report_memory(run, student, head, parallel)
+    report_memory(run, student, components.head, parallel)
     groups = parameter_groups(student, float(run.deepspeed["optimizer"]["params"].get("weight_decay", 0.0)))
-    engine = Engine(student, groups, run, parallel)
-    guard = Guard(run.gradient_clipping, run.megacid.guard, parallel.group)
-    return Parts(run, parallel, data, student, engine, objective, head, row_optimizer, guard)
+    return TrainState(
+        **vars(components),
+        parallel=parallel,
+        engine=Engine(student, groups, run, parallel),
+        guard=Guard(run.gradient_clipping, run.megacid.guard, parallel.group),
+    )
 
 
-def resume(parts: Parts, start_from: str | None) -> int:
-    """Load the checkpoint, or record the settings of a new run; the step to go on from."""
+def resume(state: TrainState, start_from: str | None) -> int:
+    """Load the checkpoint directory `start_from`, or record the settings of a new run. Returns the step to start at.
+
+    A collective.
+    """
     start = 0
     if start_from is not None:
-        parts.engine.materialise_state(parts.student.image_shape, parts.student.text_length, parts.run.accumulation)
-        start = state.restore(Path(start_from), parts.engine, parts.rows, parts.identity)
-        parts.guard.load_state(store.read_manifest(Path(start_from))["guard"])
+        state.engine.materialise_state(state.student.image_shape, state.student.text_length, state.run.accumulation)
+        start = restore(Path(start_from), state.engine, state.rows, state.identity)
+        state.guard.load_state(store.read_manifest(Path(start_from))["guard"])
         log.info("resumed from %s", start_from)
-    elif parts.parallel.is_first:
-        write_config(parts.run, parts.run.directory, parts.parallel.world)
-    barrier(parts.parallel.group)
+    elif state.parallel.is_first:
+        write_config(state.run, state.run.directory, state.parallel.world)
+    barrier(state.parallel.group)
     return start
-
-
-def report_memory(run: RunFile, student: Student | FeatureTower, head: PartialFC | None, parallel: Parallel) -> None:
-    parameters = sum(p.numel() for p in student.parameters())
-    parts = memory_estimate(
-        run, parameters, head.num_classes if head else 0, student.embed_dim, parallel.world, parallel.device.type
-    )
-    log.info("student %s: %.2f M parameters, width %d; classes %d; ranks %d; ZeRO stage %d; batch %d = %d x %d x %d ranks",
-             run.megacid.student.model, parameters / 1e6, student.embed_dim, head.num_classes if head else 0, parallel.world, run.zero_stage,
-             run.global_batch, run.micro_batch, run.accumulation, parallel.world)  # fmt: skip
-    log.info(
-        "memory of rank 0 without activations: %.1f MiB (%s)",
-        sum(parts.values()),
-        ", ".join(f"{name} {size:.1f}" for name, size in parts.items()),
-    )

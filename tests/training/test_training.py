@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -231,5 +232,6 @@ def test_peak_memory_is_that_of_the_process_not_of_the_one_that_started_it() -> 
     """A sweep starts its runs; their memory must not be the sweep's."""
     ask = "from megacid.training.metrics import peak_memory_mib; print(peak_memory_mib())"
     mine = torch.ones(300 * 2**18)  # 300 MiB, so that this process is larger than a fresh one that has imported torch
-    done = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True, check=True)
+    paths = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    done = subprocess.run([sys.executable, "-c", ask], env=paths, capture_output=True, text=True, check=True)
     assert 50 < float(done.stdout) < peak_memory_mib() - 0.5 * mine.numel() * 4 / 2**20
