@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 # Launchers put this folder first on sys.path, where our modules would be found under bare names. Replace it by the
-# repository and kernels/, so that a plain checkout works too.
+# repository and its kernels/, so that a plain checkout works too.
 _ROOT = Path(__file__).resolve().parents[1]
-sys.path[:] = [str(_ROOT), str(_ROOT / "kernels")] + [
+sys.path[:] = [str(_ROOT), *([str(_ROOT / "kernels")] if (_ROOT / "kernels" / "megacid_kernels").is_dir() else [])] + [
     p for p in sys.path if Path(p or ".").resolve() != _ROOT / "megacid"
 ]
 
@@ -191,10 +191,10 @@ def step_both(state: TrainState, verdict: Verdict, rate_share: float) -> None:
         state.row_optimizer.zero_grad()
 
 
-def main(argv: list[str]) -> int:
-    """Run the command line `argv` and return the exit code (`megacid.errors` lists them)."""
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (None: the process's own) and return the exit code; `megacid.errors` lists them."""
     return run_main(argv, train)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

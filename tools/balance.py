@@ -15,19 +15,14 @@ the report says how many of the planted copies were found.
 
 import argparse
 import json
-import logging
-import signal
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-
 from tqdm import tqdm
 
+import checkout  # noqa: F401  import paths of a plain checkout
 from megacid.data.index import load_index
-from megacid.distributed.parallel import Parallel, accept_launcher_arguments, launched
-from megacid.distributed.parent_process import set_parent_death_signal
+from megacid.distributed.parallel import Parallel, accept_launcher_arguments
 from megacid.distributed.stopping import StopRequest, run_stage
 from megacid.errors import UserError, run_tool
 from megacid.offline.balance.deduplicate import BalanceSettings
@@ -91,8 +86,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("megacid").setLevel(logging.INFO)
     if args.gallery_groups < 0:
         raise UserError(f"--gallery-groups is {args.gallery_groups}, expected 0 or more")
     settings = BalanceSettings(
@@ -106,8 +99,6 @@ def main(argv: list[str] | None = None) -> int:
         search_rows=args.search_rows,
         block=args.block,
     )
-    if launched():  # without a launcher the parent is a shell, whose end must not end what nohup started
-        set_parent_death_signal(signal.SIGTERM)
     return run_stage(lambda parallel, stop: work(args, settings, parallel, stop), args.out, WAIT_S)
 
 

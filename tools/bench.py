@@ -19,13 +19,10 @@
 import argparse
 import importlib
 import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
 
+import checkout  # noqa: F401  import paths of a plain checkout
 from benchmarks.suite import Suite, add_shared_arguments, describe_machine, print_bars, print_comparison, read_report
 from megacid.errors import UserError, run_tool
 from megacid.storage.atomic import write_json_atomic

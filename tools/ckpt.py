@@ -19,12 +19,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-
 import numpy as np
 from tqdm import tqdm
 
+import checkout  # noqa: F401  import paths of a plain checkout
 from megacid.checkpoint import store
 from megacid.checkpoint.state import CheckpointReader
 from megacid.classifier.initialization import load_rows, shape_of

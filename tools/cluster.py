@@ -11,19 +11,15 @@ it soon, on all ranks, with exit code 143 and 130.
 
 import argparse
 import logging
-import signal
 import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+import checkout  # noqa: F401  import paths of a plain checkout
 from megacid.distributed.consensus import fail_together
-from megacid.distributed.parallel import Parallel, accept_launcher_arguments, launched
-from megacid.distributed.parent_process import set_parent_death_signal
+from megacid.distributed.parallel import Parallel, accept_launcher_arguments
 from megacid.distributed.stopping import StopRequest, run_stage
 from megacid.errors import run_tool
 from megacid.offline.cluster.cost import describe_cost
@@ -106,11 +102,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("megacid").setLevel(logging.INFO)
     settings = None if args.assign_only else asked(args)
-    if launched():  # without a launcher the parent is a shell, whose end must not end what nohup started
-        set_parent_death_signal(signal.SIGTERM)
     return run_stage(lambda parallel, stop: work(args, settings, parallel, stop), args.out, WAIT_S)
 
 

@@ -13,21 +13,16 @@ The same command continues an interrupted run; a finished or started OUT made wi
 """
 
 import argparse
-import logging
 import os
-import signal
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-
 from tqdm import tqdm
 
+import checkout  # noqa: F401  import paths of a plain checkout
 from megacid.data.index import ShardIndex, load_index
 from megacid.distributed.consensus import agree, fail_together
-from megacid.distributed.parallel import Parallel, accept_launcher_arguments, launched
-from megacid.distributed.parent_process import set_parent_death_signal
+from megacid.distributed.parallel import Parallel, accept_launcher_arguments
 from megacid.distributed.stopping import Progress, StopRequest, run_stage
 from megacid.errors import UserError, run_tool
 from megacid.models.clip import LoadedClip, load_clip
@@ -66,15 +61,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("megacid").setLevel(logging.INFO)
     if args.batch_size < 1 or args.workers < 0:
         raise UserError(
             f"--batch-size is {args.batch_size} and --workers {args.workers}, expected at least 1 and at least 0: "
             "correct them"
         )
-    if launched():  # without a launcher the parent is a shell, whose end must not end what nohup started
-        set_parent_death_signal(signal.SIGTERM)
     return run_stage(lambda parallel, stop: embed(args, parallel, stop), args.out, COLLECTIVE_TIMEOUT_S)
 
 

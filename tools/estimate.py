@@ -10,13 +10,10 @@ are not in it. On a CPU the interpreter and its libraries are: what they take is
 
 import argparse
 import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
 
+import checkout  # noqa: F401  import paths of a plain checkout
 from megacid.config.load import load_run
 from megacid.config.schema import RunFile
 from megacid.distributed.parallel import init

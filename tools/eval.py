@@ -17,12 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-
 import torch
 from tqdm import tqdm
 
+import checkout  # noqa: F401  import paths of a plain checkout
 from megacid.data.features import FeatureSet
 from megacid.distributed.stopping import run_alone
 from megacid.errors import UserError, run_tool

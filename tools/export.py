@@ -9,9 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-
+import checkout  # noqa: F401  import paths of a plain checkout
 from megacid.distributed.stopping import run_alone
 from megacid.errors import UserError, run_tool
 from megacid.evaluate.export import export_student, student_from_run

@@ -8,13 +8,10 @@ tools/index_shards.py data/digits/train --verify      # hash every tar again; ex
 import argparse
 import logging
 import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from tqdm import tqdm
 
+import checkout  # noqa: F401  import paths of a plain checkout
 from megacid.data.index import load_index, verify_index
 from megacid.errors import run_tool
 

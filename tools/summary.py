@@ -14,9 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-
+import checkout  # noqa: F401  import paths of a plain checkout
 from megacid.errors import UserError, run_tool
 from megacid.storage.atomic import write_json_atomic
 from megacid.storage.metadata import machine, versions

@@ -23,12 +23,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-
 import torch
 from tqdm import tqdm
 
+import checkout
 from megacid.config.load import load_run
 from megacid.config.schema import RunFile
 from megacid.data.features import FeatureSet
@@ -142,7 +140,7 @@ def launch(args: argparse.Namespace, run: RunFile, changes: list[str]) -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         start = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(args.ranks), "--master_port", str(port)]  # fmt: skip
-    words = [*start, str(ROOT / "megacid" / "train.py"), "--deepspeed_config", str(args.deepspeed_config)]
+    words = [*start, str(checkout.ROOT / "megacid" / "train.py"), "--deepspeed_config", str(args.deepspeed_config)]
     words += [word for change in changes for word in ("--set", change)]
     args.out.mkdir(parents=True, exist_ok=True)
     said = args.out / f"{run.megacid.run.name}.out"

@@ -20,13 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import checkout  # noqa: F401  import paths of a plain checkout
 from megacid.data.index import load_index
 from megacid.data.order import KeyedPermutation, derive_key
 from megacid.data.synthetic import SceneMaker, altered, class_features

@@ -12,11 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-
 import torch
 
+import checkout  # noqa: F401  import paths of a plain checkout
 from benchmarks import measure, tiles
 from megacid.errors import UserError, run_tool
 from megacid.storage.atomic import write_atomic

@@ -9,6 +9,7 @@ a mark beside the output directory, which all ranks see: they poll it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -23,7 +24,8 @@ import torch.distributed as dist
 
 from megacid.distributed.collectives import barrier
 from megacid.distributed.consensus import fail_together, from_a_collective, gather_json
-from megacid.distributed.parallel import Parallel, session
+from megacid.distributed.parallel import Parallel, launched, session
+from megacid.distributed.parent_process import set_parent_death_signal
 from megacid.errors import EXIT_AGAIN
 
 Group = dist.ProcessGroup | None
@@ -160,8 +162,12 @@ def stop_together(group: Group = None) -> Iterator[None]:
 def run_stage(work: Callable[[Parallel, StopRequest], None], out: Path, timeout_s: float) -> int:
     """Run a stage on this rank and return the exit code: 0, 128 + signal when asked to stop, 75 when a peer is gone.
 
-    timeout_s: of collectives. Other errors pass.
+    timeout_s: of collectives. Other errors pass. Logs go to the terminal; the rank ends with the launcher that started it.
     """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("megacid").setLevel(logging.INFO)
+    if launched():  # without a launcher the parent is a shell, whose end must not end what nohup started
+        set_parent_death_signal(signal.SIGTERM)
     rank = 0
     with StopRequest() as stop:
         try:

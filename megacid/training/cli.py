@@ -40,7 +40,7 @@ ERRORS_OF_ALL_RANKS = tuple(EXIT_CODES)
 """Errors that every rank raises at the same point, with the same message."""
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train a CLIP student by contrastive, distillation and cluster discrimination losses. "
@@ -76,11 +76,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run_main(argv: list[str], train: Callable[[RunFile, argparse.Namespace, Parallel], int]) -> int:
+def run_main(argv: list[str] | None, train: Callable[[RunFile, argparse.Namespace, Parallel], int]) -> int:
     """Run the trainer's command line on this rank and return its exit code.
 
     Args:
-        argv: the options, without the program name.
+        argv: the options, without the program name; None: the process's own.
         train: the training loop; returns an exit code.
     """
     args = parse_args(argv)

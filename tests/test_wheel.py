@@ -1,0 +1,82 @@
+"""The wheel in an environment that holds nothing else of the project: imports, console scripts, packaged architectures."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*words: object, cwd: Path, expect: int = 0) -> str:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    done = subprocess.run([str(word) for word in words], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the tracked files: a build in the checkout would leave its folders there."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    for name in filter(None, tracked.decode().split("\0")):
+        if not name.startswith(("tests/", "docs/")) and (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source, cwd=out)
+    (path,) = out.glob("megacid-*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with this wheel, which finds the packages it requires where these tests find them."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder)
+    python = folder / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel, cwd=folder)
+    (packages,) = (folder / "lib").glob("python*/site-packages")
+    # A line of a .pth file is a search path; .pth files in it, those of editable installations, are not read.
+    (packages / "requirements.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
+    return folder
+
+
+def test_wheel_holds_the_packages_and_no_benchmark(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {
+        *("megacid/py.typed", "megacid/train.py", "megacid/models/configs/digits-student.json"),
+        *("megacid_kernels/py.typed", "megacid_kernels/fused/exponentials.py", "megacid_tools/embed.py"),
+    } <= names
+    assert not [name for name in names if "bench" in name or "tune" in Path(name).stem.split("_") or "tests" in name]
+
+
+def test_student_of_the_wheel_is_built_and_used(installed: Path, tmp_path: Path) -> None:
+    program = (
+        "import torch, megacid, megacid_kernels\n"
+        "from megacid.models.student import build_student\n"
+        "student = build_student('digits-student', embed_dim=32, seed=0)\n"
+        "out = student(torch.zeros(2, *student.image_shape), torch.zeros(2, student.text_length, dtype=torch.long))\n"
+        "head = megacid.PartialFC(5, 32)\n"
+        "head(out.image, torch.tensor([0, 4])).backward()\n"
+        "print(megacid.__file__, megacid_kernels.__file__, tuple(out.text.shape))"
+    )
+    printed = run(installed / "bin" / "python", "-c", program, cwd=tmp_path)
+    assert printed.count(str(installed)) == 2 and printed.strip().endswith("(2, 32)")
+
+
+def test_console_scripts_are_there_and_run(installed: Path, tmp_path: Path) -> None:
+    scripts = {path.name.removeprefix("megacid-") for path in (installed / "bin").glob("megacid-*")}
+    assert scripts == {"train", "embed", "cluster", "balance", "eval", "export"}
+    assert "usage: " in run(installed / "bin" / "megacid-embed", "--help", cwd=tmp_path)
+
+
+def test_console_script_reports_a_mistake_in_one_line(installed: Path, tmp_path: Path) -> None:
+    script = installed / "bin" / "megacid-train"
+    assert run(script, "--deepspeed_config", "missing.json", cwd=tmp_path, expect=2) == ""
