@@ -25,7 +25,7 @@ from megacid.data.index import load_index
 from megacid.distributed.parallel import Parallel, accept_launcher_arguments
 from megacid.distributed.stopping import StopRequest, run_stage
 from megacid.errors import UserError, run_tool
-from megacid.offline.balance.deduplicate import BalanceSettings
+from megacid.offline.balance.context import BalanceSettings
 from megacid.offline.balance.reshard import reshard
 from megacid.offline.balance.stage import balance
 from megacid.storage.metadata import read_meta

@@ -25,7 +25,7 @@ from megacid.data.index import load_index
 from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
 from megacid.distributed.parallel import Parallel
 from megacid.models.clip import load_clip
-from megacid.offline.balance.deduplicate import BalanceSettings
+from megacid.offline.balance.context import BalanceSettings
 from megacid.offline.balance.stage import balance
 from megacid.offline.cluster.kmeans import KMeansSettings
 from megacid.offline.cluster.stage import cluster

@@ -31,7 +31,7 @@ from megacid.data.index import load_index
 from megacid.distributed.parallel import Parallel
 from megacid.distributed.stopping import no_progress
 from megacid.errors import UserError
-from megacid.offline.balance.deduplicate import BalanceSettings
+from megacid.offline.balance.context import BalanceSettings
 from megacid.offline.balance.stage import balance
 from megacid.offline.cluster.labels import label_all
 from megacid.offline.rows import EmbeddingRows

@@ -12,8 +12,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Clusters:
-    """Samples sorted by cluster, inside a cluster by preference. `order`: int64 [n] row numbers; cluster c is order[starts[c]:starts[c+1]].
-    `priority`: [n] by row number, smaller is preferred."""
+    """Samples sorted by cluster, then by preference.
+
+    Attributes:
+        order: int64 row numbers, first those without a cluster; cluster c is order[starts[c]:starts[c+1]].
+        starts: int64 [k + 1].
+        priority: [n] by row number; smaller is preferred.
+    """
 
     order: np.ndarray
     starts: np.ndarray
@@ -23,16 +28,51 @@ class Clusters:
     def sizes(self) -> np.ndarray:
         return np.diff(self.starts)
 
+    @property
+    def rows(self) -> np.ndarray:
+        """int64: the rows that have a cluster, in order."""
+        return self.order[self.starts[0] :]
+
+    def span(self, low: int, high: int) -> slice:
+        """The place of the clusters [low, high) in `order`."""
+        return slice(int(self.starts[low]), int(self.starts[high]))
+
+    def members(self, cluster: int) -> np.ndarray:
+        """int64: the rows of a cluster, the most preferred first."""
+        return self.order[self.span(cluster, cluster + 1)]
+
     def of(self, chosen: list[int]) -> tuple[np.ndarray, Clusters]:
-        """(row numbers int64 [m], ascending, of the samples of these clusters; the k clusters with those alone, by place among them)."""
+        """Some clusters alone.
+
+        Returns:
+            Their row numbers, int64 [m], ascending, and the same k clusters, in which the others are empty and rows are
+            places among those m.
+        """
         inside = np.isin(np.arange(len(self.sizes)), chosen)
-        order = self.order[self.starts[0] :][np.repeat(inside, self.sizes)]
+        order = self.rows[np.repeat(inside, self.sizes)]
         rows = np.sort(order)
         starts = np.concatenate([[0], np.cumsum(self.sizes * inside)]).astype(np.int64)
         return rows, Clusters(np.searchsorted(rows, order), starts, self.priority[rows])
 
-    def labels(self, num_rows: int) -> np.ndarray:
+    def labels(self) -> np.ndarray:
         """int32 [n]: the cluster of every sample, -1 for none."""
-        label = np.full(num_rows, -1, np.int32)
-        label[self.order[self.starts[0] :]] = np.repeat(np.arange(len(self.sizes), dtype=np.int32), self.sizes)
+        label = np.full(len(self.priority), -1, np.int32)
+        label[self.rows] = np.repeat(np.arange(len(self.sizes), dtype=np.int32), self.sizes)
         return label
+
+    def keep_mask(self, representative: np.ndarray, cap: int | None) -> np.ndarray:
+        """bool [n]: rows that are their own representative, of every cluster at most the `cap` most preferred."""
+        keep = representative == np.arange(len(representative))
+        if cap is not None:
+            for cluster in np.flatnonzero(self.sizes > cap).tolist():
+                members = self.members(cluster)
+                own = keep[members]
+                keep[members] = own & (np.cumsum(own) <= cap)
+        return keep
+
+
+def group_by_cluster(label: np.ndarray, priority: np.ndarray, k: int) -> Clusters:
+    """Sorts samples by cluster and preference, ties by row. label: int [n], -1 for none; priority: [n], smaller first."""
+    order = np.lexsort((priority, label))
+    starts = np.searchsorted(label[order], np.arange(k + 1))
+    return Clusters(order.astype(np.int64), starts.astype(np.int64), priority)

@@ -1,86 +1,96 @@
-"""The second pass: near pairs that fall on both sides of a border between clusters.
+"""The second pass: links between samples of neighbouring clusters.
 
-Every sample lists the M clusters, its own aside, whose centroids are nearest to it; of two clusters those samples are
-multiplied that list the other one. To list them by sample and not by cluster costs one assignment of all samples, and
-finds with M = 4 what the 100 clusters nearest to a cluster do not hold: of many dimensions, a cluster has many borders.
+Each sample has candidate clusters: the M clusters, other than its own, whose centroids are nearest to it. Two clusters
+are compared on those of their samples that have the other one as a candidate. Candidates are chosen per sample, not per
+cluster, because in many dimensions a cluster borders on very many others: M = 4 finds pairs that the 100 clusters nearest
+to a cluster miss, for the cost of one assignment of all samples.
 
-A list leaves out what cannot have a near sample: y lies in cluster b because b's centroid is the nearer one,
-(c_a - c_b) . y <= h with h = (|c_a|^2 - |c_b|^2) / 2, so that a sample x closer to y than t has
+A candidate that cannot hold a near sample is ruled out. If y lies in cluster b, then c_b is nearer to it than c_a:
+(c_a - c_b) . y <= h with h = (|c_a|^2 - |c_b|^2) / 2. So a sample x of cluster a within distance t of y satisfies
 (c_a - c_b) . x <= h + |c_a - c_b| t.
 
-Legend: n samples, k clusters, M clusters on a list, T rows of a tile, E links, D width.
+The links connect the representatives of the first pass, whose groups are then merged: by union-find (components), or by
+greedy keep over all representatives in order of preference.
+
+Legend: n samples, k clusters, M candidate clusters of a sample, T rows of a tile, E links, D width.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megacid.distributed.stopping import Progress
 from megacid.failpoints import failpoint
-from megacid.offline.balance.linking import Link, UnitRows, cosine_bound, find, union, union_near
-from megacid.offline.nearest import Assigner, pad_rows, tile_rows
-from megacid.offline.rows import Rows
-from megacid.storage.stage_directory import PartialResults
+from megacid.offline.balance import linking
+from megacid.offline.balance.context import BalanceContext
+from megacid.offline.balance.linking import Link, LinkOptions, UnitRows, find, union, union_near
+from megacid.offline.nearest import pad_rows, tile_rows
 
+log = logging.getLogger(__name__)
 _SLACK = 4e-3  # rows were assigned as float16 of nearly length 1, and the products were rounded
 _ROUNDING = 1e-5  # of a product of two unit vectors in fp32
-_MANY = 4096  # links of one pair of clusters that are worth to be looked through for equal ones
-LIST_ROWS = 1 << 16  # samples in one partial result of the lists; whole tiles
+_MANY_LINKS = 4096  # of one pair of clusters, from which removing duplicates at once saves memory
+CHUNK_ROWS = 1 << 16  # samples in one partial result of the candidates; a multiple of a tile
 
 
-def candidate_clusters(
-    image: Rows,
-    rows: np.ndarray,
-    label: np.ndarray,
-    assigner: Assigner,
-    neighbor_clusters: int,
-    threshold: float,
-    number: int,
-    work: PartialResults | None,
-    progress: Progress,
-) -> np.ndarray:
-    """int64 [entries, 2]: (row, cluster it lists) of chunk `number` of these samples, LIST_ROWS of them; kept in `work`.
+def find_candidates(context: BalanceContext, rows: np.ndarray, threshold: float) -> np.ndarray:
+    """Candidate clusters of some samples, this rank's share of them.
 
-    rows: int64 [n] row numbers; label: [n] the clusters they are in; neighbor_clusters: M.
+    Args:
+        rows: int64 [m], row numbers.
+        threshold: distance below which samples will be linked.
+
+    Returns:
+        int64 [entries, 2]: (row, candidate cluster).
     """
-    name = f"candidates-{number}"
-    before = work.array(name, (None, 2), "i") if work else None
-    if before is not None:
-        return before
-    unit = UnitRows(image, rows, assigner.device)
-    c_KD, half_K = assigner.centroids_KD, assigner.half_norm_K
-    tile, top = tile_rows(assigner.device), min(neighbor_clusters + 1, len(assigner.centroids_KD))
+    label, chunks = context.clusters.labels()[rows], -(-len(rows) // CHUNK_ROWS)
     parts = [np.empty((0, 2), np.int64)]
-    for low in range(number * LIST_ROWS, min((number + 1) * LIST_ROWS, len(rows)), tile):
-        progress(0)
-        which = slice(low, min(low + tile, len(rows), (number + 1) * LIST_ROWS))
+    for chunk in range(context.rank * chunks // context.world, (context.rank + 1) * chunks // context.world):
+        name, which = f"candidates-{chunk}", slice(chunk * CHUNK_ROWS, (chunk + 1) * CHUNK_ROWS)
+        entries = context.load(name, (None, 2))
+        if entries is None:
+            entries = candidate_clusters(context, rows[which], label[which], threshold)
+            context.save(name, entries)
+            failpoint("balance:candidate_clusters", step=chunk)
+        parts.append(entries)
+    return np.concatenate(parts)
+
+
+def candidate_clusters(context: BalanceContext, rows: np.ndarray, label: np.ndarray, threshold: float) -> np.ndarray:
+    """int64 [entries, 2]: (row, candidate cluster). rows: int64 [m]; label: int [m], the clusters the rows are in."""
+    assigner = context.assigner
+    assert assigner is not None
+    unit = UnitRows(context.rows, rows, assigner.device)
+    c_KD, half_K = assigner.centroids_KD, assigner.half_norm_K
+    tile, top = tile_rows(assigner.device), min(context.settings.neighbor_clusters + 1, len(c_KD))
+    parts = [np.empty((0, 2), np.int64)]
+    for low in range(0, len(rows), tile):
+        context.progress(0)
+        which = slice(low, low + tile)
         x_TD = unit[which]
         own = torch.from_numpy(label[which].astype(np.int64)).to(x_TD.device)
-        # Products of one shape, so that the lists do not depend on where chunks end.
+        # Products of one shape, so the candidates do not depend on where chunks end.
         near_TM = assigner.tile(pad_rows(x_TD, tile), top)[1][: len(x_TD)]
         for column in range(top):
             other = near_TM[:, column]
             normal = c_KD[own] - c_KD[other]
             most = half_K[own] - half_K[other] + normal.norm(dim=1) * (threshold + _SLACK) + _ROUNDING
-            good = ((normal * x_TD).sum(1) <= most) & (other != own)
-            parts.append(np.stack([rows[which][good.cpu().numpy()], other[good].cpu().numpy()], axis=1))
-    found = np.concatenate(parts)
-    if work:
-        work.save_array(name, found)
-    failpoint("balance:candidate_clusters", step=number)
-    return found
+            possible = ((normal * x_TD).sum(1) <= most) & (other != own)
+            parts.append(np.stack([rows[which][possible.cpu().numpy()], other[possible].cpu().numpy()], axis=1))
+    return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of clusters a < b and the samples that list the other one.
+    """Pairs of clusters a < b, each with the samples that have the other one as a candidate.
 
-    `rows`: int64 row numbers; pair p has rows[starts[p]:middles[p]] of its first cluster and rows[middles[p]:starts[p+1]] of
-    its second one, none of them empty.
+    Attributes:
+        rows: int64 row numbers; pair p has rows[starts[p]:middles[p]] of cluster a and rows[middles[p]:starts[p+1]] of
+            cluster b, neither of them empty.
     """
 
     rows: np.ndarray
@@ -96,8 +106,8 @@ class Pairs:
         return self.middles - self.starts[:-1], self.starts[1:] - self.middles
 
 
-def match_lists(entries: np.ndarray, label: np.ndarray, k: int) -> Pairs:
-    """The pairs of clusters of which both have samples that list the other. entries: int64 [e, 2]; label: by row number."""
+def match_candidates(entries: np.ndarray, label: np.ndarray, k: int) -> Pairs:
+    """The pairs of clusters in which samples of both have the other as a candidate. entries: int64 [e, 2]; label: [n]."""
     row, other = entries[:, 0], entries[:, 1]
     own = label[row].astype(np.int64)
     code = np.minimum(own, other) * k + np.maximum(own, other)
@@ -113,91 +123,101 @@ def match_lists(entries: np.ndarray, label: np.ndarray, k: int) -> Pairs:
     return Pairs(rows, np.concatenate([[0], ends]).astype(np.int64), (ends - right[both]).astype(np.int64))
 
 
-def link_pairs(
-    image: Rows,
-    pairs: Pairs,
-    low: int,
-    high: int,
-    representative: np.ndarray,
-    threshold: float,
-    link: Link,
-    block: int,
-    panel: int,
-    device: torch.device,
-    work: PartialResults | None,
-    progress: Progress,
+def link_neighbors(
+    context: BalanceContext, representative: np.ndarray, threshold: float, candidates: np.ndarray
 ) -> np.ndarray:
-    """int64 [E, 2], each once: rows that stand for two groups which are one, of the pairs [low, high); kept in `work`.
+    """Merges the groups of the first pass that are linked across clusters. A collective unless the context is `alone`.
 
-    representative: int64 [n], of the first pass. Components: enough links to unite what is linked; greedy: all of them.
+    Args:
+        representative: int64 [n], of the first pass.
+        candidates: int64 [entries, 2], of all samples; see `find_candidates`.
+
+    Returns:
+        int64 [n], the representatives after both passes.
     """
-    name = f"cross-cluster-{low}-{high}"
-    before = work.array(name, (None, 2), "i") if work else None
-    if before is not None:
-        return before
-    bound, base = cosine_bound(threshold), int(pairs.starts[low])
+    clusters, link = context.clusters, context.settings.link
+    if link == "greedy":  # samples that the first pass removed no longer count
+        candidates = candidates[representative[candidates[:, 0]] == candidates[:, 0]]
+    pairs = match_candidates(candidates, clusters.labels(), len(clusters.sizes))
+    left, right = (side.astype(np.float64) for side in pairs.sizes)
+    if not context.alone:
+        flop = 2 * (left @ right) * context.rows.dim
+        log.info(
+            "%d pairs of neighbouring clusters, %d samples to compare, %.3g flop", len(pairs), len(pairs.rows), flop
+        )
+    options = context.link_options(threshold, linking.PANEL_BYTES // 4)
+    # A part is as large as its work, or as the rows that are held for it.
+    cost = np.maximum(left * right, (left + right) / (options.panel or 1) * context.part_pairs)
+    parts = [np.empty((0, 2), np.int64)]
+    with context.stop_together():
+        for low, high in context.parts(cost):
+            name = f"cross-cluster-{low}-{high}"
+            links = context.load(name, (None, 2))
+            if links is None:
+                links = _link_pairs(context, pairs, low, high, representative, options)
+                context.save(name, links)
+                failpoint("balance:cross_cluster")
+            parts.append(links)
+    return merge_groups(representative, context.gather(np.concatenate(parts)), clusters.priority, link)
+
+
+def _link_pairs(
+    context: BalanceContext, pairs: Pairs, low: int, high: int, representative: np.ndarray, options: LinkOptions
+) -> np.ndarray:
+    """Links of the pairs [low, high) of clusters, int64 [E, 2], each once, between representatives of the first pass.
+
+    Components: enough links to merge what is linked; greedy: all of them.
+    """
+    base = int(pairs.starts[low])
     rows = pairs.rows[base : pairs.starts[high]]
-    unit: UnitRows | Tensor = UnitRows(image, rows, device)
+    unit: UnitRows | Tensor = UnitRows(context.rows, rows, context.device)
     # Most pairs are small and are read together; a part of one large pair is read in panels.
-    if len(rows) <= 2 * panel:
+    if len(rows) <= 2 * (options.panel or 0):
         unit = unit[:]
     parts = [np.empty((0, 2), np.int64)]
     for pair in range(low, high):
         failpoint("balance:pair", step=pair)
-        progress(0)
+        options.progress(0)
         start, middle, stop = (
             int(at) - base for at in (pairs.starts[pair], pairs.middles[pair], pairs.starts[pair + 1])
         )
         x_node, y_node = representative[rows[start:middle]], representative[rows[middle:stop]]
-        if isinstance(unit, Tensor) and max(len(x_node), len(y_node)) <= block:
-            near = (unit[start:middle] @ unit[middle:stop].T > bound).cpu().numpy()
-            a, b = np.nonzero(near)
-            found = np.stack([x_node[a], y_node[b]], axis=1)
+        if isinstance(unit, Tensor) and max(len(x_node), len(y_node)) <= options.block:
+            a, b = options.near(unit[start:middle], unit[middle:stop])
+            links = np.stack([x_node[a], y_node[b]], axis=1)
         else:
-            found = _link_large(unit, start, middle, stop, x_node, y_node, bound, link, block, panel, progress)
-        if len(found):
-            parts.append(np.unique(found, axis=0) if len(found) > _MANY else found)
+            x, y = (
+                unit[i:j] if isinstance(unit, Tensor) else unit.part(i, j) for i, j in ((start, middle), (middle, stop))
+            )
+            links = _link_large(x, y, x_node, y_node, options)
+        parts.append(np.unique(links, axis=0) if len(links) > _MANY_LINKS else links)
     links = np.concatenate(parts)
-    # One component already: two samples of one group list each other's clusters.
-    links = np.unique(links[links[:, 0] != links[:, 1]], axis=0)
-    if work:
-        work.save_array(name, links)
-    failpoint("balance:cross_cluster")
-    return links
+    # Two samples of one group that spans the border are one component already.
+    return np.unique(links[links[:, 0] != links[:, 1]], axis=0)
 
 
 def _link_large(
-    unit: Tensor | UnitRows,
-    start: int,
-    middle: int,
-    stop: int,
-    x_node: np.ndarray,
-    y_node: np.ndarray,
-    bound: float,
-    link: Link,
-    block: int,
-    panel: int,
-    progress: Progress,
+    x: Tensor | UnitRows, y: Tensor | UnitRows, x_node: np.ndarray, y_node: np.ndarray, options: LinkOptions
 ) -> np.ndarray:
-    """The links of one pair of clusters, rows [start, middle) and [middle, stop) of `unit`, in blocks. int64 [E, 2]."""
+    """The links of one pair of clusters, in panels and blocks, int64 [E, 2] of nodes. x_node, y_node: of the rows x, y."""
     node, number = np.unique(np.concatenate([x_node, y_node]), return_inverse=True)
+    x_number, y_number = number[: len(x_node)], number[len(x_node) :]
+    panel, block = options.panel or max(len(x), len(y)), options.block
     parent = np.arange(len(node), dtype=np.int64)
     parts = [np.empty((0, 2), np.int64)]
-    for p in range(start, middle, panel):
-        x_PD = unit[p : min(p + panel, middle)]
-        x_number = number[p - start : p - start + len(x_PD)]
-        for q in range(middle, stop, panel):
-            y_PD = unit[q : min(q + panel, stop)]
-            y_number = number[q - start : q - start + len(y_PD)]
-            if link == "components":
-                union_near(x_PD, y_PD, parent, x_number, y_number, bound, block, progress)
+    for p in range(0, len(x), panel):
+        x_PD, x_place = x[p : p + panel], x_number[p : p + panel]
+        for q in range(0, len(y), panel):
+            y_PD, y_place = y[q : q + panel], y_number[q : q + panel]
+            if options.link == "components":
+                union_near(x_PD, y_PD, parent, x_place, y_place, options)
                 continue
             for i in range(0, len(x_PD), block):
-                progress(0)
+                options.progress(0)
                 for j in range(0, len(y_PD), block):
-                    a, b = np.nonzero((x_PD[i : i + block] @ y_PD[j : j + block].T > bound).cpu().numpy())
-                    parts.append(np.stack([node[x_number[i + a]], node[y_number[j + b]]], axis=1))
-    if link == "components":
+                    a, b = options.near(x_PD[i : i + block], y_PD[j : j + block])
+                    parts.append(np.stack([node[x_place[i + a]], node[y_place[j + b]]], axis=1))
+    if options.link == "components":
         root = find(parent, np.arange(len(node)))
         moved = np.flatnonzero(root != np.arange(len(node)))
         parts.append(np.stack([node[root[moved]], node[moved]], axis=1))
@@ -205,11 +225,15 @@ def _link_large(
 
 
 def merge_groups(representative: np.ndarray, links: np.ndarray, priority: np.ndarray, link: Link) -> np.ndarray:
-    """int64 [n]: who stands for every row once the groups of both passes are one.
+    """Merges the groups of the first pass that are linked.
 
-    representative: int64 [n] of the first pass; links: int64 [E, 2] between rows that are their own representative; priority: [n], smaller is
-    preferred, equal ones by row. Greedy: of the kept rows, in order of preference over all clusters, one stays unless it
-    is near one that stays; what it stood for follows it.
+    Args:
+        representative: int64 [n], of the first pass.
+        links: int64 [E, 2], between rows that are their own representative.
+        priority: [n], smaller is preferred, ties by row.
+
+    Returns:
+        int64 [n], the representative of every row.
     """
     if not len(links):
         return representative
@@ -225,19 +249,24 @@ def merge_groups(representative: np.ndarray, links: np.ndarray, priority: np.nda
         greedy_keep(parent, place.min(axis=1), place.max(axis=1))
     out = representative.copy()
     out[rows] = rows[parent]
-    return out[representative]  # what was removed in the first pass follows the one it was removed for
+    return out[representative]  # a sample removed in the first pass follows its representative
 
 
 def greedy_keep(parent: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-    """The greedy choice in rounds; fills parent. low, high: int64 [E], the preferred place of each link and the other."""
-    stays, follows = np.zeros(len(parent), bool), np.zeros(len(parent), bool)
-    while not (stays | follows).all():
-        follows[high[stays[low]]] = True
-        # Who has no undecided row before it is decided: at least the first undecided one in every round.
+    """Greedy keep in parallel rounds; sets the parent of every removed place to the first kept place linked to it.
+
+    Args:
+        parent: int64 [places], in order of preference, each its own parent.
+        low, high: int64 [E], the preferred place of each link and the other one.
+    """
+    kept, removed = np.zeros(len(parent), bool), np.zeros(len(parent), bool)
+    while not (kept | removed).all():
+        removed[high[kept[low]]] = True
+        # Keep places without an undecided place before them: at least the first undecided one in every round.
         waits = np.zeros(len(parent), bool)
-        waits[high[~(stays | follows)[low]]] = True
-        stays |= ~waits & ~follows
+        waits[high[~(kept | removed)[low]]] = True
+        kept |= ~waits & ~removed
     first = np.full(len(parent), len(parent), np.int64)
-    by_kept = stays[low]
+    by_kept = kept[low]
     np.minimum.at(first, high[by_kept], low[by_kept])
-    parent[follows] = first[follows]
+    parent[removed] = first[removed]

@@ -22,7 +22,9 @@ from megacid.distributed.stopping import Progress, StartProgress, no_progress, s
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.offline.balance import gallery, report
-from megacid.offline.balance.deduplicate import BalanceSettings, Decision, decide, group_by_cluster, preference
+from megacid.offline.balance.clusters import group_by_cluster
+from megacid.offline.balance.context import BalanceContext, BalanceSettings
+from megacid.offline.balance.deduplicate import Decision, decide, preference
 from megacid.offline.balance.groups import (
     PERCEPTUAL_SHARE,
     Groups,
@@ -32,7 +34,7 @@ from megacid.offline.balance.groups import (
     sample_cluster,
 )
 from megacid.offline.cluster.read_labels import read_centroids, read_labels
-from megacid.offline.nearest import Metric
+from megacid.offline.nearest import Assigner, Metric, prepare
 from megacid.offline.rows import EmbeddingRows
 from megacid.storage.atomic import write_text
 from megacid.storage.metadata import read_meta
@@ -44,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 def tar_rows(index: ShardIndex, rows: EmbeddingRows) -> tuple[np.ndarray, np.ndarray]:
-    """(shard int32 [n], row in its tar int64 [n]) of every embedded sample, merge_groups by key."""
+    """(shard int32 [n], row in its tar int64 [n]) of every embedded sample, joined by key."""
     shard, row = np.empty(rows.num_rows, np.int32), np.empty(rows.num_rows, np.int64)
     number = {name: i for i, name in enumerate(index.names)}
     for partition, stem in enumerate(rows.stems):
@@ -109,16 +111,10 @@ def balance(
         sorted_rows = group_by_cluster(label, priority, k)
     barrier(group)
     progress = start_progress(rows.num_rows)
+    device = parallel.device
+    assigner = None if centroids is None else Assigner(prepare(centroids, metric, device), metric, device)
     decision = decide(
-        rows,
-        sorted_rows,
-        settings,
-        device=parallel.device,
-        group=group,
-        work=stage.work,
-        progress=progress,
-        centroids=centroids,
-        metric=metric,
+        BalanceContext(rows, sorted_rows, settings, device, assigner, group, partial=stage.work, progress=progress)
     )
     with stop_together(group):
         if parallel.is_first:

@@ -1,33 +1,92 @@
-"""The threshold that keeps a given share of the samples: which clusters it is searched on, and the steps.
+"""Searches the threshold that keeps a given share of the samples, on a sample of whole clusters.
 
-Without the second pass, clusters are drawn one by one. With it, whole neighbourhoods are drawn, because a sample has to be
-compared with clusters that come next to its own; some of those are still outside of what was drawn, and what is removed
-across borders is scaled to all of them.
+The share kept falls as the threshold grows, so the threshold is bracketed and the bracket is narrowed until the share is
+within half a sample of the target. Without the second pass, clusters are sampled one by one. With it, whole
+neighbourhoods of clusters are sampled, because a sample has to be compared with the clusters next to its own; some of
+those still lie outside of the sample, so what is removed across borders is scaled up to all of them.
 
-Legend: n samples drawn, k clusters, D width.
+Legend: n samples searched on, k clusters, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from megacid.errors import UserError
+from megacid.failpoints import failpoint
+from megacid.offline.balance import cross_cluster
+from megacid.offline.balance.context import FARTHEST, BalanceContext
+from megacid.offline.balance.linking import keep_mask
+from megacid.offline.balance.within_cluster import link_cluster
 from megacid.offline.nearest import Assigner
 from megacid.offline.random_streams import RandomStream
+from megacid.offline.rows import SubsetRows
 
-FARTHEST = 2.0  # no two unit vectors are farther apart
-NEIGHBOURHOOD = (
-    32  # clusters drawn together; few enough that 200,000 samples of LAION's 400 per cluster are many places
-)
-_RESOLUTION = 1e-5  # the search stops when its interval is this narrow
+# Clusters sampled together: few enough that the default 200,000 samples, at 400 per cluster in LAION, are many places.
+NEIGHBOURHOOD = 32
+_RESOLUTION = 1e-5  # width of the bracket at which the search stops
+Curve = list[tuple[float, float]]  # (threshold, share kept), by threshold
+
+
+def search_threshold(context: BalanceContext) -> tuple[float, Curve, int]:
+    """Finds the threshold whose share kept is nearest to `settings.target_keep`. On one rank, without communication.
+
+    Returns:
+        The threshold, the visited curve, and the number of samples searched on; when those are all samples, the share is
+        exact. Visited points are kept in the partial results.
+    """
+    settings = context.settings
+    assert settings.target_keep is not None
+    chosen = sample_clusters(context.clusters.sizes, settings.search_rows, settings.seed, context.assigner)
+    numbers, clusters = context.clusters.of(chosen)
+    count, rows = len(numbers), SubsetRows(context.rows, numbers)
+    subset = replace(context, rows=rows, clusters=clusters, alone=True, partial=None)
+    candidates, inside = np.empty((0, 2), np.int64), 1.0
+    if context.assigner is not None:
+        # At the largest threshold no candidate is ruled out, so these serve every threshold.
+        candidates = cross_cluster.find_candidates(subset, np.arange(count), FARTHEST)
+        inside = float(np.isin(candidates[:, 1], chosen).mean()) if len(candidates) else 1.0
+    # JSON keeps every bit of a float.
+    visited: dict[float, float] = {float(at): float(kept) for at, kept in context.load_json("search") or []}
+
+    def share(threshold: float) -> float:
+        if threshold not in visited:
+            representative, kept = np.arange(count), 0.0
+            options = subset.link_options(threshold)
+            for cluster in chosen:
+                subset.progress(0)
+                local, members = link_cluster(subset, cluster, options), clusters.members(cluster)
+                representative[members] = members[local]
+                kept += int(keep_mask(local, settings.cap).sum())
+            if context.assigner is not None and threshold > 0:
+                merged = cross_cluster.link_neighbors(subset, representative, threshold, candidates)
+                across = kept - float(clusters.keep_mask(merged, settings.cap).sum())
+                # Scaled from the candidates inside of the sample to all of them.
+                kept = max(kept - across / max(inside, 1 / count), 0.0)
+            visited[threshold] = kept
+            context.save_json("search", list(visited.items()))
+            failpoint("balance:search", step=len(visited))
+        return visited[threshold] / count
+
+    threshold, curve = bisect_threshold(settings.target_keep, count, share)
+    return threshold, curve, count
 
 
 def sample_clusters(sizes: np.ndarray, rows: int, seed: int, assigner: Assigner | None = None) -> list[int]:
-    """Clusters that hold at least `rows` samples together, or all that hold any; the order is part of the draw.
+    """Samples clusters until they hold at least `rows` samples together, or are all clusters that hold any.
 
-    sizes: int64 [k]; assigner: of the k centroids, None: clusters are drawn without their neighbours. UserError when all are empty.
+    Args:
+        sizes: int64 [k], samples of each cluster.
+        assigner: of the k centroids; None: clusters are sampled without their neighbours.
+
+    Returns:
+        Cluster numbers in the order sampled.
+
+    Raises:
+        UserError: all clusters are empty.
     """
     chosen: dict[int, None] = {}
     count = 0
@@ -46,19 +105,23 @@ def sample_clusters(sizes: np.ndarray, rows: int, seed: int, assigner: Assigner 
 
 
 def _neighbourhood(assigner: Assigner, cluster: int) -> list[int]:
-    """The cluster and those whose centroids are nearest to its own, nearest first."""
+    """The cluster, then those whose centroids are nearest to its own; the cluster itself may occur twice."""
     c_KD = assigner.centroids_KD
     near: list[int] = assigner.tile(c_KD[cluster : cluster + 1], min(NEIGHBOURHOOD, len(c_KD)))[1][0].tolist()
-    return [cluster, *near]  # the cluster itself is in both, and taken once
+    return [cluster, *near]
 
 
-def bisect_threshold(
-    target: float, count: int, share: Callable[[float], float]
-) -> tuple[float, list[tuple[float, float]]]:
-    """(threshold whose share kept is nearest to the target, the visited (threshold, share) by threshold).
+def bisect_threshold(target: float, count: int, share: Callable[[float], float]) -> tuple[float, Curve]:
+    """Finds the threshold whose share is nearest to `target`, by alternating regula falsi and bisection.
 
-    share: falls from 1 at distance 0; of `count` samples, so that a difference of half a sample is none. Steps go to the
-    line between the two ends and to the middle in turns: the line is fast where the share is smooth, the middle is sure.
+    Interpolation is fast where the share is smooth; bisection always converges.
+
+    Args:
+        count: samples; the search stops within half a sample of the target.
+        share: share kept at a threshold, falling from 1 at distance 0.
+
+    Returns:
+        The best threshold and all visited points.
     """
     low, high = (0.0, share(0.0)), (FARTHEST, share(FARTHEST))
     curve = [low, high]

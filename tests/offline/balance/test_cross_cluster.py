@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 from harness import run_ranks
-from test_deduplicate import brute_components, brute_greedy, unit_rows
+from test_deduplicate import brute_components, brute_greedy, decided, unit_rows
 
-from megacid.distributed.stopping import no_progress
 from megacid.errors import UserError
-from megacid.offline.balance import cross_cluster, deduplicate, linking
-from megacid.offline.balance.cross_cluster import candidate_clusters, match_lists, merge_groups
-from megacid.offline.balance.deduplicate import BalanceSettings, Clusters, Decision, decide, group_by_cluster
-from megacid.offline.balance.linking import UnitRows, panel_rows, representatives
+from megacid.offline.balance import cross_cluster, linking
+from megacid.offline.balance.clusters import Clusters, group_by_cluster
+from megacid.offline.balance.context import BalanceContext, BalanceSettings
+from megacid.offline.balance.cross_cluster import find_candidates, match_candidates, merge_groups
+from megacid.offline.balance.deduplicate import Decision
+from megacid.offline.balance.linking import LinkOptions, UnitRows, panel_rows, representatives
 from megacid.offline.cluster.read_labels import read_centroids
 from megacid.offline.nearest import Assigner
 from megacid.offline.rows import ArrayRows
@@ -28,7 +29,7 @@ CPU = torch.device("cpu")
 def test_panels_change_nothing(panel: int, link: str, brute: Callable[..., np.ndarray]) -> None:
     x = unit_rows(90)
     rows = UnitRows(ArrayRows(x.numpy()), np.arange(90), CPU)
-    np.testing.assert_array_equal(representatives(rows, 0.2, link, 7, panel=panel), brute(rows[:], 0.2))
+    np.testing.assert_array_equal(representatives(rows, LinkOptions(0.2, link, 7, panel)), brute(rows[:], 0.2))
 
 
 def test_large_cluster_is_read_in_panels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,11 +48,11 @@ def test_large_cluster_is_read_in_panels(monkeypatch: pytest.MonkeyPatch) -> Non
 
     image = Counted(unit_rows(450).numpy())
     clusters = group_by_cluster(np.zeros(450, np.int32), np.zeros(450), 1)
-    few = decide(image, clusters, BalanceSettings(threshold=0.2, block=10))
+    few = decided(image, clusters, BalanceSettings(threshold=0.2, block=10))
     assert max(asked) == 100 and len(asked) > 10
     monkeypatch.undo()
     np.testing.assert_array_equal(
-        few.representative, decide(image, clusters, BalanceSettings(threshold=0.2, block=10)).representative
+        few.representative, decided(image, clusters, BalanceSettings(threshold=0.2, block=10)).representative
     )
 
 
@@ -79,13 +80,13 @@ def toy(n: int = 700, k: int = 12, metric: str = "cosine") -> tuple[ArrayRows, C
 def test_components_over_all_neighbours_are_those_of_all_pairs(threshold: float, metric: str) -> None:
     rows, clusters, centroids = toy(metric=metric)
     settings = BalanceSettings(threshold=threshold, neighbor_clusters=11, block=16)
-    decision = decide(rows, clusters, settings, centroids=centroids, metric=metric)
+    decision = decided(rows, clusters, settings, centroids=centroids, metric=metric)
     order = np.argsort(clusters.priority, kind="stable")
     x = torch.nn.functional.normalize(torch.from_numpy(rows.array[order].astype(np.float32)), dim=1)
     wanted = np.empty(len(order), np.int64)
     wanted[order] = order[brute_components(x, threshold)]
     np.testing.assert_array_equal(decision.representative, wanted)
-    inside = decide(rows, clusters, BalanceSettings(threshold=threshold))
+    inside = decided(rows, clusters, BalanceSettings(threshold=threshold))
     assert decision.removed_across_clusters == inside.keep.sum() - decision.keep.sum() >= 0
     assert threshold == 0.05 or decision.removed_across_clusters > 0
 
@@ -94,22 +95,20 @@ def test_components_over_all_neighbours_are_those_of_all_pairs(threshold: float,
 def test_large_borders_are_read_in_panels(link: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, clusters, centroids = toy(k=3)
     settings = BalanceSettings(threshold=0.2, link=link, neighbor_clusters=2, block=8)
-    whole = decide(rows, clusters, settings, centroids=centroids)
+    whole = decided(rows, clusters, settings, centroids=centroids)
     monkeypatch.setattr(linking, "PANEL_BYTES", 4 * 20 * 4 * 16)
     assert panel_rows(4, 8, linking.PANEL_BYTES // 4) == 16 and whole.removed_across_clusters > 10
     large = []
     link_large = cross_cluster._link_large
-    monkeypatch.setattr(
-        cross_cluster, "_link_large", lambda unit, *rest: large.append(type(unit)) or link_large(unit, *rest)
-    )
-    few = decide(rows, clusters, settings, centroids=centroids)
+    monkeypatch.setattr(cross_cluster, "_link_large", lambda x, *rest: large.append(type(x)) or link_large(x, *rest))
+    few = decided(rows, clusters, settings, centroids=centroids)
     np.testing.assert_array_equal(few.representative, whole.representative)
     assert UnitRows in large and few.removed_across_clusters == whole.removed_across_clusters
 
 
 def test_greedy_leaves_no_two_near_ones_and_removes_only_near_kept_ones() -> None:
     rows, clusters, centroids = toy()
-    decision = decide(
+    decision = decided(
         rows,
         clusters,
         BalanceSettings(threshold=0.15, link="greedy", neighbor_clusters=11, block=16),
@@ -124,7 +123,7 @@ def test_greedy_leaves_no_two_near_ones_and_removes_only_near_kept_ones() -> Non
     # Near the kept one, or near one that was kept until the second pass and is near the kept one itself.
     assert (distance[np.arange(len(x)), decision.representative] < 0.3).all()
     # The same over the survivors of the first pass as one greedy pass over them in order of preference.
-    first = np.flatnonzero(decide(rows, clusters, BalanceSettings(threshold=0.15, link="greedy")).keep)
+    first = np.flatnonzero(decided(rows, clusters, BalanceSettings(threshold=0.15, link="greedy")).keep)
     first = first[np.argsort(clusters.priority[first], kind="stable")]
     np.testing.assert_array_equal(decision.representative[first], first[brute_greedy(x[first], 0.15)])
 
@@ -140,39 +139,41 @@ def test_greedy_follows_a_chain_in_order() -> None:
 
 def test_cap_counts_what_both_passes_keep() -> None:
     rows, clusters, centroids = toy()
-    decision = decide(rows, clusters, BalanceSettings(threshold=0.12, neighbor_clusters=3, cap=4), centroids=centroids)
+    decision = decided(rows, clusters, BalanceSettings(threshold=0.12, neighbor_clusters=3, cap=4), centroids=centroids)
     for cluster in range(12):
         members = clusters.order[clusters.starts[cluster] : clusters.starts[cluster + 1]]
         own = members[decision.representative[members] == members]
         assert members[decision.keep[members]].tolist() == own[:4].tolist()
 
 
-def test_lists_name_the_clusters_behind_a_border_in_reach() -> None:
+def test_candidates_are_the_clusters_behind_a_border_in_reach() -> None:
     centroids = torch.tensor([[1.0, 0], [0, 1], [-1, 0]])
     # The border between the first two lies at 45 degrees; of a unit vector, 0.1 is 5.7 degrees.
     angle = torch.deg2rad(torch.tensor([0.0, 38.0, 41.0, 49.0, 90.0, 180.0]))
     x = torch.stack([angle.cos(), angle.sin()], dim=1).numpy()
     rows, label = np.arange(6), np.array([0, 0, 0, 1, 1, 2], np.int32)
     assigner = Assigner(centroids, "cosine", CPU)
-    entries = candidate_clusters(ArrayRows(x), rows, label, assigner, 2, 0.1, 0, None, no_progress)
+    settings = BalanceSettings(threshold=0.1, neighbor_clusters=2)
+    context = BalanceContext(ArrayRows(x), group_by_cluster(label, np.zeros(6), 3), settings, CPU, assigner)
+    entries = find_candidates(context, rows, 0.1)
     assert sorted(entries.tolist()) == [[2, 1], [3, 0]]
-    pairs = match_lists(np.concatenate([entries, [[4, 2], [1, 1]]]), label, 3)  # nobody of cluster 2 lists cluster 1
+    # No sample of cluster 2 has cluster 1 as a candidate.
+    pairs = match_candidates(np.concatenate([entries, [[4, 2], [1, 1]]]), label, 3)
     assert (pairs.rows.tolist(), pairs.starts.tolist(), pairs.middles.tolist()) == ([1, 2, 3], [0, 3], [2])
-    assert len(match_lists(np.empty((0, 2), np.int64), label, 3)) == 0
+    assert len(match_candidates(np.empty((0, 2), np.int64), label, 3)) == 0
 
 
 def _decide(rows: ArrayRows, clusters: Clusters, settings: BalanceSettings, centroids: np.ndarray) -> Decision:
-    deduplicate.PART_PAIRS, cross_cluster.LIST_ROWS = 500, 100
-    return decide(rows, clusters, settings, centroids=centroids)
+    cross_cluster.CHUNK_ROWS = 100
+    return decided(rows, clusters, settings, centroids=centroids, part_pairs=500)
 
 
 @pytest.mark.parametrize("link", ["components", "greedy"])
 def test_restarts_and_ranks_decide_alike(link: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, clusters, centroids = toy()
     settings = BalanceSettings(threshold=0.15, link=link, neighbor_clusters=5)
-    whole = decide(rows, clusters, settings, centroids=centroids)
-    monkeypatch.setattr(deduplicate, "PART_PAIRS", 500)
-    monkeypatch.setattr(cross_cluster, "LIST_ROWS", 100)
+    whole = decided(rows, clusters, settings, centroids=centroids)
+    monkeypatch.setattr(cross_cluster, "CHUNK_ROWS", 100)
     monkeypatch.setattr(cross_cluster, "tile_rows", lambda device: 50)
     work = PartialResults(tmp_path, {})
     work.begin()
@@ -191,7 +192,9 @@ def test_restarts_and_ranks_decide_alike(link: str, tmp_path: Path, monkeypatch:
     for attempt in range(1000):
         calls, patience = 0, 20 + 10 * attempt
         try:
-            decision = decide(rows, clusters, settings, work=work, progress=cut, centroids=centroids)
+            decision = decided(
+                rows, clusters, settings, centroids=centroids, partial=work, progress=cut, part_pairs=500
+            )
             break
         except Cut:
             assert attempt == 0 or (work.folder / "settings.json").exists()
@@ -222,20 +225,20 @@ def test_planted_copies_are_found_across_borders() -> None:
         right = (removed >= n) & (decision.representative[removed] == of[np.maximum(removed - n, 0)])
         return float(right.sum() / len(removed)), float(right.sum() / copies)
 
-    inside = score(decide(ArrayRows(x), clusters, BalanceSettings(threshold=0.15)))
+    inside = score(decided(ArrayRows(x), clusters, BalanceSettings(threshold=0.15)))
     assert inside[0] >= 0.99 and inside[1] == pytest.approx(1 - crossing.mean(), abs=0.001)
     for link in ("components", "greedy"):
         settings = BalanceSettings(threshold=0.15, neighbor_clusters=4, link=link)
-        precision, recall = score(decide(ArrayRows(x), clusters, settings, centroids=centroids))
+        precision, recall = score(decided(ArrayRows(x), clusters, settings, centroids=centroids))
         assert precision >= 0.99 and recall >= 0.99, (link, precision, recall)
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:
     rows, clusters, centroids = toy()
-    with pytest.raises(UserError, match="neighbor clusters is -1, expected 0"):
+    with pytest.raises(UserError, match="--neighbor-clusters is -1, expected 0"):
         BalanceSettings(threshold=0.1, neighbor_clusters=-1)
-    with pytest.raises(UserError, match="there are no centroids: run tools/cluster"):
-        decide(rows, clusters, BalanceSettings(threshold=0.1, neighbor_clusters=1))
+    with pytest.raises(ValueError, match="there is no assigner of the centroids"):
+        decided(rows, clusters, BalanceSettings(threshold=0.1, neighbor_clusters=1))
     (tmp_path / "meta.json").write_text('{"made_by": "cluster", "k": 12, "metric": "cosine"}')
     np.save(tmp_path / "centroids.npy", centroids[:3])
     with pytest.raises(UserError, match=r"shape \(3, 4\), expected floating point \(12, 4\)"):

@@ -9,10 +9,13 @@ import torch
 from harness import run_ranks
 
 from megacid.errors import UserError
-from megacid.offline.balance import deduplicate
-from megacid.offline.balance.deduplicate import BalanceSettings, Clusters, Decision, decide, group_by_cluster
-from megacid.offline.balance.linking import keep_mask, representatives
+from megacid.offline.balance import within_cluster
+from megacid.offline.balance.clusters import Clusters, group_by_cluster
+from megacid.offline.balance.context import BalanceContext, BalanceSettings, part_bounds
+from megacid.offline.balance.deduplicate import Decision, decide
+from megacid.offline.balance.linking import LinkOptions, keep_mask, representatives
 from megacid.offline.balance.report import planted_report, power_histogram, subset_array
+from megacid.offline.nearest import Assigner, Metric, prepare
 from megacid.offline.rows import ArrayRows
 from megacid.storage.stage_directory import PartialResults
 
@@ -50,6 +53,19 @@ def brute_greedy(x: torch.Tensor, threshold: float) -> np.ndarray:
     return representative
 
 
+def decided(
+    rows: ArrayRows,
+    clusters: Clusters,
+    settings: BalanceSettings,
+    centroids: np.ndarray | None = None,
+    metric: Metric = "cosine",
+    **more: Any,
+) -> Decision:
+    cpu = torch.device("cpu")
+    assigner = None if centroids is None else Assigner(prepare(centroids, metric, cpu), metric, cpu)
+    return decide(BalanceContext(rows, clusters, settings, cpu, assigner, **more))
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.2, 0.5, 2.0])
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])
 @pytest.mark.parametrize(("link", "brute"), [("components", brute_components), ("greedy", brute_greedy)])
@@ -59,14 +75,14 @@ def test_owners_equal_brute_force(threshold: float, block: int, link: str, brute
         wanted = np.arange(90)
     else:
         wanted = brute(x, threshold)
-    np.testing.assert_array_equal(representatives(x, threshold, link, block), wanted)
+    np.testing.assert_array_equal(representatives(x, LinkOptions(threshold, link, block)), wanted)
 
 
 def test_chains_differ_between_the_modes() -> None:
     angle = torch.arange(6) * 0.1
     x = torch.stack([angle.cos(), angle.sin()], dim=1)
-    assert representatives(x, 0.11, "components").tolist() == [0] * 6
-    assert representatives(x, 0.11, "greedy").tolist() == [0, 0, 2, 2, 4, 4]
+    assert representatives(x, LinkOptions(0.11, "components")).tolist() == [0] * 6
+    assert representatives(x, LinkOptions(0.11, "greedy")).tolist() == [0, 0, 2, 2, 4, 4]
 
 
 def test_a_cluster_of_copies_needs_one_row_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +96,7 @@ def test_a_cluster_of_copies_needs_one_row_of_blocks(monkeypatch: pytest.MonkeyP
         return plain(self, other)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", counted)
-    assert (representatives(unit_rows(1).repeat(200, 1), 0.1, "components", 10) == 0).all()
+    assert (representatives(unit_rows(1).repeat(200, 1), LinkOptions(0.1, "components", 10)) == 0).all()
     assert products == 20
 
 
@@ -100,7 +116,7 @@ def clustered(n: int = 1200, k: int = 15, seed: int = 1) -> tuple[ArrayRows, np.
 def test_decide_works_inside_clusters_only(link: str) -> None:
     rows, label, priority = clustered()
     label[5] = -1
-    decision = decide(rows, group_by_cluster(label, priority, 15), BalanceSettings(threshold=0.4, link=link, block=33))
+    decision = decided(rows, group_by_cluster(label, priority, 15), BalanceSettings(threshold=0.4, link=link, block=33))
     brute = brute_components if link == "components" else brute_greedy
     for cluster in range(15):
         members = np.flatnonzero(label == cluster)
@@ -115,7 +131,7 @@ def test_decide_works_inside_clusters_only(link: str) -> None:
 @pytest.mark.parametrize("target", [0.9, 0.563, 0.2])
 def test_target_share_is_reached(link: str, target: float) -> None:
     rows, label, priority = clustered()
-    decision = decide(rows, group_by_cluster(label, priority, 15), BalanceSettings(target_keep=target, link=link))
+    decision = decided(rows, group_by_cluster(label, priority, 15), BalanceSettings(target_keep=target, link=link))
     assert decision.keep.mean() == pytest.approx(target, abs=2.5 / 1200)
     # All clusters were searched, so what the search saw is what came out.
     assert decision.searched_rows == 1200
@@ -125,7 +141,7 @@ def test_target_share_is_reached(link: str, target: float) -> None:
 def test_target_out_of_reach_ends_at_the_nearest_share() -> None:
     copies = ArrayRows(np.repeat(unit_rows(10).numpy(), 4, axis=0).astype(np.float16))
     label = np.repeat(np.arange(10), 4).astype(np.int32)
-    decision = decide(copies, group_by_cluster(label, np.zeros(40), 10), BalanceSettings(target_keep=0.1))
+    decision = decided(copies, group_by_cluster(label, np.zeros(40), 10), BalanceSettings(target_keep=0.1))
     # Nothing is linked across clusters: a quarter is the least.
     assert decision.keep.mean() == 0.25
 
@@ -133,7 +149,7 @@ def test_target_out_of_reach_ends_at_the_nearest_share() -> None:
 def test_search_on_a_sample_of_the_clusters() -> None:
     rows, label, priority = clustered(4000, 40)
     clusters = group_by_cluster(label, priority, 40)
-    decision = decide(rows, clusters, BalanceSettings(target_keep=0.6, search_rows=1500))
+    decision = decided(rows, clusters, BalanceSettings(target_keep=0.6, search_rows=1500))
     assert 1500 <= decision.searched_rows < 1800
     assert decision.keep.mean() == pytest.approx(0.6, abs=0.04)
 
@@ -142,12 +158,11 @@ def test_partial_results_change_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     rows, label, priority = clustered()
     clusters = group_by_cluster(label, priority, 15)
     settings = BalanceSettings(target_keep=0.3, cap=30)
-    whole = decide(rows, clusters, settings)
-    monkeypatch.setattr(deduplicate, "PART_PAIRS", 20_000)
-    assert len(deduplicate.part_bounds(clusters.sizes**2)) > 4
+    whole = decided(rows, clusters, settings)
+    assert len(part_bounds(clusters.sizes**2, 20_000)) > 4
     work = PartialResults(tmp_path, {})
     work.begin()
-    first = decide(rows, clusters, settings, work=work)
+    first = decided(rows, clusters, settings, partial=work, part_pairs=20_000)
     parts = sorted(work.folder.glob("links-*.npy"))
     parts[1].unlink()
     parts[2].write_bytes(parts[2].read_bytes()[:-8])
@@ -158,41 +173,36 @@ def test_partial_results_change_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         done += links
 
     linked = 0
-    link = deduplicate.representatives
+    link = within_cluster.representatives
 
     def counted(x: torch.Tensor, *rest: Any) -> np.ndarray:
         nonlocal linked
         linked += len(x)
         return link(x, *rest)
 
-    monkeypatch.setattr(deduplicate, "representatives", counted)
-    again = decide(rows, clusters, settings, work=work, progress=count)
+    monkeypatch.setattr(within_cluster, "representatives", counted)
+    again = decided(rows, clusters, settings, partial=work, progress=count, part_pairs=20_000)
     assert done == 1200  # the progress bar reaches its end
     assert 0 < linked < 600  # two of the parts, and nothing of the search
-    for decision in (first, again, *run_ranks(_decide, 2, rows, clusters, settings)):
+    for decision in (first, again, *run_ranks(decided, 2, rows, clusters, settings)):
         assert decision.threshold == whole.threshold and decision.curve == whole.curve
         np.testing.assert_array_equal(decision.keep, whole.keep)
         np.testing.assert_array_equal(decision.representative, whole.representative)
 
 
-def test_parts_are_whole_clusters_of_about_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deduplicate, "PART_PAIRS", 100)
-    assert deduplicate.part_bounds(np.array([25, 25, 25, 25, 25, 25])).tolist() == [0, 3, 6]
-    assert deduplicate.part_bounds(np.array([2500, 1, 1])).tolist() == [0, 3]
-    assert deduplicate.part_bounds(np.array([1, 2500, 1, 2500])).tolist() == [0, 1, 3, 4]
-    assert deduplicate.part_bounds(np.zeros(4, np.int64)).tolist() == [0, 4]
-
-
-def _decide(rows: ArrayRows, clusters: Clusters, settings: BalanceSettings) -> Decision:
-    return decide(rows, clusters, settings)
+def test_parts_are_whole_clusters_of_about_the_same_work() -> None:
+    assert part_bounds(np.array([25, 25, 25, 25, 25, 25]), 100).tolist() == [0, 3, 6]
+    assert part_bounds(np.array([2500, 1, 1]), 100).tolist() == [0, 3]
+    assert part_bounds(np.array([1, 2500, 1, 2500]), 100).tolist() == [0, 1, 3, 4]
+    assert part_bounds(np.zeros(4, np.int64), 100).tolist() == [0, 4]
 
 
 def test_ranks_decide_alike() -> None:
     rows, label, priority = clustered()
     clusters = group_by_cluster(label, priority, 15)
     settings = BalanceSettings(target_keep=0.3, cap=30)
-    alone = decide(rows, clusters, settings)
-    for decision in run_ranks(_decide, 2, rows, clusters, settings):
+    alone = decided(rows, clusters, settings)
+    for decision in run_ranks(decided, 2, rows, clusters, settings):
         assert decision.threshold == alone.threshold
         np.testing.assert_array_equal(decision.keep, alone.keep)
         np.testing.assert_array_equal(decision.representative, alone.representative)
@@ -201,7 +211,7 @@ def test_ranks_decide_alike() -> None:
 def test_preferred_sample_of_a_group_is_kept() -> None:
     rows = ArrayRows(np.repeat(unit_rows(3).numpy(), 5, axis=0).astype(np.float16))
     priority = np.array([3, 1, 2, 0, 4] * 3, np.float32)
-    decision = decide(rows, group_by_cluster(np.zeros(15, np.int32), priority, 1), BalanceSettings(threshold=0.01))
+    decision = decided(rows, group_by_cluster(np.zeros(15, np.int32), priority, 1), BalanceSettings(threshold=0.01))
     assert np.flatnonzero(decision.keep).tolist() == [3, 8, 13]
 
 
@@ -239,11 +249,11 @@ def test_histogram_of_sizes() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({}, "exactly one"),
+        ({}, "exactly one of --threshold"),
         ({"threshold": 3.0}, "0 to 2"),
         ({"target_keep": 0.0}, "above 0"),
         ({"threshold": 0.1, "cap": 0}, "cap is 0"),
-        ({"threshold": 0.1, "link": "x"}, "link"),
+        ({"threshold": 0.1, "link": "x"}, "--link is 'x', expected one of components, greedy"),
     ],
 )
 def test_settings_are_checked(change: dict, message: str) -> None:

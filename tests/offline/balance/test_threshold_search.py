@@ -7,10 +7,11 @@ import pytest
 import torch
 from harness import run_ranks
 from test_cross_cluster import labelled
-from test_deduplicate import unit_rows
+from test_deduplicate import decided, unit_rows
 
 from megacid.errors import UserError
-from megacid.offline.balance.deduplicate import BalanceSettings, Clusters, Decision, decide, group_by_cluster
+from megacid.offline.balance.clusters import Clusters, group_by_cluster
+from megacid.offline.balance.context import BalanceSettings
 from megacid.offline.balance.threshold_search import NEIGHBOURHOOD, bisect_threshold, sample_clusters
 from megacid.offline.nearest import Assigner, prepare
 from megacid.offline.rows import ArrayRows
@@ -26,28 +27,24 @@ def data(n: int, k: int, dim: int = 4) -> tuple[ArrayRows, Clusters, np.ndarray]
     return ArrayRows(x), group_by_cluster(label, priority, k), centroids
 
 
-def _decide(rows: ArrayRows, clusters: Clusters, settings: BalanceSettings, centroids: np.ndarray) -> Decision:
-    return decide(rows, clusters, settings, centroids=centroids)
-
-
 @pytest.mark.parametrize(("link", "cap"), [("components", None), ("components", 40), ("greedy", None)])
 def test_share_with_the_second_pass_is_what_was_asked_for(link: str, cap: int | None) -> None:
     rows, clusters, centroids = data(700, 12)
     settings = BalanceSettings(target_keep=0.5, link=link, neighbor_clusters=4, cap=cap)
-    decision = decide(rows, clusters, settings, centroids=centroids)
+    decision = decided(rows, clusters, settings, centroids=centroids)
     assert decision.keep.mean() == pytest.approx(0.5, abs=3 / 700)
     assert decision.removed_across_clusters > 10  # what a search without the second pass would be wrong by
     # All clusters were searched: every point of the curve is what a run at that threshold keeps.
     assert decision.searched_rows == 700
     for threshold, share in decision.curve[1:-1:4]:
         given = BalanceSettings(threshold=threshold, link=link, neighbor_clusters=4, cap=cap)
-        assert decide(rows, clusters, given, centroids=centroids).keep.mean() == pytest.approx(share, abs=1e-9)
+        assert decided(rows, clusters, given, centroids=centroids).keep.mean() == pytest.approx(share, abs=1e-9)
 
 
 def test_ranks_and_an_interrupted_search_give_the_same_bits(tmp_path: Path) -> None:
     rows, clusters, centroids = data(700, 12)
     settings = BalanceSettings(target_keep=0.5, neighbor_clusters=4)
-    whole = decide(rows, clusters, settings, centroids=centroids)
+    whole = decided(rows, clusters, settings, centroids=centroids)
     work = PartialResults(tmp_path, {})
     work.begin()
 
@@ -59,9 +56,9 @@ def test_ranks_and_an_interrupted_search_give_the_same_bits(tmp_path: Path) -> N
             raise Cut
 
     with pytest.raises(Cut):
-        decide(rows, clusters, settings, work=work, progress=cut, centroids=centroids)
-    again = decide(rows, clusters, settings, work=work, centroids=centroids)
-    two = run_ranks(_decide, 2, rows, clusters, settings, centroids)
+        decided(rows, clusters, settings, partial=work, progress=cut, centroids=centroids)
+    again = decided(rows, clusters, settings, partial=work, centroids=centroids)
+    two = run_ranks(decided, 2, rows, clusters, settings, centroids)
     for other in (again, *two):
         assert other.threshold == whole.threshold and other.curve == whole.curve
         np.testing.assert_array_equal(other.representative, whole.representative)
@@ -71,7 +68,7 @@ def test_ranks_and_an_interrupted_search_give_the_same_bits(tmp_path: Path) -> N
 def test_sample_of_neighbourhoods_speaks_for_all_clusters() -> None:
     rows, clusters, centroids = data(12_000, 400, 6)
     settings = BalanceSettings(target_keep=0.6, neighbor_clusters=4, search_rows=3000)
-    decision = decide(rows, clusters, settings, centroids=centroids)
+    decision = decided(rows, clusters, settings, centroids=centroids)
     assert 3000 <= decision.searched_rows < 3400
     share = decision.removed_across_clusters / len(decision.keep)
     assert share > 0.05
@@ -100,7 +97,7 @@ def test_chosen_clusters_alone_keep_their_order() -> None:
     assert rows[part.order].tolist() == [0, 3, 1, 4, 2] and part.priority.tolist() == [0, 1, 2, 3, 4]
     rows, part = clusters.of([2])
     assert rows[part.order].tolist() == [1, 4, 2] and part.starts.tolist() == [0, 0, 0, 3]
-    assert clusters.labels(6).tolist() == [0, 2, 2, 0, 2, -1]
+    assert clusters.labels().tolist() == [0, 2, 2, 0, 2, -1]
 
 
 def test_search_takes_few_steps_on_a_smooth_curve_and_finds_a_step() -> None:

@@ -1,0 +1,157 @@
+"""Settings of the balance stage, and what every step of it needs: inputs, device, ranks, partial results, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megacid.distributed.collectives import gather_plain, rank, world_size
+from megacid.distributed.stopping import Progress, no_progress, stop_together
+from megacid.errors import UserError
+from megacid.offline.balance.clusters import Clusters
+from megacid.offline.balance.linking import Link, LinkOptions, panel_rows
+from megacid.offline.nearest import Assigner
+from megacid.offline.rows import Rows
+from megacid.storage.stage_directory import PartialResults
+
+Keep = Literal["nearest", "farthest", "random", "caption"]
+FARTHEST = 2.0  # the largest distance of two unit vectors
+
+
+@dataclass(frozen=True)
+class BalanceSettings:
+    """What decides which samples are kept. Exactly one of `threshold` and `target_keep` is given.
+
+    Attributes:
+        threshold: Euclidean distance of unit vectors below which two samples are linked.
+        target_keep: share of samples to keep; the threshold is searched.
+        cap: most samples kept per cluster; None: no limit.
+        neighbor_clusters: each sample is also compared with this many clusters next to its own.
+        search_rows: least samples, in whole clusters, on which the threshold is searched.
+        block: rows of one block of pairwise products.
+    """
+
+    threshold: float | None = None
+    target_keep: float | None = None
+    link: Link = "components"
+    keep: Keep = "nearest"
+    cap: int | None = None
+    neighbor_clusters: int = 0
+    seed: int = 0
+    search_rows: int = 200_000
+    block: int = 1024
+
+    def __post_init__(self) -> None:
+        if (self.threshold is None) == (self.target_keep is None):
+            raise UserError("expected exactly one of --threshold and --target-keep")
+        if self.threshold is not None and not 0 <= self.threshold <= FARTHEST:
+            raise UserError(f"--threshold is {self.threshold}, expected a distance of unit vectors, 0 to 2")
+        if self.target_keep is not None and not 0 < self.target_keep <= 1:
+            raise UserError(f"--target-keep is {self.target_keep}, expected a share above 0 and at most 1")
+        for name, value, choices in (("link", self.link, get_args(Link)), ("keep", self.keep, get_args(Keep))):
+            if value not in choices:
+                raise UserError(f"--{name} is {value!r}, expected one of {', '.join(choices)}")
+        if self.cap is not None and self.cap < 1:
+            raise UserError(f"--cap is {self.cap}, expected at least 1 sample per cluster")
+        if self.neighbor_clusters < 0:
+            raise UserError(f"--neighbor-clusters is {self.neighbor_clusters}, expected 0 (none) or more")
+        for name, rows in (("search-rows", self.search_rows), ("block", self.block)):
+            if rows < 1:
+                raise UserError(f"--{name} is {rows}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class BalanceContext:
+    """What every step of the stage needs.
+
+    Attributes:
+        rows: the n image embeddings.
+        assigner: of the k centroids; needed for `settings.neighbor_clusters`.
+        group: the ranks that share the work.
+        alone: this rank does all of the work, without communication.
+        partial: where finished parts are kept; None: nowhere.
+        progress: called with rows done (also 0); raises Stopped when the stage was asked to end.
+        part_pairs: pairs of samples in one partial result: seconds to minutes of work.
+    """
+
+    rows: Rows
+    clusters: Clusters
+    settings: BalanceSettings
+    device: torch.device
+    assigner: Assigner | None = None
+    group: dist.ProcessGroup | None = None
+    alone: bool = False
+    partial: PartialResults | None = None
+    progress: Progress = no_progress
+    part_pairs: int = 1 << 28
+
+    def __post_init__(self) -> None:
+        if self.settings.neighbor_clusters and self.assigner is None:
+            raise ValueError("neighbor_clusters is set, but there is no assigner of the centroids")
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.alone else rank(self.group)
+
+    @property
+    def world(self) -> int:
+        return 1 if self.alone else world_size(self.group)
+
+    def link_options(self, threshold: float, panel_bytes: int | None = None) -> LinkOptions:
+        block = self.settings.block
+        panel = panel_rows(self.rows.dim, block, panel_bytes)
+        return LinkOptions(threshold, self.settings.link, block, panel, self.progress)
+
+    def load(self, name: str, shape: tuple[int | None, ...]) -> np.ndarray | None:
+        """The integers that `save` stored; None when they are missing or damaged."""
+        return self.partial.array(name, shape, "i") if self.partial else None
+
+    def save(self, name: str, array: np.ndarray) -> None:
+        if self.partial:
+            self.partial.save_array(name, array)
+
+    def load_json(self, name: str) -> Any:
+        return self.partial.json(name) if self.partial else None
+
+    def save_json(self, name: str, value: Any) -> None:
+        if self.partial:
+            self.partial.save_json(name, value)
+
+    def stop_together(self) -> AbstractContextManager[None]:
+        """All ranks leave the block together when one of them fails or is stopped. A collective unless `alone`."""
+        return contextlib.nullcontext() if self.alone else stop_together(self.group)
+
+    def gather(self, array: np.ndarray) -> np.ndarray:
+        """Concatenates the arrays of all ranks, in their order. A collective unless `alone`."""
+        if self.alone:
+            return array
+        return gather_plain(torch.from_numpy(array).to(self.device), self.group).cpu().numpy()
+
+    def parts(self, cost: np.ndarray) -> list[tuple[int, int]]:
+        """This rank's consecutive parts [low, high) of some items, about the same cost on every rank.
+
+        cost: [items], pairs of samples in each cluster, or in each pair of clusters.
+        """
+        bounds = part_bounds(cost, self.part_pairs)
+        total = np.concatenate([[0.0], np.cumsum(cost + 1)])[bounds]
+        cuts = np.searchsorted(total, np.linspace(0, total[-1], self.world + 1))
+        cuts[0], cuts[-1] = 0, len(bounds) - 1
+        mine = bounds[cuts[self.rank] : cuts[self.rank + 1] + 1].tolist()
+        return list(itertools.pairwise(mine))
+
+
+def part_bounds(cost: np.ndarray, part_pairs: int) -> np.ndarray:
+    """int64 [parts + 1]: the first item of every part. A part costs about `part_pairs`, or is one larger item.
+
+    Independent of the number of ranks, so any number of them can continue an interrupted run.
+    """
+    total = np.cumsum(np.asarray(cost, np.float64) + 1)
+    marks = np.arange(part_pairs, total[-1], part_pairs, dtype=np.float64) if len(total) else np.empty(0)
+    return np.unique(np.concatenate([[0], np.searchsorted(total, marks), [len(total)]])).astype(np.int64)
