@@ -1,0 +1,225 @@
+#!/usr/bin/env python3
+"""Generate the parts of the documentation that come from code or from a demo run.
+
+    tools/docs.py                      rewrite the tables of docs/configuration.md from megacid/config/schema.py
+    tools/docs.py --check              exit 1 when they are stale; change nothing
+    tools/docs.py --demo runs/demo     pictures in docs/images/, and the demo table of README.md
+
+--demo reads what tools/demo.sh wrote: summary.json, the figures of the balance stage and the TensorBoard event files of
+the students. It needs matplotlib.
+"""
+
+import argparse
+import ast
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
+
+from PIL import Image
+
+from megacid.errors import UserError, run_tool
+from megacid.storage.atomic import write_atomic
+
+SCHEMA = ROOT / "megacid" / "config" / "schema.py"
+CONFIGURATION = ROOT / "docs" / "configuration.md"
+FIGURES = ("fig2a_perceptual", "fig2b_semantic", "fig2c_process", "fig2d_clusters")
+MAX_WIDTH = 1000  # pixels of a committed picture
+STUDENTS = {
+    "student_plain": "plain (contrastive)",
+    "student_instance": "instance",
+    "student_cluster": "instance + cluster",
+    "student_balanced": "instance + cluster, balanced data",
+}
+CURVES = {  # TensorBoard tag -> title of the panel
+    "train/instance": "instance loss",
+    "train/cluster/student_ce": "CE(student, pseudo label)",
+    "classifier/target_cosine": "cosine to the own cluster",
+    "train/grad_norm": "joint gradient norm",
+}
+
+
+# ---- docs/configuration.md ---------------------------------------------------------------------------------------
+
+
+class Field(NamedTuple):
+    key: str
+    type: str
+    default: str
+    description: str
+
+
+def _text(annotation: ast.expr) -> str:
+    """A type as a reader of a run file would name it."""
+    if isinstance(annotation, ast.BinOp):  # X | None
+        return f"{_text(annotation.left)} or {_text(annotation.right)}"
+    if isinstance(annotation, ast.Subscript):
+        name = ast.unparse(annotation.value)
+        members = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+        if name == "Literal":
+            return ", ".join(f"`{json.dumps(ast.literal_eval(member))}`" for member in members)
+        if name == "tuple":
+            return f"list of {len(members)} numbers"
+    names = {"str": "string", "bool": "true or false", "int": "integer", "float": "number", "None": "null"}
+    return names[ast.unparse(annotation)]
+
+
+def _fields(section: ast.ClassDef) -> Iterator[Field]:
+    for node, after in zip(section.body, section.body[1:]):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            if not (isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)):
+                raise UserError(f"{section.name}.{node.target.id} has no description: add a string below the field")
+            default = "required"
+            if node.value is not None:
+                value = ast.literal_eval(node.value)
+                default = f"`{json.dumps(list(value) if isinstance(value, tuple) else value)}`"
+            yield Field(node.target.id, _text(node.annotation), default, " ".join(str(after.value.value).split()))
+
+
+def sections(source: str) -> dict[str, list[Field]]:
+    """Section of the "megacid" block -> its fields, in the order of the schema."""
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    found = {}
+    for node in classes["MegacidConfig"].body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found[node.target.id] = list(_fields(classes[ast.unparse(node.annotation)]))
+    return found
+
+
+def configuration_tables(source: str) -> str:
+    lines: list[str] = []
+    for section, fields in sections(source).items():
+        lines += [f"### {section}", "", "| key | type | default | description |", "|---|---|---|---|"]
+        for field in fields:
+            description = field.description.replace("|", "\\|")
+            lines.append(f"| `{section}.{field.key}` | {field.type} | {field.default} | {description} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def between(text: str, name: str, content: str) -> str:
+    """`text` with what stands between `<!-- NAME -->` and `<!-- end of NAME -->` replaced by `content`."""
+    pattern = re.compile(rf"(<!-- {re.escape(name)}[^>]*-->\n).*?(<!-- end of {re.escape(name)} -->)", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise UserError(f"expected one pair of markers <!-- {name} --> and <!-- end of {name} -->: restore them")
+    return pattern.sub(lambda match: f"{match[1]}\n{content.strip()}\n\n{match[2]}", text)
+
+
+def configuration_page(page: str, source: str) -> str:
+    return between(page, "generated by tools/docs.py", configuration_tables(source))
+
+
+# ---- --demo ------------------------------------------------------------------------------------------------------
+
+
+def demo_table(summary: dict[str, Any]) -> str:
+    """The table of README.md from summary.json of a demo run."""
+    from summary import RUNS
+
+    rows = ["| model | zero-shot top-1 | linear probe top-1 |", "|---|---:|---:|"]
+    for name, run in summary["runs"].items():
+        rows.append(f"| {RUNS[name]} | {100 * run['zero_shot_top1']:.1f} % | {100 * run['linear_probe_top1']:.1f} % |")
+    teacher, student = summary["runs"]["teacher"], summary["runs"]["student_cluster"]
+    minutes = sum(summary["seconds_per_stage"].values()) / 60
+    balance = summary["balance"]
+    rows += [
+        "",
+        f"{summary['date']}, CPU, {summary['machine']['cores']} cores, torch {summary['versions']['torch']}, deepspeed "
+        f"{summary['versions']['deepspeed']}: {student['ranks']} ranks, ZeRO-{student['zero_stage']}, seed "
+        f"{student['seed']}, {student['steps']} steps per student ({teacher['steps']} for the teacher); "
+        f"{minutes:.1f} minutes in all. Balance removed {100 * balance['share_removed']:.1f} % of the pairs.",
+    ]
+    return "\n".join(rows)
+
+
+def _shrink(source: Path, target: Path) -> None:
+    """A smaller copy in 256 colours."""
+    with Image.open(source) as picture:
+        small = picture.convert("RGB")
+        small.thumbnail((MAX_WIDTH, 10 * MAX_WIDTH))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        small.quantize(256).save(target, optimize=True)
+
+
+def _scalars(run: Path, tag: str) -> tuple[list[int], list[float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
+    return [point.step for point in points], [point.value for point in points]
+
+
+def draw_curves(demo: Path, target: Path) -> None:
+    """The curves that TensorBoard shows for the students, as one picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(9, 5.5), layout="constrained")
+    for axis, (tag, title) in zip(axes.flat, CURVES.items()):
+        for number, (name, label) in enumerate(STUDENTS.items()):
+            steps, values = _scalars(demo / name, tag)
+            if steps:
+                axis.plot(steps, values, color=f"C{number}", label=label)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    handles, labels = axes[1, 1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def from_demo(demo: Path, root: Path) -> list[Path]:
+    """Write the pictures and the README table of `root`; returns the files."""
+    path = demo / "summary.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing, so the demo did not finish: run tools/demo.sh, then this command again")
+    summary = json.loads(path.read_text())
+    images = root / "docs" / "images"
+    written = []
+    for name in FIGURES:
+        source = demo / "figures" / f"{name}.png"
+        if not source.is_file():
+            raise UserError(f"{source} is missing: run tools/figures.py --demo {demo} --out {demo / 'figures'}")
+        _shrink(source, images / f"demo-{name}.png")
+        written.append(images / f"demo-{name}.png")
+    draw_curves(demo, images / "demo-curves.png")
+    _shrink(images / "demo-curves.png", images / "demo-curves.png")
+    readme = root / "README.md"
+    write_atomic(readme, between(readme.read_text(), "demo table", demo_table(summary)).encode())
+    return [*written, images / "demo-curves.png", readme]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit 1 when docs/configuration.md is stale")
+    parser.add_argument("--demo", type=Path, help="output directory of tools/demo.sh")
+    args = parser.parse_args(argv)
+    if args.demo is not None:
+        for path in from_demo(args.demo, ROOT):
+            print(f"{path.relative_to(ROOT)}  {path.stat().st_size:,} bytes")
+        return 0
+    page = CONFIGURATION.read_text()
+    fresh = configuration_page(page, SCHEMA.read_text())
+    if args.check:
+        if page != fresh:
+            print("docs/configuration.md is stale: run python tools/docs.py", file=sys.stderr)
+        return int(page != fresh)
+    write_atomic(CONFIGURATION, fresh.encode())
+    print(f"{CONFIGURATION.relative_to(ROOT)}: {len(sections(SCHEMA.read_text()))} sections")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
