@@ -1,6 +1,6 @@
-"""A loss whose gradients are made in forward, for autograd.
+"""Autograd function of a loss whose gradients are computed in forward.
 
-Legend: B local batch, D width, S rows used.
+Legend: B local batch, D width.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from megacid_kernels import Gradients
 
 
 class ForwardGradients(NamedTuple):
-    """What forward has found out already."""
+    """Loss and gradients from forward."""
 
     gradients: Gradients
     x: Tensor | None  # [B, D] gradient of this rank's embeddings, summed over the ranks
-    norm_sq: Tensor  # 0-d fp32, of the slabs with weight_grad "recomputed", else 0
+    norm_sq: Tensor  # 0-d fp32, squared norm of the row gradient with weight_grad "recomputed", else 0
 
 
 class PartialFCFunction(torch.autograd.Function):
-    """Joins a loss whose gradients are made in forward to autograd: the embeddings' go on, the rows' are collected.
+    """Passes the embedding gradient on to autograd and the row gradient to a callback.
 
-    `anchor` is a scalar that requires grad, so that a loss without a trainable student still has a backward.
+    Args of `apply`: emb_BD; anchor, a scalar that requires grad, so that a loss without a trainable student has a
+    backward; compute(need_x); accumulate(forward gradients, gradient of the loss); factor of the embedding gradient.
     """
 
     @staticmethod
@@ -34,19 +35,18 @@ class PartialFCFunction(torch.autograd.Function):
         emb_BD: Tensor,
         anchor: Tensor,
         compute: Callable[[bool], ForwardGradients],
-        collect: Callable[[ForwardGradients, Tensor], None],
+        accumulate: Callable[[ForwardGradients, Tensor], None],
         factor: int,
     ) -> tuple[Tensor, ...]:
-        """factor: `gradient_factor`."""
-        found = compute(ctx.needs_input_grad[0])
-        ctx.found, ctx.collect, ctx.factor = found, collect, factor
-        ctx.mark_non_differentiable(*found.gradients.result[1:])
-        return tuple(found.gradients.result)
+        forward = compute(ctx.needs_input_grad[0])
+        ctx.forward_gradients, ctx.accumulate, ctx.factor = forward, accumulate, factor
+        ctx.mark_non_differentiable(*forward.gradients.result[1:])
+        return tuple(forward.gradients.result)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if ctx.found is None:
+        forward, ctx.forward_gradients = ctx.forward_gradients, None
+        if forward is None:
             raise RuntimeError("second backward through one loss of PartialFC, expected one: compute the loss again")
-        found, ctx.found = ctx.found, None
-        ctx.collect(found, grad_loss)
-        return None if found.x is None else found.x * grad_loss * ctx.factor, None, None, None, None
+        ctx.accumulate(forward, grad_loss)
+        return None if forward.x is None else forward.x * grad_loss * ctx.factor, None, None, None, None

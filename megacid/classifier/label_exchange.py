@@ -19,6 +19,7 @@ from megacid.classifier.sampling import Draw
 from megacid.distributed.collectives import all_gather_single, rank, world_size
 from megacid.distributed.parallel import shard_range
 from megacid.errors import UserError
+from megacid_kernels import Weights
 
 _ABOVE_ALL = torch.iinfo(torch.int64).max  # sorts behind every class id: marks entries to drop
 _HEADER = 3  # batch size, labels per sample, 1 for invalid input: precede the labels in a rank's message
@@ -38,6 +39,37 @@ class GatheredLabels(NamedTuple):
     rows_with_pending: Tensor | None = (
         None  # int64 local ids, sorted, unique: `rows` and `pending_rows`; None without either
     )
+
+    def log_q_bias(self, draw: Draw, class_start: int) -> Tensor:
+        """[S] minus the log-probability that this step uses each row; 0 for the labels of the batch."""
+        assert self.rows is not None and self.positive is not None
+        return (-draw.log_q(self.rows + class_start)).masked_fill(self.positive, 0.0)
+
+
+def find_input_error(
+    emb: Tensor, target: Tensor, teacher: Tensor | None, embed_dim: int, weights: Weights
+) -> str | None:
+    """Why a rank's input of the classifier is invalid. Raising it on that rank alone would deadlock the others."""
+    shape = tuple(emb.shape)
+    if emb.ndim != 2 or emb.shape[1] != embed_dim:
+        return f"embeddings have shape {shape}, expected [B, {embed_dim}]: build the head with the student's width"
+    if target.dtype != torch.int64 or target.ndim not in (1, 2) or target.shape[0] != len(emb):
+        return (
+            f"labels are {target.dtype} {tuple(target.shape)}, expected torch.int64 [{len(emb)}] or [{len(emb)}, l]: "
+            "pass the class id of every sample, -1 for none"
+        )
+    if target.ndim == 2 and target.shape[1] > 1 and weights.gamma > 0:
+        return (
+            f"Got {target.shape[1]} labels per sample with gamma {weights.gamma}, expected one label for the KL: "
+            "set gamma to 0, or pass the nearest label alone"
+        )
+    if weights.needs_teacher and teacher is None:
+        return "teacher embeddings are missing, but beta or gamma is > 0: pass them, or set both weights to 0"
+    if teacher is not None and teacher.shape != emb.shape:
+        return (
+            f"teacher embeddings have shape {tuple(teacher.shape)}, expected the student's {shape}: pass one per sample"
+        )
+    return None
 
 
 def _sort_unique(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""The gradient of the class rows that a step used: held as a matrix, or made slab by slab when it is asked for.
+"""Gradient of the class rows used in a step: stored as a matrix, or recomputed slab by slab.
 
-Legend: D width, S rows of this step, n rows of a slab.
+Legend: D width, S rows of this step, U rows of several micro-batches, n rows of a slab.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megacid.errors import UserError
 from megacid_kernels import OnGradientSlab
 
 OnRowGradient = Callable[[Tensor, Tensor], object]  # (local row ids [n], gradient [n, D])
@@ -22,18 +21,18 @@ class StoredRowGradient:
     def __init__(self, rows_S: Tensor, grad_SD: Tensor):
         self.rows, self._grad = rows_S, grad_SD
 
-    def add(self, other: StoredRowGradient, union_U: Tensor | None, *, same_rows: bool) -> StoredRowGradient:
-        """The sum; union_U: the rows of both where they are known, same_rows: that they are the same anyway."""
+    def add(self, other: StoredRowGradient, rows_U: Tensor | None, *, same_rows: bool) -> StoredRowGradient:
+        """The sum of two micro-batches. rows_U: the rows of both, if known; same_rows: both have the same rows."""
         if same_rows:
             self._grad += other._grad
             return self
-        if union_U is None:
-            union_U = torch.unique(torch.cat([self.rows, other.rows]))  # asks the device
-        total = other._grad.new_zeros(len(union_U), other._grad.shape[1])
-        # Each part's rows are unique, so both additions are of one number per element: any order, same bits.
-        total.index_add_(0, torch.searchsorted(union_U, self.rows), self._grad)
-        total.index_add_(0, torch.searchsorted(union_U, other.rows), other._grad)
-        return StoredRowGradient(union_U, total)
+        if rows_U is None:
+            rows_U = torch.unique(torch.cat([self.rows, other.rows]))  # synchronises with the device
+        total = other._grad.new_zeros(len(rows_U), other._grad.shape[1])
+        # Rows are unique within each part, so an element is the sum of two numbers: the same bits in any order.
+        total.index_add_(0, torch.searchsorted(rows_U, self.rows), self._grad)
+        total.index_add_(0, torch.searchsorted(rows_U, other.rows), other._grad)
+        return StoredRowGradient(rows_U, total)
 
     def matrix(self) -> Tensor:
         return self._grad
@@ -43,16 +42,15 @@ class StoredRowGradient:
             return self._grad.square().sum()
         return torch.linalg.vector_norm(self._grad).square()  # without a second [S, D]
 
-    def each(self, take: OnRowGradient) -> None:
-        take(self.rows, self._grad)
+    def for_each_part(self, update: OnRowGradient) -> None:
+        update(self.rows, self._grad)
 
 
 class RecomputedRowGradient:
-    """Made anew, slab by slab, from the class rows as they are at that time: a slab may be followed by the update of its
-    rows, for no other slab needs them. So nothing of size [S, D] is held, and no row moves before the decision of the
-    guard. Its norm is that of the slabs which forward made and dropped.
+    """Recomputes its slabs from the current class rows. A slab depends only on its own rows, so they may be updated
+    right after it. No [S, D] tensor is stored, no row changes before the guard's decision, and the norm is forward's.
 
-    scale: 0-d, what the gradient of the loss is multiplied by. widen: from the dimensions that the step used to D.
+    scale: 0-d, gradient of the loss. widen: maps a slab from the sampled feature dimensions to D.
     """
 
     def __init__(
@@ -75,15 +73,8 @@ class RecomputedRowGradient:
     def norm_sq(self) -> Tensor:
         return self._norm_sq * self._scale.square()
 
-    def each(self, take: OnRowGradient) -> None:
-        self._each_slab(lambda start, stop, grad: take(self.rows[start:stop], self._scaled(grad)))
+    def for_each_part(self, update: OnRowGradient) -> None:
+        self._each_slab(lambda start, stop, grad: update(self.rows[start:stop], self._scaled(grad)))
 
     def _scaled(self, grad_nD: Tensor) -> Tensor:
         return self._widen(grad_nD).mul_(self._scale)
-
-
-def second_backward_error() -> UserError:
-    return UserError(
-        'second backward of the classifier before zero_grad with weight_grad "recomputed", which stores no gradient to add '
-        'to: use one micro-batch per step, or weight_grad "stored"'
-    )
