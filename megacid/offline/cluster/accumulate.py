@@ -1,4 +1,8 @@
-"""One pass of k-means over the rows: nearest centroids, exact sums per cluster."""
+"""One pass of k-means over the rows: the nearest centroid of each row and exact sums per cluster.
+
+Every value is rounded to a fixed grid (2^-26 of the largest) before it is added in float64. Such sums are exact for up to
+2^27 rows per cluster, so they do not depend on the order of additions: not on block size, number of ranks or GPU atomics.
+"""
 
 from __future__ import annotations
 
@@ -6,38 +10,27 @@ import math
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megacid.distributed import collectives
 from megacid.distributed.parallel import shard_range
-from megacid.distributed.stopping import Progress, stop_together
-from megacid.offline.cluster.state import KMeansSettings, KMeansState
-from megacid.offline.nearest import Assigner, Metric, chosen_backend, prepare, tile_rows
-from megacid.offline.rows import Rows
+from megacid.distributed.stopping import Group, stop_together
+from megacid.offline.cluster.memory import pass_rows
+from megacid.offline.cluster.run import KMeansRun
+from megacid.offline.cluster.state import KMeansSettings
+from megacid.offline.nearest import prepare, tile_rows
 
-Group = dist.ProcessGroup | None
 _GRID_BITS = 26
-_FAISS_TILES = 4
-
-
-def pass_rows(settings: KMeansSettings, dim: int, device: torch.device) -> int:
-    """Rows of one tile of a pass over all of them. For faiss more than elsewhere: its threads and torch's, which wait
-    for each other's cores after every search, then take turns less often."""
-    by_faiss = device.type == "cpu" and chosen_backend(settings.backend, device, dim) == "faiss"
-    return tile_rows(device) * (_FAISS_TILES if by_faiss else 1)
-
-
-def grid_scale(metric: Metric, largest: float) -> float:
-    """A power of two that no value is above: what the grid of the sums is laid over."""
-    return 1.0 if metric == "cosine" else 2.0 ** math.ceil(math.log2(largest or 1.0))
 
 
 class Accumulator:
-    """Sums of one pass over this rank's rows: flat float64 [K * D + 2 K + 2] = sums, counts, values, objective, moved rows.
+    """Sums of one pass over the rows of this rank, in one buffer for a single all-reduce.
 
-    Values: the cosine or squared distance of each row to its centroid. Sums and values are whole numbers, in units of
-    1 / `grid`.
+    Attributes:
+        flat: float64 [K * D + 2 K + 2] = sums, counts, values, objective, moved rows.
+        sums_KD: Sums of the rows of each cluster, whole numbers in units of 1 / `grid`.
+        counts_K: Rows of each cluster.
+        values_K: Sums of the cosine (or squared distance) of each row to its centroid, in units of 1 / `grid`.
     """
 
     def __init__(self, settings: KMeansSettings, dim: int, device: torch.device, scale: float) -> None:
@@ -48,65 +41,73 @@ class Accumulator:
         self.counts_K, self.values_K = self.flat[k * dim : -2].view(2, k)
 
     def add(self, x_TD: Tensor, label_T: Tensor, value_T: Tensor) -> None:
-        # A power of two: neither the product nor the rounding loses a bit in fp32.
+        # The grid is a power of two: neither the product nor the rounding loses a bit in fp32.
         self.sums_KD.index_add_(0, label_T, (x_TD * self.grid).round_().double())
         self.counts_K.index_add_(0, label_T, torch.ones_like(label_T, dtype=torch.float64))
         value_T = value_T.double()
         self.values_K.index_add_(0, label_T, (value_T * self.grid).round_())
         self.flat[-2] += value_T.sum()
 
+    def all_reduce(self, moved: int, group: Group) -> None:
+        """Sum over all ranks. moved: rows of this rank whose label has changed."""
+        self.flat[-1] = moved
+        collectives.all_reduce_sum(self.flat, group)
+
+    def moved(self) -> float:
+        return float(self.flat[-1])
+
     def errors(self) -> np.ndarray:
-        """float64 [K] what all rows of a cluster lack of cosine 1, or their squared distances."""
+        """Summed error of each cluster, float64 [K]: 1 - cosine, or squared distance."""
         error_K = self.values_K / self.grid
         return (self.counts_K - error_K if self.metric == "cosine" else error_K).cpu().numpy()
 
     def means(self) -> Tensor:
-        """float64 [K, D] mean row of every cluster, 0 of an empty one; takes the place of the sums."""
+        """Mean row of each cluster, float64 [K, D], 0 for an empty one; overwrites the sums."""
         return self.sums_KD.div_(self.counts_K.clamp_min(1)[:, None] * self.grid)
 
     def objective(self, n: int) -> float:
-        """Mean over n rows. Twelve digits are above the noise of the order of additions: every layout decides the same."""
+        """Mean cosine or squared distance of n rows, rounded to 12 digits: the sum behind it is the only one that is not
+        on the grid, and rounding removes what depends on the order of additions."""
         return float(f"{float(self.flat[-2]) / n:.12g}")
 
 
-def one_pass(
-    rows: Rows,
-    state: KMeansState,
-    settings: KMeansSettings,
-    previous: np.ndarray,
-    scale: float,
-    block: int,
-    device: torch.device,
-    group: Group,
-    progress: Progress,
-) -> tuple[Accumulator, np.ndarray]:
-    """Assign this rank's rows and add them up; `previous` (int32, this rank's rows, -1 unknown) is brought up to date."""
-    tile, piece = pass_rows(settings, rows.dim, device), tile_rows(device)
-    room_TD = torch.zeros(tile, rows.dim, device=device)
-    assigner = Assigner(state.centroids, settings.metric, device, settings.backend)
-    total = Accumulator(settings, rows.dim, device, scale)
-    tiles = math.ceil(rows.num_rows / tile)
-    first, last = shard_range(tiles, collectives.rank(group), collectives.world_size(group))
-    start, stop = first * tile, min(last * tile, rows.num_rows)
+def one_pass(run: KMeansRun, centroids_KD: Tensor, previous: np.ndarray) -> Accumulator:
+    """Assign the rows to their nearest centroids; the sums over all ranks.
+
+    Args:
+        previous: int32 labels of this rank's rows after the pass before, -1 for unknown; updated in place.
+    """
+    rows, device = run.rows, run.device
+    tile, part_rows = pass_rows(run.settings, rows.dim, device), tile_rows(device)
+    x_TD = torch.zeros(tile, rows.dim, device=device)
+    assigner = run.assigner(centroids_KD)
+    total = Accumulator(run.settings, rows.dim, device, run.scale)
+    start, stop = rows_of_rank(run)
     moved = 0
-    with stop_together(group):
-        for low in range(start, stop, block):
-            x_BD = rows.read(low, min(low + block, stop))
-            for at in range(0, len(x_BD), tile):
-                count = min(tile, len(x_BD) - at)
-                pieces = [slice(begin, min(begin + piece, count)) for begin in range(0, count, piece)]
-                for part in pieces:
-                    # Piece by piece, from where they were read into the processor's cache.
-                    room_TD[part] = prepare(x_BD[at + part.start : at + part.stop], settings.metric, device)
-                room_TD[count:] = 0
-                value_TL, label_TL = assigner.tile(room_TD)
-                for part in pieces:
-                    total.add(room_TD[part], label_TL[part, 0], value_TL[part, 0])
+    with stop_together(run.group):
+        for low in range(start, stop, run.block):
+            block = rows.read(low, min(low + run.block, stop))
+            for at in range(0, len(block), tile):
+                count = min(tile, len(block) - at)
+                parts = [slice(begin, min(begin + part_rows, count)) for begin in range(0, count, part_rows)]
+                for part in parts:
+                    # A part at a time fits the processor's cache.
+                    x_TD[part] = prepare(block[at + part.start : at + part.stop], run.settings.metric, device)
+                x_TD[count:] = 0
+                value_TL, label_TL = assigner.tile(x_TD)
+                for part in parts:
+                    total.add(x_TD[part], label_TL[part, 0], value_TL[part, 0])
                 labels = label_TL[:count, 0].cpu().numpy().astype(np.int32)
                 where = slice(low + at - start, low + at - start + len(labels))
                 moved += int((previous[where] != labels).sum())
                 previous[where] = labels
-                progress(len(labels))
-    total.flat[-1] = moved
-    collectives.all_reduce_sum(total.flat, group)
-    return total, previous
+                run.progress(len(labels))
+    total.all_reduce(moved, run.group)
+    return total
+
+
+def rows_of_rank(run: KMeansRun) -> tuple[int, int]:
+    """The rows [start, stop) of this rank in `one_pass`: whole tiles."""
+    tile, n = pass_rows(run.settings, run.rows.dim, run.device), run.rows.num_rows
+    first, last = shard_range(math.ceil(n / tile), run.rank, run.world)
+    return min(first * tile, n), min(last * tile, n)

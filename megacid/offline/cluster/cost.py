@@ -1,4 +1,4 @@
-"""What a clustering will take, before it starts: work, time at the rate that this device shows, memory.
+"""Estimates work, time and memory of a clustering before it starts, from the measured rate of the device.
 
 Legend: n rows, K clusters, D width.
 """
@@ -13,12 +13,12 @@ from megacid.offline.cluster.hierarchical import cell_count
 from megacid.offline.cluster.state import KMeansSettings
 from megacid.offline.nearest import Assigner, tile_rows
 
-_CENTROIDS = 16384  # at most, of the tiles that are timed
+_MAX_CENTROIDS = 16384  # in the timed tiles
 _TIMED_S = 0.1
 
 
 def assignment_flop(settings: KMeansSettings, n: int, dim: int) -> tuple[float, float]:
-    """(of the fit, of labelling all n rows): 2 D for every row and centroid that are compared."""
+    """(FLOP of the fit, FLOP of labelling all n rows): 2 D per comparison of a row with a centroid."""
     k, trained = settings.k, min(settings.train_sample or n, n)
     compared = float(k * settings.iterations)  # centroids a training row is compared with
     if settings.method == "hierarchical":
@@ -29,9 +29,9 @@ def assignment_flop(settings: KMeansSettings, n: int, dim: int) -> tuple[float, 
 
 
 def measured_rate(settings: KMeansSettings, dim: int, device: torch.device) -> float:
-    """FLOP/s of this rank's search for the nearest centroid, on tiles of random rows, for a tenth of a second or one tile."""
+    """FLOP/s of the nearest-centroid search on this rank, measured on random rows for a tenth of a second."""
     generator = torch.Generator().manual_seed(0)
-    count = min(settings.k, _CENTROIDS)
+    count = min(settings.k, _MAX_CENTROIDS)
     rows, centroids_KD = (
         torch.nn.functional.normalize(torch.randn(number, dim, generator=generator), dim=1)
         for number in (tile_rows(device), count)
@@ -40,7 +40,7 @@ def measured_rate(settings: KMeansSettings, dim: int, device: torch.device) -> f
     x_TD = rows.to(device)
 
     def tile() -> None:
-        # On the host: a GPU has then done its work.
+        # The copy to the host waits for the GPU.
         assigner.tile(x_TD)[1].cpu()
 
     tile()
@@ -52,24 +52,20 @@ def measured_rate(settings: KMeansSettings, dim: int, device: torch.device) -> f
 
 
 def describe_cost(settings: KMeansSettings, n: int, dim: int, world: int, device: torch.device) -> str:
-    """Two lines for the user. Reading and adding up rows is not in the time."""
+    """Two lines for the user. The time does not include reading and summing rows."""
     k, trained = settings.k, min(settings.train_sample or n, n)
     fit, labels = assignment_flop(settings, n, dim)
     rate = measured_rate(settings, dim, device) * world
     return (
         f"{n:,} rows of width {dim}, {k:,} clusters ({settings.method}), training on {trained:,} rows "
         f"({trained / max(k, 1):.1f} per cluster)\n"
-        f"about {_span((fit + labels) / rate)} of distances on {world} rank{'s' if world > 1 else ''} "
-        f"({fit + labels:.3g} flop, {labels:.3g} of them for the labels; {rate / 1e9:.3g} Gflop/s), centroids "
-        f"{k * dim * 4 / 1e9:.3g} GB, at most {settings.memory_gb:g} GB held per rank"
+        f"about {_duration((fit + labels) / rate)} of distance computation on {world} rank{'s' if world > 1 else ''} "
+        f"({fit + labels:.3g} FLOP, {labels:.3g} of them for the labels; {rate / 1e9:.3g} GFLOP/s); centroids "
+        f"{k * dim * 4 / 1e9:.3g} GB, memory bound {settings.memory_gb:g} GB per rank"
     )
 
 
-def _span(seconds: float) -> str:
-    return (
-        f"{seconds:.3g} s"
-        if seconds < 120
-        else f"{seconds / 60:.3g} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.3g} h"
-    )
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

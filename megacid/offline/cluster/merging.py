@@ -1,7 +1,10 @@
-"""From a few centroids too many to as many as were asked for: the nearest pairs are merged.
+"""Merge the cheapest pairs of centroids until k are left.
 
-A cluster that a border of coarse clusters cuts has centroids on both sides of it. With some centroids more than wanted,
-there are enough for what lies inside the coarse clusters, and two that share a cluster are the cheapest to merge.
+A cluster that lies across the border of two cells gets centroids on both sides. The levels therefore start with more than
+k centroids, and the pairs whose merge adds least to the summed error (Ward's criterion) are merged: two centroids in one
+cluster are the cheapest. Each round makes half of the remaining merges, of pairs that share no centroid, taken from each
+centroid's nearest neighbours. All ranks do this with the same float64 inputs and stable sorts, so they get the same bits;
+nothing is saved, and a restart before the first iteration repeats it.
 
 Legend: K centroids, D width, M neighbours.
 """
@@ -16,30 +19,34 @@ from torch import Tensor
 
 from megacid.offline.nearest import Metric
 
-NEIGHBOURS = 4  # of each centroid: what it may be merged with
+NEIGHBOURS = 4  # of each centroid that it may be merged with
 _PAIRS_PER_MERGE = 8
 
 
 def merge_cost(x_ED: Tensor, y_ED: Tensor, x_weight_E: Tensor, y_weight_E: Tensor, metric: Metric) -> Tensor:
-    """float64 [E]: what merging the clusters of each pair adds to the summed error. All float64.
+    """What merging each pair of clusters adds to the summed error, float64 [E].
 
-    Weights: Euclidean, rows (Ward's criterion); cosine, the length of the sum of the rows, with unit centroids.
+    Args:
+        x_ED, y_ED: Centroids of the pairs, float64; unit rows for the cosine.
+        x_weight_E, y_weight_E: float64; Euclidean: number of rows (Ward's criterion); cosine: length of their sum.
     """
     if metric == "euclidean":
         weight_E = x_weight_E * y_weight_E / (x_weight_E + y_weight_E).clamp_min(1)
         return weight_E * (x_ED - y_ED).pow(2).sum(1)
-    together_ED = x_weight_E[:, None] * x_ED + y_weight_E[:, None] * y_ED
-    return x_weight_E + y_weight_E - together_ED.norm(dim=1)
+    sum_ED = x_weight_E[:, None] * x_ED + y_weight_E[:, None] * y_ED
+    return x_weight_E + y_weight_E - sum_ED.norm(dim=1)
 
 
 def merge_nearest(
     centroids_KD: Tensor, weight_K: Tensor, k: int, metric: Metric, neighbours: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """fp32 [k, D]: the centroids after K - k merges. centroids_KD: fp32, weight_K: float64, both on the CPU.
+    """The centroids after K - k merges, fp32 [k, D].
 
-    neighbours: from centroids to the numbers int64 [K, M] of some near ones of each (its own: none). It is asked once,
-    and again only if the pairs run out: a merged cluster has the neighbours of both. In a round half of the merges that are
-    left are made, the cheapest of pairs that share no cluster.
+    Args:
+        centroids_KD: fp32, on the CPU.
+        weight_K: float64, on the CPU, see `merge_cost`.
+        neighbours: Maps centroids to int64 [K, M], the numbers of some near ones of each; its own number is ignored. It
+            is called once, and again only when the pairs run out: a merged cluster has the neighbours of both.
     """
     pairs = torch.empty(2, 0, dtype=torch.int64)
     while len(centroids_KD) > k:
@@ -48,16 +55,16 @@ def merge_nearest(
             pairs = _each_once(_of_neighbours(neighbours(centroids_KD)), len(centroids_KD))
         low_ED, high_ED = centroids_KD[pairs].double()
         cost_E = merge_cost(low_ED, high_ED, weight_K[pairs[0]], weight_K[pairs[1]], metric)
-        if pairs.shape[1] > _PAIRS_PER_MERGE * left:  # the others are too dear to have a turn
+        if pairs.shape[1] > _PAIRS_PER_MERGE * left:  # the others are too expensive to be merged
             cheap = cost_E.argsort(stable=True)[: _PAIRS_PER_MERGE * left].sort().values
             pairs, cost_E = pairs[:, cheap], cost_E[cheap]
         stay, gone = pairs[:, _disjoint(pairs, cost_E.numpy(), -(-left // 2))]
         weight_E = weight_K[stay] + weight_K[gone]
-        # Two clusters without rows: either centroid will do.
+        # Of two clusters without rows either centroid will do.
         share = torch.where(weight_E > 0, weight_K[stay] / weight_E.clamp_min(1e-300), 1.0)[:, None]
         middle = share * centroids_KD[stay].double() + (1 - share) * centroids_KD[gone].double()
         if metric == "cosine":
-            # The new length of the sum; the direction is left as it was where the two cancel.
+            # The weight becomes the length of the new sum; where the two cancel, the direction stays.
             length = middle.norm(dim=1, keepdim=True)
             weight_E = weight_E * length[:, 0]
             middle = torch.where(length > 1e-12, middle / length.clamp_min(1e-12), centroids_KD[stay].double())
@@ -73,20 +80,20 @@ def merge_nearest(
 
 
 def _of_neighbours(near_KM: Tensor) -> Tensor:
-    """int64 [2, K * M]: each centroid with each of its neighbours."""
+    """Pairs of each centroid with each of its neighbours, int64 [2, K * M]."""
     own = torch.arange(len(near_KM))[:, None].expand_as(near_KM)
     return torch.stack([own.flatten(), near_KM.flatten()])
 
 
 def _each_once(pairs: Tensor, count: int) -> Tensor:
-    """int64 [2, E]: the pairs of different numbers below `count`, each once, the smaller number first, in order."""
+    """Distinct pairs of different numbers below `count`, smaller number first, sorted, int64 [2, E]."""
     low, high = pairs.min(0).values, pairs.max(0).values
     code = torch.unique((low * count + high)[low != high])
     return torch.stack([code // count, code % count])
 
 
 def _disjoint(pairs: Tensor, cost: np.ndarray, count: int) -> Tensor:
-    """Numbers of at most `count` pairs that share nothing, int64: cheapest first, equal ones in order."""
+    """Numbers of at most `count` pairs that share no centroid, int64: the cheapest first, ties in order."""
     low, high = (side.numpy() for side in pairs)
     taken: set[int] = set()
     chosen: list[int] = []

@@ -1,9 +1,13 @@
-"""Where Lloyd's iterations start: rows drawn at random, or greedy k-means++ on a sample.
+"""Initial centroids: rows drawn at random, or greedy k-means++ on a sample.
+
+k-means++ draws each next row with a probability proportional to its squared distance to the nearest row drawn so far
+(Arthur and Vassilvitskii, SODA 2007); the greedy form draws a few candidates per step and keeps the one that leaves the
+smallest total distance. It runs on a sample of rows for somewhat more than k centroids, because some fall on outliers;
+the nearest pairs are then merged (`merging.py`). Every rank draws the same rows from the seed and computes everything
+alone with the same shapes, so the result does not depend on the number of ranks. Nothing is saved: a restart before the
+first iteration repeats it.
 
 Legend: n rows, K centroids, D width, B rows of the sample, L candidates of one step.
-
-k-means++ draws the next row with a chance that is proportional to its squared distance to the nearest row chosen so far
-(Arthur and Vassilvitskii, SODA 2007). The greedy form draws a few candidates and takes the one that leaves least.
 """
 
 from __future__ import annotations
@@ -15,7 +19,6 @@ import torch
 from torch import Tensor
 
 from megacid.distributed.stopping import Progress, no_progress
-from megacid.errors import UserError
 from megacid.offline.cluster.merging import NEIGHBOURS, merge_nearest
 from megacid.offline.cluster.state import KMeansSettings
 from megacid.offline.nearest import Assigner, Metric, pad_rows, prepare, tile_rows
@@ -26,49 +29,43 @@ _SAMPLE_VALUES = 1 << 25
 
 
 def sample_rows(n: int, k: int, dim: int) -> int:
-    """Rows that k-means++ looks at for k centroids: 32 for each, as far as they are at most 128 MiB in fp32."""
+    """Rows in the sample of k-means++ for k centroids: 32 per centroid, if they fit into 128 MiB in fp32."""
     return min(n, max(min(32 * k, _SAMPLE_VALUES // dim), 4 * k, 4096))
 
 
-def check_memory(n: int, dim: int, settings: KMeansSettings) -> None:
-    """UserError when what `plus_plus` holds, the sample as it is read and in fp32 and its distances to the candidates, is
-    more than `memory_gb`. n: all rows."""
-    if settings.init != "k-means++" and settings.method == "flat":
-        return
-    # Of two levels, a cell of twice the average; the coarse level is checked by itself.
-    k = settings.k if settings.method == "flat" else 2 * math.isqrt(settings.k)
-    need = (more_than(k) * dim * 12 + sample_rows(n, k, dim) * (dim * 8 + 12 * _candidates(k) + 32)) / 1e9
-    if need > settings.memory_gb:
-        raise UserError(
-            f"memory bound is {settings.memory_gb:g} GB, k-means++ for {k} clusters of width {dim} needs {need:.3g} GB: raise "
-            f"--memory-gb{' or give --init random' if settings.method == 'flat' else ''}"
-        )
-
-
-def _candidates(count: int) -> int:
+def num_draws(count: int) -> int:
+    """Candidates that one step of greedy k-means++ for `count` centroids compares."""
     return 2 + int(math.log(count))
 
 
-def _drawn(n: int, sample: int, seed: int) -> np.ndarray:
+def _sample_numbers(n: int, sample: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng([seed, RandomStream.SEEDING_SAMPLE]).choice(n, sample, replace=False))
 
 
-def more_than(k: int) -> int:
-    """Centroids to begin with, before the nearest are merged: some fall on rows that belong to no cluster."""
+def seed_count(k: int) -> int:
+    """Centroids to draw before the nearest are merged to k: some fall on rows that belong to no cluster."""
     return k + 2 * math.isqrt(k) + k // 16
 
 
 def plus_plus(
     rows: Rows, count: int, sample: int, seed: int, metric: Metric, device: torch.device, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(row numbers int64 [count], squared distance of all rows to the nearest of the first 1, 2, ... float64 [count]).
+    """Greedy k-means++.
 
-    The distance is measured on `sample` rows drawn by the seed, and scaled up to all n. A shorter sequence is not the
-    beginning of a longer one. progress: called with 0 for every step.
+    A shorter sequence is not the beginning of a longer one: the number of candidates follows from `count`.
+
+    Args:
+        count: Centroids to choose.
+        sample: Rows to draw from, themselves drawn by the seed.
+        progress: Called with 0 for every step.
+
+    Returns:
+        Row numbers int64 [count], and float64 [count] the summed squared distance of the rows to the nearest of the first
+        1, 2, ... chosen rows, measured on the sample and scaled to all n rows.
     """
     n = rows.num_rows
     rng = np.random.default_rng([seed, RandomStream.INITIAL_CENTROIDS])
-    drawn = _drawn(n, sample, seed)
+    drawn = _sample_numbers(n, sample, seed)
     read = rows.take(drawn)
     x_BD = torch.empty(read.shape, device=device)
     for low in range(0, sample, 4096):
@@ -76,7 +73,7 @@ def plus_plus(
     del read
     square_B = x_BD.pow(2).sum(1)
     nearest_B = torch.full_like(square_B, math.inf)
-    candidates = _candidates(count)
+    candidates = num_draws(count)
     chosen, left = np.empty(count, np.int64), np.empty(count, np.float64)
     cumulative: np.ndarray | None = None
     for step in range(count):
@@ -84,7 +81,7 @@ def plus_plus(
         if cumulative is None:
             draw_L = rng.integers(sample, size=1)
         else:
-            # Fewer distinct rows than centroids: any row will do, empty clusters are split later.
+            # With fewer distinct rows than centroids the last draws repeat rows; empty clusters are split later.
             at = rng.random(candidates) * cumulative[-1]
             draw_L = np.minimum(np.searchsorted(cumulative, at, side="right"), sample - 1)
         place_L = torch.from_numpy(draw_L).to(device)
@@ -101,26 +98,26 @@ def plus_plus(
 def initial_centroids(
     rows: Rows, settings: KMeansSettings, device: torch.device, progress: Progress = no_progress
 ) -> Tensor:
-    """fp32 [K, D], the same on every rank; unit rows for the cosine. progress: called with 0 for every drawn row."""
+    """Initial centroids fp32 [K, D], the same on every rank; unit rows for the cosine."""
     n, k = rows.num_rows, settings.k
     if settings.init == "random":
         chosen = np.sort(
             np.random.default_rng([settings.seed, RandomStream.INITIAL_CENTROIDS]).choice(n, k, replace=False)
         )
         return prepare(rows.take(chosen), settings.metric, torch.device("cpu"))
-    count, sample = min(n, more_than(k)), sample_rows(n, k, rows.dim)
+    count, sample = min(n, seed_count(k)), sample_rows(n, k, rows.dim)
     chosen, _ = plus_plus(rows, count, sample, settings.seed, settings.metric, device, progress)
     centroids_KD = prepare(rows.take(chosen), settings.metric, torch.device("cpu"))
-    weight_K = _weights(rows, centroids_KD, _drawn(n, sample, settings.seed), settings, device, progress)
+    weight_K = _weights(rows, centroids_KD, _sample_numbers(n, sample, settings.seed), settings, device, progress)
 
     def neighbours(centroids_KD: Tensor) -> Tensor:
         assigner = Assigner(centroids_KD, settings.metric, device, settings.backend)
-        found = [
+        labels = [
             assigner.tile(x_TD.to(device), min(NEIGHBOURS + 1, len(centroids_KD)))[1].cpu()
             for x_TD in centroids_KD.split(tile_rows(device))
         ]
         progress(0)
-        return torch.cat(found)
+        return torch.cat(labels)
 
     return merge_nearest(centroids_KD, weight_K, k, settings.metric, neighbours)
 
@@ -133,12 +130,12 @@ def _weights(
     device: torch.device,
     progress: Progress,
 ) -> Tensor:
-    """float64 [K]: the weights `merge_nearest` wants, of the rows `drawn`."""
+    """The weights for `merge_nearest`, float64 [K], from the rows `drawn`."""
     assigner, tile = Assigner(centroids_KD, settings.metric, device, settings.backend), tile_rows(device)
     weight_K = torch.zeros(len(centroids_KD), dtype=torch.float64)
     for low in range(0, len(drawn), tile):
         x_TD = prepare(rows.take(drawn[low : low + tile]), settings.metric, device)
-        value_TL, label_TL = (found[: len(x_TD)].cpu() for found in assigner.tile(pad_rows(x_TD, tile)))
+        value_TL, label_TL = (padded[: len(x_TD)].cpu() for padded in assigner.tile(pad_rows(x_TD, tile)))
         value_T = value_TL[:, 0].double() if settings.metric == "cosine" else torch.ones(len(x_TD), dtype=torch.float64)
         weight_K.index_add_(0, label_TL[:, 0], value_T)
         progress(0)

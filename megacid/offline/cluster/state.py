@@ -1,4 +1,4 @@
-"""What k-means is asked for, and the state that an iteration leaves on disk, from which a run that was cut goes on.
+"""k-means settings, and the state that every iteration saves and an interrupted run continues from.
 
 Legend: K clusters, D width.
 """
@@ -24,20 +24,20 @@ Init = Literal["random", "k-means++"]
 
 @dataclass(frozen=True)
 class KMeansSettings:
-    """What decides the result (all but `memory_gb`, which only bounds what is held at once)."""
+    """Options of k-means. All but `memory_gb` and, up to rounding, `backend` decide the result."""
 
     k: int
     metric: Metric = "cosine"
     iterations: int = 20
-    tolerance: float = 0.0  # stop when the objective improves by less than this share; 0: never
+    tolerance: float = 0.0  # stop when the objective improves by less than this fraction; 0: never
     seed: int = 0
     init: Init = "random"
     train_sample: int | None = None  # rows used for training; None: all
     backend: Backend = "auto"
-    memory_gb: float = 4.0
+    memory_gb: float = 4.0  # bound on the memory of one rank
     method: Literal["flat", "hierarchical"] = "flat"
     refine: int = 2  # hierarchical: iterations over all k after the two levels
-    refine_cells: int = 8  # hierarchical: coarse clusters whose centroids a row is compared with in these; 0: all
+    refine_cells: int = 8  # hierarchical: coarse clusters whose centroids a row is compared with when refining; 0: all
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -49,7 +49,7 @@ class KMeansSettings:
         if self.iterations < 1:
             raise UserError(f"iterations is {self.iterations}, expected at least 1")
         if not 0 <= self.tolerance < 1:
-            raise UserError(f"tolerance is {self.tolerance}, expected a share from 0 to below 1")
+            raise UserError(f"tolerance is {self.tolerance}, expected a fraction >= 0 and < 1: correct --tolerance")
         if self.method not in ("flat", "hierarchical"):
             raise UserError(f"method is {self.method!r}, expected flat or hierarchical")
         for name in ("refine", "refine_cells"):
@@ -62,7 +62,7 @@ class KMeansSettings:
 
 @dataclass
 class KMeansState:
-    """What an iteration leaves behind. `objective`: mean cosine, or mean squared distance, before each update."""
+    """State after an iteration. `objective`: mean cosine (or squared distance) in each iteration, before its update."""
 
     centroids: Tensor  # fp32 [K, D], CPU
     iteration: int = 0
@@ -72,7 +72,7 @@ class KMeansState:
 
 
 def settled(objective: list[float], settings: KMeansSettings) -> bool:
-    """Whether the last of these iterations gained too little to go on."""
+    """Whether the last iteration improved the objective by at most `tolerance`."""
     if settings.tolerance == 0 or len(objective) < 2:
         return False
     before, now = objective[-2:]
@@ -81,9 +81,9 @@ def settled(objective: list[float], settings: KMeansSettings) -> bool:
 
 
 def fingerprint(settings: KMeansSettings, identity: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same for a run to be continued, JSON-able."""
-    # The backend and the memory bound may change between two parts of one run; so may the number of iterations and the
-    # tolerance, as far as they do not say that it should have ended before.
+    """The settings and inputs that must not change for a run to be continued, as JSON values."""
+    # Backend and memory bound may change between two parts of one run, and so may the number of iterations and the
+    # tolerance, unless the run would have ended before (see `load_state`).
     names = ["method", "k", "metric", "seed", "init", "train_sample"]
     if settings.method == "hierarchical":
         names.append("refine_cells")
@@ -91,47 +91,51 @@ def fingerprint(settings: KMeansSettings, identity: dict[str, Any]) -> dict[str,
 
 
 def save_state(path: Path, state: KMeansState, settings: KMeansSettings, identity: dict[str, Any]) -> None:
-    """Write the state, atomic and durable; UserError when the disk does not take it."""
-    facts = {
+    """Write the state atomically. UserError when the disk is full."""
+    metadata = {
         "settings": fingerprint(settings, identity),
         "iteration": state.iteration,
         "objective": state.objective,
         "imbalance": state.imbalance,
         "stopped": state.stopped,
     }
-    text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+    text = np.frombuffer(json.dumps(metadata).encode(), np.uint8)
     with writing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, centroids=state.centroids.numpy(), facts=text)
+        np.savez(file, centroids=state.centroids.numpy(), metadata=text)
 
 
 def load_state(path: Path, settings: KMeansSettings, identity: dict[str, Any]) -> KMeansState:
-    """The state of a run with these settings. UserError for a damaged file, other settings, or a run that went further."""
+    """The saved state of a run with these settings.
+
+    Raises:
+        UserError: The file is damaged or has other settings, or its run is past the end that these settings give.
+    """
     try:
         with np.load(path, allow_pickle=False) as stored:
-            facts = json.loads(stored["facts"].tobytes())
+            metadata = json.loads(stored["metadata"].tobytes())
             centroids_KD = torch.from_numpy(stored["centroids"])
-        before = dict(facts["settings"])
-        # Stopping is decided anew: the tolerance may have been changed.
-        state = KMeansState(centroids_KD, facts["iteration"], facts["objective"], facts["imbalance"])
+        before = dict(metadata["settings"])
+        # `stopped` is computed anew below: the tolerance may have changed.
+        state = KMeansState(centroids_KD, metadata["iteration"], metadata["objective"], metadata["imbalance"])
         if len(state.objective) != state.iteration or not all(isinstance(value, float) for value in state.objective):
-            raise ValueError("it has not one number for each iteration")
+            raise ValueError("its objective does not have one number per iteration")
         if state.centroids.ndim != 2 or len(state.centroids) != before["k"] or state.centroids.dtype != torch.float32:
             raise ValueError(f"its centroids are {state.centroids.dtype} {tuple(state.centroids.shape)}")
-    except Exception as error:  # a zip archive, the header of an array and JSON raise nearly anything between them
-        said = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path} is damaged ({said}): delete it to start again") from None
-    wanted = fingerprint(settings, identity)
-    for name, value in wanted.items():
+    except Exception as error:  # zip, .npy and JSON readers raise nearly any exception type
+        message = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path} is damaged ({message}): delete it to start again") from None
+    for name, value in fingerprint(settings, identity).items():
         if before.get(name) != value:
             raise UserError(
-                f"{path} was made with {name}={before.get(name)!r}, this run has {name}={value!r}: take another --out, or delete that file"
+                f"{path} was made with {name}={before.get(name)!r}, this run has {name}={value!r}: take another --out, or "
+                "delete that file"
             )
     ends = [n for n in range(1, state.iteration) if n >= settings.iterations or settled(state.objective[:n], settings)]
     if ends:
         raise UserError(
             f"{path} is after iteration {state.iteration}, with iterations={settings.iterations} and "
-            f"tolerance={settings.tolerance:g} a run ends after {ends[0]}: give the earlier arguments, take another --out, "
-            "or delete that file"
+            f"tolerance={settings.tolerance:g} a run ends after {ends[0]}: give the earlier arguments, take another "
+            "--out, or delete that file"
         )
     state.stopped = settled(state.objective, settings)
     return state

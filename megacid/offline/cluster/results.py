@@ -1,4 +1,4 @@
-"""What a cluster folder says about the samples of an embedding folder. Legend: n samples, k clusters, D width."""
+"""Reads labels and centroids of a finished cluster folder. Legend: n samples, k clusters, D width."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from megacid.storage.parquet import join_by_key, key_column, label_column, read_
 
 
 def read_labels(clusters: Path, rows: EmbeddingRows) -> tuple[np.ndarray, np.ndarray, int]:
-    """(label int32 [n], score float16 [n], k) of a cluster folder, joined by key. UserError when they do not belong together."""
+    """Labels of the rows of an embedding folder, joined by key.
+
+    Returns:
+        (label int32 [n], cosine to the nearest centroid float16 [n], k).
+
+    Raises:
+        UserError: The two folders were made from different shards or teachers, or a label file is damaged.
+    """
     meta = read_meta(clusters, expect="cluster")
     if meta["shards_digest"] != rows.meta["shards_digest"]:
         raise UserError(
@@ -42,14 +49,15 @@ def read_labels(clusters: Path, rows: EmbeddingRows) -> tuple[np.ndarray, np.nda
 
 
 def read_centroids(clusters: Path, dim: int) -> tuple[np.ndarray, Metric]:
-    """(centroids float32 [k, D], the metric they were made with). UserError when they do not fit meta.json."""
+    """(centroids float32 [k, D], their metric). UserError when the file does not match meta.json."""
     meta = read_meta(clusters, expect="cluster")
     path = clusters / "centroids.npy"
     centroids = load_npy(path, "run tools/cluster.py again")
-    wanted = (int(meta["k"]), dim)
-    if centroids.shape != wanted or centroids.dtype.kind != "f":
+    shape = (int(meta["k"]), dim)
+    if centroids.shape != shape or centroids.dtype.kind != "f":
         raise UserError(
-            f"{path} is {centroids.dtype} of shape {centroids.shape}, expected floating point {wanted}: run tools/cluster.py again"
+            f"{path} is {centroids.dtype} of shape {centroids.shape}, expected floating point {shape}: run "
+            "tools/cluster.py again"
         )
     values = np.array(centroids, np.float32)
     if not np.isfinite(values).all():

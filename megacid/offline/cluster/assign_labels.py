@@ -1,8 +1,8 @@
-"""The label files of the clustering stage: nearest centroids of every sample, one file per tar.
+"""Assigns every sample its nearest centroids and writes one label file per tar.
 
-Legend: K clusters, D width, T rows of one tile, L labels per sample.
+A label file records the digest of its centroids in its metadata, so an interrupted run keeps the files that match.
 
-A label file says in its own metadata which centroids it was made with, so a run that was killed keeps those that fit.
+Legend: n samples, K clusters, D width, T rows of one tile, L labels per sample.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megacid.distributed.parallel import Parallel
 from megacid.distributed.stopping import Progress, stop_together
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
-from megacid.offline.nearest import Assigner, Backend, Metric, pad_rows, prepare, tile_rows
+from megacid.offline.nearest import Assigner, pad_rows, prepare, tile_rows
 from megacid.offline.rows import EmbeddingRows, PartitionedRows, find_invalid_row
 from megacid.storage.atomic import writing
 from megacid.storage.parquet import read_parquet
@@ -31,8 +31,8 @@ _CENTROIDS, _SIMILARITY = b"centroids", b"similarity"  # in the metadata of a la
 
 
 def centroids_digest(centroids_KD: Tensor) -> str:
-    """sha256 of fp32 [K, D]: which centroids labels belong to."""
-    return hashlib.sha256(np.ascontiguousarray(centroids_KD.numpy()).tobytes()).hexdigest()
+    """sha256 of centroids fp32 [K, D]."""
+    return hashlib.sha256(np.ascontiguousarray(centroids_KD.cpu().numpy()).tobytes()).hexdigest()
 
 
 def label_partition(
@@ -44,9 +44,17 @@ def label_partition(
     *,
     unit_rows: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """(labels int32 [n, L] best first, cosine to the first float32 [n], sum of the similarities) of one partition.
+    """Label one partition.
 
-    UserError naming a row with NaN, infinity, (cosine) no length, or with unit_rows another length than 1.
+    Args:
+        top: Number L of labels per sample.
+        unit_rows: Require rows of length 1, whatever the metric.
+
+    Returns:
+        (labels int32 [n, L], nearest first; cosine to the nearest centroid float32 [n]; sum of the similarities).
+
+    Raises:
+        UserError: A row is invalid; the message names it.
     """
     start, stop = int(rows.starts[partition]), int(rows.starts[partition + 1])
     tile = tile_rows(assigner.device)
@@ -55,12 +63,13 @@ def label_partition(
     total = 0.0
     for low in range(start, stop, tile):
         block = rows.read(low, min(low + tile, stop))
-        # Training on a sample has not seen all rows.
-        found = find_invalid_row(
+        # Training on a sample has not checked all rows.
+        invalid = find_invalid_row(
             np.asarray(block, np.float32), allow_zero=assigner.metric != "cosine" and not unit_rows, unit=unit_rows
         )
-        if found is not None:
-            raise UserError(f"{rows.name(low + found[0])} {found[1]}: delete that file and run tools/embed.py again")
+        if invalid is not None:
+            row, problem = invalid
+            raise UserError(f"{rows.name(low + row)} {problem}: delete that file and run tools/embed.py again")
         x_TD = prepare(block, assigner.metric, assigner.device)
         value_TL, label_TL = assigner.tile(pad_rows(x_TD, tile), top)
         value_TL, label_TL = value_TL[: len(x_TD)], label_TL[: len(x_TD)]
@@ -84,8 +93,8 @@ def _write_labels(
 
 
 def _read_labels(path: Path, keys: list[str], top: int, centroids: str) -> tuple[np.ndarray, float] | None:
-    """(first label int32 [n], sum of the similarities) of a label file that is whole, of these keys and made with the
-    centroids of this sha256; else None."""
+    """(first label int32 [n], sum of the similarities) of a complete label file of these keys and the centroids of this
+    digest; else None."""
     try:
         table = read_parquet(path, "")
         metadata = table.schema.metadata or {}
@@ -97,19 +106,15 @@ def _read_labels(path: Path, keys: list[str], top: int, centroids: str) -> tuple
         return None
 
 
-def label_all(
-    out: Path,
-    rows: EmbeddingRows,
-    centroids_KD: Tensor,
-    metric: Metric,
-    backend: Backend,
-    parallel: Parallel,
-    top: int,
-    progress: Progress,
+def assign_labels(
+    out: Path, rows: EmbeddingRows, assigner: Assigner, parallel: Parallel, top: int, progress: Progress
 ) -> tuple[np.ndarray, float]:
-    """Write the label files that are missing; (sizes int64 [K], sum of the similarities) of all, the same on every rank."""
-    k, digest = len(centroids_KD), centroids_digest(centroids_KD)
-    assigner = Assigner(centroids_KD, metric, parallel.device, backend)
+    """Write the missing label files, partitions divided among the ranks.
+
+    Returns:
+        (sizes int64 [K], sum of the similarities of all samples), the same on every rank.
+    """
+    k, digest = len(assigner.centroids_KD), centroids_digest(assigner.centroids_KD)
     count_K = torch.zeros(k, dtype=torch.float64, device=parallel.device)
     value_of = torch.zeros(len(rows.stems), dtype=torch.float64, device=parallel.device)
     with stop_together(parallel.group):
@@ -129,5 +134,5 @@ def label_all(
             value_of[partition] = value
     all_reduce_sum(count_K, parallel.group)
     all_reduce_sum(value_of, parallel.group)
-    # One order of additions for every number of ranks.
+    # fsum: the same order of additions for every number of ranks.
     return count_K.cpu().numpy().astype(np.int64), math.fsum(value_of.tolist())

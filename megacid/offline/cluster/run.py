@@ -1,0 +1,158 @@
+"""The context of a k-means run: checked training rows, settings, ranks, block size and the grid of the sums.
+
+Legend: K centroids, B rows of a block, T rows of a tile, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megacid.distributed import collectives
+from megacid.distributed.consensus import gather_json
+from megacid.distributed.parallel import shard_range
+from megacid.distributed.stopping import Group, Progress, stop_together
+from megacid.errors import UserError
+from megacid.offline.cluster.memory import block_rows, check_seeding_memory
+from megacid.offline.cluster.state import KMeansSettings
+from megacid.offline.nearest import Assigner, Metric, pad_rows, prepare, tile_rows
+from megacid.offline.random_streams import RandomStream
+from megacid.offline.rows import Rows, SubsetRows, find_invalid_row
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KMeansRun:
+    """What every pass over the rows needs.
+
+    Attributes:
+        rows: The training rows.
+        block: Number of rows to read at once.
+        scale: Power of two that no value of the rows exceeds; the grid of the sums covers it.
+    """
+
+    rows: Rows
+    settings: KMeansSettings
+    block: int
+    scale: float
+    device: torch.device
+    group: Group
+    progress: Progress
+
+    @property
+    def rank(self) -> int:
+        return collectives.rank(self.group)
+
+    @property
+    def world(self) -> int:
+        return collectives.world_size(self.group)
+
+    def split(self, x_BD: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(offset, rows [at most T, D]) tile by tile."""
+        tile = tile_rows(self.device)
+        for at in range(0, len(x_BD), tile):
+            yield at, x_BD[at : at + tile]
+
+    def tiles(self, block: np.ndarray) -> Iterator[tuple[int, Tensor]]:
+        """(offset, prepared rows fp32 [at most T, D]) of a block of rows as read, tile by tile."""
+        tile = tile_rows(self.device)
+        for at in range(0, len(block), tile):
+            yield at, prepare(block[at : at + tile], self.settings.metric, self.device)
+
+    def nearest(self, assigner: Assigner, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """(similarity [T], label int64 [T]) of at most one tile of rows."""
+        value_TL, label_TL = assigner.tile(pad_rows(x_TD, tile_rows(self.device)))
+        return value_TL[: len(x_TD), 0], label_TL[: len(x_TD), 0]
+
+    def assigner(self, centroids_KD: Tensor) -> Assigner:
+        return Assigner(centroids_KD, self.settings.metric, self.device, self.settings.backend)
+
+
+def start_run(
+    rows: Rows,
+    settings: KMeansSettings,
+    device: torch.device,
+    group: Group,
+    progress: Progress,
+    *,
+    unit_rows: bool,
+    extra_bytes: int = 0,
+) -> KMeansRun:
+    """Draw the training sample, check amount, memory and rows, and choose block size and grid.
+
+    Args:
+        unit_rows: Require rows of length 1, whatever the metric.
+        extra_bytes: Bytes that the run holds in addition to those of `spare_bytes`.
+
+    Raises:
+        UserError: k > n, the memory bound is too small, or a row is invalid.
+    """
+    if settings.train_sample is not None:
+        rows = _training_sample(rows, settings)
+    n = rows.num_rows
+    _check_amount(n, settings.k, group)
+    rows_of_rank = math.ceil(n / collectives.world_size(group))
+    block = block_rows(rows_of_rank, rows.dim, settings, device, extra_bytes)
+    check_seeding_memory(n, rows.dim, settings)
+    largest = _check_rows(rows, settings.metric, block, group, progress, unit_rows)
+    # Unit rows, or the next power of two.
+    scale = 1.0 if settings.metric == "cosine" else 2.0 ** math.ceil(math.log2(largest or 1.0))
+    return KMeansRun(rows, settings, block, scale, device, group, progress)
+
+
+def _training_sample(rows: Rows, settings: KMeansSettings) -> Rows:
+    """A uniform sample of rows without replacement, decided by the seed."""
+    count = settings.train_sample or 0
+    if not settings.k <= count:
+        raise UserError(f"train sample is {count} rows, expected at least k = {settings.k}: raise --train-sample")
+    if count >= rows.num_rows:
+        log.info("training on all %d rows: --train-sample %d is not smaller", rows.num_rows, count)
+        return rows
+    log.info("training on a sample of %d of %d rows (%.1f per cluster)", count, rows.num_rows, count / settings.k)
+    rng = np.random.default_rng([settings.seed, RandomStream.TRAINING_SAMPLE])
+    return SubsetRows(rows, np.sort(rng.choice(rows.num_rows, count, replace=False)))
+
+
+def _check_amount(n: int, k: int, group: Group) -> None:
+    """UserError for more clusters than training rows; a warning for fewer than 2 rows per cluster."""
+    if k > n:
+        raise UserError(f"k is {k} but there are only {n} rows to train on: lower --k or give more data")
+    if n < 2 * k and collectives.rank(group) == 0:
+        log.warning(
+            "%d rows to train on for %d clusters are %.2f per cluster, fewer than 2: most clusters will be single rows; "
+            "lower --k or give more data",
+            n,
+            k,
+            n / k,
+        )
+
+
+def _check_rows(
+    rows: Rows, metric: Metric, block: int, group: Group, progress: Progress, unit_rows: bool
+) -> float:
+    """Largest absolute value of all rows. UserError on every rank that names the first invalid row."""
+    start, stop = shard_range(rows.num_rows, collectives.rank(group), collectives.world_size(group))
+    largest, tile = 0.0, tile_rows(torch.device("cpu"))
+    expected = "of length 1" if unit_rows else "of non-zero length" if metric == "cosine" else "without NaN or infinity"
+    with stop_together(group):
+        for low in range(start, stop, block):
+            x_BD = rows.read(low, min(low + block, stop))
+            for at in range(0, len(x_BD), tile):
+                x = np.asarray(x_BD[at : at + tile], np.float32)
+                invalid = find_invalid_row(x, allow_zero=metric != "cosine" and not unit_rows, unit=unit_rows)
+                if invalid is not None:
+                    row, problem = invalid
+                    raise UserError(
+                        f"{rows.name(low + at + row)} {problem}, expected rows {expected}: delete that file and run "
+                        "tools/embed.py again"
+                    )
+                largest = max(largest, float(np.abs(x).max(initial=0)))
+            progress(0)
+    return max(gather_json(largest, group))
