@@ -23,8 +23,8 @@ from megacid.distributed.parallel import Parallel, accept_launcher_arguments
 from megacid.distributed.stopping import StopRequest, run_stage
 from megacid.errors import run_tool
 from megacid.offline.cluster.cost import describe_cost
-from megacid.offline.cluster.kmeans import KMeansSettings
 from megacid.offline.cluster.stage import assign_only, cluster
+from megacid.offline.cluster.state import KMeansSettings
 from megacid.offline.rows import EmbeddingRows
 
 WAIT_S = 7200.0  # ranks on slower disks

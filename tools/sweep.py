@@ -33,7 +33,7 @@ from megacid.data.features import FeatureSet
 from megacid.errors import UserError, run_tool
 from megacid.evaluate.features import accuracy, tasks_for, trained_tower, untrained_accuracy
 from megacid.offline.cluster.features import cluster_features
-from megacid.offline.cluster.kmeans import KMeansSettings
+from megacid.offline.cluster.state import KMeansSettings
 from megacid.storage.atomic import atomic_path, write_atomic, write_json_atomic
 from megacid.storage.metadata import machine, versions
 from megacid.training.run_settings import check_same_settings

@@ -27,8 +27,8 @@ from megacid.distributed.parallel import Parallel
 from megacid.models.clip import load_clip
 from megacid.offline.balance.context import BalanceSettings
 from megacid.offline.balance.stage import balance
-from megacid.offline.cluster.kmeans import KMeansSettings
 from megacid.offline.cluster.stage import cluster
+from megacid.offline.cluster.state import KMeansSettings
 from megacid.offline.embed import stage as embed_stage
 from megacid.storage.metadata import read_meta
 

@@ -14,7 +14,8 @@ import torch
 from interpreter import assert_holds_in_the_interpreter, on_devices
 
 from megacid.errors import UserError
-from megacid.offline.cluster.kmeans import KMeansSettings, kmeans
+from megacid.offline.cluster.kmeans import kmeans
+from megacid.offline.cluster.state import KMeansSettings
 from megacid.offline.nearest import Assigner, prepare
 from megacid.offline.rows import ArrayRows
 from megacid_kernels.fused import INTERPRET

@@ -102,9 +102,9 @@ def npz(path: Path, **arrays: Any) -> None:
         np.savez(file, **arrays)
 
 
-def facts(**changes: Any) -> np.ndarray:
+def metadata(**changes: Any) -> np.ndarray:
     settings = fingerprint(SETTINGS, {})
-    found: Any = {
+    stored: Any = {
         "settings": settings,
         "iteration": 1,
         "objective": [0.5],
@@ -112,32 +112,32 @@ def facts(**changes: Any) -> np.ndarray:
         "stopped": False,
         **changes,
     }
-    return np.frombuffer(json.dumps(found).encode(), np.uint8)
+    return np.frombuffer(json.dumps(stored).encode(), np.uint8)
 
 
 ROWS = np.ones((4, DIM), np.float32)
 STATES: dict[str, Callable[[Path, Path], object]] = {
     "pickle": lambda path, mark: path.write_bytes(pickle.dumps(Evil(mark))),
-    "objects": lambda path, mark: npz(path, facts=facts(), centroids=np.array([Evil(mark)], object)),
-    "facts are objects": lambda path, mark: npz(path, facts=np.array([Evil(mark)], object), centroids=ROWS),
+    "objects": lambda path, mark: npz(path, metadata=metadata(), centroids=np.array([Evil(mark)], object)),
+    "metadata are objects": lambda path, mark: npz(path, metadata=np.array([Evil(mark)], object), centroids=ROWS),
     "npy": lambda path, mark: np.save(path.open("wb"), ROWS),
     "torch": lambda path, mark: torch.save({"centroids": Evil(mark)}, path),
-    "no centroids": lambda path, mark: npz(path, facts=facts()),
-    "text": lambda path, mark: npz(path, facts=facts(), centroids=np.full((4, DIM), "x")),
-    "another shape": lambda path, mark: npz(path, facts=facts(), centroids=ROWS[:3]),
-    "integers": lambda path, mark: npz(path, facts=facts(), centroids=ROWS.astype(np.int64)),
-    "deep": lambda path, mark: npz(path, facts=np.frombuffer(b"[" * 200_000, np.uint8), centroids=ROWS),
-    "a number": lambda path, mark: npz(path, facts=np.frombuffer(b"7", np.uint8), centroids=ROWS),
-    "settings are a list": lambda path, mark: npz(path, facts=facts(settings=[]), centroids=ROWS),
-    "iteration is text": lambda path, mark: npz(path, facts=facts(iteration="1"), centroids=ROWS),
-    "iteration is huge": lambda path, mark: npz(path, facts=facts(iteration=3_000_000), centroids=ROWS),
-    "objective is a number": lambda path, mark: npz(path, facts=facts(objective=7), centroids=ROWS),
+    "no centroids": lambda path, mark: npz(path, metadata=metadata()),
+    "text": lambda path, mark: npz(path, metadata=metadata(), centroids=np.full((4, DIM), "x")),
+    "another shape": lambda path, mark: npz(path, metadata=metadata(), centroids=ROWS[:3]),
+    "integers": lambda path, mark: npz(path, metadata=metadata(), centroids=ROWS.astype(np.int64)),
+    "deep": lambda path, mark: npz(path, metadata=np.frombuffer(b"[" * 200_000, np.uint8), centroids=ROWS),
+    "a number": lambda path, mark: npz(path, metadata=np.frombuffer(b"7", np.uint8), centroids=ROWS),
+    "settings are a list": lambda path, mark: npz(path, metadata=metadata(settings=[]), centroids=ROWS),
+    "iteration is text": lambda path, mark: npz(path, metadata=metadata(iteration="1"), centroids=ROWS),
+    "iteration is huge": lambda path, mark: npz(path, metadata=metadata(iteration=3_000_000), centroids=ROWS),
+    "objective is a number": lambda path, mark: npz(path, metadata=metadata(objective=7), centroids=ROWS),
     "empty": lambda path, mark: path.write_bytes(b""),
 }
 
 
 def test_the_state_that_the_cases_change_is_a_good_one(tmp_path: Path) -> None:
-    npz(tmp_path / "state.npz", facts=facts(), centroids=ROWS)
+    npz(tmp_path / "state.npz", metadata=metadata(), centroids=ROWS)
     assert load_state(tmp_path / "state.npz", SETTINGS, {}).iteration == 1
     save_state(tmp_path / "saved.npz", KMeansState(torch.from_numpy(ROWS), 1, [0.5], 1.0), SETTINGS, {})
     assert torch.equal(load_state(tmp_path / "saved.npz", SETTINGS, {}).centroids, torch.from_numpy(ROWS))

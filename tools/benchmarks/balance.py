@@ -33,7 +33,8 @@ from megacid.distributed.stopping import no_progress
 from megacid.errors import UserError
 from megacid.offline.balance.context import BalanceSettings
 from megacid.offline.balance.stage import balance
-from megacid.offline.cluster.labels import label_all
+from megacid.offline.cluster.assign_labels import assign_labels
+from megacid.offline.nearest import Assigner
 from megacid.offline.rows import EmbeddingRows
 from megacid.storage.metadata import write_meta
 
@@ -116,7 +117,8 @@ def _stages(args: argparse.Namespace, n: int, k: int, neighbor_clusters: list[in
         digest = load_index(tars).digest
         write_embeddings(emb, lambda part: x[part.start : part.stop], n, args.tars, str(tars), digest)
         rows = EmbeddingRows(emb)
-        label_all(clusters, rows, torch.from_numpy(centroids), "cosine", "auto", ALONE, 1, no_progress)
+        assigner = Assigner(torch.from_numpy(centroids), "cosine", ALONE.device)
+        assign_labels(clusters, rows, assigner, ALONE, 1, no_progress)
         np.save(clusters / "centroids.npy", centroids)
         facts = {"shards_digest": digest, "k": k, "metric": "cosine"} | ABOUT
         write_meta(clusters, "cluster", source={"embeddings": str(emb)}, **facts)

@@ -33,7 +33,10 @@ from megacid.distributed.stopping import no_progress
 from megacid.errors import UserError
 from megacid.offline.cluster.accumulate import one_pass
 from megacid.offline.cluster.hierarchical import two_level
-from megacid.offline.cluster.kmeans import block_rows, kmeans, update
+from megacid.offline.cluster.kmeans import kmeans
+from megacid.offline.cluster.lloyd import update
+from megacid.offline.cluster.memory import block_rows
+from megacid.offline.cluster.run import KMeansRun
 from megacid.offline.cluster.state import Init, KMeansSettings, KMeansState
 from megacid.offline.nearest import chosen_backend
 from megacid.offline.rows import ArrayRows, EmbeddingRows
@@ -116,10 +119,10 @@ def _iteration(args: argparse.Namespace) -> list[Row]:
 
     def ours(backend: str) -> None:
         settings = KMeansSettings(k=args.k, backend=backend, memory_gb=16)  # type: ignore[arg-type]
-        state, before = KMeansState(start), np.full(args.rows, -1, np.int32)
         block = block_rows(args.rows, args.dim, settings, CPU)
-        total, _ = one_pass(rows, state, settings, before, 1.0, block, CPU, None, no_progress)
-        update(state, total, settings)
+        run = KMeansRun(rows, settings, block, 1.0, CPU, None, no_progress)
+        total = one_pass(run, start, np.full(args.rows, -1, np.int32))
+        update(KMeansState(start), total, settings)
 
     def seconds(backend: str | None) -> float:
         began = clock()

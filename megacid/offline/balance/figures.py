@@ -32,7 +32,7 @@ from megacid.offline.balance.groups import (
 )
 from megacid.offline.balance.report import cluster_sizes, size_facts
 from megacid.offline.balance.stage import index_of, labels_digest, tar_rows
-from megacid.offline.cluster.read_labels import read_labels
+from megacid.offline.cluster.results import read_labels
 from megacid.offline.rows import EmbeddingRows
 from megacid.storage.atomic import write_text, writing
 from megacid.storage.metadata import read_meta

@@ -13,7 +13,7 @@ import numpy as np
 from megacid.data.index import ShardIndex, ShardReader, read_sample_json
 from megacid.distributed.stopping import Progress
 from megacid.offline.balance.deduplicate import Decision
-from megacid.offline.cluster.kmeans import imbalance_factor
+from megacid.offline.cluster.lloyd import imbalance_factor
 
 log = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from megacid.offline.balance.groups import (
     representative_distance,
     sample_cluster,
 )
-from megacid.offline.cluster.read_labels import read_centroids, read_labels
+from megacid.offline.cluster.results import read_centroids, read_labels
 from megacid.offline.nearest import Assigner, Metric, prepare
 from megacid.offline.rows import EmbeddingRows
 from megacid.storage.atomic import write_text

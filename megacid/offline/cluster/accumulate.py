@@ -1,7 +1,8 @@
 """One pass of k-means over the rows: the nearest centroid of each row and exact sums per cluster.
 
-Every value is rounded to a fixed grid (2^-26 of the largest) before it is added in float64. Such sums are exact for up to
-2^27 rows per cluster, so they do not depend on the order of additions: not on block size, number of ranks or GPU atomics.
+Every value is rounded to a fixed grid (2^-26 of the largest) before it is added in float64. Such sums are exact for up
+to 2^27 rows per cluster, so they do not depend on the order of additions: not on block size, number of ranks or GPU
+atomics.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class Accumulator:
         return self.sums_KD.div_(self.counts_K.clamp_min(1)[:, None] * self.grid)
 
     def objective(self, n: int) -> float:
-        """Mean cosine or squared distance of n rows, rounded to 12 digits: the sum behind it is the only one that is not
-        on the grid, and rounding removes what depends on the order of additions."""
+        """Mean cosine or squared distance of n rows, rounded to 12 digits: the sum behind it is the only one that is
+        not on the grid, and rounding removes what depends on the order of additions."""
         return float(f"{float(self.flat[-2]) / n:.12g}")
 
 

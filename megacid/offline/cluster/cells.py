@@ -104,8 +104,8 @@ def centroid_budgets(errors: list[np.ndarray], k: int) -> np.ndarray:
 
 
 def _non_increasing(gain: np.ndarray) -> np.ndarray:
-    """The gains float64 [m] with rises averaged away (pool adjacent violators): a large gain may follow the small gain of
-    a badly drawn centroid, and can only be had together with it."""
+    """The gains float64 [m] with rises averaged away (pool adjacent violators): a large gain may follow the small gain
+    of a badly drawn centroid, and can only be had together with it."""
     pools: list[tuple[float, int]] = []
     for value in gain.tolist():
         total, count = value, 1

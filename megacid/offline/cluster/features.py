@@ -1,6 +1,6 @@
-"""Clusters instead of classes for labels: k-means over a features directory, and a directory like it beside it.
+"""Clusters a features directory: writes a copy of it whose labels are k-means clusters in place of classes.
 
-The features are linked, not copied; the true classes go along, so that a run on clusters can be judged by classes.
+The features are linked, not copied. The true classes are kept, so a run on clusters can be evaluated by class.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 
 from megacid.data.features import FeatureSet
 from megacid.distributed.stopping import Progress, no_progress
-from megacid.offline.cluster.kmeans import KMeansSettings, kmeans
-from megacid.offline.cluster.labels import label_partition
+from megacid.offline.cluster.assign_labels import label_partition
+from megacid.offline.cluster.kmeans import kmeans
+from megacid.offline.cluster.state import KMeansSettings
 from megacid.offline.nearest import Assigner
 from megacid.storage.metadata import read_meta
 from megacid.storage.npy import write_array
@@ -30,16 +31,26 @@ def cluster_features(
     device: torch.device | str = "cpu",
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Write the features directory `out` whose labels are the k clusters of `source`'s training rows; returns its meta.
+    """Write the features directory `out`, labelled by the k clusters of the training rows of `source`.
 
-    An interrupted call goes on after the last iteration; a complete directory made in the same way is left as it is.
-    progress: called with the number of rows done, num_rows * (iterations + 1) in all. UserError when `out` holds something else.
+    An interrupted call continues after the last iteration; a finished directory of the same arguments is kept.
+
+    Args:
+        progress: Called with the number of rows processed, num_rows * (iterations + 1) in all.
+
+    Returns:
+        meta.json of `out`.
+
+    Raises:
+        UserError: `out` holds something else.
     """
     rows = FeatureSet(source, true_labels=True)
     test = FeatureSet(source, "test")
-    wanted = {"features": str(source.resolve()), "digest": rows.digest}
-    wanted |= {name: getattr(settings, name) for name in ("k", "metric", "seed", "init", "iterations", "train_sample")}
-    stage = StageDirectory(out, "sweep", wanted)
+    arguments = {"features": str(source.resolve()), "digest": rows.digest}
+    arguments |= {
+        name: getattr(settings, name) for name in ("k", "metric", "seed", "init", "iterations", "train_sample")
+    }
+    stage = StageDirectory(out, "sweep", arguments)
     if (meta := stage.finished()) is not None:
         return meta
     stage.begin()
@@ -57,21 +68,21 @@ def cluster_features(
                           ("test/features", test.paths), ("test/labels", test.label_paths)):  # fmt: skip
         for path in paths:
             _link(path, out / folder / path.name)
-    facts = {"rows": rows.num_rows, "test rows": test.num_rows, "empty": int((sizes == 0).sum())}
+    counts = {"rows": rows.num_rows, "test rows": test.num_rows, "empty": int((sizes == 0).sum())}
     stage.commit(
-        wanted,
+        arguments,
         classes=settings.k,
         dim=rows.dim,
         true_classes=rows.classes,
         objective=state.objective,
-        **facts,
+        **counts,
     )
     (out / "state.npz").unlink(missing_ok=True)
     return read_meta(out, expect="sweep")
 
 
 def _link(source: Path, target: Path) -> None:
-    """A hard link, or a symbolic one where the file system cannot (another disk, say)."""
+    """Create a hard link, or a symbolic link if the file system refuses (a target on another disk)."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     try:

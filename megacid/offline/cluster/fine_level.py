@@ -1,9 +1,9 @@
 """The second level of hierarchical k-means: the number of centroids of each cell, and k-means inside the cell.
 
 k-means++ inside a cell measures how much each further centroid reduces the summed error there, and the budgets follow
-from these curves: a cell of one large, tight cluster needs fewer centroids than one of as many rows in ten clusters. Cells
-are divided among the ranks, and each is computed by one rank alone from a seed that follows from its number. Results are
-stored per cell, so a restart computes only the missing ones, on any number of ranks.
+from these curves: a cell of one large, tight cluster needs fewer centroids than one of as many rows in ten clusters.
+Cells are divided among the ranks, and each is computed by one rank alone from a seed that follows from its number.
+Results are stored per cell, so a restart computes only the missing ones, on any number of ranks.
 
 Legend: n rows, K centroids, C cells, D width.
 """
@@ -140,7 +140,8 @@ def _cell_seed(seed: int, cell: int) -> int:
 def _cell_kmeans(run: KMeansRun, members: Rows, settings: KMeansSettings, first: Tensor) -> tuple[Tensor, np.ndarray]:
     """k-means inside one cell, on this rank alone; returns (centroids fp32 [k, D], weights float64 [k]).
 
-    The rows stay in memory if `memory_gb` allows it, else they are read again in every iteration; the result is the same.
+    The rows stay in memory if `memory_gb` allows it, else they are read again in every iteration; the result is the
+    same.
     """
     n = members.num_rows
     block = block_rows(n, members.dim, settings, run.device)

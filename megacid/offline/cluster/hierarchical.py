@@ -1,15 +1,15 @@
-"""k-means in two levels: coarse clusters ("cells"), k-means inside each cell, then a few iterations over all k centroids.
+"""k-means in two levels: coarse clusters ("cells"), k-means inside each cell, then iterations over all k centroids.
 
-A flat iteration compares n rows with K centroids. Here every row is compared with C (about sqrt(K)) coarse centroids, then
-with the about K / C centroids of its own cell (`fine_level.py`), and in the refining iterations with the centroids nearest
-to its cell, as many as `refine_cells` cells have. The rows of one cell share these candidates, so this is a plain matrix
-product too. The restriction affects rows near a border whose nearest centroid is not a candidate; labels are assigned
-among all k.
+A flat iteration compares n rows with K centroids. Here every row is compared with C (about sqrt(K)) coarse centroids,
+then with the about K / C centroids of its own cell (`fine_level.py`), and in the refining iterations with the centroids
+nearest to its cell, as many as `refine_cells` cells have. The rows of one cell share these candidates, so this is a
+plain matrix product too. The restriction affects rows near a border whose nearest centroid is not a candidate; labels
+are assigned among all k.
 
 The result does not depend on the number of ranks: sums are exact (`accumulate.py`), the seed of a cell follows from its
 number, and tiles start at the first row of a cell. The coarse state, the cell of every row, and the centroids of every
-cell are stored in OUT/.work, and the state after every refining iteration in OUT/state.npz; a restart continues from them
-with the same result, also on another number of ranks.
+cell are stored in OUT/.work, and the state after every refining iteration in OUT/state.npz; a restart continues from
+them with the same result, also on another number of ranks.
 
 Legend: n rows, K clusters, C cells, D width, B rows of a block, T rows of a tile, M neighbours.
 """
@@ -96,9 +96,7 @@ def two_level(
         log.info("continuing after iteration %d of %d over all clusters", state.iteration, settings.refine)
     if settings.refine:
         refining = _RefiningPass(run, cells, coarse_CD)
-        iterate(
-            run, state, settings.refine, refining, lambda: save_state(checkpoint, state, final, identity), "refine"
-        )
+        iterate(run, state, settings.refine, refining, lambda: save_state(checkpoint, state, final, identity), "refine")
     return state
 
 

@@ -1,10 +1,10 @@
 """Flat k-means over rows that do not fit into memory, on one process or many ranks.
 
 Every iteration streams the rows from disk once. Each rank assigns its share of the rows to their nearest centroids and
-adds them up per cluster; one all-reduce sums the ranks, and every rank computes the same new centroids. The sums are exact
-(see `accumulate.py`) and the search runs on tiles of a fixed shape, so centroids and objective are bitwise the same for
-any number of ranks and any memory bound. The state is saved after every iteration; a restart continues after the last one
-and gives the same result as an uninterrupted run.
+adds them up per cluster; one all-reduce sums the ranks, and every rank computes the same new centroids. The sums are
+exact (see `accumulate.py`) and the search runs on tiles of a fixed shape, so centroids and objective are bitwise the
+same for any number of ranks and any memory bound. The state is saved after every iteration; a restart continues after
+the last one and gives the same result as an uninterrupted run.
 
 Legend: n rows, K clusters.
 """
@@ -59,7 +59,9 @@ def kmeans(
     n, dim = run.rows.num_rows, run.rows.dim
     if state is None:
         if settings.init == "k-means++":
-            log.info("k-means++: %d centroids from a sample of %d of %d rows", settings.k, sample_rows(n, settings.k, dim), n)
+            log.info(
+                "k-means++: %d centroids from a sample of %d of %d rows", settings.k, sample_rows(n, settings.k, dim), n
+            )
         with stop_together(group):
             state = KMeansState(initial_centroids(run.rows, settings, device, progress))
             failpoint("cluster:init")

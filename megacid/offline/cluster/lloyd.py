@@ -93,7 +93,7 @@ def update(state: KMeansState, total: Accumulator, settings: KMeansSettings) -> 
 def split_empty(
     centroids_KD: Tensor, sizes: np.ndarray, errors: np.ndarray, settings: KMeansSettings, iteration: int
 ) -> int:
-    """Give every empty cluster half of the cluster with the largest summed error, in place; returns how many were empty.
+    """Give every empty cluster half of the one with the largest summed error, in place; returns the number of empty.
 
     The largest error decides, not the most rows: web data has clumps of hundreds of thousands of equal images, which no
     split can divide.

@@ -20,8 +20,8 @@ _BLOCK_TILES = 64  # per read; larger reads are not faster
 
 
 def pass_rows(settings: KMeansSettings, dim: int, device: torch.device) -> int:
-    """Rows of one tile of a pass over all rows. Larger with faiss, whose threads compete with torch's for the cores after
-    every search: larger tiles mean fewer switches."""
+    """Rows of one tile of a pass over all rows. Larger with faiss, whose threads compete with torch's for the cores
+    after every search: larger tiles mean fewer switches."""
     by_faiss = device.type == "cpu" and chosen_backend(settings.backend, device, dim) == "faiss"
     return tile_rows(device) * (_FAISS_TILES if by_faiss else 1)
 
@@ -40,14 +40,15 @@ def spare_bytes(n: int, dim: int, settings: KMeansSettings, device: torch.device
     # Centroids in fp32 twice (faiss frees its index before a new one is built), sums in fp64 twice (local and reduced),
     # and the previous labels.
     fixed = k * dim * (4 + 4 + 8 + 8) + 4 * n + extra_bytes
-    # The search; a tile of rows in fp32; and of one part of it the fp16 rows, fp32 before and after normalisation, on the
-    # grid, and fp64.
+    # The search; a tile of rows in fp32; and of one part of it the fp16 rows, fp32 before and after normalisation, on
+    # the grid, and fp64.
     fixed += search_bytes(k, tile, device) + tile * dim * 4 + tile_rows(device) * dim * 28
     spare, minimum = int(settings.memory_gb * 1e9) - fixed, tile * dim * _READ_BYTES
     if spare < minimum:
+        need = (fixed + minimum) / 1e9
         raise UserError(
-            f"memory bound is {settings.memory_gb:g} GB, {k} clusters of width {dim} need {(fixed + minimum) / 1e9:.3g} GB:"
-            " raise --memory-gb or lower --k"
+            f"memory bound is {settings.memory_gb:g} GB, {k} clusters of width {dim} need {need:.3g} GB: raise "
+            "--memory-gb or lower --k"
         )
     return spare
 
@@ -60,15 +61,16 @@ def block_rows(n: int, dim: int, settings: KMeansSettings, device: torch.device,
 
 
 def check_seeding_memory(n: int, dim: int, settings: KMeansSettings) -> None:
-    """UserError when k-means++ needs more than `memory_gb` for its sample (as read and in fp32) and for the distances of
-    the sample to the candidates. n: all rows."""
+    """UserError when k-means++ needs more than `memory_gb` for its sample (as read and in fp32) and for the distances
+    of the sample to the candidates. n: all rows."""
     if settings.init != "k-means++" and settings.method == "flat":
         return
     # Hierarchical: for a cell of twice the average size; the coarse level checks itself.
     k = settings.k if settings.method == "flat" else 2 * math.isqrt(settings.k)
     need = (seed_count(k) * dim * 12 + sample_rows(n, k, dim) * (dim * 8 + 12 * num_draws(k) + 32)) / 1e9
     if need > settings.memory_gb:
+        remedy = "raise --memory-gb" + (" or give --init random" if settings.method == "flat" else "")
         raise UserError(
-            f"memory bound is {settings.memory_gb:g} GB, k-means++ for {k} clusters of width {dim} needs {need:.3g} GB: raise "
-            f"--memory-gb{' or give --init random' if settings.method == 'flat' else ''}"
+            f"memory bound is {settings.memory_gb:g} GB, k-means++ for {k} clusters of width {dim} needs {need:.3g} GB:"
+            f" {remedy}"
         )

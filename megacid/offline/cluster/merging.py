@@ -1,10 +1,10 @@
 """Merge the cheapest pairs of centroids until k are left.
 
-A cluster that lies across the border of two cells gets centroids on both sides. The levels therefore start with more than
-k centroids, and the pairs whose merge adds least to the summed error (Ward's criterion) are merged: two centroids in one
-cluster are the cheapest. Each round makes half of the remaining merges, of pairs that share no centroid, taken from each
-centroid's nearest neighbours. All ranks do this with the same float64 inputs and stable sorts, so they get the same bits;
-nothing is saved, and a restart before the first iteration repeats it.
+A cluster that lies across the border of two cells gets centroids on both sides. The levels therefore start with more
+than k centroids, and the pairs whose merge adds least to the summed error (Ward's criterion) are merged: two centroids
+in one cluster are the cheapest. Each round makes half of the remaining merges, of pairs that share no centroid, taken
+from each centroid's nearest neighbours. All ranks do this with the same float64 inputs and stable sorts, so they get
+the same bits; nothing is saved, and a restart before the first iteration repeats it.
 
 Legend: K centroids, D width, M neighbours.
 """

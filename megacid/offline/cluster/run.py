@@ -126,17 +126,15 @@ def _check_amount(n: int, k: int, group: Group) -> None:
         raise UserError(f"k is {k} but there are only {n} rows to train on: lower --k or give more data")
     if n < 2 * k and collectives.rank(group) == 0:
         log.warning(
-            "%d rows to train on for %d clusters are %.2f per cluster, fewer than 2: most clusters will be single rows; "
-            "lower --k or give more data",
+            "%d rows to train on for %d clusters are %.2f per cluster, fewer than 2: most clusters will be single "
+            "rows, lower --k or give more data",
             n,
             k,
             n / k,
         )
 
 
-def _check_rows(
-    rows: Rows, metric: Metric, block: int, group: Group, progress: Progress, unit_rows: bool
-) -> float:
+def _check_rows(rows: Rows, metric: Metric, block: int, group: Group, progress: Progress, unit_rows: bool) -> float:
     """Largest absolute value of all rows. UserError on every rank that names the first invalid row."""
     start, stop = shard_range(rows.num_rows, collectives.rank(group), collectives.world_size(group))
     largest, tile = 0.0, tile_rows(torch.device("cpu"))

@@ -60,8 +60,8 @@ def plus_plus(
         progress: Called with 0 for every step.
 
     Returns:
-        Row numbers int64 [count], and float64 [count] the summed squared distance of the rows to the nearest of the first
-        1, 2, ... chosen rows, measured on the sample and scaled to all n rows.
+        Row numbers int64 [count], and float64 [count] the summed squared distance of the rows to the nearest of the
+        first 1, 2, ... chosen rows, measured on the sample and scaled to all n rows.
     """
     n = rows.num_rows
     rng = np.random.default_rng([seed, RandomStream.INITIAL_CENTROIDS])

@@ -1,4 +1,4 @@
-"""The clustering stage: k-means over an embedding folder, then one label file per tar; or labels from finished centroids.
+"""The clustering stage: k-means over an embedding folder and one label file per tar; or labels from given centroids.
 
 Legend: K clusters, D width.
 """
@@ -18,10 +18,12 @@ from megacid.distributed.parallel import Parallel
 from megacid.distributed.stopping import StartProgress, no_progress, stop_together
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
+from megacid.offline.cluster.assign_labels import assign_labels, centroids_digest
 from megacid.offline.cluster.hierarchical import two_level
-from megacid.offline.cluster.kmeans import KMeansSettings, KMeansState, imbalance_factor, kmeans
-from megacid.offline.cluster.labels import centroids_digest, label_all
-from megacid.offline.nearest import Backend, check_backend
+from megacid.offline.cluster.kmeans import kmeans
+from megacid.offline.cluster.lloyd import imbalance_factor
+from megacid.offline.cluster.state import KMeansSettings, KMeansState
+from megacid.offline.nearest import Assigner, Backend, check_backend
 from megacid.offline.rows import EmbeddingRows
 from megacid.storage.metadata import read_meta
 from megacid.storage.npy import read_array, write_array
@@ -40,59 +42,48 @@ def cluster(
     top_labels: int = 1,
     start_progress: StartProgress = lambda total: no_progress,
 ) -> dict[str, Any]:
-    """Cluster the image embeddings and write centroids, sizes, labels and meta.json; returns it.
+    """Cluster the image embeddings; write centroids, sizes, labels and meta.json, whose content is returned.
 
-    An interrupted run goes on after its last iteration or label file, with the same result. A complete folder made with
-    the same settings is left as it is; what is missing or cut off in it is made again. All ranks stop together when the
-    function of `start_progress` raises Stopped. UserError also when all samples fall into one of several clusters.
+    An interrupted run continues after its last iteration or label file, with the same result. A finished folder is
+    kept; its missing or damaged files are written again. All ranks stop together when the progress raises Stopped.
+
+    Args:
+        top_labels: Nearest clusters to write per sample.
+        start_progress: Called with a number of rows to process; returns the function that counts them.
+
+    Raises:
+        UserError: Unusable embeddings or arguments, a folder of other arguments, or one cluster gets all samples.
     """
     group = parallel.group
     with stop_together(group):
         rows = EmbeddingRows(embeddings)
-        if not 1 <= top_labels <= settings.k:
-            raise UserError(f"top labels is {top_labels}, expected 1 to k = {settings.k}")
+        _check_top_labels(top_labels, settings.k)
         identity = _identity(rows)
-        expected = _expected(settings, top_labels) | identity
-        stage = StageDirectory(out, "cluster", expected)
-        done = stage.finished()
+        arguments = _arguments(settings, top_labels) | identity
+        stage = StageDirectory(out, "cluster", arguments)
+        meta = stage.finished()
     state: KMeansState | None = None
-    if done is not None:
-        # Every rank has read the same meta.json; what is behind it is looked at in parts.
+    if meta is not None:
+        if _is_complete(stage, settings.k, rows, top_labels, parallel):
+            return meta
         with stop_together(group):
-            mine = range(parallel.rank, len(rows.stems), parallel.world)
-            damage = _damaged(out, settings.k, rows, list(mine), top_labels)
             centroids = read_array(out / "centroids.npy", (settings.k, rows.dim), "f")
-        if not any_rank(damage is not None, group):
-            with stop_together(group):
-                if parallel.is_first:
-                    _remove_partial_results(stage)
-            log.info("%s is complete", out)
-            return done
-        log.warning("%s is damaged or missing: making again what is needed", damage or "a file that another rank reads")
         if centroids is not None:
-            # The labels follow from the centroids alone.
-            state = KMeansState(torch.from_numpy(np.array(centroids)), int(done["iterations"]), done["objective"])
+            # The labels depend on the centroids alone.
+            state = KMeansState(torch.from_numpy(np.array(centroids)), int(meta["iterations"]), meta["objective"])
     with stop_together(group):
         if parallel.is_first:
             stage.begin()
     if state is None:
         state = _train(rows, out, settings, parallel, identity, start_progress)
-    sizes, similarity = label_all(
-        out,
-        rows,
-        state.centroids,
-        settings.metric,
-        settings.backend,
-        parallel,
-        top_labels,
-        start_progress(rows.num_rows),
-    )
+    assigner = Assigner(state.centroids, settings.metric, parallel.device, settings.backend)
+    sizes, similarity = assign_labels(out, rows, assigner, parallel, top_labels, start_progress(rows.num_rows))
     with stop_together(group):
-        _check_spread(sizes, rows, warn=parallel.is_first)
+        _check_sizes(sizes, rows, warn=parallel.is_first)
         if parallel.is_first:
-            facts = expected | {"iterations": state.iteration, "iterations_asked": settings.iterations}
-            facts["objective"] = state.objective
-            _finish(stage, rows, state.centroids, facts, sizes, similarity)
+            result = {"iterations": state.iteration, "objective": state.objective}
+            result["iterations_asked"] = settings.iterations
+            _finish(stage, rows, state.centroids, arguments | result, sizes, similarity)
     barrier(group)
     return read_meta(out, expect="cluster")
 
@@ -138,11 +129,13 @@ def assign_only(
     backend: Backend = "auto",
     start_progress: StartProgress = lambda total: no_progress,
 ) -> dict[str, Any]:
-    """Label embeddings with the finished centroids of `clusters`, in the layout of `cluster`; returns meta.json.
+    """Label embeddings with the centroids of a finished folder, in the layout of `cluster`; returns meta.json.
 
-    meta.json has the method "assign-only", names the directory in `source` and holds the sha256 of its centroids. Sizes
-    are those of the new data. UserError when the width, the model or its weights are not those the centroids were made
-    with. Interruptions and complete folders are dealt with as in `cluster`.
+    meta.json has the method "assign-only", names `clusters` in `source` and has the sha256 of its centroids; sizes are
+    those of the new data. Interrupted and finished folders are handled as in `cluster`.
+
+    Raises:
+        UserError: As in `cluster`; or width, model or weights differ from those the centroids were made with.
     """
     group = parallel.group
     with stop_together(group):
@@ -150,85 +143,99 @@ def assign_only(
         rows, origin = EmbeddingRows(embeddings), read_meta(clusters, expect="cluster")
         _check_origin(rows, clusters, origin)
         k = int(origin["k"])
-        if not 1 <= top_labels <= k:
-            raise UserError(f"top labels is {top_labels}, expected 1 to k = {k}: correct --top-labels")
-        stored = read_array(clusters / "centroids.npy", (k, rows.dim), "f")
+        _check_top_labels(top_labels, k)
+        path = clusters / "centroids.npy"
+        stored = read_array(path, (k, rows.dim), "f")
         if stored is None:
             raise UserError(
-                f"{clusters / 'centroids.npy'} is missing or not {(k, rows.dim)} numbers, expected what its meta.json says: "
-                "run tools/cluster.py there again"
+                f"{path} is missing or damaged, expected floating point {(k, rows.dim)} as in meta.json: run "
+                f"tools/cluster.py with --out {clusters} again"
             )
         if out.resolve() == clusters.resolve():
-            raise UserError(f"--out is {out}, the directory the centroids come from: take another --out")
+            raise UserError(f"--out is {out}, the directory of the centroids: take another --out")
         if (out / "state.npz").exists() or (out / WORK).exists():
-            raise UserError(f"{out} holds a clustering that has not ended: end it first, or take another --out")
+            raise UserError(f"{out} has an unfinished clustering: finish it first, or take another --out")
         centroids_KD = torch.from_numpy(np.array(stored, np.float32))
-        expected: dict[str, Any] = {"method": "assign-only", "labels_per_sample": top_labels, "k": k}
-        expected |= {"metric": origin["metric"], "centroids_sha256": centroids_digest(centroids_KD)} | _identity(rows)
-        stage = StageDirectory(out, "cluster", expected)
-        done = stage.finished()
-    if done is not None:
-        with stop_together(group):
-            damage = _damaged(out, k, rows, list(range(parallel.rank, len(rows.stems), parallel.world)), top_labels)
-        if not any_rank(damage is not None, group):
-            log.info("%s is complete", out)
-            return done
-        log.warning("%s is damaged or missing: making again what is needed", damage or "a file that another rank reads")
+        arguments: dict[str, Any] = {"method": "assign-only", "labels_per_sample": top_labels, "k": k}
+        arguments |= {"metric": origin["metric"], "centroids_sha256": centroids_digest(centroids_KD)} | _identity(rows)
+        stage = StageDirectory(out, "cluster", arguments)
+        meta = stage.finished()
+    if meta is not None and _is_complete(stage, k, rows, top_labels, parallel):
+        return meta
     with stop_together(group):
         if parallel.is_first:
             stage.begin()
-    sizes, similarity = label_all(
-        out, rows, centroids_KD, origin["metric"], backend, parallel, top_labels, start_progress(rows.num_rows)
-    )
+    assigner = Assigner(centroids_KD, origin["metric"], parallel.device, backend)
+    sizes, similarity = assign_labels(out, rows, assigner, parallel, top_labels, start_progress(rows.num_rows))
     with stop_together(group):
         if parallel.is_first:
-            _finish(stage, rows, centroids_KD, expected, sizes, similarity, clusters=str(clusters.resolve()))
+            _finish(stage, rows, centroids_KD, arguments, sizes, similarity, clusters=str(clusters.resolve()))
     barrier(group)
     return read_meta(out, expect="cluster")
 
 
+def _check_top_labels(top_labels: int, k: int) -> None:
+    if not 1 <= top_labels <= k:
+        raise UserError(f"top labels is {top_labels}, expected 1 to k = {k}: correct --top-labels")
+
+
 def _check_origin(rows: EmbeddingRows, clusters: Path, origin: dict[str, Any]) -> None:
     for name, label in (("dim", "width"), ("model", "model"), ("weights", "weights")):
-        have, made = rows.meta.get(name), origin.get(name)
-        if have != made:
+        value, expected = rows.meta.get(name), origin.get(name)
+        if value != expected:
             raise UserError(
-                f"{rows.directory} has {label} {have!r}, the centroids of {clusters} were made with {label} {made!r}: "
+                f"{rows.directory} has {label} {value!r}, expected {expected!r} as in the centroids of {clusters}: "
                 "take embeddings of that teacher, or other clusters"
             )
 
 
-def _check_spread(sizes: np.ndarray, rows: EmbeddingRows, *, warn: bool) -> None:
-    """UserError when several clusters were asked for and one holds everything; a warning when most hold nothing."""
+def _check_sizes(sizes: np.ndarray, rows: EmbeddingRows, *, warn: bool) -> None:
+    """UserError when one of several clusters has all samples; a warning when most clusters have none."""
     used = int((sizes > 0).sum())
     if used == 1 and len(sizes) > 1 and rows.num_rows > 1:
         raise UserError(
-            f"all {rows.num_rows} samples of {rows.directory} fall into one of {len(sizes)} clusters: their embeddings are "
-            "(nearly) the same, so labels would say nothing; check the images and the teacher's weights"
+            f"all {rows.num_rows} samples of {rows.directory} fall into one of {len(sizes)} clusters: their embeddings "
+            "are (nearly) equal; check the images and the teacher's weights"
         )
     if warn and used * 2 < len(sizes):
         log.warning(
-            "only %d of %d clusters hold a sample: many embeddings are (nearly) the same, or k is too large",
+            "only %d of %d clusters hold a sample: many embeddings are (nearly) equal, or k is too large",
             used,
             len(sizes),
         )
 
 
 def _identity(rows: EmbeddingRows) -> dict[str, Any]:
-    """What the rows are."""
+    """Where the rows come from: shards and teacher."""
     return {"shards_digest": rows.meta["shards_digest"], "model": rows.meta["model"]} | {
         name: rows.meta.get(name) for name in ("weights", "precision")
     }
 
 
-def _expected(settings: KMeansSettings, top_labels: int) -> dict[str, Any]:
+def _arguments(settings: KMeansSettings, top_labels: int) -> dict[str, Any]:
     names = ["method", "k", "metric", "seed", "init", "train_sample", "iterations", "tolerance"]
     if settings.method == "hierarchical":
         names += ["refine", "refine_cells"]
     return {name: getattr(settings, name) for name in names} | {"labels_per_sample": top_labels}
 
 
-def _damaged(out: Path, k: int, rows: EmbeddingRows, partitions: list[int], top: int) -> Path | None:
-    """The first file of a finished folder that is missing or not whole; of the label files only those of `partitions`."""
+def _is_complete(stage: StageDirectory, k: int, rows: EmbeddingRows, top: int, parallel: Parallel) -> bool:
+    """Whether all files of a finished folder are intact. A collective: ranks divide the label files."""
+    with stop_together(parallel.group):
+        mine = range(parallel.rank, len(rows.stems), parallel.world)
+        damaged = _first_damaged(stage.path, k, rows, mine, top)
+    if any_rank(damaged is not None, parallel.group):
+        log.warning("%s is damaged or missing: making it again", damaged or "a file that another rank checked")
+        return False
+    with stop_together(parallel.group):
+        if parallel.is_first:
+            _remove_partial_results(stage)
+    log.info("%s is complete", stage.path)
+    return True
+
+
+def _first_damaged(out: Path, k: int, rows: EmbeddingRows, partitions: range, top: int) -> Path | None:
+    """The first file of a finished folder that is missing or damaged; of the label files only those of `partitions`."""
     if read_array(out / "centroids.npy", (k, rows.dim), "f") is None:
         return out / "centroids.npy"
     if read_array(out / "sizes.npy", (k,), "i") is None:
@@ -253,12 +260,12 @@ def _finish(
     stage: StageDirectory,
     rows: EmbeddingRows,
     centroids_KD: torch.Tensor,
-    facts: dict[str, Any],
+    arguments: dict[str, Any],
     sizes: np.ndarray,
     similarity: float,
     **source: str,
 ) -> None:
-    """Write what stands beside the labels. source: more of where it comes from, for meta.json."""
+    """Write centroids, sizes and meta.json. source: further entries of its `source`."""
     failpoint("cluster:labelled")
     write_array(stage.path / "centroids.npy", centroids_KD.numpy())
     write_array(stage.path / "sizes.npy", sizes)
@@ -270,6 +277,6 @@ def _finish(
         imbalance=imbalance_factor(sizes),
         empty=int((sizes == 0).sum()),
         pretrained=rows.meta.get("pretrained"),
-        **facts,
+        **arguments,
     )
     _remove_partial_results(stage)

@@ -127,8 +127,8 @@ def load_state(path: Path, settings: KMeansSettings, identity: dict[str, Any]) -
     for name, value in fingerprint(settings, identity).items():
         if before.get(name) != value:
             raise UserError(
-                f"{path} was made with {name}={before.get(name)!r}, this run has {name}={value!r}: take another --out, or "
-                "delete that file"
+                f"{path} was made with {name}={before.get(name)!r}, this run has {name}={value!r}: take another --out "
+                "or delete that file"
             )
     ends = [n for n in range(1, state.iteration) if n >= settings.iterations or settled(state.objective[:n], settings)]
     if ends:

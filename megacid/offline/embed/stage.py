@@ -259,7 +259,7 @@ def _verify(index: ShardIndex, out: Path, shards: list[int], dim: int) -> dict[s
         failed = _failed_keys(index, out, shard, dim)
         if failed is None:
             raise UserError(
-                f"{partition_files(out, shard, len(index.names)).image} or another file of its partition is not readable "
+                f"{partition_files(out, shard, len(index.names)).image} or a file of its partition is not readable "
                 "after it was written: check the disk and run the same command again"
             )
         stem = index.names[shard]
@@ -276,8 +276,8 @@ def _finish(stage: StageDirectory, index: ShardIndex, clip: LoadedClip, stats: l
     failed = sum(by_shard.values())
     if failed == index.num_samples:
         raise UserError(
-            f"none of the {index.num_samples} samples of {index.root} could be embedded: see {stage.path / 'failures'} and "
-            "check the images and captions"
+            f"none of the {index.num_samples} samples of {index.root} could be embedded: check the images and "
+            f"captions, the reasons are in {stage.path / 'failures'}"
         )
     named = sorted({name for part in stats for name in part["named"]})
     stage.commit(

@@ -16,7 +16,7 @@ from megacid.offline.balance.context import BalanceContext, BalanceSettings
 from megacid.offline.balance.cross_cluster import find_candidates, match_candidates, merge_groups
 from megacid.offline.balance.deduplicate import Decision
 from megacid.offline.balance.linking import LinkOptions, UnitRows, panel_rows, representatives
-from megacid.offline.cluster.read_labels import read_centroids
+from megacid.offline.cluster.results import read_centroids
 from megacid.offline.nearest import Assigner
 from megacid.offline.rows import ArrayRows
 from megacid.storage.stage_directory import PartialResults

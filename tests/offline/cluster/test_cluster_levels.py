@@ -115,7 +115,7 @@ def test_another_method_is_refused(stage: Path, make: Make) -> None:
     assert one.fates(1, kill("cluster:refine_saved", step=1)) == [KILLED]
     flat = [value if value != "hierarchical" else "flat" for value in one.args]
     assert "method='hierarchical', this run has method='flat'" in run("cluster", *flat, expect=2)
-    assert "holds a clustering that has not ended" in run("cluster", *from_finished(stage, one.out.name), expect=2)
+    assert "has an unfinished clustering" in run("cluster", *from_finished(stage, one.out.name), expect=2)
     assert "method='hierarchical', this run has method='flat'" in run(
         "cluster", *["flat" if value == "hierarchical" else value for value in levels(stage, "levels")], expect=2
     )
@@ -159,19 +159,19 @@ def test_labels_of_new_rows_after_a_kill_and_on_ranks(stage: Path, make: Make) -
 def test_rows_of_another_teacher_are_refused(stage: Path) -> None:
     wide = np.eye(9, dtype=np.float16)
     cases = {
-        "width": (wide, {}, "width 9, the centroids of .*levels were made with width 8"),
-        "model": (wide[:, :8], {"model": "x"}, "model 'x', .* with model 'm'"),
-        "weights": (wide[:, :8], {"weights": "y"}, "weights 'y', .* with weights 'w'"),
+        "width": (wide, {}, "width 9, expected 8 as in the centroids of .*levels"),
+        "model": (wide[:, :8], {"model": "x"}, "model 'x', expected 'm' as in"),
+        "weights": (wide[:, :8], {"weights": "y"}, "weights 'y', expected 'w' as in"),
     }
-    for name, (x, facts, message) in cases.items():
-        write_embeddings(stage / name, x, 1, **facts)
+    for name, (x, meta, message) in cases.items():
+        write_embeddings(stage / name, x, 1, **meta)
         args = ["--embeddings", stage / name, "--out", stage / f"{name}-out", "--assign-only", stage / "levels"]
         said = run("cluster", *args, expect=2)
         assert re.search(message, said), said
         assert not (stage / f"{name}-out").exists()
 
 
-def test_other_things_that_cannot_be(stage: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(stage: Path, tmp_path: Path) -> None:
     new = ["--embeddings", stage / "new"]
     assert "take another --out" in run(
         "cluster", *new, "--out", stage / "levels", "--assign-only", stage / "levels", expect=2

@@ -21,7 +21,7 @@ def test_the_work_counts_every_comparison() -> None:
     assert assignment_flop(levels, 1000, 16)[0] == 2 * 16 * 1000 * (10 + 10 * 7 + 30 * 2)
 
 
-def test_time_falls_with_ranks_and_the_line_names_what_is_trained_on() -> None:
+def test_estimate_names_rows_clusters_ranks_and_memory() -> None:
     settings = KMeansSettings(k=40, iterations=3, train_sample=500, memory_gb=2.5)
     assert measured_rate(settings, 8, CPU) > 0
     text = describe_cost(settings, 2000, 8, 4, CPU)
@@ -30,14 +30,14 @@ def test_time_falls_with_ranks_and_the_line_names_what_is_trained_on() -> None:
         "40 clusters (flat)",
         "500 rows (12.5 per cluster)",
         "4 ranks",
-        "2.5 GB held",
+        "memory bound 2.5 GB",
     ):
         assert part in text
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(3.21, "3.21 s"), (600.0, "10 min"), (7.2e4, "20 h")])
-def test_times_have_a_unit_one_can_read(seconds: float, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("seconds", "expected"), [(3.21, "3.21 s"), (600.0, "10 min"), (7.2e4, "20 h")])
+def test_times_have_a_unit_one_can_read(seconds: float, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = KMeansSettings(k=4, iterations=1)
     fit, labels = assignment_flop(settings, 100, 8)
     monkeypatch.setattr("megacid.offline.cluster.cost.measured_rate", lambda *_: (fit + labels) / seconds)
-    assert f"about {said} of distances" in describe_cost(settings, 100, 8, 1, CPU)
+    assert f"about {expected} of distance computation" in describe_cost(settings, 100, 8, 1, CPU)

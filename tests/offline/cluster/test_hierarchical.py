@@ -16,9 +16,11 @@ from megacid.errors import UserError
 from megacid.offline.cluster import cells as cells_module
 from megacid.offline.cluster import hierarchical as module
 from megacid.offline.cluster.accumulate import Accumulator
-from megacid.offline.cluster.cells import Cells, budgets, by_label, deal, global_rows
+from megacid.offline.cluster.cells import Cells, balance_load, centroid_budgets, global_rows, group_by_label
 from megacid.offline.cluster.hierarchical import cell_count, two_level
-from megacid.offline.cluster.kmeans import KMeansSettings, block_rows, kmeans
+from megacid.offline.cluster.kmeans import kmeans
+from megacid.offline.cluster.memory import block_rows
+from megacid.offline.cluster.state import KMeansSettings
 from megacid.offline.nearest import TILE_CENTROIDS, Assigner, Metric, tile_rows
 from megacid.offline.rows import ArrayRows
 from megacid.storage.stage_directory import PartialResults
@@ -50,8 +52,8 @@ HIERARCHICAL = KMeansSettings(k=60, iterations=5, method="hierarchical", init="k
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several parts of the toy data."""
-    monkeypatch.setattr(cells_module, "PARTS", 4)
-    monkeypatch.setattr(cells_module, "PART_TILES", 1)
+    monkeypatch.setattr(cells_module, "MAX_PARTS", 4)
+    monkeypatch.setattr(cells_module, "MIN_PART_TILES", 1)
 
 
 # ---- budgets and cells -------------------------------------------------------------------------------------------
@@ -66,7 +68,7 @@ def test_budgets_go_where_most_error_is_taken_away(seed: int) -> None:
     filled, most = sum(len(curve) > 0 for curve in left), sum(map(len, left))
     choices = [range(1, len(curve) + 1) if len(curve) else [0] for curve in left]
     for k in {filled, (filled + most) // 2, most}:
-        given = budgets(left, k)
+        given = centroid_budgets(left, k)
         assert given.sum() == k
 
         def error(counts: tuple[int, ...]) -> float:
@@ -76,14 +78,14 @@ def test_budgets_go_where_most_error_is_taken_away(seed: int) -> None:
         assert error(tuple(given)) == pytest.approx(best)
     for k in (filled - 1, most + 1):
         with pytest.raises(ValueError, match="filled cells"):
-            budgets(left, k)
+            centroid_budgets(left, k)
 
 
 def test_budgets_average_a_gain_that_comes_late() -> None:
     # The second centroid of cell 0 was drawn badly, the third one shows what it lacked.
     late, even = np.array([10.0, 10.0, 2.0]), np.array([10.0, 7.0, 4.0])
-    assert budgets([late, even], 4).tolist() == [3, 1]
-    assert budgets([np.empty(0), late, np.array([5.0])], 2).tolist() == [0, 1, 1]
+    assert centroid_budgets([late, even], 4).tolist() == [3, 1]
+    assert centroid_budgets([np.empty(0), late, np.array([5.0])], 2).tolist() == [0, 1, 1]
 
 
 def test_cells_hold_every_row_once(tmp_path: Path) -> None:
@@ -104,11 +106,11 @@ def test_cells_hold_every_row_once(tmp_path: Path) -> None:
         np.testing.assert_array_equal(cells.members(cell), np.flatnonzero(label == cell))
 
 
-def test_deal_is_even_and_complete() -> None:
+def test_balance_load_is_even_and_complete() -> None:
     work = np.array([9, 1, 8, 2, 5, 5])
-    rank_of = deal(work, 3)
+    rank_of = balance_load(work, 3)
     assert np.bincount(rank_of, weights=work, minlength=3).tolist() == [10, 10, 10]
-    assert deal(work, 1).tolist() == [0] * 6
+    assert balance_load(work, 1).tolist() == [0] * 6
 
 
 # ---- the whole ---------------------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ def test_labels_above_2_to_the_18() -> None:
     total.add(centroids[wanted], wanted, value[:, 0])
     assert total.counts_K.nonzero()[:, 0].tolist() == wanted.tolist()
     torch.testing.assert_close(total.means()[wanted].float(), centroids[wanted], rtol=0, atol=1e-6)
-    order, begins = by_label(wanted.numpy(), k)
+    order, begins = group_by_label(wanted.numpy(), k)
     assert order.tolist() == list(range(6)) and begins[-1] == 6 and begins[262_144] == 2
 
 
@@ -267,14 +269,14 @@ def test_products_of_rows_and_clusters_above_2_to_the_31() -> None:
     sizes = rng.multinomial(LARGE_N, np.full(3162, 1 / 3162)).astype(np.int64)
     given = sizes * LARGE_K // LARGE_N
     assert int(sizes.max()) * int(given.max()) < 2**63  # what a cell costs
-    rank_of = deal(sizes.astype(np.float64) * given, 64)
+    rank_of = balance_load(sizes.astype(np.float64) * given, 64)
     load = np.bincount(rank_of, weights=sizes.astype(np.float64) * given)
     assert len(load) == 64 and load.max() / load.mean() < 1.1
 
 
 def test_rows_above_2_to_the_31(tmp_path: Path) -> None:
     cells = Cells(PartialResults(tmp_path, {}), LARGE_N, 3162, tile_rows(CPU))
-    assert cells.parts <= cells_module.PARTS and cells.part_rows < 2**31
+    assert cells.parts <= cells_module.MAX_PARTS and cells.part_rows < 2**31
     ends = [cells.bounds(part) for part in range(cells.parts)]
     assert ends[0][0] == 0 and ends[-1][1] == LARGE_N
     assert all(a[1] == b[0] for a, b in itertools.pairwise(ends))

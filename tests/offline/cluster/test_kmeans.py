@@ -9,8 +9,10 @@ import torch
 from harness import run_ranks
 
 from megacid.errors import UserError
-from megacid.offline.cluster.kmeans import KMeansSettings, KMeansState, imbalance_factor, kmeans, split_empty
+from megacid.offline.cluster.kmeans import kmeans
+from megacid.offline.cluster.lloyd import imbalance_factor, split_empty
 from megacid.offline.cluster.seeding import initial_centroids
+from megacid.offline.cluster.state import KMeansSettings, KMeansState
 from megacid.offline.nearest import TILE_CENTROIDS, Assigner
 from megacid.offline.rows import ArrayRows
 

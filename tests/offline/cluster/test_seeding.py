@@ -8,8 +8,9 @@ import torch
 
 from megacid.distributed.stopping import no_progress
 from megacid.errors import UserError
+from megacid.offline.cluster.memory import check_seeding_memory
 from megacid.offline.cluster.merging import merge_cost, merge_nearest
-from megacid.offline.cluster.seeding import check_memory, initial_centroids, plus_plus
+from megacid.offline.cluster.seeding import initial_centroids, plus_plus
 from megacid.offline.cluster.state import KMeansSettings
 from megacid.offline.nearest import Metric
 from megacid.offline.rows import ArrayRows
@@ -91,6 +92,6 @@ def test_planted_clusters_get_a_centroid_each_beside_outliers() -> None:
 def test_memory_of_the_sample_is_said_before_anything_is_done() -> None:
     large = KMeansSettings(k=100_000, init="k-means++", memory_gb=2)
     with pytest.raises(UserError, match=r"k-means\+\+ for 100000 clusters of width 768 needs .* --init random"):
-        check_memory(10**9, 768, large)
-    check_memory(10**9, 768, KMeansSettings(k=100_000, init="random", memory_gb=2))
-    check_memory(10**9, 768, KMeansSettings(k=100_000, init="k-means++", memory_gb=2, method="hierarchical"))
+        check_seeding_memory(10**9, 768, large)
+    check_seeding_memory(10**9, 768, KMeansSettings(k=100_000, init="random", memory_gb=2))
+    check_seeding_memory(10**9, 768, KMeansSettings(k=100_000, init="k-means++", memory_gb=2, method="hierarchical"))
