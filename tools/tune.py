@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Measure which tiles the fused products are fastest with on this GPU, and write the table that the kernels look up.
+"""Measure which tiles make the fused kernels fastest on this GPU, and write the table that they look up.
 
     tools/tune.py --out table.json                        widths 512, 768, 1024 in fp16 and bf16
-    MEGACID_KERNEL_TABLE=table.json deepspeed ...         use it
-    tools/tune.py --list --architecture sm_90             the candidates, and which of them do not fit (needs no GPU)
+    MEGACID_KERNEL_TABLE=table.json deepspeed ...         train with it
+    tools/tune.py --list --architecture sm_90             list the candidates, and which do not fit (needs no GPU)
 
-Nothing is tuned while a model trains: the table is read once, so ranks agree and runs repeat.
+Nothing is tuned during training: the table is read once, so all ranks use the same tiles and runs are repeatable.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from benchmarks import measure, tiles
+from benchmarks import measure, tile_search
 from megacid.errors import UserError, run_tool
 from megacid.storage.atomic import write_atomic
 from megacid_kernels.fused.tuning import Key, Tiles, as_json
@@ -25,36 +25,48 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, metavar="TABLE.json", help="where the table goes")
-    parser.add_argument("--list", action="store_true", help="print the candidates, measure nothing")
-    parser.add_argument("--architecture", choices=tuple(tiles.SHARED_BYTES), default="sm_90", help="of --list")
-    parser.add_argument("--widths", type=int, nargs="+", default=[512, 768, 1024], help="D (default 512 768 1024)")
-    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["float16", "bfloat16"])
-    parser.add_argument("--samples", type=int, default=8192, help="rows of the first factor (default 8192)")
-    parser.add_argument("--classes", type=int, default=131_072, help="rows of the second (default 131072)")
+    parser.add_argument("--out", type=Path, metavar="TABLE.json", help="file to write the table to")
+    parser.add_argument("--list", action="store_true", help="list the candidates without measuring")
+    parser.add_argument(
+        "--architecture", choices=tuple(tile_search.SHARED_BYTES), default="sm_90", help="of the GPU that --list is for"
+    )
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=[512, 768, 1024], help="embedding widths (default 512 768 1024)"
+    )
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=tuple(DTYPES),
+        default=["float16", "bfloat16"],
+        help="of the unit rows (default float16 bfloat16)",
+    )
+    parser.add_argument("--samples", type=int, default=8192, help="batch size (default 8192)")
+    parser.add_argument("--classes", type=int, default=131_072, help="class rows (default 131072)")
     args = parser.parse_args(argv)
     for name, value in (("widths", min(args.widths)), ("samples", args.samples), ("classes", args.classes)):
         if value < 1:
             raise UserError(f"--{name} is {value}, expected at least 1: leave it out for the default")
     if not args.list:
         if args.out is None:
-            raise UserError("--out is missing, expected the file for the table: add --out table.json, or --list")
+            raise UserError("--out is missing, expected a file for the table: add --out table.json, or --list")
         if not torch.cuda.is_available():
             raise UserError(
-                "torch finds no GPU, expected the one that is to be tuned for: run this there; --list shows the candidates"
+                "torch finds no GPU, expected the one to tune for: run this there, or list the candidates with --list"
             )
     return args
 
 
 def print_candidates(args: argparse.Namespace) -> None:
-    shared = tiles.SHARED_BYTES[args.architecture]
+    shared = tile_search.SHARED_BYTES[args.architecture]
     print(f"{args.architecture}, {shared / 1024:.0f} KiB of shared memory per block")
     print("| kernel | dtype | tile | |\n|---|---|---|---|")
-    for kernel in tiles.KERNELS:
+    for kernel in tile_search.KERNELS:
         for name in args.dtypes:
-            for tile in tiles.candidates(kernel, DTYPES[name].itemsize):
-                excess = tiles.excess(tile, DTYPES[name].itemsize, shared)
-                print(f"| {kernel} | {name} | {tiles.said(tile)} | {f'left out: {excess}' if excess else 'measured'} |")
+            for tile in tile_search.candidates(kernel, DTYPES[name].itemsize):
+                excess = tile_search.excess(tile, DTYPES[name].itemsize, shared)
+                print(
+                    f"| {kernel} | {name} | {tile_search.tile_name(tile)} | {f'skipped: {excess}' if excess else 'measured'} |"
+                )
 
 
 def tune(args: argparse.Namespace) -> dict[Key, Tiles]:
@@ -65,15 +77,17 @@ def tune(args: argparse.Namespace) -> dict[Key, Tiles]:
     table: dict[Key, Tiles] = {}
     for name in args.dtypes:
         for width in args.widths:
-            problem = tiles.Problem.random(args.samples, args.classes, width, DTYPES[name], device)
+            case = tile_search.Case.random(args.samples, args.classes, width, DTYPES[name], device)
             shared = int(properties.shared_memory_per_block_optin)
-            chosen = {kernel: tiles.fitting(kernel, DTYPES[name], shared) for kernel in tiles.KERNELS}
-            table[architecture, name, width], rows = tiles.tune(problem, chosen, timer)
+            chosen = {kernel: tile_search.fitting(kernel, DTYPES[name], shared) for kernel in tile_search.KERNELS}
+            table[architecture, name, width], rows = tile_search.tune(case, chosen, timer)
             print(f"\n{name}, width {width}\n| kernel | tile | ms p50 [p20, p80] | TFLOP/s |\n|---|---|---:|---:|")
             for row in sorted(rows, key=lambda row: (row["kernel"], -row.get("tflops", 0.0))):
-                times = f"skipped: {row['skipped']} | " if "skipped" in row else f"{measure.said_ms(row['seconds'])} | "
+                times = (
+                    f"skipped: {row['skipped']} | " if "skipped" in row else f"{measure.format_ms(row['seconds'])} | "
+                )
                 print(
-                    f"| {row['kernel']} | {row['tile']} | {times}{measure.said(row.get('tflops'), ',.0f')} |",
+                    f"| {row['kernel']} | {row['tile']} | {times}{measure.format_value(row.get('tflops'), ',.0f')} |",
                     flush=True,
                 )
     return table
@@ -85,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         print_candidates(args)
         return
     write_atomic(args.out, as_json(tune(args)).encode())
-    print(f"\nwritten: {args.out}; MEGACID_KERNEL_TABLE={args.out} uses it")
+    print(f"\nwrote {args.out}: set MEGACID_KERNEL_TABLE={args.out} to use it")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import classifier, contrastive, head, head_gpu, measure, optimizer, step, suite
-from benchmarks.classifier import Shape
-from benchmarks.exact import exact_on_sample, sample_of
-from benchmarks.peers import Case, Provider, loss_and_gradients
-from benchmarks.suite import Bar
+from benchmarks import classifier_providers, contrastive, head, head_gpu, measure, optimizer, suite, training_step
+from benchmarks.classifier_providers import Shape
+from benchmarks.float64_reference import exact_on_sample, sample_of
+from benchmarks.head_peers import Case, Provider, loss_and_gradients
+from benchmarks.suite import Limit
 from megacid.errors import UserError
 from megacid_kernels.margin import Margin
 from megacid_kernels.reference import discrimination_reference
@@ -60,31 +60,33 @@ def call(tool: ModuleType, *options: str) -> int:
 
 
 def test_a_wrong_gradient_of_the_classifier_is_refused_before_any_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = classifier.Provider.row_grad
-    classifier.gate(["eager", "eager-tuned", "megacid"], CPU)
-    monkeypatch.setattr(classifier.Provider, "row_grad", lambda self: (right(self)[0], right(self)[1] * 1.001))
+    right = classifier_providers.Provider.row_grad
+    classifier_providers.check_accuracy(["eager", "eager-tuned", "megacid"], CPU)
+    monkeypatch.setattr(
+        classifier_providers.Provider, "row_grad", lambda self: (right(self)[0], right(self)[1] * 1.001)
+    )
     with pytest.raises(UserError, match="weight gradient of megacid on 1000 rows differs from float64"):
-        classifier.gate(["megacid"], CPU)
+        classifier_providers.check_accuracy(["megacid"], CPU)
 
 
 def test_a_wrong_optimizer_step_is_refused(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
-    problem = optimizer.Problem(Shape(300, 16, 8, 0.2), CPU)
+    case = optimizer.Case(Shape(300, 16, 8, 0.2), CPU)
     monkeypatch.setattr(optimizer, "DECAY", 0.06)
-    made = optimizer.rows_step(problem, "adamw", "fp32")
+    made = optimizer.rows_step(case, "adamw", "fp32")
     monkeypatch.setattr(optimizer, "DECAY", 0.05)
     with pytest.raises(UserError, match=r"first adamw step of rows .* differs from float64"):
-        optimizer.gate("rows", problem, "adamw", made)
+        optimizer.check_accuracy("rows", case, "adamw", made)
 
 
 def test_a_wrong_instance_loss_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(contrastive.PROVIDERS, "megacid", lambda *t: contrastive.materialised(*t[:4], t[4] * 1.001))
     with pytest.raises(UserError, match="of megacid differs from float64"):
-        contrastive.gate(["megacid"], CPU)
+        contrastive.check_accuracy(["megacid"], CPU)
 
 
 @pytest.mark.parametrize("margin", [0.3, 0.0])
 def test_float64_on_a_sample_is_the_reference(margin: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.exact._BLOCK_BYTES", 8 * 24 * 100)  # several blocks of classes
+    monkeypatch.setattr("benchmarks.float64_reference._BLOCK_BYTES", 8 * 24 * 100)  # several blocks of classes
     generator = torch.Generator().manual_seed(1)
     x, w = (torch.randn(n, 16, generator=generator, dtype=torch.float64) for n in (24, 310))
     target = torch.randint(310, (24,), generator=generator)
@@ -156,7 +158,7 @@ def test_ours_off_ends_the_bench_and_a_peer_off_is_shown(monkeypatch: pytest.Mon
     wrong = Provider(lambda case: _off(case, 1.01), ("margin",), "one per cent off")
     monkeypatch.setitem(head_gpu.PROVIDERS, "torch-eager", wrong)
     (row,) = head_gpu.measure_case(small_case("margin"), ["torch-eager"], timer, rounds=1)
-    assert row["within_gate"] == 0.0 and row["dx_error"] == pytest.approx(0.01, rel=0.01)
+    assert row["accurate"] == 0.0 and row["dx_error"] == pytest.approx(0.01, rel=0.01)
     monkeypatch.setitem(head_gpu.PROVIDERS, "megacid-torch", wrong)
     with pytest.raises(UserError, match=r"dx_error 1\.0e-02 .* of megacid-torch at 300 x 64.*no speed is printed"):
         head_gpu.measure_case(small_case("margin"), ["megacid-torch"], timer, rounds=1)
@@ -185,10 +187,10 @@ def head_report(
     ],
 )  # fmt: skip
 def test_bars_of_the_head_on_a_gpu(speeds: dict[str, float], extra: float, missed: list[str]) -> None:
-    bars = head.check(head_report(speeds, extra=extra))
-    assert len(bars) == 3
+    limits = head.check(head_report(speeds, extra=extra))
+    assert len(limits) == 3
     words = ("cuBLAS", "memory", "eager")
-    assert [next(word for word in words if word in bar.what) for bar in bars if not bar.met] == missed
+    assert [next(word for word in words if word in limit.what) for limit in limits if not limit.met] == missed
 
 
 def test_a_peer_counts_by_its_faster_form_and_one_not_installed_passes_no_bar() -> None:
@@ -196,10 +198,10 @@ def test_a_peer_counts_by_its_faster_form_and_one_not_installed_passes_no_bar() 
     for name, reason in (("cce", "not installed: x"), ("cce-unfiltered", "out of memory")):
         row = {"shape": "131072,512,4096,1.0", "block": "plain", "provider": name, "skipped": reason}
         found["results"].append(row)
-    bars = {bar.what.split()[-1]: bar for bar in head.check(found)}
-    assert bars["torch-lce"].met and not bars["liger"].met and not bars["cce"].met
+    limits = {limit.what.split()[-1]: limit for limit in head.check(found)}
+    assert limits["torch-lce"].met and not limits["liger"].met and not limits["cce"].met
     found["results"][-2]["skipped"] = "its chunks would take 99 s"  # beaten by all that finish
-    assert "cce" not in {bar.what.split()[-1] for bar in head.check(found)}
+    assert "cce" not in {limit.what.split()[-1] for limit in head.check(found)}
 
 
 # ---- memory and bits ---------------------------------------------------------------------------------------------
@@ -254,8 +256,13 @@ def suite_args(name: str, **options: Any) -> Any:
 
 
 def test_what_is_not_a_number_meets_no_bar() -> None:
-    assert [Bar("x", value, 1.0, True).met for value in (1.0, 0.9, None, float("nan"))] == [True, False, False, False]
-    assert [Bar("x", value, 1.0, False).met for value in (1.0, 1.1, None, float("nan"))] == [True, False, False, False]
+    assert [Limit("x", value, 1.0, True).met for value in (1.0, 0.9, None, float("nan"))] == [True, False, False, False]
+    assert [Limit("x", value, 1.0, False).met for value in (1.0, 1.1, None, float("nan"))] == [
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_figures_are_named_by_what_was_not_measured() -> None:
@@ -279,20 +286,22 @@ def cpu_report(name: str, speed: float, memory: float) -> Any:
 )  # fmt: skip
 def test_bars_of_the_classifier_on_a_cpu(name: str, speed: float, memory: float, met: bool) -> None:
     found = cpu_report(name, speed, memory)
-    assert all(bar.met for bar in (head if name == "head" else step).check(found)) is met
+    assert all(limit.met for limit in (head if name == "head" else training_step).check(found)) is met
     found["results"][0] = {"shape": "10,4,2,1.0", "provider": "eager", "skipped": "needs 99 GiB"}
-    assert not any(bar.met for bar in step.check(found)), "what was not measured passes"
+    assert not any(limit.met for limit in training_step.check(found)), "what was not measured passes"
 
 
 def test_optimizer_and_contrastive_bars_are_of_a_gpu_and_of_large_batches() -> None:
-    rows = [{"shape": "9,4,2,0.1", "optimizer": "adamw", "provider": "kernel", "moments": "fp32", "of_copy": 0.74}]
-    assert [bar.met for bar in optimizer.check({"arguments": {"device": "cuda"}, "results": rows})] == [False]
+    rows = [
+        {"shape": "9,4,2,0.1", "optimizer": "adamw", "provider": "kernel", "moments": "fp32", "copy_fraction": 0.74}
+    ]
+    assert [limit.met for limit in optimizer.check({"arguments": {"device": "cuda"}, "results": rows})] == [False]
     assert optimizer.check({"arguments": {"device": "cpu"}, "results": rows}) == []
     rows = [
         {"shape": f"{g},4", "provider": "megacid", "peak_extra_bytes": share * 4 * g * g}
         for g, share in ((512, 9.0), (8192, 0.9), (16_384, 1.1))
     ]
-    assert [bar.met for bar in contrastive.check({"results": rows})] == [True, False]
+    assert [limit.met for limit in contrastive.check({"results": rows})] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -303,7 +312,7 @@ def test_optimizer_and_contrastive_bars_are_of_a_gpu_and_of_large_batches() -> N
         (["--suite", "contrastive", "--shapes", "10"], "batch,width"),
         (["--suite", "head", "--repeats", "3"], "at least 5"),
         (["--suite", "head", "--compare", "/nowhere.json"], "is not a result of this tool"),
-        (["--suite", "scale", "--check"], "no bar for the suite scale"),
+        (["--suite", "scale", "--check"], "no limit for the suite scale"),
         (["--suite", "head", "--analytic", "--check"], "measures nothing"),
         (["--suite", "head", "--providers", "eager"], "does nothing with --device cpu"),
         (["--suite", "head", "--analytic", "--repeats", "1", "--geometry", "init"], "--geometry is given"),
@@ -364,7 +373,7 @@ def test_step_once_compared_with_itself(
         suite.read_report(out, "scale")
     old["arguments"]["repeats"] = 9
     suite.print_comparison(json.loads(out.read_text()), old)
-    differences, figures = capsys.readouterr().out.split("against the older file")
+    differences, figures = capsys.readouterr().out.split("compared with the earlier file")
     assert differences.splitlines()[0] == "compare: --repeats was 9, is 7" and "provider megacid: seconds" in figures
 
 

@@ -1,4 +1,4 @@
-"""Suite assignment: what it finds wrong, its bars, and one run."""
+"""Suite assignment: what it finds wrong, its limits, and one run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_every_provider_that_runs_on_a_cpu_finds_the_nearest(capsys: pytest.Capt
     report = assignment.run(options("--shapes", "70,33,8", "--repeats", "1"))
     rows = {row["provider"]: row for row in report["results"]}
     for name in ("megacid-torch", "faiss"):
-        assert rows[name]["wrong_share"] == 0 and rows[name]["same_bits"] == 1 and len(rows[name]["seconds"]) == 3
+        assert rows[name]["wrong_fraction"] == 0 and rows[name]["same_bits"] == 1 and len(rows[name]["seconds"]) == 3
     assert "expected a GPU" in rows["megacid-fp16"]["skipped"]
     assert assignment.check(report) == []
     assert "70,33,8" in capsys.readouterr().out
@@ -42,12 +42,12 @@ def test_a_wrong_label_is_found_with_what_it_loses() -> None:
 
 def test_the_bars_ask_for_cublas_and_faiss_at_a_million_centroids() -> None:
     rows = [
-        {"provider": "megacid-fp16", "shape": "8,1048576,4", "seconds": [1.0], "of_cublas": 0.6},
+        {"provider": "megacid-fp16", "shape": "8,1048576,4", "seconds": [1.0], "cublas_fraction": 0.6},
         {"provider": "faiss", "shape": "8,1048576,4", "seconds": [1.5]},
-        {"provider": "megacid-fp16", "shape": "8,10,4", "seconds": [1.0], "of_cublas": 0.1},
+        {"provider": "megacid-fp16", "shape": "8,10,4", "seconds": [1.0], "cublas_fraction": 0.1},
     ]
-    bars = assignment.check({"arguments": {"device": "cuda"}, "results": rows})
-    assert [bar.met for bar in bars] == [False, True]
+    limits = assignment.check({"arguments": {"device": "cuda"}, "results": rows})
+    assert [limit.met for limit in limits] == [False, True]
 
 
 @pytest.mark.parametrize("shape", ["3,4", "0,4,4", "a,b,c"])

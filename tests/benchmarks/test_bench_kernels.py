@@ -16,7 +16,7 @@ from megacid.errors import UserError
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks import tiles
+from benchmarks import tile_search
 from megacid_kernels.fused import ProductTile
 from megacid_kernels.fused.tuning import MatrixBy, Tiles, as_json, read_table
 
@@ -25,18 +25,18 @@ ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = """
 import argparse, dataclasses, json, sys
 import torch
-from benchmarks import head_gpu, head_kernels, measure, tiles
-from benchmarks.classifier import Shape
+from benchmarks import head_gpu, head_kernels, measure, tile_search
+from benchmarks.classifier_providers import Shape
 from megacid_kernels.fused.product import ProductTile
 
-measure._TURN_S, measure._LEAST_REPEATS, tiles._ROUNDS = 0.0, 1, 1
+measure._TURN_S, measure._LEAST_REPEATS, tile_search._ROUNDS = 0.0, 1, 1
 cpu = torch.device("cpu")
 timer = measure.timer_of(argparse.Namespace(device="cpu", clock="wall"))
-forward = tiles.forward
+forward = tile_search.forward
 wrong, good = ProductTile(16, 32, 32, 4, 1), ProductTile(32, 64, 32, 4, 1)
-tiles.RUNS["forward"] = lambda problem, tile: forward(problem, tile) * (1.01 if tile == wrong else 1.0)
-problem = tiles.Problem.random(20, 100, 32, torch.float16, cpu)
-best, rows = tiles.tune(problem, {"forward": [wrong, good], "nearest": [good]}, timer)
+tile_search.RUNS["forward"] = lambda case, tile: forward(case, tile) * (1.01 if tile == wrong else 1.0)
+case = tile_search.Case.random(20, 100, 32, torch.float16, cpu)
+best, rows = tile_search.tune(case, {"forward": [wrong, good], "nearest": [good]}, timer)
 case = next(head_gpu.cases(Shape(100, 32, 4), "init", 2 * 100 * 3, cpu))
 kernels = head_kernels.measure_kernels(case, timer, 1)
 print(json.dumps([dataclasses.asdict(best), rows, kernels]))
@@ -61,26 +61,28 @@ def test_in_the_interpreter_a_wrong_tile_is_left_out_and_every_kernel_of_the_hea
 def test_a_tile_that_cannot_run_is_left_out_before_it_is_compiled() -> None:
     # 3 stages of (128 + 256) x 64 halves are 144 KiB; 128 x 256 sums are 128 per thread of 8 warps.
     tile = ProductTile(128, 256, 64, 8, 3)
-    assert tiles.excess(tile, 2, tiles.SHARED_BYTES["sm_90"]) == ""
-    assert "144 KiB of shared memory, 99 KiB" in tiles.excess(tile, 2, tiles.SHARED_BYTES["sm_86"])
-    assert "256 accumulators" in tiles.excess(ProductTile(128, 256, 64, 4, 3), 2, tiles.SHARED_BYTES["sm_90"])
-    for architecture, shared in tiles.SHARED_BYTES.items():
-        for kernel in tiles.KERNELS:
+    assert tile_search.excess(tile, 2, tile_search.SHARED_BYTES["sm_90"]) == ""
+    assert "144 KiB of shared memory, 99 KiB" in tile_search.excess(tile, 2, tile_search.SHARED_BYTES["sm_86"])
+    assert "256 accumulators" in tile_search.excess(
+        ProductTile(128, 256, 64, 4, 3), 2, tile_search.SHARED_BYTES["sm_90"]
+    )
+    for architecture, shared in tile_search.SHARED_BYTES.items():
+        for kernel in tile_search.KERNELS:
             for dtype in (torch.float16, torch.float32):
-                assert tiles.fitting(kernel, dtype, shared), f"no tile of {kernel} in {dtype} for {architecture}"
+                assert tile_search.fitting(kernel, dtype, shared), f"no tile of {kernel} in {dtype} for {architecture}"
 
 
 @pytest.mark.parametrize("matrix", ["fused", "in-place"])
 def test_forcing_how_exponentials_are_made_lasts_for_one_call(
     matrix: MatrixBy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from benchmarks import ours
+    from benchmarks import head_megacid
     from megacid_kernels.fused.tuning import TABLE_VARIABLE, lookup
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.delenv(TABLE_VARIABLE, raising=False)
     usual = lookup("sm_90", "float16", 640)
-    with ours.forced(matrix, torch.device("cuda"), 640):
+    with head_megacid.forced(matrix, torch.device("cuda"), 640):
         found = lookup("sm_90", "float16", 640)
     assert usual is not None and found is not None and found.matrix == matrix and found.forward == usual.forward
     assert TABLE_VARIABLE not in os.environ
@@ -99,7 +101,9 @@ def test_tune_refuses_without_a_gpu_and_lists_what_it_would_measure(
         tune.main([])
     tune.main(["--list", "--architecture", "sm_86", "--dtypes", "float16"])
     lines = capsys.readouterr().out.splitlines()
-    assert sum("| measured |" in line for line in lines) == 2 * len(tiles.fitting("forward", torch.float16, 99 << 10))
+    assert sum("| measured |" in line for line in lines) == 2 * len(
+        tile_search.fitting("forward", torch.float16, 99 << 10)
+    )
     assert any("128x256x64, 8 warps, 4 stages" in line and "192 KiB of shared memory" in line for line in lines)
 
 
@@ -118,7 +122,7 @@ def test_on_a_gpu_every_provider_of_ours_passes_the_gate_and_is_timed(
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import bench
     from benchmarks import measure
-    from benchmarks.ours import OURS
+    from benchmarks.head_megacid import OURS
 
     monkeypatch.setattr(measure, "_TURN_S", 0.01)
     out = tmp_path / "out.json"

@@ -1,9 +1,9 @@
-"""Suite assignment: the nearest of many centroids, the work of k-means. Ours, a blocked product in PyTorch, faiss, cuBLAS alone.
+"""Suite assignment: the nearest of many centroids, the work of k-means: our kernel, blocked PyTorch, faiss, cuBLAS.
 
 Legend: b rows, K centroids, D width.
 
-"of cublas" is the time of the product alone, in fp16 and in blocks of centroids that overwrite each other, over the time of
-the provider. Labels are compared with float64 on a sample of rows: what counts is how much similarity a wrong one loses.
+"of cuBLAS" is the time of the fp16 product alone, in blocks of centroids that overwrite each other, over the time of the
+provider. Labels are compared with float64 on a sample of rows by the similarity that a wrong label loses.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import measure
-from benchmarks.suite import Bar, Report, Row, report
+from benchmarks.suite import Limit, Report, Row, make_report
 from megacid.errors import UserError
 from megacid.offline.nearest import Assigner
 
-HELP = "the nearest centroid of every row: rate of the product, hours for LAION225M; on a GPU the fused kernel"
-BARS = (0.7, 1.0)  # least share of cuBLAS's rate; least speed over faiss
+HELP = "the nearest centroid of every row: TFLOP/s, wrong labels, and on a GPU the projected hours for LAION225M"
+MIN_CUBLAS_FRACTION, MIN_SPEED_OVER_FAISS = 0.7, 1.0
 GPU_SHAPES = ["65536,1048576,768", "65536,65536,768", "65536,1048576,1280"]
 CPU_SHAPES = ["8192,4096,256"]
-# What the projection is for: rows, centroids, iterations, GPUs.
+# The run that the hours are projected for.
 LAION_ROWS, LAION_CENTROIDS, ITERATIONS, GPUS = 225e6, 1e6, 20, 8
-_BLOCK = 65536  # centroids of one product where it is made in blocks
+_BLOCK = 65536  # centroids per product where it is made in blocks
 _SAMPLE, _REPEATS, _ROUNDS = 256, 7, 3
-_LEAST_GAIN = 1e-6  # of similarity: below it two centroids are a tie
+_TIE = 1e-6  # similarities closer than this are a tie
 
 Find = Callable[[], tuple[Tensor, Tensor]]
 
@@ -51,13 +51,15 @@ class Data:
 
 
 def make_data(shape: str, device: torch.device) -> Data:
-    """Rows around some of the centroids; UserError for a shape that is none."""
+    """Rows scattered around some of the centroids. Raises UserError for an invalid shape."""
     try:
         b, k, dim = (int(word) for word in shape.split(","))
         if min(b, k, dim) < 1:
             raise ValueError
     except ValueError:
-        raise UserError(f"shape is {shape!r}, expected rows,centroids,width, each above 0: {CPU_SHAPES[0]}") from None
+        raise UserError(
+            f"shape is {shape!r}, expected rows,centroids,width, each above 0: for example {CPU_SHAPES[0]}"
+        ) from None
     generator = torch.Generator(device).manual_seed(0)
     c_KD = F.normalize(torch.randn(k, dim, generator=generator, device=device))
     near = c_KD[torch.randint(k, (b,), generator=generator, device=device)]
@@ -68,7 +70,7 @@ def make_data(shape: str, device: torch.device) -> Data:
 def product_alone(data: Data) -> Find:
     x, c = data.halves
     if x.device.type == "cpu":
-        x, c = data.x_bD, data.c_KD  # a CPU has no fast product of 16 bits everywhere
+        x, c = data.x_bD, data.c_KD  # not every CPU has a fast 16-bit product
     out = x.new_empty(len(x), min(_BLOCK, len(c)))
 
     def run() -> tuple[Tensor, Tensor]:
@@ -92,8 +94,8 @@ def blocks(data: Data) -> Find:
     rows = 8192 if data.x_bD.is_cuda else 1024
 
     def run() -> tuple[Tensor, Tensor]:
-        found = [assigner.tile(part) for part in data.x_bD.split(rows)]
-        return torch.cat([value[:, 0] for value, _ in found]), torch.cat([label[:, 0] for _, label in found])
+        tiles = [assigner.tile(part) for part in data.x_bD.split(rows)]
+        return torch.cat([value[:, 0] for value, _ in tiles]), torch.cat([label[:, 0] for _, label in tiles])
 
     return run
 
@@ -126,7 +128,7 @@ PROVIDERS: dict[str, Callable[[Data], Find]] = {
 
 
 def lost_similarity(data: Data, label_b: Tensor) -> tuple[float, float]:
-    """(share of a sample of rows whose label is not the nearest, the most similarity that one of them loses), float64."""
+    """(fraction of a sample of rows with a wrong label, the largest similarity that one of them loses), in float64."""
     rows = torch.linspace(0, len(data.x_bD) - 1, min(_SAMPLE, len(data.x_bD)), device=data.x_bD.device).long()
     x = data.x_bD[rows].double()
     best = torch.full((len(rows),), -math.inf, dtype=torch.float64, device=x.device)
@@ -134,7 +136,7 @@ def lost_similarity(data: Data, label_b: Tensor) -> tuple[float, float]:
         best = torch.maximum(best, (x @ part.double().T).amax(1))
     chosen = data.c_KD[label_b.to(rows.device)[rows]].double()
     gap = best - torch.linalg.vecdot(x, chosen)
-    return float((gap > _LEAST_GAIN).double().mean()), float(gap.amax())
+    return float((gap > _TIE).double().mean()), float(gap.amax())
 
 
 def attempt(name: str, data: Data) -> tuple[Row, Find | None]:
@@ -144,7 +146,7 @@ def attempt(name: str, data: Data) -> tuple[Row, Find | None]:
         value, label = find()
         if name != "cublas":
             wrong, lost = lost_similarity(data, label)
-            row |= {"wrong_share": wrong, "lost_similarity": lost}
+            row |= {"wrong_fraction": wrong, "lost_similarity": lost}
             first = measure.digest((value, label))
             row["same_bits"] = float(measure.digest(find()) == first)
         row["peak_extra_bytes"] = float(measure.peak_extra_bytes(find, data.x_bD.device))
@@ -154,11 +156,11 @@ def attempt(name: str, data: Data) -> tuple[Row, Find | None]:
     except torch.OutOfMemoryError:
         return row | {"skipped": "out of memory"}, None
     except ValueError as error:
-        return row | {"skipped": f"refuses: {error}"}, None
+        return row | {"skipped": f"unsupported: {error}"}, None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", nargs="+", metavar="b,K,D", help="rows, centroids, width")
+    parser.add_argument("--shapes", nargs="+", metavar="b,K,D", help="rows,centroids,width of every case")
     parser.add_argument("--repeats", type=int, default=_REPEATS, help="timed calls in each of three rounds (default 7)")
 
 
@@ -170,34 +172,33 @@ def run(args: argparse.Namespace) -> Report:
     rows: list[Row] = []
     for shape in args.shapes or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES):
         data = make_data(shape, device)
-        found = {name: attempt(name, data) for name in PROVIDERS}
-        calls = {name: find for name, (_, find) in found.items() if find is not None}
+        attempts = {name: attempt(name, data) for name in PROVIDERS}
+        calls = {name: find for name, (_, find) in attempts.items() if find is not None}
         seconds = measure.take_turns(calls, timer, _ROUNDS, args.repeats)
         flop = 2.0 * len(data.x_bD) * data.c_KD.numel()
-        for name, (row, find) in found.items():
+        for name, (row, find) in attempts.items():
             row["shape"] = shape
             if find is not None:
                 p50 = measure.quantiles(seconds[name])[1]
                 row |= {"seconds": seconds[name], "tflops": 1e-12 * flop / p50}
-                row["of_cublas"] = measure.quantiles(seconds["cublas"])[1] / p50
+                row["cublas_fraction"] = measure.quantiles(seconds["cublas"])[1] / p50
                 laion = 2.0 * LAION_ROWS * LAION_CENTROIDS * data.c_KD.shape[1] * ITERATIONS
                 row["laion_hours"] = laion / (flop / p50) / GPUS / 3600
             rows.append(row)
-        print_table(shape, rows[-len(found) :], device)
-        del data, found, calls
+        print_table(shape, rows[-len(attempts) :], device)
+        del data, attempts, calls
         gc.collect()
-    return report(args, rows)
+    return make_report(args, rows)
 
 
 def print_table(shape: str, rows: list[Row], device: torch.device) -> None:
     print(f"\n{shape} (rows, centroids, width)")
-    # Hours of eight GPUs say nothing where there is none.
     hours = (
         f" {GPUS} GPUs: hours of {ITERATIONS} iterations over {LAION_ROWS / 1e6:.0f}M x {LAION_CENTROIDS / 1e6:.0f}M |"
     )
     gpu = device.type == "cuda"
     print(
-        "| provider | ms p50 [p20, p80] | TFLOP/s | of cublas | extra MiB | wrong labels | similarity lost | same bits |"
+        "| provider | ms p50 [p20, p80] | TFLOP/s | of cuBLAS | extra MiB | wrong labels | similarity lost | same bits |"
         + (hours if gpu else "")
     )
     print("|---|---:|---:|---:|---:|---:|---:|---:|" + ("---:|" if gpu else ""))
@@ -205,24 +206,33 @@ def print_table(shape: str, rows: list[Row], device: torch.device) -> None:
         if "skipped" in row:
             print(f"| {row['provider']} | skipped: {row['skipped']} |" + " |" * (7 if gpu else 6))
             continue
-        cells = [row["provider"], measure.said_ms(row["seconds"]), f"{row['tflops']:,.3g}", f"{row['of_cublas']:.1%}"]
-        cells += [f"{row['peak_extra_bytes'] / 2**20:,.0f}", measure.said(row.get("wrong_share"), ".2%")]
-        cells += [measure.said(row.get("lost_similarity"), ".1e")]
+        cells = [
+            row["provider"],
+            measure.format_ms(row["seconds"]),
+            f"{row['tflops']:,.3g}",
+            f"{row['cublas_fraction']:.1%}",
+        ]
+        cells += [f"{row['peak_extra_bytes'] / 2**20:,.0f}", measure.format_value(row.get("wrong_fraction"), ".2%")]
+        cells += [measure.format_value(row.get("lost_similarity"), ".1e")]
         cells += [{1.0: "yes", 0.0: "no"}.get(row.get("same_bits", -1.0), "-")]
         print(f"| {' | '.join(cells)} |" + (f" {row['laion_hours']:.2f} |" if gpu else ""), flush=True)
 
 
-def check(report: Report) -> list[Bar]:
-    """Of the fused kernel on a GPU, at the shapes with a million centroids; none on a CPU."""
-    bars: list[Bar] = []
+def check(report: Report) -> list[Limit]:
+    """The limits of the fused kernel on a GPU at shapes with a million centroids; none on a CPU."""
+    limits: list[Limit] = []
     if report["arguments"]["device"] != "cuda":
-        return bars
+        return limits
     for shape in dict.fromkeys(row["shape"] for row in report["results"]):
         rows = {row["provider"]: row for row in report["results"] if row["shape"] == shape}
         if int(shape.split(",")[1]) < LAION_CENTROIDS:
             continue
         ours, faiss = rows.get("megacid-fp16", {}), rows.get("faiss", {})
-        bars.append(Bar(f"{shape}: share of cuBLAS's rate", ours.get("of_cublas"), BARS[0], at_least=True))
+        limits.append(
+            Limit(
+                f"{shape}: fraction of cuBLAS's rate", ours.get("cublas_fraction"), MIN_CUBLAS_FRACTION, at_least=True
+            )
+        )
         speed = measure.ratio(measure.median(faiss), measure.median(ours))
-        bars.append(Bar(f"{shape}: speed over faiss", speed, BARS[1], at_least=True))
-    return bars
+        limits.append(Limit(f"{shape}: speed over faiss", speed, MIN_SPEED_OVER_FAISS, at_least=True))
+    return limits

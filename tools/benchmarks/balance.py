@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.anonymous import PeakOfAnonymous, anonymous_bytes
-from benchmarks.layout import ABOUT, parts_of, write_embeddings, write_tars
+from benchmarks.anonymous_memory import PeakAnonymous, anonymous_bytes
 from benchmarks.measure import ask_process
-from benchmarks.suite import Bar, Report, Row, clock_of, report
+from benchmarks.suite import Limit, Report, Row, clock_of, make_report
+from benchmarks.synthetic_folders import ABOUT, parts_of, write_embeddings, write_tars
 from megacid.data.index import load_index
 from megacid.distributed.parallel import Parallel
 from megacid.distributed.stopping import no_progress
@@ -65,22 +65,22 @@ def run(args: argparse.Namespace) -> Report:
     rows = _stages(args, args.rows, args.k, args.neighbor_clusters) if args.neighbor_clusters else []
     if args.large:
         rows += _stages(args, args.large, 1, [0])
-    return report(args, rows)
+    return make_report(args, rows)
 
 
-def check(report: Report) -> list[Bar]:
-    bars = []
+def check(report: Report) -> list[Limit]:
+    limits = []
     for row in report["results"]:
         what = f"{row['rows']:,} rows, {row['k']:,} clusters, {row['neighbor_clusters']} neighbor clusters"
-        bars.append(Bar(f"precision, {what}", row.get("precision"), LEAST_FOUND, True))
+        limits.append(Limit(f"precision, {what}", row.get("precision"), LEAST_FOUND, True))
         if row["k"] == 1:
-            bars.append(Bar(f"peak GiB, {what}", row.get("peak_gib"), MOST_GIB, False))
+            limits.append(Limit(f"peak GiB, {what}", row.get("peak_gib"), MOST_GIB, False))
         else:
-            bars.append(Bar(f"seconds, {what}", row.get("seconds"), MOST_S, False))
+            limits.append(Limit(f"seconds, {what}", row.get("seconds"), MOST_S, False))
         # Without the second pass, copies in different clusters are not looked for.
         if row["k"] == 1 or row["neighbor_clusters"]:
-            bars.append(Bar(f"recall, {what}", row.get("recall"), LEAST_FOUND, True))
-    return bars
+            limits.append(Limit(f"recall, {what}", row.get("recall"), LEAST_FOUND, True))
+    return limits
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
@@ -160,7 +160,7 @@ def main() -> None:
     )
     folder, clock = Path(asked["folder"]), clock_of(argparse.Namespace(clock=asked["clock"]))
     own, began = anonymous_bytes(), clock()
-    with PeakOfAnonymous() as peak:
+    with PeakAnonymous() as peak:
         balance(folder / "emb", folder / "clusters", Path(asked["out"]), settings, ALONE)
     print(json.dumps({"seconds": clock() - began, "peak_gib": (peak.bytes - own) / 2**30}))
 

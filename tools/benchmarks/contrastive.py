@@ -3,10 +3,10 @@
 Legend: G batch, D width.
 
 megacid            megacid.losses.instance.instance_loss, as the trainer calls it
-materialised       both [G, G] matrices of logits in fp32, each used for its two directions by F.cross_entropy
-materialised-bf16  the same with products of bf16 (a GPU)
+materialised       both [G, G] logit matrices in fp32, each used for its two directions by F.cross_entropy
+materialised-bf16  the same with bf16 products (GPU only)
 
-First loss and gradients must agree with float64. Extra memory is the peak above the inputs, on a CPU in its own process.
+Loss and gradients are first compared with float64. Extra memory is the peak above the inputs, on a CPU in its own process.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import measure
-from benchmarks.suite import Bar, Report, Row, report
+from benchmarks.suite import Limit, Report, Row, make_report
 from megacid.errors import UserError
 from megacid.losses.instance import instance_loss
 
-HELP = "the instance loss of large batches against materialised logits: time and memory"
+HELP = "time and memory of the instance loss of large batches, compared with materialised logits"
 Shape = tuple[int, int]
 SHAPES: dict[str, list[Shape]] = {
     "cpu": [(2048, 512), (4096, 512)],
@@ -35,8 +35,8 @@ SHAPES: dict[str, list[Shape]] = {
 }
 SCALE, SEED, ROUNDS = 100.0, 0, 3
 LARGE_BATCH = 8192
-# fp32 rounds logits of up to SCALE to 4e-6, bf16 factors to SCALE * 2^-8 / sqrt(D), see the gate of the head.
-_LARGEST_ERROR = {"megacid": 1e-4, "materialised": 1e-4, "materialised-bf16": 5e-2}
+# fp32 rounds logits of up to SCALE to 4e-6, bf16 factors to SCALE * 2^-8 / sqrt(D), see `head_megacid.allowed_loss_error`.
+_MAX_ERROR = {"megacid": 1e-4, "materialised": 1e-4, "materialised-bf16": 5e-2}
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -66,8 +66,8 @@ PROVIDERS: dict[str, Loss] = {
 
 
 def batch_of(shape: Shape, device: torch.device) -> tuple[Tensor, ...]:
-    """Student's image and text, teacher's image and text, all [G, D] of unit rows, and the scale. Pairs are closer than
-    others, as in training; the first two and the scale want a gradient."""
+    """(student's image, text, teacher's image, text), unit rows [G, D], and the scale. Pairs are closer than other rows, as
+    in training; the student's rows and the scale require a gradient."""
     generator = torch.Generator(device).manual_seed(SEED)
     rows = [F.normalize(torch.randn(*shape, generator=generator, device=device)) for _ in range(4)]
     mixed = [F.normalize(0.4 * rows[0] + 0.6 * each) for each in rows]
@@ -76,22 +76,22 @@ def batch_of(shape: Shape, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def step(name: str, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """(loss, gradients of the student's image, text and of the scale)"""
+    """(loss, gradients of the student's image, its text and the scale)."""
     image_S, text_S, image_T, text_T, scale = batch
     loss = PROVIDERS[name](image_S, text_S, image_T, text_T, scale)
     return (loss.detach(), *torch.autograd.grad(loss, (image_S, text_S, scale)))
 
 
-def gate(names: list[str], device: torch.device) -> None:
+def check_accuracy(names: list[str], device: torch.device) -> None:
     batch = batch_of((300, 64), device)
     exact = step("materialised", tuple(t.detach().double().requires_grad_(t.requires_grad) for t in batch))
     for name in names:
         for what, value, want in zip(("loss", "image", "text", "scale"), step(name, batch), exact):
             error = measure.relative_error(value, want)
-            if not error < _LARGEST_ERROR[name]:
+            if not error < _MAX_ERROR[name]:
                 raise UserError(
                     f"{what} or its gradient of {name} differs from float64 by {error:.1e} of its norm, expected < "
-                    f"{_LARGEST_ERROR[name]:g}: no speed is printed; run tests/losses/test_losses.py"
+                    f"{_MAX_ERROR[name]:g}: no speed is printed; run tests/losses/test_losses.py"
                 )
 
 
@@ -101,22 +101,22 @@ def shape_of(text: str) -> Shape:
         if min(batch, width) < 1:
             raise ValueError
     except ValueError:
-        raise UserError(f"shape is {text!r}, expected batch,width (numbers above 0): 16384,768") from None
+        raise UserError(f"shape is {text!r}, expected batch,width (numbers above 0), for example 16384,768") from None
     return batch, width
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", nargs="+", metavar="G,D", help="batch, width")
+    parser.add_argument("--shapes", nargs="+", metavar="G,D", help="batch,width of every case")
 
 
 def run(args: argparse.Namespace) -> Report:
     device, timer = torch.device(args.device), measure.timer_of(args)
     shapes = [shape_of(text) for text in args.shapes] if args.shapes else SHAPES[args.device]
     names = [name for name in PROVIDERS if device.type == "cuda" or name != "materialised-bf16"]
-    gate(names, device)
+    check_accuracy(names, device)
     rows = [row for shape in shapes for row in measure_shape(shape, names, args, timer)]
     print_table(rows)
-    return report(args, rows)
+    return make_report(args, rows)
 
 
 def measure_shape(shape: Shape, names: list[str], args: argparse.Namespace, timer: measure.Timer) -> list[Row]:
@@ -150,7 +150,7 @@ def peak(shape: Shape, name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """{"peak_extra_bytes"} of one step of request["name"]."""
+    """{"peak_extra_bytes"} of one step of provider request["name"]."""
     torch.set_num_threads(request["threads"])
     device = torch.device(request["device"])
     batch = batch_of(tuple(request["shape"]), device)
@@ -168,20 +168,23 @@ def print_table(rows: list[Row]) -> None:
             cells += [f"skipped: {row['skipped']}", "", "", ""]
         else:
             extra = row["peak_extra_bytes"]
-            cells += [measure.said_ms(row["seconds"]), measure.said(row.get("speed_over_materialised"), unit="x")]
+            cells += [
+                measure.format_ms(row["seconds"]),
+                measure.format_value(row.get("speed_over_materialised"), unit="x"),
+            ]
             cells += [f"{extra / 2**20:,.1f}", f"{extra / (4 * batch * batch):.2f}"]
         print(f"| {' | '.join(cells)} |")
 
 
-def check(found: dict[str, Any]) -> list[Bar]:
-    """No [G, G] matrix in fp32: the extra memory stays below that of one."""
-    bars = []
-    for row in found["results"]:
+def check(report: Report) -> list[Limit]:
+    """The extra memory must stay below one fp32 [G, G] matrix."""
+    limits = []
+    for row in report["results"]:
         batch, width = shape_of(row["shape"])
         if row["provider"] == "megacid" and batch >= LARGE_BATCH:
             share = measure.ratio(row.get("peak_extra_bytes"), 4.0 * batch * batch)
-            bars.append(Bar(f"{batch:,} x {width}: extra memory over one fp32 [G, G]", share, 1.0, at_least=False))
-    return bars
+            limits.append(Limit(f"{batch:,} x {width}: extra memory over one fp32 [G, G]", share, 1.0, at_least=False))
+    return limits
 
 
 if __name__ == "__main__":

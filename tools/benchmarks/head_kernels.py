@@ -1,4 +1,4 @@
-"""The kernels of the head alone, on a GPU: what bounds each is named by its unit, GB/s of bytes that must move or TFLOP/s.
+"""The kernels of the head alone, on a GPU, each in the unit of its bottleneck: GB/s of bytes that must move, or TFLOP/s.
 
 Legend: C classes, D width, b samples of a chunk.
 """
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.classifier import SCALE
-from benchmarks.peers import Case
+from benchmarks.classifier_providers import SCALE
+from benchmarks.head_peers import Case
 from benchmarks.suite import Row
 from megacid.errors import UserError
 
@@ -24,13 +24,13 @@ _CHECKED_ROWS = 64
 
 class Kernel(NamedTuple):
     run: Callable[[], object]
-    bytes: int = 0  # that must move
+    bytes: int = 0  # read and written
     flop: int = 0
 
 
 def kernels(case: Case) -> dict[str, Kernel]:
-    """Rows to 16 bits, exponentials out of the product with and without a matrix, over a matrix of cosines, and the Jacobian
-    of the norm. The row sums are those of float64 before anything is timed."""
+    """The kernels by name: unit rows, exponentials fused (with and without a matrix) and in place, backward of the norm.
+    Raises UserError unless the row sums agree with float64."""
     from megacid_kernels.fused import exponentials, exponentials_, rows_through_norm_, unit_rows
     from megacid_kernels.fused.row_statistics import pitched
 
@@ -40,7 +40,7 @@ def kernels(case: Case) -> dict[str, Kernel]:
     x16, w16 = unit_rows(x, dtypes=half)[0], unit_rows(w, dtypes=half)[0]
     inverse = unit_rows(w, dtypes=half)[-1]
     slot = case.target[: len(x), None].contiguous()
-    counting: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "slot_bl": slot,
         "own_bl": torch.ones_like(slot, dtype=torch.bool),
         "scale": SCALE,
@@ -48,26 +48,26 @@ def kernels(case: Case) -> dict[str, Kernel]:
     }
     cos = pitched(len(x), len(w), torch.float16, x.device)
     torch.mm(x16, w16.T, out=cos)
-    # Of a logit: a cosine stored in fp16 is off by up to 2^-12; four sigma of one from rounded factors.
-    most = SCALE * (2.0**-12 + 4 * 0.58 * 2.0**-11 / x.shape[1] ** 0.5)
-    for sums in (exponentials(x16, w16, **counting).sums, exponentials_(cos, **counting).sums):
+    # Error of a logit: 2^-12 of a cosine stored in fp16, plus four sigma of rounded factors.
+    max_error = SCALE * (2.0**-12 + 4 * 0.58 * 2.0**-11 / x.shape[1] ** 0.5)
+    for sums in (exponentials(x16, w16, **arguments).sums, exponentials_(cos, **arguments).sums):
         error = measure.relative_error(sums[:_CHECKED_ROWS], _exact_sums(case, shift))
-        if not error < most:
+        if not error < max_error:
             raise UserError(
-                f"row sums of exponentials at {case.shape} are off by {error:.1e}, expected < {most:.1e}: no speed is "
+                f"row sums of exponentials at {case.shape} are off by {error:.1e}, expected < {max_error:.1e}: no speed is "
                 "printed; run the tests in tests/kernels"
             )
     elements, logits = w.numel(), len(x) * len(w)
     products = 2 * logits * x.shape[1]
     return {
         "unit_rows": Kernel(functools.partial(unit_rows, w, dtypes=half), bytes=8 * elements),
-        "exponentials": Kernel(functools.partial(exponentials, x16, w16, **counting), flop=products),
+        "exponentials": Kernel(functools.partial(exponentials, x16, w16, **arguments), flop=products),
         "exponentials, no matrix": Kernel(
-            functools.partial(exponentials, x16, w16, store=False, **counting), flop=products
+            functools.partial(exponentials, x16, w16, store=False, **arguments), flop=products
         ),
         "product by cuBLAS": Kernel(functools.partial(torch.mm, x16, w16.T, out=cos), flop=products),
-        # From the second call on it reads what it wrote: any bits take as long.
-        "exponentials in place": Kernel(functools.partial(exponentials_, cos, **counting), bytes=4 * logits),
+        # From the second call on it reads its own output; the time does not depend on the values.
+        "exponentials in place": Kernel(functools.partial(exponentials_, cos, **arguments), bytes=4 * logits),
         "rows_through_norm_": Kernel(
             functools.partial(rows_through_norm_, torch.zeros_like(w), w, None, inverse), bytes=12 * elements
         ),
@@ -86,20 +86,20 @@ def _exact_sums(case: Case, shift: float) -> Tensor:
 
 
 def measure_kernels(case: Case, timer: measure.Timer, rounds: int) -> list[Row]:
-    named: Row = {"block": "kernels", "shape": case.shape.option}
+    common: Row = {"block": "kernels", "shape": case.shape.option}
     try:
-        found = kernels(case)
+        by_name = kernels(case)
     except (ImportError, torch.OutOfMemoryError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        return [named | {"provider": "all", "skipped": (str(error).splitlines() or ["out of memory"])[0][:120]}]
-    runs = {name: kernel.run for name, kernel in found.items()}
+        return [common | {"provider": "all", "skipped": (str(error).splitlines() or ["out of memory"])[0][:120]}]
+    runs = {name: kernel.run for name, kernel in by_name.items()}
     repeats = {name: measure.repeats_for(timer(run, 2)[1]) for name, run in runs.items()}
     rows = []
     for name, seconds in measure.take_turns(runs, timer, rounds, repeats).items():
-        middle, kernel = measure.quantiles(seconds)[1], found[name]
-        row: Row = named | {"provider": name, "seconds": seconds}
-        row |= {"gb_per_s": kernel.bytes / middle / 1e9} if kernel.bytes else {"tflops": kernel.flop / middle / 1e12}
+        median, kernel = measure.quantiles(seconds)[1], by_name[name]
+        row: Row = common | {"provider": name, "seconds": seconds}
+        row |= {"gb_per_s": kernel.bytes / median / 1e9} if kernel.bytes else {"tflops": kernel.flop / median / 1e12}
         rows.append(row)
     return rows
 
@@ -110,5 +110,7 @@ def print_table(rows: list[Row]) -> None:
         if "skipped" in row:
             print(f"| {row['provider']} | skipped: {row['skipped']} | | |")
             continue
-        speeds = f"{measure.said(row.get('tflops'), ',.0f')} | {measure.said(row.get('gb_per_s'), ',.0f')}"
-        print(f"| {row['provider']} | {measure.said_ms(row['seconds'])} | {speeds} |", flush=True)
+        speeds = (
+            f"{measure.format_value(row.get('tflops'), ',.0f')} | {measure.format_value(row.get('gb_per_s'), ',.0f')}"
+        )
+        print(f"| {row['provider']} | {measure.format_ms(row['seconds'])} | {speeds} |", flush=True)

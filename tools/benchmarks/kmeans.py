@@ -1,7 +1,7 @@
 """One Lloyd iteration and a whole fit against faiss-cpu; with --memory, the memory of a fit to rows on disk instead.
 
 iteration: ours reads fp16 rows, normalises them, assigns, adds up and updates; faiss assigns the same rows, which it holds
-in fp32, with IndexFlatIP. Both take turns in one process; the bar is on the median of the ratios of neighbouring turns.
+in fp32, with IndexFlatIP. Both take turns in one process; the limit is on the median of the ratios of neighbouring turns.
 fit: the objective (mean cosine to the nearest centroid, found in the same way for both) after as many iterations of both.
 memory: rows of ten times --memory-gb are written to an embedding folder, and fitted in a process of its own. Counted is
 anonymous memory (RssAnon, sampled) above what the process has when torch is loaded: what pages of the mapped files are
@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.anonymous import PeakOfAnonymous, anonymous_bytes
-from benchmarks.layout import write_embeddings
-from benchmarks.levels import fit, labels, tree
+from benchmarks.anonymous_memory import PeakAnonymous, anonymous_bytes
+from benchmarks.kmeans_quality import fit, labels, tree
 from benchmarks.measure import ask_process
-from benchmarks.suite import Bar, Report, Row, clock_of, report
+from benchmarks.suite import Limit, Report, Row, clock_of, make_report
+from benchmarks.synthetic_folders import write_embeddings
 from megacid.distributed.stopping import no_progress
 from megacid.errors import UserError
 from megacid.offline.cluster.accumulate import one_pass
@@ -66,15 +66,15 @@ def run(args: argparse.Namespace) -> Report:
         raise UserError(
             f"--device is {args.device}, faiss-cpu is compared on the CPU: give --device cpu, or --suite assignment for a GPU"
         )
-    return report(args, [_memory(args)] if args.memory else [*_iteration(args), *_fits(args)])
+    return make_report(args, [_memory(args)] if args.memory else [*_iteration(args), *_fits(args)])
 
 
-def check(report: Report) -> list[Bar]:
-    bars = []
+def check(report: Report) -> list[Limit]:
+    limits = []
     for row in report["results"]:
         if row["measured"] == "iteration" and row["backend"] == row["auto"]:
-            bars.append(
-                Bar(
+            limits.append(
+                Limit(
                     f"iteration ({row['auto']}) to faiss's assignment",
                     statistics.median(row["ratio"]),
                     MOST_TIME,
@@ -82,12 +82,12 @@ def check(report: Report) -> list[Bar]:
                 )
             )
         elif row["measured"] == "fit":
-            bars.append(Bar(f"objective from {row['init']} to faiss's", row["objective_ratio"], LEAST_SHARE, True))
+            limits.append(Limit(f"objective from {row['init']} to faiss's", row["objective_ratio"], LEAST_SHARE, True))
         elif row["measured"] == "memory":
-            bars.append(
-                Bar("GB above the interpreter's own", row.get("peak_gb"), report["arguments"]["memory_gb"], False)
+            limits.append(
+                Limit("GB above the interpreter's own", row.get("peak_gb"), report["arguments"]["memory_gb"], False)
             )
-    return bars
+    return limits
 
 
 def _faiss(threads: int) -> Any:
@@ -216,7 +216,7 @@ def main() -> None:
     settings = KMeansSettings(**{name: asked[name] for name in names})
     rows = EmbeddingRows(Path(asked["folder"]) / "emb")
     own, began = anonymous_bytes(), time.perf_counter()
-    with PeakOfAnonymous() as peak:
+    with PeakAnonymous() as peak:
         if settings.method == "flat":
             kmeans(rows, settings, checkpoint=Path(asked["folder"]) / "state.npz", unit_rows=True)
         else:

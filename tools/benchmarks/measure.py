@@ -1,4 +1,4 @@
-"""Seconds, bytes and repeatability of a call, on a CPU or a GPU."""
+"""Time, memory and repeatability of a call, on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megacid.errors import UserError
 
 Run = Callable[[], object]
 Timer = Callable[[Run, int], list[float]]
-# glibc keeps freed blocks below a threshold that grows with use: the warm-up's blocks would hide the peak.
+# glibc keeps freed blocks up to a threshold that grows with use, and the warm-up's blocks would hide the peak.
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
 _FLUSH_BYTES = 1 << 28  # several times the L2 of any GPU
 _DIGEST_ELEMENTS = 1 << 24
@@ -31,8 +31,8 @@ _TURN_S, _LEAST_REPEATS, _MOST_REPEATS = 0.7, 7, 100
 
 
 class CudaTimer:
-    """timer(run, repeats) -> seconds of every call, by events around it. The calls are queued without waiting in between,
-    so that a short one is not timed at the speed of its launches; before each the L2 cache is overwritten."""
+    """timer(run, repeats) -> seconds of every call, by CUDA events around it. The calls are queued without waiting for
+    each other, so the launch overhead of a short one is hidden. The L2 cache is overwritten before each."""
 
     def __init__(self) -> None:
         self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
@@ -66,15 +66,15 @@ def timer_of(args: argparse.Namespace) -> Timer:
 
 
 def repeats_for(seconds: float) -> int:
-    """Calls of one turn: at least seven, so that three rounds have more than 20; more where they are short."""
+    """Calls per turn: at least seven, so three rounds have more than 20; more if they are short."""
     return min(_MOST_REPEATS, max(_LEAST_REPEATS, int(_TURN_S / seconds)))
 
 
 def take_turns(
     runs: Mapping[str, Run], timer: Timer, rounds: int, repeats: int | Mapping[str, int]
 ) -> dict[str, list[float]]:
-    """Seconds of rounds * repeats calls of every run. In every round each has its turn: drifting clocks meet them all. A turn
-    begins with a call that is not counted, and on a GPU without the blocks of another's sizes."""
+    """Seconds of rounds * repeats calls of every run. The runs alternate in every round, so drifting clocks affect all
+    alike. A turn begins with an uncounted call, and on a GPU with an empty allocator cache."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _, name in itertools.product(range(rounds), runs):
         if torch.cuda.is_available():
@@ -85,12 +85,12 @@ def take_turns(
 
 
 def quantiles(values: Iterable[float]) -> list[float]:
-    """20 %, 50 %, 80 %"""
-    found = torch.tensor(list(values), dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
-    return [float(q) for q in found]
+    """The 20 %, 50 % and 80 % quantiles."""
+    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    return torch.tensor(list(values), dtype=torch.float64).quantile(levels).tolist()
 
 
-def said_ms(values: Iterable[float]) -> str:
+def format_ms(values: Iterable[float]) -> str:
     """p50 [p20, p80] of seconds, in milliseconds."""
     p20, p50, p80 = (1e3 * value for value in quantiles(values))
     digits = 1 if p50 >= 10 else 3
@@ -98,7 +98,7 @@ def said_ms(values: Iterable[float]) -> str:
 
 
 def proc_bytes(path: str, key: str) -> int:
-    """An entry in kB of /proc/meminfo or /proc/self/status."""
+    """Bytes of an entry in kB of /proc/meminfo or /proc/self/status."""
     for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
@@ -112,8 +112,8 @@ def free_bytes(device: torch.device) -> int:
 
 
 def peak_extra_bytes(iterate: Run, device: torch.device) -> int:
-    """The most memory in use during iterate() above what is in use before it, its results included. On a CPU set
-    RETURN_FREED at the start of the process, and call iterate() once before."""
+    """The peak memory during iterate() above that before it, results included. On a CPU start the process with
+    RETURN_FREED in its environment, and call iterate() once before."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -125,41 +125,43 @@ def peak_extra_bytes(iterate: Run, device: torch.device) -> int:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
-        raise UserError(f"the peak cannot be reset ({error}), expected /proc/self/clear_refs: use Linux") from error
+        raise UserError(
+            f"the peak memory cannot be reset ({error}), expected /proc/self/clear_refs: measure on Linux"
+        ) from error
     before = proc_bytes("/proc/self/status", "VmRSS")
     iterate()
     return max(0, proc_bytes("/proc/self/status", "VmHWM") - before)
 
 
 def ask_process(module: str, request: dict[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    """The JSON that `python -m module REQUEST` prints last; {"skipped": its last words} when it fails."""
+    """The JSON that `python -m module REQUEST` prints last; {"skipped": its last error line} if it fails."""
     command = [sys.executable, "-m", module, json.dumps(request)]
-    surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment}
-    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=False)
+    full_environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment}
+    done = subprocess.run(command, env=full_environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message; killed for want of memory?"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no message; killed for lack of memory?"])[-1]
         return {"skipped": f"exit {done.returncode}: {last}"}
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def host_syncs(run: Run) -> int | None:
-    """How often one call waits for the GPU; None without one."""
+    """How often one call waits for the GPU; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings(record=True) as found:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             run()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
-    return sum("synchronizing" in str(warning.message) for warning in found)
+    return sum("synchronizing" in str(warning.message) for warning in caught)
 
 
 def digest(tensors: Iterable[Tensor]) -> int:
-    """A number of all bits and their places: two runs with equal digests gave the same bits. Sums of integers have no
-    order, so it does not change by itself; it needs no second copy of a large gradient."""
+    """A hash of all bits and their positions: equal digests mean equal bits. Integer sums do not depend on their order,
+    and no second copy of a large gradient is needed."""
     total = 0
     for tensor in tensors:
         bits = tensor.detach().contiguous().reshape(-1)
@@ -171,7 +173,7 @@ def digest(tensors: Iterable[Tensor]) -> int:
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
-    """|value - exact| / |exact| in float64; NaN where value is not finite."""
+    """|value - exact| / |exact| in float64; NaN if value is not finite."""
     value, exact = value.detach().double(), exact.detach().double().to(value.device)
     return float((value - exact).norm() / exact.norm())
 
@@ -181,9 +183,9 @@ def ratio(above: float | None, below: float | None) -> float | None:
 
 
 def median(row: Mapping[str, Any], key: str = "seconds") -> float | None:
-    """Of a row's repeats; None where there are none."""
+    """The median of a row's repeats; None without any."""
     return quantiles(row[key])[1] if row.get(key) else None
 
 
-def said(value: float | None, spec: str = ",.2f", unit: str = "") -> str:
+def format_value(value: float | None, spec: str = ",.2f", unit: str = "") -> str:
     return "-" if value is None else f"{value:{spec}}{unit}"

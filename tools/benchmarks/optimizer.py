@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.classifier import SCALE, SEED, Shape, class_rows
-from benchmarks.suite import Bar, Report, Row, report
+from benchmarks.classifier_providers import SCALE, SEED, Shape, class_rows
+from benchmarks.suite import Limit, Report, Row, make_report
 from megacid import PartialFC, RowAdamW, RowSGD
 from megacid.classifier.row_state import rounding_keys
 from megacid.errors import UserError
@@ -45,7 +45,7 @@ class Step(NamedTuple):
     elements: int
 
 
-class Problem:
+class Case:
     """Rows, their gradient from a real backward, and what every provider starts from."""
 
     def __init__(self, shape: Shape, device: torch.device):
@@ -75,28 +75,28 @@ class Problem:
         return head
 
 
-def rows_step(problem: Problem, kind: str, moments: Any) -> Step:
-    head = problem.head()
+def rows_step(case: Case, kind: str, moments: Any) -> Step:
+    head = case.head()
     optimizer: RowAdamW | RowSGD
     if kind == "adamw":
         optimizer = RowAdamW(head, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, moments=moments)
     else:
         optimizer = RowSGD(head, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, moments=moments)
-    return Step(optimizer.step, lambda: head.weight[problem.rows], problem.grad.numel())
+    return Step(optimizer.step, lambda: head.weight[case.rows], case.grad.numel())
 
 
-def kernel_step(problem: Problem, kind: str, moments: str) -> Step:
+def kernel_step(case: Case, kind: str, moments: str) -> Step:
     from megacid_kernels.fused import AdamWFactors, SGDFactors, adamw_rows_, sgd_rows_
 
-    if problem.device.type != "cuda":
+    if case.device.type != "cuda":
         raise ValueError("needs a GPU")
-    weight, rows = problem.weight.to(problem.device, copy=True), problem.rows
+    weight, rows = case.weight.to(case.device, copy=True), case.rows
     dtype = torch.bfloat16 if moments == "bf16" else torch.float32
     state = [torch.zeros_like(weight, dtype=dtype) for _ in range(2 if kind == "adamw" else 1)]
-    count = torch.ones(len(rows), dtype=torch.int32, device=problem.device)
+    count = torch.ones(len(rows), dtype=torch.int32, device=case.device)
     keys = rounding_keys(rows, count, weight.shape[1], seed=SEED) if moments == "bf16" else None
     common: dict[str, Any] = {"rows_S": rows, "keys": keys}
-    column = torch.ones(len(rows), device=problem.device)
+    column = torch.ones(len(rows), device=case.device)
     # Of the first step, in every step: the numbers are not what is timed.
     correct1, correct2 = 1 - BETAS[0], math.sqrt(1 - BETAS[1])
     adamw = AdamWFactors(*BETAS, 1 - LR * DECAY, column * (LR * correct2 / correct1), column * (EPS * correct2))
@@ -104,28 +104,28 @@ def kernel_step(problem: Problem, kind: str, moments: str) -> Step:
 
     def run() -> None:
         if kind == "adamw":
-            adamw_rows_(weight, state[0], state[1], problem.grad, adamw, betas=BETAS, **common)
+            adamw_rows_(weight, state[0], state[1], case.grad, adamw, betas=BETAS, **common)
         else:
-            sgd_rows_(weight, state[0], problem.grad, sgd, lr=LR, weight_decay=DECAY, **common)
+            sgd_rows_(weight, state[0], case.grad, sgd, lr=LR, weight_decay=DECAY, **common)
 
-    return Step(run, lambda: weight[rows], problem.grad.numel())
+    return Step(run, lambda: weight[rows], case.grad.numel())
 
 
-def dense_step(problem: Problem, kind: str, moments: str, *, of_all: bool) -> Step:
+def dense_step(case: Case, kind: str, moments: str, *, of_all: bool) -> Step:
     assert moments == "fp32"
-    whole = problem.weight.to(problem.device, copy=True)
-    weight = (whole if of_all else whole[problem.rows]).requires_grad_()
-    weight.grad = torch.zeros_like(weight).index_copy_(0, problem.rows, problem.grad) if of_all else problem.grad
+    whole = case.weight.to(case.device, copy=True)
+    weight = (whole if of_all else whole[case.rows]).requires_grad_()
+    weight.grad = torch.zeros_like(weight).index_copy_(0, case.rows, case.grad) if of_all else case.grad
     optimizer: torch.optim.Optimizer
     if kind == "adamw":
         optimizer = torch.optim.AdamW([weight], lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True)
     else:
         optimizer = torch.optim.SGD([weight], lr=LR, momentum=MOMENTUM, weight_decay=DECAY, fused=True)
-    return Step(optimizer.step, lambda: weight.detach()[problem.rows] if of_all else weight.detach(), weight.numel())
+    return Step(optimizer.step, lambda: weight.detach()[case.rows] if of_all else weight.detach(), weight.numel())
 
 
 class Provider(NamedTuple):
-    make: Callable[[Problem, str, str], Step]
+    make: Callable[[Case, str, str], Step]
     moments: tuple[str, ...] = ("fp32",)
 
 
@@ -137,9 +137,9 @@ PROVIDERS = {
 }
 
 
-def gate(name: str, problem: Problem, kind: str, step: Step) -> None:
+def gate(name: str, case: Case, kind: str, step: Step) -> None:
     """Make the first step; UserError unless it is float64's. Without history the moments' storage plays no part yet."""
-    before, grad = step.rows().double(), problem.grad.double()
+    before, grad = step.rows().double(), case.grad.double()
     step.run()
     if kind == "adamw":
         want = -LR * DECAY * before - LR * grad / (grad.abs() + EPS)
@@ -148,7 +148,7 @@ def gate(name: str, problem: Problem, kind: str, step: Step) -> None:
     error = measure.relative_error(step.rows().double() - before, want)
     if not error < _LARGEST_ERROR:
         raise UserError(
-            f"the first {kind} step of {name} at {problem.shape} differs from float64 by {error:.1e} of its length, expected < "
+            f"the first {kind} step of {name} at {case.shape} differs from float64 by {error:.1e} of its length, expected < "
             f"{_LARGEST_ERROR:g}: no speed is printed; run the tests in tests/kernels"
         )
 
@@ -162,28 +162,28 @@ def run(args: argparse.Namespace) -> Report:
     shapes = [Shape.parse(text) for text in args.shapes] if args.shapes else SHAPES[args.device]
     rows: list[Row] = []
     for shape in shapes:
-        problem = Problem(shape, device)
+        case = Case(shape, device)
         for kind in ("adamw", "sgd"):
-            rows += measure_steps(problem, kind, timer)
+            rows += measure_steps(case, kind, timer)
     print_table(rows)
-    return report(args, rows)
+    return make_report(args, rows)
 
 
-def measure_steps(problem: Problem, kind: str, timer: measure.Timer) -> list[Row]:
+def measure_steps(case: Case, kind: str, timer: measure.Timer) -> list[Row]:
     steps: dict[str, Step] = {}
     named: dict[str, Row] = {}
     for name, moments in ((name, moments) for name, provider in PROVIDERS.items() for moments in provider.moments):
         key = f"{name}, {moments}"
-        named[key] = {"shape": problem.shape.option, "optimizer": kind, "moments": moments, "provider": name}
+        named[key] = {"shape": case.shape.option, "optimizer": kind, "moments": moments, "provider": name}
         try:
-            step = PROVIDERS[name].make(problem, kind, moments)
-            gate(name, problem, kind, step)
+            step = PROVIDERS[name].make(case, kind, moments)
+            gate(name, case, kind, step)
             steps[key] = step
         except UserError:
             raise
         except (ValueError, ImportError, torch.OutOfMemoryError) as error:
             named[key]["skipped"] = str(error).splitlines()[0][:120]
-    source = problem.weight.to(problem.device)
+    source = case.weight.to(case.device)
     target = torch.empty_like(source)
     runs = {key: step.run for key, step in steps.items()} | {"copy": lambda: target.copy_(source)}
     repeats = {key: measure.repeats_for(timer(run, 2)[1]) for key, run in runs.items()}
@@ -192,7 +192,7 @@ def measure_steps(problem: Problem, kind: str, timer: measure.Timer) -> list[Row
     copied = 8 * source.numel() / middle["copy"]
     for key, step in steps.items():
         rate = BYTES[kind, named[key]["moments"]] * step.elements / middle[key]
-        named[key] |= {"seconds": seconds[key], "gb_per_s": rate / 1e9, "of_copy": rate / copied}
+        named[key] |= {"seconds": seconds[key], "gb_per_s": rate / 1e9, "copy_fraction": rate / copied}
         if "dense, fp32" in middle:
             named[key]["speed_over_dense"] = middle["dense, fp32"] / middle[key]
     return list(named.values())
@@ -206,19 +206,19 @@ def print_table(rows: list[Row]) -> None:
         if "skipped" in row:
             cells += [f"skipped: {row['skipped']}", "", "", ""]
         else:
-            cells += [measure.said_ms(row["seconds"]), f"{row['gb_per_s']:,.1f}", f"{row['of_copy']:.1%}"]
-            cells.append(measure.said(row.get("speed_over_dense"), unit="x"))
+            cells += [measure.format_ms(row["seconds"]), f"{row['gb_per_s']:,.1f}", f"{row['copy_fraction']:.1%}"]
+            cells.append(measure.format_value(row.get("speed_over_dense"), unit="x"))
         print(f"| {' | '.join(cells)} |")
 
 
-def check(found: dict[str, Any]) -> list[Bar]:
-    """On a GPU: the share of the copy's bandwidth that AdamW of sampled rows reaches. On a CPU there is no bar."""
+def check(report: Report) -> list[Limit]:
+    """On a GPU: the share of the copy's bandwidth that AdamW of sampled rows reaches. On a CPU there is no limit."""
     if found["arguments"]["device"] != "cuda":
         return []
     return [
-        Bar(
+        Limit(
             f"{Shape.parse(row['shape'])}: AdamW of rows, {row['moments']} moments, of copy",
-            row.get("of_copy"),
+            row.get("copy_fraction"),
             LEAST_SHARE_OF_COPY,
             at_least=True,
         )

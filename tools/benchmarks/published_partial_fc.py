@@ -1,11 +1,11 @@
-"""The published partial-FC scheme in plain PyTorch: what the operators are measured against, and nothing else uses.
+"""The published partial-FC scheme in plain PyTorch, as the baseline of the benchmarks.
 
 Legend: B local batch, G gathered batch, D width, C classes, L classes of this rank, S sampled rows.
 
 An et al., Partial FC (CVPR 2022), second version, in fp32, with CosFace's margin (Wang et al., 2018). Its costs and
-defects are kept, for they are what is compared: the gradient of the weight is dense [L, D] whatever was sampled, so a
-dense optimizer moves all rows; a sample's loss ends at -ln 1e-30 = 69.0776; three all-reduces; negatives come from the
-global generator; a label >= C is silently no class; all ranks need batches of one size.
+defects are kept because they are part of the comparison: the weight's gradient is dense [L, D] whatever was sampled, so a
+dense optimizer moves all rows; a sample's loss saturates at -ln 1e-30 = 69.0776; three all-reduces; negatives come from
+the global generator; a label >= C is silently treated as no class; all ranks need equal batch sizes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _all_gather(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """[B, D] of every rank -> [G, D]. Backward: the ranks' sum, times their number, which a data-parallel mean undoes."""
+    """[B, D] of every rank -> [G, D]. Backward: the sum over ranks times their number, which a data-parallel mean undoes."""
 
     @staticmethod
     def forward(ctx: Any, x_BD: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -52,7 +52,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 class _ShardedCrossEntropy(torch.autograd.Function):
-    """Mean cross entropy of logits whose columns are sharded over ranks. Overwrites `logits_GS` by the softmax."""
+    """Mean cross entropy of logits whose columns are sharded over ranks. Overwrites `logits_GS` with the softmax."""
 
     @staticmethod
     def forward(
@@ -86,8 +86,8 @@ class _ShardedCrossEntropy(torch.autograd.Function):
 class EagerPartialFC(nn.Module):
     """Sampled, class-sharded CosFace softmax with autograd. `weight` [L, D] gets a dense gradient from backward.
 
-    tuned: the same scheme with what a careful user would save: the scale applied in place, no one-hot matrix. Not
-    what is published; it tells how much of a difference is tuning and how much is the scheme.
+    tuned: apply the scale in place and make no one-hot matrix, as a careful user would. This is not the published code;
+    it shows how much of a difference is tuning and how much is the scheme.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class EagerPartialFC(nn.Module):
         tuned: bool = False,
         device: torch.device | str | None = None,
     ):
-        """init: [C, D] of all ranks together, copied; None: N(0, 0.01) from the global generator."""
+        """init: [C, D] of all ranks, copied; None: N(0, 0.01) from the global generator."""
         super().__init__()
         world = _world(group)
         rank = dist.get_rank(group) if world > 1 else 0
@@ -118,7 +118,7 @@ class EagerPartialFC(nn.Module):
         self.weight = nn.Parameter(rows)
 
     def forward(self, emb_BD: Tensor, target_B: Tensor) -> Tensor:
-        """Mean loss over the global batch, 0-d. target_B: int64 global class ids, below 0 or from C on: no class."""
+        """Mean loss over the global batch, 0-d. target_B: int64 global class ids; outside [0, C) means no class."""
         emb_GD, target_G = emb_BD, target_B
         if _world(self.group) > 1:
             emb_GD, target_G = _GatherRows.apply(emb_BD, self.group), _all_gather(target_B, self.group)
@@ -138,7 +138,7 @@ class EagerPartialFC(nn.Module):
 
     @torch.no_grad()
     def _sample(self, slot_G: Tensor) -> Tensor:
-        """Sorted local ids [S]: every class of the batch that lives here, then random ones."""
+        """Sorted local ids [S]: this rank's classes of the batch, then random ones."""
         positive = torch.unique(slot_G[slot_G >= 0])
         if len(positive) > self.num_sample:
             return positive

@@ -1,7 +1,7 @@
-"""Time and memory of the classifiers: in turns in one process where they are compared, in processes of their own where
-a peak or a size is.
+"""Time and memory of the classifier providers.
 
-`python -m benchmarks.classifier_runs REQUEST` is such a process; the request and the answer are JSON.
+Providers that are compared take turns in one process; peak memory, and the time of the suite scale, are measured in a
+process per provider: `python -m benchmarks.classifier_timing REQUEST`. Request and answer are JSON.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from benchmarks.classifier import Provider, Shape, class_rows
+from benchmarks.classifier_providers import Provider, Shape, class_rows
 from benchmarks.suite import Row, clock_of
 from megacid.errors import UserError
 
 WARM_UP = 2
-_ASKED = ("suite", "repeats", "threads", "device", "clock")
+_REQUEST_OPTIONS = ("suite", "repeats", "threads", "device", "clock")
 
 
 def take_turns(names: list[str], shape: Shape, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of every repeat by provider; UserError when their losses differ."""
+    """Seconds of every repeat by provider. Raises UserError if their losses differ."""
     device = torch.device(args.device)
     weight = class_rows(shape)
     runs = {name: Provider(name, shape, weight, device, train=args.suite != "head") for name in names}
@@ -44,20 +44,20 @@ def take_turns(names: list[str], shape: Shape, args: argparse.Namespace) -> dict
             if step >= WARM_UP:
                 seconds[name].append(clock() - start)
             first.setdefault(name, float(loss))
-    most = 1e-4 if shape.rate == 1 else 0.5  # sampled: each drew its own rows
+    most = 1e-4 if shape.rate == 1 else 0.5  # with sampling, each provider draws its own rows
     if not all(abs(one - other) <= most * other for one in first.values() for other in first.values()):
-        raise UserError(f"the providers' losses are {first}, expected the same number: no speed is printed")
+        raise UserError(f"the providers' losses are {first}, expected equal losses: no speed is printed")
     return seconds
 
 
 def needed_bytes(name: str, shape: Shape, train: bool) -> int:
-    """An estimate from above: weight, moments and copies while it is built or its gradients are made."""
+    """An upper estimate: weight, moments, and copies during construction or the backward."""
     copies = 6 if train and name != "megacid" else 3
     return 4 * (copies * shape.classes * shape.width + shape.rows * (6 * shape.width + 5 * shape.batch))
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """What a process of its own says to {"what": "time" or "memory", "name": a provider, "shape", options of args}."""
+    """The answer of a separate process to {"what": "time" or "memory", "name": a provider, "shape", options of args}."""
     args, shape, name = argparse.Namespace(**request), Shape.parse(request["shape"]), request["name"]
     torch.set_num_threads(args.threads)
     if args.what == "time":
@@ -69,36 +69,40 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def ask(what: str, name: str, shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
-    request = {"what": what, "name": name, "shape": shape.option} | {key: getattr(args, key) for key in _ASKED}
-    return measure.ask_process("benchmarks.classifier_runs", request, measure.RETURN_FREED if what == "memory" else {})
+    request = {"what": what, "name": name, "shape": shape.option} | {
+        key: getattr(args, key) for key in _REQUEST_OPTIONS
+    }
+    return measure.ask_process(
+        "benchmarks.classifier_timing", request, measure.RETURN_FREED if what == "memory" else {}
+    )
 
 
 def measure_shape(shape: Shape, names: list[str], args: argparse.Namespace) -> list[Row]:
     """A row per provider: {"shape", "provider", "seconds", "peak_extra_bytes"} or {..., "skipped"}."""
     taken, free = 0, 0.9 * measure.free_bytes(torch.device(args.device))
-    found: dict[str, dict[str, Any]] = {name: {} for name in names}
-    # The tuned variant comes last: it is left out where memory is short.
-    for name in sorted(found, key=("megacid", "eager", "eager-tuned").index):
+    results: dict[str, dict[str, Any]] = {name: {} for name in names}
+    # The tuned variant comes last: it is skipped if memory is short.
+    for name in sorted(results, key=("megacid", "eager", "eager-tuned").index):
         needed = needed_bytes(name, shape, args.suite != "head") + taken
         if needed > free:
-            found[name] = {"skipped": f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"}
+            results[name] = {"skipped": f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"}
         elif args.suite != "scale":
             taken = needed
-    fit = [name for name in found if not found[name]]
+    fit = [name for name in results if not results[name]]
     if args.suite == "scale":
         for name in fit:
-            found[name] = ask("time", name, shape, args)
+            results[name] = ask("time", name, shape, args)
     else:
-        found |= {name: {"seconds": seconds} for name, seconds in take_turns(fit, shape, args).items()}
+        results |= {name: {"seconds": seconds} for name, seconds in take_turns(fit, shape, args).items()}
         gc.collect()
     for name in fit:
-        if "seconds" in found[name]:
-            found[name] |= ask("memory", name, shape, args)
-    return [{"shape": shape.option, "provider": name} | values for name, values in found.items()]
+        if "seconds" in results[name]:
+            results[name] |= ask("memory", name, shape, args)
+    return [{"shape": shape.option, "provider": name} | values for name, values in results.items()]
 
 
-def against(mine: Row, other: Row) -> tuple[float | None, float | None]:
-    """(other's time / mine, my extra memory / other's) of two rows; None where one was not measured."""
+def compare(mine: Row, other: Row) -> tuple[float | None, float | None]:
+    """(other's time / mine, my extra memory / other's); None where one was not measured."""
     speed = memory = None
     if "seconds" in mine and "seconds" in other:
         speed = statistics.median(o / m for o, m in zip(other["seconds"], mine["seconds"]))

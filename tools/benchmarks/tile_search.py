@@ -59,63 +59,63 @@ def excess(tile: ProductTile, itemsize: int, shared_bytes: int) -> str:
     return ""
 
 
-class Problem(NamedTuple):
+class Case(NamedTuple):
     x: Tensor  # [b, D] unit rows
     w: Tensor  # [S, D] unit rows
     slot: Tensor  # [b, 1] int64
     own: Tensor  # [b, 1] bool
 
     @classmethod
-    def random(cls, samples: int, classes: int, width: int, dtype: torch.dtype, device: torch.device) -> Problem:
+    def random(cls, samples: int, classes: int, width: int, dtype: torch.dtype, device: torch.device) -> Case:
         generator = torch.Generator(device).manual_seed(_SEED)
         x, w = (F.normalize(torch.randn(n, width, generator=generator, device=device)) for n in (samples, classes))
         slot = torch.randint(classes, (samples, 1), generator=generator, device=device)
         return cls(x.to(dtype), w.to(dtype), slot, torch.ones_like(slot, dtype=torch.bool))
 
 
-def forward(problem: Problem, tile: ProductTile | None) -> Tensor:
+def forward(case: Case, tile: ProductTile | None) -> Tensor:
     """The row sums; the matrix is made and dropped."""
-    return exponentials(*problem, scale=_SCALE, shift=0.0, tile=tile).sums
+    return exponentials(*case, scale=_SCALE, shift=0.0, tile=tile).sums
 
 
-def search(problem: Problem, tile: ProductTile | None) -> Tensor:
-    return nearest(problem.x, problem.w, tile=tile)[0]
+def search(case: Case, tile: ProductTile | None) -> Tensor:
+    return nearest(case.x, case.w, tile=tile)[0]
 
 
-def in_place(problem: Problem) -> Tensor:
+def in_place(case: Case) -> Tensor:
     """The same sums from a product by the library. Its cosines have the operands' type, and bf16 is too coarse for them."""
-    x, w, slot, own = problem
+    x, w, slot, own = case
     cos = pitched(len(x), len(w), x.dtype, x.device)
     torch.mm(x, w.T, out=cos)
     return exponentials_(cos, slot, own, scale=_SCALE, shift=0.0).sums
 
 
-RUNS: dict[Kernel, Callable[[Problem, ProductTile | None], Tensor]] = {"forward": forward, "nearest": search}
+RUNS: dict[Kernel, Callable[[Case, ProductTile | None], Tensor]] = {"forward": forward, "nearest": search}
 
 
 def fitting(kernel: Kernel, dtype: torch.dtype, shared_bytes: int) -> list[ProductTile]:
     return [tile for tile in candidates(kernel, dtype.itemsize) if not excess(tile, dtype.itemsize, shared_bytes)]
 
 
-def tune(problem: Problem, tiles: dict[Kernel, list[ProductTile]], timer: measure.Timer) -> tuple[Tiles, list[Row]]:
+def tune(case: Case, tiles: dict[Kernel, list[ProductTile]], timer: measure.Timer) -> tuple[Tiles, list[Row]]:
     """(the fastest of `tiles` by kernel, a row per candidate). A tile whose sums are not those of the table's tile, or that
     the compiler refuses, says so in its row."""
-    x = problem.x
-    flop = 2e-12 * len(x) * len(problem.w) * x.shape[1]
+    x = case.x
+    flop = 2e-12 * len(x) * len(case.w) * x.shape[1]
     rows: list[Row] = []
     best: dict[Kernel, tuple[float, ProductTile]] = {}
     for kernel in KERNELS:
-        want = RUNS[kernel](problem, None)
+        want = RUNS[kernel](case, None)
         runs: dict[str, Callable[[], object]] = {}
         for tile in tiles[kernel]:
-            run = functools.partial(RUNS[kernel], problem, tile)
+            run = functools.partial(RUNS[kernel], case, tile)
             reason = _refusal(run, want)
             if reason:
-                rows.append({"kernel": kernel, "tile": said(tile), "skipped": reason})
+                rows.append({"kernel": kernel, "tile": tile_name(tile), "skipped": reason})
             else:
-                runs[said(tile)] = run
+                runs[tile_name(tile)] = run
         timed = _times(runs, timer)
-        known = {said(tile): tile for tile in tiles[kernel]}
+        known = {tile_name(tile): tile for tile in tiles[kernel]}
         for name, seconds in timed.items():
             rows.append(
                 {"kernel": kernel, "tile": name, "seconds": seconds, "tflops": flop / measure.quantiles(seconds)[1]}
@@ -128,7 +128,7 @@ def tune(problem: Problem, tiles: dict[Kernel, list[ProductTile]], timer: measur
         best[kernel] = (measure.quantiles(timed[name])[1], known[name])
     matrix: Any = "fused"
     if x.dtype != torch.bfloat16:
-        seconds = _times({"in-place": functools.partial(in_place, problem)}, timer)["in-place"]
+        seconds = _times({"in-place": functools.partial(in_place, case)}, timer)["in-place"]
         rows.append(
             {"kernel": "in-place", "tile": "", "seconds": seconds, "tflops": flop / measure.quantiles(seconds)[1]}
         )
@@ -136,7 +136,7 @@ def tune(problem: Problem, tiles: dict[Kernel, list[ProductTile]], timer: measur
     return Tiles(best["forward"][1], best["nearest"][1], matrix, measured=True), rows
 
 
-def said(tile: ProductTile) -> str:
+def tile_name(tile: ProductTile) -> str:
     return f"{tile.rows}x{tile.columns}x{tile.depth}, {tile.warps} warps, {tile.stages} stages, group {tile.group}"
 
 

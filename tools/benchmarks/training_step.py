@@ -1,4 +1,4 @@
-"""Suites step and scale: a whole training step of the classifier against the published partial-FC scheme.
+"""Suites step and scale: a whole training step of the classifier compare the published partial-FC scheme.
 
 First loss and gradients of all providers must agree with float64. In step (and head on a CPU) the providers take turns in
 one process and speed is the median of paired ratios; in scale each has its own process. Extra memory is the peak of one
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.classifier import PROVIDERS, Shape, gate
-from benchmarks.classifier_runs import against, measure_shape
-from benchmarks.measure import quantiles, said
-from benchmarks.suite import Bar, Report, Row, report
+from benchmarks.classifier_providers import PROVIDERS, Shape, check_accuracy
+from benchmarks.classifier_timing import compare, measure_shape
+from benchmarks.measure import format_value, quantiles
+from benchmarks.suite import Limit, Report, Row, make_report
 from megacid.errors import UserError
 
 HELP = (
@@ -44,19 +44,19 @@ def shapes_of(args: argparse.Namespace, default: list[Shape]) -> list[Shape]:
 
 def run(args: argparse.Namespace) -> Report:
     if args.check and args.suite not in BARS:
-        raise UserError(f"--check has no bar for the suite {args.suite}, expected {' or '.join(BARS)}: leave it out")
+        raise UserError(f"--check has no limit for the suite {args.suite}, expected {' or '.join(BARS)}: leave it out")
     if args.repeats < LEAST_REPEATS:
         raise UserError(f"--repeats is {args.repeats}, expected at least {LEAST_REPEATS}: leave it out for the default")
     shapes = shapes_of(args, SHAPES[args.suite])
     names = [name for name in PROVIDERS if args.suite != "scale" or name != "eager-tuned"]
-    gate(names, torch.device(args.device))
+    check_accuracy(names, torch.device(args.device))
     print("agree with float64: " + "; ".join(f"{name} ({PROVIDERS[name]})" for name in names))
     rows = [row for shape in shapes for row in measure_shape(shape, names, args)]
-    for row, (speed, memory) in [(row, against(row, by_shape(rows)[row["shape"]]["eager"])) for row in rows]:
+    for row, (speed, memory) in [(row, compare(row, by_shape(rows)[row["shape"]]["eager"])) for row in rows]:
         row |= {} if speed is None else {"speed_over_eager": speed}
-        row |= {} if memory is None else {"memory_of_eagers": memory}
+        row |= {} if memory is None else {"memory_over_eager": memory}
     print_table(rows)
-    return report(args, rows)
+    return make_report(args, rows)
 
 
 def by_shape(rows: list[Row]) -> dict[str, dict[str, Row]]:
@@ -76,22 +76,24 @@ def print_table(rows: list[Row]) -> None:
         values, first, cells = found[name], next(iter(shapes.values()))[name], [name, str(Shape.parse(shape))]
         if "seconds" in values:
             p20, p50, p80 = (1e3 * value for value in quantiles(values["seconds"]))
-            speed, share = against(values, found["eager"])
-            cells += [f"{p50:,.1f} [{p20:,.1f}, {p80:,.1f}]", said(speed, unit="x")]
+            speed, share = compare(values, found["eager"])
+            cells += [f"{p50:,.1f} [{p20:,.1f}, {p80:,.1f}]", format_value(speed, unit="x")]
             cells += [f"{values['peak_extra_bytes'] / 2**20:,.1f}" if "peak_extra_bytes" in values else "-"]
-            cells += [said(share, unit="x")]
-            cells.append(f"{said(against(first, values)[0], unit='x')}, {said(against(values, first)[1], unit='x')}")
+            cells += [format_value(share, unit="x")]
+            cells.append(
+                f"{format_value(compare(first, values)[0], unit='x')}, {format_value(compare(values, first)[1], unit='x')}"
+            )
         if "skipped" in values:
             cells.append(f"not measured: {values['skipped']}")
         print(f"| {' | '.join(cells)} |")
 
 
-def check(found: dict[str, Any]) -> list[Bar]:
-    bars = []
+def check(report: Report) -> list[Limit]:
+    limits = []
     for shape, rows in by_shape(found["results"]).items():
-        speed, memory = against(rows["megacid"], rows["eager"])
+        speed, memory = compare(rows["megacid"], rows["eager"])
         least, most = BARS[found["suite"]]
-        bars.append(Bar(f"{Shape.parse(shape)}: speed over eager", speed, least, at_least=True))
+        limits.append(Limit(f"{Shape.parse(shape)}: speed over eager", speed, least, at_least=True))
         if most is not None:
-            bars.append(Bar(f"{Shape.parse(shape)}: extra memory of eager's", memory, most, at_least=False))
-    return bars
+            limits.append(Limit(f"{Shape.parse(shape)}: extra memory of eager's", memory, most, at_least=False))
+    return limits

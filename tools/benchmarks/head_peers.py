@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.baselines import PROBABILITY_FLOOR, EagerPartialFC
-from benchmarks.classifier import SCALE, Shape
+from benchmarks.classifier_providers import SCALE, Shape
+from benchmarks.published_partial_fc import PROBABILITY_FLOOR, EagerPartialFC
 
 Block = Literal["margin", "plain"]
 _SLOW_S, _OPTIMISTIC_BYTES_PER_S = 5.0, 3e12

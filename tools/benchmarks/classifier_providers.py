@@ -1,4 +1,4 @@
-"""The classifier and the published partial-FC scheme in plain PyTorch, ready to be measured side by side.
+"""Providers of the classifier suites: PartialFC and the published partial-FC scheme, each with its optimizer and batch.
 
 Legend: C classes, D width, B batch, S sampled rows.
 """
@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.baselines import EagerPartialFC
 from benchmarks.measure import relative_error
+from benchmarks.published_partial_fc import EagerPartialFC
 from megacid import Margin, PartialFC, RowAdamW
 from megacid.errors import UserError
 from megacid_kernels.reference import discrimination_reference
 
 MARGIN, SCALE, SEED = 0.3, 64.0, 0
-# Small, so that the timed steps all see about the same geometry.
+# A small learning rate keeps the geometry nearly the same in all timed steps.
 LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-5, (0.9, 0.98), 0.05
 PROVIDERS = {
     "eager": "published partial-FC scheme, torch.optim.AdamW",
-    "eager-tuned": "the same without one-hot matrix, scale in place, fused AdamW",
+    "eager-tuned": "the same without a one-hot matrix, with in-place scale and fused AdamW",
     "megacid": "PartialFC, RowAdamW",
 }
 
@@ -43,8 +43,8 @@ class Shape:
             if min(shape.classes, shape.width, shape.batch) < 1 or not 0 < shape.rate <= 1:
                 raise ValueError
         except ValueError:
-            wish = "expected classes,width,batch,rate (numbers above 0, rate at most 1): 131072,256,256,1"
-            raise UserError(f"shape is {text!r}, {wish}") from None
+            expected = "classes,width,batch,rate (numbers above 0, rate at most 1), for example 131072,256,256,1"
+            raise UserError(f"shape is {text!r}, expected {expected}") from None
         return shape
 
     @property
@@ -53,7 +53,7 @@ class Shape:
 
     @property
     def option(self) -> str:
-        """As the command line takes it."""
+        """The shape as an argument of the command line."""
         return f"{self.classes},{self.width},{self.batch},{self.rate!r}"
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class Provider:
             self.head = PartialFC(shape.classes, shape.width, margin=Margin.cosface(MARGIN), seed=SEED, **options)
             if train:
                 self.optimizer = RowAdamW(self.head, **adam)
-                # Zeroed memory is only there once it is written; a row's first update must not look like extra memory.
+                # Zeroed pages are not resident until written; a row's first update must not count as extra memory.
                 for state in self.optimizer.state_rows().values():
                     state.zero_()
         else:
@@ -82,7 +82,7 @@ class Provider:
                 self.optimizer = torch.optim.AdamW(self.head.parameters(), fused=tuned or None, **adam)
         generator = torch.Generator().manual_seed(SEED + 1)
         self.target = torch.randint(shape.classes, (shape.batch,), generator=generator)
-        # Cosine 0.6 to the own class, chance level to the others: the geometry of a classifier in training.
+        # Cosine 0.6 to the label's class and chance level to the others, as during training.
         noise = torch.randn(shape.batch, shape.width, generator=generator) / shape.width**0.5
         emb = 0.6 * torch.nn.functional.normalize(weight[self.target].float()) + 0.8 * noise
         self.emb, self.target = emb.to(device).requires_grad_(), self.target.to(device)
@@ -95,7 +95,7 @@ class Provider:
         return loss.detach()
 
     def row_grad(self) -> tuple[Tensor, Tensor]:
-        """(class ids [S] that were used, their gradient [S, D])"""
+        """(ids of the classes used [S], their gradient [S, D])."""
         if isinstance(self.head, PartialFC):
             return self.head.row_grad()
         assert self.head.weight.grad is not None
@@ -103,7 +103,7 @@ class Provider:
         return rows, self.head.weight.grad[rows]
 
     def run(self, step: int) -> Tensor:
-        """What is measured. Gradients are dropped at the end, as a loop does before its next backward."""
+        """The measured step. Gradients are dropped at the end, as a training loop does before its next backward."""
         loss = self.backward(step)
         if self.optimizer is not None:
             self.optimizer.step()
@@ -116,8 +116,8 @@ def class_rows(shape: Shape) -> Tensor:
     return torch.randn(shape.classes, shape.width, generator=torch.Generator().manual_seed(SEED)).mul_(0.01)
 
 
-def gate(names: list[str], device: torch.device) -> None:
-    """UserError unless loss and gradients, with and without sampling, are those of float64 autograd on the rows used."""
+def check_accuracy(names: list[str], device: torch.device) -> None:
+    """Raises UserError unless loss and gradients, with and without sampling, agree with float64 on the rows used."""
     for name, rate in itertools.product(names, (1.0, 0.5)):
         shape = Shape(1000, 48, 60, rate)
         weight = class_rows(shape)
@@ -127,10 +127,12 @@ def gate(names: list[str], device: torch.device) -> None:
         slot = torch.searchsorted(rows.cpu(), got.target.cpu())
         want, _ = discrimination_reference(x, w, slot, margin=Margin.cosface(MARGIN), scale=SCALE)
         want.backward()
-        values, exacts = (loss, got.emb.grad, row_grad), (want.detach(), x.grad, w.grad)
-        for what, value, exact in zip(("loss", "embedding gradient", "weight gradient"), values, exacts):
+        values, references = (loss, got.emb.grad, row_grad), (want.detach(), x.grad, w.grad)
+        for what, value, exact in zip(("loss", "embedding gradient", "weight gradient"), values, references):
             assert value is not None and exact is not None
             error = relative_error(value, exact)
             if not error < 1e-4 or len(rows) < 0.98 * shape.rows:
-                off = f"the {what} of {name} on {len(rows)} rows differs from float64 by {error:.1e} of its norm"
-                raise UserError(f"{off}, expected < 1e-4 on at least {shape.rows} rows: run the tests in tests/kernels")
+                raise UserError(
+                    f"the {what} of {name} on {len(rows)} rows differs from float64 by {error:.1e} of its norm, "
+                    f"expected < 1e-4 on at least {shape.rows} rows: run the tests in tests/kernels"
+                )

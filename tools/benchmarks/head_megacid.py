@@ -1,4 +1,4 @@
-"""The package's own head in each of its schedules, as providers beside `benchmarks.peers`."""
+"""The package's own head in each of its schedules, as providers beside `benchmarks.head_peers`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.classifier import SCALE
-from benchmarks.peers import Call, Case, Provider, loss_and_gradients
+from benchmarks.classifier_providers import SCALE
+from benchmarks.head_peers import Call, Case, Provider, loss_and_gradients
 from megacid_kernels import linear_margin_cross_entropy
 from megacid_kernels.margin import Margin
 
@@ -102,7 +102,9 @@ OURS = {
         impl="triton",
         weight_grad="stored",
     ),
-    "megacid-slab": _provider(training, "recomputed gradient, least memory", impl="triton", weight_grad="recomputed"),
+    "megacid-recomputed": _provider(
+        training, "recomputed gradient, least memory", impl="triton", weight_grad="recomputed"
+    ),
     "megacid-loss-only": _provider(loss_only, "no gradients", impl="triton"),
     "megacid-torch": _provider(training, "stored gradient in plain PyTorch, fp32", impl="torch", weight_grad="stored"),
 }

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.suite import Bar, Report, Row, clock_of, report
+from benchmarks.suite import Limit, Report, Row, clock_of, make_report
 from megacid.errors import UserError
 from megacid.offline.cluster.hierarchical import two_level
 from megacid.offline.cluster.kmeans import kmeans
@@ -50,23 +50,23 @@ def run(args: argparse.Namespace) -> Report:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}, expected at least 1")
     if args.suite == "planted":
-        return report(
+        return make_report(
             args, [row for seed in args.seeds for k in args.k or [30, 100, 200, 300] for row in _again(args, k, seed)]
         )
-    return report(args, [row for seed in args.seeds for k in args.k or [1024] for row in _levels(args, k, seed)])
+    return make_report(args, [row for seed in args.seeds for k in args.k or [1024] for row in _levels(args, k, seed)])
 
 
-def check(report: Report) -> list[Bar]:
-    bars = []
+def check(report: Report) -> list[Limit]:
+    limits = []
     for row in report["results"]:
         if "ami" in row:
             what = f"AMI, k {row['k']}, seed {row['seed']}, {row['method']}, {row['init']}"
-            bars.append(Bar(what, row["ami"], LEAST_AMI, True))
+            limits.append(Limit(what, row["ami"], LEAST_AMI, True))
         elif row["fit"] == "hierarchical":
             what = f"k {row['k']}, {row['data']}, seed {row['seed']}"
-            bars.append(Bar(f"objective to flat, {what}", row["objective_ratio"], LEAST_SHARE, True))
-            bars.append(Bar(f"time to flat, labels included, {what}", row["labelled_ratio"], MOST_TIME, False))
-    return bars
+            limits.append(Limit(f"objective to flat, {what}", row["objective_ratio"], LEAST_SHARE, True))
+            limits.append(Limit(f"time to flat, labels included, {what}", row["labelled_ratio"], MOST_TIME, False))
+    return limits
 
 
 def unit(x: np.ndarray) -> np.ndarray:

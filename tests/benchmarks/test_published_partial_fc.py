@@ -10,7 +10,7 @@ import torch
 from harness import run_ranks
 from torch import Tensor
 
-from benchmarks.baselines import PROBABILITY_FLOOR, EagerPartialFC
+from benchmarks.published_partial_fc import PROBABILITY_FLOOR, EagerPartialFC
 from megacid_kernels.margin import Margin
 from megacid_kernels.reference import discrimination_reference
 

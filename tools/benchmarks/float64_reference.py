@@ -1,4 +1,4 @@
-"""Loss and gradients in float64 on a sample of samples and classes, at sizes where the whole matrix fits nowhere.
+"""Loss and gradients in float64 on a sample of samples and classes, for shapes whose full matrix fits in no memory.
 
 Legend: B samples, C classes, D width, n classes of a block, i sampled samples, k sampled classes.
 """
@@ -22,8 +22,8 @@ class Exact(NamedTuple):
 
 
 def sample_of(target_B: Tensor, classes: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(samples, classes) to look at, `count` of each at most; half of the classes are labels of the batch where there are
-    enough, for their gradient has another term."""
+    """(samples, classes) to check, at most `count` of each. Half of the classes are labels of the batch if there are
+    enough: their gradient has another term."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(target_B), generator=generator)[:count].to(target_B.device)
     labels = target_B[rows].unique()[: max(1, count // 2)]
@@ -45,8 +45,8 @@ def exact_on_sample(
 ) -> Exact:
     """Mean cross entropy of z = scale (x . w - margin at the label), and its gradients at the sampled rows.
 
-    normalise: x and w are divided by their norms first, and the gradients are those of the undivided ones. Everything in
-    float64 whatever the inputs are, in blocks of classes. |scale x . w| must be below 700, which needs no maximum.
+    normalise: divide x and w by their norms first; gradients are with respect to the undivided rows. All arithmetic is
+    float64, in blocks of classes. |scale x . w| must be below 700: no maximum is subtracted.
     """
     x = x_BD.double()
     inverse_x = 1 / x.norm(dim=1, keepdim=True) if normalise else torch.ones_like(x[:, :1])
@@ -59,7 +59,7 @@ def exact_on_sample(
         return w * inverse, inverse
 
     negatives = x.new_zeros(batch)
-    pushed_iD = x.new_zeros(len(rows), x.shape[1])
+    negative_grad_iD = x.new_zeros(len(rows), x.shape[1])
     step = max(1, _BLOCK_BYTES // (8 * max(batch, x.shape[1])))
     for start in range(0, len(w_CD), step):
         w_nD, _ = rows_of_w(slice(start, start + step))
@@ -67,17 +67,17 @@ def exact_on_sample(
         own = (target_B >= start) & (target_B < start + len(w_nD))
         weight_Bn[own, target_B[own] - start] = 0.0
         negatives += weight_Bn.sum(1)
-        pushed_iD += weight_Bn[rows] @ w_nD
+        negative_grad_iD += weight_Bn[rows] @ w_nD
     w_BD, _ = rows_of_w(target_B)
     logit = scale * ((x * w_BD).sum(1) - margin)
     total = negatives + logit.exp()
-    pull = negatives / total  # 1 - P(label)
+    miss = negatives / total  # 1 - P(label)
 
-    grad_x = each * (pushed_iD / total[rows, None] - pull[rows, None] * w_BD[rows])
+    grad_x = each * (negative_grad_iD / total[rows, None] - miss[rows, None] * w_BD[rows])
     w_kD, inverse_k = rows_of_w(classes)
     share_Bk = (x @ w_kD.T).mul_(scale).exp_() / total[:, None]
     is_label = target_B[:, None] == classes[None, :]
-    grad_w = each * (torch.where(is_label, -pull[:, None], share_Bk).T @ x)
+    grad_w = each * (torch.where(is_label, -miss[:, None], share_Bk).T @ x)
     if normalise:
         unit = x[rows]
         grad_x = (grad_x - unit * (unit * grad_x).sum(1, keepdim=True)) * inverse_x[rows]
