@@ -64,9 +64,8 @@ def print_candidates(args: argparse.Namespace) -> None:
         for name in args.dtypes:
             for tile in tile_search.candidates(kernel, DTYPES[name].itemsize):
                 excess = tile_search.excess(tile, DTYPES[name].itemsize, shared)
-                print(
-                    f"| {kernel} | {name} | {tile_search.tile_name(tile)} | {f'skipped: {excess}' if excess else 'measured'} |"
-                )
+                use = f"skipped: {excess}" if excess else "measured"
+                print(f"| {kernel} | {name} | {tile_search.tile_name(tile)} | {use} |")
 
 
 def tune(args: argparse.Namespace) -> dict[Key, Tiles]:

@@ -305,28 +305,28 @@ def test_optimizer_and_contrastive_bars_are_of_a_gpu_and_of_large_batches() -> N
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--suite", "head", "--shapes", "10,4,2"], "classes,width,batch,rate"),
         (["--suite", "step", "--shapes", "10,4,2,1.5"], "rate at most 1"),
         (["--suite", "contrastive", "--shapes", "10"], "batch,width"),
         (["--suite", "head", "--repeats", "3"], "at least 5"),
         (["--suite", "head", "--compare", "/nowhere.json"], "is not a result of this tool"),
-        (["--suite", "scale", "--check"], "no limit for the suite scale"),
+        (["--suite", "scale", "--check"], "suite scale has no limits"),
         (["--suite", "head", "--analytic", "--check"], "measures nothing"),
-        (["--suite", "head", "--providers", "eager"], "does nothing with --device cpu"),
+        (["--suite", "head", "--providers", "eager"], "has no effect with --device cpu"),
         (["--suite", "head", "--analytic", "--repeats", "1", "--geometry", "init"], "--geometry is given"),
         (["--suite", "head", "--threads", "0"], "--threads is 0"),
     ],
 )
-def test_a_bad_call_names_what_was_wanted(tool: ModuleType, options: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_a_bad_call_names_what_was_expected(tool: ModuleType, options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         call(tool, *options)
 
 
 def test_the_head_of_a_gpu_refuses_what_it_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     args = suite_args("head", providers=["egaer"], geometry="init", budget_gib=20.0)
-    with pytest.raises(UserError, match="has 'egaer', known are cublas-3gemm"):
+    with pytest.raises(UserError, match="has 'egaer', expected some of cublas-3gemm"):
         head_gpu.run(args, [Shape(10, 4, 2)])
     with pytest.raises(UserError, match="takes all rows"):
         head_gpu.run(args, [Shape(10, 4, 2, 0.5)])

@@ -82,7 +82,7 @@ def test_forcing_how_exponentials_are_made_lasts_for_one_call(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.delenv(TABLE_VARIABLE, raising=False)
     usual = lookup("sm_90", "float16", 640)
-    with head_megacid.forced(matrix, torch.device("cuda"), 640):
+    with head_megacid.force_matrix(matrix, torch.device("cuda"), 640):
         found = lookup("sm_90", "float16", 640)
     assert usual is not None and found is not None and found.matrix == matrix and found.forward == usual.forward
     assert TABLE_VARIABLE not in os.environ

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from doc_blocks import ROOT
 
-from benchmarks.baselines import EagerPartialFC
+from benchmarks.published_partial_fc import EagerPartialFC
 from megacid import Margin, PartialFC
 
 X = torch.tensor([[0.9, -0.2, 0.4], [0.1, 0.8, -0.5], [-0.6, 0.3, 0.7], [0.2, 0.2, 0.9]])

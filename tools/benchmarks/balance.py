@@ -1,12 +1,13 @@
-"""The whole balance stage, from folders on disk to keep masks, report and gallery: seconds, memory, precision and recall.
+"""Suite balance: time, memory, precision and recall of the balance stage, from folders to keep masks and report.
 
-Rows lie around centroids; one in five originals lies between two of them, so that its copies fall on both sides of the
-border. A copy is its original with noise; 15 % of the rows are copies. Labels are made by the labelling of tools/cluster.py,
-tars, embeddings and clusters have the layout of the tools; making all of that is not timed. Then, with --large, one cluster
-that holds everything. Each run of the stage is a process of its own; memory is anonymous memory (RssAnon, sampled) above
-what the process has when it has loaded its libraries, because pages of mapped files go when the kernel wants them.
+Rows lie around centroids; one original in five lies between two centroids, so its copies fall into both clusters. A
+copy is its original with noise; 15 % of the rows are copies. Labels come from the code of tools/cluster.py; tars,
+embeddings and clusters have the layout of the tools. Preparing the data is not timed. With --large a second run has one
+cluster that holds everything. Each run is a separate process; its memory is anonymous memory (RssAnon, sampled) above
+that after importing the libraries, because pages of mapped files can be reclaimed.
 
-precision: of the removed samples, the share that is beyond one per group of copies. recall: of those, the share removed.
+precision: fraction of the removed samples that are surplus (all but one of each group of copies).
+recall: fraction of the surplus samples that are removed.
 
 Legend: n rows, K clusters, D width.
 """
@@ -26,7 +27,7 @@ import torch
 from benchmarks.anonymous_memory import PeakAnonymous, anonymous_bytes
 from benchmarks.measure import ask_process
 from benchmarks.suite import Limit, Report, Row, clock_of, make_report
-from benchmarks.synthetic_folders import ABOUT, parts_of, write_embeddings, write_tars
+from benchmarks.synthetic_folders import EMBEDDING_META, samples_of_parts, write_embeddings, write_tars
 from megacid.data.index import load_index
 from megacid.distributed.parallel import Parallel
 from megacid.distributed.stopping import no_progress
@@ -38,30 +39,34 @@ from megacid.offline.nearest import Assigner
 from megacid.offline.rows import EmbeddingRows
 from megacid.storage.metadata import write_meta
 
-HELP = "the balance stage with planted near-duplicates, also across borders of clusters, and one large cluster"
-MOST_S, LEAST_FOUND, MOST_GIB = 180.0, 0.99, 2.0
+HELP = "the balance stage with planted near-duplicates within and across clusters, and with one large cluster"
+MAX_SECONDS, MIN_FRACTION, MAX_GIB = 180.0, 0.99, 2.0
 _COPIES, _BETWEEN = 0.15, 0.2  # of all rows; of the originals
-_SPREAD, _COPY_NOISE = 0.75, 0.12  # length of the noise beside a unit centroid, beside a unit row
+_SPREAD, _COPY_NOISE = 0.75, 0.12  # length of the noise added to a unit centroid, to a unit row
 _CHUNK = 1 << 16
 ALONE = Parallel(rank=0, world=1, local_rank=0, device=torch.device("cpu"), group=None)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--k", type=int, default=4096)
-    parser.add_argument("--tars", type=int, default=100)
-    parser.add_argument("--threshold", type=float, default=0.35)
-    parser.add_argument("--neighbor-clusters", type=int, nargs="*", default=[0, 4], help="a run for each")
-    parser.add_argument("--link", choices=("components", "greedy"), default="components")
-    parser.add_argument("--large", type=int, default=0, help="also one cluster of so many members (the bar: 300000)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where data is written (default: that of temporary files)")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="samples")
+    parser.add_argument("--dim", type=int, default=256, help="embedding width")
+    parser.add_argument("--k", type=int, default=4096, help="clusters")
+    parser.add_argument("--tars", type=int, default=100, help="tars of the samples")
+    parser.add_argument("--threshold", type=float, default=0.35, help="as in tools/balance.py")
+    parser.add_argument(
+        "--neighbor-clusters", type=int, nargs="*", default=[0, 4], help="as in tools/balance.py; a run for each"
+    )
+    parser.add_argument("--link", choices=("components", "greedy"), default="components", help="as in tools/balance.py")
+    parser.add_argument(
+        "--large", type=int, default=0, help="also run one cluster with this many members (the limit is for 300000)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the data")
+    parser.add_argument("--folder", type=Path, help="folder for the data (default: the temporary folder)")
 
 
 def run(args: argparse.Namespace) -> Report:
     if args.device != "cpu":
-        raise UserError(f"--device is {args.device}, this suite runs on the CPU: give --device cpu")
+        raise UserError(f"--device is {args.device}, expected cpu: this suite runs on the CPU")
     rows = _stages(args, args.rows, args.k, args.neighbor_clusters) if args.neighbor_clusters else []
     if args.large:
         rows += _stages(args, args.large, 1, [0])
@@ -72,14 +77,14 @@ def check(report: Report) -> list[Limit]:
     limits = []
     for row in report["results"]:
         what = f"{row['rows']:,} rows, {row['k']:,} clusters, {row['neighbor_clusters']} neighbor clusters"
-        limits.append(Limit(f"precision, {what}", row.get("precision"), LEAST_FOUND, True))
+        limits.append(Limit(f"precision, {what}", row.get("precision"), MIN_FRACTION, True))
         if row["k"] == 1:
-            limits.append(Limit(f"peak GiB, {what}", row.get("peak_gib"), MOST_GIB, False))
+            limits.append(Limit(f"peak GiB, {what}", row.get("peak_gib"), MAX_GIB, False))
         else:
-            limits.append(Limit(f"seconds, {what}", row.get("seconds"), MOST_S, False))
+            limits.append(Limit(f"seconds, {what}", row.get("seconds"), MAX_SECONDS, False))
         # Without the second pass, copies in different clusters are not looked for.
         if row["k"] == 1 or row["neighbor_clusters"]:
-            limits.append(Limit(f"recall, {what}", row.get("recall"), LEAST_FOUND, True))
+            limits.append(Limit(f"recall, {what}", row.get("recall"), MIN_FRACTION, True))
     return limits
 
 
@@ -120,9 +125,9 @@ def _stages(args: argparse.Namespace, n: int, k: int, neighbor_clusters: list[in
         assigner = Assigner(torch.from_numpy(centroids), "cosine", ALONE.device)
         assign_labels(clusters, rows, assigner, ALONE, 1, no_progress)
         np.save(clusters / "centroids.npy", centroids)
-        facts = {"shards_digest": digest, "k": k, "metric": "cosine"} | ABOUT
-        write_meta(clusters, "cluster", source={"embeddings": str(emb)}, **facts)
-        found = []
+        manifest = {"shards_digest": digest, "k": k, "metric": "cosine"} | EMBEDDING_META
+        write_meta(clusters, "cluster", source={"embeddings": str(emb)}, **manifest)
+        rows_of_runs = []
         for neighbors in neighbor_clusters:
             out = folder / f"balance-{neighbors}"
             request = {name: getattr(args, name) for name in ("threshold", "link", "threads", "clock")}
@@ -130,38 +135,40 @@ def _stages(args: argparse.Namespace, n: int, k: int, neighbor_clusters: list[in
             row: Row = {"rows": n, "k": k, "dim": args.dim, "neighbor_clusters": neighbors, "link": args.link}
             row |= ask_process("benchmarks.balance", request, {})
             if "skipped" not in row:
-                masks = [np.load(out / "keep" / f"{number:05d}.npy") for number in range(len(parts_of(n, args.tars)))]
-                row |= _found(group, np.concatenate(masks))
+                masks = [
+                    np.load(out / "keep" / f"{number:05d}.npy") for number in range(len(samples_of_parts(n, args.tars)))
+                ]
+                row |= _accuracy(group, np.concatenate(masks))
                 print(
-                    f"{n:,} rows, {k:,} clusters, {neighbors} neighbor clusters: {row['seconds']:.1f} s, peak {row['peak_gib']:.2f} GiB, "
-                    f"precision {row['precision']:.4f}, recall {row['recall']:.4f}",
+                    f"{n:,} rows, {k:,} clusters, {neighbors} neighbor clusters: {row['seconds']:.1f} s, "
+                    f"peak {row['peak_gib']:.2f} GiB, precision {row['precision']:.4f}, recall {row['recall']:.4f}",
                     flush=True,
                 )
             else:
                 print(f"{n:,} rows, {k:,} clusters, {neighbors} neighbor clusters: {row['skipped']}", flush=True)
-            found.append(row)
-    return found
+            rows_of_runs.append(row)
+    return rows_of_runs
 
 
-def _found(group: np.ndarray, keep: np.ndarray) -> dict[str, float]:
+def _accuracy(group: np.ndarray, keep: np.ndarray) -> dict[str, float]:
     members, kept = np.bincount(group), np.bincount(group, weights=keep).astype(np.int64)
     filled = members > 0
-    right = int((members - np.maximum(kept, 1))[filled].sum())
-    return {"precision": right / int((~keep).sum()), "recall": right / int((members - 1)[filled].sum())}
+    correct = int((members - np.maximum(kept, 1))[filled].sum())
+    return {"precision": correct / int((~keep).sum()), "recall": correct / int((members - 1)[filled].sum())}
 
 
 def main() -> None:
-    """Of the process of one run: argument 1 is its request, the last line it prints the result; both JSON."""
-    asked: dict[str, Any] = json.loads(sys.argv[1])
-    torch.set_num_threads(asked["threads"])
-    torch.mm(torch.ones(8, 8), torch.ones(8, 8))  # the library's own buffers are there before they are counted
+    """The process of one run: argument 1 is the request, the last line printed is the answer, both JSON."""
+    request: dict[str, Any] = json.loads(sys.argv[1])
+    torch.set_num_threads(request["threads"])
+    torch.mm(torch.ones(8, 8), torch.ones(8, 8))  # allocate the library's own buffers before counting
     settings = BalanceSettings(
-        threshold=asked["threshold"], link=asked["link"], neighbor_clusters=asked["neighbor_clusters"]
+        threshold=request["threshold"], link=request["link"], neighbor_clusters=request["neighbor_clusters"]
     )
-    folder, clock = Path(asked["folder"]), clock_of(argparse.Namespace(clock=asked["clock"]))
+    folder, clock = Path(request["folder"]), clock_of(argparse.Namespace(clock=request["clock"]))
     own, began = anonymous_bytes(), clock()
     with PeakAnonymous() as peak:
-        balance(folder / "emb", folder / "clusters", Path(asked["out"]), settings, ALONE)
+        balance(folder / "emb", folder / "clusters", Path(request["out"]), settings, ALONE)
     print(json.dumps({"seconds": clock() - began, "peak_gib": (peak.bytes - own) / 2**30}))
 
 

@@ -57,7 +57,8 @@ def needed_bytes(name: str, shape: Shape, train: bool) -> int:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """The answer of a separate process to {"what": "time" or "memory", "name": a provider, "shape", options of args}."""
+    """The answer of a separate process to {"what": "time" or "memory", "name": a provider, "shape", options of
+    args}."""
     args, shape, name = argparse.Namespace(**request), Shape.parse(request["shape"]), request["name"]
     torch.set_num_threads(args.threads)
     if args.what == "time":

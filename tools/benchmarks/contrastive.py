@@ -6,7 +6,7 @@ megacid            megacid.losses.instance.instance_loss, as the trainer calls i
 materialised       both [G, G] logit matrices in fp32, each used for its two directions by F.cross_entropy
 materialised-bf16  the same with bf16 products (GPU only)
 
-Loss and gradients are first compared with float64. Extra memory is the peak above the inputs, on a CPU in its own process.
+Loss and gradients are first compared with float64. Extra memory is the peak above the inputs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ SHAPES: dict[str, list[Shape]] = {
 }
 SCALE, SEED, ROUNDS = 100.0, 0, 3
 LARGE_BATCH = 8192
-# fp32 rounds logits of up to SCALE to 4e-6, bf16 factors to SCALE * 2^-8 / sqrt(D), see `head_megacid.allowed_loss_error`.
+# fp32 rounds logits of up to SCALE to 4e-6, bf16 factors to SCALE * 2^-8 / sqrt(D), see
+# `head_megacid.allowed_loss_error`.
 _MAX_ERROR = {"megacid": 1e-4, "materialised": 1e-4, "materialised-bf16": 5e-2}
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -66,8 +67,8 @@ PROVIDERS: dict[str, Loss] = {
 
 
 def batch_of(shape: Shape, device: torch.device) -> tuple[Tensor, ...]:
-    """(student's image, text, teacher's image, text), unit rows [G, D], and the scale. Pairs are closer than other rows, as
-    in training; the student's rows and the scale require a gradient."""
+    """(student's image, text, teacher's image, text), unit rows [G, D], and the scale. Pairs are closer than other
+    rows, as in training; the student's rows and the scale require a gradient."""
     generator = torch.Generator(device).manual_seed(SEED)
     rows = [F.normalize(torch.randn(*shape, generator=generator, device=device)) for _ in range(4)]
     mixed = [F.normalize(0.4 * rows[0] + 0.6 * each) for each in rows]

@@ -12,7 +12,9 @@ from benchmarks import cost_model, head_gpu, training_step
 from benchmarks.suite import Limit, Report, make_report
 from megacid.errors import UserError
 
-HELP = "forward and backward over all classes, compared with the published scheme (CPU), or with cuBLAS and other packages (GPU)"
+HELP = (
+    "forward and backward over all classes, compared on a CPU with the published scheme, on a GPU with cuBLAS and peers"
+)
 
 
 # The parser's defaults are None: an option that has no effect is refused if it is given.

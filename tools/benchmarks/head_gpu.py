@@ -10,7 +10,7 @@ import argparse
 import gc
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,7 +119,8 @@ def attempt(name: str, case: Case, references: References, timer: measure.Timer)
         excess = excess_errors(name, case, errors)
         if excess and name in OURS:
             raise UserError(
-                f"{excess} of {name} at {case.shape}, block {case.block}: no speed is printed; run the tests in tests/kernels"
+                f"{excess} of {name} at {case.shape}, block {case.block}: no speed is printed; "
+                "run the tests in tests/kernels"
             )
         first = measure.digest(outputs)
         del outputs

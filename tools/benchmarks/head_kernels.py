@@ -1,4 +1,5 @@
-"""The kernels of the head alone, on a GPU, each in the unit of its bottleneck: GB/s of bytes that must move, or TFLOP/s.
+"""The kernels of the head alone, on a GPU, each in the unit of its bottleneck: GB/s of bytes that must move, or
+TFLOP/s.
 
 Legend: C classes, D width, b samples of a chunk.
 """
@@ -29,8 +30,8 @@ class Kernel(NamedTuple):
 
 
 def kernels(case: Case) -> dict[str, Kernel]:
-    """The kernels by name: unit rows, exponentials fused (with and without a matrix) and in place, backward of the norm.
-    Raises UserError unless the row sums agree with float64."""
+    """The kernels by name: unit rows, exponentials fused (with and without a matrix) and in place, backward of the
+    norm. Raises UserError unless the row sums agree with float64."""
     from megacid_kernels.fused import exponentials, exponentials_, rows_through_norm_, unit_rows
     from megacid_kernels.fused.row_statistics import pitched
 
@@ -54,8 +55,8 @@ def kernels(case: Case) -> dict[str, Kernel]:
         error = measure.relative_error(sums[:_CHECKED_ROWS], _exact_sums(case, shift))
         if not error < max_error:
             raise UserError(
-                f"row sums of exponentials at {case.shape} are off by {error:.1e}, expected < {max_error:.1e}: no speed is "
-                "printed; run the tests in tests/kernels"
+                f"row sums of exponentials at {case.shape} are off by {error:.1e}, expected < {max_error:.1e}: "
+                "no speed is printed; run the tests in tests/kernels"
             )
     elements, logits = w.numel(), len(x) * len(w)
     products = 2 * logits * x.shape[1]

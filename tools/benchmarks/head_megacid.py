@@ -1,4 +1,4 @@
-"""The package's own head in each of its schedules, as providers beside `benchmarks.head_peers`."""
+"""Providers of the suite head on a GPU: our own head in each of its schedules."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MatrixBy = Literal["fused", "in-place"]
 
 @functools.cache
 def _table_of(matrix: MatrixBy, device: torch.device, width: int) -> str:
-    """A file in which the products of this device and width have their usual tiles, and the exponentials are made so."""
+    """Path of a kernel table with the usual tiles of this device and width and the given `matrix`."""
     from megacid_kernels.fused.tuning import as_json, tiles_for
 
     major, minor = torch.cuda.get_device_capability(device)
@@ -41,8 +41,8 @@ def _table_of(matrix: MatrixBy, device: torch.device, width: int) -> str:
 
 
 @contextlib.contextmanager
-def forced(matrix: MatrixBy, device: torch.device, width: int) -> Iterator[None]:
-    """Inside, the exponentials are made in this way whatever the table says."""
+def force_matrix(matrix: MatrixBy, device: torch.device, width: int) -> Iterator[None]:
+    """Make the exponentials in this way inside the context, whatever the table says."""
     from megacid_kernels.fused.tuning import TABLE_VARIABLE
 
     path, before = _table_of(matrix, device, width), os.environ.get(TABLE_VARIABLE)
@@ -69,7 +69,7 @@ def training(case: Case, *, matrix: MatrixBy | None = None, **options: Any) -> C
         return call
 
     def run() -> tuple[Tensor, ...]:
-        with forced(matrix, case.x.device, case.shape.width):
+        with force_matrix(matrix, case.x.device, case.shape.width):
             return call.run()
 
     return call._replace(run=run)
@@ -108,8 +108,8 @@ OURS = {
     "megacid-loss-only": _provider(loss_only, "no gradients", impl="triton"),
     "megacid-torch": _provider(training, "stored gradient in plain PyTorch, fp32", impl="torch", weight_grad="stored"),
 }
-# Largest relative errors of the gradients on the sample, and u, the rounding of the factors of the first product: fp16 for
-# the kernels, bf16 for peers. One of ours that is further off ends the bench.
+# Largest relative errors of the gradients on the sample. The factors of the first product are rounded to fp16 by our
+# kernels and to bf16 by peers. A larger error of ours ends the benchmark.
 _FP32_ERROR, _FP16_ERROR, _BF16_ERROR = 5e-6, 2.5e-3, 5e-3
 _FP32_LOSS_ERROR = 5e-5
 
@@ -121,7 +121,8 @@ def allowed_error(name: str) -> float:
 
 
 def allowed_loss_error(name: str, width: int) -> float:
-    """Eight sigma of a logit from rounded unit rows, each 0.58 scale u / sqrt(D); a stored fp16 cosine is off by 2^-12."""
+    """Eight sigma of a logit of rounded unit rows, 0.58 scale u / sqrt(D) each, plus 2^-11 scale for cosines in
+    fp16."""
     if name == "megacid-torch":
         return _FP32_LOSS_ERROR
     rounded = 8 * 0.58 * SCALE * 2.0 ** (-11 if name in OURS else -8) / width**0.5

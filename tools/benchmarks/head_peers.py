@@ -1,10 +1,10 @@
-"""What the head is measured against on a GPU: the products alone, eager schemes, and kernels of other packages.
+"""Providers that the head is compared with on a GPU: the products alone, eager schemes, kernels of other packages.
 
 Legend: B samples, C classes, D width, b samples of a chunk.
 
-Each provider is a function of a `Case` that gives a `Call`, or raises ImportError (the package is missing) or ValueError (it
-cannot do this case). Those with a margin take the raw rows; those without get normalised bf16 rows with the scale folded
-into x, which spares them work that the others do.
+A provider is a function from a `Case` to a `Call`. It raises ImportError if its package is missing and ValueError if it
+does not support the case. Providers with a margin take the raw rows; the others get normalised bf16 rows with the scale
+folded into x, which saves them work that ours do.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _SLOW_S, _OPTIMISTIC_BYTES_PER_S = 5.0, 3e12
 
 @dataclass(frozen=True)
 class Case:
-    """One problem. x [B, D] and w [C, D]: raw rows, fp32 leaves that require a gradient; target int64 [B]."""
+    """One measured problem. x [B, D] and w [C, D]: raw rows, fp32 leaves that require a gradient; target int64 [B]."""
 
     shape: Shape
     margin: float  # 0: the block "plain"
     x: Tensor
     w: Tensor
     target: Tensor
-    budget_bytes: int  # for [b, C] matrices of 16 bits, ours and the tuned peers' alike
+    budget_bytes: int  # for the 16-bit [b, C] matrix of a chunk, ours and the tuned peers'
 
     @property
     def block(self) -> Block:
@@ -42,20 +42,20 @@ class Case:
 
     @property
     def chunk(self) -> int:
-        """Samples whose [b, C] matrix of 16 bits fits the budget."""
+        """Samples whose 16-bit [b, C] matrix fits the budget."""
         return max(1, min(self.shape.batch, self.budget_bytes // (2 * self.shape.classes)))
 
     @functools.cached_property
     def folded(self) -> tuple[Tensor, Tensor]:
-        """bf16 leaves (SCALE x / |x|, w / |w|) for those that neither normalise nor scale."""
+        """bf16 leaves (SCALE x / |x|, w / |w|) for providers that neither normalise nor scale."""
         with torch.no_grad():
             x, w = F.normalize(self.x).mul_(SCALE), F.normalize(self.w)
         return tuple(t.to(torch.bfloat16).requires_grad_() for t in (x, w))  # type: ignore[return-value]
 
 
 class Call(NamedTuple):
-    """run() -> (loss, gradient of inputs[0], gradient of inputs[1]); fewer where `products` is 2. inputs is None where what
-    is computed is no loss."""
+    """run() -> (loss, gradients of inputs[0] and inputs[1]), or (loss,) if `products` is 2. inputs is None if no loss
+    is computed."""
 
     run: Callable[[], tuple[Tensor, ...]]
     inputs: tuple[Tensor, Tensor] | None
@@ -77,15 +77,15 @@ def loss_and_gradients(loss_of: Callable[[Tensor, Tensor], Tensor], x: Tensor, w
 
 
 def _product_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """fp32 a @ b of 16-bit factors, without a rounded sum in between."""
+    """a @ b of 16-bit factors in fp32, without rounding partial sums."""
     if a.device.type != "cuda":
         return a.float() @ b.float()
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def products(case: Case, *, backward: bool) -> Call:
-    """The matrix products that any schedule needs, as the library has them, in chunks of the same budget: bf16 logits,
-    fp32 dX, and dW summed in fp32."""
+    """The library's matrix products that any schedule needs, in chunks of the same budget: bf16 logits, fp32 dX, and dW
+    summed in fp32."""
     x, w = (rows.detach() for rows in case.folded)
     chunk = case.chunk
 
@@ -113,14 +113,14 @@ def products(case: Case, *, backward: bool) -> Call:
 
 
 def published(case: Case) -> Call:
-    """`EagerPartialFC` on the case's own rows: no copy of them is made."""
+    """`EagerPartialFC` on the case's own rows, without a copy."""
     head = EagerPartialFC(case.shape.classes, case.shape.width, margin=case.margin, scale=SCALE, device="meta")
     head.weight = nn.Parameter(case.w.detach())
     return loss_and_gradients(lambda x, w: head(x, case.target), case.x, head.weight)
 
 
 class _InPlaceCrossEntropy(torch.autograd.Function):
-    """The published softmax on one rank with gathers where it searches for its own labels, so that the host never waits."""
+    """The published softmax on one rank with gathers in place of searches for its labels: the host never waits."""
 
     @staticmethod
     def forward(ctx: Any, logits_BC: Tensor, target_B: Tensor) -> Tensor:
@@ -142,13 +142,13 @@ def _eager_logits(x: Tensor, w: Tensor, target: Tensor, margin: float) -> Tensor
 
 
 def published_sync_free(case: Case) -> Call:
-    def loss(x: Tensor, w: Tensor) -> Tensor:
+    def loss_of(x: Tensor, w: Tensor) -> Tensor:
         cos = F.linear(F.normalize(x).to(torch.bfloat16), F.normalize(w).to(torch.bfloat16)).float().clamp(-1, 1)
         cos = cos.scatter_add_(1, case.target[:, None], torch.full_like(cos[:, :1], -case.margin))
-        found: Tensor = _InPlaceCrossEntropy.apply(cos.mul_(SCALE), case.target)
-        return found
+        loss: Tensor = _InPlaceCrossEntropy.apply(cos.mul_(SCALE), case.target)
+        return loss
 
-    return loss_and_gradients(loss, case.x, case.w)
+    return loss_and_gradients(loss_of, case.x, case.w)
 
 
 def _eager_loss(x: Tensor, w: Tensor, target: Tensor, margin: float) -> Tensor:
@@ -160,13 +160,13 @@ def torch_eager(case: Case) -> Call:
 
 
 def torch_compile(case: Case) -> Call:
-    torch.compiler.reset()  # after a few shapes of one function it would no longer compile, and not say so
+    torch.compiler.reset()  # else it silently stops compiling after a few shapes
     compiled = torch.compile(_eager_loss, dynamic=False)
     return loss_and_gradients(lambda x, w: compiled(x, w, case.target, case.margin), case.x, case.w)
 
 
 def _refuse_many_chunks(case: Case, chunk: int) -> None:
-    """Each chunk reads w twice and reads and writes its gradient: known before an hour is lost."""
+    """Raises ValueError if reading w twice and updating its gradient in every chunk would take too long."""
     chunks = -(-case.shape.batch // chunk)
     seconds = chunks * 8 * case.shape.classes * case.shape.width / _OPTIMISTIC_BYTES_PER_S
     if seconds > _SLOW_S:
@@ -174,7 +174,7 @@ def _refuse_many_chunks(case: Case, chunk: int) -> None:
 
 
 def default_chunk(shape: Shape) -> int:
-    """Samples per chunk of a loss that makes its [b, C] buffer as large as x [B, D]; a power of two."""
+    """Samples per chunk of a loss whose [b, C] buffer is as large as x [B, D]; a power of two."""
     chunks = -(-shape.classes // shape.width)
     return min(shape.batch, 1 << (-(-shape.batch // chunks) - 1).bit_length())
 
@@ -198,7 +198,7 @@ def liger(case: Case, *, tuned: bool) -> Call:
 
     options: dict[str, Any] = {}
     if tuned:
-        # Its chunk is the power of two at or above B / ceil(C / (const D)); down, for the budget is a limit.
+        # Its chunk is B / ceil(C / (const D)), rounded up to a power of two; round down, because the budget is a limit.
         chunk = 1 << (case.chunk.bit_length() - 1)
         const = max(1, chunk * case.shape.classes // (case.shape.batch * case.shape.width))
         options = {"chunk_mem_const": const, "accum_dtype": torch.float32}
@@ -223,19 +223,21 @@ PEERS: dict[str, Provider] = {
         functools.partial(products, backward=False), ("margin", "plain"), "the first product alone"
     ),
     "eager": Provider(published, ("margin",), "the published partial-FC scheme, fp32"),
-    "eager-sync-free": Provider(published_sync_free, ("margin",), "the same with bf16 products and no host waits"),
+    "eager-sync-free": Provider(published_sync_free, ("margin",), "the same with bf16 products, without host waits"),
     "torch-eager": Provider(torch_eager, ("margin", "plain"), "normalise, bf16 product, F.cross_entropy"),
     "torch-compile": Provider(torch_compile, ("margin", "plain"), "torch.compile of torch-eager"),
     "torch-lce": Provider(
-        functools.partial(torch_linear_cross_entropy, tuned=False), ("plain",), "F.linear_cross_entropy as it is"
+        functools.partial(torch_linear_cross_entropy, tuned=False),
+        ("plain",),
+        "F.linear_cross_entropy with its defaults",
     ),
     "torch-lce-tuned": Provider(
         functools.partial(torch_linear_cross_entropy, tuned=True), ("plain",), "with batch_chunk_size of our budget"
     ),
-    "liger": Provider(functools.partial(liger, tuned=False), ("plain",), "liger-kernel as it is"),
+    "liger": Provider(functools.partial(liger, tuned=False), ("plain",), "liger-kernel with its defaults"),
     "liger-tuned": Provider(functools.partial(liger, tuned=True), ("plain",), "chunks of our budget, fp32 sums"),
     "cce": Provider(
-        functools.partial(cut_cross_entropy, filter_eps="high"), ("plain",), "cut-cross-entropy, filter as it is"
+        functools.partial(cut_cross_entropy, filter_eps="high"), ("plain",), "cut-cross-entropy with its default filter"
     ),
     "cce-unfiltered": Provider(functools.partial(cut_cross_entropy, filter_eps=None), ("plain",), "filter_eps=None"),
 }

@@ -1,11 +1,11 @@
-"""One Lloyd iteration and a whole fit against faiss-cpu; with --memory, the memory of a fit to rows on disk instead.
+"""Suite kmeans: an iteration and a fit compared with faiss-cpu; with --memory, the peak memory of a fit from disk.
 
-iteration: ours reads fp16 rows, normalises them, assigns, adds up and updates; faiss assigns the same rows, which it holds
-in fp32, with IndexFlatIP. Both take turns in one process; the limit is on the median of the ratios of neighbouring turns.
-fit: the objective (mean cosine to the nearest centroid, found in the same way for both) after as many iterations of both.
-memory: rows of ten times --memory-gb are written to an embedding folder, and fitted in a process of its own. Counted is
-anonymous memory (RssAnon, sampled) above what the process has when torch is loaded: what pages of the mapped files are
-resident is for the kernel to decide, and it takes them back when it wants.
+iteration: ours reads fp16 rows, normalises them, assigns, accumulates and updates; faiss assigns the same rows, held in
+fp32, with IndexFlatIP. Both take turns in one process; the limit is on the median of the ratios of neighbouring turns.
+fit: the objective (mean cosine to the nearest centroid, computed alike for both) after equally many iterations.
+memory: an embedding folder ten times as large as --memory-gb is fitted in a separate process. Anonymous memory
+(RssAnon, sampled) above that of the process after importing torch is counted: resident pages of mapped files can be
+reclaimed.
 
 Legend: n rows, K centroids, D width.
 """
@@ -41,30 +41,30 @@ from megacid.offline.cluster.state import Init, KMeansSettings, KMeansState
 from megacid.offline.nearest import chosen_backend
 from megacid.offline.rows import ArrayRows, EmbeddingRows
 
-HELP = "an iteration of k-means and a fit against faiss-cpu; --memory: the peak of a fit to data ten times larger"
-MOST_TIME, LEAST_SHARE = 1.1, 0.999
+HELP = "an iteration and a fit of k-means compared with faiss-cpu; --memory: peak memory of a fit from disk"
+MAX_TIME_RATIO, MIN_OBJECTIVE_RATIO = 1.1, 0.999
 INITS: tuple[Init, ...] = ("random", "k-means++")
 CPU = torch.device("cpu")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", type=int, default=1_000_000, help="of the iteration")
-    parser.add_argument("--fit-rows", type=int, default=1_000_000)
-    parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--k", type=int, default=4096)
-    parser.add_argument("--iterations", type=int, default=10, help="of the fit")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--memory", action="store_true", help="measure memory, and nothing else")
-    parser.add_argument("--memory-gb", type=float, default=0.5, help="the bound; ten times as much is written to disk")
-    parser.add_argument("--method", choices=("flat", "hierarchical"), default="flat", help="of --memory")
-    parser.add_argument("--folder", type=Path, help="where --memory writes (default: that of temporary files)")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the iteration")
+    parser.add_argument("--fit-rows", type=int, default=1_000_000, help="rows of the fit")
+    parser.add_argument("--dim", type=int, default=256, help="embedding width")
+    parser.add_argument("--k", type=int, default=4096, help="centroids")
+    parser.add_argument("--iterations", type=int, default=10, help="iterations of the fit")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of the iteration")
+    parser.add_argument("--seed", type=int, default=0, help="of the rows and of the fits")
+    parser.add_argument("--memory", action="store_true", help="measure only the memory of a fit from disk")
+    parser.add_argument("--memory-gb", type=float, default=0.5, help="memory limit; ten times as much data is written")
+    parser.add_argument("--method", choices=("flat", "hierarchical"), default="flat", help="fit of --memory")
+    parser.add_argument("--folder", type=Path, help="folder for the data of --memory (default: the temporary folder)")
 
 
 def run(args: argparse.Namespace) -> Report:
     if args.device != "cpu":
         raise UserError(
-            f"--device is {args.device}, faiss-cpu is compared on the CPU: give --device cpu, or --suite assignment for a GPU"
+            f"--device is {args.device}, expected cpu: faiss-cpu needs it; --suite assignment measures a GPU"
         )
     return make_report(args, [_memory(args)] if args.memory else [*_iteration(args), *_fits(args)])
 
@@ -75,17 +75,23 @@ def check(report: Report) -> list[Limit]:
         if row["measured"] == "iteration" and row["backend"] == row["auto"]:
             limits.append(
                 Limit(
-                    f"iteration ({row['auto']}) to faiss's assignment",
+                    f"iteration ({row['auto']}): time over faiss's assignment",
                     statistics.median(row["ratio"]),
-                    MOST_TIME,
+                    MAX_TIME_RATIO,
                     False,
                 )
             )
         elif row["measured"] == "fit":
-            limits.append(Limit(f"objective from {row['init']} to faiss's", row["objective_ratio"], LEAST_SHARE, True))
+            limits.append(
+                Limit(
+                    f"fit from {row['init']}: objective over faiss's", row["objective_ratio"], MIN_OBJECTIVE_RATIO, True
+                )
+            )
         elif row["measured"] == "memory":
             limits.append(
-                Limit("GB above the interpreter's own", row.get("peak_gb"), report["arguments"]["memory_gb"], False)
+                Limit(
+                    "peak GB above that of the libraries", row.get("peak_gb"), report["arguments"]["memory_gb"], False
+                )
             )
     return limits
 
@@ -94,12 +100,12 @@ def _faiss(threads: int) -> Any:
     try:
         import faiss
     except ImportError:
-        raise UserError("suite is kmeans, it needs faiss: pip install faiss-cpu") from None
+        raise UserError("--suite is kmeans, which needs faiss: pip install faiss-cpu") from None
     faiss.omp_set_num_threads(threads)
     return faiss
 
 
-def _as_faiss_wants(x: np.ndarray) -> np.ndarray:
+def _unit_fp32(x: np.ndarray) -> np.ndarray:
     out = x.astype(np.float32)
     for low in range(0, len(out), 1 << 16):
         out[low : low + (1 << 16)] /= np.linalg.norm(out[low : low + (1 << 16)], axis=1, keepdims=True)
@@ -109,7 +115,7 @@ def _as_faiss_wants(x: np.ndarray) -> np.ndarray:
 def _iteration(args: argparse.Namespace) -> list[Row]:
     faiss, clock = _faiss(args.threads), clock_of(args)
     x = tree(args.rows, args.dim, args.seed)
-    wide, rows = _as_faiss_wants(x), ArrayRows(x)
+    wide, rows = _unit_fp32(x), ArrayRows(x)
     start = torch.from_numpy(wide[np.random.default_rng(args.seed).choice(args.rows, args.k, replace=False)])
     index = faiss.IndexFlatIP(args.dim)
     index.add(start.numpy())
@@ -129,15 +135,15 @@ def _iteration(args: argparse.Namespace) -> list[Row]:
         ours(backend) if backend else theirs()
         return clock() - began
 
-    found: dict[str, list[float]] = {"torch": [], "faiss": []}
-    assigned: dict[str, list[float]] = {"torch": [], "faiss": []}
+    times: dict[str, list[float]] = {"torch": [], "faiss": []}
+    faiss_times: dict[str, list[float]] = {"torch": [], "faiss": []}
     for _ in range(args.rounds):
-        for backend in found:
-            assigned[backend].append(seconds(None))
-            found[backend].append(seconds(backend))
+        for backend in times:
+            faiss_times[backend].append(seconds(None))
+            times[backend].append(seconds(backend))
     out = []
-    for backend in found:
-        ratio = [mine / other for mine, other in zip(found[backend], assigned[backend])]
+    for backend in times:
+        ratio = [mine / other for mine, other in zip(times[backend], faiss_times[backend])]
         auto = chosen_backend("auto", CPU, args.dim)
         row = {
             "measured": "iteration",
@@ -147,10 +153,11 @@ def _iteration(args: argparse.Namespace) -> list[Row]:
             "k": args.k,
             "dim": args.dim,
         }
-        out.append(row | {"seconds": found[backend], "faiss_assignment": assigned[backend], "ratio": ratio})
+        out.append(row | {"seconds": times[backend], "faiss_assignment": faiss_times[backend], "ratio": ratio})
         print(
-            f"iteration, backend {backend}: {statistics.median(found[backend]):.2f} s, faiss's assignment "
-            f"{statistics.median(assigned[backend]):.2f} s, ratio {statistics.median(ratio):.3f} [{min(ratio):.3f}, {max(ratio):.3f}]",
+            f"iteration, backend {backend}: {statistics.median(times[backend]):.2f} s, faiss's assignment "
+            f"{statistics.median(faiss_times[backend]):.2f} s, "
+            f"ratio {statistics.median(ratio):.3f} [{min(ratio):.3f}, {max(ratio):.3f}]",
             flush=True,
         )
     return out
@@ -159,7 +166,7 @@ def _iteration(args: argparse.Namespace) -> list[Row]:
 def _fits(args: argparse.Namespace) -> list[Row]:
     faiss, clock = _faiss(args.threads), clock_of(args)
     x = tree(args.fit_rows, args.dim, args.seed)
-    # No row is left out: the default would train on 256 rows per centroid.
+    # All rows: the default would train on 256 rows per centroid.
     theirs = faiss.Kmeans(
         args.dim,
         args.k,
@@ -170,7 +177,7 @@ def _fits(args: argparse.Namespace) -> list[Row]:
     )
     theirs.cp.min_points_per_centroid = 1
     began = clock()
-    theirs.train(_as_faiss_wants(x))
+    theirs.train(_unit_fp32(x))
     faiss_seconds = clock() - began
     reference = labels(x, torch.from_numpy(theirs.centroids))[1]
     out: list[Row] = []
@@ -196,31 +203,31 @@ def _memory(args: argparse.Namespace) -> Row:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         size = write_embeddings(Path(folder) / "emb", lambda part: tree(len(part), args.dim, part.start), count, 16)
         request = {name: getattr(args, name) for name in ("k", "memory_gb", "method", "iterations", "seed", "threads")}
-        found = ask_process("benchmarks.kmeans", request | {"folder": folder}, {})
-    row = {"measured": "memory", "method": args.method, "rows": count, "k": args.k, "dim": args.dim} | found
-    if "skipped" not in found:
+        answer = ask_process("benchmarks.kmeans", request | {"folder": folder}, {})
+    row = {"measured": "memory", "method": args.method, "rows": count, "k": args.k, "dim": args.dim} | answer
+    if "skipped" not in answer:
         print(
-            f"memory, {args.method}: {size / 1e9:.2f} GB of rows, bound {args.memory_gb:g} GB, peak {row['peak_gb']:.3f} GB of anonymous "
-            f"memory above {row['own_gb']:.3f} GB of the interpreter and its libraries",
+            f"memory, {args.method}: {size / 1e9:.2f} GB of rows, limit {args.memory_gb:g} GB, "
+            f"peak {row['peak_gb']:.3f} GB of anonymous memory above {row['own_gb']:.3f} GB of the libraries",
             flush=True,
         )
     return row
 
 
 def main() -> None:
-    """Of the process that --memory starts: argument 1 is its request, the last line it prints the result; both JSON."""
-    asked = json.loads(sys.argv[1])
-    torch.set_num_threads(asked["threads"])
-    torch.mm(torch.ones(8, 8), torch.ones(8, 8))  # the library's own buffers are there before they are counted
+    """The process that --memory starts: argument 1 is the request, the last line printed is the answer, both JSON."""
+    request = json.loads(sys.argv[1])
+    torch.set_num_threads(request["threads"])
+    torch.mm(torch.ones(8, 8), torch.ones(8, 8))  # allocate the library's own buffers before counting
     names = ("k", "memory_gb", "method", "iterations", "seed")
-    settings = KMeansSettings(**{name: asked[name] for name in names})
-    rows = EmbeddingRows(Path(asked["folder"]) / "emb")
+    settings = KMeansSettings(**{name: request[name] for name in names})
+    rows = EmbeddingRows(Path(request["folder"]) / "emb")
     own, began = anonymous_bytes(), time.perf_counter()
     with PeakAnonymous() as peak:
         if settings.method == "flat":
-            kmeans(rows, settings, checkpoint=Path(asked["folder"]) / "state.npz", unit_rows=True)
+            kmeans(rows, settings, checkpoint=Path(request["folder"]) / "state.npz", unit_rows=True)
         else:
-            two_level(rows, settings, Path(asked["folder"]) / "work", unit_rows=True)
+            two_level(rows, settings, Path(request["folder"]) / "work", unit_rows=True)
     print(json.dumps({"peak_gb": (peak.bytes - own) / 1e9, "own_gb": own / 1e9, "wall": time.perf_counter() - began}))
 
 

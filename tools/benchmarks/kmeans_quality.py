@@ -1,9 +1,11 @@
-"""Quality of k-means: two levels against a flat fit (`levels`), and planted clusters found again (`planted`).
+"""Suites levels and planted: the quality of k-means.
 
-levels: rows of a tree (topics of log-normal size, parts of them, noise), or with --data uniform rows without any structure.
-The objective is the mean cosine of all rows to their nearest centroid, found without any restriction; the time is that of
-the fit, and that of the fit with this last assignment. planted: well separated clusters of unequal size with 1 % outliers;
-the adjusted mutual information of labels and truth over the rows that are not outliers (needs scikit-learn).
+levels: two-level k-means compared with a flat fit, on rows of a tree (topics of log-normal size, parts of them, noise)
+or, with --data uniform, on rows without structure. The objective is the mean cosine of all rows to their nearest
+centroid, found by exhaustive search. Time is that of the fit, and that of the fit and this final assignment.
+
+planted: well separated clusters of unequal size with 1 % outliers; the adjusted mutual information (AMI) of labels and
+truth over the rows that are not outliers. Needs scikit-learn.
 
 Legend: n rows, K centroids, D width.
 """
@@ -28,21 +30,23 @@ from megacid.offline.cluster.state import KMeansSettings
 from megacid.offline.nearest import Assigner, pad_rows, prepare, tile_rows
 from megacid.offline.rows import ArrayRows
 
-HELP = "levels: two levels against flat k-means; planted: adjusted mutual information with planted clusters"
-LEAST_SHARE, MOST_TIME, LEAST_AMI = 0.985, 0.1, 0.95
+HELP = (
+    "levels: two-level k-means compared with flat k-means; planted: adjusted mutual information with planted clusters"
+)
+MIN_OBJECTIVE_RATIO, MAX_TIME_RATIO, MIN_AMI = 0.985, 0.1, 0.95
 _CHUNK = 1 << 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--k", type=int, nargs="+", help="default: 1024; planted: 30 100 200 300")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the data and of the fit")
-    parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--refine", type=int, default=2)
-    parser.add_argument("--refine-cells", type=int, default=8)
-    parser.add_argument("--data", choices=("tree", "uniform"), default="tree", help="of levels")
-    parser.add_argument("--exact", action="store_true", help="levels: refine without restriction as well")
+    parser.add_argument("--rows", type=int, default=100_000, help="rows of the data")
+    parser.add_argument("--dim", type=int, default=64, help="embedding width")
+    parser.add_argument("--k", type=int, nargs="+", help="centroids (default levels: 1024, planted: 30 100 200 300)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the data and the fit, a run for each")
+    parser.add_argument("--iterations", type=int, default=20, help="iterations of every fit")
+    parser.add_argument("--refine", type=int, default=2, help="final iterations of a two-level fit over all centroids")
+    parser.add_argument("--refine-cells", type=int, default=8, help="cells that such an iteration searches per row")
+    parser.add_argument("--data", choices=("tree", "uniform"), default="tree", help="data of levels")
+    parser.add_argument("--exact", action="store_true", help="levels: also refine over all cells")
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -51,7 +55,7 @@ def run(args: argparse.Namespace) -> Report:
             raise UserError(f"--{name} is {getattr(args, name)}, expected at least 1")
     if args.suite == "planted":
         return make_report(
-            args, [row for seed in args.seeds for k in args.k or [30, 100, 200, 300] for row in _again(args, k, seed)]
+            args, [row for seed in args.seeds for k in args.k or [30, 100, 200, 300] for row in _planted(args, k, seed)]
         )
     return make_report(args, [row for seed in args.seeds for k in args.k or [1024] for row in _levels(args, k, seed)])
 
@@ -61,11 +65,11 @@ def check(report: Report) -> list[Limit]:
     for row in report["results"]:
         if "ami" in row:
             what = f"AMI, k {row['k']}, seed {row['seed']}, {row['method']}, {row['init']}"
-            limits.append(Limit(what, row["ami"], LEAST_AMI, True))
+            limits.append(Limit(what, row["ami"], MIN_AMI, True))
         elif row["fit"] == "hierarchical":
             what = f"k {row['k']}, {row['data']}, seed {row['seed']}"
-            limits.append(Limit(f"objective to flat, {what}", row["objective_ratio"], LEAST_SHARE, True))
-            limits.append(Limit(f"time to flat, labels included, {what}", row["labelled_ratio"], MOST_TIME, False))
+            limits.append(Limit(f"objective over flat, {what}", row["objective_ratio"], MIN_OBJECTIVE_RATIO, True))
+            limits.append(Limit(f"time with labels over flat, {what}", row["labelled_ratio"], MAX_TIME_RATIO, False))
     return limits
 
 
@@ -74,7 +78,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def tree(n: int, dim: int, seed: int) -> np.ndarray:
-    """Rows fp16 [n, D] of topics, of log-normal size, with 20 parts each."""
+    """fp16 [n, D]: topics of log-normal size with 20 parts each."""
     rng = np.random.default_rng(seed)
     topics = max(1, n // 1000)
     share = rng.lognormal(0, 1, topics)
@@ -93,7 +97,7 @@ def uniform(n: int, dim: int, seed: int) -> np.ndarray:
 
 
 def planted(n: int, dim: int, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows fp16 [n, D], cluster int64 [n], -1 for one row in a hundred that belongs to none)."""
+    """(rows fp16 [n, D], cluster int64 [n], -1 for the 1 % outliers)."""
     rng = np.random.default_rng(seed)
     share = rng.lognormal(0, 0.7, k)
     label = rng.choice(k, n, p=share / share.sum())
@@ -113,16 +117,16 @@ def fit(x: np.ndarray, settings: KMeansSettings, device: str = "cpu") -> Tensor:
 
 
 def labels(x: np.ndarray, centroids_KD: Tensor, device: str = "cpu") -> tuple[np.ndarray, float]:
-    """(label int64 [n], mean cosine), over all centroids."""
-    where = torch.device(device)
-    assigner, tile = Assigner(centroids_KD, "cosine", where), tile_rows(where)
-    found, total = [], 0.0
+    """(label int64 [n], mean cosine to it), the nearest of all centroids."""
+    torch_device = torch.device(device)
+    assigner, tile = Assigner(centroids_KD, "cosine", torch_device), tile_rows(torch_device)
+    label_tiles, total = [], 0.0
     for low in range(0, len(x), tile):
-        x_TD = prepare(x[low : low + tile], "cosine", where)
+        x_TD = prepare(x[low : low + tile], "cosine", torch_device)
         value_TL, label_TL = assigner.tile(pad_rows(x_TD, tile))
-        found.append(label_TL[: len(x_TD), 0].cpu().numpy())
+        label_tiles.append(label_TL[: len(x_TD), 0].cpu().numpy())
         total += float(value_TL[: len(x_TD)].double().sum())
-    return np.concatenate(found), total / len(x)
+    return np.concatenate(label_tiles), total / len(x)
 
 
 def _levels(args: argparse.Namespace, k: int, seed: int) -> list[Row]:
@@ -131,7 +135,7 @@ def _levels(args: argparse.Namespace, k: int, seed: int) -> list[Row]:
     two = replace(flat, method="hierarchical", init="k-means++", refine=args.refine, refine_cells=args.refine_cells)
     fits = {"flat": flat, "hierarchical": two}
     if args.exact:
-        fits["hierarchical, refined without restriction"] = replace(two, refine_cells=0)
+        fits["hierarchical, refined over all cells"] = replace(two, refine_cells=0)
     rows: list[dict[str, Any]] = []
     for name, settings in fits.items():
         began = clock()
@@ -143,18 +147,20 @@ def _levels(args: argparse.Namespace, k: int, seed: int) -> list[Row]:
         rows.append(row)
         row |= {f"{what}_ratio": row[what] / rows[0][what] for what in ("objective", "fitted", "labelled")}
         print(
-            f"k {k:,}, {args.data}, seed {seed}, {name}: objective {objective:.5f} ({row['objective_ratio']:.2%} of flat), fit "
-            f"{row['fitted']:.1f} s ({row['fitted_ratio']:.3f}), with labels {row['labelled']:.1f} s ({row['labelled_ratio']:.3f})",
+            f"k {k:,}, {args.data}, seed {seed}, {name}: "
+            f"objective {objective:.5f} ({row['objective_ratio']:.2%} of flat), "
+            f"fit {row['fitted']:.1f} s ({row['fitted_ratio']:.3f}), "
+            f"with labels {row['labelled']:.1f} s ({row['labelled_ratio']:.3f})",
             flush=True,
         )
     return rows
 
 
-def _again(args: argparse.Namespace, k: int, seed: int) -> list[Row]:
+def _planted(args: argparse.Namespace, k: int, seed: int) -> list[Row]:
     try:
         from sklearn.metrics import adjusted_mutual_info_score
     except ImportError:
-        raise UserError("suite is planted, it needs scikit-learn: pip install scikit-learn") from None
+        raise UserError("--suite is planted, which needs scikit-learn: pip install scikit-learn") from None
     x, truth = planted(args.rows, args.dim, k, seed)
     inside, rows = truth >= 0, []
     common = {"iterations": args.iterations, "seed": seed, "refine": args.refine, "refine_cells": args.refine_cells}

@@ -1,14 +1,14 @@
-"""Suite optimizer: a step of the sampled rows against a dense optimizer over all of them, in bytes per second.
+"""Suite optimizer: a step on the sampled rows compared with a dense optimizer over all rows, in bytes per second.
 
 Legend: L classes, D width, S sampled rows.
 
 rows      RowAdamW or RowSGD, as the trainer calls it
-kernel    the fused Triton kernel alone (a GPU)
+kernel    the fused Triton kernel alone (GPU only)
 dense     torch.optim, fused, over all L rows with a dense gradient
-dense-S   the same over a matrix of S rows: what the bytes of a step cost where nothing is sampled
+dense-S   the same over a matrix of S rows: the cost of the bytes alone, without sampling
 
-GB/s count what a step must read and write: of S rows, of dense of all L. "of copy" is their share of a measured copy of the
-weights. Before the times the first step of every provider is compared with float64.
+GB/s counts what a step must read and write: of S rows, or of all L for dense. "of copy" divides it by the rate of a
+copy of the weights on the same device. The first step of every provider is compared with float64 before any is timed.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from megacid import PartialFC, RowAdamW, RowSGD
 from megacid.classifier.row_state import rounding_keys
 from megacid.errors import UserError
 
-HELP = "row-sparse AdamW and SGD against dense optimizers: time, bytes per second, share of a device copy"
+HELP = "row-sparse AdamW and SGD compared with dense optimizers: time, bytes per second, fraction of a device copy"
 SHAPES = {"cpu": [Shape(100_000, 256, 256, 0.1)], "cuda": [Shape(1_000_000, 512, 4096, 0.1)]}
 LR, BETAS, EPS, DECAY, MOMENTUM = 1e-3, (0.9, 0.98), 1e-8, 0.05, 0.9
-LEAST_SHARE_OF_COPY = 0.75
+MIN_COPY_FRACTION = 0.75
 ROUNDS = 3
-# read and written per element: weight, gradient, moments
+# bytes read and written per element: weight, gradient, moments
 BYTES = {("adamw", "fp32"): 28, ("adamw", "bf16"): 20, ("sgd", "fp32"): 20, ("sgd", "bf16"): 16}
-_LARGEST_ERROR = 1e-4  # of the change of the weights: they are near 1, it is near lr, and fp32 has seven digits
+_MAX_ERROR = 1e-4  # of the change of the weights, near lr, while the weights are near 1 and fp32 has seven digits
 
 
 class Step(NamedTuple):
     run: Callable[[], object]
-    rows: Callable[[], Tensor]  # the weights [S, D] that it changes
+    rows: Callable[[], Tensor]  # the weights [S, D] of the sampled rows
     elements: int
 
 
 class Case:
-    """Rows, their gradient from a real backward, and what every provider starts from."""
+    """Weights, sampled rows and their gradient from a real backward: the common start of all providers."""
 
     def __init__(self, shape: Shape, device: torch.device):
         self.shape, self.weight = shape, class_rows(shape)
@@ -97,7 +97,7 @@ def kernel_step(case: Case, kind: str, moments: str) -> Step:
     keys = rounding_keys(rows, count, weight.shape[1], seed=SEED) if moments == "bf16" else None
     common: dict[str, Any] = {"rows_S": rows, "keys": keys}
     column = torch.ones(len(rows), device=case.device)
-    # Of the first step, in every step: the numbers are not what is timed.
+    # The corrections of the first step serve every step: the time does not depend on them.
     correct1, correct2 = 1 - BETAS[0], math.sqrt(1 - BETAS[1])
     adamw = AdamWFactors(*BETAS, 1 - LR * DECAY, column * (LR * correct2 / correct1), column * (EPS * correct2))
     sgd = SGDFactors(MOMENTUM, 1.0)
@@ -137,8 +137,9 @@ PROVIDERS = {
 }
 
 
-def gate(name: str, case: Case, kind: str, step: Step) -> None:
-    """Make the first step; UserError unless it is float64's. Without history the moments' storage plays no part yet."""
+def check_accuracy(name: str, case: Case, kind: str, step: Step) -> None:
+    """Make the first step. Raises UserError unless it agrees with float64; the moments' dtype does not affect it
+    yet."""
     before, grad = step.rows().double(), case.grad.double()
     step.run()
     if kind == "adamw":
@@ -146,15 +147,17 @@ def gate(name: str, case: Case, kind: str, step: Step) -> None:
     else:
         want = -LR * (grad + DECAY * before)
     error = measure.relative_error(step.rows().double() - before, want)
-    if not error < _LARGEST_ERROR:
+    if not error < _MAX_ERROR:
         raise UserError(
-            f"the first {kind} step of {name} at {case.shape} differs from float64 by {error:.1e} of its length, expected < "
-            f"{_LARGEST_ERROR:g}: no speed is printed; run the tests in tests/kernels"
+            f"the first {kind} step of {name} at {case.shape} differs from float64 by {error:.1e} of its length, "
+            f"expected < {_MAX_ERROR:g}: no speed is printed; run the tests in tests/kernels"
         )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", nargs="+", metavar="C,D,B,r", help="classes, width, batch, rate")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="C,D,B,r", help="classes,width,batch,sampling rate of every case"
+    )
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -171,31 +174,31 @@ def run(args: argparse.Namespace) -> Report:
 
 def measure_steps(case: Case, kind: str, timer: measure.Timer) -> list[Row]:
     steps: dict[str, Step] = {}
-    named: dict[str, Row] = {}
+    rows: dict[str, Row] = {}
     for name, moments in ((name, moments) for name, provider in PROVIDERS.items() for moments in provider.moments):
         key = f"{name}, {moments}"
-        named[key] = {"shape": case.shape.option, "optimizer": kind, "moments": moments, "provider": name}
+        rows[key] = {"shape": case.shape.option, "optimizer": kind, "moments": moments, "provider": name}
         try:
             step = PROVIDERS[name].make(case, kind, moments)
-            gate(name, case, kind, step)
+            check_accuracy(name, case, kind, step)
             steps[key] = step
         except UserError:
             raise
         except (ValueError, ImportError, torch.OutOfMemoryError) as error:
-            named[key]["skipped"] = str(error).splitlines()[0][:120]
+            rows[key]["skipped"] = str(error).splitlines()[0][:120]
     source = case.weight.to(case.device)
     target = torch.empty_like(source)
     runs = {key: step.run for key, step in steps.items()} | {"copy": lambda: target.copy_(source)}
     repeats = {key: measure.repeats_for(timer(run, 2)[1]) for key, run in runs.items()}
     seconds = measure.take_turns(runs, timer, ROUNDS, repeats)
-    middle = {key: measure.quantiles(values)[1] for key, values in seconds.items()}
-    copied = 8 * source.numel() / middle["copy"]
+    median = {key: measure.quantiles(values)[1] for key, values in seconds.items()}
+    copied = 8 * source.numel() / median["copy"]
     for key, step in steps.items():
-        rate = BYTES[kind, named[key]["moments"]] * step.elements / middle[key]
-        named[key] |= {"seconds": seconds[key], "gb_per_s": rate / 1e9, "copy_fraction": rate / copied}
-        if "dense, fp32" in middle:
-            named[key]["speed_over_dense"] = middle["dense, fp32"] / middle[key]
-    return list(named.values())
+        rate = BYTES[kind, rows[key]["moments"]] * step.elements / median[key]
+        rows[key] |= {"seconds": seconds[key], "gb_per_s": rate / 1e9, "copy_fraction": rate / copied}
+        if "dense, fp32" in median:
+            rows[key]["speed_over_dense"] = median["dense, fp32"] / median[key]
+    return list(rows.values())
 
 
 def print_table(rows: list[Row]) -> None:
@@ -212,16 +215,16 @@ def print_table(rows: list[Row]) -> None:
 
 
 def check(report: Report) -> list[Limit]:
-    """On a GPU: the share of the copy's bandwidth that AdamW of sampled rows reaches. On a CPU there is no limit."""
-    if found["arguments"]["device"] != "cuda":
+    """The copy fraction of AdamW on sampled rows on a GPU; no limit on a CPU."""
+    if report["arguments"]["device"] != "cuda":
         return []
     return [
         Limit(
             f"{Shape.parse(row['shape'])}: AdamW of rows, {row['moments']} moments, of copy",
             row.get("copy_fraction"),
-            LEAST_SHARE_OF_COPY,
+            MIN_COPY_FRACTION,
             at_least=True,
         )
-        for row in found["results"]
+        for row in report["results"]
         if row["provider"] == "kernel" and row["optimizer"] == "adamw"
     ]

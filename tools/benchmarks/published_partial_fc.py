@@ -3,9 +3,9 @@
 Legend: B local batch, G gathered batch, D width, C classes, L classes of this rank, S sampled rows.
 
 An et al., Partial FC (CVPR 2022), second version, in fp32, with CosFace's margin (Wang et al., 2018). Its costs and
-defects are kept because they are part of the comparison: the weight's gradient is dense [L, D] whatever was sampled, so a
-dense optimizer moves all rows; a sample's loss saturates at -ln 1e-30 = 69.0776; three all-reduces; negatives come from
-the global generator; a label >= C is silently treated as no class; all ranks need equal batch sizes.
+defects are kept because they are part of the comparison: the weight's gradient is dense [L, D] whatever was sampled, so
+a dense optimizer moves all rows; a sample's loss saturates at -ln 1e-30 = 69.0776; three all-reduces; negatives come
+from the global generator; a label >= C is silently treated as no class; all ranks need equal batch sizes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def _all_gather(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """[B, D] of every rank -> [G, D]. Backward: the sum over ranks times their number, which a data-parallel mean undoes."""
+    """[B, D] of every rank -> [G, D]. Backward: the sum over ranks times their number, which a data-parallel mean
+    undoes."""
 
     @staticmethod
     def forward(ctx: Any, x_BD: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -5,7 +5,7 @@ A suite is a module (one module may serve several suites; `args.suite` and `repo
     HELP: str                                        what is measured, in a line or two
     add_arguments(parser: ArgumentParser) -> None    adds its own options to the shared ones, whose defaults
                                                      parser.set_defaults may change
-    run(args: Namespace) -> dict[str, Any]           measures, prints its table as it goes, returns `make_report(args, rows)`
+    run(args: Namespace) -> dict[str, Any]           measures, prints its table, returns `make_report(args, rows)`
     check(report: dict[str, Any]) -> list[Limit]     the limits, met or not; also for a report read from a file
 
 Rows are flat: floats and lists of floats (repeats) are measured; everything else (str, int, bool) names the row, which

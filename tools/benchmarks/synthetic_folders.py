@@ -1,4 +1,4 @@
-"""Large embedding folders for the benchmarks, in the layout of tools/embed.py, and tars to go with them.
+"""Synthetic embedding folders in the layout of tools/embed.py, and matching tars, for the benchmarks.
 
 Legend: n samples, D width.
 """
@@ -19,11 +19,11 @@ from PIL import Image
 from megacid.offline.embed.partitions import partition_files
 from megacid.storage.metadata import write_meta
 
-ABOUT = {"model": "benchmark", "weights": "none", "precision": "fp16"}
+EMBEDDING_META = {"model": "benchmark", "weights": "none", "precision": "fp16"}
 
 
-def parts_of(count: int, parts: int) -> list[range]:
-    """The samples of every tar."""
+def samples_of_parts(count: int, parts: int) -> list[range]:
+    """The samples of every partition: `count` of them in `parts` nearly equal ranges."""
     bounds = [count * part // parts for part in range(parts + 1)]
     return [range(low, high) for low, high in itertools.pairwise(bounds)]
 
@@ -40,12 +40,19 @@ def write_embeddings(
     shards: str = "none",
     digest: str = "none",
 ) -> int:
-    """Write `count` rows, which `rows` gives as fp16 [n, D] for a range of samples, in so many partitions; their bytes.
+    """Write an embedding folder.
 
-    shards, digest: of the tars the samples are said to come from.
+    Args:
+        rows: returns the fp16 [n, D] rows of a range of samples.
+        count: samples in all.
+        parts: partitions.
+        shards, digest: path and digest of the tars, recorded as the source of the samples.
+
+    Returns:
+        Bytes of the rows.
     """
     size, dim = 0, 0
-    for number, part in enumerate(parts_of(count, parts)):
+    for number, part in enumerate(samples_of_parts(count, parts)):
         files = partition_files(folder, number, parts)
         for path in (files.image, files.metadata):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,18 +61,18 @@ def write_embeddings(
         pq.write_table(pa.table({"image_path": [key(sample) for sample in part]}), files.metadata)
         size, dim = size + x.nbytes, x.shape[1]
     partitions = {f"{number:05d}": number for number in range(parts)}
-    facts = {"dim": dim, "num_samples": count, "shards_digest": digest, "partitions": partitions}
-    write_meta(folder, "embed", source={"shards": shards}, **(facts | ABOUT))
+    manifest = {"dim": dim, "num_samples": count, "shards_digest": digest, "partitions": partitions}
+    write_meta(folder, "embed", source={"shards": shards}, **(manifest | EMBEDDING_META))
     return size
 
 
 def write_tars(folder: Path, count: int, parts: int) -> None:
-    """Tars of `count` samples, each a picture of 8 x 8 pixels (the same everywhere) and a caption."""
+    """Write tars of `count` samples, each the same 8 x 8 image and a caption."""
     folder.mkdir(parents=True)
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (90, 120, 150)).save(buffer, "PNG")
     members = [("png", buffer.getvalue()), ("txt", b"a picture")]
-    for number, part in enumerate(parts_of(count, parts)):
+    for number, part in enumerate(samples_of_parts(count, parts)):
         with open(folder / f"{number:05d}.tar", "wb", buffering=1 << 20) as file:
             for sample in part:
                 for ending, data in members:

@@ -1,4 +1,4 @@
-"""Which tile is fastest for the products of a GPU: what tools/tune.py measures.
+"""Search for the fastest tiles of the products on a GPU, for tools/tune.py.
 
 Legend: b samples, S rows of w, D width.
 """
@@ -25,7 +25,7 @@ from megacid_kernels.fused.tuning import Tiles
 
 Kernel = Literal["forward", "nearest"]
 KERNELS: tuple[Kernel, ...] = ("forward", "nearest")
-# Shared memory that one block may ask for. A GPU that is there is asked itself.
+# Shared memory per block, for --list; when measuring, the GPU is queried.
 SHARED_BYTES = {
     "sm_80": 163 << 10,
     "sm_86": 99 << 10,
@@ -34,28 +34,28 @@ SHARED_BYTES = {
     "sm_100": 227 << 10,
     "sm_120": 99 << 10,
 }
-_MOST_ACCUMULATORS = 128  # per thread, of 255 registers: addresses, masks and the epilogue need the others
+_MAX_ACCUMULATORS = 128  # per thread, of 255 registers: addresses, masks and the epilogue need the rest
 _SCALE, _SEED = 64.0, 0
 _ROUNDS = 3
-_SUM_TOLERANCE = 1e-3  # other tiles add in another order
+_SUM_TOLERANCE = 1e-3  # tiles differ in the order of their sums
 
 
 def candidates(kernel: Kernel, itemsize: int) -> list[ProductTile]:
-    """What is worth a measurement; some do not fit some GPUs, see `excess`. Products that end in a matrix revisit w after 8
-    row tiles, which its L2 share outlives; the search goes through all rows first. fp32 takes half as many numbers."""
+    """The tiles worth measuring; some do not fit some GPUs, see `excess`. `exponentials` revisits w after 8 row tiles,
+    while it is still in L2; `nearest` goes through all rows first. fp32 halves columns and depth."""
     columns, depths = ((128, 256), (32, 64)) if itemsize == 2 else ((64, 128), (16, 32))
     sizes = itertools.product((64, 128), columns, depths, (4, 8), (2, 3, 4))
     return [ProductTile(*size, group=8 if kernel == "forward" else 64) for size in sizes]
 
 
 def excess(tile: ProductTile, itemsize: int, shared_bytes: int) -> str:
-    """Why a GPU with so much shared memory cannot run it well, or ""."""
+    """Why the tile is too large for `shared_bytes` of shared memory or for the registers; "" if it fits."""
     shared = tile.stages * (tile.rows + tile.columns) * tile.depth * itemsize
     if shared > shared_bytes:
-        return f"{shared / 1024:.0f} KiB of shared memory, {shared_bytes / 1024:.0f} KiB are there"
+        return f"{shared / 1024:.0f} KiB of shared memory, {shared_bytes / 1024:.0f} KiB available"
     accumulators = tile.rows * tile.columns // (32 * tile.warps)
-    if accumulators > _MOST_ACCUMULATORS:
-        return f"{accumulators} accumulators per thread, at most {_MOST_ACCUMULATORS} leave room in the registers"
+    if accumulators > _MAX_ACCUMULATORS:
+        return f"{accumulators} accumulators per thread, at most {_MAX_ACCUMULATORS} leave room in the registers"
     return ""
 
 
@@ -74,7 +74,7 @@ class Case(NamedTuple):
 
 
 def forward(case: Case, tile: ProductTile | None) -> Tensor:
-    """The row sums; the matrix is made and dropped."""
+    """Row sums of `exponentials`; its matrix is dropped."""
     return exponentials(*case, scale=_SCALE, shift=0.0, tile=tile).sums
 
 
@@ -83,7 +83,7 @@ def search(case: Case, tile: ProductTile | None) -> Tensor:
 
 
 def in_place(case: Case) -> Tensor:
-    """The same sums from a product by the library. Its cosines have the operands' type, and bf16 is too coarse for them."""
+    """The same sums over a cuBLAS product. Its cosines have the operands' dtype; bf16 is too coarse for them."""
     x, w, slot, own = case
     cos = pitched(len(x), len(w), x.dtype, x.device)
     torch.mm(x, w.T, out=cos)
@@ -98,34 +98,34 @@ def fitting(kernel: Kernel, dtype: torch.dtype, shared_bytes: int) -> list[Produ
 
 
 def tune(case: Case, tiles: dict[Kernel, list[ProductTile]], timer: measure.Timer) -> tuple[Tiles, list[Row]]:
-    """(the fastest of `tiles` by kernel, a row per candidate). A tile whose sums are not those of the table's tile, or that
-    the compiler refuses, says so in its row."""
+    """(the fastest of `tiles` for every kernel, a row per candidate). A tile that does not compile, or whose sums
+    differ from those of the table's tile, is skipped with the reason in its row."""
     x = case.x
     flop = 2e-12 * len(x) * len(case.w) * x.shape[1]
     rows: list[Row] = []
     best: dict[Kernel, tuple[float, ProductTile]] = {}
     for kernel in KERNELS:
-        want = RUNS[kernel](case, None)
+        expected = RUNS[kernel](case, None)
         runs: dict[str, Callable[[], object]] = {}
         for tile in tiles[kernel]:
             run = functools.partial(RUNS[kernel], case, tile)
-            reason = _refusal(run, want)
+            reason = _failure(run, expected)
             if reason:
                 rows.append({"kernel": kernel, "tile": tile_name(tile), "skipped": reason})
             else:
                 runs[tile_name(tile)] = run
         timed = _times(runs, timer)
-        known = {tile_name(tile): tile for tile in tiles[kernel]}
+        by_name = {tile_name(tile): tile for tile in tiles[kernel]}
         for name, seconds in timed.items():
             rows.append(
                 {"kernel": kernel, "tile": name, "seconds": seconds, "tflops": flop / measure.quantiles(seconds)[1]}
             )
         if not timed:
             raise ValueError(
-                f"none of {len(tiles[kernel])} tiles of {kernel} runs: {rows[-1]['skipped'] if rows else 'there is none'}"
+                f"none of {len(tiles[kernel])} tiles of {kernel} runs: {rows[-1]['skipped'] if rows else 'none fits'}"
             )
         name = min(timed, key=lambda name: measure.quantiles(timed[name])[1])
-        best[kernel] = (measure.quantiles(timed[name])[1], known[name])
+        best[kernel] = (measure.quantiles(timed[name])[1], by_name[name])
     matrix: Any = "fused"
     if x.dtype != torch.bfloat16:
         seconds = _times({"in-place": functools.partial(in_place, case)}, timer)["in-place"]
@@ -140,10 +140,10 @@ def tile_name(tile: ProductTile) -> str:
     return f"{tile.rows}x{tile.columns}x{tile.depth}, {tile.warps} warps, {tile.stages} stages, group {tile.group}"
 
 
-def _refusal(run: Callable[[], Tensor], want: Tensor) -> str:
+def _failure(run: Callable[[], Tensor], expected: Tensor) -> str:
     try:
-        error = measure.relative_error(run(), want)
-    except Exception as failure:  # compilers raise what they like; one tile of many must not end the search
+        error = measure.relative_error(run(), expected)
+    except Exception as failure:  # a compiler may raise anything, and one tile must not end the search
         return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"[:120]
     return "" if error < _SUM_TOLERANCE else f"its result is off by {error:.1e}"
 

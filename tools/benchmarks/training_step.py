@@ -1,15 +1,14 @@
-"""Suites step and scale: a whole training step of the classifier compare the published partial-FC scheme.
+"""Suites step and scale: a whole training step of the classifier compared with the published partial-FC scheme.
 
-First loss and gradients of all providers must agree with float64. In step (and head on a CPU) the providers take turns in
-one process and speed is the median of paired ratios; in scale each has its own process. Extra memory is the peak of one
-iteration above weights, moments and inputs, always in its own process.
+Loss and gradients of all providers are first compared with float64. In step (and head on a CPU) the providers take
+turns in one process, and speed is the median of paired ratios; in scale each has its own process. Extra memory is the
+peak of one iteration above weights, moments and inputs, always in a separate process.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from typing import Any
 
 import torch
 
@@ -20,21 +19,23 @@ from benchmarks.suite import Limit, Report, Row, make_report
 from megacid.errors import UserError
 
 HELP = (
-    "step: sampling, forward, backward and AdamW over 1,000,000 classes, a tenth sampled; "
-    "scale: the step from 10^4 to 10^7 classes at 8192 sampled rows"
+    "step: sampling, forward, backward and AdamW over 1,000,000 classes, 10 % sampled; "
+    "scale: the step from 10^4 to 10^7 classes with 8192 sampled rows"
 )
 SHAPES = {
     "head": [Shape(131_072, 256, 256, 1.0)],
     "step": [Shape(1_000_000, 256, 256, 0.1)],
     "scale": [Shape(size, 64, 256, 8192 / size) for size in (10_000, 100_000, 1_000_000, 10_000_000)],
 }
-# (least speed-up over eager, most extra memory as a share of eager's)
-BARS: dict[str, tuple[float, float | None]] = {"head": (1.5, 1 / 3), "step": (4.0, None)}
-REPEATS, LEAST_REPEATS = 7, 5
+# (minimum speed over eager, maximum extra memory over eager's)
+LIMITS: dict[str, tuple[float, float | None]] = {"head": (1.5, 1 / 3), "step": (4.0, None)}
+REPEATS, MIN_REPEATS = 7, 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", nargs="+", metavar="C,D,B,r", help="classes, width, batch, rate")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="C,D,B,r", help="classes,width,batch,sampling rate of every case"
+    )
     parser.add_argument("--repeats", type=int, default=REPEATS, help="timed calls of each provider (default 7)")
 
 
@@ -43,14 +44,16 @@ def shapes_of(args: argparse.Namespace, default: list[Shape]) -> list[Shape]:
 
 
 def run(args: argparse.Namespace) -> Report:
-    if args.check and args.suite not in BARS:
-        raise UserError(f"--check has no limit for the suite {args.suite}, expected {' or '.join(BARS)}: leave it out")
-    if args.repeats < LEAST_REPEATS:
-        raise UserError(f"--repeats is {args.repeats}, expected at least {LEAST_REPEATS}: leave it out for the default")
+    if args.check and args.suite not in LIMITS:
+        raise UserError(
+            f"--check is given, but suite {args.suite} has no limits, expected {' or '.join(LIMITS)}: leave it out"
+        )
+    if args.repeats < MIN_REPEATS:
+        raise UserError(f"--repeats is {args.repeats}, expected at least {MIN_REPEATS}: leave it out for the default")
     shapes = shapes_of(args, SHAPES[args.suite])
     names = [name for name in PROVIDERS if args.suite != "scale" or name != "eager-tuned"]
     check_accuracy(names, torch.device(args.device))
-    print("agree with float64: " + "; ".join(f"{name} ({PROVIDERS[name]})" for name in names))
+    print("compared with float64: " + "; ".join(f"{name} ({PROVIDERS[name]})" for name in names))
     rows = [row for shape in shapes for row in measure_shape(shape, names, args)]
     for row, (speed, memory) in [(row, compare(row, by_shape(rows)[row["shape"]]["eager"])) for row in rows]:
         row |= {} if speed is None else {"speed_over_eager": speed}
@@ -60,29 +63,29 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def by_shape(rows: list[Row]) -> dict[str, dict[str, Row]]:
-    """shape -> provider -> row"""
-    found: dict[str, dict[str, Row]] = {}
+    """{shape: {provider: row}}"""
+    result: dict[str, dict[str, Row]] = {}
     for row in rows:
-        found.setdefault(row["shape"], {})[row["provider"]] = row
-    return found
+        result.setdefault(row["shape"], {})[row["provider"]] = row
+    return result
 
 
 def print_table(rows: list[Row]) -> None:
-    """A row per provider and shape; the last column compares with the first shape of the same provider."""
+    """Print a row per provider and shape; the last column compares with the provider's first shape."""
     shapes = by_shape(rows)
-    print("\n| provider | shape | ms p50 [p20, p80] | speed | extra MiB | of eager's | time, extra to first |")
+    print("\n| provider | shape | ms p50 [p20, p80] | speed over eager ", end="")
+    print("| extra MiB | over eager's | time, extra over first shape |")
     print("|---|---|---:|---:|---:|---:|---:|")
-    for name, (shape, found) in itertools.product(next(iter(shapes.values())), shapes.items()):
-        values, first, cells = found[name], next(iter(shapes.values()))[name], [name, str(Shape.parse(shape))]
+    for name, (shape, by_provider) in itertools.product(next(iter(shapes.values())), shapes.items()):
+        values, first, cells = by_provider[name], next(iter(shapes.values()))[name], [name, str(Shape.parse(shape))]
         if "seconds" in values:
             p20, p50, p80 = (1e3 * value for value in quantiles(values["seconds"]))
-            speed, share = compare(values, found["eager"])
+            speed, share = compare(values, by_provider["eager"])
             cells += [f"{p50:,.1f} [{p20:,.1f}, {p80:,.1f}]", format_value(speed, unit="x")]
             cells += [f"{values['peak_extra_bytes'] / 2**20:,.1f}" if "peak_extra_bytes" in values else "-"]
             cells += [format_value(share, unit="x")]
-            cells.append(
-                f"{format_value(compare(first, values)[0], unit='x')}, {format_value(compare(values, first)[1], unit='x')}"
-            )
+            growth = compare(first, values)[0], compare(values, first)[1]
+            cells.append(", ".join(format_value(ratio, unit="x") for ratio in growth))
         if "skipped" in values:
             cells.append(f"not measured: {values['skipped']}")
         print(f"| {' | '.join(cells)} |")
@@ -90,10 +93,10 @@ def print_table(rows: list[Row]) -> None:
 
 def check(report: Report) -> list[Limit]:
     limits = []
-    for shape, rows in by_shape(found["results"]).items():
+    for shape, rows in by_shape(report["results"]).items():
         speed, memory = compare(rows["megacid"], rows["eager"])
-        least, most = BARS[found["suite"]]
-        limits.append(Limit(f"{Shape.parse(shape)}: speed over eager", speed, least, at_least=True))
-        if most is not None:
-            limits.append(Limit(f"{Shape.parse(shape)}: extra memory of eager's", memory, most, at_least=False))
+        min_speed, max_memory = LIMITS[report["suite"]]
+        limits.append(Limit(f"{Shape.parse(shape)}: speed over eager", speed, min_speed, at_least=True))
+        if max_memory is not None:
+            limits.append(Limit(f"{Shape.parse(shape)}: extra memory over eager's", memory, max_memory, at_least=False))
     return limits
