@@ -1,13 +1,12 @@
-"""The run file: frozen dataclasses of the "megacid" block, strict loading.
+"""Loads a run file: reads JSON or Hjson, applies `--set`, refuses unknown keys, checks every value.
 
-One file is one run. It holds DeepSpeed's own keys plus a "megacid" block, in JSON or Hjson (comments allowed):
+One file describes one run. It holds DeepSpeed's own keys and a "megacid" block:
 
     run = load_run("configs/digits_cpu.json", ["classifier.sample_rate=0.2"], world=2)
     run.megacid     a `MegacidConfig`, every field checked
-    run.deepspeed   the dict that is passed to deepspeed.initialize, batch sizes filled in
+    run.deepspeed   the dict for deepspeed.initialize, with all three batch sizes
 
-A key that nobody reads is an error, in both parts (`deepspeed_keys.py` knows DeepSpeed's); `config_checks.py` knows which
-values are good together.
+An unknown key is an error in both parts: `schema.py` defines the keys of the block, `deepspeed.py` lists DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -27,14 +26,9 @@ from megacid.config.schema import MegacidConfig, RunFile, defaults
 from megacid.config.validation import check, check_numbers
 from megacid.errors import UserError, nearest
 
-# ---- the "megacid" block -----------------------------------------------------------------------------------------
-
-
-# ---- strict loading ----------------------------------------------------------------------------------------------
-
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`, or UserError naming the key, the value and the wish."""
+    """`value` as the type `hint`; UserError with the key, the value and what was expected."""
     origin, choices = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where)
@@ -71,7 +65,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
 
 
 def _apply_set(tree: dict[str, Any], assignment: str) -> None:
-    """One `--set section.key=value`: first the megacid block, else DeepSpeed's keys. The value is read as JSON, else as text."""
+    """Apply one `--set section.key=value` to the "megacid" block or to DeepSpeed's keys. Values are JSON, else text."""
     path, sign, text = assignment.partition("=")
     if not sign or not path:
         raise UserError(
@@ -79,7 +73,7 @@ def _apply_set(tree: dict[str, Any], assignment: str) -> None:
         )
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):  # the type that the key wants decides
+    except (ValueError, RecursionError):  # the type of the field decides
         value = text
     *sections, key = path.removeprefix("megacid.").split(".")
     top = sections[0] if sections else key
@@ -90,7 +84,7 @@ def _apply_set(tree: dict[str, Any], assignment: str) -> None:
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise UserError(f"--set {assignment!r}: {section!r} is a value, not a block")
+            raise UserError(f"--set {assignment!r}: {section!r} is a value, expected a block")
     node[key] = value
 
 
@@ -104,7 +98,15 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def load_run(path: str | Path, assignments: list[str] | None = None, *, world: int) -> RunFile:
-    """Read, override, check. world: number of ranks, completes the batch sizes. Raises UserError."""
+    """Read, override and check a run file.
+
+    Args:
+        assignments: `section.key=value` texts, applied in order.
+        world: number of ranks; completes the batch sizes.
+
+    Raises:
+        UserError: the file cannot be read, a key is unknown, or a value is invalid.
+    """
     path = Path(path)
     try:
         tree = hjson.loads(path.read_text(), object_pairs_hook=_no_duplicates)
@@ -122,14 +124,14 @@ def load_run(path: str | Path, assignments: list[str] | None = None, *, world: i
     block = tree.pop("megacid", None)
     if block is None:
         raise UserError(
-            f'the run file {path} has no "megacid" block, expected one beside DeepSpeed\'s keys: see configs/'
+            f'the run file {path} has no "megacid" block, expected one next to DeepSpeed\'s keys: see configs/'
         )
     megacid: MegacidConfig = _build(MegacidConfig, block, "megacid")
     check(megacid, defaults())
     run = RunFile(path, megacid, lint_deepspeed(tree, world))
     if megacid.classifier.weight_grad == "recomputed" and run.accumulation > 1:
         raise UserError(
-            f'"megacid.classifier.weight_grad" is "recomputed" with {run.accumulation} micro-batches per step, expected 1: '
-            'a recomputed gradient cannot be accumulated; set it to "stored", or raise the micro-batch'
+            f'"megacid.classifier.weight_grad" is "recomputed" with {run.accumulation} micro-batches per step, '
+            'expected 1: a recomputed gradient cannot be accumulated; set it to "stored", or raise the micro-batch'
         )
     return run

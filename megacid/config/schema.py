@@ -1,4 +1,4 @@
-"""The run file's "megacid" block as frozen dataclasses."""
+"""The run file as frozen dataclasses. The text below each field is its documentation in docs/configuration.md."""
 
 from __future__ import annotations
 
@@ -11,167 +11,182 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class RunConfig:
+    """Name, length, checkpoints and limits of the run."""
+
     name: str
-    """Name of the run; its directory is `dir`/`name`."""
+    """Name of the run. Its directory is `dir`/`name`."""
     total_steps: int
-    """Optimizer steps of the whole run, > 0."""
+    """Number of optimizer steps of the whole run, > 0."""
     dir: str = "runs"
-    """Where run directories stand."""
+    """Parent directory of the run directory."""
     seed: int = 0
-    """Seed of initialisation, sample order, sampling of classes, augmentation; >= 0."""
+    """Seed of initialisation, sample order, class sampling and augmentation, >= 0."""
     save_every: int = 1000
-    """Steps between checkpoints, > 0; the last step is always saved."""
+    """Steps between checkpoints, > 0. The last step is always saved."""
     keep_last: int = 2
-    """Checkpoints kept, >= 2: the newest may be the one that a crash damages."""
+    """Number of newest checkpoints to keep, >= 2, since a crash may damage the newest one."""
     log_every: int = 10
     """Steps between log lines and tensorboard points, > 0."""
     timeout_s: float = 600.0
-    """Seconds without progress until the watchdog names the stalled rank and ends the run, > 0."""
+    """Seconds without progress after which the watchdog names the stalled rank and ends the run, > 0."""
     save_timeout_s: float = 1800.0
-    """The same while a checkpoint is saved, > 0."""
+    """The same limit in seconds for the first step and while a checkpoint is saved, > 0."""
     save_in_background: bool = False
-    """Copy to host memory and write while training goes on: needs that memory twice, same guarantees."""
+    """Write checkpoints while training continues. Needs host memory for a copy of each rank's part; same guarantees."""
     check_every: int = 200
-    """Steps between checks that all ranks hold the same step, settings and student, >= 0; 0: only at the start."""
+    """Steps between checks that all ranks are at the same step with the same student, >= 0; 0: never."""
 
 
 @dataclass(frozen=True)
 class StudentConfig:
+    """The model that is trained."""
+
     model: str
-    """open_clip model name, or one of configs/models/; "feature-mlp": a small tower over data.features."""
+    """An open_clip model name, a model of megacid/models/configs, or "feature-mlp", an MLP over data.features."""
     embed_dim: int | None = None
-    """Width of the joint embedding; null: the teacher's (data.teacher) or else the model's own; feature-mlp needs it."""
+    """Width of the joint embedding; null: the teacher's, without a teacher the model's own. Required by feature-mlp."""
     image_size: int | None = None
-    """Pixels; null: the model's own."""
+    """Side of the square input image in pixels; null: the model's own."""
     context_length: int | None = None
-    """Text tokens; null: the model's own."""
+    """Number of text tokens; null: the model's own."""
     pretrained: str | None = None
-    """open_clip tag or local checkpoint to start from; null: from scratch."""
+    """Initial weights: an open_clip tag or a local checkpoint; null: random."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     hidden: int = 512
-    """Only for feature-mlp: width of its hidden layers, > 0."""
+    """Width of the hidden layers of feature-mlp, > 0."""
     layers: int = 2
-    """Only for feature-mlp: number of hidden layers, >= 0."""
+    """Number of hidden layers of feature-mlp, >= 0."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Training data and the outputs of the offline tools."""
+
     shards: str | None = None
-    """Directory of .tar shards (img2dataset or webdataset layout); this or features."""
+    """Directory of .tar shards in img2dataset's or webdataset's layout. Set exactly one of shards and features."""
     features: str | None = None
-    """Directory of class-labelled feature vectors (tools/synthesize.py features) instead of shards."""
+    """Directory of labelled feature vectors, as tools/synthesize.py features writes it. Set this or shards."""
     teacher: str | None = None
-    """Directory written by tools/embed.py; needed by the terms instance, mse and by beta, gamma of cluster."""
+    """Output of tools/embed.py. Required by loss.instance, loss.mse, and by loss.cluster with beta or gamma."""
     labels: str | None = None
-    """Directory written by tools/cluster.py; needed by the term cluster."""
+    """Output of tools/cluster.py. Required by loss.cluster on shards."""
     labels_per_sample: int = 1
-    """Nearest clusters that are a sample's labels, > 0: 1 is CLIP-CID, more is MLCD's loss (tools/cluster.py --top-labels)."""
+    """Number of nearest clusters that label a sample, > 0: 1 is CLIP-CID, more is MLCD (cluster.py --top-labels)."""
     keep: str | None = None
-    """Directory written by tools/balance.py; null: every sample is used."""
+    """Output of tools/balance.py; null: every sample is used."""
     augment: Literal["none", "random_resized_crop"] = "none"
-    """Training augmentation, seeded per sample."""
+    """Image augmentation, seeded per sample."""
     workers: int = 0
-    """Loader processes per rank, >= 0; 0 decodes in the training process."""
+    """Number of loader processes per rank, >= 0; 0 decodes in the training process."""
     worker_timeout_s: float = 120.0
-    """Seconds until a loader process that gives nothing is an error, > 0; only with workers."""
+    """Seconds without a batch from a loader process after which the run ends with an error, > 0."""
     block_shards: int = 16
-    """Shards (files of features) that are shuffled together, > 0; larger mixes better, smaller reads more locally."""
+    """Number of shards or feature files shuffled together, > 0. More mixes better, fewer reads more locally."""
     error_budget: float = 0.001
-    """Share of samples that may be undecodable before the run ends, 0 to 1."""
+    """Fraction of undecodable samples above which the run ends, 0 to 1."""
     max_image_pixels: int = 64_000_000
-    """Images with more pixels are refused before they are decoded."""
+    """Images with more pixels are skipped before they are decoded, > 0 and at most 89478485."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
+    """Weights of the loss terms. A term of weight 0 is not computed."""
+
     contrastive: float = 0.0
-    """Weight of CLIP's student-student loss, >= 0."""
+    """Weight of CLIP's contrastive loss between the student's images and texts, >= 0."""
     instance: float = 0.0
     """Weight of instance discrimination distillation, >= 0."""
     cluster: float = 0.0
     """Weight (lambda) of cluster discrimination distillation, >= 0."""
     mse: float = 0.0
-    """Weight of |student - teacher|^2 of the image and text embeddings, >= 0."""
+    """Weight of the squared distance of student and teacher embeddings, of images and texts, >= 0."""
     alpha: float = 1.0
-    """Inside cluster: weight of CE(student, label), >= 0."""
+    """Inside cluster: weight of the cross-entropy of the student and the label, >= 0."""
     beta: float = 0.0
-    """Inside cluster: weight of CE(teacher embedding, label), >= 0. [assumed]"""
+    """Inside cluster: weight of the cross-entropy of the teacher's embedding and the label, >= 0. [assumed]"""
     gamma: float = 0.0
     """Inside cluster: weight of KL(teacher || student), >= 0. [assumed]"""
     cluster_temperature: float = 1.0
-    """Temperature of the KL, > 0. [assumed]"""
+    """Inside cluster: temperature of the KL, > 0. [assumed]"""
     temperature: float | None = None
-    """Fixed temperature tau of the contrastive matrices; null: learned, 1/tau <= 100."""
+    """Fixed temperature of the contrastive and instance losses, >= 0.01; null: learned, 1/temperature <= 100."""
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
+    """The class-sharded margin classifier of loss.cluster, and its optimizer."""
+
     sample_rate: float = 0.1
-    """Share of each rank's classes drawn per step, positives always among them; above 0, up to 1."""
+    """Fraction of each rank's classes sampled per step, above 0, up to 1. Positive classes are always included."""
     m1: float = 1.0
-    """Margin cos(m1*theta + m2) - m3 on the target: SphereFace factor, >= 1."""
+    """SphereFace factor of the margin cos(m1 * theta + m2) - m3 on the target class, >= 1."""
     m2: float = 0.0
-    """ArcFace angle in radians, >= 0."""
+    """ArcFace angle of the margin in radians, >= 0."""
     m3: float = 0.3
-    """CosFace offset, >= 0."""
+    """CosFace offset of the margin, >= 0."""
     margin_grad: Literal["exact", "straight_through"] = "exact"
-    """Derivative of the margin: exact, or 1 as in insightface's ArcFace."""
+    """Derivative of the margin: exact, or 1 (straight_through) as in insightface's ArcFace."""
     scale: float = 64.0
     """Logit scale s, > 0."""
     feature_rate: float = 1.0
-    """Share of the embedding's dimensions used per step, above 0, up to 1."""
+    """Fraction of the embedding's dimensions used per step (UNICOM), above 0, up to 1."""
     filter_threshold: float | None = None
-    """Negatives with a larger cosine leave the denominator; null: none do."""
+    """Negatives with a larger cosine are left out of the denominator; null: none."""
     log_q: bool = False
-    """Weigh sampled negatives by 1 / their chance, so that the denominator is unbiased for the one over all classes."""
+    """Weight sampled negatives by 1 / their probability, which makes the softmax denominator unbiased."""
     weight_grad: Literal["stored", "recomputed"] = "stored"
-    """Gradient of the class rows: stored until the update, or recomputed in slabs: less memory, twice the arithmetic."""
+    """Gradient of the class rows: stored, or recomputed in slabs (less memory, twice the arithmetic)."""
     init: str = "centroids"
-    """Start rows: centroids (of data.labels), random (N(0, 0.01)), or a path: .npy, .safetensors, or a directory of per-rank insightface checkpoints."""
+    """Initial rows: centroids (of data.labels), random (N(0, 0.01)), or the path of a .npy or .safetensors file or of a
+    directory of per-rank insightface checkpoints."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Row-sparse optimizer of the class rows."""
     lr: float | None = None
-    """Peak learning rate of the rows; null: the student's."""
+    """Peak learning rate of the class rows; null: the student's."""
     betas: tuple[float, float] = (0.9, 0.98)
-    """AdamW's moment decays."""
+    """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     momentum: float = 0.9
     """SGD's momentum."""
     weight_decay: float = 0.05
-    """Weight decay of the rows that a step touches, >= 0; decoupled in AdamW."""
+    """Weight decay of the rows that a step updates, >= 0; decoupled in AdamW."""
     moments: Literal["fp32", "bf16"] = "fp32"
-    """Storage of the row optimizer's averages; bf16 halves their memory and rounds at random without bias."""
+    """Storage of the row optimizer's moments. bf16 halves their memory and uses stochastic rounding."""
     lazy: Literal["none", "decay"] = "none"
-    """What a row owes for the steps that did not draw it: nothing, or the decays of weight and moments when it is used again."""
+    """What a row catches up on when it is sampled again: nothing, or the decays of the steps between."""
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
+    """Learning rates of student and classifier, as fractions of their peaks."""
+
     warmup_steps: int = 0
-    """Steps of linear warm-up, >= 0."""
+    """Steps of linear warm-up, >= 0 and fewer than run.total_steps."""
     kind: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: cosine to final_share, or constant."""
+    """Learning rate after the warm-up: cosine decay to final_share, or constant."""
     final_share: float = 0.0
-    """Share of the peak learning rate at the last step, 0 to 1."""
+    """Fraction of the peak learning rate at the end of the cosine, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class GuardConfig:
+    """When steps are skipped, and when the run ends because of them."""
+
     max_consecutive_skips: int = 5
-    """Steps in a row that may be skipped for a non-finite loss or gradient before the run ends, > 0."""
+    """Number of skipped steps in a row at which the run ends, > 0."""
     max_skipped_share: float = 0.01
-    """Share of the last 1000 steps that may be skipped before the run ends, 0 to 1."""
+    """Fraction of the last 1000 steps that may be skipped before the run ends, 0 to 1."""
     spike: Literal["off", "skip", "lower", "abort"] = "off"
-    """What a loss spike does: nothing, skip the step, multiply its gradients by 0.1, or end the run."""
+    """Reaction to a loss spike: none, skip the step, multiply its gradients by 0.1 (lower), or end the run (abort)."""
     spike_deviations: float = 10.0
-    """A spike is a loss above median + this many median absolute deviations of the last 200 losses, > 0."""
+    """A spike is a loss above the median of the last 200 by this many median absolute deviations, > 0."""
 
 
 @dataclass(frozen=True)
 class MegacidConfig:
-    """The "megacid" block."""
+    """The "megacid" block of a run file."""
 
     run: RunConfig
     student: StudentConfig
@@ -183,7 +198,7 @@ class MegacidConfig:
 
 
 def defaults() -> dict[str, dict[str, Any]]:
-    """section -> field -> default, of the fields that have one."""
+    """section -> field -> default, for the fields that have one."""
     sections = typing.get_type_hints(MegacidConfig)
     return {
         name: {f.name: f.default for f in dataclasses.fields(section) if f.default is not dataclasses.MISSING}
@@ -193,7 +208,7 @@ def defaults() -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class RunFile:
-    """A loaded, linted run file. `megacid` is the block, `deepspeed` what DeepSpeed gets, `path` where it came from."""
+    """A checked run file: the "megacid" block and, as `deepspeed`, the configuration that DeepSpeed gets."""
 
     path: Path
     megacid: MegacidConfig
@@ -232,9 +247,10 @@ class RunFile:
         return "sum" if self.deepspeed.get("gradient_allreduce_op", "mean") == "sum" else "mean"
 
     def with_embed_dim(self, embed_dim: int) -> RunFile:
-        """The same run with the student's width written out."""
+        """The same run with the student's width filled in."""
         student = dataclasses.replace(self.megacid.student, embed_dim=embed_dim)
         return dataclasses.replace(self, megacid=dataclasses.replace(self.megacid, student=student))
 
     def resolved(self) -> dict[str, Any]:
+        """The run file with every default filled in, as JSON-able values."""
         return {**self.deepspeed, "megacid": dataclasses.asdict(self.megacid)}

@@ -158,7 +158,7 @@ def test_two_batch_sizes_give_the_third(given: dict[str, int], world: int, want:
             "does not exist at ZeRO stage 3",
         ),
         ({"train_batch_size": 8, "optimizer": {"type": "Lion"}}, '"optimizer" is'),
-        ({"train_batch_size": "8"}, "expected a whole number"),
+        ({"train_batch_size": "8"}, "expected an integer"),
     ],
 )
 def test_what_deepspeed_would_ignore_or_misread_is_an_error(keys: dict[str, Any], said: str) -> None:
