@@ -178,7 +178,7 @@ def accumulate(
 
 
 def step_both(state: TrainState, verdict: Verdict, rate_share: float) -> None:
-    """Step both optimizers with the one clipping factor, or neither. rate_share: fraction of the peak learning rates."""
+    """Step both optimizers with one clipping factor, or neither. rate_share: fraction of the peak learning rates."""
     student_rate, row_rate = peak_rates(state.run)
     if verdict.apply:
         state.engine.step(lr=rate_share * student_rate, clip_scale=verdict.clip_scale)

@@ -40,7 +40,7 @@ def resolve(path: Path) -> Path:
     try:
         store.verify(path)
     except ValueError as error:
-        raise UserError(f"not a whole checkpoint: {error}; choose another") from None
+        raise UserError(f"not a valid checkpoint: {error}; choose another") from None
     return path
 
 
@@ -67,7 +67,7 @@ def verify(args: argparse.Namespace) -> int:
     try:
         manifest = store.verify(args.path)
     except ValueError as error:
-        raise UserError(f"not a whole checkpoint: {error}") from None
+        raise UserError(f"not a valid checkpoint: {error}") from None
     print(f"{args.path}: {len(manifest['files'])} files, every byte as written")
     return 0
 

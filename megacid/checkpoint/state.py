@@ -181,6 +181,6 @@ def load_student_tensors(directory: str | Path) -> dict[str, Tensor]:
     try:
         store.verify(directory)
     except ValueError as error:
-        raise UserError(f"not a whole checkpoint: {error}; choose another step") from None
+        raise UserError(f"not a valid checkpoint: {error}; choose another step") from None
     reader = CheckpointReader(directory)
     return {name: reader.tensor(kind, name) for kind in ("param", "buffer") for name in reader.names(kind)}

@@ -161,7 +161,7 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
 
 
 def make_student(run: RunFile, data: Data) -> Student | FeatureTower:
-    """The student of the teacher's width, or a feature tower. Raises UserError when the widths contradict each other."""
+    """The student, of the teacher's width, or a feature tower. Raises UserError when the widths differ."""
     config = run.megacid.student
     width = config.embed_dim or data.teacher_dim
     if data.teacher_dim is not None and width != data.teacher_dim:

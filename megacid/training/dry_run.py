@@ -16,7 +16,7 @@ log = logging.getLogger("megacid")
 
 
 def dry_run(run: RunFile, parallel: Parallel) -> int:
-    """Check data, joins, one batch, student and classifier, and print the memory. Writes nothing to the run directory."""
+    """Check data, one batch, student and classifier, and log the memory. Writes nothing to the run directory."""
     setup_logging(parallel.rank, None)
     components = build_components(run, parallel)
     with fail_together(parallel.group):

@@ -1,4 +1,4 @@
-"""One decision per step for all ranks and both optimizers: apply with this clipping factor, or skip; go on, or end."""
+"""One decision per step for all ranks and both optimizers: apply with one clipping factor, skip, or end the run."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from megacid.distributed.consensus import gather_json
 
 log = logging.getLogger(__name__)
 
-_HORIZON = 1000  # steps over which the share of skipped ones is taken
-_WINDOW = 200  # losses that a spike is compared with
-_ENOUGH = 20  # fewer losses than this say nothing about what is usual
-_LOWERED = 0.1
+_HORIZON = 1000  # steps over which max_skipped_share counts
+_WINDOW = 200  # losses whose median a spike is compared with
+_ENOUGH = 20  # losses needed before a spike can be told from the usual spread
+_LOWERED = 0.1  # factor of the gradients of a spike with guard.spike "lower"
 _NAMED_RANKS = 4
 _HEAD, _BAD, _FAILED, _STOP, _LOSS = range(5)
 
 
 class TooManySkips(RuntimeError):  # noqa: N818  the run ends with its own exit code
-    """More steps had to be skipped than guard.max_consecutive_skips or max_skipped_share allows, or a spike aborts."""
+    """More steps were skipped than guard.max_consecutive_skips or max_skipped_share allows, or there was a spike."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The same on every rank.
+    """The decision about one step, the same on every rank.
 
-    apply: both optimizers step, or neither. grad_norm: joint 2-norm of student and classifier. clip_scale: factor of the
-    gradients, at most 1. loss: mean over the ranks. stop: a rank was asked to stop. failure: why the data end the run.
+    apply: both optimizers step, or neither. grad_norm: joint 2-norm of student and classifier. clip_scale: gradient
+    factor, at most 1. loss: mean over the ranks. stop: a rank was asked to stop. failure: why the data end the run.
     """
 
     apply: bool
@@ -48,15 +48,17 @@ class Verdict:
 
 
 class Guard:
+    """Clips, skips and ends: decides about each step from the losses and gradient norms of all ranks."""
+
     def __init__(self, clip: float, config: GuardConfig, group: Group = None) -> None:
-        """clip: largest joint gradient norm, 0 for none."""
+        """clip: largest joint gradient norm; 0 for no clipping."""
         self.clip, self.config, self.group = clip, config, group
         self.skipped, self.consecutive = 0, 0
         self._recent: deque[int] = deque()  # steps skipped within the horizon
         self._losses: deque[float] = deque(maxlen=_WINDOW)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of it, as JSON; the same on every rank."""
+        """The guard's part of a checkpoint, JSON-able and the same on every rank."""
         return {
             "skipped": self.skipped,
             "consecutive": self.consecutive,
@@ -80,13 +82,22 @@ class Guard:
         failure: str | None = None,
         stop: bool = False,
     ) -> Verdict:
-        """loss, student_norm: 0-d, the same on every rank when finite. head_norm_sq: 0-d, of this rank's class rows.
-        what: for the warning, called only then: (whether this rank's samples are at fault, samples and loss terms in
-        words). failure, stop: of this rank; they ride on the same all-reduce. Raises TooManySkips on every rank
-        together."""
+        """Decide about one step. A collective: one all-reduce, and more only for a warning or a failure.
+
+        Args:
+            loss: 0-d, the same on every rank when finite.
+            student_norm: 0-d 2-norm of the student's reduced gradient, the same on every rank when finite.
+            head_norm_sq: 0-d squared norm of the gradient of this rank's class rows; None without a classifier.
+            describe: for warnings only; (whether this rank's samples are at fault, samples and loss terms as text).
+            failure: why the data of this rank end the run.
+            stop: whether this rank was asked to stop.
+
+        Raises:
+            TooManySkips: on every rank.
+        """
         bad = ~(torch.isfinite(loss.detach()) & torch.isfinite(student_norm))
         zero = student_norm.new_zeros(())
-        facts = torch.stack(
+        sums = torch.stack(
             [
                 (head_norm_sq if head_norm_sq is not None else zero).double(),
                 bad.double(),
@@ -95,36 +106,30 @@ class Guard:
                 loss.detach().double(),
             ]
         )
-        all_reduce_sum(facts, self.group)
-        *numbers, own_norm = torch.cat([facts, student_norm.double().reshape(1)]).tolist()
-        stopped, mean_loss = numbers[_STOP] > 0, numbers[_LOSS] / world_size(self.group)
-        if numbers[_FAILED] > 0:
-            said = [text for text in gather_json(failure, self.group) if text is not None]
-            return Verdict(False, math.nan, 0.0, mean_loss, stopped, "; ".join(said))
-        if not math.isfinite(numbers[_HEAD]) or numbers[_BAD] > 0:
-            rows_bad = head_norm_sq is not None and not math.isfinite(float(head_norm_sq))
+        all_reduce_sum(sums, self.group)
+        *totals, own_norm = torch.cat([sums, student_norm.double().reshape(1)]).tolist()
+        stopped, mean_loss = totals[_STOP] > 0, totals[_LOSS] / world_size(self.group)
+        if totals[_FAILED] > 0:
+            failures = [text for text in gather_json(failure, self.group) if text is not None]
+            return Verdict(False, math.nan, 0.0, mean_loss, stopped, "; ".join(failures))
+        if not math.isfinite(totals[_HEAD]) or totals[_BAD] > 0:
+            head_sq = None if head_norm_sq is None else float(head_norm_sq)
             self._skip(step)
-            self._warn(step, "has a non-finite loss or gradient and is skipped", rows_bad, describe, {
-                "loss": float(loss.detach()), "student gradient norm": own_norm,
-                "classifier gradient norm^2": None if head_norm_sq is None else float(head_norm_sq),
-            })  # fmt: skip
+            self._warn(
+                f"step {step} has a non-finite loss or gradient and is skipped",
+                describe,
+                rows_bad=head_sq is not None and not math.isfinite(head_sq),
+                values=f"loss {float(loss.detach())}, student gradient norm {own_norm}, "
+                f"classifier gradient norm^2 {head_sq}; ",
+            )
             self._check_limits(step, "a non-finite loss or gradient")
             return Verdict(False, math.nan, 0.0, mean_loss, stopped)
-        norm = math.sqrt(own_norm**2 + numbers[_HEAD])
+        norm = math.sqrt(own_norm**2 + totals[_HEAD])
         scale = min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
         limit = self._spike_limit()
         if limit is not None and mean_loss > limit:
-            median = statistics.median(self._losses)
-            words = f"has a loss spike, {mean_loss:.6g} (median of the last {len(self._losses)}: {median:.6g}, limit {limit:.6g}), policy {self.config.spike}"
-            self._warn(step, words, False, describe, {})
-            if self.config.spike == "abort":
-                raise TooManySkips(
-                    f"step {step} has loss {mean_loss:.6g}, more than {limit:.6g}, and guard.spike is abort: look at the "
-                    "samples named above, or choose skip or lower; the last checkpoint is kept"
-                )
+            self._handle_spike(step, mean_loss, limit, describe)
             if self.config.spike == "skip":
-                self._skip(step)
-                self._check_limits(step, "a loss spike")
                 return Verdict(False, norm, 0.0, mean_loss, stopped)
             scale *= _LOWERED
         self.consecutive = 0
@@ -132,20 +137,36 @@ class Guard:
             self._losses.append(mean_loss)
         return Verdict(True, norm, scale, mean_loss, stopped)
 
+    def _handle_spike(self, step: int, loss: float, limit: float, describe: Callable[[], tuple[bool, str]]) -> None:
+        """Warn of a spike, and count the skipped step or end the run as guard.spike says. A collective."""
+        median = statistics.median(self._losses)
+        self._warn(
+            f"step {step} has a loss spike, {loss:.6g} (median of the last {len(self._losses)}: {median:.6g}, limit "
+            f"{limit:.6g}), policy {self.config.spike}",
+            describe,
+        )
+        if self.config.spike == "abort":
+            raise TooManySkips(
+                f"step {step} has loss {loss:.6g}, more than {limit:.6g}, and guard.spike is abort: check the samples "
+                "named above, or choose skip or lower; the last checkpoint is kept"
+            )
+        if self.config.spike == "skip":
+            self._skip(step)
+            self._check_limits(step, "a loss spike")
+
     def _warn(
-        self, step: int, said: str, rows_bad: bool, describe: Callable[[], tuple[bool, str]], numbers: dict[str, Any]
+        self, message: str, describe: Callable[[], tuple[bool, str]], *, rows_bad: bool = False, values: str = ""
     ) -> None:
-        """One warning, on rank 0, that names the ranks at fault with their samples. A collective."""
-        guilty, text = describe()
-        values = ", ".join(f"{name} {value}" for name, value in numbers.items())
-        reports = gather_json([2 * guilty or int(rows_bad), f"{values}; {text}" if values else text], self.group)
-        # Through the shared loss every rank sees what one rank caused: samples at fault come before rows, rows before none.
+        """One warning, on rank 0, that names the ranks that caused it with their samples. A collective."""
+        samples_bad, text = describe()
+        reports = gather_json([2 * samples_bad or int(rows_bad), values + text], self.group)
+        # Through the shared loss every rank sees what one rank caused: name ranks with bad samples, else with bad rows.
         worst = max(fault for fault, _ in reports)
         named = [(r, words) for r, (fault, words) in enumerate(reports) if fault == worst][: None if worst else 1]
         if rank(self.group) == 0:
             shown = "; ".join(f"rank {r}: {words}" for r, words in named[:_NAMED_RANKS])
             more = f"; and {len(named) - _NAMED_RANKS} more ranks" if len(named) > _NAMED_RANKS else ""
-            log.warning("step %d %s on all ranks. %s%s", step, said, shown, more)
+            log.warning("%s on all ranks. %s%s", message, shown, more)
 
     def _skip(self, step: int) -> None:
         self.skipped, self.consecutive = self.skipped + 1, self.consecutive + 1
@@ -154,7 +175,7 @@ class Guard:
             self._recent.popleft()
 
     def _check_limits(self, step: int, why: str) -> None:
-        remedy = "lower the learning rate or look at the samples named above; the last checkpoint is kept"
+        remedy = "lower the learning rate or check the samples named above; the last checkpoint is kept"
         if self.consecutive >= self.config.max_consecutive_skips:
             raise TooManySkips(f"{self.consecutive} steps in a row up to step {step} had {why}: {remedy}")
         allowed = self.config.max_skipped_share * _HORIZON
@@ -165,10 +186,10 @@ class Guard:
             )
 
     def _spike_limit(self) -> float | None:
-        """median + deviations * MAD of the last losses (global means, so the same number on every rank)."""
+        """median + deviations * MAD of the last losses, which are global means: the same number on every rank."""
         if self.config.spike == "off" or len(self._losses) < _ENOUGH:
             return None
         median = statistics.median(self._losses)
         spread = statistics.median(abs(value - median) for value in self._losses)
-        # Losses that hardly move would call their own rounding a spike.
+        # A floor on the spread: rounding is no spike where the losses hardly change.
         return median + self.config.spike_deviations * max(spread, 1e-3 * abs(median))

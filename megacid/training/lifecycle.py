@@ -1,4 +1,4 @@
-"""The lock of a run directory, the request to stop, and what happens when the launcher is gone."""
+"""Lifetime of a run: the lock on its directory, requests to stop, and detection of a launcher that has ended."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from megacid.errors import UserError
 
 
 class RunLock:
-    """An exclusive lock on a run directory. The kernel drops it when the process dies, however it dies."""
+    """An exclusive lock on a run directory. The kernel releases it when the process ends for any reason."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises UserError when the directory cannot be made or another run holds it."""
+        """Raises UserError when the directory cannot be created or another process holds the lock."""
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._file: IO[str] = open(directory / ".lock", "a+")  # noqa: SIM115  held for the life of the run
@@ -46,9 +46,9 @@ class RunLock:
 
 
 class Lifecycle:
-    """Turns SIGTERM and SIGUSR1 into a flag that all ranks learn of at the same step (the guard's all-reduce carries it).
+    """Turns SIGTERM and SIGUSR1 into a flag, which the guard's all-reduce brings to all ranks at the same step.
 
-    Made just before the first step: until then there is nothing to save, and the signals end the process at once.
+    Created just before the first step: until then there is nothing to save, and the signals end the process at once.
     """
 
     def __init__(self, group: Group = None) -> None:
@@ -60,16 +60,16 @@ class Lifecycle:
         self.request_stop()
 
     def request_stop(self) -> None:
-        """Ask to stop after the step under way; again changes nothing: a save under way ends first."""
+        """Ask to stop after the current step. A second request changes nothing: a save in progress is finished."""
         self.asked = True
 
     def stop_requested(self) -> bool:
-        """True on every rank when one was asked to stop. A collective."""
+        """True on every rank when any rank was asked to stop. A collective."""
         return any_rank(self.asked, self.group)
 
 
 def _process(pid: int) -> tuple[int, str, str] | None:
-    """(parent, start time, command line) of a living process; None when there is none, or no /proc."""
+    """(parent, start time, command line) of a running process; None when it has ended, or without /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
@@ -79,14 +79,14 @@ def _process(pid: int) -> tuple[int, str, str] | None:
 
 
 class Launcher:
-    """The processes that started this rank: its parent, and above DeepSpeed's per-node launcher the `deepspeed` command.
-    None for a program that no launcher started.
+    """The processes that started this rank; none without a launcher.
 
-    DeepSpeed does not pass a signal that ends the command on to its per-node launcher, whose ranks would run on unseen.
+    These are the rank's parent and, above DeepSpeed's per-node launcher, the `deepspeed` command: DeepSpeed does not
+    pass a signal that kills the command on to the per-node launcher, whose ranks would keep running.
     """
 
     def __init__(self) -> None:
-        self._alive: dict[int, str] = {}  # pid -> start time, which tells a pid that was given away again
+        self._alive: dict[int, str] = {}  # pid -> start time, since pids are reused
         parent = _process(os.getppid()) if launched() else None
         if parent is None:
             return
@@ -96,6 +96,6 @@ class Launcher:
             self._alive[parent[0]] = above[1]
 
     def gone(self) -> bool:
-        """True when one of them has ended."""
+        """Whether one of them has ended."""
         now = {pid: _process(pid) for pid in self._alive}
-        return any(found is None or found[1] != self._alive[pid] for pid, found in now.items())
+        return any(process is None or process[1] != self._alive[pid] for pid, process in now.items())

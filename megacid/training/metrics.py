@@ -96,7 +96,7 @@ class Metrics:
         return (step + 1) % self.log_every == 0 or step + 1 == self.total_steps
 
     def log(self, step: int, loss: Tensor, terms: dict[str, Tensor], scalars: dict[str, float]) -> None:
-        """Log one step that is `due`. loss, terms: 0-d, the same on every rank. scalars: tag -> learning rate, norms, ..."""
+        """Log one step that is `due`. loss, terms: 0-d, equal on all ranks. scalars: by tag, with train/lr."""
         now = time.perf_counter()
         steps = step + 1 - self._last_step
         seconds = max(now - self._last, 1e-9)
@@ -125,7 +125,7 @@ class Metrics:
         )  # fmt: skip
 
     def log_classes(self, step: int, stats: dict[str, float], hits: Tensor) -> None:
-        """Log diagnostics over all class rows. hits: int64 counts of classes with 0, 1, 2-3, 4-7, ... training samples."""
+        """Log diagnostics over all class rows. hits: int64, number of classes with 0, 1, 2-3, 4-7, ... samples."""
         if self.writer is None:
             return
         for name, value in stats.items():

@@ -1,4 +1,4 @@
-"""config.json of a run directory: what the run was started with, and whether this start is still the same run."""
+"""The settings of a run: recorded in config.json, compared at every later start and between the ranks of one start."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from megacid.errors import UserError
 from megacid.storage.atomic import write_json_atomic
 from megacid.storage.metadata import versions
 
-# Where and how often files are written, and how the same global batch is split, change no result.
+# Settings that change no result, such as where files are written and how the global batch is split; and the guard's.
 MAY_CHANGE = (
-    "megacid.run.dir", "megacid.run.save_every", "megacid.run.keep_last", "megacid.run.log_every", "megacid.run.timeout_s", "megacid.run.save_timeout_s",
-    "megacid.run.save_in_background", "megacid.run.check_every", "megacid.data.workers", "megacid.data.worker_timeout_s",
-    "megacid.data.error_budget", "megacid.student.grad_checkpointing", "train_micro_batch_size_per_gpu", "zero_optimization", "steps_per_print",
-    "wall_clock_breakdown", "flops_profiler", "comms_logger", "megacid.guard",
+    "megacid.run.dir", "megacid.run.save_every", "megacid.run.keep_last", "megacid.run.log_every",
+    "megacid.run.timeout_s", "megacid.run.save_timeout_s", "megacid.run.save_in_background", "megacid.run.check_every",
+    "megacid.data.workers", "megacid.data.worker_timeout_s", "megacid.data.error_budget",
+    "megacid.student.grad_checkpointing", "megacid.guard", "train_micro_batch_size_per_gpu", "zero_optimization",
+    "steps_per_print", "wall_clock_breakdown", "flops_profiler", "comms_logger",
 )  # fmt: skip
 
 
 def flat(tree: Any, path: str = "") -> dict[str, Any]:
+    """Nested settings as dotted path -> value."""
     if isinstance(tree, dict):
         return {
             key: value
@@ -33,21 +35,20 @@ def flat(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def settings_of_this_rank(run: RunFile, world: int) -> dict[str, Any]:
-    """What all ranks of one start must hold alike: every setting, the number of ranks, the versions of packages."""
+    """What must be equal on all ranks of one start: every setting, the number of ranks, the versions of packages."""
     packages = {f"version of {name}": version for name, version in versions().items()}
     return {**flat(run.resolved()), "number of ranks": world, **packages}
 
 
 def _code_version() -> str | None:
     """The commit of the checkout, or None outside one."""
-    asked = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return asked.stdout.strip() or None
+    command = ["git", "rev-parse", "HEAD"]
+    git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return git.stdout.strip() or None
 
 
 def check_same_settings(run: RunFile, directory: Path) -> None:
-    """UserError with a diff when the directory belongs to a run with other settings."""
+    """Raise UserError with the differences when `directory` was started with settings that give other results."""
     try:
         resolved = json.loads((directory / "config.json").read_text())["resolved"]
         before = with_new_keys(flat({**resolved}))
@@ -55,7 +56,7 @@ def check_same_settings(run: RunFile, directory: Path) -> None:
         return
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{directory / 'config.json'} cannot be read: restore it, or choose another run.name") from None
-    # A setting that the run was started without, because it did not exist, had what is its default now.
+    # A setting that did not exist when the run was started had the value that is its default now.
     before = flat({"megacid": defaults()}) | before
     now = flat(run.resolved())
     changed = [
@@ -65,11 +66,13 @@ def check_same_settings(run: RunFile, directory: Path) -> None:
     ]
     if changed:
         raise UserError(
-            f"{directory} was started with other settings ({'; '.join(changed)}): use them again, or choose another run.name"
+            f"{directory} was started with other settings ({'; '.join(changed)}): use them again, or choose another "
+            "run.name"
         )
 
 
 def write_config(run: RunFile, directory: Path, world: int) -> None:
+    """Record the settings of a new run, and what it was started with, in config.json."""
     write_json_atomic(
         directory / "config.json",
         {

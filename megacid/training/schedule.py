@@ -28,7 +28,7 @@ def peak_rates(run: RunFile) -> tuple[float, float]:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: `weight_decay` for matrices, none for biases, norms and the logit scale (below two dimensions)."""
+    """Optimizer groups: `weight_decay` for matrices, none for biases, norms and the logit scale (ndim < 2)."""
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for _, p in trained if p.ndim >= 2], "weight_decay": weight_decay},

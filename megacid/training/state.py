@@ -96,7 +96,7 @@ class StepOutput:
     failure: str | None
 
     def describe(self) -> tuple[bool, str]:
-        """For the guard's warnings: whether samples of this rank have non-finite embeddings; terms and samples as text."""
+        """For the guard's warnings: whether an embedding of this rank is non-finite; terms and samples as text."""
         bad = [number for number, good in zip(self.sample_ids, self.finite.tolist()) if not good]
         named = bad or self.sample_ids
         shown = ", ".join(map(str, named[:8])) + (", ..." if len(named) > 8 else "")

@@ -131,7 +131,7 @@ class Watchdog:
 
 
 def _waits(stack: Sequence[traceback.FrameSummary]) -> bool:
-    """Whether a stack is inside torch.distributed, or in the wait() of an asynchronous collective, which has no frame."""
+    """Whether a stack is in torch.distributed, or in the wait() of an asynchronous collective, which has no frame."""
     inside = any(f"{os.sep}torch{os.sep}distributed{os.sep}" in entry.filename for entry in stack[-8:])
     return inside or bool(stack and ".wait()" in (stack[-1].line or "") and "threading" not in stack[-1].filename)
 

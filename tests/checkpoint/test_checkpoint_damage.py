@@ -116,7 +116,7 @@ def test_files_that_are_not_as_written_are_found_and_named(
             options = ["--out", str(root / "rows.npy")] if command == "export" else []
             if (newest / store.MANIFEST).exists() or command == "verify":
                 assert run_tool(lambda words=(command, str(newest), *options): ckpt.main(list(words))) == 2
-                assert "error: not a whole checkpoint" in capsys.readouterr().err
+                assert "error: not a valid checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["student", "classifier"])
@@ -160,7 +160,7 @@ def test_the_trainer_passes_over_a_damaged_checkpoint_and_ends_with_the_same_bit
         newest.mkdir()
     assert toy.train_toy(world, file) == [0] * world
     said = (newest.parent / "log.txt").read_text()
-    assert f"not a whole checkpoint, passed over: {newest}" in said and f"resumed from {before}" in said
+    assert f"skipped an invalid checkpoint: {newest}" in said and f"resumed from {before}" in said
     assert toy.differing(toy.tensors(root / "runs" / f"whole{world}" / newest.name), toy.tensors(newest)) == []
     # The damaged one is kept aside, for whoever wants to know what happened to it.
     assert len(list(newest.parent.glob(f".replaced-{newest.name}-*"))) == 1

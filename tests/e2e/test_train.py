@@ -180,7 +180,7 @@ def test_checkpoints_are_listed_verified_shown_and_give_their_class_rows(pipelin
         assert np.array_equal(begun.numpy(), rows), name
     (newest / "classifier-00001.safetensors").write_bytes(b"damaged")
     assert "classifier-00001.safetensors has 7 bytes" in run_tool_inside("ckpt", "list", run, expect=1)
-    assert "not a whole checkpoint" in run_tool_inside("ckpt", "verify", newest, expect=2)
+    assert "not a valid checkpoint" in run_tool_inside("ckpt", "verify", newest, expect=2)
     assert "holds no checkpoint" in run_tool_inside("ckpt", "list", tmp_path, expect=2)
 
 
