@@ -1,4 +1,4 @@
-"""What the operators refuse.
+"""Validation of the operators' tensors.
 
 Legend: G gathered batch, D width, L rows in memory, S rows of w that are used on this rank, l labels per sample.
 """
@@ -21,7 +21,7 @@ def check_inputs(
     bias: Tensor | None,
     gather: bool,
 ) -> None:
-    """ValueError for shapes, dtypes and devices that do not fit."""
+    """Raise ValueError for wrong shapes, dtypes or devices. Arguments as in `discrimination_with_gradients`."""
     used = w.shape[0] if rows is None or not gather else rows.shape[0]
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"x is {tuple(x.shape)} and w is {tuple(w.shape)}, expected [G, D] and [S, D] with one D")
@@ -31,35 +31,35 @@ def check_inputs(
         )
     if target.ndim == 2 and (target.shape[1] == 0 or (target.shape[1] > 1 and spec.weights.gamma > 0)):
         raise ValueError(
-            f"target is {tuple(target.shape)} with gamma {spec.weights.gamma}, expected at least one label per sample, "
-            "and one alone for the KL: set gamma to 0, or pass the nearest label only"
+            f"target is {tuple(target.shape)} with gamma {spec.weights.gamma}, expected one label per sample, "
+            "or more with gamma 0: set gamma to 0, or pass the nearest label only"
         )
-    for name, given in (("x", x), ("w", w), ("teacher", teacher)):
-        if given is not None and not given.is_floating_point():
-            raise ValueError(f"{name} is {given.dtype}, expected floating point")
+    for name, tensor in (("x", x), ("w", w), ("teacher", teacher)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}, expected a floating-point dtype")
     if rows is not None and (rows.ndim != 1 or rows.shape[0] != used or rows.dtype != torch.int64):
         raise ValueError(f"rows is {tuple(rows.shape)} {rows.dtype}, expected [{used}] torch.int64, sorted")
     if bias is not None and (bias.ndim != 1 or bias.shape[0] != used or not bias.is_floating_point()):
-        raise ValueError(f"bias is {tuple(bias.shape)} {bias.dtype}, expected floating point [{used}]")
-    for name, given in (("w", w), ("target", target), ("rows", rows), ("teacher", teacher), ("bias", bias)):
-        if given is not None and given.device != x.device:
-            raise ValueError(f"{name} is on {given.device}, expected {x.device} like x")
+        raise ValueError(f"bias is {tuple(bias.shape)} {bias.dtype}, expected a floating-point [{used}]")
+    for name, tensor in (("w", w), ("target", target), ("rows", rows), ("teacher", teacher), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {x.device} like x")
     if spec.weights.needs_teacher:
         if teacher is None:
             raise ValueError("teacher is None, but beta or gamma is > 0: pass the stored embeddings [G, D]")
         if teacher.shape != x.shape:
             raise ValueError(f"teacher is {tuple(teacher.shape)}, expected {tuple(x.shape)} like x")
     if spec.world > 1 and spec.max_rows is None:
-        raise ValueError(f"max_rows is None on {spec.world} ranks: pass the most rows of w that any rank holds")
+        raise ValueError(f"max_rows is None on {spec.world} ranks: pass the largest number of rows of w on any rank")
     if spec.num_classes < w.shape[0]:
-        raise ValueError(
-            f"num_classes is {spec.num_classes}, but w has {w.shape[0]} rows: pass the classes of all ranks"
-        )
+        raise ValueError(f"num_classes is {spec.num_classes}, expected >= {w.shape[0]}, the rows of w: count all ranks")
 
 
 def check_label_values(target: Tensor, spec: LossSpec) -> None:
-    """ValueError for a label out of range, where labels lie on the host: elsewhere a look would wait for the device, and
-    such a label makes the loss NaN."""
+    """Raise ValueError for a label out of range if labels are on the host.
+
+    On a device this would synchronise; there such a label makes the loss NaN.
+    """
     if target.device.type == "cpu" and target.dtype == torch.int64 and target.numel():
         low, high = (int(value) for value in target.aminmax())
         if low < -1 or high >= spec.num_classes:

@@ -1,9 +1,9 @@
-"""The margin cross entropy as an operator of torch: one node for torch.compile and torch.export.
+"""The margin cross entropy as a torch operator: one node for torch.compile and torch.export.
 
 Legend: G gathered batch, D width, S rows of w on this rank, l labels per sample.
 
-An operator's arguments are tensors and plain values: the margin travels as its numbers, the group by its name. The loss is
-the last operator, so its gradients are made in forward, where they are results of the operator, and scaled in backward.
+An operator takes tensors and plain values, so the margin is passed as its numbers and the group by its name. The loss
+is the last operator: forward computes its gradients as further results, and backward scales them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from megacid_kernels.loss_spec import LossSpec, TargetMargin
 from megacid_kernels.margin import Margin
 
 _NAME = "megacid_kernels::linear_margin_cross_entropy"
-_SCHEMA = """(
-    Tensor x, Tensor w, Tensor target, Tensor? rows, Tensor? bias, float m1, float m2, float m3, bool easy_margin,
-    str margin_grad, float scale, float? filter_threshold, SymInt num_classes, SymInt class_start, SymInt? max_rows,
-    str reduction, str group, str impl, str weight_grad, str precision, int? memory_budget_bytes, bool need_x, bool need_w
-) -> (Tensor loss, Tensor grad_x, Tensor grad_w)""".replace("\n", " ")
-_NUM_ARGUMENTS = 23
+_ARGUMENTS = """Tensor x, Tensor w, Tensor target, Tensor? rows, Tensor? bias, float m1, float m2, float m3,
+    bool easy_margin, str margin_grad, float scale, float? filter_threshold, SymInt num_classes, SymInt class_start,
+    SymInt? max_rows, str reduction, str group, str impl, str weight_grad, str precision, int? memory_budget_bytes,
+    bool need_x, bool need_w""".replace("\n", " ")
+_NAMES = [argument.split()[-1] for argument in _ARGUMENTS.split(",")]
 
 
 def linear_margin_cross_entropy(
@@ -50,86 +49,75 @@ def linear_margin_cross_entropy(
     bias: Tensor | None = None,
     precision: str = "auto",
 ) -> Tensor:
-    """Mean (or sum) over the labelled samples of CE(scale * psi_y(cos(x, w)), y), classes sharded over `group`.
+    """Margin cross entropy of cosine logits, CE(scale * psi_y(cos(x, w)), y), with classes sharded over `group`.
 
-    Tensors and gradients as in `linear_margin_discrimination`; x's gradient is this shard's partial sum. On several
-    ranks `num_classes` (all ranks together) and `max_rows` (most rows of w on any rank) must be given and equal on
-    every rank: the fixed shift and the chunks follow from them. impl, weight_grad, precision, memory_budget_bytes: see
-    `LossSpec`. Under torch.compile and torch.export one node, `torch.ops.megacid_kernels.linear_margin_cross_entropy`;
-    a margin that is no `megacid_kernels.Margin` has no such form and is computed outside of graphs.
+    psi_y applies the margin to the cosine of the target class. Under torch.compile and torch.export this is one node,
+    `torch.ops.megacid_kernels.linear_margin_cross_entropy`. A margin of another class than `megacid_kernels.Margin` has
+    no such form and is computed outside of graphs.
+
+    Args:
+        x: [G, D] floating point, embeddings of the gathered batch, identical on every rank of `group`; any norm.
+        w: [S, D] floating point, this rank's class rows; any norm, S may be 0.
+        target: [G] int64 global class ids, -1 for unlabelled samples; or [G, l], several labels per sample (MLCD), see
+            [`linear_margin_discrimination`][megacid_kernels.linear_margin_discrimination].
+        rows: [S] int64, sorted: w[j] is class class_start + rows[j]; None: rows 0 .. S-1.
+        bias: [S] floating point, added to a class's logit where it is a negative.
+        num_classes: classes of all ranks together; required and equal on every rank if there are several.
+        max_rows: largest number of rows of w on any rank; the same.
+
+    The other arguments are those of [`LossSpec`][megacid_kernels.LossSpec].
+
+    Returns:
+        The 0-d loss, the same on every rank. The gradient of w is exact; that of x is this shard's partial sum.
+
+    Raises:
+        ValueError: an argument is out of range or does not fit the others.
     """
     world = dist.get_world_size(group) if dist.is_initialized() else 1
     if num_classes is None and world > 1:
         raise ValueError(f"num_classes is None on {world} ranks: pass the number of classes of all ranks together")
-    count = w.shape[0] if num_classes is None else num_classes
+    options: dict[str, Any] = {
+        "num_classes": w.shape[0] if num_classes is None else num_classes, "class_start": class_start,
+        "max_rows": max_rows, "scale": scale, "margin_grad": margin_grad, "filter_threshold": filter_threshold,
+        "reduction": reduction, "impl": impl, "weight_grad": weight_grad, "precision": precision,
+        "memory_budget_bytes": memory_budget_bytes,
+    }  # fmt: skip
     if margin is not None and not isinstance(margin, Margin):
-        spec = LossSpec(
-            num_classes=count, scale=scale, margin=margin, margin_grad=margin_grad, filter_threshold=filter_threshold,
-            class_start=class_start, max_rows=max_rows, reduction=reduction, group=group, impl=impl,
-            weight_grad=weight_grad,
-            precision=precision, memory_budget_bytes=memory_budget_bytes,
-        )  # fmt: skip
+        spec = LossSpec(**options, margin=margin, group=group)
         return linear_margin_discrimination(x, w, target, spec, rows=rows, bias=bias).loss
-    numbers = margin or Margin()
-    train = torch.is_grad_enabled()
+    numbers, train = margin or Margin(), torch.is_grad_enabled()
     loss: Tensor = _operator(
-        x, w, target, rows, bias, numbers.m1, numbers.m2, numbers.m3, numbers.easy_margin, margin_grad, scale,
-        filter_threshold, count, class_start, max_rows, reduction, _name_of(group), impl, weight_grad, precision,
-        memory_budget_bytes, train and x.requires_grad, train and w.requires_grad,
+        x, w, target, rows, bias, m1=numbers.m1, m2=numbers.m2, m3=numbers.m3, easy_margin=numbers.easy_margin,
+        group=_name_of(group), need_x=train and x.requires_grad, need_w=train and w.requires_grad, **options,
     )[0]  # fmt: skip
     return loss
 
 
 def _name_of(group: dist.ProcessGroup | None) -> str:
-    """ "" for a process without torch.distributed."""
+    """The group's name, or "" without torch.distributed."""
     if not dist.is_initialized():
         return ""
     return str((_get_default_group() if group is None else group).group_name)
 
 
 def _group_of(name: str) -> dist.ProcessGroup | None:
-    found: Any = _resolve_process_group
-    return found(name) if name else None
+    resolve: Any = _resolve_process_group
+    return resolve(name) if name else None
 
 
-@torch.library.custom_op(_NAME, mutates_args=(), schema=_SCHEMA)
-def _operator(
-    x: Tensor,
-    w: Tensor,
-    target: Tensor,
-    rows: Tensor | None,
-    bias: Tensor | None,
-    m1: float,
-    m2: float,
-    m3: float,
-    easy_margin: bool,
-    margin_grad: Literal["exact", "straight_through"],
-    scale: float,
-    filter_threshold: float | None,
-    num_classes: int,
-    class_start: int,
-    max_rows: int | None,
-    reduction: Literal["mean", "sum"],
-    group: str,
-    impl: str,
-    weight_grad: str,
-    precision: str,
-    memory_budget_bytes: int | None,
-    need_x: bool,
-    need_w: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    spec = LossSpec(
-        num_classes=num_classes, scale=scale, margin=Margin(m1, m2, m3, easy_margin), margin_grad=margin_grad,
-        filter_threshold=filter_threshold, class_start=class_start, max_rows=max_rows, reduction=reduction,
-        group=_group_of(group), impl=impl, weight_grad=weight_grad, precision=precision,
-        memory_budget_bytes=memory_budget_bytes,
-    )  # fmt: skip
+@torch.library.custom_op(
+    _NAME, mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor loss, Tensor grad_x, Tensor grad_w)"
+)
+def _operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    options = dict(zip(_NAMES, arguments, strict=True))
+    x, w, target = (options.pop(name) for name in ("x", "w", "target"))
+    tensors = {name: options.pop(name) for name in ("rows", "bias", "need_x", "need_w")}
+    margin = Margin(*(options.pop(name) for name in ("m1", "m2", "m3", "easy_margin")))
+    spec = LossSpec(margin=margin, group=_group_of(options.pop("group")), **options)
     check_label_values(target, spec)
-    found = discrimination_with_gradients(
-        x, w, target, spec, rows=rows, bias=bias, need_x=need_x, need_w=need_w
-    )  # fmt: skip
-    grads = [x.new_empty(0) if grad is None else grad for grad in (found.x, found.w)]
-    return found.result.loss, grads[0], grads[1]
+    grads = discrimination_with_gradients(x, w, target, spec, **tensors)
+    grad_x, grad_w = (x.new_empty(0) if grad is None else grad for grad in (grads.x, grads.w))
+    return grads.result.loss, grad_x, grad_w
 
 
 @_operator.register_fake
@@ -148,7 +136,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _scale(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     grads = [grad * grad_loss.to(grad.dtype) if needed else None for grad, needed in zip(ctx.saved_tensors, ctx.needed)]
-    return *grads, *(None for _ in range(_NUM_ARGUMENTS - 2))
+    return *grads, *(None for _ in range(len(_NAMES) - 2))
 
 
 _operator.register_autograd(_scale, setup_context=_keep)

@@ -1,4 +1,4 @@
-"""The loss of all terms and its gradients: validation, dispatch, autograd.
+"""The weighted loss of all terms and its gradients: validation, selection of engine and plan, autograd.
 
 Legend: G gathered batch, D width, L rows in memory, S rows of w that are used on this rank, l labels per sample.
 """
@@ -12,63 +12,66 @@ import torch
 from torch import Tensor
 
 from megacid_kernels.checks import check_inputs, check_label_values
-from megacid_kernels.engines.dispatch import Implementation, engine_for, resolve
+from megacid_kernels.engines.dispatch import engine_for, resolve
 from megacid_kernels.engines.interface import EngineInputs
 from megacid_kernels.loss_spec import LossSpec
 from megacid_kernels.plan import plan_chunks, plan_slabs
-from megacid_kernels.schedule import LossComputation, OnGradientSlab
-
-_LEAST_SAMPLES = 8  # in a chunk; tensor cores multiply 16, and equal chunks may be half of what the budget holds
+from megacid_kernels.schedule import Batch, LossComputation, OnGradientSlab, OnGradX
 
 
 class Discrimination(NamedTuple):
-    """Result of `linear_margin_discrimination`. Only `loss` carries a gradient."""
+    """Result of `linear_margin_discrimination`. Only `loss` has a gradient.
 
-    loss: Tensor  # 0-d, the same on every rank
-    raw: Tensor  # [3] CE(student), CE(teacher), KL, without their weights; 0 where not computed
-    target_cosine: Tensor  # like target: the student's cosine to the label; 0 where there is none
-    largest_negative: Tensor  # [G] largest cosine (logit / scale, bias included) among THIS RANK's negatives
-    removed: Tensor  # [G] int64, negatives of this rank that `filter_threshold` took out
+    Attributes:
+        loss: 0-d weighted sum of the terms, the same on every rank.
+        raw: [3] CE(student), CE(teacher) and KL without their weights; 0 if not computed.
+        target_cosine: shaped like target, the student's cosine to its labels; 0 without a label or a student term.
+        largest_negative: [G] largest cosine (logit / scale, bias included) of THIS RANK's negatives; -inf without any.
+        removed: [G] int64, negatives of this rank that `filter_threshold` removed.
+    """
+
+    loss: Tensor
+    raw: Tensor
+    target_cosine: Tensor
+    largest_negative: Tensor
+    removed: Tensor
 
 
 class Gradients(NamedTuple):
-    """Result of `discrimination_with_gradients`: the gradients of `result.loss`."""
+    """Result of `discrimination_with_gradients`: the loss and its gradients.
 
-    result: Discrimination  # detached
-    x: Tensor | None  # [G, D] this shard's partial sum
-    w: Tensor | None  # [S, D]; None as well where slabs were consumed
-    # weight_grad "recomputed": call on_grad_slab(start, stop, slab) for all slabs of the gradient of w once more, with the same bits. The
-    # rows of a slab are read when its turn comes: those of the slabs before may have changed by then.
+    Attributes:
+        result: the detached loss and statistics.
+        x: [G, D] this shard's partial sum of the gradient of x, in the dtype of x; None if not requested.
+        w: [S, D] gradient of w, in the dtype of w; None if not requested or passed to `on_grad_slab`.
+        each_slab: with weight_grad "recomputed", a function that calls take(start, stop, slab) for every slab of the
+            gradient of w again, with the same bits. It reads the rows of a slab when its turn comes, so rows of earlier
+            slabs may have changed by then. None otherwise.
+    """
+
+    result: Discrimination
+    x: Tensor | None
+    w: Tensor | None
     each_slab: Callable[[OnGradientSlab], None] | None = None
 
 
 class _InForward(torch.autograd.Function):
-    """The loss is the last operator, so its gradients are made in forward and only scaled in backward."""
+    """The loss is the last operator, so forward computes its gradients and backward only scales them."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        w: Tensor,
-        target: Tensor,
-        rows: Tensor | None,
-        teacher: Tensor | None,
-        bias: Tensor | None,
-        spec: LossSpec,
-        grad_enabled: bool,
+        ctx: Any, x: Tensor, w: Tensor, target: Tensor, spec: LossSpec, options: dict[str, Any], grad_enabled: bool
     ) -> tuple[Tensor, ...]:
-        need_x, need_w = (grad_enabled and ctx.needs_input_grad[i] for i in (0, 1))
-        found = discrimination_with_gradients(
-            x, w, target, spec, rows=rows, teacher=teacher, bias=bias, need_x=need_x, need_w=need_w
-        )
-        ctx.save_for_backward(found.x, found.w)
-        ctx.mark_non_differentiable(*found.result[1:])
-        return tuple(found.result)
+        need_x, need_w = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        grads = discrimination_with_gradients(x, w, target, spec, **options, need_x=need_x, need_w=need_w)
+        ctx.save_for_backward(grads.x, grads.w)
+        ctx.mark_non_differentiable(*grads.result[1:])
+        return tuple(grads.result)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         grads = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors]
-        return grads[0], grads[1], None, None, None, None, None, None
+        return grads[0], grads[1], None, None, None, None
 
 
 def linear_margin_discrimination(
@@ -81,28 +84,35 @@ def linear_margin_discrimination(
     teacher: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Discrimination:
-    """Weighted sum of the student's margin cross entropy, the teacher's cross entropy and their KL, classes sharded.
+    """Weighted sum of margin cross entropy, teacher cross entropy and KL, with classes sharded over ranks.
 
-    x [G, D]         embeddings of the gathered batch, identical on every rank of `spec.group`; any length
-    w [S, D]         this rank's class rows (all of its shard, or those sampled); any length, also 0
-    target [G]       int64 global class ids; -1 = unlabelled: left out of every term. Or [G, l], l labels per sample,
-                     -1 = none: then alpha and beta weigh MLCD's ln(1 + sum_labels exp(-z)) + ln(1 + sum_negatives
-                     exp(z)) (An et al., ECCV 2024) instead of the cross entropy, and gamma must be 0
-    rows [S] int64   sorted: w[j] is class `spec.class_start + rows[j]`; None: rows 0 .. S-1
-    teacher [G, D]   stored embeddings, needed when beta or gamma > 0; gets no gradient
-    bias [S]         added to a class's logit where it is a negative: -ln(its probability of being sampled) makes the sum
-                     over the sample an unbiased estimate of the sum over all classes (log-Q correction). The fixed shift
-                     assumes sum_j exp(bias_j) <= num_classes
+    See [`Weights`][megacid_kernels.Weights] for the formula. bf16 and fp16 inputs are computed in float32, float64
+    inputs in float64. Memory: the [chunk, S] matrices within `spec.memory_budget_bytes`, and both gradients.
 
-    bf16 and fp16 inputs are computed in float32; float64 stays float64. Every labelled class must be in the w of some
-    rank, otherwise the loss is NaN. Memory: the [chunk, S] matrices within `spec.memory_budget_bytes`, and the
-    gradients [G, D] and [S, D]. The gradient of w is exact. The gradient of x is THIS SHARD'S PARTIAL SUM: the sum over
-    ranks is the gradient (the backward of `megacid.distributed.collectives.gather_rows` does it). With no labelled
-    sample loss and gradients are 0. Raises ValueError for shapes, dtypes and devices that do not fit, and for labels out of
-    range where they lie on the host.
+    The gradient of w is exact. The gradient of x is THIS SHARD'S PARTIAL SUM: sum it over the ranks, as the backward of
+    `megacid.distributed.collectives.gather_rows` does. Without a labelled sample, loss and gradients are 0. A labelled
+    class that is in the w of no rank makes the loss NaN.
+
+    Args:
+        x: [G, D] floating point, embeddings of the gathered batch, identical on every rank of `spec.group`; any norm.
+        w: [S, D] floating point, this rank's class rows (its whole shard, or a sample of it); any norm, S may be 0.
+        target: [G] int64 global class ids; -1 marks an unlabelled sample, which is left out of every term. Or [G, l]
+            labels per sample, -1 for none: then alpha and beta weigh MLCD's ln(1 + sum_labels exp(-z)) +
+            ln(1 + sum_negatives exp(z)) (An et al., ECCV 2024) instead of the cross entropy; gamma must be 0.
+        spec: the loss.
+        rows: [S] int64, sorted: w[j] is class `spec.class_start + rows[j]`; None: rows 0 .. S-1.
+        teacher: [G, D] floating point, stored embeddings, required if beta or gamma > 0; receives no gradient.
+        bias: [S] floating point, added to the logit of a class where it is a negative. -ln(its sampling probability)
+            makes the sum over sampled classes an unbiased estimate of that over all (log-Q correction). The fixed shift
+            assumes sum_j exp(bias_j) <= num_classes.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or devices; a label out of range (checked on the host only); a memory budget
+            that is too small.
     """
     check_label_values(target, spec)
-    return Discrimination(*_InForward.apply(x, w, target, rows, teacher, bias, spec, torch.is_grad_enabled()))
+    options = {"rows": rows, "teacher": teacher, "bias": bias}
+    return Discrimination(*_InForward.apply(x, w, target, spec, options, torch.is_grad_enabled()))
 
 
 def discrimination_with_gradients(
@@ -118,77 +128,55 @@ def discrimination_with_gradients(
     need_w: bool = True,
     overwrite_w: bool = False,
     gather: bool = False,
-    on_grad_x: Callable[[Tensor], None] | None = None,
+    on_grad_x: OnGradX | None = None,
     on_grad_slab: OnGradientSlab | None = None,
 ) -> Gradients:
-    """`linear_margin_discrimination` without autograd: the result and the gradients of its loss at once.
+    """`linear_margin_discrimination` without autograd: the loss and its gradients at once.
 
-    For callers with an autograd of their own: no second copy of the gradient [S, D] is made for scaling it.
+    For callers with their own autograd function: no second copy of the gradient [S, D] is made to scale it. If neither
+    gradient is needed, no matrix is kept, whatever `weight_grad` is: 2 G S D FLOP, memory within the budget.
+    The tensors are those of `linear_margin_discrimination`.
 
-    overwrite_w  w is scratch; with a stored gradient PyTorch normalises its rows in place, which saves two passes over [chunk, S]
-    gather       w is [L, D], all class rows of this rank, of which `rows` are used: they are read where they lie, and no
-                 [S, D] copy has to exist beside them. bias and the gradient stay [S] and [S, D]
-    on_grad_x    called with the finished gradient of x before the last matrix products, so that a reduction of it over the
-                 ranks runs under them
-    on_grad_slab      called with (start, stop, gradient of rows [start, stop) of the S), slab by slab where the gradient is recomputed, else once;
-                 then the gradient as a whole is nowhere, and `Gradients.w` is None
+    Args:
+        need_x: compute the gradient of x.
+        need_w: compute the gradient of w.
+        overwrite_w: w is scratch memory. With a stored gradient PyTorch normalises its rows in place, which saves two
+            passes over [chunk, S].
+        gather: w is [L, D], all class rows of this rank, and `rows` selects those that are used. They are read in
+            place, without an [S, D] copy. bias and the gradient stay [S] and [S, D].
+        on_grad_x: called with the finished gradient of x before the last matrix products, which the caller's reduction
+            over the ranks can overlap.
+        on_grad_slab: called with (start, stop, gradient of rows [start, stop) of the S): per slab with a recomputed
+            gradient, else once. The whole gradient then never exists and `Gradients.w` is None.
 
-    Without need_x and need_w no matrix is kept, whatever weight_grad says: 2 G S D FLOP, memory within the budget.
+    Raises:
+        ValueError: as in `linear_margin_discrimination`; or `spec.precision` is not available in PyTorch.
     """
     check_inputs(x, w, target, spec, rows, teacher, bias, gather)
     wide = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
     chosen = resolve(spec.impl, x.device, wide)
     if chosen == "torch" and spec.precision not in ("auto", "fp32"):
         raise ValueError(
-            f"precision is {spec.precision!r} in PyTorch, which computes in {wide}: expected 'auto' or 'fp32'"
+            f"precision is {spec.precision!r} with impl 'torch', which computes in {wide}, expected 'auto' or 'fp32'"
         )
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        run = _prepare(
-            x, w, target, spec, rows, teacher, bias, gather, overwrite_w, need_x or need_w, chosen, wide
-        )  # fmt: skip
-        out = run.compute(need_x, need_w, on_grad_x, on_grad_slab if need_w else None)
+    gradients, device = need_x or need_w, x.device.type
+    stored = gradients and spec.weight_grad != "recomputed"
+    target_Gl = target[:, None] if target.ndim == 1 else target
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        inputs = EngineInputs(w, rows if gather else None, bias, spec, stored, overwrite_w and not gather)
+        engine = engine_for(chosen, inputs, wide)
+        if stored:
+            chunk_needs = engine.chunk_needs(target_Gl.shape[1])
+            plan = plan_chunks(spec, len(x), engine.num_rows, x.shape[1], chunk_needs, device)
+        else:
+            plan = plan_slabs(spec, engine.num_rows, engine.slab_needs(len(x), gradients), gradients, device)
+        batch = Batch(engine, x.to(wide), target_Gl, rows, None if teacher is None else teacher.to(wide), spec)
+        computation = LossComputation(engine, spec, plan, batch)
+        out = computation.compute(need_x, need_w, on_grad_x, on_grad_slab if need_w else None)
         cosine = out.target_cosine[:, 0] if target.ndim == 1 else out.target_cosine
         return Gradients(
             Discrimination(out.terms.sum(), out.raw, cosine, out.largest_negative, out.removed),
             None if out.grad_x is None else out.grad_x.to(x.dtype),
             None if out.grad_w is None else out.grad_w.to(w.dtype),
-            run.each_slab if run.plan.kind == "recomputed" else None,
+            computation.each_slab if plan.kind == "recomputed" else None,
         )
-
-
-def _prepare(
-    x: Tensor,
-    w: Tensor,
-    target: Tensor,
-    spec: LossSpec,
-    rows: Tensor | None,
-    teacher: Tensor | None,
-    bias: Tensor | None,
-    gather: bool,
-    overwrite_w: bool,
-    gradients: bool,
-    chosen: Implementation,
-    wide: torch.dtype,
-) -> LossComputation:
-    by_rows = gradients and spec.weight_grad != "recomputed"
-    target_Gl = target[:, None] if target.ndim == 1 else target
-    call = EngineInputs(w, rows if gather else None, bias, spec, by_rows, overwrite_w and not gather)
-    engine = engine_for(chosen, call, wide)
-    count, device = engine.num_rows, x.device.type
-    if by_rows:
-        triton = chosen == "triton"
-        labels = 0 if triton else target_Gl.shape[1]  # whose rows PyTorch copies
-        plan = plan_chunks(
-            spec,
-            len(x),
-            count,
-            x.shape[1],
-            labels,
-            engine.matrix_bytes(),
-            device,
-            least=_LEAST_SAMPLES if triton else 0,
-        )
-    else:
-        plan = plan_slabs(spec, count, engine.slab_bytes(len(x), gradients), gradients, device)
-    teacher = None if teacher is None else teacher.to(wide)
-    return LossComputation(engine, spec, plan, x.to(wide), target_Gl, rows, teacher)

@@ -1,4 +1,4 @@
-"""From reduced row statistics to losses and gradient coefficients: all there is between the all-reduce and the gradient
+"""Losses and gradient coefficients from the reduced row statistics: the work between the all-reduce and the gradient
 products, on [b] and [b, l] tensors only.
 
 Legend: b samples of one chunk, l labels per sample.
@@ -11,89 +11,110 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megacid_kernels.loss_spec import LossSpec
+from megacid_kernels.loss_spec import Distribution, LossSpec
+from megacid_kernels.row_statistics import RowStatistics
 
 
 class Coefficients(NamedTuple):
-    """What the reduced statistics of a chunk give."""
+    """Losses of a chunk and the coefficients of its gradients."""
 
-    raw: Tensor  # [3, b] the terms without weights
-    target_x: Tensor  # [b, l] d loss / d psi of the student's labels
-    target_t: Tensor | None  # [b, l] d loss / d target cosine of the teacher
-    with_x: dict[str, Tensor]  # [b] coefficient of a matrix in d loss / d student cosine
-    with_t: dict[str, Tensor]  # [b] the same for the teacher's cosines
+    raw: Tensor  # [3, b] the terms without their weights
+    student_target: Tensor  # [b, l] d loss / d psi of the student's labels
+    teacher_target: Tensor | None  # [b, l] d loss / d target cosine of the teacher
+    student: dict[Distribution, Tensor]  # [b] d loss / d student cosine, divided by the exponential
+    teacher: dict[Distribution, Tensor]  # [b] d loss / d teacher cosine, divided by the exponential
 
 
-class Softmax(NamedTuple):
-    """Row quantities of one distribution."""
+class SoftmaxLoss(NamedTuple):
+    """One softmax loss per sample."""
 
     loss: Tensor  # [b]
-    pull: Tensor  # [b, l] -d loss / d logit of each label
-    log_z: Tensor  # [b] -ln(d loss / d logit of a negative, divided by its exponential); for one label ln Z - kappa
+    residual: Tensor  # [b, l] -d loss / d logit of each label: 1 - P_y for a single label
+    log_z: (
+        Tensor  # [b] -ln(d loss / d logit of a negative, divided by its exponential): ln Z - kappa for a single label
+    )
 
 
-def over_z(factor: Tensor, log_z: Tensor) -> Tensor:
-    """factor / Z for factor >= 0, finite: the bound only acts where every exponential underflowed to 0, and 0 * finite
-    is 0 where 0 * inf would be NaN."""
+def divide_by_z(factor: Tensor, log_z: Tensor) -> Tensor:
+    """factor / Z for factor >= 0, always finite.
+
+    The bound acts only where every exponential underflowed to 0: 0 * finite is 0, where 0 * inf would be NaN.
+    """
     return torch.exp((factor.log() - log_z).clamp_max(88.0 if log_z.dtype == torch.float32 else 700.0))
 
 
-def one_label(negatives: Tensor, logit: Tensor, shift: float | Tensor) -> Softmax:
-    """Cross entropy. negatives [b]: sum of exp(z - shift); logit [b, 1]: the label's; shift: a tensor is [b] or 0-d."""
+def one_label(negatives: Tensor, logit: Tensor, shift: float | Tensor) -> SoftmaxLoss:
+    """Cross entropy.
+
+    Args:
+        negatives: [b] sum of exp(z - shift) over the negatives.
+        logit: [b, 1] logit of the label.
+        shift: kappa; a tensor is [b] or 0-d.
+    """
     target, log_n = logit[:, 0] - shift, negatives.log()
     d = log_n - target
     loss = torch.logaddexp(d, torch.zeros_like(d))
-    log_z = torch.logaddexp(log_n, target)  # not target + loss: the two may cancel
-    return Softmax(loss, torch.sigmoid(d)[:, None], log_z)
+    log_z = torch.logaddexp(log_n, target)  # not target + loss, which may cancel
+    return SoftmaxLoss(loss, torch.sigmoid(d)[:, None], log_z)
 
 
-def _several_labels(negatives: Tensor, logit: Tensor, present: Tensor, shift: float) -> Softmax:
-    """MLCD: ln(1 + sum_i exp(-z_i)) + ln(1 + sum_j exp(z_j)); present [b, l]: which labels there are."""
-    pull = torch.where(present, -logit, -torch.inf)
+def _several_labels(negatives: Tensor, logit: Tensor, present: Tensor, shift: float) -> SoftmaxLoss:
+    """MLCD: ln(1 + sum_i exp(-z_i)) + ln(1 + sum_j exp(z_j)); present [b, l] marks the labels that exist."""
+    negated = torch.where(present, -logit, -torch.inf)
     zero = torch.zeros_like(negatives)
-    positive = torch.logaddexp(torch.logsumexp(pull, 1), zero)
+    positive = torch.logaddexp(torch.logsumexp(negated, 1), zero)
     log_z = torch.logaddexp(negatives.log(), zero - shift)  # ln(1 + sum_j exp(z_j)) - shift
     loss = positive + log_z + shift
-    return Softmax(loss, torch.exp(pull - positive[:, None]), log_z)
+    return SoftmaxLoss(loss, torch.exp(negated - positive[:, None]), log_z)
 
 
-def epilogue(spec: LossSpec, stats: dict[str, Tensor], present: Tensor, share: Tensor) -> Coefficients:
-    """stats: the sums over ranks, [b] each: "own", row sums of the matrices by name, "psi0".. and "cos_t0".. by label,
-    "gap" for the KL. present [b, l] bool; share [b]: the sample's weight in the loss, 0 for unlabelled samples."""
-    w, s, labels = spec.weights, spec.scale, present.shape[1]
-    raw, target_t = [torch.zeros_like(share) for _ in range(3)], None
-    target_x = torch.zeros_like(present, dtype=share.dtype)
-    with_x: dict[str, Tensor] = {}
-    with_t: dict[str, Tensor] = {}
+def epilogue(spec: LossSpec, stats: RowStatistics, present: Tensor, share: Tensor) -> Coefficients:
+    """Compute losses and coefficients.
 
-    def softmax(name: str, cosine: str, temperature: float) -> Softmax:
-        logit = torch.stack([stats[f"{cosine}{i}"] for i in range(labels)], 1) * (s / temperature)
-        shift = spec.shift(temperature)
-        if labels == 1:
-            return one_label(stats[name], logit, shift)
-        return _several_labels(stats[name], logit, present, shift)
+    Args:
+        spec: the loss.
+        stats: statistics summed over the ranks.
+        present: [b, l] bool, which labels exist.
+        share: [b] weight of each sample in the loss, 0 for unlabelled samples.
+    """
+    w, s = spec.weights, spec.scale
+    raw, teacher_target = [torch.zeros_like(share) for _ in range(3)], None
+    student_target = torch.zeros_like(present, dtype=share.dtype)
+    student: dict[Distribution, Tensor] = {}
+    teacher: dict[Distribution, Tensor] = {}
+
+    def softmax(distribution: Distribution) -> SoftmaxLoss:
+        cosine = stats.psi if distribution.source == "student" else stats.teacher_cos
+        assert cosine is not None
+        logit = cosine * (s / distribution.temperature)
+        shift, negatives = spec.shift(distribution.temperature), stats.sums[distribution]
+        if present.shape[1] == 1:
+            return one_label(negatives, logit, shift)
+        return _several_labels(negatives, logit, present, shift)
 
     if w.alpha > 0:
-        student, each = softmax("S", "psi", 1.0), share * (w.alpha * s)
-        raw[0], with_x["S"] = student.loss, over_z(each, student.log_z)
-        target_x = target_x - each[:, None] * student.pull
+        plain = Distribution("student", 1.0)
+        ce, factor = softmax(plain), share * (w.alpha * s)
+        raw[0], student[plain] = ce.loss, divide_by_z(factor, ce.log_z)
+        student_target = student_target - factor[:, None] * ce.residual
     if w.beta > 0:
-        teacher, each = softmax("T", "cos_t", 1.0), share * (w.beta * s)
-        raw[1], with_t["T"] = teacher.loss, over_z(each, teacher.log_z)
-        target_t = -each[:, None] * teacher.pull
+        plain = Distribution("teacher", 1.0)
+        ce, factor = softmax(plain), share * (w.beta * s)
+        raw[1], teacher[plain] = ce.loss, divide_by_z(factor, ce.log_z)
+        teacher_target = -factor[:, None] * ce.residual
     if w.gamma > 0:
-        soft = s / w.temperature
-        each, name_S, name_T = share * (w.gamma * soft), spec.softened("S"), spec.softened("T")
-        student = softmax(name_S, "psi", w.temperature)
-        teacher = softmax(name_T, "cos_t", w.temperature)
-        target_gap = (1 - teacher.pull[:, 0]) * (stats["cos_t0"] - stats["psi0"])
+        assert stats.gap is not None and stats.psi is not None and stats.teacher_cos is not None
+        soft_scale = s / w.temperature
+        of_student, of_teacher = spec.softened("student"), spec.softened("teacher")
+        factor, p_student, p_teacher = share * (w.gamma * soft_scale), softmax(of_student), softmax(of_teacher)
+        target_gap = (1 - p_teacher.residual[:, 0]) * (stats.teacher_cos[:, 0] - stats.psi[:, 0])
         raw[2] = (
-            soft * (stats["gap"] * over_z(torch.ones_like(each), teacher.log_z) + target_gap)
-            + student.log_z
-            - teacher.log_z
+            soft_scale * (stats.gap * divide_by_z(torch.ones_like(factor), p_teacher.log_z) + target_gap)
+            + p_student.log_z
+            - p_teacher.log_z
         )
-        # With temperature 1 a matrix serves two terms: their coefficients are added, not their products.
-        with_x[name_S] = with_x.get(name_S, 0) + over_z(each, student.log_z)
-        with_x[name_T] = -over_z(each, teacher.log_z)
-        target_x = target_x + each[:, None] * (teacher.pull - student.pull)
-    return Coefficients(torch.stack(raw), target_x, target_t, with_x, with_t)
+        # At temperature 1 one matrix serves two terms: add their coefficients, not their products.
+        student[of_student] = student.get(of_student, 0) + divide_by_z(factor, p_student.log_z)
+        student[of_teacher] = -divide_by_z(factor, p_teacher.log_z)
+        student_target = student_target + factor[:, None] * (p_teacher.residual - p_student.residual)
+    return Coefficients(torch.stack(raw), student_target, teacher_target, student, teacher)

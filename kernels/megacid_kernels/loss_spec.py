@@ -1,10 +1,10 @@
-"""What is to be computed: the value objects that travel through the package instead of fifteen arguments."""
+"""LossSpec: everything about a loss except its tensors, as one frozen value object."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -13,32 +13,42 @@ IMPLEMENTATIONS = ("auto", "torch", "triton")
 WEIGHT_GRADS = ("auto", "stored", "recomputed")
 PRECISIONS = ("auto", "fp16", "bf16", "fp32")
 DEFAULT_BUDGET_BYTES = 1 << 30
-LARGEST_LOG_SUM = 80.0  # of exponentials: e^80 and what it is multiplied with stay finite in float32
-_CPU_BUDGET_BYTES = 1 << 26  # at least, see `LossSpec.chunk`
-# Of the shift. Up to here negatives at cosine 0 and a little below keep exponentials that float32 can hold.
-_MOST_SHIFT = 80.0
+MAX_LOG_SUM = 80.0  # e^80 and its products with the other factors stay finite in float32
+_MIN_CPU_BUDGET_BYTES = 1 << 26
+_MAX_SHIFT = 80.0  # exp(z - shift) of negatives with cosines near 0 is still representable in float32
+
+Source = Literal["student", "teacher"]
 
 
-def equal_chunk(batch: int, most: int) -> int:
-    """Samples of a chunk: at most `most`, in equal chunks, not many full ones and a small last one; 1 of an empty batch."""
-    return -(-batch // -(-batch // most)) if batch else 1
+class Distribution(NamedTuple):
+    """A softmax over the classes. Each one needs a matrix of exponentials."""
+
+    source: Source  # whose cosines
+    temperature: float
 
 
 class TargetMargin(Protocol):
-    """A margin on the target class; `megacid.Margin` is one."""
+    """A margin on the target class. [`Margin`][megacid_kernels.Margin] implements it."""
 
     def target(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """(psi, d psi / d cos) for target cosines `cos` and the matching sines `sin`, any shape, float32 or float64."""
+        """psi and d psi / d cos, shaped like `cos`; see [`Margin.target`][megacid_kernels.Margin.target]."""
         ...
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of the three terms, each a mean over the labelled samples; a term of weight 0 is not computed.
+    """Weights of the three loss terms. Terms of weight 0 are not computed.
 
-    zS = scale * psi_y(cos(x, w)), zT = scale * cos(teacher, w):
-    alpha * CE(zS, y) + beta * CE(zT, y) + gamma * KL(softmax(zT / temperature) || softmax(zS / temperature)).
-    The teacher's distribution is a constant in the KL [assumed]: no gradient reaches w through zT there.
+        loss = alpha * CE(zS, y) + beta * CE(zT, y) + gamma * KL(softmax(zT / temperature) || softmax(zS / temperature))
+
+    with zS = scale * psi_y(cos(x, w)) and zT = scale * cos(teacher, w), each averaged (or summed) over the labelled
+    samples. In the KL the teacher's distribution is a constant [assumed]: w receives no gradient through zT.
+
+    Attributes:
+        alpha: weight of the student's cross entropy, >= 0.
+        beta: weight of the teacher's cross entropy, >= 0.
+        gamma: weight of the KL divergence, >= 0.
+        temperature: temperature of both distributions in the KL, > 0.
     """
 
     alpha: float = 1.0
@@ -50,13 +60,9 @@ class Weights:
         for name in ("alpha", "beta", "gamma"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(
-                    f"weight {name} is {value}, expected a finite number >= 0: set it to 0 to leave the term out"
-                )
+                raise ValueError(f"weight {name} is {value}, expected a finite number >= 0: 0 disables the term")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(
-                f"temperature is {self.temperature}, expected a finite number > 0: 1 leaves the logits as they are"
-            )
+            raise ValueError(f"temperature is {self.temperature}, expected a finite number > 0: 1 disables it")
 
     @property
     def needs_student(self) -> bool:
@@ -69,51 +75,69 @@ class Weights:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """Everything but the tensors. `group`: ranks the classes are sharded over (None: the default group, or alone)."""
+    """Everything about a loss except its tensors.
 
-    num_classes: int  # classes of all ranks: bounds the sum of exponentials, must be the same on every rank
+    Attributes:
+        num_classes: classes of all ranks together; must be equal on every rank (the fixed shift depends on it).
+        scale: logit scale s, > 0.
+        margin: margin on the target class; None: no margin.
+        margin_grad: "exact", or "straight_through", which replaces d psi / d cos by 1.
+        weights: weights of the loss terms.
+        filter_threshold: negatives with a larger student cosine leave all denominators of that sample; None: none do.
+        class_start: global id of the first class of this rank's shard.
+        max_rows: largest number of rows of w on any rank, required on several ranks; None: this rank's number.
+        reduction: "mean" or "sum" over the labelled samples.
+        group: ranks over which the classes are sharded; None: the default group, or a single process.
+        impl: "auto", "torch" or "triton"; see [`resolve`][megacid_kernels.resolve].
+        weight_grad: "stored" (which "auto" means) keeps the gradient [S, D] of w: 6 G S D FLOP. "recomputed" computes
+            it slab by slab with the least memory: 8 G S D FLOP.
+        precision: of the matrix products in Triton. "fp16" (which "auto" means) rounds unit rows to fp16 for the
+            cosines and the factors of the gradient products to bf16; "bf16" rounds both to bf16 and keeps one copy of
+            the rows; "fp32" rounds nothing. PyTorch computes in its inputs' precision, at least fp32, and accepts
+            "auto" and "fp32".
+        memory_budget_bytes: bound on the matrices of exponentials, with weight_grad "recomputed" on all of a slab;
+            None: 1 GiB, on a CPU 64 MiB or half of the gradient of w if that is larger.
+
+    Raises:
+        ValueError: a value is out of range, or scale / temperature + ln(num_classes) > 160.
+    """
+
+    num_classes: int
     scale: float = 64.0
     margin: TargetMargin | None = None
     margin_grad: Literal["exact", "straight_through"] = "exact"
     weights: Weights = field(default_factory=Weights)
-    filter_threshold: float | None = None  # negatives of a larger student cosine leave all denominators of that sample
-    class_start: int = 0  # global id of the first class of this rank's shard
-    max_rows: int | None = None  # most rows that any rank passes as w; None: as many as here
+    filter_threshold: float | None = None
+    class_start: int = 0
+    max_rows: int | None = None
     reduction: Literal["mean", "sum"] = "mean"
     group: dist.ProcessGroup | None = None
-    impl: str = "auto"  # see `dispatch.resolve`
-    weight_grad: str = "auto"  # "stored", which "auto" is, or "recomputed": see `schedule`
-    # Triton's products: "fp16" (which "auto" is) rounds the unit rows to it for the cosines, and everything in the products
-    # of the gradients to bf16; "bf16" does so for both and holds one copy of the rows; "fp32" rounds nothing. PyTorch
-    # computes in the inputs' precision, at least float32, and takes no other word than "auto" and "fp32".
+    impl: str = "auto"
+    weight_grad: str = "auto"
     precision: str = "auto"
-    memory_budget_bytes: int | None = None  # for the [chunk, S] matrices; None: see `chunk`
+    memory_budget_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("impl", self.impl, IMPLEMENTATIONS),
-            ("weight_grad", self.weight_grad, WEIGHT_GRADS),
-            ("precision", self.precision, PRECISIONS),
+        for name, known in (
+            ("impl", IMPLEMENTATIONS),
+            ("weight_grad", WEIGHT_GRADS),
+            ("precision", PRECISIONS),
+            ("margin_grad", ("exact", "straight_through")),
+            ("reduction", ("mean", "sum")),
         ):
+            value = getattr(self, name)
             if value not in known:
-                raise ValueError(f"{name} is {value!r}, available are {', '.join(map(repr, known))}")
-        if self.margin_grad not in ("exact", "straight_through"):
-            raise ValueError(f"margin_grad is {self.margin_grad!r}, expected 'exact' or 'straight_through'")
-        if self.reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction is {self.reduction!r}, expected 'mean' or 'sum'")
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
         if not (math.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale is {self.scale}, expected a finite number > 0 such as 64")
-        if self.memory_budget_bytes is not None and self.memory_budget_bytes <= 0:
-            raise ValueError(
-                f"memory_budget_bytes is {self.memory_budget_bytes}, expected > 0, or None for the default"
-            )
+        check_budget(self.memory_budget_bytes)
         if self.num_classes < 1:
-            raise ValueError(f"num_classes is {self.num_classes}, expected the number of classes of all ranks together")
-        hottest = self.weights.temperature if self.weights.gamma > 0 else 1.0
-        if self.shift(min(hottest, 1.0)) > _MOST_SHIFT:
+            raise ValueError(f"num_classes is {self.num_classes}, expected the classes of all ranks together")
+        temperature = min(self.weights.temperature, 1.0) if self.weights.gamma > 0 else 1.0
+        if self.shift(temperature) > _MAX_SHIFT:
             raise ValueError(
-                f"scale is {self.scale} with {self.num_classes} classes and temperature {hottest}, expected scale / "
-                f"temperature + ln(num_classes) <= {80 + _MOST_SHIFT:g}: float32 has no exponents for more"
+                f"scale is {self.scale} with {self.num_classes} classes and temperature {temperature}, expected "
+                f"scale / temperature + ln(num_classes) <= {MAX_LOG_SUM + _MAX_SHIFT:g}, float32's range: lower scale"
             )
 
     @property
@@ -121,45 +145,57 @@ class LossSpec:
         return dist.get_world_size(self.group) if dist.is_initialized() else 1
 
     def shift(self, temperature: float = 1.0) -> float:
-        """kappa, subtracted from every logit / temperature before exp. Cosine logits are bounded by the scale, so no
-        maximum is needed: num_classes * exp(scale - kappa) <= exp(80) stays finite in float32."""
-        return max(0.0, self.scale / temperature + math.log(self.num_classes) - LARGEST_LOG_SUM)
+        """kappa, the constant subtracted from every logit / temperature before exp.
 
-    def budget(self, device: str) -> int:
-        """Bytes for the matrices, where nothing else says how many: see `chunk`."""
-        return self.memory_budget_bytes or (_CPU_BUDGET_BYTES if device == "cpu" else DEFAULT_BUDGET_BYTES)
+        Cosine logits are bounded by the scale, so no maximum is needed: C exp(scale / temperature - kappa) <= exp(80).
+        """
+        return max(0.0, self.scale / temperature + math.log(self.num_classes) - MAX_LOG_SUM)
 
-    def softened(self, name: str) -> str:
-        """The matrix whose exponentials are those of the KL: "S/", "T/", or "S", "T" themselves at temperature 1."""
-        return name if self.weights.temperature == 1.0 else name + "/"
+    def softened(self, source: Source) -> Distribution:
+        """The distribution that the KL compares; at temperature 1 it is also that of the cross entropy."""
+        return Distribution(source, self.weights.temperature)
 
-    def matrices(self, name: str) -> dict[str, float]:
-        """Matrices of exponentials that are needed of the student ("S") or the teacher ("T"): name -> temperature."""
-        w = self.weights
-        found = {name: 1.0} if (w.alpha if name == "S" else w.beta) > 0 else {}
-        if w.gamma > 0:
-            found[self.softened(name)] = w.temperature
-        return found
+    def distributions(self, source: Source) -> list[Distribution]:
+        """Distributions of the student or the teacher that the loss terms need."""
+        weights = self.weights
+        cross_entropy = (weights.alpha if source == "student" else weights.beta) > 0
+        plain = [Distribution(source, 1.0)] if cross_entropy else []
+        return list(dict.fromkeys(plain + ([self.softened(source)] if weights.gamma > 0 else [])))
 
-    def student_products(self) -> list[str]:
-        """Matrices whose product with w goes into the gradient of x."""
-        w = self.weights
-        names = (["S"] if w.alpha > 0 else []) + ([self.softened("S"), self.softened("T")] if w.gamma > 0 else [])
-        return list(dict.fromkeys(names))
+    def student_products(self) -> list[Distribution]:
+        """Distributions whose exponentials are multiplied with w for the gradient of x."""
+        soft_teacher = [self.softened("teacher")] if self.weights.gamma > 0 else []
+        return self.distributions("student") + soft_teacher
 
-    def chunk(self, batch: int, rows: int, width: int, labels: int, itemsize: int, device: str) -> int:
-        """Samples per chunk so that the live [chunk, rows] matrices (and the rows of the labels) fit the budget; the same
-        on every rank, because each chunk has one all-reduce: computed from the widest shard, not from this one."""
+    def budget_bytes(self, device: str) -> int:
+        """`memory_budget_bytes` or its default; `samples_per_chunk` may use more on a CPU."""
+        return self.memory_budget_bytes or (_MIN_CPU_BUDGET_BYTES if device == "cpu" else DEFAULT_BUDGET_BYTES)
+
+    def samples_per_chunk(self, batch: int, rows: int, width: int, labels: int, itemsize: int, device: str) -> int:
+        """Chunk length for which the live [chunk, rows] matrices fit the budget.
+
+        It follows from the widest shard (`max_rows`), because every rank must make as many all-reduces, one per chunk.
+        labels: labels per sample whose rows [width] are copied; itemsize: bytes of an exponential.
+        """
         rows = max(1, self.max_rows or rows)
-        matrices = float(len(self.matrices("S")) + len(self.matrices("T")))
+        matrices = float(len(self.distributions("student")) + len(self.distributions("teacher")))
         if self.filter_threshold is not None:
-            matrices += 1 / itemsize + (not self.matrices("S"))
+            matrices += 1 / itemsize + (not self.distributions("student"))
         per_sample = rows * max(1.0, matrices)
         budget = self.memory_budget_bytes or DEFAULT_BUDGET_BYTES
         if self.memory_budget_bytes is None and device == "cpu":
-            # A product of fewer samples is as fast on a CPU: no more than half of what the gradient takes anyway.
-            budget = min(budget, max(_CPU_BUDGET_BYTES, rows * width * itemsize // 2))
+            # On a CPU a product of fewer samples is as fast, so use no more than half of the gradient's size.
+            budget = min(budget, max(_MIN_CPU_BUDGET_BYTES, rows * width * itemsize // 2))
         else:
             per_sample += 4 * labels * width
-        most = max(1, min(batch, int(budget / (per_sample * itemsize))))
-        return equal_chunk(batch, most)
+        return equal_chunk_size(batch, max(1, min(batch, int(budget / (per_sample * itemsize)))))
+
+
+def equal_chunk_size(batch: int, limit: int) -> int:
+    """Samples per chunk, at most `limit`: chunks of (nearly) equal length, no short last one; 1 for an empty batch."""
+    return -(-batch // -(-batch // limit)) if batch else 1
+
+
+def check_budget(memory_budget_bytes: int | None) -> None:
+    if memory_budget_bytes is not None and memory_budget_bytes <= 0:
+        raise ValueError(f"memory_budget_bytes is {memory_budget_bytes}, expected > 0, or None for the default")

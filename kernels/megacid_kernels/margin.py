@@ -1,8 +1,4 @@
-"""The combined margin on the target class: cos(m1 * theta + m2) - m3.
-
-ArcFace (1, m, 0), CosFace (1, 0, m), SphereFace (m, 0, 0), combined (Deng et al., 2019). Works on the B target cosines
-only; the negatives have no margin.
-"""
+"""The combined margin on the target class: cos(m1 * theta + m2) - m3 (Deng et al., 2019). Negatives have no margin."""
 
 from __future__ import annotations
 
@@ -17,11 +13,19 @@ SIN_FLOOR = 1e-3
 
 @dataclass(frozen=True)
 class Margin:
-    """psi(theta) = cos(m1 * theta + m2) - m3, made monotone where the angle passes pi.
+    """psi(theta) = cos(m1 * theta + m2) - m3, continued monotonically where the angle exceeds pi.
 
-    m1 = 1: past theta + m2 = pi, psi = cos - m2 * sin(pi - m2) - m3 (ArcFace's linear continuation; psi jumps down by
-    about m2^2 / 2 there). m1 != 1: SphereFace's continuation (-1)^k cos(m1 * theta + m2) - 2k, continuous.
-    easy_margin: the margin m1, m2 acts only where cos > 0 (psi jumps at cos = 0); m3 always acts.
+    For m1 = 1 and theta + m2 > pi, psi = cos(theta) - m2 * sin(m2) - m3: ArcFace's linear continuation, which drops by
+    about m2^2 / 2 there. For m1 != 1, SphereFace's continuation (-1)^k cos(m1 * theta + m2) - 2k - m3 is continuous.
+
+    Attributes:
+        m1: factor of the angle, >= 1 (SphereFace).
+        m2: offset of the angle in radians, 0 <= m2 < pi (ArcFace).
+        m3: offset of the cosine, >= 0 (CosFace).
+        easy_margin: apply m1 and m2 only where cos > 0 (psi is discontinuous at cos = 0); m3 always applies.
+
+    Raises:
+        ValueError: a value is out of range.
     """
 
     m1: float = 1.0
@@ -31,7 +35,7 @@ class Margin:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.m1) and self.m1 >= 1):
-            raise ValueError(f"margin m1 is {self.m1}, expected >= 1: 1 leaves the angle as it is")
+            raise ValueError(f"margin m1 is {self.m1}, expected >= 1: 1 disables it")
         if not 0 <= self.m2 < math.pi:
             raise ValueError(f"margin m2 is {self.m2} rad, expected 0 <= m2 < pi: 0.5 is usual")
         if not (math.isfinite(self.m3) and self.m3 >= 0):
@@ -50,10 +54,15 @@ class Margin:
         return cls(m1=m, easy_margin=easy_margin)
 
     def target(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """(psi, d psi / d cos), both like cos. `sin` comes from the caller, who can compute it without cancellation.
+        """Apply the margin.
 
-        d psi / d cos grows like 1 / sin towards cos = +-1 while the gradient of the embedding stays bounded; the
-        derivative alone takes sin >= 0.001, so that it is finite (<= 1000 m1) at cos = +-1 exactly.
+        Args:
+            cos: target cosines, any shape, float32 or float64.
+            sin: sines of the same angles; an argument because the caller can compute them without cancellation.
+
+        Returns:
+            psi and d psi / d cos, shaped like `cos`. The derivative grows like 1 / sin near cos = +-1, while the
+            gradient of the embedding stays bounded; it clamps sin to >= 0.001, so it is at most 1000 m1.
         """
         one = torch.ones_like(cos)
         if self.m1 == 1.0 and self.m2 == 0.0:
@@ -78,7 +87,7 @@ class Margin:
         fold = torch.floor(angle / math.pi).detach()
         sign = 1 - 2 * torch.remainder(fold, 2)
         psi = sign * torch.cos(angle) - 2 * fold
-        # The derivative is taken at an angle away from 0 and pi: sin(m1 theta) / sin(theta) is smooth there.
+        # Evaluated away from 0 and pi: sin(m1 theta) / sin(theta) is smooth there.
         inner = theta.clamp(SIN_FLOOR, math.pi - SIN_FLOOR)
         angle = self.m1 * inner + self.m2
         sign = 1 - 2 * torch.remainder(torch.floor(angle / math.pi), 2)

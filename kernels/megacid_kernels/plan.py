@@ -1,4 +1,4 @@
-"""How a call is cut so that its matrices fit the memory budget: chunks of samples, or slabs of class rows."""
+"""Partition of a computation into chunks of samples or slabs of class rows that fit the memory budget."""
 
 from __future__ import annotations
 
@@ -6,48 +6,55 @@ from typing import Literal, NamedTuple
 
 from megacid_kernels.loss_spec import LossSpec
 
-_TILE_ROWS = 128  # slabs that are not the last end where the tiles of a product do
+_TILE_ROWS = 128  # slabs except the last end on a tile boundary of the products
 
 
-class SlabBytes(NamedTuple):
-    """What a slab takes: `fixed`, whatever its length, and `each` per class; more than `most` classes gain nothing."""
+class ChunkNeeds(NamedTuple):
+    """What an engine needs per chunk of samples."""
 
-    fixed: int
-    each: int
-    most: int
+    itemsize: int  # bytes of an exponential
+    copied_labels: int  # labels per sample whose rows are copied
+    min_samples: int  # fewer make the products too slow
+
+
+class SlabNeeds(NamedTuple):
+    """What an engine needs per slab of class rows."""
+
+    fixed_bytes: int
+    bytes_per_class: int
+    max_classes: int  # longer slabs gain nothing
 
 
 class Plan(NamedTuple):
     kind: Literal["stored", "recomputed", "loss-only"]
-    chunks: list[slice]  # of samples where the gradient is stored; the others take all of them at once
-    slabs: list[tuple[int, int]]  # (start, stop) of class rows; one with all of them where the gradient is stored
+    chunks: list[slice]  # of samples, for "stored"; the other kinds take the whole batch at once
+    slabs: list[tuple[int, int]]  # (start, stop) of class rows; all of them in one for "stored"
 
 
-def plan_chunks(
-    spec: LossSpec, batch: int, rows: int, width: int, labels: int, itemsize: int, device: str, *, least: int
-) -> Plan:
-    """The same number of chunks on every rank, see `LossSpec.chunk`. ValueError where the budget does not hold `least`
-    samples; PyTorch asks for none and takes one at a time then, Triton would be a thousand times slower."""
-    step = spec.chunk(batch, rows, width, labels, itemsize, device)
-    if step < min(batch, least):
+def plan_chunks(spec: LossSpec, batch: int, rows: int, width: int, needs: ChunkNeeds, device: str) -> Plan:
+    """Chunks for a stored gradient, the same number on every rank. ValueError if the budget is too small."""
+    step = spec.samples_per_chunk(batch, rows, width, needs.copied_labels, needs.itemsize, device)
+    if step < min(batch, needs.min_samples):
         raise ValueError(
-            f"memory_budget_bytes is {spec.budget(device)}, which allows chunks of {step} samples beside "
-            f"{spec.max_rows or rows} class rows, expected at least {min(batch, least)}: raise it, or pass weight_grad='recomputed'"
+            f"memory_budget_bytes is {spec.budget_bytes(device)}, which allows chunks of {step} samples with "
+            f"{spec.max_rows or rows} class rows, expected at least {min(batch, needs.min_samples)}: raise it, or pass "
+            "weight_grad='recomputed'"
         )
-    return Plan("stored", [slice(start, min(start + step, batch)) for start in range(0, batch, step)], [(0, rows)])
+    chunks = [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
+    return Plan("stored", chunks, [(0, rows)])
 
 
-def plan_slabs(spec: LossSpec, rows: int, needs: SlabBytes, gradients: bool, device: str) -> Plan:
-    """ValueError where not even a slab of one class fits the budget."""
-    budget = spec.budget(device)
-    left = budget - needs.fixed
-    if left < needs.each:
+def plan_slabs(spec: LossSpec, rows: int, needs: SlabNeeds, gradients: bool, device: str) -> Plan:
+    """Slabs for a recomputed gradient or a loss alone. ValueError if the budget does not hold a slab of one class."""
+    budget = spec.budget_bytes(device)
+    available = budget - needs.fixed_bytes
+    if available < needs.bytes_per_class:
         raise ValueError(
-            f"memory_budget_bytes is {budget}, expected at least {needs.fixed + needs.each}: that is what a slab of one class "
-            "takes; it grows with the batch"
+            f"memory_budget_bytes is {budget}, expected at least {needs.fixed_bytes + needs.bytes_per_class}, the size "
+            "of a slab of one class for this batch: raise it"
         )
-    most = min(left // needs.each, needs.most)
-    if most > _TILE_ROWS:
-        most -= most % _TILE_ROWS
-    slabs = [(start, min(start + most, rows)) for start in range(0, rows, most)] or [(0, 0)]
+    step = min(available // needs.bytes_per_class, needs.max_classes)
+    if step > _TILE_ROWS:
+        step -= step % _TILE_ROWS
+    slabs = [(start, min(start + step, rows)) for start in range(0, rows, step)] or [(0, 0)]
     return Plan("recomputed" if gradients else "loss-only", [], slabs)

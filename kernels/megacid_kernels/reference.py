@@ -1,4 +1,4 @@
-"""The written-out formulas for autograd in float64, one process, no chunks: what the operators are tested against."""
+"""Reference implementation for the tests: the formulas written out for autograd, in one process, without chunks."""
 
 from __future__ import annotations
 
@@ -23,9 +23,13 @@ def discrimination_reference(
     bias: Tensor | None = None,
     reduction: Literal["mean", "sum"] = "mean",
 ) -> tuple[Tensor, Tensor]:
-    """(loss, [3] raw terms) of `linear_margin_discrimination`, differentiable. x [G, D], w [C, D], bias [C], float64.
+    """Loss and raw terms of `linear_margin_discrimination`, differentiable through autograd.
 
-    The margin's own derivative is not used: autograd differentiates psi through cos and sin.
+    The margin's own derivative is not used: autograd differentiates psi through cos and sin. Tensors are those of
+    `linear_margin_discrimination`, but w [C, D] and bias [C] hold all classes; the options are those of `LossSpec`.
+
+    Returns:
+        The 0-d loss and the detached [3] raw terms.
     """
     weights = weights or Weights()
     several = target.ndim == 2

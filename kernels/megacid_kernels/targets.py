@@ -1,4 +1,4 @@
-"""The labels of a batch: where their classes live, and their cosines and margin from full-precision rows.
+"""The labels of a batch: which rank and row hold their classes, and their cosines and margin in full precision.
 
 Legend: G gathered batch, b samples of one chunk, l labels per sample, D width, S rows of w on this rank.
 """
@@ -14,42 +14,54 @@ from megacid_kernels.loss_spec import LossSpec
 
 
 class Target(NamedTuple):
-    """The labels' classes of every sample, zeros where another rank owns the class."""
+    """Values at the labels of every sample; zero where another rank owns the class."""
 
     cos: Tensor  # [b, l]
-    psi: Tensor  # [b, l]
-    dpsi: Tensor  # [b, l]
+    psi: Tensor  # [b, l] cosine after the margin
+    dpsi: Tensor  # [b, l] d psi / d cos
 
 
-def locate(target_Gl: Tensor, rows_S: Tensor | None, class_start: int, num_rows: int) -> tuple[Tensor, Tensor]:
-    """(own [G, l] bool, slot [G, l]: the row of w that holds the class, 0-clamped where not owned). No host sync."""
+class Labels(NamedTuple):
+    """Where the classes of the labels are."""
+
+    own: Tensor  # [G or b, l] bool, this rank (or slab) holds the class
+    slot: Tensor  # [G or b, l] int64, the row that holds it; any valid row where not own
+
+    def samples(self, part: slice) -> Labels:
+        return Labels(self.own[part], self.slot[part])
+
+    def in_rows(self, start: int, stop: int) -> Labels:
+        """The same for the rows [start, stop) alone, with slots counted from `start`."""
+        own = self.own & (self.slot >= start) & (self.slot < stop)
+        return Labels(own, (self.slot - start).clamp(0, max(stop - start - 1, 0)))
+
+
+def locate(target_Gl: Tensor, rows_S: Tensor | None, class_start: int, num_rows: int) -> Labels:
+    """Find the labels among this rank's rows, without host synchronisation."""
     local = target_Gl - class_start
     if num_rows == 0:
-        return torch.zeros_like(target_Gl, dtype=torch.bool), torch.zeros_like(target_Gl)
+        return Labels(torch.zeros_like(target_Gl, dtype=torch.bool), torch.zeros_like(target_Gl))
     if rows_S is None:
         slot = local.clamp(0, num_rows - 1)
         own = slot == local
     else:
         slot = torch.searchsorted(rows_S, local).clamp(max=num_rows - 1)
         own = rows_S[slot] == local
-    return own & (target_Gl >= 0), slot
+    return Labels(own & (target_Gl >= 0), slot)
 
 
-def without_repeats(target_Gl: Tensor) -> Tensor:
-    """A class that a sample names twice counts once: later ones become -1."""
+def drop_repeated_labels(target_Gl: Tensor) -> Tensor:
+    """Set every further occurrence of a class within one sample to -1, so that it counts once."""
     earlier = torch.ones(target_Gl.shape[1], target_Gl.shape[1], dtype=torch.bool, device=target_Gl.device).tril(-1)
-    again = ((target_Gl[:, :, None] == target_Gl[:, None, :]) & earlier).any(2)
-    return target_Gl.masked_fill(again, -1)
-
-
-def within(own: Tensor, slot: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """`locate`'s answer for the rows [start, stop) alone, counted from `start`."""
-    own = own & (slot >= start) & (slot < stop)
-    return own, (slot - start).clamp(0, max(stop - start - 1, 0))
+    repeated = ((target_Gl[:, :, None] == target_Gl[:, None, :]) & earlier).any(2)
+    return target_Gl.masked_fill(repeated, -1)
 
 
 def target_of(x_bD: Tensor, w_blD: Tensor, own: Tensor, spec: LossSpec | None) -> Target:
-    """From unit rows; spec: whose margin acts, if one does. sin = |x - w| |x + w| / 2 keeps its digits at cos -> +-1."""
+    """Target cosines from unit rows; spec: None for no margin.
+
+    sin = |x - w| |x + w| / 2 has no cancellation as cos -> +-1.
+    """
     x, sin = x_bD[:, None, :], None
     cos = torch.linalg.vecdot(x, w_blD)
     if spec is not None and spec.margin is not None:
@@ -58,7 +70,7 @@ def target_of(x_bD: Tensor, w_blD: Tensor, own: Tensor, spec: LossSpec | None) -
 
 
 def with_margin(cos: Tensor, sin: Tensor | None, own: Tensor, spec: LossSpec | None) -> Target:
-    """All [b, l]; sin is needed where a margin acts."""
+    """Apply the margin of `spec`, which needs `sin`; all tensors [b, l]."""
     psi, dpsi = cos, torch.ones_like(cos)
     if spec is not None and spec.margin is not None and sin is not None:
         psi, exact = spec.margin.target(cos, sin)

@@ -62,7 +62,7 @@ def _classifier(
         filter_threshold=config.filter_threshold,
         max_rows=rows,
     )
-    matrices = len(spec.matrices("S")) + len(spec.matrices("T"))
+    matrices = len(spec.distributions("student")) + len(spec.distributions("teacher"))
     itemsize = 2 if device == "cuda" else 4  # of an exponential in Triton's engine, and in PyTorch's
     per_logit = itemsize * max(1, matrices) + (config.filter_threshold is not None)
     stored: dict[str, float] = {
@@ -71,8 +71,8 @@ def _classifier(
     }
     if config.weight_grad == "recomputed":
         whole = rows * (used * 8 + gathered * per_logit)
-        return stored | {"a slab: rows, logits, gradient": min(spec.budget(device), whole)}
-    chunk = spec.chunk(gathered, rows, used, run.megacid.data.labels_per_sample, itemsize, device)
+        return stored | {"a slab: rows, logits, gradient": min(spec.budget_bytes(device), whole)}
+    chunk = spec.samples_per_chunk(gathered, rows, used, run.megacid.data.labels_per_sample, itemsize, device)
     gradients = rows * used * 4
     if used < embed_dim or run.accumulation > 1:  # the gradient over all dimensions; the sum of the micro-batches
         gradients += rows * embed_dim * 4

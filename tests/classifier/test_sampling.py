@@ -210,7 +210,7 @@ def test_bad_input_on_one_rank_is_an_error_on_all_and_nobody_waits(kind: str, mi
     [
         ({"sample_rate": 0.0}, "sample_rate is 0.0"),
         ({"feature_rate": 1.5}, "feature_rate is 1.5"),
-        ({"impl": "triton"}, "available are 'auto', 'torch'"),
+        ({"impl": "triton"}, "expected 'auto' or 'torch'"),
         ({"scale": 0.0}, "scale is 0.0"),
         ({"reduction": "none"}, "reduction is 'none'"),
     ],

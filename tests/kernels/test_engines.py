@@ -182,7 +182,7 @@ def test_nothing_to_do_is_done(device: str) -> None:
 @on_devices
 def test_a_budget_too_small_for_tensor_cores_is_refused(device: str) -> None:
     with pytest.raises(
-        ValueError, match="memory_budget_bytes is 900, which allows chunks of 3 samples beside 150 class rows"
+        ValueError, match="memory_budget_bytes is 900, which allows chunks of 3 samples with 150 class rows"
     ):
         call(spec_of("alpha", impl="triton", memory_budget_bytes=900), inputs(1, False), device)
 

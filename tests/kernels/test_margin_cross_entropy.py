@@ -337,15 +337,17 @@ def test_chunks_do_not_change_the_result() -> None:
 
 def test_budget_decides_the_chunk() -> None:
     spec = LossSpec(num_classes=1000, memory_budget_bytes=10 * 1000 * 4)
-    assert spec.chunk(batch=60, rows=1000, width=0, labels=1, itemsize=4, device="cuda") == 10
-    assert spec.chunk(batch=62, rows=1000, width=0, labels=1, itemsize=4, device="cuda") == 9  # 7 equal ones
-    assert spec.chunk(batch=64, rows=1000, width=125, labels=2, itemsize=4, device="cuda") == 5
-    assert LossSpec(num_classes=1000, memory_budget_bytes=1).chunk(64, 1000, 8, 1, 4, "cpu") == 1
-    assert LossSpec(num_classes=1000).chunk(64, 1000, 8, 1, 4, "cpu") == 64
+    assert spec.samples_per_chunk(batch=60, rows=1000, width=0, labels=1, itemsize=4, device="cuda") == 10
+    assert (
+        spec.samples_per_chunk(batch=62, rows=1000, width=0, labels=1, itemsize=4, device="cuda") == 9
+    )  # 7 equal ones
+    assert spec.samples_per_chunk(batch=64, rows=1000, width=125, labels=2, itemsize=4, device="cuda") == 5
+    assert LossSpec(num_classes=1000, memory_budget_bytes=1).samples_per_chunk(64, 1000, 8, 1, 4, "cpu") == 1
+    assert LossSpec(num_classes=1000).samples_per_chunk(64, 1000, 8, 1, 4, "cpu") == 64
     # On a CPU without a budget: 64 MiB, or half of the gradient where that is more.
-    assert LossSpec(num_classes=1 << 17).chunk(512, 1 << 17, 256, 1, 4, "cpu") == 128
-    assert LossSpec(num_classes=1 << 20).chunk(512, 1 << 20, 512, 1, 4, "cpu") == 256
-    assert LossSpec(num_classes=1 << 17).chunk(512, 1 << 17, 256, 1, 4, "cuda") == 512
+    assert LossSpec(num_classes=1 << 17).samples_per_chunk(512, 1 << 17, 256, 1, 4, "cpu") == 128
+    assert LossSpec(num_classes=1 << 20).samples_per_chunk(512, 1 << 20, 512, 1, 4, "cpu") == 256
+    assert LossSpec(num_classes=1 << 17).samples_per_chunk(512, 1 << 17, 256, 1, 4, "cuda") == 512
 
 
 def test_two_runs_are_bitwise_equal() -> None:
@@ -429,8 +431,8 @@ def test_zero_rows_give_finite_gradients_and_16_bit_inputs_keep_their_dtype() ->
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"impl": "triton"}, "available are 'auto', 'torch'"),
-        ({"weight_grad": "lost"}, "available are 'auto', 'stored', 'recomputed'"),
+        ({"impl": "triton"}, "expected 'auto' or 'torch'"),
+        ({"weight_grad": "lost"}, "expected one of 'auto', 'stored', 'recomputed'"),
         ({"scale": -1.0}, "scale is -1.0"),
         ({"reduction": "none"}, "reduction is 'none'"),
         ({"memory_budget_bytes": 0}, "memory_budget_bytes is 0"),
@@ -455,7 +457,7 @@ def test_unusable_tensors_are_refused() -> None:
         linear_margin_cross_entropy(x, w, y, rows=y)
     with pytest.raises(ValueError, match="bias is"):
         linear_margin_cross_entropy(x, w, y, bias=torch.zeros(3))
-    with pytest.raises(ValueError, match="one alone for the KL"):
+    with pytest.raises(ValueError, match="expected one label per sample, or more with gamma 0"):
         linear_margin_discrimination(
             x, w, y[:, None].expand(2, 2), LossSpec(num_classes=4, weights=Weights(gamma=1)), teacher=x
         )

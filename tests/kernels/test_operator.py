@@ -107,14 +107,14 @@ def test_a_margin_of_another_class_gives_the_same_numbers() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"impl": "triton"}, "impl is 'triton' and the tensors are on cpu"),
-        ({"precision": "fp8"}, "precision is 'fp8', available are"),
-        ({"precision": "fp16"}, "precision is 'fp16' in PyTorch"),
+        ({"impl": "triton"}, "impl is 'triton' with tensors on cpu"),
+        ({"precision": "fp8"}, "precision is 'fp8', expected one of"),
+        ({"precision": "fp16"}, "precision is 'fp16' with impl 'torch'"),
         ({"scale": 200.0}, r"scale is 200.0 with 14 classes .* <= 160"),
         ({"weight_grad": "recomputed", "memory_budget_bytes": 8}, r"memory_budget_bytes is 8, expected at least \d+"),
         ({"target": torch.full((9,), 14)}, "target holds 14, expected -1 .* to 13"),
         ({"target": torch.full((9,), -2)}, "target holds -2"),
-        ({"x": torch.zeros(9, 6, dtype=torch.int64)}, r"x is torch\.int64, expected floating point"),
+        ({"x": torch.zeros(9, 6, dtype=torch.int64)}, r"x is torch\.int64, expected a floating-point dtype"),
     ],
 )
 def test_what_cannot_be_used_is_named(change: dict[str, Any], says: str) -> None:

@@ -1,1 +1,1 @@
-"""Implementations of the operators: the interface, PyTorch, Triton, and the choice between them."""
+"""Implementations of the operators: interfaces, PyTorch and Triton engines, and the selection of one."""

@@ -1,4 +1,7 @@
-"""The candidates of a contrastive term: what an engine computes with them, and PyTorch's way."""
+"""The interface of the contrastive operator's engines, and the engine in plain PyTorch.
+
+Legend: G candidates, c anchors of one chunk, D width.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import Tensor
 
 
 class AnchorNegatives(NamedTuple):
-    """Of a chunk of anchors; `matrix` is 0 at each anchor's own pair."""
+    """Exponentials of a chunk of anchors; 0 at each anchor's own pair."""
 
     matrix: Tensor  # [c, G] exp(z - shift)
     sums: Tensor  # [c]
@@ -17,14 +20,20 @@ class AnchorNegatives(NamedTuple):
 
 
 class Candidates(Protocol):
-    """What touches a matrix [c, G] or all candidates: one way for PyTorch, one for Triton's kernels and cuBLAS."""
+    """Everything that touches a matrix [c, G] or all candidates."""
 
     def negatives(self, scaled_cD: Tensor, target_c: Tensor, first: int) -> AnchorNegatives:
-        """scaled_cD: scale times the anchors, whose pairs are `first` and the following; target_c: their logits to them."""
+        """Exponentials of the logits.
+
+        Args:
+            scaled_cD: scale times the anchors.
+            target_c: logits of their own pairs.
+            first: candidate row of the first anchor's pair; the others follow.
+        """
         ...
 
     def product(self, matrix_cG: Tensor) -> Tensor:
-        """matrix @ candidates, fp32 (fp64) [c, D]."""
+        """matrix @ candidates, [c, D] float32 (float64)."""
         ...
 
     def add_gradient_(self, grad_GD: Tensor, matrix_cG: Tensor, features_cD: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Which implementation a call gets, and why not another."""
+"""Selection of the implementation: PyTorch or Triton."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Implementation = Literal["torch", "triton"]
 
 @lru_cache
 def _why_no_triton() -> str | None:
-    """None where the kernels can be imported. Asked once per process; a CPU-only run does not ask."""
+    """The import error of the kernels, or None. Evaluated once per process, and never in a CPU-only run."""
     try:
         importlib.import_module("megacid_kernels.fused")
     except ImportError as error:
@@ -31,19 +31,26 @@ def _why_no_triton() -> str | None:
 def _warn_once(why: str) -> None:
     warnings.warn(
         f"Triton cannot be imported ({why}): losses on CUDA are computed in plain PyTorch, several times slower; "
-        'install triton, or say impl="torch" to agree',
+        'install triton, or pass impl="torch" to silence this warning',
         stacklevel=2,
     )
 
 
 def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Implementation:
-    """ "auto": Triton for float32 and 16-bit inputs on CUDA where it imports, else PyTorch; float64 is PyTorch's alone.
+    """Choose the implementation.
 
-    dtype: the widest of the inputs. ValueError for "triton" where it cannot be. TRITON_INTERPRET=1, set before the import
-    of triton, lets "triton" run on a CPU, for tests.
+    Args:
+        impl: "torch"; "triton"; or "auto": Triton for float32 and 16-bit inputs on CUDA if it can be imported,
+            otherwise PyTorch (on CUDA with one warning).
+        device: device of the inputs.
+        dtype: widest dtype of the inputs.
+
+    Raises:
+        ValueError: `impl` is unknown, or is "triton" without CUDA, with float64, or without the triton package.
+            TRITON_INTERPRET=1, set before triton is imported, allows "triton" on a CPU, for tests.
     """
     if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl is {impl!r}, available are {', '.join(map(repr, IMPLEMENTATIONS))}")
+        raise ValueError(f"impl is {impl!r}, expected one of {', '.join(map(repr, IMPLEMENTATIONS))}")
     if impl == "auto":
         if device.type != "cuda" or dtype == torch.float64:
             return "torch"
@@ -55,22 +62,21 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Implementati
         return "torch"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            f"impl is {impl!r} and the tensors are on {device.type}, where available are 'auto', 'torch': Triton's kernels "
-            "run on CUDA devices"
+            f"impl is {impl!r} with tensors on {device.type}, expected 'auto' or 'torch': Triton needs a CUDA device"
         )
     if dtype == torch.float64:
-        raise ValueError(f"impl is {impl!r} and an input is {dtype}, expected float32 or 16 bits, or impl 'torch'")
+        raise ValueError(f"impl is {impl!r} and an input is {dtype}, expected float32 or 16 bits: pass impl='torch'")
     why = _why_no_triton()
     if why is not None:
         raise ValueError(
-            f"impl is {impl!r}, but Triton cannot be imported ({why}): install triton, or say impl 'torch'"
+            f"impl is {impl!r}, but Triton cannot be imported ({why}): install triton, or pass impl='torch'"
         )
     return "triton"
 
 
-def engine_for(chosen: Implementation, call: EngineInputs, dtype: torch.dtype) -> Engine:
+def engine_for(chosen: Implementation, inputs: EngineInputs, dtype: torch.dtype) -> Engine:
     if chosen == "torch":
-        return TorchEngine(call, dtype)
+        return TorchEngine(inputs, dtype)
     from megacid_kernels.engines.triton_engine import TritonEngine
 
-    return TritonEngine(call)
+    return TritonEngine(inputs)

@@ -1,9 +1,14 @@
-"""What a schedule asks of an implementation: everything that touches class rows [n, D] or a matrix [b, n].
+"""The interface between the schedule and an engine: everything that touches class rows [n, D] or a matrix [b, n].
 
-Legend: G gathered batch, b samples of one chunk, l labels per sample, D width, S rows of w on this rank, n rows of a block.
+Legend: G gathered batch, b samples of one chunk, l labels per sample, D width, L rows in memory, S rows of w that are
+used on this rank, n rows of a block.
 
-`schedule.py` holds one order of work, `torch_engine.py` and `fused/engine.py` the two ways to do it. An engine is made for
-one call; a block is a run of its class rows, all of them where the gradient is stored.
+`schedule.py` defines the order of work; `torch_engine.py` and `triton_engine.py` implement it. An engine lives for one
+call. A block is a contiguous range of its class rows: all of them for a stored gradient, a slab otherwise. Per block
+
+    negatives       reads x, w; writes the matrices of exponentials and their row sums        before the all-reduce
+    product         reads a matrix, w; writes its part of the gradient of x, not divided by Z  during the all-reduce
+    add_gradient    reads a matrix, x * coefficient; writes the gradient of w                  after the all-reduce
 """
 
 from __future__ import annotations
@@ -13,32 +18,37 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from megacid_kernels.epilogue import Coefficients
-from megacid_kernels.loss_spec import LossSpec
-from megacid_kernels.plan import SlabBytes
-from megacid_kernels.targets import Target
+from megacid_kernels.loss_spec import Distribution, LossSpec
+from megacid_kernels.plan import ChunkNeeds, SlabNeeds
+from megacid_kernels.row_statistics import RowStatistics
+from megacid_kernels.targets import Labels, Target
+
+
+class EngineInputs(NamedTuple):
+    """Constructor arguments of an engine."""
+
+    w: Tensor  # [S, D], or [L, D] with `gather`; any floating dtype
+    gather: Tensor | None  # int64 [S] the rows of w that are used; None: all
+    bias: Tensor | None  # [S]
+    spec: LossSpec
+    single_block: bool  # one block of all rows will be requested, once
+    overwrite_w: bool  # w is scratch memory and may be normalised in place
 
 
 class Samples(NamedTuple):
-    """One distribution's embeddings, of the student or of the teacher."""
+    """Embeddings of the student or of the teacher."""
 
-    x: Tensor  # [G, D] as they were given
-    inverse: Tensor  # [G, 1] 1 / |x|, 0 of a zero row
-    unit: Tensor  # [G, D] x / |x| in full precision
-    operand: Tensor  # [G, D] the same as the first product takes it
+    x: Tensor  # [G or b, D] as given
+    inverse: Tensor  # [G or b, 1] 1 / |x|, 0 for a zero row
+    unit: Tensor  # [G or b, D] x / |x| in full precision
+    operand: Tensor  # [G or b, D] x / |x| in the dtype of the first product
 
-    def part(self, rows: slice) -> Samples:
-        return Samples(*(tensor[rows] for tensor in self))
-
-
-class Labels(NamedTuple):
-    """Where the labels' classes are: `labels.locate`."""
-
-    own: Tensor  # [b, l] bool, this rank (this block) holds the class
-    slot: Tensor  # [b, l] int64, in which row
+    def samples(self, part: slice) -> Samples:
+        return Samples(*(tensor[part] for tensor in self))
 
 
 class TargetGradient(NamedTuple):
-    """How the labels of one distribution pull."""
+    """Gradient of one source's target cosines."""
 
     coefficient: Tensor  # [b, l] d loss / d target cosine, 0 where not own
     cos: Tensor  # [b, l]
@@ -46,47 +56,45 @@ class TargetGradient(NamedTuple):
 
 
 class NegativeStatistics(NamedTuple):
-    """The matrices of exponentials of a chunk and a block, see `LossSpec.matrices`, and their row statistics."""
+    """Exponentials of the negatives of a chunk and a block, and their row statistics."""
 
-    matrices: dict[str, Tensor]  # name -> [b, n], of those that were asked for
-    sums: dict[str, Tensor]  # name -> [b]
-    largest: Tensor | None  # [b] largest logit / scale among the student's negatives; None without a student's matrix
-    removed: Tensor  # [b] int64, negatives that the filter took out
+    matrices: dict[Distribution, Tensor]  # [b, n], those that were requested
+    sums: dict[Distribution, Tensor]  # [b]
+    largest: Tensor | None  # [b] largest logit / scale of the student; None without a student distribution
+    removed: Tensor  # [b] int64, negatives removed by the filter
 
 
 class ClassBlock(Protocol):
     """Class rows [start, stop) of an engine. Slots are counted from `start`."""
 
     def negatives(
-        self, student: Samples, teacher: Samples | None, labels: Labels, keep: set[str]
+        self, student: Samples, teacher: Samples | None, labels: Labels, keep: set[Distribution]
     ) -> NegativeStatistics:
-        """All matrices of the spec; those in `keep` are returned."""
+        """Compute all distributions of the spec; return the matrices of those in `keep`."""
         ...
 
     def release_logit_rows(self) -> None:
-        """`negatives` will not be called again."""
+        """Free what only `negatives` needs."""
         ...
 
     def release_rows(self) -> None:
-        """Nor will `product`."""
+        """Free what only `negatives` and `product` need."""
         ...
 
     def product(self, matrix_bn: Tensor, total_bD: Tensor | None = None) -> Tensor:
-        """matrix @ unit rows, [b, D], added to `total_bD` if there is one."""
+        """matrix @ unit rows [b, D], added to `total_bD` in place if given."""
         ...
 
     def add_gradient(self, grad_nD: Tensor | None, matrix_bn: Tensor, features_bD: Tensor) -> Tensor:
-        """grad + matrix.T @ features, in place where there is one: the gradient of the unit rows, or what
-        `through_norm_` makes the right one of."""
+        """grad + matrix.T @ features, in place if grad is given; becomes the gradient of w in `norm_backward_`."""
         ...
 
-    def add_labels_(self, grad_nD: Tensor, labels: Labels, pulls: list[TargetGradient]) -> None:
-        """grad[slot] += coefficient (x - cos w) in an order that is the same in every run: the part of d loss / d w that
-        is tangential to w."""
+    def add_target_gradients_(self, grad_nD: Tensor, labels: Labels, target_grads: list[TargetGradient]) -> None:
+        """grad[slot] += coefficient * (x - cos w), the part of d loss / d w tangential to w; reproducible order."""
         ...
 
-    def through_norm_(self, grad_nD: Tensor) -> Tensor:
-        """The sums above -> the gradient of w, in place."""
+    def norm_backward_(self, grad_nD: Tensor) -> Tensor:
+        """Backward of the row normalisation, in place: the sums above -> the gradient of w."""
         ...
 
 
@@ -96,36 +104,21 @@ class Engine(Protocol):
     def samples(self, x_GD: Tensor) -> Samples: ...
 
     def block(self, start: int, stop: int, products: bool) -> ClassBlock:
-        """products: more than `ClassBlock.negatives` will be asked for."""
+        """products: more than `ClassBlock.negatives` will be called."""
         ...
 
     def target(self, samples: Samples, labels: Labels, margin: bool) -> Target:
-        """For gradients and for a loss alone after every row has been in a block."""
+        """Call it after every row has been in a block."""
         ...
 
-    def coefficients(self, stats: dict[str, Tensor], present: Tensor, share: Tensor) -> Coefficients:
-        """`epilogue.epilogue`."""
+    def coefficients(self, stats: RowStatistics, present: Tensor, share: Tensor) -> Coefficients:
+        """See `epilogue.epilogue`."""
         ...
 
-    def finish_x(self, products: list[tuple[Tensor, Tensor]], pull: TargetGradient, labels: Labels) -> Tensor:
-        """[b, D], this shard's part of the gradient of x from (coefficient [b], `ClassBlock.product`) and the labels' pull."""
+    def finish_x(self, products: list[tuple[Tensor, Tensor]], target_grad: TargetGradient, labels: Labels) -> Tensor:
+        """This shard's part [b, D] of the gradient of x, from pairs (coefficient [b], `ClassBlock.product`)."""
         ...
 
-    def matrix_bytes(self) -> int:
-        """Of an entry of a matrix of exponentials."""
-        ...
+    def chunk_needs(self, labels: int) -> ChunkNeeds: ...
 
-    def slab_bytes(self, batch: int, gradients: bool) -> SlabBytes:
-        """Memory of slabs, for gradients or the loss alone."""
-        ...
-
-
-class EngineInputs(NamedTuple):
-    """The arguments that both engines are made of."""
-
-    w: Tensor  # [S, D], or [L, D] with `gather`: any floating dtype
-    gather: Tensor | None  # int64 [S] which rows of w are meant; None: all
-    bias: Tensor | None  # [S]
-    spec: LossSpec
-    whole: bool  # one block of all rows will be asked for, once
-    overwrite: bool  # w is scratch and may be normalised in place
+    def slab_needs(self, batch: int, gradients: bool) -> SlabNeeds: ...

@@ -1,118 +1,98 @@
-"""The engine in plain PyTorch, float32 or float64, on any device.
+"""The engine in plain PyTorch: float32 or float64, any device.
 
 Legend: b samples, l labels per sample, D width, S rows of w on this rank, n rows of a block.
+
+It makes no second copy [n, D] of the class rows: rows that may be overwritten are normalised in place. Other rows stay
+as they are; their norms divide the cosines instead, and later the exponentials (after they are summed), which puts the
+norms into both gradient products.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
-from megacid_kernels.engines.interface import EngineInputs, Labels, NegativeStatistics, Samples, TargetGradient
+from megacid_kernels.engines.interface import EngineInputs, NegativeStatistics, Samples, TargetGradient
 from megacid_kernels.epilogue import Coefficients, epilogue
-from megacid_kernels.loss_spec import LossSpec
-from megacid_kernels.plan import SlabBytes
-from megacid_kernels.targets import Target, target_of
+from megacid_kernels.loss_spec import Distribution, LossSpec, Source
+from megacid_kernels.plan import ChunkNeeds, SlabNeeds
+from megacid_kernels.row_statistics import RowStatistics
+from megacid_kernels.targets import Labels, Target, target_of
 
-_BLOCK_BYTES = {"cpu": 1 << 20}  # elementwise work on [S, D] in blocks that stay in a core's cache
-_DEVICE_BLOCK_BYTES = 1 << 28  # elsewhere only the temporaries are to stay small
+_CPU_BLOCK_BYTES = 1 << 20  # elementwise work on [S, D] stays in a core's cache
+_DEVICE_BLOCK_BYTES = 1 << 28  # bounds the temporaries
 
 
-def row_blocks(x: Tensor) -> list[slice]:
-    """Slices along dim 0 that `x` is worked on in, so that temporaries stay small."""
-    size = _BLOCK_BYTES.get(x.device.type, _DEVICE_BLOCK_BYTES)
+def _row_blocks(x: Tensor) -> list[slice]:
+    """Blocks along dim 0 for elementwise work with small temporaries."""
+    size = _CPU_BLOCK_BYTES if x.device.type == "cpu" else _DEVICE_BLOCK_BYTES
     step = max(1, size // max(1, x.shape[1] * x.element_size()))
     return [slice(start, start + step) for start in range(0, len(x), step)]
 
 
-def inverse_norms(x: Tensor) -> Tensor:
-    """1 / |x| of every row, [..., 1]; 0 of a zero row, which so stays zero and gets no gradient."""
+def _inverse_norms(x: Tensor) -> Tensor:
+    """1 / |x| of every row, [..., 1]; 0 for a zero row, which thus stays zero and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.where(norm > torch.finfo(x.dtype).tiny, 1 / norm, torch.zeros_like(norm))
 
 
-@dataclass
-class _Found:
-    """What `TorchBlock.negatives` collects."""
-
-    removed: Tensor
-    largest: Tensor | None = None
-    hidden: Tensor | None = None  # [b, n] bool: negatives that the filter takes out
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    matrices: dict[str, Tensor] = field(default_factory=dict)
-
-
 class TorchBlock:
-    """Class rows, unit rows as far as the products are concerned, without a second [n, D] in memory.
-
-    Rows that may be overwritten are normalised in place. Others stay as they are: their cosines are divided by the norms
-    instead, and so are the exponentials once they are summed, which puts the norms into both gradient products.
-    """
-
     def __init__(self, spec: LossSpec, w_nD: Tensor, bias_n: Tensor | None, overwrite: bool):
         self.spec, self.bias = spec, bias_n
-        self.inverse = inverse_norms(w_nD)
+        self.inverse = _inverse_norms(w_nD)
         self.w = w_nD.mul_(self.inverse) if overwrite else w_nD
-        self.columns = None if overwrite else self.inverse[:, 0]  # [n], to multiply matrices [b, n] with
+        self.column_scale = None if overwrite else self.inverse[:, 0]  # [n] factors for the columns of matrices [b, n]
 
-    def rows_of(self, slot: Tensor) -> Tensor:
-        """Unit rows of these slots, [..., D]."""
+    def unit_rows(self, slot: Tensor) -> Tensor:
+        """[..., D]"""
         if not len(self.w):
             return self.w.new_zeros(*slot.shape, self.w.shape[1])
         rows = self.w[slot]
-        return rows if self.columns is None else rows.mul_(self.columns[slot][..., None])
+        return rows if self.column_scale is None else rows.mul_(self.column_scale[slot][..., None])
 
     def negatives(
-        self, student: Samples, teacher: Samples | None, labels: Labels, keep: set[str]
+        self, student: Samples, teacher: Samples | None, labels: Labels, keep: set[Distribution]
     ) -> NegativeStatistics:
-        found = _Found(torch.zeros(len(labels.slot), dtype=torch.int64, device=labels.slot.device))
-        self._exponentials(found, student.unit, labels, self.spec.matrices("S"), keep, student=True)
-        if teacher is not None:
-            self._exponentials(found, teacher.unit, labels, self.spec.matrices("T"), keep, student=False)
-        return NegativeStatistics(found.matrices, found.sums, found.largest, found.removed)
-
-    def _exponentials(
-        self, found: _Found, unit_bD: Tensor, labels: Labels, names: dict[str, float], keep: set[str], *, student: bool
-    ) -> None:
-        """The matrices `names` (name -> temperature) of one distribution; of the student also mask and maximum."""
-        threshold, scale = self.spec.filter_threshold, self.spec.scale
-        if not names and not (student and threshold is not None):
-            return
-        temperatures = list(names.items()) or [("", 1.0)]
-        first = temperatures[0][1]
-        logits = self._scaled((unit_bD * (scale / first)) @ self.w.T)
-        _hide_labels(logits, labels)
-        if student and threshold is not None:
-            found.hidden = logits > threshold * (scale / first)
-            found.removed = found.hidden.sum(1)
-        if found.hidden is not None:
-            logits.masked_fill_(found.hidden, -torch.inf)
-        # Every matrix but the first is made from the first's logits, before these are overwritten.
-        for name, temperature in [*temperatures[1:], temperatures[0]]:
-            if not name:
+        spec, threshold = self.spec, self.spec.filter_threshold
+        stats = NegativeStatistics({}, {}, None, torch.zeros_like(labels.slot[:, 0]))
+        hidden: Tensor | None = None  # [b, n] bool, negatives removed by the filter
+        sources: list[tuple[Source, Samples | None]] = [("student", student), ("teacher", teacher)]
+        for source, samples in sources:
+            distributions, filters = spec.distributions(source), source == "student" and threshold is not None
+            if samples is None or not (distributions or filters):
                 continue
-            z = logits if temperature == first else logits * (first / temperature)
-            shift = self.spec.shift(temperature)
-            if self.bias is not None:
-                z += self.bias - shift
-            elif shift:
-                z -= shift
-            if student and temperature == first and z.shape[1]:
-                found.largest = (z.amax(1) + shift) / (scale / temperature)
-            found.sums[name] = z.exp_().sum(1)
-            if name in keep:
-                found.matrices[name] = self._scaled(z)
+            first = distributions[0].temperature if distributions else 1.0
+            logits = self._scale_columns_((samples.unit * (spec.scale / first)) @ self.w.T)
+            _hide_labels_(logits, labels)
+            if source == "student" and threshold is not None:
+                hidden = logits > threshold * (spec.scale / first)
+                stats = stats._replace(removed=hidden.sum(1))
+            if hidden is not None:
+                logits.masked_fill_(hidden, -torch.inf)
+            # The first distribution comes last, because it overwrites the logits.
+            for distribution in [*distributions[1:], *distributions[:1]]:
+                temperature = distribution.temperature
+                z = logits if temperature == first else logits * (first / temperature)
+                shift = spec.shift(temperature)
+                if self.bias is not None:
+                    z += self.bias - shift
+                elif shift:
+                    z -= shift
+                if source == "student" and temperature == first and z.shape[1]:
+                    stats = stats._replace(largest=(z.amax(1) + shift) / (spec.scale / temperature))
+                stats.sums[distribution] = z.exp_().sum(1)
+                if distribution in keep:
+                    stats.matrices[distribution] = self._scale_columns_(z)
+        return stats
 
-    def _scaled(self, matrix_bn: Tensor) -> Tensor:
-        return matrix_bn if self.columns is None else matrix_bn.mul_(self.columns)
+    def _scale_columns_(self, matrix_bn: Tensor) -> Tensor:
+        return matrix_bn if self.column_scale is None else matrix_bn.mul_(self.column_scale)
 
     def release_logit_rows(self) -> None:
-        """The other products take the same rows."""
+        """Nothing: all products use the same rows."""
 
     def release_rows(self) -> None:
-        """The Jacobian of the norm takes them."""
+        """Nothing: `norm_backward_` uses them."""
 
     def product(self, matrix_bn: Tensor, total_bD: Tensor | None = None) -> Tensor:
         return matrix_bn @ self.w if total_bD is None else total_bD.addmm_(matrix_bn, self.w)
@@ -122,98 +102,99 @@ class TorchBlock:
             return torch.mm(matrix_bn.T, features_bD)
         return grad_nD.addmm_(matrix_bn.T, features_bD)
 
-    def add_labels_(self, grad_nD: Tensor, labels: Labels, pulls: list[TargetGradient]) -> None:
+    def add_target_gradients_(self, grad_nD: Tensor, labels: Labels, target_grads: list[TargetGradient]) -> None:
         if not len(grad_nD):
             return
-        w_blD = self.rows_of(labels.slot)
+        w_blD, scale = self.unit_rows(labels.slot), self.column_scale
         for i in range(labels.slot.shape[1]):
             slot = labels.slot[:, i]
-            for coefficient, cos, samples in pulls:
-                toward = (samples.unit - cos[:, i, None] * w_blD[:, i]).mul_(coefficient[:, i, None])
-                _add_rows_(grad_nD, slot, toward if self.columns is None else toward.mul_(self.columns[slot][:, None]))
+            for coefficient, cos, samples in target_grads:
+                tangent = (samples.unit - cos[:, i, None] * w_blD[:, i]).mul_(coefficient[:, i, None])
+                _add_rows_(grad_nD, slot, tangent if scale is None else tangent.mul_(scale[slot][:, None]))
 
-    def through_norm_(self, grad_nD: Tensor) -> Tensor:
-        for rows in row_blocks(grad_nD):
+    def norm_backward_(self, grad_nD: Tensor) -> Tensor:
+        for rows in _row_blocks(grad_nD):
             part, w, inverse = grad_nD[rows], self.w[rows], self.inverse[rows]
             along = torch.linalg.vecdot(w, part)[:, None]
-            if self.columns is None:
+            if self.column_scale is None:
                 part.addcmul_(w, along, value=-1).mul_(inverse)
             else:
-                # `part` holds 1 / |w| already. Twice, for w is no unit row; one by one, for 1 / |w|^2 may overflow.
+                # `part` already contains one 1 / |w|. w is not a unit row, so multiply by 1 / |w| twice; in two steps,
+                # because 1 / |w|^2 may overflow.
                 part.addcmul_(w, along.mul_(inverse).mul_(inverse), value=-1)
         return grad_nD
 
 
 class TorchEngine:
-    def __init__(self, call: EngineInputs, dtype: torch.dtype):
-        self._call, self._dtype = call, dtype
-        self.num_rows = len(call.w) if call.gather is None else len(call.gather)
+    def __init__(self, inputs: EngineInputs, dtype: torch.dtype):
+        self._inputs, self._dtype = inputs, dtype
+        self.num_rows = len(inputs.w) if inputs.gather is None else len(inputs.gather)
         self._whole: TorchBlock | None = None
 
     def samples(self, x_GD: Tensor) -> Samples:
-        inverse = inverse_norms(x_GD)
+        inverse = _inverse_norms(x_GD)
         unit = x_GD * inverse
         return Samples(x_GD, inverse, unit, unit)
 
     def block(self, start: int, stop: int, products: bool) -> TorchBlock:
-        call = self._call
-        w_nD = call.w[start:stop] if call.gather is None else call.w.index_select(0, call.gather[start:stop])
+        inputs, gather = self._inputs, self._inputs.gather
+        w_nD = inputs.w[start:stop] if gather is None else inputs.w.index_select(0, gather[start:stop])
         converted = w_nD.to(self._dtype)
-        scratch = call.gather is not None or converted is not w_nD or (call.overwrite and call.whole)
-        bias = None if call.bias is None else call.bias[start:stop].to(self._dtype)
-        found = TorchBlock(call.spec, converted, bias, scratch)
-        if call.whole:
-            self._whole = found
-        return found
+        is_copy = gather is not None or converted is not w_nD
+        bias = None if inputs.bias is None else inputs.bias[start:stop].to(self._dtype)
+        block = TorchBlock(inputs.spec, converted, bias, is_copy or (inputs.overwrite_w and inputs.single_block))
+        if inputs.single_block:
+            self._whole = block
+        return block
 
     def _label_rows(self, slot: Tensor) -> Tensor:
         """Unit rows [b, l, D]."""
         if self._whole is not None:
-            return self._whole.rows_of(slot)
-        call = self._call
+            return self._whole.unit_rows(slot)
+        w, gather = self._inputs.w, self._inputs.gather
         if not self.num_rows:
-            return torch.zeros(*slot.shape, call.w.shape[1], dtype=self._dtype, device=slot.device)
-        rows = call.w[slot if call.gather is None else call.gather[slot]].to(self._dtype)
-        return rows * inverse_norms(rows)
+            return torch.zeros(*slot.shape, w.shape[1], dtype=self._dtype, device=slot.device)
+        rows = w[slot if gather is None else gather[slot]].to(self._dtype)
+        return rows * _inverse_norms(rows)
 
     def target(self, samples: Samples, labels: Labels, margin: bool) -> Target:
-        spec = self._call.spec if margin else None
+        spec = self._inputs.spec if margin else None
         return target_of(samples.unit, self._label_rows(labels.slot), labels.own, spec)
 
-    def coefficients(self, stats: dict[str, Tensor], present: Tensor, share: Tensor) -> Coefficients:
-        return epilogue(self._call.spec, stats, present, share)
+    def coefficients(self, stats: RowStatistics, present: Tensor, share: Tensor) -> Coefficients:
+        return epilogue(self._inputs.spec, stats, present, share)
 
-    def finish_x(self, products: list[tuple[Tensor, Tensor]], pull: TargetGradient, labels: Labels) -> Tensor:
-        unit, inverse = pull.samples.unit, pull.samples.inverse
-        # Only what is tangential: at cos = +-1, where d psi is large, the rest would not cancel in the Jacobian.
-        away = self._label_rows(labels.slot) - pull.cos[..., None] * unit[:, None, :]
-        grad = torch.bmm(pull.coefficient[:, None, :], away)[:, 0]
+    def finish_x(self, products: list[tuple[Tensor, Tensor]], target_grad: TargetGradient, labels: Labels) -> Tensor:
+        unit, inverse = target_grad.samples.unit, target_grad.samples.inverse
+        # Only the tangential part: at cos = +-1, where d psi is large, the rest would not cancel in the Jacobian.
+        tangent = self._label_rows(labels.slot) - target_grad.cos[..., None] * unit[:, None, :]
+        grad = torch.bmm(target_grad.coefficient[:, None, :], tangent)[:, 0]
         for coefficient, product in products:
             grad.addcmul_(coefficient[:, None], product)
         return grad.addcmul_(unit, torch.linalg.vecdot(unit, grad)[:, None], value=-1).mul_(inverse)
 
-    def matrix_bytes(self) -> int:
-        return self._dtype.itemsize
+    def chunk_needs(self, labels: int) -> ChunkNeeds:
+        return ChunkNeeds(self._dtype.itemsize, copied_labels=labels, min_samples=1)
 
-    def slab_bytes(self, batch: int, gradients: bool) -> SlabBytes:
-        spec = self._call.spec
-        matrices = max(1, len(spec.matrices("S")) + len(spec.matrices("T")))
-        hidden = batch if spec.filter_threshold is not None else 0
-        copies = (self._call.gather is not None) + gradients
-        each = self._dtype.itemsize * (batch * matrices + copies * self._call.w.shape[1]) + hidden
-        return SlabBytes(0, each, max(1, self.num_rows))
+    def slab_needs(self, batch: int, gradients: bool) -> SlabNeeds:
+        spec, itemsize = self._inputs.spec, self._dtype.itemsize
+        matrices = max(1, len(spec.distributions("student")) + len(spec.distributions("teacher")))
+        copies = (self._inputs.gather is not None) + gradients
+        per_class = itemsize * (batch * matrices + copies * self._inputs.w.shape[1])
+        per_class += batch if spec.filter_threshold is not None else 0
+        return SlabNeeds(0, per_class, max(1, self.num_rows))
 
 
-def _hide_labels(logits_bn: Tensor, labels: Labels) -> None:
+def _hide_labels_(logits_bn: Tensor, labels: Labels) -> None:
     if logits_bn.shape[1]:
         at = logits_bn.gather(1, labels.slot)
-        # Two labels of other ranks share slot 0 with a label of this rank at worst; -inf must win, so: minimum.
+        # Labels owned by other ranks may share a slot with an owned one, whose -inf must win: take the minimum.
         logits_bn.scatter_reduce_(1, labels.slot, at.masked_fill_(labels.own, -torch.inf), "amin")
 
 
 def _add_rows_(total: Tensor, slot: Tensor, rows: Tensor) -> None:
-    """total[slot] += rows in an order that is the same in every run, also for slots that occur several times."""
+    """total[slot] += rows in a reproducible order, also for repeated slots."""
     if total.device.type == "cpu":
-        total.index_add_(0, slot, rows)  # one row after the other
+        total.index_add_(0, slot, rows)  # sequential
     else:
-        total.index_put_((slot,), rows, accumulate=True)  # sorts the slots, where index_add_ would use atomics
+        total.index_put_((slot,), rows, accumulate=True)  # sorts the slots; index_add_ would use atomics
