@@ -4,13 +4,11 @@ import hashlib
 import io
 import json
 import os
-import re
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -221,13 +219,9 @@ def test_balance_finds_the_planted_copies(stage: Path) -> None:
     page = (out / "gallery.html").read_text()
     kept_and_removed = page.count('class="kept"'), page.count('class="removed"')
     # All copies are exact, so all groups are perceptual; half of the 40 places are theirs.
-    assert kept_and_removed == (11, 11) and "11 groups in which every removed picture" in page
-    assert "0 groups with a removed picture" in page and "http" not in page
-    # Every picture of the sample cluster is in the file once and stands in the first two of its three panels.
-    members = page.count("<image ")
-    assert page.count("data:image/jpeg;base64,") == 22 + members and f"before: {members:,} samples" in page
-    for svg in re.findall(r"<svg.*?</svg>", page):
-        ElementTree.fromstring(svg)
+    assert kept_and_removed == (11, 11) and "11 groups in which every removed image" in page
+    assert "0 groups with a removed image" in page and "http" not in page
+    assert page.count("data:image/jpeg;base64,") == 22
     representative = np.concatenate([np.load(out / "representative" / f"{shard:05d}.npy") for shard in range(3)])
     # Every third sample is a copy of the one before; whichever has the smaller row stays. Row 16 could not be decoded.
     wanted = [row - 1 if row % 3 == 2 else row for row in range(36)]

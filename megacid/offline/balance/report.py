@@ -1,31 +1,18 @@
-"""What redundancy removal did: sizes, groups, and how many planted copies it found.
+"""Statistics of report.json: samples kept and removed, sizes of groups and clusters, planted copies found.
 
 Legend: n samples with an embedding, k clusters.
 """
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
 
-from megacid.data.index import ShardIndex, ShardReader, read_sample_json
 from megacid.distributed.stopping import Progress
 from megacid.offline.balance.deduplicate import Decision
+from megacid.offline.balance.inputs import SampleLocations
 from megacid.offline.cluster.lloyd import imbalance_factor
-
-log = logging.getLogger(__name__)
-
-
-def has_field(index: ShardIndex, field: str) -> bool:
-    """Whether the first sample's json carries `field` (a whole folder is made by one tool)."""
-    reader = ShardReader(index)
-    shard = int(np.flatnonzero(index.sizes)[0])
-    try:
-        return field in read_sample_json(reader, shard, 0)
-    finally:
-        reader.close()
 
 
 def power_histogram(sizes: np.ndarray) -> dict[str, int]:
@@ -41,7 +28,7 @@ def power_histogram(sizes: np.ndarray) -> dict[str, int]:
     return out
 
 
-def size_facts(sizes: np.ndarray) -> dict[str, Any]:
+def size_statistics(sizes: np.ndarray) -> dict[str, Any]:
     """Largest, median, imbalance factor and histogram of cluster sizes (int64 [k])."""
     return {
         "imbalance": imbalance_factor(sizes) if sizes.any() else None,
@@ -58,12 +45,12 @@ def cluster_sizes(label: np.ndarray, keep: np.ndarray, k: int) -> tuple[np.ndarr
     return np.bincount(label[has], minlength=k), np.bincount(label[has & keep], minlength=k)
 
 
-def decision_facts(decision: Decision, label: np.ndarray, k: int, target_keep: float | None) -> dict[str, Any]:
-    """What was kept, by what it was removed, the search, the sizes of the groups and of the clusters. label: int [n]."""
+def decision_report(decision: Decision, label: np.ndarray, k: int, target_keep: float | None) -> dict[str, Any]:
+    """The fields of report.json that need no look at the samples. label: int [n], -1 for none."""
     before, after = cluster_sizes(label, decision.keep, k)
     kept, total = int(decision.keep.sum()), len(decision.keep)
     linked_kept = decision.representative == np.arange(total)
-    given = [(0.0, 1.0), (decision.threshold, kept / total)]  # without a search all that is known of the curve
+    curve = decision.curve or [(0.0, 1.0), (decision.threshold, kept / total)]
     return {
         "total": total,
         "kept": kept,
@@ -75,38 +62,29 @@ def decision_facts(decision: Decision, label: np.ndarray, k: int, target_keep: f
         "threshold": decision.threshold,
         "cosine": 1 - decision.threshold**2 / 2,
         "target_keep": target_keep,
-        "threshold_curve": [{"threshold": t, "share_kept": s} for t, s in decision.curve or given],
+        "threshold_curve": [{"threshold": t, "share_kept": s} for t, s in curve],
         "searched_samples": decision.searched_rows,
         "group_sizes": power_histogram(np.unique(decision.representative, return_counts=True)[1]),
-        "cluster_sizes_before": size_facts(before),
-        "cluster_sizes_after": size_facts(after),
+        "cluster_sizes_before": size_statistics(before),
+        "cluster_sizes_after": size_statistics(after),
     }
 
 
-def planted_facts(origin: np.ndarray, decision: Decision, label: np.ndarray) -> dict[str, Any]:
-    """How well planted copies were found; where there was a second pass, also by the first alone (same threshold, before the cap)."""
-    facts = {"planted_copies": planted_report(origin, decision.keep, decision.representative, label)}
+def planted_reports(origin: np.ndarray, decision: Decision, label: np.ndarray) -> dict[str, Any]:
+    """How well planted copies were found, in all and, if there was a second pass, by the first one before the cap."""
+    reports = {"planted_copies": planted_report(origin, decision.keep, decision.representative, label)}
     first = decision.first_pass
     if first is not decision.representative:
-        facts["planted_copies_inside_clusters"] = planted_report(origin, first == np.arange(len(first)), first, label)
-    return facts
+        reports["planted_copies_inside_clusters"] = planted_report(origin, first == np.arange(len(first)), first, label)
+    return reports
 
 
-def origins(index: ShardIndex, shard: np.ndarray, row: np.ndarray, progress: Progress) -> np.ndarray:
-    """int64 [n]: a number per planted group; a sample without `origin` is a group of its own.
-
-    shard, row: [n], where each sample lies; progress: called with 0 for every sample.
-    """
-    reader = ShardReader(index)
+def origins(locations: SampleLocations, progress: Progress) -> np.ndarray:
+    """int64 [n]: a number per planted group; a sample without `origin` is a group of its own."""
     number: dict[str, int] = {}
-    out = np.empty(len(shard), np.int64)
-    for i, (s, r) in enumerate(zip(shard.tolist(), row.tolist())):
-        progress(0)
-        own = index.table(s).keys[r]
-        name = str(read_sample_json(reader, s, r).get("origin", own))
-        out[i] = number.setdefault(name, len(number))
-    reader.close()
-    return out
+    samples = locations.read_json(np.arange(len(locations.row)), progress)
+    names = (str(fields.get("origin", key)) for key, fields in samples)
+    return np.array([number.setdefault(name, len(number)) for name in names], np.int64)
 
 
 def planted_report(
@@ -114,14 +92,17 @@ def planted_report(
 ) -> dict[str, Any]:
     """How well planted copies were found.
 
-    origin: int64 [n], number of the planted group of each sample (an original and its copies share one); keep, representative, label: [n].
+    Args:
+        origin: int64 [n], the planted group of each sample; an original and its copies share one.
+        keep, representative, label: [n].
 
-    removal_recall: share of groups with copies of which at most one member is kept.
-    copies_removed: of the members beyond one per group, the share that was removed.
-    linking_recall: share of pairs inside planted groups that ended in one linked group (before the cap).
-    same_cluster: share of those pairs inside one cluster: no linking inside clusters can reach more.
-    linking_precision: share of linked pairs (removed sample, the one kept for it) that belong to one planted group.
-    removal_precision: share of removed samples that were beyond one per planted group.
+    Returns:
+        removal_recall: share of groups with copies of which at most one member is kept.
+        copies_removed: share of the members beyond one per group that was removed.
+        linking_recall: share of pairs inside planted groups that are in one linked group (before the cap).
+        same_cluster: share of those pairs inside one cluster, an upper bound of linking_recall without a second pass.
+        linking_precision: share of pairs (removed sample, representative) inside one planted group.
+        removal_precision: share of removed samples that were beyond one per planted group.
     """
     groups = np.unique(origin, return_inverse=True)[1]
     members, kept = np.bincount(groups), np.bincount(groups, weights=keep).astype(np.int64)
@@ -154,7 +135,7 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def subset_array(uids: list[str]) -> np.ndarray:
-    """Hex uids (32 digits) as DataComp's sorted 'u8,u8' array. Raises ValueError for something else."""
+    """Uids of 32 hexadecimal digits as DataComp's sorted 'u8,u8' array. Raises ValueError for other uids."""
     bad = next((uid for uid in uids if len(uid) != 32), None)
     if bad is not None:
         raise ValueError(f"uid {bad!r} has {len(bad)} characters, expected 32 hexadecimal digits")

@@ -1,21 +1,26 @@
 """Which groups and which cluster are shown, and what the drawings are made of."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from megacid.errors import UserError
-from megacid.offline.balance import groups as groups_module
-from megacid.offline.balance.figures import Choice
-from megacid.offline.balance.gallery import component_colour, group_rows, layout, page, size_curve, size_plot
-from megacid.offline.balance.groups import (
-    Groups,
-    perceptual_below,
-    process,
-    representative_distance,
-    sample_cluster,
-    spread_overlaps,
+from megacid.offline.balance import cluster_process as cluster_process_module
+from megacid.offline.balance.cluster_process import choose_cluster, cluster_process, layout, spread_overlaps
+from megacid.offline.balance.drawing import (
+    figure_style,
+    group_colour,
+    group_figure,
+    process_figure,
+    save_figure,
+    size_curve,
+    size_figure,
 )
+from megacid.offline.balance.figures import Choice
+from megacid.offline.balance.gallery import group_rows, page
+from megacid.offline.balance.groups import Groups, perceptual_distance, representative_distance
 from megacid.offline.rows import ArrayRows
 
 # Groups {0, 1}, {2, 3, 4}, {5, 6}, {7, 8} of spread 0.5, 0.2, 0.05, 0.3; 9 is alone.
@@ -48,11 +53,11 @@ def test_members_of_a_large_group_are_spread_over_its_distances() -> None:
 
 
 def test_distance_of_perceptual_redundancy() -> None:
-    assert perceptual_below(0.4) == 0.2 and perceptual_below(0.4, 0.4) == 0.4
+    assert perceptual_distance(0.4) == 0.2 and perceptual_distance(0.4, 0.4) == 0.4
     for wrong in (0.0, 0.5):
-        with pytest.raises(UserError, match=r"expected above 0 and at most the threshold of the links, 0\.4"):
-            perceptual_below(0.4, wrong)
-    with pytest.raises(UserError, match="members 1, expected at least 1 group and 2 members"):
+        with pytest.raises(UserError, match=r"--perceptual is .*, expected above 0 and at most the threshold .* 0\.4"):
+            perceptual_distance(0.4, wrong)
+    with pytest.raises(UserError, match="--members is 1, expected at least 2"):
         Choice(members=1)
 
 
@@ -68,10 +73,10 @@ def test_sample_cluster_has_the_median_size_among_those_with_two_groups(monkeypa
         first = int(np.flatnonzero(label == cluster)[0])
         for group in range(groups):
             representative[first + 2 * group + 1] = first + 2 * group
-    assert sample_cluster(label, representative, 5) == 1  # 4, 6, 9, 20: the lower median
-    monkeypatch.setattr(groups_module, "MOST_SHOWN", 8)
-    assert sample_cluster(label, representative, 5) == 0  # 4, 6
-    assert sample_cluster(label, np.arange(len(label)), 5) is None
+    assert choose_cluster(label, representative, 5) == 1  # 4, 6, 9, 20: the lower median
+    monkeypatch.setattr(cluster_process_module, "MOST_SHOWN", 8)
+    assert choose_cluster(label, representative, 5) == 0  # 4, 6
+    assert choose_cluster(label, np.arange(len(label)), 5) is None
 
 
 def test_process_of_a_cluster_is_that_of_its_pairs() -> None:
@@ -79,7 +84,7 @@ def test_process_of_a_cluster_is_that_of_its_pairs() -> None:
     label, representative = np.array([0, 0, 0, 0, 0, 0, 1]), np.array([1, 1, 1, 3, 3, 5, 1])
     keep = representative == np.arange(7)
     rows = circle(angles)
-    shown = process(rows, label, representative, keep, 0.15, 0)
+    shown = cluster_process(rows, label, representative, keep, 0.15, 0)
     assert shown.links.tolist() == [[0, 1], [1, 2], [3, 4]]
     assert shown.component.tolist() == [0, 0, 0, 1, 1, -1]  # the largest first; a sample alone has none
     assert shown.kept.tolist() == [False, True, False, True, False, True]
@@ -91,10 +96,10 @@ def test_process_of_a_cluster_is_that_of_its_pairs() -> None:
         atol=1e-6,
     )
     assert shown.explained == pytest.approx(1)
-    alone = process(circle([0.3]), np.zeros(1, int), np.zeros(1, int), np.ones(1, bool), 0.1, 0)
+    alone = cluster_process(circle([0.3]), np.zeros(1, int), np.zeros(1, int), np.ones(1, bool), 0.1, 0)
     assert alone.place.tolist() == [[0, 0]] and layout(alone)[0].shape == (1, 2)
     with pytest.raises(UserError, match="cluster 7 has 0 samples, expected 1 to 500"):
-        process(rows, label, representative, keep, 0.15, 7)
+        cluster_process(rows, label, representative, keep, 0.15, 7)
     np.testing.assert_allclose(
         representative_distance(rows, representative),
         2 * np.sin(np.abs(np.array(angles) - np.array(angles)[representative]) / 2),
@@ -117,8 +122,27 @@ def test_curve_of_a_million_clusters_is_short() -> None:
     ranks, at = size_curve(sizes)
     assert len(ranks) <= 300 and ranks[0] == 1 and ranks[-1] == 1_000_000
     np.testing.assert_array_equal(at, np.sort(sizes)[::-1][ranks - 1])
-    assert size_plot(np.array([5, 3, 0]), np.array([1, 1, 0])).count("<polyline") == 2
-    assert size_plot(np.array([5, 3, 0]), np.array([0, 0, 0])).count("<polyline") == 1
+    for after, points in (([1, 1, 0], 2), ([0, 0, 0], 0)):  # a cluster without samples has no point
+        lines = size_figure(np.array([5, 3, 0]), np.array(after)).axes[0].lines
+        assert [len(line.get_xdata()) for line in lines] == [2, points]
+
+
+def test_drawings_show_every_image_and_repeat_bit_for_bit(tmp_path: Path) -> None:
+    angles = [0.0, 0.01, 0.02, 1.0, 1.01, 2.0, 2.5]
+    representative, label = np.array([0, 0, 0, 3, 3, 5, 6]), np.zeros(7, int)
+    keep, rows = representative == np.arange(7), circle(angles)
+    show = lambda row: (Image.new("RGB", (9, 6), (30 * row, 90, 200)), str(row), "")  # noqa: E731
+    shown = cluster_process(rows, label, representative, keep, 0.1, 0)
+    groups = Groups(representative, representative_distance(rows, representative)).perceptual(1, 9, 9)
+    with figure_style():
+        panels = [len(axes.images) for axes in process_figure(shown, show).axes]
+        assert panels == [7, 7, 4]  # before, links, after
+        assert [len(axes.images) for axes in group_figure(groups, keep, show).axes] == [5]
+        first, again = (
+            save_figure(process_figure(shown, show), tmp_path / name / "figure") for name in ("first", "again")
+        )
+    assert [path.suffix for path in first] == [".png", ".pdf"]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
 
 
 def test_page_escapes_what_comes_from_the_data() -> None:
@@ -134,4 +158,4 @@ def test_page_escapes_what_comes_from_the_data() -> None:
     assert text.count('class="kept"') == 1 and "0.5000" in text
     # A group of which the cap left nothing says so.
     assert "removed by the cap" in group_rows(Groups(REPRESENTATIVE, DISTANCE).semantic(0.4, 1, 9), ~keep & False, show)
-    assert component_colour(-1) not in {component_colour(number) for number in range(8)}
+    assert group_colour(-1) not in {group_colour(number) for number in range(8)}

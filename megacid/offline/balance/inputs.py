@@ -1,0 +1,112 @@
+"""Inputs of the balance stage: embeddings, their clusters, and the tars they were made from.
+
+Legend: n samples with an embedding, k clusters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megacid.data.index import ShardIndex, ShardReader, load_index, read_sample_json
+from megacid.distributed.stopping import Progress, no_progress
+from megacid.errors import UserError
+from megacid.offline.cluster.results import read_labels
+from megacid.offline.rows import EmbeddingRows
+from megacid.storage.parquet import join_by_key
+
+
+@dataclass(frozen=True)
+class BalanceInputs:
+    """Inputs that belong together, by embedding row.
+
+    Attributes:
+        clusters: the folder of the labels.
+        label: int32 [n], the cluster of each sample, -1 for none.
+        score: float16 [n], similarity to its centroid.
+    """
+
+    rows: EmbeddingRows
+    index: ShardIndex
+    clusters: Path
+    label: np.ndarray
+    score: np.ndarray
+    k: int
+
+    @property
+    def source(self) -> dict[str, str]:
+        """The absolute paths of the inputs."""
+        folders = {"embeddings": self.rows.directory, "clusters": self.clusters, "shards": self.index.root}
+        return {name: str(folder.resolve()) for name, folder in folders.items()}
+
+    def labels_digest(self) -> str:
+        """sha256 of the labels and scores of all samples."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.label).tobytes())
+        digest.update(np.ascontiguousarray(self.score).tobytes())
+        return digest.hexdigest()
+
+    def locate(self) -> SampleLocations:
+        """Joins samples and tars by key."""
+        shard, row = np.empty(self.rows.num_rows, np.int32), np.empty(self.rows.num_rows, np.int64)
+        number = {name: i for i, name in enumerate(self.index.names)}
+        remedy = f"run tools/embed.py again for {self.rows.directory}"
+        for partition, stem in enumerate(self.rows.stems):
+            where = slice(int(self.rows.starts[partition]), int(self.rows.starts[partition + 1]))
+            keys, tar = self.index.table(number[stem]).keys, self.index.root / f"{stem}.tar"
+            shard[where] = number[stem]
+            row[where] = join_by_key(self.rows.keys(partition), keys, tar, remedy, require_all=True)
+        return SampleLocations(self.index, shard, row)
+
+
+@dataclass(frozen=True)
+class SampleLocations:
+    """Where each embedded sample is in the tars. shard: int32 [n]; row: int64 [n], its row in that tar."""
+
+    index: ShardIndex
+    shard: np.ndarray
+    row: np.ndarray
+
+    @property
+    def number(self) -> np.ndarray:
+        """int64 [n]: the samples of all tars, numbered in order."""
+        return self.index.starts[self.shard] + self.row
+
+    def has_field(self, field: str) -> bool:
+        """Whether the first sample's json holds `field`; one tool writes a whole folder, so the others do, too."""
+        with closing(ShardReader(self.index)) as reader:
+            return field in read_sample_json(reader, int(np.flatnonzero(self.index.sizes)[0]), 0)
+
+    def read_json(self, rows: np.ndarray, progress: Progress = no_progress) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields key and json of some samples. rows: int64 embedding rows; progress: called with 0 for every sample."""
+        with closing(ShardReader(self.index)) as reader:
+            for shard, row in zip(self.shard[rows].tolist(), self.row[rows].tolist()):
+                progress(0)
+                yield self.index.table(shard).keys[row], read_sample_json(reader, shard, row)
+
+
+def read_inputs(embeddings: Path, clusters: Path, shards: Path | None = None) -> BalanceInputs:
+    """Reads and checks the inputs.
+
+    Args:
+        embeddings, clusters: folders written by tools/embed.py and tools/cluster.py.
+        shards: folder of tars; None: the one recorded by tools/embed.py.
+
+    Raises:
+        UserError: an input is damaged, or they do not belong together.
+    """
+    rows = EmbeddingRows(embeddings)
+    label, score, k = read_labels(clusters, rows)
+    folder = shards or rows.meta["source"]["shards"]
+    index = load_index(folder)
+    if index.digest != rows.meta["shards_digest"]:
+        raise UserError(
+            f"{embeddings} was made from other shards than {folder}: give the shards it was made from with --shards, "
+            "or run tools/embed.py again"
+        )
+    return BalanceInputs(rows, index, Path(clusters), label, score, k)
