@@ -9,6 +9,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools"), str(ROOT / "tests")]
 
+from typing import Any  # noqa: E402
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -21,3 +23,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if "slow" in item.keywords and "slow" not in (config.getoption("markexpr") or ""):
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Any:
+    """Where a payload would leave its mark; checked at the end of every test that asks for it."""
+    path = tmp_path / "executed"
+    yield path
+    assert not path.exists(), "code of the input was executed"

@@ -30,6 +30,15 @@ def put(tar: tarfile.TarFile, name: str, data: bytes = b"x", **fields: object) -
     tar.addfile(info, io.BytesIO(data))
 
 
+def make_tar(path: Path, keys: list[str], ending: str = "jpg") -> None:
+    """A tar whose images are no pictures: for tests that read bytes only."""
+    with tarfile.open(path, "w") as tar:
+        for key in keys:
+            put(tar, f"{key}.{ending}", f"image of {key}".encode())
+            put(tar, f"{key}.txt", f"text of {key}".encode())
+            put(tar, f"{key}.json", b'{"key": 1}')
+
+
 def picture(number: int) -> bytes:
     """A PNG of one colour that says which sample it is."""
     buffer = io.BytesIO()

@@ -7,21 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset as wds
-from pair_data import put
+from pair_data import make_tar, put
 
 from megacid.data.decode import BadSample
 from megacid.data.index import ShardReader, load_index, verify_index
 from megacid.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def make_tar(path: Path, keys: list[str], ending: str = "jpg") -> None:
-    with tarfile.open(path, "w") as tar:
-        for key in keys:
-            put(tar, f"{key}.{ending}", f"image of {key}".encode())
-            put(tar, f"{key}.txt", f"text of {key}".encode())
-            put(tar, f"{key}.json", b'{"key": 1}')
 
 
 def test_members_are_read_back_exactly(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pair_data import (
     SIZES,
     keep_dir,
     label_dir,
+    make_tar,
     same,
     save,
     stream,
@@ -199,8 +200,6 @@ def test_keep_labels_and_teacher_follow_the_sample(tmp_path: Path, index: ShardI
 
 
 def test_a_sample_the_teacher_never_saw_is_replaced(tmp_path: Path) -> None:
-    from test_index import make_tar
-
     (tmp_path / "s").mkdir()
     make_tar(tmp_path / "s" / "00000.tar", ["a", "b", "c"])
     make_tar(tmp_path / "s" / "00001.tar", ["d", "e"])

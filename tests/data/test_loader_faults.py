@@ -222,7 +222,7 @@ time.sleep(600)
 def test_workers_do_not_outlive_a_parent_that_was_killed(index: ShardIndex) -> None:
     """Even one that hangs: torch's workers look after their parent only between two batches."""
     row = int(list(stream(index))[1].sample_id[0])
-    path = [str(ROOT), str(ROOT / "kernels"), *(str(ROOT / "tests" / name) for name in ("", "faults"))]
+    path = [str(ROOT), str(ROOT / "kernels"), *(str(ROOT / "tests" / name) for name in ("", "data"))]
     code = PARENT.format(path=path, shards=str(index.root), row=row)
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:

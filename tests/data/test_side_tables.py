@@ -3,8 +3,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from pair_data import keep_dir, label_dir, save, teacher_dir, write_parquet
-from test_index import make_tar
+from pair_data import keep_dir, label_dir, make_tar, save, teacher_dir, write_parquet
 
 from megacid.data.decode import BadSample
 from megacid.data.index import ShardIndex, load_index

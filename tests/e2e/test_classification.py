@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_offline import run as run_tool_inside
-from test_train import losses, run_train, tensors
+from offline_data import run as run_tool_inside
+from train_run import losses, run_train, tensors
 
 from megacid.data.features import FeatureSet
 from megacid.evaluate import features as judged

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -13,17 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  imported once here, inherited by forked ranks
 import numpy as np
 import pytest
 import torch
-import torch._dynamo
 import torch.distributed as dist
-from conftest import Pipeline
 from harness import free_port, living, run_ranks
+from offline_data import run as run_tool_inside
 from safetensors.torch import load_file
-from test_offline import run as run_tool_inside
-from torch import Tensor
+from train_run import Pipeline, losses, run_train, tensors, train_rank
 
 from megacid import train
 from megacid.checkpoint.state import CheckpointReader
@@ -31,38 +27,6 @@ from megacid.config.load import load_run
 from megacid.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def _main(argv: list[str]) -> int:
-    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=str(dist.get_rank()))
-    return train.main(argv)
-
-
-def run_train(world: int, file: Path, *options: str, expect: int = 0) -> None:
-    assert run_ranks(_main, world, ["--deepspeed_config", str(file), *options], timeout_s=120) == [expect] * world
-
-
-def tensors(directory: Path) -> dict[str, Tensor]:
-    """Everything a checkpoint holds, whatever number of ranks wrote it."""
-    reader = CheckpointReader(directory)
-    found = {
-        f"{kind}/{name}": reader.tensor(kind, name)
-        for kind in ("param", "exp_avg", "exp_avg_sq", "buffer")
-        for name in reader.names(kind)
-    }
-    classes = reader.manifest["num_classes"]
-    for name in ("head/weight", "optimizer/exp_avg", "optimizer/exp_avg_sq", "optimizer/updates"):
-        found[name] = reader.rows(name, 0, classes)
-    # Copies: what is read from a file is mapped to it, and a test may change the file.
-    return {name: value.clone() for name, value in found.items()}
-
-
-def losses(run: Path) -> dict[int, float]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars("train/loss")}
 
 
 # ---- resume ------------------------------------------------------------------------------------------------------
@@ -307,7 +271,7 @@ def _nan_main(argv: list[str]) -> int:
         return (loss * float("nan") if dist.get_rank() == 1 else loss), terms
 
     Objective.__call__ = poisoned  # type: ignore[method-assign]
-    return _main(argv)
+    return train_rank(argv)
 
 
 # ---- real launches -----------------------------------------------------------------------------------------------
@@ -385,7 +349,6 @@ def test_sigterm_saves_and_the_same_command_goes_on(pipeline: Pipeline) -> None:
 def test_a_trained_run_exports_and_evaluates(pipeline: Pipeline, tmp_path: Path) -> None:
     """What the trainer wrote is what the export holds, and stock open_clip loads it."""
     import open_clip
-    from test_offline import run as run_tool_inside
 
     run_train(2, pipeline.run_file("exported"))
     run_tool_inside(

@@ -1,5 +1,5 @@
 """F20: the files that a run or a stage writes for itself, changed by somebody who means harm: nothing runs, and what reads
-them makes them again or says in one sentence (UserError) what is wrong. Inputs of others: `test_hostile_input.py`."""
+them makes them again or says in one sentence (UserError) what is wrong. Inputs of others: `tests/data/test_hostile_*.py`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile_data import BOMBS, DIM, RUN, Evil, features
 from pair_data import picture, put
-from test_hostile_input import BOMBS, DIM, RUN, Evil, features
 
 from megacid.config.load import load_run
 from megacid.data.features import FeatureSet
@@ -26,14 +26,6 @@ from megacid.offline.cluster.state import KMeansSettings, KMeansState, fingerpri
 from megacid.storage.stage_directory import StageDirectory, finished_meta
 from megacid.training.resume import ResumeLossCheck
 from megacid.training.run_settings import check_same_settings
-
-
-@pytest.fixture
-def marker(tmp_path: Path) -> Any:
-    """Where a payload would leave its mark; checked at the end of every test that asks for it."""
-    path = tmp_path / "executed"
-    yield path
-    assert not path.exists(), "code of the input was executed"
 
 
 def drift(folder: Path) -> None:

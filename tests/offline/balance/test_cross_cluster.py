@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from balance_data import brute_components, brute_greedy, decided, labelled, unit_rows
 from harness import run_ranks
-from test_deduplicate import brute_components, brute_greedy, decided, unit_rows
 
 from megacid.errors import UserError
 from megacid.offline.balance import cross_cluster, linking
@@ -54,18 +54,6 @@ def test_large_cluster_is_read_in_panels(monkeypatch: pytest.MonkeyPatch) -> Non
     np.testing.assert_array_equal(
         few.representative, decided(image, clusters, BalanceSettings(threshold=0.2, block=10)).representative
     )
-
-
-def labelled(x: np.ndarray, k: int, metric: str = "cosine", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(labels int32 [n] of the nearest centroid, centroids float32 [k, D]); one step from random rows, as k-means takes."""
-    rng = np.random.default_rng(seed)
-    centroids = x[rng.choice(len(x), k, replace=False)].astype(np.float32)
-    if metric == "euclidean":
-        centroids = centroids * rng.uniform(0.5, 1, (k, 1)).astype(np.float32)
-    merit = x.astype(np.float32) @ centroids.T
-    if metric == "euclidean":
-        merit -= (centroids**2).sum(1) / 2
-    return merit.argmax(1).astype(np.int32), centroids
 
 
 def toy(n: int = 700, k: int = 12, metric: str = "cosine") -> tuple[ArrayRows, Clusters, np.ndarray]:

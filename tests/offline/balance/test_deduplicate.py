@@ -6,64 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from balance_data import brute_components, brute_greedy, decided, unit_rows
 from harness import run_ranks
 
 from megacid.errors import UserError
 from megacid.offline.balance import within_cluster
-from megacid.offline.balance.clusters import Clusters, group_by_cluster
-from megacid.offline.balance.context import BalanceContext, BalanceSettings, part_bounds
-from megacid.offline.balance.deduplicate import Decision, decide
+from megacid.offline.balance.clusters import group_by_cluster
+from megacid.offline.balance.context import BalanceSettings, part_bounds
 from megacid.offline.balance.linking import LinkOptions, keep_mask, representatives
 from megacid.offline.balance.report import planted_report, power_histogram, subset_array
-from megacid.offline.nearest import Assigner, Metric, prepare
 from megacid.offline.rows import ArrayRows
 from megacid.storage.stage_directory import PartialResults
-
-
-def unit_rows(m: int, dim: int = 3, seed: int = 0) -> torch.Tensor:
-    return torch.nn.functional.normalize(torch.randn(m, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
-
-
-def brute_near(x: torch.Tensor, threshold: float) -> np.ndarray:
-    return (torch.cdist(x.double(), x.double()) < threshold).numpy()
-
-
-def brute_components(x: torch.Tensor, threshold: float) -> np.ndarray:
-    near, representative = brute_near(x, threshold), np.full(len(x), -1)
-    for first in range(len(x)):
-        if representative[first] >= 0:
-            continue
-        todo = [first]
-        while todo:
-            row = todo.pop()
-            if representative[row] < 0:
-                representative[row] = first
-                todo += np.flatnonzero(near[row]).tolist()
-    return representative
-
-
-def brute_greedy(x: torch.Tensor, threshold: float) -> np.ndarray:
-    near, representative, kept = brute_near(x, threshold), np.arange(len(x)), []
-    for row in range(len(x)):
-        earlier = [k for k in kept if near[row, k]]
-        if earlier:
-            representative[row] = earlier[0]
-        else:
-            kept.append(row)
-    return representative
-
-
-def decided(
-    rows: ArrayRows,
-    clusters: Clusters,
-    settings: BalanceSettings,
-    centroids: np.ndarray | None = None,
-    metric: Metric = "cosine",
-    **more: Any,
-) -> Decision:
-    cpu = torch.device("cpu")
-    assigner = None if centroids is None else Assigner(prepare(centroids, metric, cpu), metric, cpu)
-    return decide(BalanceContext(rows, clusters, settings, cpu, assigner, **more))
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.2, 0.5, 2.0])

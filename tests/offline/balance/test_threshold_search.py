@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from balance_data import decided, labelled, unit_rows
 from harness import run_ranks
-from test_cross_cluster import labelled
-from test_deduplicate import decided, unit_rows
 
 from megacid.errors import UserError
 from megacid.offline.balance.clusters import Clusters, group_by_cluster
