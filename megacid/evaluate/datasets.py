@@ -1,7 +1,7 @@
-"""Local evaluation sets in CLIP_benchmark's webdataset layout.
+"""Local classification sets in CLIP_benchmark's webdataset layout.
 
     root/classnames.txt                          one class per line, line number = class id
-    root/zeroshot_classification_templates.txt   one template per line, `{c}` stands for the class
+    root/zeroshot_classification_templates.txt   one template per line, with `{c}` for the class name
     root/{train,test}/nshards.txt, 0.tar, 1.tar ...   members <key>.jpg|png|webp and <key>.cls
 
 Shapes: B batch, N samples, H x W pixels.
@@ -25,7 +25,7 @@ Sample = tuple[torch.Tensor, int]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A classification set on disk; the splits are opened when asked for."""
+    """A classification set on disk; `split` opens its splits."""
 
     root: Path
     name: str
@@ -37,12 +37,12 @@ class Benchmark:
         return len(self.classnames)
 
     def split(self, name: str, transform: Transform) -> "Split":
-        """The samples of `root/name`. Raises UserError when it is missing, incomplete or not in the layout."""
+        """The samples of `root/name`. Raises UserError if it is missing, incomplete or in another layout."""
         return Split(_open_split(self.root / name), transform, self.num_classes)
 
 
 class Split(Dataset[Sample]):
-    """Item i: (image [3, H, W] float32, class id). A bad sample is an error: a score must be over all samples."""
+    """Item i: (image [3, H, W] float32, class id). A bad sample raises UserError: a score must cover all samples."""
 
     def __init__(self, index: ShardIndex, transform: Transform, num_classes: int) -> None:
         self.index = index
@@ -63,21 +63,21 @@ class Split(Dataset[Sample]):
             image = decode_image(self.reader.read(shard, row, "image"), shard=name, key=key)
             text = self.reader.read(shard, row, "cls")
         except BadSample as error:
-            raise UserError(f"{where} cannot be evaluated ({error.reason}); repair or replace the tar") from error
+            raise UserError(f"{where} cannot be evaluated ({error.reason}): repair or replace the tar") from error
         if not text.strip().isdigit():
-            raise UserError(f"{where}: class is {text[:20]!r}; the .cls member must hold a class id such as 3")
+            raise UserError(f"{where}: class is {text[:20]!r}, expected a class id such as 3 in the .cls member")
         label = int(text)
         if label >= self.num_classes:
             raise UserError(
-                f"{where}: class id {label}, but classnames.txt names {self.num_classes} classes (0 to "
-                f"{self.num_classes - 1}); the two do not belong together"
+                f"{where}: class id is {label}, expected 0 to {self.num_classes - 1} as classnames.txt names "
+                f"{self.num_classes} classes: use files of the same set"
             )
         return self.transform(image), label
 
     def batches(
         self, batch_size: int, *, workers: int = 0, describe: str = ""
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(image [B, 3, H, W], label [B] int64) in the order of the tars, with a progress bar on a terminal."""
+        """Batches (image [B, 3, H, W], label [B] int64) in the order of the tars, with a progress bar on a terminal."""
         loader: DataLoader[Sample] = DataLoader(self, batch_size=batch_size, num_workers=workers)
         with tqdm(total=len(self), unit="img", desc=describe, disable=None) as bar:
             for image, label in loader:
@@ -86,24 +86,28 @@ class Split(Dataset[Sample]):
 
 
 def load_benchmark(root: Path | str, name: str | None = None) -> Benchmark:
-    """Open a set; `name` (default: the directory's name) is what results call it. UserError names what is missing."""
+    """Open a set. `name` (default: the directory's name) identifies it in results.
+
+    Raises:
+        UserError: a file is missing or not in the layout.
+    """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"dataset root {root} is no directory; give one in CLIP_benchmark's webdataset layout")
+        raise UserError(f"dataset root {root} is not a directory, expected CLIP_benchmark's webdataset layout")
     kind = root / "dataset_type.txt"
     if kind.is_file() and kind.read_text().strip() != "classification":
-        raise UserError(f"{kind} says {kind.read_text().strip()!r}; only classification sets can be evaluated here")
+        raise UserError(f"{kind} says {kind.read_text().strip()!r}, expected 'classification': use another set")
     classnames = _lines(root / "classnames.txt")
     templates = _lines(root / "zeroshot_classification_templates.txt")
     for template in templates:
         if "{c}" not in template:
-            raise UserError(f"{root}: template {template!r} lacks the placeholder {{c}} for the class name; add it")
+            raise UserError(f"{root}: template {template!r} lacks the placeholder {{c}} for the class name: add it")
     return Benchmark(root, name or root.resolve().name, classnames, templates)
 
 
 def _lines(file: Path) -> list[str]:
     if not file.is_file():
-        raise UserError(f"{file} is missing; the dataset root must be in CLIP_benchmark's webdataset layout")
+        raise UserError(f"{file} is missing, expected CLIP_benchmark's webdataset layout: add it")
     lines = file.read_text(encoding="utf-8").splitlines()
     while lines and not lines[-1].strip():
         lines.pop()
@@ -116,14 +120,14 @@ def _lines(file: Path) -> list[str]:
 
 def _open_split(directory: Path) -> ShardIndex:
     if not directory.is_dir():
-        raise UserError(f"split {directory} is missing; this task needs it (some published sets have no train split)")
+        raise UserError(f"split {directory} is missing, but the task needs it (some published sets have no train split)")
     tars = [file.name for file in directory.glob("*.tar")]
     count = directory / "nshards.txt"
     if not count.is_file() or not count.read_text().strip().isdigit():
-        raise UserError(f"{count} is missing or no number; it must hold the number of tars ({len(tars)} are there)")
+        raise UserError(f"{count} is missing or not a number, expected the number of tars: it may be {len(tars)}")
     if len(tars) != int(count.read_text()):
-        raise UserError(f"{directory} holds {len(tars)} tars, {count} says {count.read_text().strip()}; fetch it again")
+        raise UserError(f"{directory} holds {len(tars)} tars, {count} says {count.read_text().strip()}: download it again")
     index = load_index(directory)
     if index.dropped:
-        raise UserError(f"{directory}: not every sample is whole ({index.dropped}); repair the tars before evaluating")
+        raise UserError(f"{directory} has incomplete samples ({index.dropped}): repair the tars")
     return index

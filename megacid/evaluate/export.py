@@ -1,13 +1,14 @@
-"""From a run to files that stock open_clip loads.
+"""Exports a run's student to files that stock open_clip loads.
 
-DIR/open_clip_config.json + open_clip_model.safetensors     create_model_and_transforms("local-dir:DIR")
-DIR/NAME.pt + NAME.json                                     add_model_config("DIR/NAME.json"), then (NAME, pretrained="DIR/NAME.pt")
-DIR/meta.json                                               where it came from; written last
+    open_clip_config.json, open_clip_model.safetensors    create_model_and_transforms("local-dir:DIR")
+    NAME.json, NAME.pt    add_model_config("DIR/NAME.json"), create_model_and_transforms(NAME, pretrained="DIR/NAME.pt")
+    meta.json             source of the weights; written last
 """
 
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,9 +26,14 @@ from megacid.storage.metadata import write_meta
 
 
 def student_from_run(run: Path | str, step: int | None = None) -> tuple[Student, int]:
-    """(the student of `run` on the CPU in fp32, its step): the newest valid checkpoint, or that of `step`.
+    """Load the student of a run on the CPU in fp32, and its step.
 
-    Raises UserError when the directory is no run, the checkpoint is missing or damaged, or it does not fit config.json.
+    Args:
+        run: run directory.
+        step: of the checkpoint; None is the newest valid one.
+
+    Raises:
+        UserError: not a run directory, or the checkpoint is missing, damaged, or of another config.json.
     """
     run = Path(run)
     try:
@@ -35,7 +41,7 @@ def student_from_run(run: Path | str, step: int | None = None) -> tuple[Student,
         block["model"], block["embed_dim"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{run} is no run directory (config.json: {error!r}); give the directory train.py wrote"
+            f"{run} is not a run directory (config.json: {error!r}): pass one that train.py wrote"
         ) from error
     directory = checkpoint_of(run, step)
     student = build_student(
@@ -45,53 +51,59 @@ def student_from_run(run: Path | str, step: int | None = None) -> tuple[Student,
         context_length=block.get("context_length"),
         seed=0,
     )
-    # The weights come from the checkpoint; the tag still decides mean and standard deviation.
-    student.spec = student.spec.with_pretrained(block.get("pretrained"))
+    # The weights come from the checkpoint, but the tag decides mean and standard deviation.
+    student.spec = replace(student.spec, pretrained=block.get("pretrained"))
     try:
         student.clip.load_state_dict(load_student_tensors(directory), strict=True)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{directory} does not fit {run / 'config.json'}: {reason}; they must be of the same run"
+            f"{directory} does not fit {run / 'config.json'} ({reason}): use files of the same run"
         ) from error
     return student, int(directory.name.removeprefix("step-"))
 
 
 def checkpoint_of(run: Path, step: int | None) -> Path:
-    """The newest valid checkpoint of a run directory, or that of `step`; UserError when there is none."""
+    """The newest valid checkpoint of a run directory, or that of `step`. Raises UserError if there is none."""
     if step is None:
         newest, problems = newest_valid(run)
         if newest is None:
-            reason = f"; {problems[0]}" if problems else ""
-            raise UserError(f"{run} has no valid checkpoint (step-*){reason}; train until one is saved")
+            reason = f", {problems[0]}" if problems else ""
+            raise UserError(f"{run} has no valid checkpoint (step-*){reason}: train until one is saved")
         return newest
     directory = run / step_name(step)
     try:
         verify(directory)
     except ValueError as error:
-        raise UserError(f"checkpoint of step {step} cannot be used: {error}; choose another or 'latest'") from error
+        raise UserError(f"checkpoint of step {step} is not valid ({error}): choose another or 'latest'") from error
     return directory
 
 
 def export_student(student: Student, out: Path | str, *, name: str, source: dict[str, Any]) -> list[Path]:
-    """Write the student into directory `out`; returns the files. `source` tells meta.json where the weights are from.
+    """Write the student to a directory and return the files.
 
-    logit_scale is bounded to ln(100) in place, as in training. Raises UserError for a name that open_clip would read as
-    another model.
+    Args:
+        student: its logit_scale is clamped to ln(100) in place, the bound of training.
+        out: directory, created if missing.
+        name: model name in open_clip, and stem of two of the files.
+        source: origin of the weights, for meta.json.
+
+    Raises:
+        UserError: `out` is a file, or open_clip would read `name` as another model.
     """
     out = Path(out)
     _check_name(name, student)
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give a directory to export into")
+        raise UserError(f"{out} is a file, expected a directory: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "meta.json").unlink(missing_ok=True)  # until the last file is there, the directory is incomplete
+    (out / "meta.json").unlink(missing_ok=True)  # marks the directory as incomplete until all files are written
     clamp_logit_scale(student)
     tensors = open_clip_tensors(student)
     config = open_clip_config(student)
 
     write_atomic(out / WEIGHTS_FILE, safetensors_bytes(tensors, metadata={"format": "pt"}))
     pickled = io.BytesIO()
-    # Tensors, one int and one str: anything else (a numpy scalar, say) would not load with weights_only=True.
+    # Tensors, an int and a str: other types, such as a NumPy scalar, do not load with weights_only=True.
     torch.save({"epoch": 0, "name": name, "state_dict": tensors}, pickled)
     write_atomic(out / f"{name}.pt", pickled.getvalue())
     write_json_atomic(out / f"{name}.json", config["model_cfg"])
@@ -105,12 +117,12 @@ def export_student(student: Student, out: Path | str, *, name: str, source: dict
 
 def _check_name(name: str, student: Student) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UserError(f"export name {name!r} becomes a file and model name; use only letters, digits, '.', '_', '-'")
+        raise UserError(f"export name is {name!r}, expected letters, digits, '.', '_', '-': choose another --name")
     known = open_clip.get_model_config(name)
     if known is not None and known != student.model_config:
         raise UserError(
-            f"export name {name!r} is an architecture of open_clip that differs from this student (embed_dim "
-            f"{known['embed_dim']} against {student.embed_dim}, or else); choose another --name"
+            f"export name {name!r} is another architecture of open_clip (embed_dim {known['embed_dim']}, this student "
+            f"{student.embed_dim}): choose another --name"
         )
     if "siglip" in name.lower() and "hf_tokenizer_name" not in student.model_config["text_cfg"]:
-        raise UserError(f"export name {name!r}: open_clip takes SigLIP's tokenizer for it; choose another --name")
+        raise UserError(f"export name {name!r} makes open_clip use SigLIP's tokenizer: choose another --name")

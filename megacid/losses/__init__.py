@@ -1,4 +1,4 @@
-"""Losses of the objective and their weighted sum."""
+"""The loss terms and their weighted sum."""
 
 from megacid.losses.cluster import ClusterDistillation
 from megacid.losses.instance import contrastive_loss, feature_mse, instance_loss

@@ -1,11 +1,10 @@
-"""Contrastive losses between two towers or two models, and feature mimicry.
+"""Contrastive losses between student and teacher or between towers, and feature mimicry.
 
 Legend: b local batch, G gathered batch, D width. Every loss is the mean over the global batch and has the same value on
-every rank. Each rank computes its own rows [b, G] of a similarity matrix, never [G, G], in chunks of which one is in
-memory.
+every rank. Each rank computes its own rows [b, G] of a similarity matrix, never [G, G], one chunk at a time.
 
 The gradient at the student's outputs follows `grad_reduction` (see megacid.distributed.collectives): after the engine's
-mean or sum over ranks the student's gradient is the one of a single process with the whole batch.
+mean or sum over ranks, the student's gradient equals that of a single process with the whole batch.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ from megacid_kernels import contrastive_cross_entropy
 Group = dist.ProcessGroup | None
 
 
-def _precise(x: Tensor) -> Tensor:
+def _at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _same_shape(image: Tensor, **others: Tensor) -> None:
+def _check_shapes(image: Tensor, **others: Tensor) -> None:
     for name, other in others.items():
         if other.shape != image.shape:
             raise UserError(
-                f"{name} has shape {tuple(other.shape)}, but the student's embeddings have {tuple(image.shape)}: "
+                f"{name} has shape {tuple(other.shape)}, expected the student's {tuple(image.shape)}: "
                 "build the student with the teacher's width"
             )
 
@@ -50,12 +49,12 @@ def _mean_of_pairs(
     group: Group,
     grad_reduction: GradReduction,
 ) -> Tensor:
-    """Half the sum of NCE(a -> b) over the given directions (a_GD, b_GD), each a mean over the gathered batch."""
+    """Half the sum of NCE(a -> b) over the pairs (a_GD, b_GD), each a mean over the gathered batch."""
     me, total = rank(group), max(1, sum(sizes))
     start = sum(sizes[:me])
     own = slice(start, start + sizes[me])
-    # The scale is one replicated parameter: each rank's part of its gradient is summed or averaged by the engine.
-    scale = scale_gradient(_precise(logit_scale), gradient_factor(group, grad_reduction))
+    # The scale is a replicated parameter: the engine sums or averages its gradient over the ranks.
+    scale = scale_gradient(_at_least_fp32(logit_scale), gradient_factor(group, grad_reduction))
     parts = [contrastive_cross_entropy(a[own], b, scale, start) for a, b in pairs]
     return sum_over_ranks(torch.stack(parts).sum() / (2 * total), group)
 
@@ -69,35 +68,42 @@ def instance_loss(
     group: Group = None,
     grad_reduction: GradReduction = "mean",
 ) -> Tensor:
-    """Instance discrimination distillation, 0-d:
+    """Instance discrimination distillation (CLIP-CID, arXiv 2408.09441). A collective; batch sizes may differ or be 0.
 
         1/2 [NCE(vS -> tT) + NCE(tT -> vS)] + 1/2 [NCE(tS -> vT) + NCE(vT -> tS)]
 
-    image_S, text_S [b, D]: the student's, L2-normalised; image_T, text_T [b, D]: stored teacher embeddings, L2-normalised
-    too, no gradient; logit_scale 0-d (1 / temperature). Batches may differ between ranks and may be empty.
+    Args:
+        image_S: [b, D] student embeddings, L2-normalised, like text_S.
+        image_T: [b, D] stored teacher embeddings, L2-normalised, like text_T; no gradient.
+        logit_scale: 0-d, 1 / temperature.
+        group: ranks of the global batch; None is the default group.
+        grad_reduction: how the engine combines gradients over ranks.
+
+    Returns:
+        The loss, 0-d, the same on every rank.
     """
-    _same_shape(image_S, text_S=text_S, image_T=image_T, text_T=text_T)
-    v_S, sizes = gather_rows(_precise(image_S), group, grad_reduction=grad_reduction)
-    t_S, _ = gather_rows(_precise(text_S), group, grad_reduction=grad_reduction)
-    v_T, t_T = gather_plain(_precise(image_T), group), gather_plain(_precise(text_T), group)
+    _check_shapes(image_S, text_S=text_S, image_T=image_T, text_T=text_T)
+    v_S, sizes = gather_rows(_at_least_fp32(image_S), group, grad_reduction=grad_reduction)
+    t_S, _ = gather_rows(_at_least_fp32(text_S), group, grad_reduction=grad_reduction)
+    v_T, t_T = gather_plain(_at_least_fp32(image_T), group), gather_plain(_at_least_fp32(text_T), group)
     return _mean_of_pairs([(v_S, t_T), (t_T, v_S), (t_S, v_T), (v_T, t_S)], logit_scale, sizes, group, grad_reduction)
 
 
 def contrastive_loss(
     image_S: Tensor, text_S: Tensor, logit_scale: Tensor, group: Group = None, grad_reduction: GradReduction = "mean"
 ) -> Tensor:
-    """CLIP's loss, 0-d: 1/2 [NCE(vS -> tS) + NCE(tS -> vS)]. Arguments as in `instance_loss`."""
-    _same_shape(image_S, text_S=text_S)
-    v_S, sizes = gather_rows(_precise(image_S), group, grad_reduction=grad_reduction)
-    t_S, _ = gather_rows(_precise(text_S), group, grad_reduction=grad_reduction)
+    """The loss of CLIP, 0-d: 1/2 [NCE(vS -> tS) + NCE(tS -> vS)]. Arguments as in `instance_loss`."""
+    _check_shapes(image_S, text_S=text_S)
+    v_S, sizes = gather_rows(_at_least_fp32(image_S), group, grad_reduction=grad_reduction)
+    t_S, _ = gather_rows(_at_least_fp32(text_S), group, grad_reduction=grad_reduction)
     return _mean_of_pairs([(v_S, t_S), (t_S, v_S)], logit_scale, sizes, group, grad_reduction)
 
 
 def feature_mse(
     feature_S: Tensor, feature_T: Tensor, group: Group = None, grad_reduction: GradReduction = "mean"
 ) -> Tensor:
-    """Mean over the global batch of |fS - fT|^2 (a sum over D), 0-d. feature_T [b, D] gets no gradient."""
-    _same_shape(feature_S, feature_T=feature_T)
-    f_S = scale_gradient(_precise(feature_S), gradient_factor(group, grad_reduction))
+    """Feature mimicry, 0-d: mean over the global batch of |fS - fT|^2. feature_T [b, D] gets no gradient."""
+    _check_shapes(feature_S, feature_T=feature_T)
+    f_S = scale_gradient(_at_least_fp32(feature_S), gradient_factor(group, grad_reduction))
     count = all_reduce_sum(torch.tensor(float(len(f_S)), device=f_S.device), group)
-    return sum_over_ranks((f_S - _precise(feature_T).detach()).square().sum() / count.clamp_min(1), group)
+    return sum_over_ranks((f_S - _at_least_fp32(feature_T).detach()).square().sum() / count.clamp_min(1), group)

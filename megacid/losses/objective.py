@@ -1,4 +1,4 @@
-"""The training objective: a weighted sum of terms. A term of weight 0 is not computed and its inputs are not needed."""
+"""The training objective: a weighted sum of terms. A term of weight 0 is not computed and needs no inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megacid.losses.instance import contrastive_loss, feature_mse, instance_loss
 
 
 class StudentOutput(Protocol):
-    """What a student gives: image, text [B, D] L2-normalised, logit_scale 0-d."""
+    """Output of a student: image, text [B, D] L2-normalised, logit_scale 0-d."""
 
     @property
     def image(self) -> Tensor: ...
@@ -27,7 +27,7 @@ class StudentOutput(Protocol):
 
 
 class TargetBatch(Protocol):
-    """What the data gives: label int64 [B], teacher_image and teacher_text [B, D], each may be None."""
+    """Targets of a batch: label int64 [B], teacher_image and teacher_text [B, D]; each may be None."""
 
     @property
     def label(self) -> Tensor | None: ...
@@ -38,7 +38,19 @@ class TargetBatch(Protocol):
 
 
 class Objective:
-    """instance * L_instance + cluster * L_cluster + contrastive * L_CLIP + mse * (|vS - vT|^2 + |tS - tT|^2)."""
+    """instance * L_instance + cluster * L_cluster + contrastive * L_CLIP + mse * (|vS - vT|^2 + |tS - tT|^2).
+
+    Args:
+        instance: weight of `instance_loss`, like contrastive (`contrastive_loss`) and mse (`feature_mse`).
+        cluster: weight of `cluster_loss`, the method's lambda.
+        cluster_loss: holds the classifier; needed if cluster > 0.
+        group: ranks of the global batch; None is the default group.
+        grad_reduction: how the engine combines gradients over ranks.
+        temperature: fixed temperature of the contrastive terms; None uses the student's learned logit_scale.
+
+    Raises:
+        UserError: a value out of range, all weights 0, or a cluster weight without `cluster_loss`.
+    """
 
     def __init__(
         self,
@@ -52,8 +64,6 @@ class Objective:
         grad_reduction: GradReduction = "mean",
         temperature: float | None = None,
     ):
-        """cluster: the method's lambda, on the sum that `cluster_loss` gives (holds the head; needed if cluster > 0).
-        temperature: fixed temperature of the contrastive terms; None: the student's learned logit_scale."""
         self.weights = {"instance": instance, "cluster": cluster, "contrastive": contrastive, "mse": mse}
         for name, value in self.weights.items():
             if not (math.isfinite(value) and value >= 0):
@@ -61,60 +71,59 @@ class Objective:
                     f"weight of the {name} term is {value}, expected a finite number >= 0: 0 leaves the term out"
                 )
         if not any(self.weights.values()):
-            raise UserError(
-                "all terms of the objective have weight 0: give one of instance, cluster, contrastive, mse a weight"
-            )
+            raise UserError("all loss weights are 0, expected one > 0: set instance, cluster, contrastive or mse")
         if cluster > 0 and cluster_loss is None:
             raise UserError(
-                f"the cluster term has weight {cluster} but there is no classifier: "
+                f"weight of the cluster term is {cluster}, expected 0 without a classifier: "
                 "pass cluster_loss, or set the weight to 0"
             )
         if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
-            raise UserError(f"temperature is {temperature}, expected > 0, or null for the learned one")
+            raise UserError(f"temperature is {temperature}, expected > 0, or null for the learned temperature")
         self.cluster_loss, self.temperature = cluster_loss, temperature
         self.group, self.grad_reduction = group, grad_reduction
 
     def __call__(self, out: StudentOutput, batch: TargetBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss 0-d with gradient, terms: each 0-d, detached, without its weight), same on every rank. A collective.
+        """Compute the loss of a batch. A collective.
 
-        terms has a key per computed term: instance, cluster, cluster/student_ce, cluster/teacher_ce, cluster/kl,
-        contrastive, mse. UserError names a term and the field of the batch it misses.
+        Returns:
+            The loss, 0-d, and the computed terms among instance, cluster, cluster/student_ce, cluster/teacher_ce,
+            cluster/kl, contrastive, mse: 0-d, detached, without their weights. The same on every rank.
+
+        Raises:
+            UserError: the batch lacks a field that a term needs.
         """
         w, scale = self.weights, self._logit_scale(out)
         values: dict[str, Tensor] = {}
         details: dict[str, Tensor] = {}
         common = (self.group, self.grad_reduction)
         if w["instance"] > 0:
-            teacher_image = _needed(batch, "instance", "teacher_image")
-            teacher_text = _needed(batch, "instance", "teacher_text")
+            teacher_image = _require(batch, "instance", "teacher_image")
+            teacher_text = _require(batch, "instance", "teacher_text")
             values["instance"] = instance_loss(out.image, out.text, teacher_image, teacher_text, scale, *common)
         if w["cluster"] > 0 and self.cluster_loss is not None:
-            label = _needed(batch, "cluster", "label")
+            label = _require(batch, "cluster", "label")
             needs_teacher = self.cluster_loss.weights.needs_teacher
-            anchor = _needed(batch, "cluster", "teacher_image") if needs_teacher else None
+            anchor = _require(batch, "cluster", "teacher_image") if needs_teacher else None
             values["cluster"], parts = self.cluster_loss(out.image, label, anchor)
             details = {f"cluster/{name}": value for name, value in parts.items()}
         if w["contrastive"] > 0:
             values["contrastive"] = contrastive_loss(out.image, out.text, scale, *common)
         if w["mse"] > 0:
-            image, text = _needed(batch, "mse", "teacher_image"), _needed(batch, "mse", "teacher_text")
+            image, text = _require(batch, "mse", "teacher_image"), _require(batch, "mse", "teacher_text")
             values["mse"] = feature_mse(out.image, image, *common) + feature_mse(out.text, text, *common)
         loss = torch.stack([w[name] * value for name, value in values.items()]).sum()
         return loss, {name: value.detach() for name, value in values.items()} | details
 
     def _logit_scale(self, out: StudentOutput) -> Tensor:
-        return (
-            out.logit_scale
-            if self.temperature is None
-            else torch.full_like(out.logit_scale.detach(), 1 / self.temperature)
-        )
+        if self.temperature is None:
+            return out.logit_scale
+        return torch.full_like(out.logit_scale.detach(), 1 / self.temperature)
 
 
-def _needed(batch: TargetBatch, term: str, field: str) -> Tensor:
+def _require(batch: TargetBatch, term: str, field: str) -> Tensor:
     value: Tensor | None = getattr(batch, field)
     if value is None:
         raise UserError(
-            f"the {term} term needs batch.{field}, which is missing: "
-            "give the run those data, or set the term's weight to 0"
+            f"the {term} term needs batch.{field}, which is missing: add it to the run's data, or set the weight to 0"
         )
     return value

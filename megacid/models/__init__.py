@@ -1,1 +1,1 @@
-"""Model towers: the CLIP student, CLIP models loaded for inference, a tower over feature vectors."""
+"""Encoders: the CLIP student, CLIP models loaded for inference, and a tower over feature vectors."""

@@ -1,9 +1,12 @@
-"""CLIP models through open_clip: architectures, transforms, tokenizers, loading with weights."""
+"""CLIP models of open_clip: architectures, preprocessing, tokenizers, and loading for inference.
+
+Shapes: B batch, D embedding, T context length, H x W pixels.
+"""
 
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -20,12 +23,12 @@ LOCAL_DIR = "local-dir:"
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 Augment = Literal["none", "random_resized_crop"]
-Transform = Callable[[Any], torch.Tensor]
-Tokenizer = Callable[[list[str]], torch.Tensor]
+Transform = Callable[[Any], torch.Tensor]  # PIL image -> [3, H, W] float32
+Tokenizer = Callable[[list[str]], torch.Tensor]  # list of n texts -> [n, T] int64
 
 
 class StudentFields(Protocol):
-    """What decides preprocessing: a `Student`, a `StudentSpec` or the student block of a run file."""
+    """The fields that decide preprocessing: of a `Student`, a `StudentSpec` or the student block of a run file."""
 
     @property
     def model(self) -> str: ...
@@ -47,24 +50,23 @@ class StudentSpec:
     context_length: int | None = None
     pretrained: str | None = None
 
-    def with_pretrained(self, pretrained: str | None) -> "StudentSpec":
-        return replace(self, pretrained=pretrained)
 
-
-def get_parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """`module.get_parameter(name)`; exists so that the type is a Parameter, not `Tensor | Module`."""
-    return module.get_parameter(name)
+# ---- architectures ---------------------------------------------------------------------------------------------------
 
 
 def register_models(directory: Path | str | None = None) -> list[str]:
-    """Make the architectures of `directory` (default: configs/models of the checkout) known to open_clip.
+    """Register the architectures of `directory` (default: the package's own) with open_clip; repeating it is harmless.
 
-    Returns their names. Registering twice is harmless. Raises UserError when an explicit directory has no model files.
+    Returns:
+        Their names.
+
+    Raises:
+        UserError: the given directory has no model files.
     """
     folder = Path(directory) if directory is not None else MODELS_DIR
     files = sorted(folder.glob("*.json"))
     if not files and directory is not None:
-        raise UserError(f"no model configuration (*.json) in {folder}; give a directory with open_clip model files")
+        raise UserError(f"{folder} holds no *.json, expected open_clip model configurations: pass another directory")
     for file in files:
         if open_clip.get_model_config(file.stem) != json.loads(file.read_text()):
             open_clip.add_model_config(file)
@@ -72,77 +74,101 @@ def register_models(directory: Path | str | None = None) -> list[str]:
 
 
 def model_config(model: str) -> dict[str, Any]:
-    """open_clip's `model_cfg` of an architecture name or `local-dir:PATH`. UserError if unknown."""
+    """open_clip's `model_cfg` of an architecture name or `local-dir:PATH`. Raises UserError if it is unknown."""
     if model.startswith(LOCAL_DIR):
-        directory = _checked_local_dir(model)
-        return json.loads((directory / CONFIG_FILE).read_text())["model_cfg"]
-    register_models()
+        return _read_local_config(model)["model_cfg"]
+    own = register_models()
     config = open_clip.get_model_config(model)
     if config is None:
         raise UserError(
-            f"unknown model {model!r}; use a name from open_clip.list_models(), one of {register_models()}, "
-            f"or {LOCAL_DIR}PATH"
+            f"model {model!r} is unknown, expected one from open_clip.list_models(), one of {own}, or {LOCAL_DIR}PATH"
         )
     return config
 
 
+def _read_local_config(model: str) -> dict[str, Any]:
+    """The checked open_clip configuration of `local-dir:PATH`."""
+    directory = Path(model.removeprefix(LOCAL_DIR))
+    file = directory / CONFIG_FILE
+    if not file.is_file():
+        fault = f"{CONFIG_FILE} is missing" if directory.is_dir() else f"{directory} is not a directory"
+        raise UserError(f"{model}: {fault}: pass a directory written by tools/export.py or open_clip")
+    try:
+        config = json.loads(file.read_text())
+        complete = {"embed_dim", "vision_cfg", "text_cfg"} <= set(config["model_cfg"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        complete = False
+    if not complete:
+        raise UserError(f"{file} is not an open_clip configuration (incomplete 'model_cfg'): export again")
+    # Without weights open_clip only warns and continues with random ones.
+    if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in directory.iterdir()):
+        raise UserError(f"{directory} holds no weights, expected {WEIGHTS_FILE}: export again")
+    return config
+
+
+# ---- preprocessing ---------------------------------------------------------------------------------------------------
+
+
 def preprocess_for(student: StudentFields) -> tuple[Transform, Tokenizer]:
-    """(deterministic transform: PIL image -> [3, H, W] float32, tokenizer: list of n texts -> [n, T] int64)."""
-    return _transform(preprocess_cfg(student), "none"), tokenizer_for(student)
+    """The deterministic image transform of evaluation and the tokenizer."""
+    return train_transform(student, "none"), tokenizer_for(student)
 
 
 def tokenizer_for(student: StudentFields) -> Tokenizer:
-    """The architecture's tokenizer: list of n texts -> [n, T] int64."""
-    model_config(student.model)  # registers our names and refuses unknown ones: open_clip would fall back to a default
+    """The architecture's tokenizer. Raises UserError if the model is unknown or its tokenizer cannot be loaded."""
+    model_config(student.model)  # registers our names and rejects unknown ones: open_clip would use a default tokenizer
     return _tokenizer(student.model, student.context_length)
 
 
 def _tokenizer(model: str, context_length: int | None = None) -> Tokenizer:
     try:
         return open_clip.get_tokenizer(model, context_length=context_length)
-    except Exception as error:  # transformers is missing, or its files are not here and cannot be fetched
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # transformers is missing, or its files are neither cached nor reachable
         raise UserError(
-            f"the tokenizer of {model!r} cannot be loaded ({reason}): install transformers, or put its files beside the "
-            f"weights and use {LOCAL_DIR}PATH"
+            f"the tokenizer of {model!r} cannot be loaded ({_one_line(error)}): install transformers, or put its files "
+            f"next to the weights and use {LOCAL_DIR}PATH"
         ) from None
 
 
 def train_transform(student: StudentFields, augment: Augment) -> Transform:
-    """PIL image -> [3, H, W] float32. "none": as in evaluation. "random_resized_crop": 90 to 100 % of the area, drawn
-    from torch's generator. There are no flips: they would contradict captions, and digits have a handedness."""
-    return _transform(preprocess_cfg(student), augment)
+    """The image transform of training.
 
-
-def _transform(cfg: PreprocessCfg, augment: Augment) -> Transform:
+    Args:
+        student: decides size, mean and standard deviation.
+        augment: "none", the transform of evaluation; or "random_resized_crop", 90 to 100 % of the area, drawn from
+            torch's global generator. There is no flip: it would contradict captions, and digits are not symmetric.
+    """
     if augment not in ("none", "random_resized_crop"):
-        raise UserError(f"augment is {augment!r}; use 'none' or 'random_resized_crop'")
-    return image_transform_v2(cfg, is_train=augment != "none")
+        raise UserError(f"augment is {augment!r}, expected 'none' or 'random_resized_crop'")
+    return image_transform_v2(preprocess_cfg(student), is_train=augment != "none")
 
 
 def preprocess_cfg(student: StudentFields) -> PreprocessCfg:
-    """Mean, standard deviation and size as open_clip would attach them to the model."""
+    """Mean, standard deviation and size, as open_clip attaches them to the model."""
     cfg = PreprocessCfg(size=student.image_size or model_config(student.model)["vision_cfg"]["image_size"])
     stored: dict[str, Any] = {}
     if student.model.startswith(LOCAL_DIR):
-        stored = json.loads((_checked_local_dir(student.model) / CONFIG_FILE).read_text()).get("preprocess_cfg", {})
+        stored = _read_local_config(student.model).get("preprocess_cfg", {})
     elif student.pretrained is not None:
         stored = open_clip.get_pretrained_cfg(student.model, student.pretrained) or {}
     return PreprocessCfg(**merge_preprocess_dict(cfg, {k: v for k, v in stored.items() if k != "size"}))
 
 
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class LoadedClip:
-    """A frozen CLIP in eval mode with what is needed to feed it."""
+    """A frozen CLIP in eval mode with its transform and tokenizer."""
 
     model: nn.Module
-    preprocess_eval: Transform  # PIL image -> [3, H, W] float32, deterministic
-    tokenizer: Tokenizer  # list of n texts -> [n, T] int64
+    preprocess_eval: Transform  # deterministic
+    tokenizer: Tokenizer
     embed_dim: int
     name: str
     pretrained: str
     device: torch.device
-    dtype: torch.dtype  # of the images the model takes
+    dtype: torch.dtype  # of the model's input images
 
     @torch.no_grad()
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
@@ -159,92 +185,79 @@ class LoadedClip:
 def load_clip(
     model: str, pretrained: str | None = None, *, device: torch.device | str = "cpu", precision: str = "fp32"
 ) -> LoadedClip:
-    """Load a CLIP with weights: architecture + tag, architecture + file (.pt, .safetensors), or `local-dir:PATH`.
+    """Load a CLIP with its weights. Pickled code never runs (weights_only).
 
-    precision: "fp32", "bf16" or "fp16". Pickled code is never run (weights_only). Raises UserError for a missing file,
-    directory or tag, for weights of another architecture, and for a model without weights.
+    Args:
+        model: open_clip architecture, or `local-dir:PATH`, which has its own weights.
+        pretrained: open_clip tag or weights file (.pt, .safetensors) of an architecture.
+        device: where the model computes.
+        precision: "fp32", "bf16" or "fp16".
+
+    Raises:
+        UserError: a missing file, directory or tag, weights of another architecture, or no weights.
     """
     if precision not in ("fp32", "bf16", "fp16"):
-        raise UserError(f"precision is {precision!r}; use fp32, bf16 or fp16")
+        raise UserError(f"precision is {precision!r}, expected 'fp32', 'bf16' or 'fp16'")
     config = model_config(model)
-    if model.startswith(LOCAL_DIR):
-        if pretrained is not None:
-            raise UserError(f"{model} brings its own weights; leave out pretrained={pretrained!r}")
-    elif pretrained is None:
-        raise UserError(f"model {model!r} needs weights; give a pretrained tag or file, or use {LOCAL_DIR}PATH")
-    else:
+    is_local = model.startswith(LOCAL_DIR)
+    if is_local and pretrained is not None:
+        raise UserError(f"pretrained is {pretrained!r}, but {model} has its own weights: leave pretrained out")
+    if not is_local:
+        if pretrained is None:
+            raise UserError(f"model {model!r} needs weights: pass a pretrained tag or file, or use {LOCAL_DIR}PATH")
         check_pretrained(model, pretrained)
-    clip = _create(model, pretrained, precision=precision, device=device, pretrained_text=False)
+    clip = create_model(model, pretrained, precision=precision, device=device, pretrained_text=False)
     clip.eval().requires_grad_(False)
-    name = Path(model.removeprefix(LOCAL_DIR)).resolve().name if model.startswith(LOCAL_DIR) else model
     return LoadedClip(
         model=clip,
         preprocess_eval=image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False),
         tokenizer=_tokenizer(model),
         embed_dim=int(config["embed_dim"]),
-        name=name,
+        name=Path(model.removeprefix(LOCAL_DIR)).resolve().name if is_local else model,
         pretrained=pretrained or model,
         device=torch.device(device),
         dtype=open_clip.get_input_dtype(precision) or torch.float32,
     )
 
 
-def _checked_local_dir(model: str) -> Path:
-    directory = Path(model.removeprefix(LOCAL_DIR))
-    if not directory.is_dir():
-        raise UserError(f"{model}: {directory} is no directory; give one written by tools/export.py or open_clip")
-    if not (directory / CONFIG_FILE).is_file():
-        raise UserError(f"{model}: {CONFIG_FILE} is missing; give a directory written by tools/export.py or open_clip")
-    try:
-        config = json.loads((directory / CONFIG_FILE).read_text())["model_cfg"]
-        complete = {"embed_dim", "vision_cfg", "text_cfg"} <= set(config)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        complete = False
-    if not complete:
-        raise UserError(
-            f"{directory / CONFIG_FILE} is no open_clip configuration (incomplete 'model_cfg'); export again"
-        )
-    # open_clip only warns and goes on with random weights when there are none.
-    if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in directory.iterdir()):
-        raise UserError(f"{directory} holds no weights; {WEIGHTS_FILE} was expected: export again")
-    return directory
-
-
 def check_pretrained(model: str, pretrained: str) -> None:
+    """Raise UserError unless `pretrained` is a file or a tag of the architecture."""
     path = Path(pretrained)
     if path.is_file():
         return
     if path.is_dir():
-        raise UserError(f"pretrained={pretrained!r} is a directory; load it as model {LOCAL_DIR}{pretrained}")
+        raise UserError(f"pretrained is {pretrained!r}, a directory: load it as model {LOCAL_DIR}{pretrained}")
     tags = open_clip.list_pretrained_tags_by_model(model)
     if pretrained not in tags:
         raise UserError(
-            f"pretrained={pretrained!r} is neither a file nor a tag of {model!r}; "
-            f"its tags are {', '.join(tags) if tags else '(none)'}"
+            f"pretrained is {pretrained!r}, expected a file or a tag of {model!r}: its tags are "
+            f"{', '.join(tags) if tags else '(none)'}"
         )
 
 
-def create_quietly(model: str, pretrained: str | None, **options: Any) -> Any:
-    """`_create` without the warning that the weights are random, which is what a student without `pretrained` wants."""
+def create_model(model: str, pretrained: str | None, **options: Any) -> Any:
+    """open_clip.create_model, without its warning about random weights where those are intended.
 
-    def unwanted(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("No pretrained weights loaded")
+    Raises:
+        UserError: in place of open_clip's various exceptions for weights that do not fit.
+    """
+    wants_random = pretrained is None and not model.startswith(LOCAL_DIR)
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not (wants_random and record.getMessage().startswith("No pretrained weights loaded"))
 
     root = logging.getLogger()  # open_clip logs there
-    root.addFilter(unwanted)
-    try:
-        return _create(model, pretrained, **options)
-    finally:
-        root.removeFilter(unwanted)
-
-
-def _create(model: str, pretrained: str | None, **options: Any) -> Any:
-    """open_clip.create_model with its several exceptions for unfitting weights turned into one UserError."""
+    root.addFilter(keep)
     try:
         return open_clip.create_model(model, pretrained, **options)
-    except Exception as error:  # a file that is no checkpoint makes the loaders raise nearly anything
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # loading a file that is no checkpoint can raise nearly any exception
         raise UserError(
-            f"cannot build {model!r} with weights {pretrained!r}: {reason}; check that the file is complete and "
-            f"of this architecture and embedding width"
+            f"cannot build {model!r} with weights {pretrained!r}: {_one_line(error)}; check that the file is complete "
+            "and of this architecture and embedding width"
         ) from error
+    finally:
+        root.removeFilter(keep)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,4 +1,4 @@
-"""A small trainable tower over feature vectors, in the place of the CLIP student: for classification experiments.
+"""A small trainable tower over feature vectors: replaces the CLIP student in classification experiments.
 
 Shapes: B batch, d feature width, D embedding.
 """
@@ -17,7 +17,7 @@ from megacid.models.student import StudentOutput
 class FeatureTower(nn.Module):
     """d -> [Linear, GELU, LayerNorm] x layers of width `hidden` -> Linear to D, then L2-normalised.
 
-    The initial weights are a function of `seed` alone; the global random generator is left as it was.
+    Only `seed` decides the initial weights; the global random generator is left unchanged.
     """
 
     def __init__(self, feature_dim: int, embed_dim: int, *, hidden: int = 512, layers: int = 2, seed: int = 0) -> None:
@@ -34,18 +34,18 @@ class FeatureTower(nn.Module):
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """Shape of one input without the batch: (d,)."""
+        """Shape of one input: (d,)."""
         return (self.feature_dim,)
 
     @property
     def text_length(self) -> int:
-        """Tokens of one text: a feature vector has none."""
+        """Tokens per text: features have no texts."""
         return 0
 
     def forward(self, image: torch.Tensor, text: torch.Tensor) -> StudentOutput:
         """image [B, d] float, text [B, 0] int64 -> `StudentOutput` with image [B, D], text [B, 0], logit_scale 1.
 
-        Only the cluster term can use it: config.py refuses the terms that compare with texts.
+        For the cluster term only: the run file's validation rejects terms that compare with texts.
         """
         embedding = F.normalize(self.projection(self.body(image)).float(), dim=-1)
         return StudentOutput(embedding, embedding[:, :0], torch.ones((), device=embedding.device))

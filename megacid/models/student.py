@@ -1,7 +1,6 @@
-"""The student towers, and every other CLIP model the project loads, through open_clip's stable surface.
+"""The CLIP student: an open_clip model with the teacher's embedding width, its construction and its export.
 
 Shapes: B batch, D embedding, T context length, H x W pixels.
-Nothing here imports deepspeed or torch.distributed.
 """
 
 import copy
@@ -17,8 +16,7 @@ from megacid.models.clip import (
     LoadedClip,
     StudentSpec,
     check_pretrained,
-    create_quietly,
-    get_parameter,
+    create_model,
     model_config,
     preprocess_cfg,
     preprocess_for,
@@ -28,7 +26,7 @@ MAX_LOGIT_SCALE = 100.0
 
 
 class StudentOutput(NamedTuple):
-    """A tuple of tensors, so that DeepSpeed's module hooks see every one of them."""
+    """Output of a student. A tuple, because DeepSpeed's module hooks must see every tensor."""
 
     image: torch.Tensor  # [B, D] fp32, L2-normalised
     text: torch.Tensor  # [B, D] fp32, L2-normalised
@@ -36,10 +34,10 @@ class StudentOutput(NamedTuple):
 
 
 class _UpperBound(torch.autograd.Function):
-    """min(x, bound) whose gradient stops only what would raise x further.
+    """min(x, bound) that masks only gradients which would increase x above the bound.
 
-    The usual `p.clamp_()` after the step changes nothing when an optimizer owns a master copy of p (ZeRO);
-    a plain clamp has gradient 0 above the bound, so that p could never come back.
+    `p.clamp_()` after a step has no effect if the optimizer owns a master copy of p (ZeRO). A plain clamp has gradient
+    0 above the bound, so p could never return.
     """
 
     @staticmethod
@@ -55,9 +53,9 @@ class _UpperBound(torch.autograd.Function):
 
 
 class Student(nn.Module):
-    """An open_clip model with the teacher's embedding width.
+    """An open_clip model (`clip`) with the teacher's embedding width; see `build_student`.
 
-    `clip` is the open_clip model itself; its logit_scale (and logit_bias) have shape [1], see `build_student`.
+    logit_scale and logit_bias have shape [1]: DeepSpeed 0.19 cannot broadcast a 0-d parameter at start.
     """
 
     def __init__(self, clip: nn.Module, spec: StudentSpec, config: dict[str, Any]) -> None:
@@ -73,7 +71,7 @@ class Student(nn.Module):
 
     @property
     def model_config(self) -> dict[str, Any]:
-        """open_clip's `model_cfg` with the overrides applied; a copy."""
+        """A copy of open_clip's `model_cfg` with the overrides applied."""
         return copy.deepcopy(self._model_config)
 
     @property
@@ -82,7 +80,7 @@ class Student(nn.Module):
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """Shape of one input image without the batch: (3, H, W)."""
+        """Shape of one image: (3, H, W)."""
         side = self._model_config["vision_cfg"]["image_size"]
         return (3, side, side)
 
@@ -92,13 +90,11 @@ class Student(nn.Module):
         return int(self.clip.context_length)  # type: ignore[arg-type]
 
     def forward(self, image: torch.Tensor, text: torch.Tensor) -> StudentOutput:
-        """image [B, 3, H, W] float, text [B, T] int64 -> `StudentOutput`.
-
-        Calls the open_clip model's own forward, not encode_image and encode_text: ZeRO-3 fetches a module's parameters
-        when its forward runs, and positional_embedding, text_projection and logit_scale belong to that root module.
-        """
+        """image [B, 3, H, W] float, text [B, T] int64 -> `StudentOutput`."""
+        # Not encode_image and encode_text: ZeRO-3 fetches a module's parameters in its forward, and the root module
+        # owns positional_embedding, text_projection and logit_scale.
         out = self.clip(image, text)
-        # Normalised again in fp32: in bf16 the towers' own normalisation leaves the norm off by up to 0.4 %.
+        # Normalises again in fp32: in bf16 open_clip's own normalisation leaves norms off by up to 0.4 %.
         return StudentOutput(
             F.normalize(out["image_features"].float(), dim=-1),
             F.normalize(out["text_features"].float(), dim=-1),
@@ -107,12 +103,9 @@ class Student(nn.Module):
 
 
 def clamp_logit_scale(student: Student) -> None:
-    """Bound the logit_scale parameter itself to ln(100), in place, without gradient.
-
-    Training does not need it (the forward bounds the value used); the export does, so that the file holds that value.
-    """
+    """Clamp the logit_scale parameter to ln(100) in place, so an export holds the value that forward used."""
     with torch.no_grad():
-        get_parameter(student.clip, "logit_scale").clamp_(max=math.log(MAX_LOGIT_SCALE))
+        student.clip.get_parameter("logit_scale").clamp_(max=math.log(MAX_LOGIT_SCALE))
 
 
 def build_student(
@@ -127,33 +120,39 @@ def build_student(
 ) -> Student:
     """Build the student on the CPU in fp32.
 
-    `embed_dim` is the teacher's width (None: the architecture's own). The initial weights are a function of `seed` alone;
-    the global random generator is left as it was. With `pretrained` (tag or file) the weights come from there instead.
-    Raises UserError for an unknown architecture, one that is no two-tower CLIP, or weights that do not fit.
+    Args:
+        model: open_clip architecture of a two-tower CLIP.
+        embed_dim: the teacher's width; None is the architecture's own.
+        image_size: pixels per side; None is the architecture's own, like context_length (tokens).
+        pretrained: tag or file of the initial weights; None draws them from `seed`.
+        seed: decides the initial weights alone. The global random generator is left unchanged.
+        grad_checkpointing: recompute activations in backward.
+
+    Raises:
+        UserError: an unknown architecture, one that is not a two-tower CLIP, or weights that do not fit.
     """
     config = model_config(model)
     if "multimodal_cfg" in config:
-        raise UserError(f"model {model!r} has a caption decoder; a student must be a two-tower CLIP such as ViT-B-32")
+        raise UserError(f"model {model!r} has a caption decoder, expected a two-tower CLIP: use one such as ViT-B-32")
     for name, value in (("embed_dim", embed_dim), ("image_size", image_size), ("context_length", context_length)):
         if value is not None and value < 1:
-            raise UserError(f"student {name} is {value}; it must be at least 1")
+            raise UserError(f"student {name} is {value}, expected >= 1")
     if pretrained is not None:
         check_pretrained(model, pretrained)
-    overrides: dict[str, Any] = {} if embed_dim is None else {"embed_dim": embed_dim}
+    overrides = {} if embed_dim is None else {"embed_dim": embed_dim}
     with torch.random.fork_rng(devices=[]):  # the CPU generator alone: the weights must not depend on the machine
         torch.manual_seed(seed)
-        clip = create_quietly(
+        clip = create_model(
             model,
             pretrained,
             force_image_size=image_size,
             force_context_length=context_length,
             pretrained_text=False,
             output_dict=True,
-            # Shape [1], not 0-d: DeepSpeed 0.19 cannot broadcast a 0-d parameter when it starts. The export turns it back.
-            nonscalar_logit_scale=True,
+            nonscalar_logit_scale=True,  # see `Student`; `open_clip_tensors` reverts it
             **overrides,
         )
-    config["embed_dim"] = embed_dim if embed_dim is not None else config["embed_dim"]
+    config |= overrides
     if image_size is not None:
         config["vision_cfg"]["image_size"] = image_size
     if context_length is not None:
@@ -164,29 +163,21 @@ def build_student(
 
 
 def loaded_student(student: Student, pretrained: str, device: torch.device | str = "cpu") -> LoadedClip:
-    """The same view on a student in memory; `pretrained` says where its weights come from."""
+    """The student as a `LoadedClip`, frozen and moved to `device`; `pretrained` names its weights in results."""
     student.clip.eval().requires_grad_(False).to(device)
     transform, tokenizer = preprocess_for(student)
-    return LoadedClip(
-        student.clip,
-        transform,
-        tokenizer,
-        student.embed_dim,
-        student.model,
-        pretrained,
-        torch.device(device),
-        torch.float32,
-    )
+    where, width = torch.device(device), student.embed_dim
+    return LoadedClip(student.clip, transform, tokenizer, width, student.model, pretrained, where, torch.float32)
 
 
 def open_clip_tensors(student: Student) -> dict[str, torch.Tensor]:
-    """The student's weights as stock open_clip names and shapes them: fp32 on the CPU, logit_scale 0-d."""
+    """The student's weights with open_clip's names and shapes: fp32 on the CPU, logit_scale 0-d."""
     tensors = {key: value.detach().cpu().float().contiguous() for key, value in student.clip.state_dict().items()}
     return {key: value.reshape(()) if key.startswith("logit_") else value for key, value in tensors.items()}
 
 
 def open_clip_config(student: Student) -> dict[str, Any]:
-    """The content of `open_clip_config.json` that lets stock open_clip rebuild the student from a directory."""
+    """Content of `open_clip_config.json`, from which open_clip rebuilds the student."""
     cfg = preprocess_cfg(student)
     preprocess = {"mean": list(cfg.mean), "std": list(cfg.std)}
     preprocess |= {"interpolation": cfg.interpolation, "resize_mode": cfg.resize_mode}

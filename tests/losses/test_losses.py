@@ -122,8 +122,8 @@ def test_fixed_temperature_replaces_the_learned_scale() -> None:
     ("kwargs", "says"),
     [
         ({"instance": -1.0}, "instance term is -1.0"),
-        ({"instance": 0.0, "cluster": 0.0}, "all terms"),
-        ({"cluster": 1.0}, "no classifier"),
+        ({"instance": 0.0, "cluster": 0.0}, "all loss weights are 0"),
+        ({"cluster": 1.0}, "expected 0 without a classifier"),
         ({"cluster": 0.0, "temperature": 0.0}, "temperature is 0.0"),
     ],
 )
