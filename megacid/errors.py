@@ -42,3 +42,8 @@ def nearest(key: str, known: list[str]) -> str:
     """For messages: the likeliest of the known names, or all of them."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f'did you mean "{close[0]}"?' if close else f"known are {', '.join(sorted(known))}"
+
+
+def one_line(error: Exception, limit: int = 300) -> str:
+    """The message of another library's exception on one line, truncated."""
+    return " ".join(str(error).split())[:limit]

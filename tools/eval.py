@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""Evaluate a CLIP on a local classification set (CLIP_benchmark's webdataset layout): zero-shot and linear probe.
-Evaluate a classification run on the test split of a features directory: nearest class row, nearest class mean.
+"""Evaluate a CLIP on a local classification set, or a classification run on a features directory.
+
+A set of images is a directory in CLIP_benchmark's webdataset layout; its tasks are zero_shot and linear_probe.
+A features directory is one of tools/synthesize.py; its tasks, on the test split, are head (nearest class row) and
+nearest_class_mean.
 
     tools/eval.py --run runs/digits --dataset-root data/digits/test --out results
     tools/eval.py --model local-dir:export/digits --dataset-root data/digits/test --tasks zero_shot --out results
     tools/eval.py --model ViT-B-32 --pretrained laion2b_s34b_b79k --dataset-root wds/cifar10 --out results
     tools/eval.py --run runs/partial_fc_1m --features data/features-1m --limit 10000 --out results
 
-Every task writes one JSON that `clip_benchmark build` reads. SIGTERM ends it at once with exit code 143; a result file is
-whole or not there, and the same command writes the same bytes.
+Every task writes one JSON file that `clip_benchmark build` reads. A result file is complete or absent, and the same
+command writes the same bytes. SIGTERM stops the tool at once with exit code 143.
 """
 
 import argparse
@@ -35,48 +38,56 @@ from megacid.models.clip import LOCAL_DIR, LoadedClip, load_clip
 from megacid.models.student import loaded_student
 from megacid.storage.atomic import disk_errors, write_json_atomic
 
-TASKS = {"zero_shot": "zeroshot_classification", "linear_probe": "linear_probe"}  # ours -> CLIP_benchmark's name
+TASKS = {"zero_shot": "zeroshot_classification", "linear_probe": "linear_probe"}  # our name -> CLIP_benchmark's
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="open_clip architecture, or local-dir:PATH")
-    which.add_argument("--run", type=Path, help="run directory; its newest valid checkpoint")
-    parser.add_argument("--pretrained", help="tag or file of weights; with --model NAME")
-    parser.add_argument("--step", type=int, help="step of the checkpoint; with --run")
+    which.add_argument("--run", type=Path, help="run directory written by train.py")
+    parser.add_argument("--pretrained", help="tag or file of the weights, for --model NAME")
+    parser.add_argument("--step", type=int, help="step of the checkpoint, for --run (default: the newest valid one)")
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--dataset-root", type=Path, help="directory with classnames.txt, train/, test/")
-    data.add_argument("--features", type=Path, help="directory of tools/synthesize.py features; with --run")
-    parser.add_argument("--dataset-name", help="name in the results (default: the directory's name)")
+    data.add_argument("--features", type=Path, help="features directory, for --run")
+    parser.add_argument("--dataset-name", help="name of the data in the results (default: the directory's name)")
     parser.add_argument(
         "--tasks",
-        help="comma-separated: zero_shot, linear_probe; with --features: head, nearest_class_mean (default: all that apply)",
+        help="comma-separated (default: all): zero_shot, linear_probe; with --features head, nearest_class_mean",
     )
-    parser.add_argument("--limit", type=int, help="only the first so many test rows; with --features")
+    parser.add_argument("--limit", type=int, help="use only the first LIMIT test rows, for --features")
     parser.add_argument("--out", type=Path, required=True, help="directory for the JSON files")
-    parser.add_argument("--batch-size", type=int, default=256, help="images per forward")
-    parser.add_argument("--workers", type=int, default=0, help="decoding processes")
-    parser.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16; --run is always fp32")
+    parser.add_argument("--batch-size", type=int, default=256, help="images per forward (default: 256)")
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+        "--workers", type=int, default=0, help="processes that decode images (default: 0, decode in the main process)"
+    )
+    parser.add_argument(
+        "--precision", default="fp32", help="fp32 (default), bf16 or fp16, for --model; --run uses fp32"
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1, ... (default: cuda if available)",
     )
     args = parser.parse_args(argv)
     if args.features and not args.run:
-        raise UserError(f"--features {args.features} goes with --run; give the run directory")
+        raise UserError(f"--features is {args.features} without --run, expected both: add --run DIRECTORY")
     if args.limit is not None and (not args.features or args.limit < 1):
-        raise UserError(f"--limit {args.limit} must be at least 1 and goes with --features")
+        raise UserError(f"--limit is {args.limit}, expected >= 1 together with --features")
     known = FEATURE_TASKS if args.features else tuple(TASKS)
     args.tasks = [task.strip() for task in args.tasks.split(",")] if args.tasks else None
     for task in args.tasks or ():
         if task not in known:
-            raise UserError(f"--tasks has {task!r}; the tasks are {', '.join(known)}")
+            raise UserError(f"--tasks has {task!r}, expected some of {', '.join(known)}")
     if args.batch_size < 1 or args.workers < 0:
-        raise UserError(f"--batch-size {args.batch_size} must be at least 1 and --workers {args.workers} at least 0")
+        raise UserError(f"--batch-size is {args.batch_size}, expected >= 1; --workers is {args.workers}, expected >= 0")
     if args.run and (args.pretrained or args.precision != "fp32"):
-        raise UserError("--pretrained and --precision go with --model; a --run has its own weights, in fp32")
+        raise UserError(
+            "--pretrained and --precision apply to --model only, a --run has its own fp32 weights: leave them out"
+        )
     if args.step is not None and not args.run:
-        raise UserError(f"--step {args.step} goes with --run; give the run directory")
+        raise UserError(f"--step is {args.step} without --run, expected both: add --run DIRECTORY")
     return args
 
 
@@ -88,7 +99,7 @@ def load(args: argparse.Namespace) -> LoadedClip:
 
 
 def evaluate(task: str, clip: LoadedClip, benchmark: Benchmark, args: argparse.Namespace) -> dict[str, Any]:
-    """One result in CLIP_benchmark's schema; the probe adds how it was done."""
+    """One result in CLIP_benchmark's schema; the linear probe adds its protocol."""
     extra: dict[str, Any] = {}
     if task == "zero_shot":
         predictions = zero_shot(clip, benchmark, batch_size=args.batch_size, workers=args.workers)
@@ -105,18 +116,20 @@ def evaluate(task: str, clip: LoadedClip, benchmark: Benchmark, args: argparse.N
     }
 
 
-def write_result(file: Path, result: dict[str, Any]) -> None:
-    """Write one JSON, whole or not at all, and remove what a killed run left of it. UserError when the disk is full."""
+def write_result(out: Path, stem: list[str], result: dict[str, Any]) -> Path:
+    """Write a JSON file atomically and remove temporary files of killed runs. Raises UserError if the disk is full."""
+    file = out / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', '_'.join(stem))}.json"
     failpoint("eval:before_result")
     with disk_errors(file):
         for path in file.parent.glob(f".tmp-*-{file.name}"):
             path.unlink(missing_ok=True)
         write_json_atomic(file, result)
     failpoint("eval:task_done")
+    return file
 
 
 def evaluate_features(args: argparse.Namespace) -> int:
-    """The tasks on feature vectors; only acc1 among the metrics."""
+    """Run the tasks on feature vectors; their metric is acc1."""
     train = FeatureSet(args.features)
     trained = trained_tower(args.run, train, args.step, args.device)
     name, run = args.dataset_name or args.features.resolve().name, f"{args.run.resolve().name}-step-{trained.step}"
@@ -131,8 +144,7 @@ def evaluate_features(args: argparse.Namespace) -> int:
         with tqdm(total=test.classes, unit="class", desc=task) as bar:
             metrics = accuracy(task, trained, args.features, limit=args.limit, progress=bar.update)
         result = {"dataset": name, "model": "feature-mlp", "pretrained": run, "task": task, "metrics": metrics}
-        file = args.out / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', '_'.join((name, run, task)))}.json"
-        write_result(file, {**result, "language": "en"})
+        file = write_result(args.out, [name, run, task], {**result, "language": "en"})
         print(f"{task:20}acc1 {metrics['acc1']:.4f}  {file}")
     return 0
 
@@ -143,19 +155,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate_images(args: argparse.Namespace) -> int:
-    """The tasks on a classification set of images."""
+    """Run the tasks on a classification set of images."""
     benchmark = load_benchmark(args.dataset_root, args.dataset_name)
     clip = load(args)
     rows = [("task", "acc1", "acc5", "mean_per_class_recall", "file")]
     for task in args.tasks or TASKS:
         result = evaluate(task, clip, benchmark, args)
-        weights = [] if clip.pretrained.startswith(LOCAL_DIR) else [clip.pretrained]  # the name says it already
-        stem = "_".join((benchmark.name, clip.name, *weights, result["task"]))
-        file = args.out / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', stem)}.json"
-        write_result(file, result)
+        weights = [] if clip.pretrained.startswith(LOCAL_DIR) else [clip.pretrained]  # the model's name tells
+        file = write_result(args.out, [benchmark.name, clip.name, *weights, result["task"]], result)
         rows.append((task, *(f"{result['metrics'][key]:.4f}" for key in rows[0][1:4]), str(file)))
         if not result.get("probe", {}).get("converged", True):
-            print(f"note: the fit stopped after {result['probe']['iterations']} iterations, short of the exact minimum")
+            print(f"note: the fit has not converged after {result['probe']['iterations']} iterations")
     print(f"{benchmark.name}: {benchmark.num_classes} classes; {clip.name}, {clip.pretrained}")
     for row in rows:
         print(f"{row[0]:14}{row[1]:>8}{row[2]:>8}{row[3]:>23}  {row[4]}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Export a run's student for stock open_clip: a `local-dir:` directory and a weights-only-safe .pt.
+"""Export a run's student to a directory that stock open_clip loads, with a pickle-free .safetensors and a .pt file.
 
 tools/export.py --run runs/digits --out export/digits
 tools/export.py --run runs/digits --step 200 --out export/digits --name digits-200
@@ -18,20 +18,22 @@ from megacid.storage.atomic import disk_errors, remove_temporary_files
 
 
 def parse_step(text: str) -> int | None:
-    """'latest' -> None, otherwise the number of a step."""
+    """'latest' -> None, otherwise a step."""
     if text == "latest":
         return None
     if not text.isdigit():
-        raise UserError(f"--step is {text!r}; give a step number or 'latest'")
+        raise UserError(f"--step is {text!r}, expected a step or 'latest'")
     return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="run directory written by train.py")
-    parser.add_argument("--step", default="latest", help="step, or 'latest' (default): the newest valid checkpoint")
-    parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    parser.add_argument("--name", help="model name and file name of the .pt (default: the run directory's name)")
+    parser.add_argument(
+        "--step", default="latest", help="step of the checkpoint (default: latest, the newest valid one)"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="directory for the files")
+    parser.add_argument("--name", help="name of the model and of its .pt and .json file (default: name of the run)")
     args = parser.parse_args(argv)
     return run_alone(lambda: export(args))
 
@@ -44,7 +46,7 @@ def export(args: argparse.Namespace) -> int:
         files = export_student(student, args.out, name=name, source={"run": str(args.run), "step": step})
     for file in files:
         print(f"{file}  {file.stat().st_size:,} bytes")
-    print(f"step {step}; load it with open_clip.create_model_and_transforms('{LOCAL_DIR}{args.out}')")
+    print(f"exported step {step}; load it with open_clip.create_model_and_transforms('{LOCAL_DIR}{args.out}')")
     return 0
 
 

@@ -1,1 +1,1 @@
-"""Zero-shot and linear-probe evaluation on local sets, and the export that open_clip loads."""
+"""Zero-shot and linear-probe evaluation on local sets, and the export for open_clip."""

@@ -112,21 +112,23 @@ def _lines(file: Path) -> list[str]:
     while lines and not lines[-1].strip():
         lines.pop()
     if not lines or not all(line.strip() for line in lines):
-        raise UserError(
-            f"{file} has an empty line or none at all; expected one entry per line (line number = class id)"
-        )
+        raise UserError(f"{file} has an empty line or no lines, expected one entry per line")
     return [line.strip() for line in lines]
 
 
 def _open_split(directory: Path) -> ShardIndex:
     if not directory.is_dir():
-        raise UserError(f"split {directory} is missing, but the task needs it (some published sets have no train split)")
+        raise UserError(
+            f"split {directory} is missing, but the task needs it (some published sets have no train split)"
+        )
     tars = [file.name for file in directory.glob("*.tar")]
     count = directory / "nshards.txt"
     if not count.is_file() or not count.read_text().strip().isdigit():
         raise UserError(f"{count} is missing or not a number, expected the number of tars: it may be {len(tars)}")
     if len(tars) != int(count.read_text()):
-        raise UserError(f"{directory} holds {len(tars)} tars, {count} says {count.read_text().strip()}: download it again")
+        raise UserError(
+            f"{directory} holds {len(tars)} tars, {count} says {count.read_text().strip()}: download it again"
+        )
     index = load_index(directory)
     if index.dropped:
         raise UserError(f"{directory} has incomplete samples ({index.dropped}): repair the tars")

@@ -1,8 +1,8 @@
 """Exports a run's student to files that stock open_clip loads.
 
-    open_clip_config.json, open_clip_model.safetensors    create_model_and_transforms("local-dir:DIR")
-    NAME.json, NAME.pt    add_model_config("DIR/NAME.json"), create_model_and_transforms(NAME, pretrained="DIR/NAME.pt")
-    meta.json             source of the weights; written last
+open_clip_config.json, open_clip_model.safetensors    create_model_and_transforms("local-dir:DIR")
+NAME.json, NAME.pt    add_model_config("DIR/NAME.json"), create_model_and_transforms(NAME, pretrained="DIR/NAME.pt")
+meta.json             source of the weights; written last
 """
 
 import io
@@ -18,7 +18,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from megacid.checkpoint.state import load_student_tensors
 from megacid.checkpoint.store import newest_valid, step_name, verify
-from megacid.errors import UserError
+from megacid.errors import UserError, one_line
 from megacid.models.clip import CONFIG_FILE, WEIGHTS_FILE, tokenizer_for
 from megacid.models.student import Student, build_student, clamp_logit_scale, open_clip_config, open_clip_tensors
 from megacid.storage.atomic import write_atomic, write_json_atomic
@@ -36,13 +36,7 @@ def student_from_run(run: Path | str, step: int | None = None) -> tuple[Student,
         UserError: not a run directory, or the checkpoint is missing, damaged, or of another config.json.
     """
     run = Path(run)
-    try:
-        block = json.loads((run / "config.json").read_text())["resolved"]["megacid"]["student"]
-        block["model"], block["embed_dim"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{run} is not a run directory (config.json: {error!r}): pass one that train.py wrote"
-        ) from error
+    block = read_run_block(run)["student"]
     directory = checkpoint_of(run, step)
     student = build_student(
         block["model"],
@@ -56,11 +50,20 @@ def student_from_run(run: Path | str, step: int | None = None) -> tuple[Student,
     try:
         student.clip.load_state_dict(load_student_tensors(directory), strict=True)
     except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{directory} does not fit {run / 'config.json'} ({reason}): use files of the same run"
-        ) from error
+        message = f"{directory} does not fit {run / 'config.json'} ({one_line(error)}): use files of the same run"
+        raise UserError(message) from error
     return student, int(directory.name.removeprefix("step-"))
+
+
+def read_run_block(run: Path) -> dict[str, Any]:
+    """The "megacid" block of a run's resolved configuration. Raises UserError if `run` is not a run directory."""
+    try:
+        block: dict[str, Any] = json.loads((run / "config.json").read_text())["resolved"]["megacid"]
+        block["student"]["model"], block["student"]["embed_dim"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        message = f"{run} is not a run directory (config.json: {error!r}): pass one that train.py wrote"
+        raise UserError(message) from error
+    return block
 
 
 def checkpoint_of(run: Path, step: int | None) -> Path:

@@ -1,15 +1,14 @@
 """Accuracy of a classification run on the test split of a features directory.
 
-    head                 the nearest row of the classifier over ALL classes, by cosine; for runs whose labels are classes
-    nearest_class_mean   the nearest mean embedding of the training rows of each true class; also for runs on clusters
+    head                 nearest row of the classifier over ALL classes, by cosine; for runs whose labels are classes
+    nearest_class_mean   nearest mean embedding of the training rows of a true class; also for runs on clusters
 
-Neither holds a [C, D] matrix: class rows are read, or means made, in blocks of classes, and each block meets all test rows.
+Neither stores a [C, D] matrix: blocks of class rows or class means are compared with all test rows one after another.
 Shapes: N test rows, C classes, K classes of one block, D embedding.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +21,14 @@ from torch import Tensor
 from megacid.checkpoint.state import CheckpointReader
 from megacid.data.features import FeatureSet
 from megacid.distributed.stopping import Progress, no_progress
-from megacid.errors import UserError
-from megacid.evaluate.export import checkpoint_of
+from megacid.errors import UserError, one_line
+from megacid.evaluate.export import checkpoint_of, read_run_block
 from megacid.models.feature_tower import FeatureTower
 
 TASKS = ("head", "nearest_class_mean")
 CLASSES_PER_BLOCK = 16384
 ROWS_PER_TILE = 1024  # x CLASSES_PER_BLOCK products: 64 MiB
-Embed = Callable[[FeatureSet, np.ndarray], Tensor]  # rows of these numbers -> [m, D] fp32, L2-normalised
+Embed = Callable[[FeatureSet, np.ndarray], Tensor]  # row numbers -> [m, D] fp32, L2-normalised
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class TrainedTower:
 
     @torch.inference_mode()
     def embed(self, features: FeatureSet, rows: np.ndarray) -> Tensor:
-        """[m, D] fp32, L2-normalised embeddings of the rows of these numbers."""
+        """Embeddings of the rows with these numbers: [m, D] fp32, L2-normalised."""
         empty = torch.empty(0, 0, dtype=torch.int64, device=self.device)
         parts = [torch.empty(0, self.tower.embed_dim, device=self.device)]
         for low in range(0, len(rows), ROWS_PER_TILE):
@@ -62,47 +61,51 @@ class TrainedTower:
 def trained_tower(
     run: Path, features: FeatureSet, step: int | None = None, device: torch.device | str = "cpu"
 ) -> TrainedTower:
-    """Of the newest valid checkpoint of `run`, or that of `step`. UserError where run, checkpoint and features do not fit."""
-    try:
-        block = json.loads((run / "config.json").read_text())["resolved"]["megacid"]
-        student, of_features, of_shards = block["student"], block["data"].get("features"), block["data"].get("shards")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{run} is no run directory (config.json: {error!r}): give the one that train.py wrote"
-        ) from error
-    if of_features is None:
-        raise UserError(f"{run} was trained on {of_shards}, not on features: use --dataset-root")
+    """Load the tower of a run on features.
+
+    Args:
+        run: run directory.
+        features: decides the tower's input width.
+        step: of the checkpoint; None is the newest valid one.
+        device: where the tower computes.
+
+    Raises:
+        UserError: not a run directory, a run on images, or run, checkpoint and features do not fit.
+    """
+    block = read_run_block(run)
+    student, data = block["student"], block.get("data") or {}
+    if data.get("features") is None:
+        raise UserError(f"{run} was trained on {data.get('shards')}, expected features: use --dataset-root")
     reader = CheckpointReader(checkpoint_of(run, step))
     tower = FeatureTower(features.dim, student["embed_dim"], hidden=student["hidden"], layers=student["layers"])
     try:
         tower.load_state_dict({name: reader.tensor("param", name) for name in reader.names("param")})
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{reader.directory} does not fit features of width {features.dim} in {features.directory} ({reason}): "
-            f"name features like those of the run, {of_features}"
+            f"{reader.directory} does not fit features of width {features.dim} in {features.directory} "
+            f"({one_line(error)}): use features like those of the run, {data['features']}"
         ) from error
     device = torch.device(device)
     return TrainedTower(tower.eval().requires_grad_(False).to(device), reader, device)
 
 
 def head_blocks(trained: TrainedTower) -> Iterator[Tensor]:
-    """[K, D] fp32 unit class rows of the checkpoint, block after block; only these rows are read from its files."""
+    """Blocks of unit class rows of the checkpoint, [K, D] fp32. Only these rows are read from its files."""
     for start in range(0, trained.num_classes, CLASSES_PER_BLOCK):
         stop = min(start + CLASSES_PER_BLOCK, trained.num_classes)
         yield F.normalize(trained.reader.rows("head/weight", start, stop).float().to(trained.device), dim=1)
 
 
 def mean_blocks(embed: Embed, train: FeatureSet) -> Iterator[Tensor]:
-    """[K, D] fp32 unit mean embeddings by label of `train`; NaN for a class without a row. Every row is embedded once."""
-    nothing_0D = embed(train, np.empty(0, np.int64))
+    """Blocks of unit mean embeddings by label of `train`, [K, D] fp32; NaN for a class without rows."""
+    empty_0D = embed(train, np.empty(0, np.int64))
     labels = train.take_labels(np.arange(train.num_rows))
     order = np.argsort(labels, kind="stable")
     labels = labels[order]
     for start in range(0, train.classes, CLASSES_PER_BLOCK):
         stop = min(start + CLASSES_PER_BLOCK, train.classes)
         low, high = np.searchsorted(labels, [start, stop])
-        sum_KD = nothing_0D.new_zeros(stop - start, nothing_0D.shape[1])
+        sum_KD = empty_0D.new_zeros(stop - start, empty_0D.shape[1])
         for at in range(low, high, CLASSES_PER_BLOCK):
             here = slice(at, min(at + CLASSES_PER_BLOCK, high))
             label = torch.from_numpy(labels[here].astype(np.int64) - start).to(sum_KD.device)
@@ -112,10 +115,15 @@ def mean_blocks(embed: Embed, train: FeatureSet) -> Iterator[Tensor]:
 
 @torch.inference_mode()
 def nearest(emb_ND: Tensor, blocks: Iterator[Tensor], progress: Progress = no_progress) -> Tensor:
-    """int64 [N] on the CPU: the class with the largest product; of equal ones the lowest. A class of NaN is
-    never nearest; -1 where all are.
+    """The class with the largest product for each row, on ties the lowest; a class of NaN is never nearest.
 
-    blocks: [K, D] rows of the classes in order. progress: called with the number of classes done, for a progress bar.
+    Args:
+        emb_ND: [N, D] embeddings.
+        blocks: [K, D] rows of all classes in order.
+        progress: called with the number of classes done.
+
+    Returns:
+        int64 [N] class ids on the CPU; -1 if all classes are NaN.
     """
     best_N = torch.full((len(emb_ND),), -torch.inf, device=emb_ND.device)
     class_N = torch.full_like(best_N, -1, dtype=torch.int64)
@@ -133,46 +141,56 @@ def nearest(emb_ND: Tensor, blocks: Iterator[Tensor], progress: Progress = no_pr
 
 
 def tasks_for(train: FeatureSet) -> tuple[str, ...]:
-    """The tasks that mean something: a head over clusters does not name classes."""
+    """The tasks that apply to these features: a head over clusters does not predict classes."""
     return TASKS[1:] if train.clustered else TASKS
 
 
 def accuracy(
     task: str, trained: TrainedTower, directory: Path, *, limit: int | None = None, progress: Progress = no_progress
 ) -> dict[str, float]:
-    """{"acc1": share, "test_rows": N, "classes": C} of "head" or "nearest_class_mean" on the test split of `directory`.
+    """Accuracy on the test split of a features directory. Holds the [N, D] test embeddings in memory.
 
-    limit: only the first so many test rows (the tools write them shuffled). The embeddings of the test rows, [N, D], are
-    held in memory. UserError for an unknown task and for a head whose classes are not those of the test split.
+    Args:
+        task: "head" or "nearest_class_mean".
+        trained: the tower and class rows.
+        directory: features directory.
+        limit: number of test rows to use from the beginning (the tools write them shuffled).
+        progress: called with the number of classes done.
+
+    Returns:
+        {"acc1": fraction, "test_rows": N, "classes": C}.
+
+    Raises:
+        UserError: an unknown task, or "head" for classes that are not those of the test split.
     """
     train, test = FeatureSet(directory, true_labels=True), FeatureSet(directory, "test")
     if task not in TASKS:
-        raise UserError(f"task is {task!r}; the tasks for features are {', '.join(TASKS)}")
+        raise UserError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
     if task == "head" and (train.clustered or trained.num_classes != test.classes):
-        what = "clusters" if train.clustered else f"{test.classes} classes"
+        labels = "clusters" if train.clustered else f"{test.classes} classes"
         raise UserError(
-            f"the head of {trained.reader.directory} has {trained.num_classes} classes and the labels of {directory} are "
-            f"{what}: they name different things, use nearest_class_mean"
+            f"the head of {trained.reader.directory} has {trained.num_classes} classes, but the labels of {directory} "
+            f"are {labels}: use nearest_class_mean"
         )
     blocks = head_blocks(trained) if task == "head" else mean_blocks(trained.embed, train)
-    return _judge(trained.embed, test, blocks, limit, progress)
+    return _accuracy(trained.embed, test, blocks, limit, progress)
 
 
 def untrained_accuracy(directory: Path, *, limit: int | None = None) -> dict[str, float]:
-    """nearest_class_mean of the features themselves, without a tower: what training has to be compared with."""
+    """nearest_class_mean of the features themselves, without a tower: the baseline of training."""
 
     def embed(features: FeatureSet, rows: np.ndarray) -> Tensor:
         block = features.take(rows) if len(rows) else np.empty((0, features.dim))
         return F.normalize(torch.from_numpy(block.astype(np.float32)), dim=1)
 
     train, test = FeatureSet(directory, true_labels=True), FeatureSet(directory, "test")
-    return _judge(embed, test, mean_blocks(embed, train), limit, no_progress)
+    return _accuracy(embed, test, mean_blocks(embed, train), limit, no_progress)
 
 
-def _judge(
+def _accuracy(
     embed: Embed, test: FeatureSet, blocks: Iterator[Tensor], limit: int | None, progress: Progress
 ) -> dict[str, float]:
     rows = np.arange(test.num_rows if limit is None else min(limit, test.num_rows))
     label_N = torch.from_numpy(test.take_labels(rows).astype(np.int64))
-    found_N = nearest(embed(test, rows), blocks, progress)
-    return {"acc1": (found_N == label_N).double().mean().item(), "test_rows": len(rows), "classes": test.classes}
+    class_N = nearest(embed(test, rows), blocks, progress)
+    return {"acc1": (class_N == label_N).double().mean().item(), "test_rows": len(rows), "classes": test.classes}

@@ -1,7 +1,7 @@
 """Linear probe: L2-regularised logistic regression on frozen image features, fitted with L-BFGS.
 
-The features are the L2-normalised outputs of `encode_image` AFTER the projection, as in CLIP_benchmark; the fit is the
-L-BFGS of the CLIP paper, not CLIP_benchmark's AdamW, so that the numbers are close to its, not equal. It is deterministic.
+The features are the L2-normalised outputs of `encode_image` AFTER the projection, as in CLIP_benchmark. The fit is the
+L-BFGS of the CLIP paper, not CLIP_benchmark's AdamW, so results are close to its results, not equal. Deterministic.
 Shapes: N samples, C classes, D features.
 """
 
@@ -36,18 +36,21 @@ class Probe:
 
 
 def fit(feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_classes: int, strength: float) -> Probe:
-    """Minimise |W|^2 / (2 * strength) + sum of cross entropies, the bias unpenalised (scikit-learn's C = strength).
+    """Minimise |W|^2 / (2 * strength) + sum of cross entropies from W = 0, without a penalty on the bias.
 
-    feature_ND: any float dtype, on the device to compute on; label_N: int64. It starts at 0, so that the result is a function
-    of the arguments alone.
+    Args:
+        feature_ND: [N, D], any float dtype, on the device that computes.
+        label_N: int64 [N].
+        num_classes: C.
+        strength: inverse regularisation, scikit-learn's C.
     """
     n = len(label_N)
-    # The unpenalised bias absorbs a shift of the features, so this changes the conditioning and not the minimiser.
+    # The bias, which has no penalty, absorbs a shift of the features: improves the conditioning, keeps the minimiser.
     mean_D = feature_ND.double().mean(dim=0)
     feature_ND = feature_ND.double() - mean_D
     weight_CD = feature_ND.new_zeros(num_classes, feature_ND.shape[1], requires_grad=True)
     bias_C = feature_ND.new_zeros(num_classes, requires_grad=True)
-    # Divided by n so that the tolerance on the gradient means the same for a hundred and for a million samples.
+    # Everything is divided by n, so the gradient tolerance does not depend on the number of samples.
     optimizer = torch.optim.LBFGS(
         [weight_CD, bias_C],
         max_iter=MAX_ITERATIONS,
@@ -62,7 +65,7 @@ def fit(feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_classes: int, st
         total = weight_CD.square().sum() / (2 * strength * n)
         total.backward()
         value = total.detach()
-        for start in range(0, n, ROWS_PER_CHUNK):  # the N x C scores of a large set do not fit in memory at once
+        for start in range(0, n, ROWS_PER_CHUNK):  # the [N, C] scores of a large set do not fit in memory
             rows = slice(start, start + ROWS_PER_CHUNK)
             scores = feature_ND[rows] @ weight_CD.T + bias_C
             part = F.cross_entropy(scores, label_N[rows], reduction="sum") / n
@@ -77,40 +80,51 @@ def fit(feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_classes: int, st
 
 
 def hold_out(label_N: torch.Tensor, share: float = HOLD_OUT, seed: int = 0) -> torch.Tensor:
-    """bool [N]: the samples kept for choosing the strength; `share` of every class, but never a class' only sample."""
+    """bool [N] mask of the samples for choosing the strength: `share` of every class, never its only sample."""
     generator = torch.Generator().manual_seed(seed)
-    held_N = torch.zeros(len(label_N), dtype=torch.bool)
+    held_out_N = torch.zeros(len(label_N), dtype=torch.bool)
     for c in label_N.unique():
         rows = (label_N == c).nonzero().flatten()
         count = min(max(round(len(rows) * share), 1), len(rows) - 1)
-        held_N[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
-    return held_N
+        held_out_N[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
+    return held_out_N
 
 
 def choose_strength(feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_classes: int) -> tuple[float, list[float]]:
-    """(the strength of STRENGTHS with the best held-out accuracy, the smaller one when equal; all the accuracies).
+    """Choose the strength with the best held-out accuracy, on ties the smallest.
 
-    feature_ND may be on any device, label_N is on the CPU. Raises UserError when no class has two samples.
+    Args:
+        feature_ND: [N, D], on any device.
+        label_N: int64 [N], on the CPU.
+        num_classes: C.
+
+    Returns:
+        The strength, and the accuracies of all STRENGTHS.
+
+    Raises:
+        UserError: no class has two samples.
     """
-    held_N = hold_out(label_N)
-    if not held_N.any():
-        raise UserError(f"the train split has {len(label_N)} samples and no class twice; a probe needs that")
-    fit_rows, held_rows = (~held_N).nonzero().flatten(), held_N.nonzero().flatten()
+    held_out_N = hold_out(label_N)
+    if not held_out_N.any():
+        raise UserError(
+            f"the train split has {len(label_N)} samples and no class twice, expected two samples of one class"
+        )
+    fit_rows, held_out_rows = (~held_out_N).nonzero().flatten(), held_out_N.nonzero().flatten()
     accuracies = []
     device = feature_ND.device
     for strength in STRENGTHS:
         probe = fit(
             feature_ND[fit_rows.to(device)], label_N[fit_rows].to(device), num_classes=num_classes, strength=strength
         )
-        guess = probe.scores(feature_ND[held_rows.to(device)]).argmax(dim=1).cpu()
-        accuracies.append((guess == label_N[held_rows]).double().mean().item())
+        predicted = probe.scores(feature_ND[held_out_rows.to(device)]).argmax(dim=1).cpu()
+        accuracies.append((predicted == label_N[held_out_rows]).double().mean().item())
     return STRENGTHS[accuracies.index(max(accuracies))], accuracies
 
 
 def image_features(
     clip: LoadedClip, split: Split, *, batch_size: int, workers: int, describe: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(features [N, D] fp32 on the model's device, labels [N] int64 on the CPU) in the order of the tars."""
+    """Features [N, D] fp32 on the model's device and labels [N] int64 on the CPU, in the order of the tars."""
     features, labels = [], []
     for image, label in split.batches(batch_size, workers=workers, describe=describe):
         features.append(clip.encode_image(image))
@@ -121,17 +135,16 @@ def image_features(
 def linear_probe(
     clip: LoadedClip, benchmark: Benchmark, *, batch_size: int = 256, workers: int = 0
 ) -> tuple[Predictions, dict[str, Any]]:
-    """Fit on the train split, judge on the test split. Returns predictions and protocol."""
-    splits = {
-        name: benchmark.split(name, clip.preprocess_eval) for name in ("train", "test")
-    }  # refuse before long work
-    found = {
-        name: image_features(
+    """Fit on the train split and predict the test split. Returns the predictions and the protocol of the fit."""
+    splits = [
+        (name, benchmark.split(name, clip.preprocess_eval)) for name in ("train", "test")
+    ]  # fails before long work
+    (train_ND, train_N), (test_ND, test_N) = (
+        image_features(
             clip, split, batch_size=batch_size, workers=workers, describe=f"{name} features {benchmark.name}"
         )
-        for name, split in splits.items()
-    }
-    (train_ND, train_N), (test_ND, test_N) = found["train"], found["test"]
+        for name, split in splits
+    )
     strength, accuracies = choose_strength(train_ND, train_N, num_classes=benchmark.num_classes)
     probe = fit(train_ND, train_N.to(train_ND.device), num_classes=benchmark.num_classes, strength=strength)
     protocol = {

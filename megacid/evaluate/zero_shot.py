@@ -14,16 +14,13 @@ from megacid.models.clip import LoadedClip
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a classifier said about a split, in its order."""
+    """Predictions for a split, in its order."""
 
     top: torch.Tensor  # [N, K] int64, best class first
     label: torch.Tensor  # [N] int64
 
     def metrics(self) -> dict[str, float]:
-        """acc1, acc5 and mean_per_class_recall, as shares from 0 to 1.
-
-        acc5 counts the K best; the recall is averaged over the classes that occur.
-        """
+        """acc1, acc5 (over K classes) and mean_per_class_recall (over the classes that occur), from 0 to 1."""
         hit_NK = self.top == self.label[:, None]
         classes = self.label.unique()
         recall = torch.stack([hit_NK[self.label == c, 0].double().mean() for c in classes])
@@ -35,23 +32,23 @@ class Predictions:
 
 
 def top_classes(score_BC: torch.Tensor) -> torch.Tensor:
-    """[B, C] -> [B, K] int64 on the CPU; equal scores go to the lower class id, on every device."""
+    """The K best classes: [B, C] -> [B, K] int64 on the CPU. Ties go to the lower class id, on every device."""
     return score_BC.sort(dim=1, descending=True, stable=True).indices[:, :5].cpu()
 
 
 def class_embeddings(clip: LoadedClip, benchmark: Benchmark, *, classes_per_batch: int = 16) -> torch.Tensor:
-    """[C, D] fp32, L2-normalised: the normalised mean of the normalised embeddings of each class' P captions."""
+    """Normalised mean of the normalised embeddings of each class's P captions: [C, D] fp32."""
     rows = []
     for start in range(0, benchmark.num_classes, classes_per_batch):
         names = benchmark.classnames[start : start + classes_per_batch]
-        # Not str.format: a class name or a template may hold other braces.
+        # Not str.format: class names and templates may contain other braces.
         captions = [template.replace("{c}", name) for name in names for template in benchmark.templates]
         rows.append(clip.encode_text(clip.tokenizer(captions)).unflatten(0, (len(names), -1)).mean(dim=1))
     return F.normalize(torch.cat(rows), dim=-1)
 
 
 def zero_shot(clip: LoadedClip, benchmark: Benchmark, *, batch_size: int = 256, workers: int = 0) -> Predictions:
-    """Classify the test split. Raises UserError when the set is not whole."""
+    """Classify the test split. Raises UserError if the set is incomplete."""
     split = benchmark.split("test", clip.preprocess_eval)
     class_CD = class_embeddings(clip, benchmark)
     tops, labels = [], []

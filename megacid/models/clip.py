@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import nn
 
-from megacid.errors import UserError
+from megacid.errors import UserError, one_line
 
 MODELS_DIR = Path(__file__).resolve().parent / "configs"
 LOCAL_DIR = "local-dir:"
@@ -125,7 +125,7 @@ def _tokenizer(model: str, context_length: int | None = None) -> Tokenizer:
         return open_clip.get_tokenizer(model, context_length=context_length)
     except Exception as error:  # transformers is missing, or its files are neither cached nor reachable
         raise UserError(
-            f"the tokenizer of {model!r} cannot be loaded ({_one_line(error)}): install transformers, or put its files "
+            f"the tokenizer of {model!r} cannot be loaded ({one_line(error)}): install transformers, or put its files "
             f"next to the weights and use {LOCAL_DIR}PATH"
         ) from None
 
@@ -252,12 +252,8 @@ def create_model(model: str, pretrained: str | None, **options: Any) -> Any:
         return open_clip.create_model(model, pretrained, **options)
     except Exception as error:  # loading a file that is no checkpoint can raise nearly any exception
         raise UserError(
-            f"cannot build {model!r} with weights {pretrained!r}: {_one_line(error)}; check that the file is complete "
+            f"cannot build {model!r} with weights {pretrained!r}: {one_line(error)}; check that the file is complete "
             "and of this architecture and embedding width"
         ) from error
     finally:
         root.removeFilter(keep)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

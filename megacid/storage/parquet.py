@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megacid.errors import UserError
+from megacid.errors import UserError, one_line
 
 _ERRORS = (OSError, ValueError, KeyError, pa.ArrowException)
 
@@ -48,7 +48,7 @@ def parquet_shape(path: Path, remedy: str) -> tuple[int, int]:
 
 
 def _unreadable(path: Path, error: Exception, remedy: str) -> UserError:
-    return UserError(f"{path} cannot be read ({' '.join(str(error).split())[:300]}): {remedy}")
+    return UserError(f"{path} cannot be read ({one_line(error)}): {remedy}")
 
 
 def key_column(table: pa.Table, column: str, path: Path, remedy: str) -> list[str]:

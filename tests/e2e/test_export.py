@@ -208,7 +208,7 @@ def test_the_newest_valid_checkpoint_is_used_and_a_damaged_one_is_named(run, tra
 
 
 def test_a_run_whose_configuration_does_not_fit_or_is_missing_is_refused(run, tmp_path):
-    with pytest.raises(UserError, match="no run directory"):
+    with pytest.raises(UserError, match="not a run directory"):
         student_from_run(tmp_path)
     config = run / "config.json"
     config.write_text(config.read_text().replace("96", "64"))

@@ -93,7 +93,7 @@ def spoil_templates(root):
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
-        (spoil_classnames, r"1\.tar, sample s0000000: class id 2.*names 2 classes"),
+        (spoil_classnames, r"1\.tar, sample s0000000: class id is 2.*names 2 classes"),
         (spoil_gap, r"classnames\.txt has an empty line"),
         (spoil_template, r"placeholder \{c\}"),
         (spoil_type, "retrieval"),
