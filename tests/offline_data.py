@@ -1,4 +1,4 @@
-"""Small inputs of the offline tools, and the tools run as their command lines do, inside a test's process."""
+"""Small inputs for the offline tools, and `run`, which calls a tool's command line inside the test process."""
 
 from __future__ import annotations
 
@@ -34,21 +34,24 @@ def load_tool(name: str) -> ModuleType:
 
 
 def run(name: str, *args: object, expect: int = 0) -> str:
-    """Run a tool as its command line does, inside this process (starting torch anew takes seconds); returns what it said."""
-    tool, said = load_tool(name), io.StringIO()
-    handler = logging.StreamHandler(said)
+    """Run a tool's command line inside this process, which saves the seconds that importing torch takes.
+
+    Returns its output and log; asserts the exit code.
+    """
+    tool, output = load_tool(name), io.StringIO()
+    handler = logging.StreamHandler(output)
     root = logging.getLogger()
     level = root.level
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             code = run_tool(lambda: tool.main([str(arg) for arg in args]))
     finally:
         root.removeHandler(handler)
         root.setLevel(level)
-    assert code == expect, said.getvalue()
-    return said.getvalue()
+    assert code == expect, output.getvalue()
+    return output.getvalue()
 
 
 def save_model(folder: Path, seed: int) -> Path:
@@ -75,7 +78,7 @@ def write_shards(folder: Path) -> None:
                 buffer = io.BytesIO()
                 picture.save(buffer, "PNG")
                 image = b"not a picture" if key == "000010004" else buffer.getvalue()
-                facts = {
+                fields = {
                     "key": key,
                     "origin": origin,
                     "redundant": redundant,
@@ -84,30 +87,30 @@ def write_shards(folder: Path) -> None:
                 for ending, data in (
                     ("png", image),
                     ("txt", f"picture {key}".encode()),
-                    ("json", json.dumps(facts).encode()),
+                    ("json", json.dumps(fields).encode()),
                 ):
                     info = tarfile.TarInfo(f"{key}.{ending}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
 
 
-def write_embeddings(folder: Path, x: np.ndarray, tars: int, **facts: object) -> Path:
-    """A directory as tools/embed.py writes it, of the rows x (fp16 [n, D]) in so many tars. facts: of its meta.json."""
+def write_embeddings(folder: Path, x: np.ndarray, tars: int, **meta: object) -> Path:
+    """Write rows x (fp16 [n, D]) in `tars` partitions like tools/embed.py. meta: entries of meta.json to replace."""
     (folder / "img_emb").mkdir(parents=True)
     (folder / "metadata").mkdir()
     for number, part in enumerate(np.array_split(x, tars)):
         np.save(folder / "img_emb" / f"img_emb_{number:05d}.npy", part)
         keys = pa.table({"image_path": [f"{number:05d}{row:04d}" for row in range(len(part))]})
         pq.write_table(keys, folder / "metadata" / f"metadata_{number:05d}.parquet")
-    about: dict[str, object] = {
+    entries: dict[str, object] = {
         "dim": x.shape[1],
         "num_samples": len(x),
         "shards_digest": "d",
         "model": "m",
         "weights": "w",
     }
-    about |= {"precision": "fp32", "partitions": {f"{number:05d}": number for number in range(tars)}}
-    write_meta(folder, "embed", source={"shards": "s"}, **(about | facts))
+    entries |= {"precision": "fp32", "partitions": {f"{number:05d}": number for number in range(tars)}}
+    write_meta(folder, "embed", source={"shards": "s"}, **(entries | meta))
     return folder
 
 
@@ -154,12 +157,12 @@ def write_benchmark(folder: Path) -> None:
 
 
 def results(out: Path) -> dict[str, object]:
-    """Everything a stage left, hidden files too, by name: a hash of the bytes, of meta.json all but its date."""
-    found: dict[str, object] = {}
+    """All files of a stage by name, also hidden ones: sha256 of the bytes; of meta.json the content without its date."""
+    files: dict[str, object] = {}
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         name = str(path.relative_to(out))
         if path.name == "meta.json":
-            found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key != "date"}
+            files[name] = {key: value for key, value in json.loads(path.read_text()).items() if key != "date"}
         else:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+            files[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return files

@@ -1,4 +1,4 @@
-"""An offline tool on forked ranks that may die: what it did, what each rank said, and what it left."""
+"""Runs an offline tool on forked ranks that may be killed; captures exit codes, output and files."""
 
 from __future__ import annotations
 
@@ -36,10 +36,12 @@ def arguments(name: str, folder: Path, out: str) -> list[object]:
     ]
 
 
-def tool_rank(name: str, args: list[object], plan: FaultPlan, hooks: dict[str, Callable[..., None]], said: Path) -> int:
+def tool_rank(
+    name: str, args: list[object], plan: FaultPlan, hooks: dict[str, Callable[..., None]], output: Path
+) -> int:
     rank, world = dist.get_rank(), dist.get_world_size()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-    sys.stdout = sys.stderr = file = open(f"{said}.{rank}", "w", buffering=1)  # noqa: SIM115
+    sys.stdout = sys.stderr = file = open(f"{output}.{rank}", "w", buffering=1)  # noqa: SIM115
     logging.getLogger().handlers = [logging.StreamHandler(file)]
     balance_module.PART_PAIRS = 40  # a few clusters of the toy data
     plan.install(rank)
@@ -49,11 +51,11 @@ def tool_rank(name: str, args: list[object], plan: FaultPlan, hooks: dict[str, C
 
 
 class Tool:
-    """A tool on forked ranks. What each rank said last stands in `said`."""
+    """A tool on forked ranks. `output`: output of each rank in the last run."""
 
     def __init__(self, name: str, folder: Path, out: str, log: Path) -> None:
         self.name, self.args, self.out, self.log = name, arguments(name, folder, out), folder / out, log
-        self.said: list[str] = []
+        self.output: list[str] = []
 
     def fates(
         self,
@@ -73,11 +75,11 @@ class Tool:
             self.log,
             meanwhile=meanwhile,
         )
-        self.said = [Path(f"{self.log}.{rank}").read_text() for rank in range(world)]
+        self.output = [Path(f"{self.log}.{rank}").read_text() for rank in range(world)]
         return ends
 
     def equals(self, reference: Path) -> None:
-        """Bit for bit the same files, and no other ones."""
+        """Assert that both folders have the same files with the same bits."""
         mine, expected = results(self.out), results(reference)
         assert mine.keys() == expected.keys()
         assert [name for name in mine if mine[name] != expected[name]] == []

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Cluster teacher image embeddings with k-means: centroids that initialise the classifier, one label per sample.
+"""Cluster teacher image embeddings with k-means: centroids that initialise the classifier, and a label per sample.
 
     tools/cluster.py --embeddings data/digits/teacher --out data/digits/clusters --k 100
     torchrun --nproc_per_node 8 tools/cluster.py --embeddings teacher --out clusters --k 1000000 --method hierarchical
     tools/cluster.py --embeddings new/teacher --out new/clusters --assign-only data/digits/clusters --top-labels 3
 
-Run it again after an interruption: it goes on after the last iteration and gives the same result. SIGTERM and Ctrl-C end
-it soon, on all ranks, with exit code 143 and 130.
+The same command continues an interrupted run; a finished or started OUT made with other arguments is refused. A
+continued run gives the same bits as an uninterrupted one. SIGTERM (exit code 143) and Ctrl-C (130) stop all ranks.
 """
 
 import argparse
@@ -27,74 +27,76 @@ from megacid.offline.cluster.stage import assign_only, cluster
 from megacid.offline.cluster.state import KMeansSettings
 from megacid.offline.rows import EmbeddingRows
 
-WAIT_S = 7200.0  # ranks on slower disks
-PLUS_PLUS_K = 4096  # clusters up to which a flat k-means++ takes no longer than a few iterations
+COLLECTIVE_TIMEOUT_S = 7200.0  # ranks may have disks of different speed
+PLUS_PLUS_K = 4096  # up to this many clusters a flat k-means++ takes no longer than a few iterations
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--embeddings", required=True, type=Path, help="directory written by tools/embed.py")
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=Path,
-        help="directory to write; continued when it was begun with the same arguments",
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--k", type=int, help="number of clusters")
-    what.add_argument(
+    parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="directory to write or continue")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--k", type=int, help="number of clusters")
+    task.add_argument(
         "--assign-only",
         type=Path,
         metavar="CLUSTERS_DIR",
-        help="no clustering: labels from the centroids of that finished directory; of the options below only --backend and "
-        "--top-labels count",
+        help="assign labels from the centroids of this finished directory; of the options below only --backend and "
+        "--top-labels apply",
     )
-    parser.add_argument("--iterations", type=int, default=20, help="hierarchical: of the coarse and of the fine level")
+    parser.add_argument(
+        "--iterations", type=int, default=20, help="hierarchical: of the coarse and of the fine level (default 20)"
+    )
     parser.add_argument(
         "--tolerance",
         type=float,
         default=0.0,
-        help="stop when the objective improves by less than this share (default 0: never)",
+        help="stop when the objective improves by less than this fraction (default 0: never)",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default 0)")
     parser.add_argument(
         "--method",
         choices=("flat", "hierarchical"),
         default="flat",
-        help="flat: one k-means over everything; hierarchical: about sqrt(k) coarse clusters, k-means inside each, then --refine",
+        help="flat (default): one k-means over all rows; hierarchical: about sqrt(k) coarse clusters, k-means inside "
+        "each, then --refine",
     )
     parser.add_argument(
-        "--refine", type=int, default=2, help="hierarchical: iterations over all k after the two levels (default 2)"
+        "--refine", type=int, default=2, help="hierarchical: iterations over all k clusters at the end (default 2)"
     )
     parser.add_argument(
         "--refine-cells",
         type=int,
         default=8,
-        help="hierarchical: in these, rows are compared with the centroids of so many nearest coarse clusters (default 8; "
-        "0: with all k, as slow as flat iterations); labels are always found among all k",
+        help="hierarchical: in a --refine iteration a row is compared with the centroids of this many nearest coarse "
+        "clusters (default 8; 0: with all k, as slow as a flat iteration); labels are always chosen among all k",
     )
-    parser.add_argument("--metric", choices=("cosine", "euclidean"), default="cosine")
+    parser.add_argument("--metric", choices=("cosine", "euclidean"), default="cosine", help="default: cosine")
     parser.add_argument(
         "--init",
         choices=("random", "k-means++"),
-        help="k-means++ draws from a sample of 32 k rows and takes k steps (default: k-means++; flat above "
-        f"{PLUS_PLUS_K:,} clusters: random)",
+        help="initial centroids; k-means++ takes k steps on a sample of 32 k rows (default: k-means++, but random for "
+        f"flat clusterings of more than {PLUS_PLUS_K:,} clusters)",
     )
     parser.add_argument(
         "--train-sample",
         type=int,
-        help="train on so many rows, drawn by the seed (default: all); labels are given to all",
+        metavar="ROWS",
+        help="train on a random sample of this many rows (default: all rows); all rows get labels",
     )
     parser.add_argument(
         "--backend",
         choices=("auto", "torch", "faiss", "triton"),
         default="auto",
-        help="who finds the nearest centroid; auto is triton on a GPU, on the CPU faiss for rows of 128 columns or more where it "
-        "is installed, else torch",
+        help="implementation of the nearest-centroid search; auto (default): triton on a GPU; on the CPU faiss, if "
+        "installed and the embeddings have 128 columns or more; else torch",
     )
-    parser.add_argument("--memory-gb", type=float, default=4.0, help="bound on what one rank holds at once (default 4)")
+    parser.add_argument("--memory-gb", type=float, default=4.0, help="memory bound of one rank (default 4)")
     parser.add_argument(
-        "--top-labels", type=int, default=1, help="nearest clusters written per sample (columns label, label_1, ...)"
+        "--top-labels",
+        type=int,
+        default=1,
+        help="nearest clusters to write per sample, in columns label, label_1, ... (default 1)",
     )
     accept_launcher_arguments(parser)
     return parser.parse_args(argv)
@@ -102,11 +104,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    settings = None if args.assign_only else asked(args)
-    return run_stage(lambda parallel, stop: work(args, settings, parallel, stop), args.out, WAIT_S)
+    settings = None if args.assign_only else settings_of(args)
+    return run_stage(lambda parallel, stop: run(args, settings, parallel, stop), args.out, COLLECTIVE_TIMEOUT_S)
 
 
-def asked(args: argparse.Namespace) -> KMeansSettings:
+def settings_of(args: argparse.Namespace) -> KMeansSettings:
     return KMeansSettings(
         k=args.k,
         metric=args.metric,
@@ -123,7 +125,7 @@ def asked(args: argparse.Namespace) -> KMeansSettings:
     )
 
 
-def work(args: argparse.Namespace, settings: KMeansSettings | None, parallel: Parallel, stop: StopRequest) -> None:
+def run(args: argparse.Namespace, settings: KMeansSettings | None, parallel: Parallel, stop: StopRequest) -> None:
     with fail_together(parallel.group):
         rows = EmbeddingRows(args.embeddings)
     with fail_together(parallel.group):
@@ -160,8 +162,8 @@ def work(args: argparse.Namespace, settings: KMeansSettings | None, parallel: Pa
             )
     if parallel.is_first:
         print(
-            f"{args.out}: k {meta['k']:,}, objective {meta['final_objective']:.6f}, imbalance {meta['imbalance']:.3f}, empty {meta['empty']:,}"
-            + (f", {meta['iterations']} iterations" if settings else "")
+            f"{args.out}: k {meta['k']:,}, objective {meta['final_objective']:.6f}, imbalance {meta['imbalance']:.3f}, "
+            f"empty {meta['empty']:,}" + (f", {meta['iterations']} iterations" if settings else "")
         )
 
 

@@ -1,6 +1,6 @@
-"""Rows of embeddings, as long as the disk is large: the partitions of an embedding folder read as one matrix.
+"""Out-of-core access to an embedding folder as one matrix of rows.
 
-Legend: n rows, D width.
+Legend: n rows, D width, B rows of a block.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ from megacid.storage.npy import load_npy
 from megacid.storage.parquet import key_column, parquet_shape, read_parquet
 
 _OPEN_MAPS = 128
-_LENGTH_SLACK = 0.02  # of a unit vector in float16; the widest rows are off by less than 0.002
+_REMEDY = "run tools/embed.py again, it embeds only what is missing or damaged"
+_LENGTH_TOLERANCE = 0.02  # of a float16 unit vector; the widest rows deviate by less than 0.002
 
 
 def find_invalid_row(x_BD: np.ndarray, *, allow_zero: bool, unit: bool) -> tuple[int, str] | None:
-    """(number, what is wrong with it) of the first row that holds NaN or infinity, is zero, or (unit) has not length 1.
+    """(index, problem) of the first invalid row of x_BD (fp32); None when all rows are valid.
 
-    x_BD: fp32. None when all rows are as they should be.
+    Args:
+        allow_zero: Accept zero rows.
+        unit: Require rows of length 1.
     """
     if not x_BD.size:
         return None
@@ -37,7 +40,7 @@ def find_invalid_row(x_BD: np.ndarray, *, allow_zero: bool, unit: bool) -> tuple
         bad |= peak == 0
     length = np.sqrt(np.einsum("bd,bd->b", x_BD, x_BD, dtype=np.float64)) if unit else peak
     if unit:
-        bad |= ~(np.abs(length - 1) < _LENGTH_SLACK)
+        bad |= ~(np.abs(length - 1) < _LENGTH_TOLERANCE)
     if not bad.any():
         return None
     row = int(np.flatnonzero(bad)[0])
@@ -47,26 +50,26 @@ def find_invalid_row(x_BD: np.ndarray, *, allow_zero: bool, unit: bool) -> tuple
 
 
 class Rows(Protocol):
-    """A matrix that is read in pieces."""
+    """A matrix that is read in blocks."""
 
     num_rows: int
     dim: int
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) as a floating array [stop - start, D]."""
+        """Rows [start, stop), floating point [stop - start, D]."""
         ...
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """The rows of these numbers (int64 [m], any order), floating [m, D]."""
+        """The given rows (int64 [m], any order), floating point [m, D]."""
         ...
 
     def name(self, row: int) -> str:
-        """Where a row lies, for error messages."""
+        """The file and place of a row, for error messages."""
         ...
 
 
 class PartitionedRows(Rows, Protocol):
-    """Rows that lie in several files. `starts`: int64 [partitions + 1] first row of each."""
+    """Rows in several files. `starts`: first row of each partition, int64 [partitions + 1]."""
 
     starts: np.ndarray
 
@@ -89,7 +92,7 @@ class ArrayRows:
 
 
 class SubsetRows:
-    """Chosen rows of another matrix (`chosen`: int64, ascending), for training on a sample."""
+    """A subset of the rows of another matrix. chosen: int64, ascending."""
 
     def __init__(self, rows: Rows, chosen: np.ndarray) -> None:
         self.rows, self.chosen = rows, chosen
@@ -106,8 +109,8 @@ class SubsetRows:
 
 
 class _Maps(Sequence[np.ndarray]):
-    """Arrays that are mapped when they are asked for, and kept a while. A map holds its file open, of which a process may
-    have 1,024 (and 65,530 maps); the images and texts of LAION400M are 82,816 files."""
+    """Arrays that are memory-mapped on access, with a bounded number of open maps: a map keeps its file open, and a
+    process may have 1,024 open files and 65,530 maps, but LAION400M has 82,816 embedding files."""
 
     def __init__(self, count: int, map_one: Callable[[int], np.ndarray]) -> None:
         self._count, self._map_one = count, map_one
@@ -125,9 +128,14 @@ class _Maps(Sequence[np.ndarray]):
 class EmbeddingRows(MappedRows):
     """One modality ("img" or "text") of a folder written by `tools/embed.py`, partitions in order of their number.
 
-    `.meta`: its meta.json; `.stems`: tar stem of each partition; `.starts`: int64 [partitions + 1] first row of each,
-    `.rows_of`: int64 [partitions] rows of each. Arrays are memory-mapped: nothing is read before it is asked for.
-    UserError for a missing or torn partition.
+    Attributes:
+        meta: Content of its meta.json.
+        stems: Tar stem of each partition.
+        starts: First row of each partition, int64 [partitions + 1].
+        rows_of: Number of rows of each partition, int64 [partitions].
+
+    Raises:
+        UserError: A partition is missing or damaged.
     """
 
     def __init__(self, directory: str | Path, modality: str = "img") -> None:
@@ -137,7 +145,7 @@ class EmbeddingRows(MappedRows):
         numbers: dict[str, int] = self.meta["partitions"]
         self.stems = sorted(numbers, key=lambda stem: numbers[stem])
         self.numbers = [numbers[stem] for stem in self.stems]
-        self._empty = set(self.meta.get("empty", ()))  # tars of which nothing could be embedded: they have no files
+        self._empty = set(self.meta.get("empty", ()))  # tars without any embedded sample have no files
         self._check_present()
         super().__init__(_Maps(len(self.stems), lambda partition: self._map(partition, dim)), dim)
         self.rows_of = np.diff(self.starts)
@@ -146,30 +154,29 @@ class EmbeddingRows(MappedRows):
                 self._check_keys(self.numbers[partition], int(self.rows_of[partition]))
         if self.num_rows != int(self.meta["num_samples"]):
             raise UserError(
-                f"{self.directory} holds {self.num_rows} rows, its meta.json says {self.meta['num_samples']}: run tools/embed.py again"
+                f"{self.directory} has {self.num_rows} rows, expected {self.meta['num_samples']} as in its meta.json: "
+                f"{_REMEDY}"
             )
 
     def _check_present(self) -> None:
-        """One sentence for all that is missing, from two listings: there may be a hundred thousand partitions."""
-        for place in ("image" if self.modality == "img" else "text", "metadata"):
-            paths = {stem: getattr(self._files(number), place) for stem, number in zip(self.stems, self.numbers)}
+        """One error for all missing files, from two directory listings: there may be a hundred thousand partitions."""
+        for kind in ("image" if self.modality == "img" else "text", "metadata"):
+            paths = {stem: getattr(self._files(number), kind) for stem, number in zip(self.stems, self.numbers)}
             folder = next(iter(paths.values())).parent
             present = set(os.listdir(folder)) if folder.is_dir() else set()
             missing = [stem for stem, path in paths.items() if path.name not in present and stem not in self._empty]
             if missing:
                 raise UserError(
-                    f"{folder} lacks {len(missing)} of {len(paths)} partitions, those of the shards {', '.join(missing[:5])}"
-                    f"{' ...' if len(missing) > 5 else ''}: run tools/embed.py again, it redoes what is missing"
+                    f"{folder} lacks {len(missing)} of {len(paths)} partitions, those of the shards "
+                    f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}: {_REMEDY}"
                 )
 
     def _check_keys(self, number: int, rows: int) -> None:
-        """Before hours of work, not after: only the footer of the file is read."""
+        """Check the number of keys before hours of work: reads only the footer of the file."""
         path = self._metadata_path(number)
-        have, _ = parquet_shape(path, "run tools/embed.py again, it redoes what is missing")
-        if have != rows:
-            raise UserError(
-                f"{path} has {have} rows, {self._path(number)} has {rows}: run tools/embed.py again, it redoes what does not fit"
-            )
+        keys, _ = parquet_shape(path, _REMEDY)
+        if keys != rows:
+            raise UserError(f"{path} has {keys} rows, expected {rows} as in {self._path(number)}: {_REMEDY}")
 
     def _files(self, number: int) -> PartitionFiles:
         return partition_files(self.directory, number, len(self.numbers))
@@ -185,11 +192,11 @@ class EmbeddingRows(MappedRows):
         if self.stems[partition] in self._empty:
             return np.empty((0, dim), np.float16)
         path = self._path(self.numbers[partition])
-        array = load_npy(path, "run tools/embed.py again, it redoes what is missing")
+        array = load_npy(path, _REMEDY)
         if array.ndim != 2 or array.shape[1] != dim or array.dtype.kind != "f":
             raise UserError(
-                f"{path} is {array.dtype} of shape {array.shape}, expected floating point and (n, {dim}), the width in "
-                "meta.json: run tools/embed.py again, it redoes what does not fit"
+                f"{path} is {array.dtype} of shape {array.shape}, expected floating point and (n, {dim}) as in "
+                f"meta.json: {_REMEDY}"
             )
         return array
 
@@ -198,11 +205,10 @@ class EmbeddingRows(MappedRows):
         if self.stems[partition] in self._empty:
             return []
         path = self._metadata_path(self.numbers[partition])
-        remedy = "run tools/embed.py again"
-        keys = key_column(read_parquet(path, remedy, ["image_path"]), "image_path", path, remedy)
+        keys = key_column(read_parquet(path, _REMEDY, ["image_path"]), "image_path", path, _REMEDY)
         if len(keys) != self.rows_of[partition]:
             raise UserError(
-                f"{path} has {len(keys)} rows, its embeddings have {self.rows_of[partition]}: run tools/embed.py again"
+                f"{path} has {len(keys)} rows, expected {self.rows_of[partition]} as its embeddings: {_REMEDY}"
             )
         return keys
 

@@ -1,4 +1,4 @@
-"""tools/embed.py: any open_clip model, and the layout that others read."""
+"""tools/embed.py: open_clip models of several kinds, and the layout that other readers expect."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ MODELS = {
                      "proj_bias": True, "pool_type": "last"},
     },
     "coca": {
-        "embed_dim": 48, "vision_cfg": {**VISION, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+        "embed_dim": 48,
+        "vision_cfg": {**VISION, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
         "text_cfg": {**BLOCKS, "context_length": 76, "vocab_size": 49408, "embed_cls": True, "output_tokens": True},
         "multimodal_cfg": {**BLOCKS, "context_length": 76, "vocab_size": 49408, "attn_pooler_heads": 2},
         "custom_text": True,
@@ -63,7 +64,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("kind", "weights"), [("siglip", "local-dir"), ("coca", "file"), ("resnet", "file")], ids=lambda value: value
 )
-def test_a_model_gives_what_stock_open_clip_gives(kind: str, weights: str, stage: Path) -> None:
+def test_embeddings_equal_those_of_open_clip(kind: str, weights: str, stage: Path) -> None:
     name, folder, preprocess = (
         f"embed-{kind}",
         stage / kind,
@@ -91,13 +92,13 @@ def test_a_model_gives_what_stock_open_clip_gives(kind: str, weights: str, stage
         picture = Image.open(io.BytesIO(tar.extractfile(f"{key}.png").read())).convert("RGB")  # type: ignore[union-attr]
     model.eval()
     with torch.no_grad():
-        wanted = {
+        expected = {
             "img": model.encode_image(transform(picture)[None]),  # type: ignore[operator]
             "text": model.encode_text(tokenize([f"picture {key}"])),  # type: ignore[operator]
         }
-    for modality, features in wanted.items():
-        found = torch.from_numpy(np.load(out / f"{modality}_emb" / f"{modality}_emb_00002.npy")[7]).float()
-        torch.testing.assert_close(found, torch.nn.functional.normalize(features[0], dim=0), atol=1e-3, rtol=0)
+    for modality, features in expected.items():
+        embedding = torch.from_numpy(np.load(out / f"{modality}_emb" / f"{modality}_emb_00002.npy")[7]).float()
+        torch.testing.assert_close(embedding, torch.nn.functional.normalize(features[0], dim=0), atol=1e-3, rtol=0)
 
 
 def spoil(tar: Path, which: Callable[[str], bool]) -> None:
@@ -111,12 +112,12 @@ def spoil(tar: Path, which: Callable[[str], bool]) -> None:
             file.addfile(member, io.BytesIO(data))
 
 
-def test_a_tar_without_any_good_picture_leaves_no_files_and_all_stages_go_on(stage: Path, tmp_path: Path) -> None:
+def test_a_tar_without_any_valid_image_has_no_files_in_any_stage(stage: Path, tmp_path: Path) -> None:
     write_shards(tmp_path / "shards")
     (tmp_path / "model").symlink_to(stage / "model")
     spoil(tmp_path / "shards" / "00001.tar", lambda name: name.endswith(".png"))
-    said = run("embed", *embed_args(tmp_path))
-    assert "24 samples embedded, 12 skipped" in said and "skipped in 1 shards, most in 00001: 12" in said
+    output = run("embed", *embed_args(tmp_path))
+    assert "24 samples embedded, 12 skipped" in output and "skipped in 1 shards, most in 00001: 12" in output
     meta = json.loads((tmp_path / "emb" / "meta.json").read_text())
     assert meta["failures_by_shard"] == {"00001": 12} and meta["empty"] == ["00001"]
     # embedding-reader takes the i-th metadata file for the i-th array that has rows.
@@ -136,7 +137,7 @@ def test_a_tar_without_any_good_picture_leaves_no_files_and_all_stages_go_on(sta
     assert not np.load(tmp_path / "balance" / "keep" / "00001.npy").any()
 
 
-def test_failures_are_complete_or_made_again(stage: Path, tmp_path: Path) -> None:
+def test_a_damaged_failures_file_is_written_again(stage: Path, tmp_path: Path) -> None:
     for name in ("shards", "model"):
         (tmp_path / name).symlink_to(stage / name)
     run("embed", *embed_args(tmp_path))
@@ -148,7 +149,7 @@ def test_failures_are_complete_or_made_again(stage: Path, tmp_path: Path) -> Non
         assert {name for name in before if before[name] != after[name]} <= {"meta.json"}
 
 
-def test_metadata_says_what_the_json_of_a_sample_says(stage: Path) -> None:
+def test_metadata_has_uid_and_url_of_the_sample_json(stage: Path) -> None:
     table = pq.read_table(stage / "emb" / "metadata" / "metadata_00001.parquet")
     assert table.column_names == ["image_path", "caption", "shard", "key", "uid", "url"]
     last = table.slice(table.num_rows - 1).to_pylist()[0]
@@ -158,20 +159,19 @@ def test_metadata_says_what_the_json_of_a_sample_says(stage: Path) -> None:
     }  # fmt: skip
 
 
-def test_too_small_a_disk_is_said_before_anything_is_embedded(
-    stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_an_error_before_embedding(stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("shards", "model"):
         (tmp_path / name).symlink_to(stage / name)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    said = run("embed", *embed_args(tmp_path), expect=2)
+    output = run("embed", *embed_args(tmp_path), expect=2)
     assert (
-        f"error: {tmp_path / 'emb'} needs 0.00 GB, the disk has 0.00 GB free: free space or take another --out" in said
+        f"error: {tmp_path / 'emb'} needs 0.00 GB, the disk has 0.00 GB free: free space or take another --out"
+        in output
     )
     assert not list(tmp_path.rglob("*.npy"))
 
 
-def test_a_batch_of_workers_is_a_few_open_files_however_large_it_is(stage: Path, tmp_path: Path) -> None:
+def test_a_large_batch_of_a_worker_needs_few_open_files(stage: Path, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "PNG")
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
@@ -196,7 +196,7 @@ def test_a_batch_of_workers_is_a_few_open_files_however_large_it_is(stage: Path,
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_names_sort_as_numbers_however_many_partitions_there_are() -> None:
+def test_file_names_sort_as_numbers() -> None:
     for partitions in (1, 100_000, 100_001, 232_320):
         numbers = [0, min(99_999, partitions - 1), partitions - 1]
         names = [str(partition_files(Path("x"), number, partitions).image) for number in numbers]

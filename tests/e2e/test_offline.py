@@ -75,15 +75,15 @@ def test_embeddings_join_by_key_and_name_what_is_missing(stage: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(text).float(), wanted_text, atol=1e-3, rtol=0)
 
 
-def test_embed_redoes_only_what_is_torn(stage: Path) -> None:
+def test_embed_repairs_only_damaged_partitions(stage: Path) -> None:
     before = snapshot(stage / "emb", "*_emb/*.npy")
     metadata = snapshot(stage / "emb", "metadata/*")
     torn = stage / "emb" / "img_emb" / "img_emb_00001.npy"
     torn.write_bytes(torn.read_bytes()[:-100])
     (stage / "emb" / "metadata" / "metadata_00002.parquet").unlink()
     (stage / "emb" / "meta.json").unlink()
-    said = run("embed", *embed_args(stage))
-    assert "2 of 3 shards to do" in said and "skipped: 00001/000010004" in said
+    output = run("embed", *embed_args(stage))
+    assert "2 of 3 shards to do" in output and "skipped: 00001/000010004" in output
     after = snapshot(stage / "emb", "*_emb/*.npy")
     assert {name: digest for name, (digest, _) in after.items()} == {
         name: digest for name, (digest, _) in before.items()
@@ -96,8 +96,8 @@ def test_embed_redoes_only_what_is_torn(stage: Path) -> None:
 
 def test_embed_refuses_another_model_in_the_same_folder(stage: Path) -> None:
     save_model(stage / "other", 1)
-    said = run("embed", *embed_args(stage, model="other"), expect=2)
-    assert "error:" in said and str(stage / "model") in said and str(stage / "other") in said
+    output = run("embed", *embed_args(stage, model="other"), expect=2)
+    assert "error:" in output and str(stage / "model") in output and str(stage / "other") in output
     # Other weights at the same path are noticed too.
     weights = stage / "model" / "open_clip_model.safetensors"
     mine = weights.read_bytes()
@@ -109,7 +109,7 @@ def test_embed_refuses_another_model_in_the_same_folder(stage: Path) -> None:
 
 
 def all_stages(stage: Path) -> None:
-    """What the three tools do, on this rank."""
+    """Runs the three stages on this rank."""
     parallel = Parallel(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"), dist.group.WORLD)
     index, model = load_index(stage / "shards"), f"local-dir:{stage / 'model'}"
     settings = {
@@ -164,7 +164,7 @@ def test_under_a_launcher(stage: Path) -> None:
     arguments = map(str, [*cluster_args(stage, out="clusters3"), "--local-rank", 0])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=120, env=environment, check=False
+        [*command, *arguments], capture_output=True, text=True, timeout=600, env=environment, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     np.testing.assert_array_equal(
@@ -183,14 +183,16 @@ def test_cluster_files(stage: Path) -> None:
     assert labels.rows(1, np.arange(12))[4].tolist() == [-1, -1]
     rows = np.array([0, 3, 11])
     cosine = teacher.rows(1, rows)[0].astype(np.float32) @ centroids.T
-    np.testing.assert_array_equal(labels.rows(1, rows), np.argsort(-cosine, axis=1)[:, :2])
+    # Compare cosines, not labels: the order of nearly equal ones depends on how the machine rounds.
+    nearest = -np.sort(-cosine, axis=1)[:, :2]
+    np.testing.assert_allclose(np.take_along_axis(cosine, labels.rows(1, rows), 1), nearest, rtol=0, atol=1e-6)
     stored = pq.read_table(stage / "clusters" / "labels" / "00001.parquet")
     assert [str(field.type) for field in stored.schema] == ["string", "int32", "halffloat", "int32"]
     score = dict(zip(stored["key"].to_pylist(), stored["score"].to_pylist()))
     assert float(score["000010011"]) == pytest.approx(float(cosine[2].max()), abs=2e-3)
 
 
-def test_cluster_is_left_alone_when_complete_and_refused_when_different(stage: Path) -> None:
+def test_finished_clusters_are_kept_and_other_arguments_refused(stage: Path) -> None:
     before = snapshot(stage / "clusters", "**/*.*")
     assert "is complete" in run("cluster", *cluster_args(stage))
     assert snapshot(stage / "clusters", "**/*.*") == before
@@ -200,14 +202,14 @@ def test_cluster_is_left_alone_when_complete_and_refused_when_different(stage: P
 
 def test_balance_finds_the_planted_copies(stage: Path) -> None:
     out = stage / "balance"
-    said = run(
+    output = run(
         "balance", "--embeddings", stage / "emb", "--clusters", stage / "clusters", "--out", out, "--threshold", 0.003
     )
     report = json.loads((out / "report.json").read_text())
     planted = report["planted_copies"]
     # One member of the damaged picture's group is left, so 11 of the 12 groups have a copy.
     assert planted["groups"] == 11 and planted["removal_recall"] == 1 and planted["removal_precision"] == 1
-    assert report["kept"] == 24 and report["without_embedding"] == 1 and "24 of 35 samples kept" in said
+    assert report["kept"] == 24 and report["without_embedding"] == 1 and "24 of 35 samples kept" in output
     index = load_index(stage / "shards")
     keep = KeepTable(out, index)
     assert keep.counts.sum() == 24 and 4 not in keep.kept(1) and 5 in keep.kept(1)
@@ -224,14 +226,16 @@ def test_balance_finds_the_planted_copies(stage: Path) -> None:
     assert page.count("data:image/jpeg;base64,") == 22
     representative = np.concatenate([np.load(out / "representative" / f"{shard:05d}.npy") for shard in range(3)])
     # Every third sample is a copy of the one before; whichever has the smaller row stays. Row 16 could not be decoded.
-    wanted = [row - 1 if row % 3 == 2 else row for row in range(36)]
-    wanted[16], wanted[17] = -1, 17
-    assert representative.tolist() == wanted
+    expected = [row - 1 if row % 3 == 2 else row for row in range(36)]
+    expected[16], expected[17] = -1, 17
+    assert representative.tolist() == expected
 
 
 def test_figures_of_the_stages(stage: Path, tmp_path: Path) -> None:
     """Needs the folders that the test before this one made."""
-    said = run("figures", "--balance", stage / "balance", "--out", tmp_path / "figures", "--groups", 3, "--members", 3)
+    output = run(
+        "figures", "--balance", stage / "balance", "--out", tmp_path / "figures", "--groups", 3, "--members", 3
+    )
     names = ["fig2a_perceptual", "fig2b_semantic", "fig2c_process", "fig2d_clusters"]
     for name in names:
         assert (tmp_path / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
@@ -240,7 +244,7 @@ def test_figures_of_the_stages(stage: Path, tmp_path: Path) -> None:
             assert picture.size[0] == (2100 if name == "fig2c_process" else 1020)
             assert len(np.unique(np.asarray(picture.convert("L")))) > 10
     page = (tmp_path / "figures" / "index.html").read_text()
-    assert all(f"{name}.png" in page and f"{name}.pdf" in page and name in said for name in names)
+    assert all(f"{name}.png" in page and f"{name}.pdf" in page and name in output for name in names)
     assert "11 of 11 groups" in page and "24 of 35 samples kept" in page and "http" not in page
     again = tmp_path / "again"
     run("figures", "--balance", stage / "balance", "--out", again, "--groups", 3, "--members", 3)
@@ -248,8 +252,8 @@ def test_figures_of_the_stages(stage: Path, tmp_path: Path) -> None:
     for name, (digest, _) in snapshot(again, "*").items():
         assert digest == snapshot(tmp_path / "figures", "*")[name][0], name
     run("cluster", *cluster_args(stage, out="clusters5", k=5))
-    said = run("figures", "--balance", stage / "balance", "--clusters", stage / "clusters5", "--out", again, expect=2)
-    assert "other clusters than" in said and "--clusters" in said
+    output = run("figures", "--balance", stage / "balance", "--clusters", stage / "clusters5", "--out", again, expect=2)
+    assert "other clusters than" in output and "--clusters" in output
 
 
 @pytest.mark.parametrize("keep", ["farthest", "random", "caption"])
@@ -275,7 +279,7 @@ def test_every_rule_reaches_the_target(stage: Path, keep: str) -> None:
 def test_stages_of_different_shards_are_not_mixed(stage: Path, tmp_path: Path) -> None:
     write_shards(tmp_path / "shards")
     (tmp_path / "shards" / "00002.tar").unlink()
-    said = run(
+    output = run(
         "balance",
         "--embeddings",
         stage / "emb",
@@ -289,6 +293,6 @@ def test_stages_of_different_shards_are_not_mixed(stage: Path, tmp_path: Path) -
         tmp_path / "shards",
         expect=2,
     )
-    assert str(tmp_path / "shards") in said and "other shards" in said
-    said = run("cluster", "--embeddings", stage / "clusters", "--out", tmp_path / "c", "--k", 3, expect=2)
-    assert "expected a directory made by 'embed'" in said
+    assert str(tmp_path / "shards") in output and "other shards" in output
+    output = run("cluster", "--embeddings", stage / "clusters", "--out", tmp_path / "c", "--k", 3, expect=2)
+    assert "expected a directory made by 'embed'" in output

@@ -26,7 +26,7 @@ if not INTERPRET:
         assert_holds_in_the_interpreter(__file__)
 
     def test_a_cpu_is_refused_with_a_remedy() -> None:
-        with pytest.raises(UserError, match=r"backend is 'triton', which cannot be had here .*take --backend torch"):
+        with pytest.raises(UserError, match=r"backend is 'triton', which cannot run here .*take --backend torch"):
             Assigner(torch.eye(3), "cosine", torch.device("cpu"), "triton")
 
 

@@ -1,4 +1,4 @@
-"""Spoiled inputs and outputs of the offline tools: one line that names file and row, exit code 2, nothing half-written used.
+"""Damaged inputs and outputs of the offline tools: one line with file and row, exit code 2, no partial file is used.
 
 F27 of the fault list; what a kill does is in test_offline_kills.py.
 """
@@ -66,8 +66,8 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
 
 
-def changed(**facts: object) -> Spoil:
-    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))  # type: ignore[func-returns-value]
+def changed(**fields: object) -> Spoil:
+    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))  # type: ignore[func-returns-value]
 
 
 def array(change: Callable[[np.ndarray], np.ndarray | None]) -> Spoil:
@@ -96,7 +96,7 @@ BAD_EMBEDDINGS = {
     "width": (IMAGES, array(lambda x: x[:, :31]), rf"{IMAGES} is float16 of shape \(11, 31\), expected .*\(n, 32\)"),
     "integers": (IMAGES, array(lambda x: x.astype(np.int8)), f"{IMAGES} is int8"),
     "objects": (IMAGES, array(lambda x: x.astype(object)), f"{IMAGES} is not a readable .npy array .*[Oo]bject"),
-    "rows": (IMAGES, array(lambda x: x[:9]), f"{KEYS} has 11 rows, .*{IMAGES} has 9"),
+    "rows": (IMAGES, array(lambda x: x[:9]), f"{KEYS} has 11 rows, expected 9 as in .*{IMAGES}"),
     "cut": (IMAGES, cut, f"{IMAGES} is not a readable .npy array"),
     "no images": (
         IMAGES,
@@ -108,28 +108,28 @@ BAD_EMBEDDINGS = {
     "no keys": (KEYS, Path.unlink, "metadata lacks 1 of 3 partitions, those of the shards 00001"),
     "meta cut": ("meta.json", cut, "meta.json is not JSON .*: run tools/embed.py again"),
     "no meta": ("meta.json", Path.unlink, "emb has no meta.json"),
-    "count": ("meta.json", changed(num_samples=34), "holds 35 rows, its meta.json says 34"),
+    "count": ("meta.json", changed(num_samples=34), "has 35 rows, expected 34 as in its meta.json"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_EMBEDDINGS)
-def test_cluster_names_what_is_wrong_with_the_embeddings(case: str, copy: Path) -> None:
+def test_cluster_names_the_invalid_file_of_the_embeddings(case: str, copy: Path) -> None:
     file, spoil, message = BAD_EMBEDDINGS[case]
     spoil(copy / "emb" / file)
-    said = run("cluster", *cluster_args(copy, "again"), expect=2)
-    assert_one_error(said, message)
+    output = run("cluster", *cluster_args(copy, "again"), expect=2)
+    assert_one_error(output, message)
     assert not (copy / "again" / "meta.json").exists()
 
 
-def assert_one_error(said: str, message: str) -> None:
-    lines = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in said, said
+def assert_one_error(output: str, message: str) -> None:
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in output, output
     with pytest.raises(UserError, match=message):
         raise UserError(lines[0])
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_a_bad_row_outside_the_training_sample_is_found_when_it_is_labelled(metric: str, copy: Path) -> None:
+def test_an_invalid_row_outside_the_training_sample_is_an_error(metric: str, copy: Path) -> None:
     # The seed decides who is in the sample; of four rows of eleven one at least is outside.
     def change(values: np.ndarray) -> None:
         values[:4] = np.nan
@@ -137,8 +137,8 @@ def test_a_bad_row_outside_the_training_sample_is_found_when_it_is_labelled(metr
     array(change)(copy / "emb" / IMAGES)
     for seed in range(20):
         more = ["--train-sample", 6, "--seed", seed, "--metric", metric]
-        said = run("cluster", *cluster_args(copy, f"c{seed}"), *more, expect=2)
-        assert_one_error(said, f"row [0-3] of .*{IMAGES} .*holds NaN")
+        output = run("cluster", *cluster_args(copy, f"c{seed}"), *more, expect=2)
+        assert_one_error(output, f"row [0-3] of .*{IMAGES} .*holds NaN")
         if (copy / f"c{seed}" / "state.npz").exists():
             return
     raise AssertionError("every sample held a bad row")
@@ -162,7 +162,7 @@ BAD_FOR_BALANCE = {
 
 
 @pytest.mark.parametrize("case", BAD_FOR_BALANCE)
-def test_balance_names_what_is_wrong_with_its_inputs(case: str, copy: Path) -> None:
+def test_balance_names_the_invalid_input_file(case: str, copy: Path) -> None:
     file, spoil, message = BAD_FOR_BALANCE[case]
     spoil(copy / file)
     assert_one_error(
@@ -180,9 +180,7 @@ FINISHED = {
 
 @pytest.mark.parametrize("how", [cut, Path.unlink], ids=["cut", "deleted"])
 @pytest.mark.parametrize(("tool", "file"), [(tool, file) for tool, (_, files) in FINISHED.items() for file in files])
-def test_a_finished_file_that_was_spoiled_is_made_again(
-    tool: str, file: str, how: Spoil, copy: Path, whole: Path
-) -> None:
+def test_a_damaged_finished_file_is_written_again(tool: str, file: str, how: Spoil, copy: Path, whole: Path) -> None:
     # In place: meta.json names the directories of the inputs.
     out, place = FINISHED[tool][0], f"{tool}-{file.replace('/', '-')}-{how.__name__}"
     shutil.copytree(whole / out, whole / place)
@@ -228,19 +226,19 @@ def rewrite(folder: Path, vectors: np.ndarray) -> None:
         np.save(path, unit[np.arange(rows) % len(unit)])
 
 
-def test_copies_of_one_point_cannot_be_clustered_and_of_few_are_said(copy: Path) -> None:
+def test_one_distinct_row_is_an_error_and_few_are_a_warning(copy: Path) -> None:
     generator = np.random.default_rng(0)
     rewrite(copy / "emb", generator.normal(size=(1, 32)))
     for init in ("random", "k-means++"):
-        said = run("cluster", *cluster_args(copy, f"one-{init}"), "--init", init, expect=2)
-        assert_one_error(said, "all 35 samples of .*emb fall into one of 4 clusters")
+        output = run("cluster", *cluster_args(copy, f"one-{init}"), "--init", init, expect=2)
+        assert_one_error(output, "all 35 samples of .*emb fall into one of 4 clusters")
         assert not (copy / f"one-{init}" / "meta.json").exists()
     rewrite(copy / "emb", generator.normal(size=(3, 32)))
     assert "only 3 of 10 clusters hold a sample" in run("cluster", *cluster_args(copy, "few", k=10))
     assert (np.load(copy / "few" / "sizes.npy") > 0).sum() == 3
 
 
-def test_a_model_that_gives_no_unit_vectors_is_named_with_the_sample(copy: Path) -> None:
+def test_embeddings_that_are_not_unit_vectors_name_model_and_sample(copy: Path) -> None:
     clip = load_clip(f"local-dir:{copy / 'model'}")
     with torch.no_grad():
         for parameter in clip.model.parameters():
@@ -267,10 +265,10 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(tool: str, nth: int, w
     out = whole / f"full-{tool}-{nth}"
     FaultPlan(Fault("offline:file", "os_error", nth=nth)).install(0)
     try:
-        said = run(tool, *ARGUMENTS[tool](whole, out.name), expect=2)
+        output = run(tool, *ARGUMENTS[tool](whole, out.name), expect=2)
     finally:
         FaultPlan.remove()
-    assert_one_error(said, rf"{out}/.* cannot be written \(.*No space left on device\): free space")
+    assert_one_error(output, rf"{out}/.* cannot be written \(.*No space left on device\): free space")
     assert not (out / "meta.json").exists() and not list(out.rglob(".tmp-*"))
     run(tool, *ARGUMENTS[tool](whole, out.name))
     assert results(out) == results(whole / FINISHED[tool][0])
@@ -283,17 +281,17 @@ def test_a_file_size_limit_is_one_line_too(whole: Path, tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (800, resource.RLIM_INFINITY))
 
     ends = tool.fates(2, hooks={"embed:partition": limit})
-    assert ends == [2, 2], tool.said
-    for said in tool.said:
+    assert ends == [2, 2], tool.output
+    for output in tool.output:
         # numpy's own writer loses the end of so small an array without an error.
-        assert_one_error(said, r"img_emb_0000.\.npy cannot be written .*free space")
+        assert_one_error(output, r"img_emb_0000.\.npy cannot be written .*free space")
     assert not list(tool.out.rglob("*.npy"))
     assert tool.fates(2) == [0, 0]
     tool.equals(whole / "emb")
 
 
 @pytest.mark.parametrize("tool", ["embed", "cluster", "balance"])
-def test_an_out_that_is_a_file_or_someone_elses(tool: str, copy: Path) -> None:
+def test_an_out_that_is_a_file_or_has_foreign_files_is_refused(tool: str, copy: Path) -> None:
     (copy / "file").write_text("x")
     assert_one_error(
         run(tool, *ARGUMENTS[tool](copy, "file"), expect=2), "file cannot be written|file/.* cannot be written"
@@ -355,18 +353,18 @@ def test_embed_says_when_the_batch_size_changed(whole: Path) -> None:
 
 
 def test_partial_results_are_whole_and_of_one_fingerprint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    work = PartialResults(tmp_path, {"a": 1})
-    work.begin()
-    work.save_array("x", np.arange(5))
-    work.save_json("y", [[0.1, 3]])
+    partial = PartialResults(tmp_path, {"a": 1})
+    partial.begin()
+    partial.save_array("x", np.arange(5))
+    partial.save_json("y", [[0.1, 3]])
     (tmp_path / ".work" / ".tmp-7-x.npy").write_bytes(b"half")
-    work.begin()
-    assert work.array("x", (5,), "i") is not None and work.json("y") == [[0.1, 3]]
-    assert work.array("x", (6,), "i") is None and work.array("x", (5,), "f") is None
+    partial.begin()
+    assert partial.array("x", (5,), "i") is not None and partial.json("y") == [[0.1, 3]]
+    assert partial.array("x", (6,), "i") is None and partial.array("x", (5,), "f") is None
     assert not list(tmp_path.rglob(".tmp-*"))
     cut(tmp_path / ".work" / "x.npy")
     cut(tmp_path / ".work" / "y.json")
-    assert work.array("x", (5,), "i") is None and work.json("y") is None
+    assert partial.array("x", (5,), "i") is None and partial.json("y") is None
     assert not caplog.records
     PartialResults(tmp_path, {"a": 2}).begin()
     assert "other arguments or inputs (a)" in caplog.text

@@ -37,7 +37,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(folder / "model", 0)
     for name, out in REFERENCE.items():
         tool = Tool(name, folder, out, folder / "log")
-        assert tool.fates(1) == [0], tool.said
+        assert tool.fates(1) == [0], tool.output
     return folder
 
 
@@ -75,8 +75,8 @@ def test_killed_tool_gives_the_same_bits_when_run_again(
     name: str, fault: Fault, stage: Path, tool: Callable[[str], Tool]
 ) -> None:
     one = tool(name)
-    assert one.fates(1, fault) == [KILLED], one.said
-    assert one.fates(1) == [0], one.said
+    assert one.fates(1, fault) == [KILLED], one.output
+    assert one.fates(1) == [0], one.output
     one.equals(stage / REFERENCE[name])
 
 
@@ -101,11 +101,11 @@ def test_survivor_of_a_killed_rank_ends_with_one_line_and_the_next_run_gives_the
     ends = pair.fates(2, fault)
     assert fault.rank is not None and ends[fault.rank] == KILLED
     survivor = 1 - fault.rank
-    assert ends[survivor] == EXIT_AGAIN, pair.said[survivor]
-    lines = [line for line in pair.said[survivor].splitlines() if line.startswith("error:")]
+    assert ends[survivor] == EXIT_AGAIN, pair.output[survivor]
+    lines = [line for line in pair.output[survivor].splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and f"rank {survivor} of 2: another rank is gone" in lines[0]
-    assert "Traceback" not in pair.said[survivor]
-    assert pair.fates(2) == [0, 0], pair.said
+    assert "Traceback" not in pair.output[survivor]
+    assert pair.fates(2) == [0, 0], pair.output
     pair.equals(stage / REFERENCE[name])
 
 
@@ -129,12 +129,12 @@ def test_a_signal_to_one_rank_stops_all_of_them(
     number = signal.SIGINT if at in ("cluster:iteration", "balance:cluster") else signal.SIGTERM
     pair = tool(name)
     ends = pair.fates(2, Fault(at, "signal", rank=rank, step=step, value=number))
-    assert ends == [128 + number] * 2, pair.said
-    for said in pair.said:
-        assert "Traceback" not in said and "error:" not in said
-    assert pair.said[0].count(f"stopped by {signal.Signals(number).name}") == 1
+    assert ends == [128 + number] * 2, pair.output
+    for output in pair.output:
+        assert "Traceback" not in output and "error:" not in output
+    assert pair.output[0].count(f"stopped by {signal.Signals(number).name}") == 1
     assert not (pair.out / "meta.json").exists()
-    assert pair.fates(2) == [0, 0], pair.said
+    assert pair.fates(2) == [0, 0], pair.output
     pair.equals(stage / REFERENCE[name])
 
 
@@ -150,12 +150,12 @@ def test_sigterm_again_and_again_is_one_request(stage: Path, tool: Callable[[str
 
 def test_a_signal_when_all_is_done_changes_nothing(stage: Path, tool: Callable[[str], Tool]) -> None:
     pair = tool("cluster")
-    assert pair.fates(2, Fault("cluster:after_meta", "signal", value=signal.SIGTERM)) == [0, 0], pair.said
+    assert pair.fates(2, Fault("cluster:after_meta", "signal", value=signal.SIGTERM)) == [0, 0], pair.output
     pair.equals(stage / REFERENCE["cluster"])
 
 
 def test_a_rank_that_waits_for_the_others_passes_the_signal_on(stage: Path, tool: Callable[[str], Tool]) -> None:
-    """Rank 1 is done with its tar and sits in a collective, where Python's handlers do not run; rank 0 has a tar to go."""
+    """Rank 1 has finished its tar and waits in a collective, where Python handlers do not run; rank 0 is still busy."""
     pair = tool("embed")
 
     def when_rank_1_waits(pids: list[int]) -> None:
@@ -167,7 +167,7 @@ def test_a_rank_that_waits_for_the_others_passes_the_signal_on(stage: Path, tool
         os.kill(pids[1], signal.SIGTERM)
 
     slow = Fault("embed:partition", "sleep", rank=0, step=0, value=2.0)
-    assert pair.fates(2, slow, meanwhile=when_rank_1_waits) == [TERM, TERM], pair.said
+    assert pair.fates(2, slow, meanwhile=when_rank_1_waits) == [TERM, TERM], pair.output
     assert not (pair.out / "metadata" / "metadata_00002.parquet").exists()
     assert pair.fates(2) == [0, 0]
     pair.equals(stage / REFERENCE["embed"])
@@ -188,18 +188,18 @@ def test_a_signal_to_the_process_group_leaves_no_worker(
         time.sleep(0.5)  # the workers are dead, and their loader has noticed
 
     ends = one.fates(1, hooks={"embed:shard_done": to_the_group}, more=["--workers", 2])
-    assert ends == [128 + number], one.said
-    assert "Traceback" not in one.said[0], one.said
+    assert ends == [128 + number], one.output
+    assert "Traceback" not in one.output[0], one.output
     with pytest.raises(ProcessLookupError):
         os.killpg(int((tmp_path / "group").read_text()), 0)
-    assert one.fates(1, more=["--workers", 2]) == [0], one.said
+    assert one.fates(1, more=["--workers", 2]) == [0], one.output
     one.equals(stage / REFERENCE["embed"])
 
 
 def test_eval_ends_at_once_and_leaves_no_half_result(stage: Path, tool: Callable[[str], Tool]) -> None:
     one = tool("eval")
-    assert one.fates(1, Fault("eval:before_result", "signal", nth=2, value=signal.SIGTERM)) == [TERM], one.said
-    assert "Traceback" not in one.said[0] and len(results(one.out)) == 1
+    assert one.fates(1, Fault("eval:before_result", "signal", nth=2, value=signal.SIGTERM)) == [TERM], one.output
+    assert "Traceback" not in one.output[0] and len(results(one.out)) == 1
     assert one.fates(1) == [0]
     one.equals(stage / REFERENCE["eval"])
 
@@ -241,18 +241,18 @@ def test_second_pass_and_copy_killed_anywhere_give_the_same_bits(stage: Path, to
         return ["--neighbor-clusters", 3, "--reshard", stage / copy]
 
     whole, cut = Tool("balance", stage, "across-whole", tool("balance").log), tool("balance")
-    assert whole.fates(1, more=options("kept-whole")) == [0], whole.said
+    assert whole.fates(1, more=options("kept-whole")) == [0], whole.output
     assert json.loads((whole.out / "meta.json").read_text())["neighbor_clusters"] == 3
     assert cut.fates(2, kill("balance:candidate_clusters", rank=1), more=options("kept-cut")) == [EXIT_AGAIN, KILLED], (
-        cut.said
+        cut.output
     )
     for at in CROSS_CLUSTER:
-        assert cut.fates(1, kill(at), more=options("kept-cut")) == [KILLED], (at, cut.said)
-    assert cut.fates(2, more=options("kept-cut")) == [0, 0], cut.said
+        assert cut.fates(1, kill(at), more=options("kept-cut")) == [KILLED], (at, cut.output)
+    assert cut.fates(2, more=options("kept-cut")) == [0, 0], cut.output
     cut.equals(whole.out)
     mine, expected = results(stage / "kept-cut"), results(stage / "kept-whole")
-    for found in (mine, expected):
-        del found["meta.json"]["source"]  # type: ignore[attr-defined]  # names the folder of the masks
+    for files in (mine, expected):
+        del files["meta.json"]["source"]  # type: ignore[attr-defined]  # names the folder of the masks
     assert mine == expected and "sizes.json" in mine
 
 

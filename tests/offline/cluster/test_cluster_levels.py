@@ -1,4 +1,4 @@
-"""tools/cluster.py in two levels and with finished centroids: killed anywhere and on any number of ranks the same files."""
+"""tools/cluster.py, hierarchical and --assign-only: the same files when killed anywhere and on any number of ranks."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def test_files_and_what_meta_says(stage: Path) -> None:
         *("centroids.npy", "sizes.npy", "settings.json", "meta.json"),
         *(f"labels/0000{tar}.parquet" for tar in range(3)),
     }
-    said = run("cluster", *levels(stage, "levels"))
-    assert "is complete" in said and "20 clusters (hierarchical)" in said
+    output = run("cluster", *levels(stage, "levels"))
+    assert "is complete" in output and "20 clusters (hierarchical)" in output
 
 
 KILLS = [
@@ -81,32 +81,32 @@ KILLS = [
 
 
 @pytest.mark.parametrize("fault", KILLS, ids=[f"{f.at}-{f.step}-{f.nth}" for f in KILLS])
-def test_killed_it_gives_the_same_bits_when_run_again(fault: Fault, stage: Path, make: Make) -> None:
+def test_a_killed_run_continues_to_the_same_bits(fault: Fault, stage: Path, make: Make) -> None:
     one = make("levels", "cut")
-    assert one.fates(1, fault) == [KILLED], one.said
-    assert one.fates(1) == [0], one.said
+    assert one.fates(1, fault) == [KILLED], one.output
+    assert one.fates(1) == [0], one.output
     one.equals(stage / "levels")
 
 
 @pytest.mark.parametrize("at", ["cluster:coarse", "cluster:fine"])
-def test_a_rank_is_killed_and_another_number_of_ranks_goes_on(at: str, stage: Path, make: Make) -> None:
+def test_another_number_of_ranks_continues_a_killed_run(at: str, stage: Path, make: Make) -> None:
     pair = make("levels", "pair")
-    assert pair.fates(2, kill(at, rank=1)) == [EXIT_AGAIN, KILLED], pair.said
-    assert pair.fates(4) == [0] * 4, pair.said
+    assert pair.fates(2, kill(at, rank=1)) == [EXIT_AGAIN, KILLED], pair.output
+    assert pair.fates(4) == [0] * 4, pair.output
     pair.equals(stage / "levels")
 
 
 def test_two_ranks_write_the_same_files(stage: Path, make: Make) -> None:
     pair = make("levels", "ranks")
-    assert pair.fates(2) == [0, 0], pair.said
+    assert pair.fates(2) == [0, 0], pair.output
     pair.equals(stage / "levels")
 
 
-def test_what_is_done_is_not_done_again(stage: Path, make: Make) -> None:
+def test_finished_steps_are_not_repeated(stage: Path, make: Make) -> None:
     one = make("levels", "kept")
     assert one.fates(1, kill("cluster:refine", step=1)) == [KILLED]
     again = [kill(f"cluster:{what}") for what in ("init", "iteration", "cells", "fine")]
-    assert one.fates(1, *again) == [0], one.said
+    assert one.fates(1, *again) == [0], one.output
     one.equals(stage / "levels")
 
 
@@ -114,11 +114,10 @@ def test_another_method_is_refused(stage: Path, make: Make) -> None:
     one = make("levels", "mixed")
     assert one.fates(1, kill("cluster:refine_saved", step=1)) == [KILLED]
     flat = [value if value != "hierarchical" else "flat" for value in one.args]
-    assert "method='hierarchical', this run has method='flat'" in run("cluster", *flat, expect=2)
+    assert "method 'hierarchical', this run has 'flat'" in run("cluster", *flat, expect=2)
     assert "has an unfinished clustering" in run("cluster", *from_finished(stage, one.out.name), expect=2)
-    assert "method='hierarchical', this run has method='flat'" in run(
-        "cluster", *["flat" if value == "hierarchical" else value for value in levels(stage, "levels")], expect=2
-    )
+    finished = ["flat" if value == "hierarchical" else value for value in levels(stage, "levels")]
+    assert "method 'hierarchical', this run has 'flat'" in run("cluster", *finished, expect=2)
 
 
 # ---- labels from finished centroids ------------------------------------------------------------------------------
@@ -133,12 +132,15 @@ def test_labels_of_new_rows(stage: Path) -> None:
     np.testing.assert_array_equal(centroids, np.load(stage / "levels" / "centroids.npy"))
     table = pq.read_table(out / "labels" / "00001.parquet")
     x = np.load(stage / "new" / "img_emb" / "img_emb_00001.npy").astype(np.float32)
-    wanted = np.argsort(-(x @ centroids.T), axis=1)[:, :3]
-    have = np.stack([table[name].to_numpy() for name in ("label", "label_1", "label_2")], 1)
-    assert (have == wanted).mean() > 0.999
+    labels = np.stack([table[name].to_numpy() for name in ("label", "label_1", "label_2")], 1)
+    cosine = x @ centroids.T
+    # Compare cosines, not labels: the order of nearly equal ones depends on how the machine rounds.
+    nearest = -np.sort(-cosine, axis=1)[:, :3]
+    np.testing.assert_allclose(np.take_along_axis(cosine, labels, 1), nearest, rtol=0, atol=1e-6)
+    assert all(len(set(row)) == 3 for row in labels.tolist())
     assert table["key"].to_pylist() == [f"00001{row:04d}" for row in range(350)]
     assert np.load(out / "sizes.npy").sum() == 700
-    # The rows the centroids were made from get the labels they had.
+    # The training rows get the labels that they had.
     run("cluster", "--embeddings", stage / "emb", "--out", stage / "same", "--assign-only", stage / "levels")
     for tar in range(3):
         before, after = (pq.read_table(stage / d / "labels" / f"0000{tar}.parquet") for d in ("levels", "same"))
@@ -149,7 +151,7 @@ def test_labels_of_new_rows(stage: Path) -> None:
 def test_labels_of_new_rows_after_a_kill_and_on_ranks(stage: Path, make: Make) -> None:
     one = make("from_finished", "cut")
     assert one.fates(1, kill("cluster:labels", step=0)) == [KILLED]
-    assert one.fates(2) == [0, 0], one.said
+    assert one.fates(2) == [0, 0], one.output
     one.equals(stage / "from_finished")
     (one.out / "labels" / "00001.parquet").unlink()
     assert one.fates(1) == [0]
@@ -166,8 +168,8 @@ def test_rows_of_another_teacher_are_refused(stage: Path) -> None:
     for name, (x, meta, message) in cases.items():
         write_embeddings(stage / name, x, 1, **meta)
         args = ["--embeddings", stage / name, "--out", stage / f"{name}-out", "--assign-only", stage / "levels"]
-        said = run("cluster", *args, expect=2)
-        assert re.search(message, said), said
+        output = run("cluster", *args, expect=2)
+        assert re.search(message, output), output
         assert not (stage / f"{name}-out").exists()
 
 
@@ -183,4 +185,4 @@ def test_invalid_arguments_are_refused(stage: Path, tmp_path: Path) -> None:
     (bare / "meta.json").write_text(json.dumps(read_meta(stage / "levels")))
     assert "centroids.npy is missing" in run("cluster", *new, "--out", tmp_path / "o", "--assign-only", bare, expect=2)
     changed = [value if value != 3 else 2 for value in from_finished(stage, "from_finished")]
-    assert "labels_per_sample=3, this run has labels_per_sample=2" in run("cluster", *changed, expect=2)
+    assert "labels_per_sample 3, this run has 2" in run("cluster", *changed, expect=2)

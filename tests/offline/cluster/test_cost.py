@@ -1,4 +1,4 @@
-"""The estimate in front of a clustering."""
+"""The cost estimate before a clustering."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megacid.offline.cluster.state import KMeansSettings
 CPU = torch.device("cpu")
 
 
-def test_the_work_counts_every_comparison() -> None:
+def test_flop_count_includes_every_comparison() -> None:
     flat = KMeansSettings(k=100, iterations=7)
     assert assignment_flop(flat, 1000, 16) == (2 * 16 * 1000 * 100 * 7, 2 * 16 * 1000 * 100)
     sampled = KMeansSettings(k=100, iterations=7, train_sample=250)
@@ -36,7 +36,7 @@ def test_estimate_names_rows_clusters_ranks_and_memory() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(3.21, "3.21 s"), (600.0, "10 min"), (7.2e4, "20 h")])
-def test_times_have_a_unit_one_can_read(seconds: float, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_durations_have_a_readable_unit(seconds: float, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = KMeansSettings(k=4, iterations=1)
     fit, labels = assignment_flop(settings, 100, 8)
     monkeypatch.setattr("megacid.offline.cluster.cost.measured_rate", lambda *_: (fit + labels) / seconds)

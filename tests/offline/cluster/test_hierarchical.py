@@ -1,4 +1,4 @@
-"""k-means in two levels: budgets, objective beside the flat one, ranks, memory, cuts; index arithmetic of large sizes."""
+"""Hierarchical k-means: budgets, objective against flat k-means, ranks, memory, restarts, indices of large sizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def mixture(n: int, dim: int, centres: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(unit rows fp16, cluster int64, -1 for one in a hundred that belongs to none); sizes differ by a factor of ten."""
+    """(unit rows fp16, cluster int64, -1 for the outliers, one row in a hundred); cluster sizes differ tenfold."""
     rng = np.random.default_rng(seed)
     share_of = rng.lognormal(0, 0.7, centres)
     label = rng.choice(centres, n, p=share_of / share_of.sum())
@@ -60,28 +60,28 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_budgets_go_where_most_error_is_taken_away(seed: int) -> None:
+def test_budgets_reduce_the_error_most(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    # Falling gains, as k-means has them in a cell: then the greedy choice is the best of all choices.
+    # Non-increasing gains, as of k-means in a cell: then the greedy choice is optimal.
     gains = [np.sort(rng.lognormal(0, 2, m))[::-1] for m in rng.integers(0, 6, 5)]
     left = [gain.sum() - np.cumsum(gain) + 1 for gain in gains]
     filled, most = sum(len(curve) > 0 for curve in left), sum(map(len, left))
     choices = [range(1, len(curve) + 1) if len(curve) else [0] for curve in left]
     for k in {filled, (filled + most) // 2, most}:
-        given = centroid_budgets(left, k)
-        assert given.sum() == k
+        budget = centroid_budgets(left, k)
+        assert budget.sum() == k
 
         def error(counts: tuple[int, ...]) -> float:
             return sum(curve[count - 1] for curve, count in zip(left, counts) if count)
 
         best = min(error(counts) for counts in itertools.product(*choices) if sum(counts) == k)
-        assert error(tuple(given)) == pytest.approx(best)
+        assert error(tuple(budget)) == pytest.approx(best)
     for k in (filled - 1, most + 1):
         with pytest.raises(ValueError, match="filled cells"):
             centroid_budgets(left, k)
 
 
-def test_budgets_average_a_gain_that_comes_late() -> None:
+def test_budgets_average_a_late_gain() -> None:
     # The second centroid of cell 0 was drawn badly, the third one shows what it lacked.
     late, even = np.array([10.0, 10.0, 2.0]), np.array([10.0, 7.0, 4.0])
     assert centroid_budgets([late, even], 4).tolist() == [3, 1]
@@ -107,17 +107,17 @@ def test_cells_hold_every_row_once(tmp_path: Path) -> None:
 
 
 def test_balance_load_is_even_and_complete() -> None:
-    work = np.array([9, 1, 8, 2, 5, 5])
-    rank_of = balance_load(work, 3)
-    assert np.bincount(rank_of, weights=work, minlength=3).tolist() == [10, 10, 10]
-    assert balance_load(work, 1).tolist() == [0] * 6
+    costs = np.array([9, 1, 8, 2, 5, 5])
+    rank_of = balance_load(costs, 3)
+    assert np.bincount(rank_of, weights=costs, minlength=3).tolist() == [10, 10, 10]
+    assert balance_load(costs, 1).tolist() == [0] * 6
 
 
 # ---- the whole ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_objective_is_near_the_flat_one(metric: Metric, tmp_path: Path) -> None:
+def test_objective_is_close_to_flat_kmeans(metric: Metric, tmp_path: Path) -> None:
     x, _ = mixture(6000, 16, 200)
     flat = KMeansSettings(k=144, metric=metric, iterations=10)
     two = replace(flat, method="hierarchical", refine_cells=4)
@@ -167,7 +167,7 @@ class CutError(Exception):
     pass
 
 
-def test_cut_anywhere_it_goes_on_and_gives_the_same_bits(tmp_path: Path) -> None:
+def test_a_run_interrupted_anywhere_continues_to_the_same_bits(tmp_path: Path) -> None:
     x, _ = mixture(5000, 16, 80)
     whole = two_level(ArrayRows(x), HIERARCHICAL, tmp_path / "whole")
     total = 0
@@ -211,7 +211,7 @@ def test_what_was_done_with_other_settings_is_dropped_with_a_warning(
     assert torch.equal(state.centroids, two_level(ArrayRows(x), settings, tmp_path / "fresh").centroids)
 
 
-def test_odd_shapes(tmp_path: Path) -> None:
+def test_extreme_numbers_of_clusters_and_rows(tmp_path: Path) -> None:
     x, _ = mixture(300, 8, 5)
     for k in (1, 2, 3, 299, 300):
         state = two_level(ArrayRows(x), replace(HIERARCHICAL, k=k, iterations=2), tmp_path / str(k))
@@ -224,7 +224,7 @@ def test_odd_shapes(tmp_path: Path) -> None:
     assert two_level(ArrayRows(x), sampled, tmp_path / "sampled").centroids.shape == (9, 8)
 
 
-def test_bad_input(tmp_path: Path) -> None:
+def test_invalid_input_is_an_error(tmp_path: Path) -> None:
     x, _ = mixture(300, 8, 5)
     with pytest.raises(UserError, match="k is 301 but there are only 300 rows"):
         two_level(ArrayRows(x), replace(HIERARCHICAL, k=301), tmp_path)
@@ -245,14 +245,14 @@ LARGE_K, LARGE_N = 10_000_000, 3_000_000_000
 def test_labels_above_2_to_the_18() -> None:
     k = 262_144 + 3 * TILE_CENTROIDS + 5
     centroids = torch.randn(k, 6, generator=torch.Generator().manual_seed(0))
-    wanted = torch.tensor([0, 262_143, 262_144, 262_145, k - 6, k - 1])
-    value, label = Assigner(centroids, "euclidean", CPU).tile(centroids[wanted])
-    assert label[:, 0].tolist() == wanted.tolist() and label.dtype == torch.int64
+    targets = torch.tensor([0, 262_143, 262_144, 262_145, k - 6, k - 1])
+    value, label = Assigner(centroids, "euclidean", CPU).tile(centroids[targets])
+    assert label[:, 0].tolist() == targets.tolist() and label.dtype == torch.int64
     total = Accumulator(KMeansSettings(k=k), 6, CPU, 8.0)
-    total.add(centroids[wanted], wanted, value[:, 0])
-    assert total.counts_K.nonzero()[:, 0].tolist() == wanted.tolist()
-    torch.testing.assert_close(total.means()[wanted].float(), centroids[wanted], rtol=0, atol=1e-6)
-    order, begins = group_by_label(wanted.numpy(), k)
+    total.add(centroids[targets], targets, value[:, 0])
+    assert total.counts_K.nonzero()[:, 0].tolist() == targets.tolist()
+    torch.testing.assert_close(total.means()[targets].float(), centroids[targets], rtol=0, atol=1e-6)
+    order, begins = group_by_label(targets.numpy(), k)
     assert order.tolist() == list(range(6)) and begins[-1] == 6 and begins[262_144] == 2
 
 
@@ -267,10 +267,10 @@ def test_products_of_rows_and_clusters_above_2_to_the_31() -> None:
     rng = np.random.default_rng(0)
     assert cell_count(LARGE_K) == 3162
     sizes = rng.multinomial(LARGE_N, np.full(3162, 1 / 3162)).astype(np.int64)
-    given = sizes * LARGE_K // LARGE_N
-    assert int(sizes.max()) * int(given.max()) < 2**63  # what a cell costs
-    rank_of = balance_load(sizes.astype(np.float64) * given, 64)
-    load = np.bincount(rank_of, weights=sizes.astype(np.float64) * given)
+    budget = sizes * LARGE_K // LARGE_N
+    assert int(sizes.max()) * int(budget.max()) < 2**63  # the cost of a cell
+    rank_of = balance_load(sizes.astype(np.float64) * budget, 64)
+    load = np.bincount(rank_of, weights=sizes.astype(np.float64) * budget)
     assert len(load) == 64 and load.max() / load.mean() < 1.1
 
 

@@ -1,4 +1,4 @@
-"""k-means against faiss, against a float64 reference, and against itself cut, split and blocked differently."""
+"""k-means against faiss and a float64 reference, and with interruptions, several ranks and other block sizes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -51,13 +51,13 @@ def test_equals_lloyd_in_float64(metric: str, backend: str) -> None:
     x = blobs(unit=metric == "cosine")
     settings = KMeansSettings(k=12, metric=metric, iterations=6, seed=1, backend=backend)
     start = initial_centroids(ArrayRows(x), settings, torch.device("cpu")).numpy()
-    wanted, objective = reference_lloyd(x, start, 6, metric)
+    expected, objective = reference_lloyd(x, start, 6, metric)
     state = kmeans(ArrayRows(x), settings)
-    np.testing.assert_allclose(state.centroids.numpy(), wanted, atol=2e-5 * np.abs(wanted).max())
+    np.testing.assert_allclose(state.centroids.numpy(), expected, atol=2e-5 * np.abs(expected).max())
     np.testing.assert_allclose(state.objective, objective, rtol=1e-5)
 
 
-def test_objective_is_that_of_faiss() -> None:
+def test_objective_equals_faiss() -> None:
     import faiss
 
     x = blobs()
@@ -80,7 +80,7 @@ def test_objective_never_gets_worse(metric: str) -> None:
 
 
 class CountingRows(ArrayRows):
-    """Remembers the largest piece it was asked for."""
+    """Records the largest block that was read."""
 
     largest = 0
 
@@ -90,7 +90,7 @@ class CountingRows(ArrayRows):
 
 
 @pytest.mark.parametrize(("backend", "tight_gb", "tile"), [("torch", 0.0009, 1024), ("faiss", 0.002, 4096)])
-def test_memory_bound_changes_the_blocks_and_not_a_bit_of_the_result(backend: str, tight_gb: float, tile: int) -> None:
+def test_memory_bound_changes_blocks_but_not_the_result(backend: str, tight_gb: float, tile: int) -> None:
     x = blobs(9000, unit=False)
     settings = KMeansSettings(k=15, metric="euclidean", iterations=5, memory_gb=1.0, backend=backend)
     large, small = CountingRows(x), CountingRows(x)
@@ -125,7 +125,7 @@ def test_more_ranks_than_tiles() -> None:
     assert all(torch.equal(c, alone.centroids) for c, _ in run_ranks(_on_ranks, 2, x, settings))
 
 
-def test_bad_row_fails_on_every_rank() -> None:
+def test_an_invalid_row_fails_on_every_rank() -> None:
     x = blobs(4000)
     x[3990, 2] = np.nan
     with pytest.raises(AssertionError, match=r"row 3990 of the array holds NaN"):
@@ -168,7 +168,7 @@ def test_restart_equals_an_uninterrupted_run(tmp_path: Path) -> None:
         kmeans(ArrayRows(x), settings, checkpoint=path)
 
 
-def test_tolerance_stops_and_the_sample_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_tolerance_stops_and_the_sample_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     x = blobs()
     assert len(kmeans(ArrayRows(x), KMeansSettings(k=10, iterations=50, tolerance=0.01)).objective) < 20
     with caplog.at_level("INFO"):
@@ -176,7 +176,7 @@ def test_tolerance_stops_and_the_sample_is_said(caplog: pytest.LogCaptureFixture
     assert "sample of 500 of 3000 rows" in caplog.text
 
 
-def test_kmeans_plus_plus_starts_better_than_random() -> None:
+def test_kmeans_plus_plus_has_a_better_start_than_random() -> None:
     x = blobs(2000, centres=20)
     first = {}
     for init in ("random", "k-means++"):
@@ -186,7 +186,7 @@ def test_kmeans_plus_plus_starts_better_than_random() -> None:
     assert first["k-means++"] > first["random"]
 
 
-def test_empty_clusters_split_the_one_with_the_largest_error() -> None:
+def test_empty_clusters_split_the_cluster_with_the_largest_error() -> None:
     centroids = torch.nn.functional.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     before = centroids.clone()
     # Cluster 4 is large and has no spread; cluster 2 has one row.
@@ -199,7 +199,7 @@ def test_empty_clusters_split_the_one_with_the_largest_error() -> None:
     assert torch.allclose(centroids.norm(dim=1), torch.ones(5))
 
 
-def test_a_clump_of_copies_does_not_swallow_clusters() -> None:
+def test_a_clump_of_copies_does_not_keep_clusters_empty() -> None:
     # 900 copies of one row: a random start takes a dozen of them, which splitting by size would never get out of there.
     x = np.concatenate([np.repeat(blobs(1), 900, axis=0), blobs(600, seed=2)])
     for metric in ("cosine", "euclidean"):
@@ -221,9 +221,9 @@ def test_assigner_over_several_centroid_tiles(metric: str, top: int) -> None:
     exact = (
         x.double() @ centroids.double().T if metric == "cosine" else -(torch.cdist(x.double(), centroids.double()) ** 2)
     )
-    wanted, _ = exact.topk(top, dim=1)
-    torch.testing.assert_close(exact.gather(1, label), wanted, rtol=0, atol=1e-5)
-    torch.testing.assert_close((value if metric == "cosine" else -value).double(), wanted, rtol=0, atol=1e-5)
+    expected, _ = exact.topk(top, dim=1)
+    torch.testing.assert_close(exact.gather(1, label), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close((value if metric == "cosine" else -value).double(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

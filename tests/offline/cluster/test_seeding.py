@@ -1,4 +1,4 @@
-"""k-means++ and merging against what they are defined as, in float64."""
+"""k-means++ and merging against their definitions in float64."""
 
 import itertools
 
@@ -30,7 +30,7 @@ def error_of(x: np.ndarray, metric: Metric) -> float:
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_plus_plus_says_what_its_rows_leave(metric: Metric) -> None:
+def test_plus_plus_returns_the_distance_left_after_each_step(metric: Metric) -> None:
     x = np.random.default_rng(0).normal(size=(500, 8)).astype(np.float32)
     chosen, left = plus_plus(ArrayRows(x), 20, 500, 3, metric, CPU, no_progress)
     exact = unit(x.astype(np.float64)) if metric == "cosine" else x.astype(np.float64)
@@ -45,7 +45,7 @@ def test_plus_plus_says_what_its_rows_leave(metric: Metric) -> None:
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_merging_costs_what_it_adds_and_takes_the_cheapest(metric: Metric) -> None:
+def test_merge_cost_is_the_added_error_and_the_cheapest_pair_is_merged(metric: Metric) -> None:
     rng = np.random.default_rng(1)
     middles = rng.normal(size=(8, 6))
     middles[5] = middles[2] + 0.05  # two centroids on one cluster, large ones; two small ones that are farther apart
@@ -68,15 +68,15 @@ def test_merging_costs_what_it_adds_and_takes_the_cheapest(metric: Metric) -> No
     both = sums[list(best)].sum(0) / (
         np.linalg.norm(sums[list(best)].sum(0)) if metric == "cosine" else weight[list(best)].sum()
     )
-    wanted = np.concatenate([both[None], centroids[rest].numpy()])
-    np.testing.assert_allclose(np.sort(merged.numpy(), axis=0), np.sort(wanted, axis=0), rtol=1e-5, atol=1e-6)
+    expected = np.concatenate([both[None], centroids[rest].numpy()])
+    np.testing.assert_allclose(np.sort(merged.numpy(), axis=0), np.sort(expected, axis=0), rtol=1e-5, atol=1e-6)
     assert merge_nearest(centroids.float(), w, 3, metric, lambda c: torch.arange(len(c)).repeat(len(c), 1)).shape == (
         3,
         6,
     )
 
 
-def test_planted_clusters_get_a_centroid_each_beside_outliers() -> None:
+def test_every_planted_cluster_gets_a_centroid_despite_outliers() -> None:
     rng = np.random.default_rng(0)
     middles = unit(rng.normal(size=(25, 32)))
     x = middles[rng.choice(25, 6000, p=rng.dirichlet(np.full(25, 2.0)))] + 0.05 * rng.normal(size=(6000, 32))
@@ -89,7 +89,7 @@ def test_planted_clusters_get_a_centroid_each_beside_outliers() -> None:
         assert (start.numpy() @ middles.T).max(0).min() > 0.8
 
 
-def test_memory_of_the_sample_is_said_before_anything_is_done() -> None:
+def test_memory_of_the_sample_is_checked() -> None:
     large = KMeansSettings(k=100_000, init="k-means++", memory_gb=2)
     with pytest.raises(UserError, match=r"k-means\+\+ for 100000 clusters of width 768 needs .* --init random"):
         check_seeding_memory(10**9, 768, large)
