@@ -3,7 +3,7 @@
 
     tools/docs.py                      rewrite the tables of docs/configuration.md from megacid/config/schema.py
     tools/docs.py --check              exit 1 when they are stale; change nothing
-    tools/docs.py --demo runs/demo     pictures in docs/images/, and the demo table of README.md
+    tools/docs.py --demo runs/demo     pictures in docs/images/, results in README.md and docs/demo.md
 
 --demo reads what tools/demo.sh wrote: summary.json, the figures of the balance stage and the TensorBoard event files of
 the students. It needs matplotlib.
@@ -28,7 +28,14 @@ from megacid.storage.atomic import write_atomic
 
 SCHEMA = ROOT / "megacid" / "config" / "schema.py"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
-FIGURES = ("fig2a_perceptual", "fig2b_semantic", "fig2c_process", "fig2d_clusters")
+FIGURES = {  # name of a figure of tools/figures.py -> caption
+    "fig2a_perceptual": "Perceptual redundancy: a kept picture and the near-copies removed for it",
+    "fig2b_semantic": "Semantic redundancy: a kept picture and the removed ones that show the same",
+    "fig2c_process": "Balance of one cluster, step by step",
+    "fig2d_clusters": "Cluster sizes before and after balance",
+}
+README_PICTURE = f"![{FIGURES['fig2a_perceptual']}](docs/images/demo-fig2a_perceptual.png)"
+CURVES_CAPTION = "Training curves of the students"
 MAX_WIDTH = 1000  # pixels of a committed picture
 STUDENTS = {
     "student_plain": "plain (contrastive)",
@@ -118,7 +125,7 @@ def configuration_page(page: str, source: str) -> str:
 
 
 def demo_table(summary: dict[str, Any]) -> str:
-    """The table of README.md from summary.json of a demo run."""
+    """Accuracies and how they were measured, from summary.json of a demo run."""
     from summary import RUNS
 
     rows = ["| model | zero-shot top-1 | linear probe top-1 |", "|---|---:|---:|"]
@@ -135,6 +142,12 @@ def demo_table(summary: dict[str, Any]) -> str:
         f"{minutes:.1f} minutes in all. Balance removed {100 * balance['share_removed']:.1f} % of the pairs.",
     ]
     return "\n".join(rows)
+
+
+def demo_pictures() -> str:
+    """The pictures of docs/demo.md."""
+    captions = {**FIGURES, "curves": CURVES_CAPTION}
+    return "\n\n".join(f"**{text}**\n\n![{text}](images/demo-{name}.png)" for name, text in captions.items())
 
 
 def _shrink(source: Path, target: Path) -> None:
@@ -181,7 +194,7 @@ def draw_curves(demo: Path, target: Path) -> None:
 
 
 def from_demo(demo: Path, root: Path) -> list[Path]:
-    """Write the pictures and the README table of `root`; returns the files."""
+    """Write the pictures, the table of README.md and the results of docs/demo.md below `root`; returns the files."""
     path = demo / "summary.json"
     if not path.is_file():
         raise UserError(f"{path} is missing, so the demo did not finish: run tools/demo.sh, then this command again")
@@ -196,9 +209,13 @@ def from_demo(demo: Path, root: Path) -> list[Path]:
         written.append(images / f"demo-{name}.png")
     draw_curves(demo, images / "demo-curves.png")
     _shrink(images / "demo-curves.png", images / "demo-curves.png")
-    readme = root / "README.md"
-    write_atomic(readme, between(readme.read_text(), "demo table", demo_table(summary)).encode())
-    return [*written, images / "demo-curves.png", readme]
+    pages = {
+        root / "README.md": ("demo table", f"{demo_table(summary)}\n\n{README_PICTURE}"),
+        root / "docs" / "demo.md": ("demo results", f"{demo_table(summary)}\n\n{demo_pictures()}"),
+    }
+    for page, (marker, content) in pages.items():
+        write_atomic(page, between(page.read_text(), marker, content).encode())
+    return [*written, images / "demo-curves.png", *pages]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -137,19 +137,21 @@ def fake_demo(root: Path) -> Path:
 def test_pictures_and_the_readme_table_are_made_from_a_demo_run(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     demo = fake_demo(tmp_path)
-    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
+    for page in ("README.md", "docs/demo.md"):
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).write_text((ROOT / page).read_text())
     written = docs_tool.from_demo(demo, tmp_path)
     for path in written:
         if path.suffix == ".png":
             with Image.open(path) as picture:
                 assert 100 < picture.width <= docs_tool.MAX_WIDTH
-    text = (tmp_path / "README.md").read_text()
-    assert "| student, instance + cluster | 95.4 % | 95.5 % |" in text and "3.0 minutes in all" in text
-    before = re.sub(r"(<!-- demo table[^>]*-->).*(<!-- end of demo table -->)", r"\1\2", text, flags=re.DOTALL)
-    readme = (ROOT / "README.md").read_text()
-    assert before == re.sub(
-        r"(<!-- demo table[^>]*-->).*(<!-- end of demo table -->)", r"\1\2", readme, flags=re.DOTALL
-    )
+    marked = re.compile(r"(<!-- demo \w+[^>]*-->).*(<!-- end of demo \w+ -->)", re.DOTALL)
+    for page in ("README.md", "docs/demo.md"):
+        text = (tmp_path / page).read_text()
+        assert "| student, instance + cluster | 95.4 % | 95.5 % |" in text and "3.0 minutes in all" in text
+        for picture in re.findall(r"\]\(([^)]*demo-\w+\.png)\)", text):
+            assert (tmp_path / page).parent.joinpath(picture).is_file()
+        assert marked.sub(r"\1\2", text) == marked.sub(r"\1\2", (ROOT / page).read_text())
 
 
 def test_a_demo_that_did_not_finish_is_one_error(tmp_path: Path) -> None:
