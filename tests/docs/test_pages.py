@@ -63,6 +63,21 @@ def test_every_setting_is_on_the_configuration_page() -> None:
             assert f"`{section}.{name}`" in page
 
 
+def test_pages_name_settings_that_exist() -> None:
+    from megacid.config.schema import defaults
+
+    known = {section: {*fields} for section, fields in defaults().items()}
+    known["run"] |= {"name", "total_steps"}
+    known["student"] |= {"model"}
+    checked = 0
+    for page in PAGES:
+        for section, key in re.findall(r"`(?:--set )?(\w+)\.(\w+)[`=:]", page.read_text()):
+            if section in known and key not in ("json", "py"):
+                assert key in known[section], f"{page.name} names {section}.{key}"
+                checked += 1
+    assert checked > 80
+
+
 def test_architecture_page_shows_who_may_import_whom() -> None:
     table = rows((DOCS / "architecture.md").read_text(), "## Rooms")
     shown = {room.strip("`"): set(re.findall(r"`(\w+)`", imports)) for room, _, imports in table}
