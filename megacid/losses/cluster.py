@@ -52,7 +52,7 @@ class ClusterDistillation(nn.Module):
 
         Args:
             student_BD: [B, D] student embeddings.
-            target_B: int64 [B] or [B, l], as in `PartialFC.forward`; unlabelled samples are left out of all three terms.
+            target_B: int64 [B] or [B, l], as in `PartialFC.forward`; all three terms leave unlabelled samples out.
             teacher_BD: [B, D] stored teacher embeddings, needed if beta or gamma is > 0.
 
         Returns:

@@ -1,4 +1,4 @@
-"""What stock open_clip makes of an export must be what tools/eval.py measures on the run itself."""
+"""Stock open_clip must predict from an export what tools/eval.py measures on the run itself."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def picture(label, generator):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A student that took a few steps of CLIP training on colours: not what any seed gives, and not constant."""
+    """A student after a few steps of CLIP training on colours: neither random nor constant."""
     student = build_student("digits-student", embed_dim=96, seed=5)
     transform, tokenizer = preprocess_for(student)
     generator = torch.Generator().manual_seed(1)
@@ -53,7 +53,7 @@ def trained():
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        student.clip.get_parameter("logit_scale").fill_(9.0)  # hotter than the bound that training applies
+        student.clip.get_parameter("logit_scale").fill_(9.0)  # above the bound of training
     return student
 
 
@@ -94,7 +94,7 @@ def expected(trained, dataset):
 
 
 def stock_predictions(model, transform, tokenizer, dataset):
-    """Zero-shot with nothing of megacid but the reader of the pictures."""
+    """Zero-shot predictions by open_clip alone; megacid only reads the images."""
     benchmark = load_benchmark(dataset)
     templates = [template.replace("{c}", "{}") for template in benchmark.templates]
     model.eval()
@@ -108,7 +108,7 @@ def test_the_directory_predicts_in_stock_open_clip_what_the_run_predicts(exporte
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{exported}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{exported}")
     assert torch.equal(stock_predictions(model, transform, tokenizer, dataset), expected)
-    assert len(expected.unique()) == CLASSES  # a model that always says the same class would prove nothing
+    assert len(expected.unique()) == CLASSES  # a constant prediction would prove nothing
     assert model.logit_scale.shape == () and model.logit_scale.item() == pytest.approx(4.60517)
 
 
@@ -120,7 +120,7 @@ def test_the_pt_predicts_in_stock_open_clip_what_the_run_predicts(exported, data
         "model, _, transform = open_clip.create_model_and_transforms(name, pretrained=f'{directory}/{name}.pt')\n"
         "torch.save(model.state_dict(), out)\n"
     )
-    # In a process of its own, so that nothing that megacid registered can help.
+    # In its own process, without the architectures that megacid registers.
     out = exported.parent / "from_pt.pt"
     subprocess.run([sys.executable, "-c", code, str(exported), NAME, str(out)], check=True, capture_output=True)
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{exported}", load_weights=False)
@@ -141,9 +141,9 @@ def test_the_pt_is_weights_only_safe_and_holds_the_student_alone(exported, train
 def test_both_artefacts_load_through_load_clip_with_the_same_class_embeddings(exported, trained, dataset):
     open_clip.add_model_config(exported / f"{NAME}.json")
     benchmark = load_benchmark(dataset)
-    wanted = class_embeddings(loaded_student(trained, "memory"), benchmark)
+    embeddings = class_embeddings(loaded_student(trained, "memory"), benchmark)
     for clip in (load_clip(f"local-dir:{exported}"), load_clip(NAME, str(exported / f"{NAME}.pt"))):
-        torch.testing.assert_close(class_embeddings(clip, benchmark), wanted)
+        torch.testing.assert_close(class_embeddings(clip, benchmark), embeddings)
         assert clip.embed_dim == 96
 
 
@@ -169,7 +169,7 @@ def test_names_that_would_break_or_be_taken_for_another_model_are_refused(traine
 
 
 class EngineOfOneRank:
-    """What `Saver` asks of the engine, for a student outside DeepSpeed; `offset` tells the checkpoints apart."""
+    """The part of the engine that `Saver` uses, for a student outside DeepSpeed; `offset` distinguishes checkpoints."""
 
     def __init__(self, student, offset):
         self.student, self.offset = student, offset
@@ -263,8 +263,8 @@ def test_tools_answer_a_bad_call_with_one_sentence_and_code_2(name, arguments, n
     main = runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["main"]
     arguments = [str(dataset) if argument == "SET" else argument for argument in arguments]
     assert run_tool(lambda: main([*arguments, "--out", str(tmp_path)])) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and named in said and said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and named in message and message.count("\n") == 1
 
 
 def test_export_tool_writes_the_newest_valid_checkpoint_under_the_name_of_the_run(run, trained, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The objective: weights, needed inputs, terms; one process (ranks are tests/dist/test_partial_fc.py)."""
+"""The objective: weights, needed inputs, terms; in one process (several ranks: test_joint_gradients.py)."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_the_sum_is_the_weighted_sum_of_its_terms() -> None:
     }
     values = {name: float(value) for name, value in terms.items()}
     assert not any(value.requires_grad for value in terms.values())
-    want = 2 * values["instance"] + 0.4 * values["cluster"] + 0.3 * values["contrastive"] + 0.2 * values["mse"]
-    assert loss.item() == pytest.approx(want, rel=1e-6)
+    expected = 2 * values["instance"] + 0.4 * values["cluster"] + 0.3 * values["contrastive"] + 0.2 * values["mse"]
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
     parts = 0.5 * values["cluster/student_ce"] + 0.7 * values["cluster/teacher_ce"] + 0.3 * values["cluster/kl"]
     assert values["cluster"] == pytest.approx(parts, rel=1e-6)
     assert values["instance"] == pytest.approx(
@@ -114,12 +114,12 @@ def test_fixed_temperature_replaces_the_learned_scale() -> None:
     loss, _ = Objective(cluster=0, temperature=0.25)(out, data)
     loss.backward()
     assert out.logit_scale.grad is None
-    want = instance_loss(out.image, out.text, data.teacher_image, data.teacher_text, torch.tensor(4.0))  # type: ignore[arg-type]
-    assert loss.item() == pytest.approx(want.item())
+    expected = instance_loss(out.image, out.text, data.teacher_image, data.teacher_text, torch.tensor(4.0))  # type: ignore[arg-type]
+    assert loss.item() == pytest.approx(expected.item())
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "says"),
+    ("kwargs", "message"),
     [
         ({"instance": -1.0}, "instance term is -1.0"),
         ({"instance": 0.0, "cluster": 0.0}, "all loss weights are 0"),
@@ -127,19 +127,19 @@ def test_fixed_temperature_replaces_the_learned_scale() -> None:
         ({"cluster": 0.0, "temperature": 0.0}, "temperature is 0.0"),
     ],
 )
-def test_senseless_objectives_are_refused(kwargs: dict, says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_senseless_objectives_are_refused(kwargs: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         Objective(**kwargs)
 
 
 def test_senseless_cluster_losses_are_refused() -> None:
     head = PartialFC(3, 2)
-    for args, says in (
+    for args, message in (
         ((0.0, 0.0, 0.0), "all 0"),
         ((1.0, -1.0, 0.0), "beta is -1.0"),
         ((1.0, 0.0, 1.0, 0.0), "temperature is 0.0"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             ClusterDistillation(head, *args)
 
 
