@@ -2,16 +2,11 @@
 
 from megacid_kernels.contrastive import contrastive_cross_entropy
 from megacid_kernels.cross_entropy import linear_margin_cross_entropy
-from megacid_kernels.discrimination import (
-    Discrimination,
-    Gradients,
-    discrimination_with_gradients,
-    linear_margin_discrimination,
-)
+from megacid_kernels.discrimination import discrimination_with_gradients, linear_margin_discrimination
 from megacid_kernels.engines.dispatch import resolve
 from megacid_kernels.loss_spec import LossSpec, TargetMargin, Weights
 from megacid_kernels.margin import Margin
-from megacid_kernels.schedule import OnGradientSlab
+from megacid_kernels.schedule import Discrimination, Gradients, OnGradientSlab
 
 __all__ = [
     "Discrimination",

@@ -56,10 +56,8 @@ def check_inputs(
 
 
 def check_label_values(target: Tensor, spec: LossSpec) -> None:
-    """Raise ValueError for a label out of range if labels are on the host.
-
-    On a device this would synchronise; there such a label makes the loss NaN.
-    """
+    """Raise ValueError for a label out of range, on the host only: on a device, where it would synchronise, such a
+    label makes the loss NaN."""
     if target.device.type == "cpu" and target.dtype == torch.int64 and target.numel():
         low, high = (int(value) for value in target.aminmax())
         if low < -1 or high >= spec.num_classes:

@@ -5,8 +5,7 @@ Legend: G gathered batch, D width, L rows in memory, S rows of w that are used o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,43 +15,7 @@ from megacid_kernels.engines.dispatch import engine_for, resolve
 from megacid_kernels.engines.interface import EngineInputs
 from megacid_kernels.loss_spec import LossSpec
 from megacid_kernels.plan import plan_chunks, plan_slabs
-from megacid_kernels.schedule import Batch, LossComputation, OnGradientSlab, OnGradX
-
-
-class Discrimination(NamedTuple):
-    """Result of `linear_margin_discrimination`. Only `loss` has a gradient.
-
-    Attributes:
-        loss: 0-d weighted sum of the terms, the same on every rank.
-        raw: [3] CE(student), CE(teacher) and KL without their weights; 0 if not computed.
-        target_cosine: shaped like target, the student's cosine to its labels; 0 without a label or a student term.
-        largest_negative: [G] largest cosine (logit / scale, bias included) of THIS RANK's negatives; -inf without any.
-        removed: [G] int64, negatives of this rank that `filter_threshold` removed.
-    """
-
-    loss: Tensor
-    raw: Tensor
-    target_cosine: Tensor
-    largest_negative: Tensor
-    removed: Tensor
-
-
-class Gradients(NamedTuple):
-    """Result of `discrimination_with_gradients`: the loss and its gradients.
-
-    Attributes:
-        result: the detached loss and statistics.
-        x: [G, D] this shard's partial sum of the gradient of x, in the dtype of x; None if not requested.
-        w: [S, D] gradient of w, in the dtype of w; None if not requested or passed to `on_grad_slab`.
-        each_slab: with weight_grad "recomputed", a function that calls take(start, stop, slab) for every slab of the
-            gradient of w again, with the same bits. It reads the rows of a slab when its turn comes, so rows of earlier
-            slabs may have changed by then. None otherwise.
-    """
-
-    result: Discrimination
-    x: Tensor | None
-    w: Tensor | None
-    each_slab: Callable[[OnGradientSlab], None] | None = None
+from megacid_kernels.schedule import Batch, Discrimination, Gradients, LossComputation, OnGradientSlab, OnGradX
 
 
 class _InForward(torch.autograd.Function):
@@ -86,7 +49,7 @@ def linear_margin_discrimination(
 ) -> Discrimination:
     """Weighted sum of margin cross entropy, teacher cross entropy and KL, with classes sharded over ranks.
 
-    See [`Weights`][megacid_kernels.Weights] for the formula. bf16 and fp16 inputs are computed in float32, float64
+    See `Weights` for the formula. bf16 and fp16 inputs are computed in float32, float64
     inputs in float64. Memory: the [chunk, S] matrices within `spec.memory_budget_bytes`, and both gradients.
 
     The gradient of w is exact. The gradient of x is THIS SHARD'S PARTIAL SUM: sum it over the ranks, as the backward of
@@ -170,13 +133,13 @@ def discrimination_with_gradients(
             plan = plan_chunks(spec, len(x), engine.num_rows, x.shape[1], chunk_needs, device)
         else:
             plan = plan_slabs(spec, engine.num_rows, engine.slab_needs(len(x), gradients), gradients, device)
-        batch = Batch(engine, x.to(wide), target_Gl, rows, None if teacher is None else teacher.to(wide), spec)
+        batch = Batch(engine, spec, x.to(wide), target_Gl, rows, None if teacher is None else teacher.to(wide))
         computation = LossComputation(engine, spec, plan, batch)
-        out = computation.compute(need_x, need_w, on_grad_x, on_grad_slab if need_w else None)
-        cosine = out.target_cosine[:, 0] if target.ndim == 1 else out.target_cosine
-        return Gradients(
-            Discrimination(out.terms.sum(), out.raw, cosine, out.largest_negative, out.removed),
-            None if out.grad_x is None else out.grad_x.to(x.dtype),
-            None if out.grad_w is None else out.grad_w.to(w.dtype),
-            computation.each_slab if plan.kind == "recomputed" else None,
+        grads = computation.compute(need_x, need_w, on_grad_x, on_grad_slab if need_w else None)
+        if target.ndim == 1:
+            grads = grads._replace(result=grads.result._replace(target_cosine=grads.result.target_cosine[:, 0]))
+        return grads._replace(
+            x=None if grads.x is None else grads.x.to(x.dtype),
+            w=None if grads.w is None else grads.w.to(w.dtype),
+            each_slab=computation.each_slab if plan.kind == "recomputed" else None,
         )

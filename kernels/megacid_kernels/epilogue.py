@@ -36,21 +36,13 @@ class SoftmaxLoss(NamedTuple):
 
 
 def divide_by_z(factor: Tensor, log_z: Tensor) -> Tensor:
-    """factor / Z for factor >= 0, always finite.
-
-    The bound acts only where every exponential underflowed to 0: 0 * finite is 0, where 0 * inf would be NaN.
-    """
+    """factor / Z for factor >= 0, always finite."""
+    # The bound acts only where every exponential underflowed to 0: 0 * finite is 0, where 0 * inf would be NaN.
     return torch.exp((factor.log() - log_z).clamp_max(88.0 if log_z.dtype == torch.float32 else 700.0))
 
 
 def one_label(negatives: Tensor, logit: Tensor, shift: float | Tensor) -> SoftmaxLoss:
-    """Cross entropy.
-
-    Args:
-        negatives: [b] sum of exp(z - shift) over the negatives.
-        logit: [b, 1] logit of the label.
-        shift: kappa; a tensor is [b] or 0-d.
-    """
+    """Cross entropy. negatives: [b] sum of exp(z - shift) over them; logit: [b, 1] the label's; shift: 0-d or [b]."""
     target, log_n = logit[:, 0] - shift, negatives.log()
     d = log_n - target
     loss = torch.logaddexp(d, torch.zeros_like(d))
@@ -69,13 +61,9 @@ def _several_labels(negatives: Tensor, logit: Tensor, present: Tensor, shift: fl
 
 
 def epilogue(spec: LossSpec, stats: RowStatistics, present: Tensor, share: Tensor) -> Coefficients:
-    """Compute losses and coefficients.
+    """Losses and coefficients from `stats` of all ranks.
 
-    Args:
-        spec: the loss.
-        stats: statistics summed over the ranks.
-        present: [b, l] bool, which labels exist.
-        share: [b] weight of each sample in the loss, 0 for unlabelled samples.
+    present: [b, l] bool, which labels exist. share: [b] weight of each sample in the loss, 0 for unlabelled samples.
     """
     w, s = spec.weights, spec.scale
     raw, teacher_target = [torch.zeros_like(share) for _ in range(3)], None
@@ -108,11 +96,8 @@ def epilogue(spec: LossSpec, stats: RowStatistics, present: Tensor, share: Tenso
         of_student, of_teacher = spec.softened("student"), spec.softened("teacher")
         factor, p_student, p_teacher = share * (w.gamma * soft_scale), softmax(of_student), softmax(of_teacher)
         target_gap = (1 - p_teacher.residual[:, 0]) * (stats.teacher_cos[:, 0] - stats.psi[:, 0])
-        raw[2] = (
-            soft_scale * (stats.gap * divide_by_z(torch.ones_like(factor), p_teacher.log_z) + target_gap)
-            + p_student.log_z
-            - p_teacher.log_z
-        )
+        gap = stats.gap * divide_by_z(torch.ones_like(factor), p_teacher.log_z) + target_gap
+        raw[2] = soft_scale * gap + p_student.log_z - p_teacher.log_z
         # At temperature 1 one matrix serves two terms: add their coefficients, not their products.
         student[of_student] = student.get(of_student, 0) + divide_by_z(factor, p_student.log_z)
         student[of_teacher] = -divide_by_z(factor, p_teacher.log_z)

@@ -10,8 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
-WEIGHT_GRADS = ("auto", "stored", "recomputed")
-PRECISIONS = ("auto", "fp16", "bf16", "fp32")
 DEFAULT_BUDGET_BYTES = 1 << 30
 MAX_LOG_SUM = 80.0  # e^80 and its products with the other factors stay finite in float32
 _MIN_CPU_BUDGET_BYTES = 1 << 26
@@ -28,10 +26,10 @@ class Distribution(NamedTuple):
 
 
 class TargetMargin(Protocol):
-    """A margin on the target class. [`Margin`][megacid_kernels.Margin] implements it."""
+    """A margin on the target class. `Margin` implements it."""
 
     def target(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """psi and d psi / d cos, shaped like `cos`; see [`Margin.target`][megacid_kernels.Margin.target]."""
+        """psi and d psi / d cos, shaped like `cos`; see `Margin.target`."""
         ...
 
 
@@ -88,7 +86,7 @@ class LossSpec:
         max_rows: largest number of rows of w on any rank, required on several ranks; None: this rank's number.
         reduction: "mean" or "sum" over the labelled samples.
         group: ranks over which the classes are sharded; None: the default group, or a single process.
-        impl: "auto", "torch" or "triton"; see [`resolve`][megacid_kernels.resolve].
+        impl: "auto", "torch" or "triton"; see `resolve`.
         weight_grad: "stored" (which "auto" means) keeps the gradient [S, D] of w: 6 G S D FLOP. "recomputed" computes
             it slab by slab with the least memory: 8 G S D FLOP.
         precision: of the matrix products in Triton. "fp16" (which "auto" means) rounds unit rows to fp16 for the
@@ -120,8 +118,8 @@ class LossSpec:
     def __post_init__(self) -> None:
         for name, known in (
             ("impl", IMPLEMENTATIONS),
-            ("weight_grad", WEIGHT_GRADS),
-            ("precision", PRECISIONS),
+            ("weight_grad", ("auto", "stored", "recomputed")),
+            ("precision", ("auto", "fp16", "bf16", "fp32")),
             ("margin_grad", ("exact", "straight_through")),
             ("reduction", ("mean", "sum")),
         ):
@@ -155,9 +153,11 @@ class LossSpec:
         """The distribution that the KL compares; at temperature 1 it is also that of the cross entropy."""
         return Distribution(source, self.weights.temperature)
 
-    def distributions(self, source: Source) -> list[Distribution]:
-        """Distributions of the student or the teacher that the loss terms need."""
+    def distributions(self, source: Source | None = None) -> list[Distribution]:
+        """Distributions that the loss terms need, of the student, of the teacher, or (None) of both."""
         weights = self.weights
+        if source is None:
+            return self.distributions("student") + self.distributions("teacher")
         cross_entropy = (weights.alpha if source == "student" else weights.beta) > 0
         plain = [Distribution(source, 1.0)] if cross_entropy else []
         return list(dict.fromkeys(plain + ([self.softened(source)] if weights.gamma > 0 else [])))
@@ -178,7 +178,7 @@ class LossSpec:
         labels: labels per sample whose rows [width] are copied; itemsize: bytes of an exponential.
         """
         rows = max(1, self.max_rows or rows)
-        matrices = float(len(self.distributions("student")) + len(self.distributions("teacher")))
+        matrices = float(len(self.distributions()))
         if self.filter_threshold is not None:
             matrices += 1 / itemsize + (not self.distributions("student"))
         per_sample = rows * max(1.0, matrices)

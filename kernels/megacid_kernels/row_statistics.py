@@ -28,24 +28,19 @@ class RowStatistics(NamedTuple):
     def start_all_reduce(self, group: dist.ProcessGroup | None, world: int) -> Callable[[], RowStatistics]:
         """Start ONE sum all-reduce of everything; the returned function waits for it and returns the sums."""
         by_label = [None if value is None else value.unbind(1) for value in (self.psi, self.cos, self.teacher_cos)]
-        packed = torch.stack(
-            [
-                *self.sums.values(),
-                *([] if self.gap is None else [self.gap]),
-                self.owned,
-                *(column for columns in by_label if columns is not None for column in columns),
-            ]
-        )
+        rows = [*self.sums.values(), self.gap, self.owned]
+        for columns in by_label:
+            rows += columns or ()
+        packed = torch.stack([row for row in rows if row is not None])
         pending = dist.all_reduce(packed, group=group, async_op=True) if world > 1 else None
 
         def result() -> RowStatistics:
             if pending is not None:
                 pending.wait()
-            columns = iter(packed.unbind())
-            sums = {distribution: next(columns) for distribution in self.sums}
-            gap = None if self.gap is None else next(columns)
-            owned = next(columns)
-            values = [None if x is None else torch.stack([next(columns) for _ in x], 1) for x in by_label]
+            reduced = iter(packed.unbind())
+            sums = {distribution: next(reduced) for distribution in self.sums}
+            gap, owned = None if self.gap is None else next(reduced), next(reduced)
+            values = [None if x is None else torch.stack([next(reduced) for _ in x], 1) for x in by_label]
             return RowStatistics(sums, gap, owned, *values)
 
         return result

@@ -42,16 +42,40 @@ OnGradX = Callable[[Tensor], None]
 OnGradientSlab = Callable[[int, int, Tensor], object]  # (start, stop, gradient of rows [start, stop) of w)
 
 
-class LossOutput(NamedTuple):
-    """Result of `LossComputation.compute`."""
+class Discrimination(NamedTuple):
+    """Result of `linear_margin_discrimination`. Only `loss` has a gradient.
 
-    terms: Tensor  # [3] weighted and reduced: alpha * CE(student), beta * CE(teacher), gamma * KL
-    raw: Tensor  # [3] the same without their weights
-    target_cosine: Tensor  # [G, l] student's cosine to its labels; 0 without a label or a student term
-    largest_negative: Tensor  # [G] largest logit / scale among THIS RANK's negatives; -inf without any
-    removed: Tensor  # [G] int64, negatives of this rank removed by the filter
-    grad_x: Tensor | None  # [G, D] this shard's partial sum
-    grad_w: Tensor | None  # [S, D]; None if it was passed on in slabs
+    Attributes:
+        loss: 0-d weighted sum of the terms, the same on every rank.
+        raw: [3] CE(student), CE(teacher) and KL without their weights; 0 if not computed.
+        target_cosine: shaped like target, the student's cosine to its labels; 0 without a label or a student term.
+        largest_negative: [G] largest cosine (logit / scale, bias included) of THIS RANK's negatives; -inf without any.
+        removed: [G] int64, negatives of this rank that `filter_threshold` removed.
+    """
+
+    loss: Tensor
+    raw: Tensor
+    target_cosine: Tensor
+    largest_negative: Tensor
+    removed: Tensor
+
+
+class Gradients(NamedTuple):
+    """Result of `discrimination_with_gradients`: the loss and its gradients.
+
+    Attributes:
+        result: the detached loss and statistics.
+        x: [G, D] this shard's partial sum of the gradient of x, in the dtype of x; None if not requested.
+        w: [S, D] gradient of w, in the dtype of w; None if not requested or passed to `on_grad_slab`.
+        each_slab: with weight_grad "recomputed", a function that calls take(start, stop, slab) for every slab of the
+            gradient of w again, with the same bits. It reads the rows of a slab when its turn comes, so rows of earlier
+            slabs may have changed by then. None otherwise.
+    """
+
+    result: Discrimination
+    x: Tensor | None
+    w: Tensor | None
+    each_slab: Callable[[OnGradientSlab], None] | None = None
 
 
 class Batch:
@@ -60,22 +84,22 @@ class Batch:
     def __init__(
         self,
         engine: Engine,
+        spec: LossSpec,
         x_GD: Tensor,
         target_Gl: Tensor,
-        rows_S: Tensor | None,
-        teacher_GD: Tensor | None,
-        spec: LossSpec,
+        rows: Tensor | None,
+        teacher: Tensor | None,
     ):
         target_Gl = drop_repeated_labels(target_Gl) if target_Gl.shape[1] > 1 else target_Gl
         self.present = target_Gl >= 0
-        self.labels = locate(target_Gl, rows_S, spec.class_start, engine.num_rows)
+        self.labels = locate(target_Gl, rows, spec.class_start, engine.num_rows)
         self.labelled = self.present.any(1)
         count = self.labelled.sum().to(x_GD.dtype)
         self.sample_weight = 1 / count.clamp_min(1) if spec.reduction == "mean" else torch.ones_like(count)
         self.student = engine.samples(x_GD)
         self.teacher = None
-        if teacher_GD is not None and spec.weights.needs_teacher:
-            self.teacher = engine.samples(teacher_GD)
+        if teacher is not None and spec.weights.needs_teacher:
+            self.teacher = engine.samples(teacher)
 
 
 class SampleChunk:
@@ -122,14 +146,9 @@ class SampleChunk:
             student = self._student_target = self.engine.target(self.student, self.labels, True)
         if self.teacher is not None:
             teacher = self._teacher_target = self.engine.target(self.teacher, self.labels, False)
-        stats = RowStatistics(
-            self._sums,
-            gap,
-            self.labels.own.sum(1).to(self.share.dtype),
-            psi=None if student is None else student.psi,
-            cos=None if student is None else student.cos,
-            teacher_cos=None if teacher is None else teacher.cos,
-        )
+        owned = self.labels.own.sum(1).to(self.share.dtype)
+        psi, cos = (None, None) if student is None else (student.psi, student.cos)
+        stats = RowStatistics(self._sums, gap, owned, psi, cos, None if teacher is None else teacher.cos)
         return stats.start_all_reduce(self.spec.group, self.spec.world)
 
     def finish_statistics(self, stats: RowStatistics) -> None:
@@ -148,8 +167,8 @@ class SampleChunk:
             self._target_grads.append(TargetGradient(coefficient, self._teacher_target.cos, self.teacher))
 
     def recompute_exponentials(self, block: ClassBlock, start: int, stop: int) -> None:
-        distributions = {*self.spec.distributions("student"), *self.spec.distributions("teacher")}
-        self.slab = block.negatives(self.student, self.teacher, self._labels_in(start, stop), distributions)
+        keep = set(self.spec.distributions())
+        self.slab = block.negatives(self.student, self.teacher, self._labels_in(start, stop), keep)
 
     def add_products(self, block: ClassBlock) -> None:
         """Add the latest slab to the products for the gradient of x; this needs no reduced statistics."""
@@ -213,8 +232,8 @@ class LossComputation:
 
     def compute(
         self, need_x: bool, need_w: bool, on_grad_x: OnGradX | None = None, on_grad_slab: OnGradientSlab | None = None
-    ) -> LossOutput:
-        """Compute the loss and the requested gradients; callbacks as in `discrimination_with_gradients`."""
+    ) -> Gradients:
+        """The loss and the requested gradients; callbacks as in `discrimination_with_gradients`."""
         x = self.batch.student.x
         self._grad_x = torch.zeros_like(x) if need_x else None
         take = on_grad_slab or (self._assemble if need_w else None)
@@ -223,24 +242,17 @@ class LossComputation:
         else:
             self._compute_slabs(need_x, take, on_grad_x)
         raw, w = self._raw * self.batch.sample_weight, self.spec.weights
-        return LossOutput(
-            terms=torch.stack([weight * term for weight, term in zip((w.alpha, w.beta, w.gamma), raw.unbind())]),
-            raw=raw,
-            target_cosine=self._target_cosine,
-            largest_negative=self._largest,
-            removed=self._removed,
-            grad_x=self._grad_x,
-            grad_w=self._grad_w,
-        )
+        terms = [weight * term for weight, term in zip((w.alpha, w.beta, w.gamma), raw.unbind())]
+        result = Discrimination(torch.stack(terms).sum(), raw, self._target_cosine, self._largest, self._removed)
+        return Gradients(result, self._grad_x, self._grad_w)
 
     def _compute_chunks(self, take: OnGradientSlab | None, on_grad_x: OnGradX | None) -> None:
         rows, need_x = self.engine.num_rows, self._grad_x is not None
         block, grad_w = self.engine.block(0, rows, True), None
-        distributions = {*self.spec.distributions("student"), *self.spec.distributions("teacher")}
         for part in self.plan.chunks:
             last = part is self.plan.chunks[-1]
             chunk = SampleChunk(self.engine, self.batch, self.spec, part)
-            chunk.accumulate_statistics(block, 0, rows, distributions)
+            chunk.accumulate_statistics(block, 0, rows, set(self.spec.distributions()))
             if last:
                 block.release_logit_rows()
             reduced = chunk.start_all_reduce()
@@ -272,9 +284,7 @@ class LossComputation:
         if not need_x and take is None:
             return
         for start, stop in self.plan.slabs:
-            block = self.engine.block(start, stop, True)
-            chunk.recompute_exponentials(block, start, stop)
-            block.release_logit_rows()
+            block = self._recomputed(chunk, start, stop)
             if need_x:
                 chunk.add_products(block)
                 if stop == self.engine.num_rows:
@@ -283,15 +293,19 @@ class LossComputation:
             if take is not None:
                 take(start, stop, block.norm_backward_(chunk.add_gradient_of_w(None, block, start, stop)))
 
+    def _recomputed(self, chunk: SampleChunk, start: int, stop: int) -> ClassBlock:
+        block = self.engine.block(start, stop, True)
+        chunk.recompute_exponentials(block, start, stop)
+        block.release_logit_rows()
+        return block
+
     def each_slab(self, take: OnGradientSlab) -> None:
         """Compute the slabs of the gradient of w again: 4 G S D FLOP, the same bits. See `Gradients.each_slab`."""
         chunk = self._chunk
         if chunk is None:
             raise ValueError(f"weight_grad is {self.spec.weight_grad!r}, expected 'recomputed', and a needed gradient")
         for start, stop in self.plan.slabs:
-            block = self.engine.block(start, stop, True)
-            chunk.recompute_exponentials(block, start, stop)
-            block.release_logit_rows()
+            block = self._recomputed(chunk, start, stop)
             take(start, stop, block.norm_backward_(chunk.add_gradient_of_w(None, block, start, stop)))
 
     def _store_results(self, chunk: SampleChunk, part: slice) -> None:

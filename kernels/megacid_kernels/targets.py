@@ -58,10 +58,7 @@ def drop_repeated_labels(target_Gl: Tensor) -> Tensor:
 
 
 def target_of(x_bD: Tensor, w_blD: Tensor, own: Tensor, spec: LossSpec | None) -> Target:
-    """Target cosines from unit rows; spec: None for no margin.
-
-    sin = |x - w| |x + w| / 2 has no cancellation as cos -> +-1.
-    """
+    """Target cosines from unit rows; spec None: no margin. sin = |x - w| |x + w| / 2 keeps its digits at cos = +-1."""
     x, sin = x_bD[:, None, :], None
     cos = torch.linalg.vecdot(x, w_blD)
     if spec is not None and spec.margin is not None:

@@ -62,7 +62,7 @@ def _classifier(
         filter_threshold=config.filter_threshold,
         max_rows=rows,
     )
-    matrices = len(spec.distributions("student")) + len(spec.distributions("teacher"))
+    matrices = len(spec.distributions())
     itemsize = 2 if device == "cuda" else 4  # of an exponential in Triton's engine, and in PyTorch's
     per_logit = itemsize * max(1, matrices) + (config.filter_threshold is not None)
     stored: dict[str, float] = {

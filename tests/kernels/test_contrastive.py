@@ -42,13 +42,13 @@ def test_loss_and_gradients_are_those_of_float64(
     """Also of the candidates and of the temperature; the second shape works in chunks of two anchors."""
     exact = [*pairs(anchors, candidates, 9, start, 0.5), torch.tensor(scale, dtype=torch.float64)]
     tensors = [x.clone().requires_grad_() for x in exact]
-    want = written_out(*tensors, start)
-    (want * 0.3).backward()
+    expected = written_out(*tensors, start)
+    (expected * 0.3).backward()
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-6)):
         given = [x.detach().to(dtype).requires_grad_() for x in exact]
         loss = contrastive_cross_entropy(*given, start, memory_budget_bytes=budget)
         (loss * 0.3).backward()
-        assert loss.dtype == dtype and abs(loss.item() - want.item()) <= tolerance * scale * anchors
+        assert loss.dtype == dtype and abs(loss.item() - expected.item()) <= tolerance * scale * anchors
         for mine, other in zip(given, tensors):
             assert mine.grad is not None and other.grad is not None
             assert (mine.grad.double() - other.grad).norm() <= tolerance * scale * (1 + other.grad.norm())
@@ -61,13 +61,13 @@ def test_triton_is_within_the_gate_of_16_bit_factors(scale: float, device: str) 
     anchors, start, width = 50, 9, 64
     exact = [*pairs(anchors, 130, width, start, 0.35), torch.tensor(scale, dtype=torch.float64)]
     tensors = [x.clone().requires_grad_() for x in exact]
-    want = written_out(*tensors, start)
-    want.backward()
+    expected = written_out(*tensors, start)
+    expected.backward()
     given = [x.to(device, torch.float32).requires_grad_() for x in exact]
     loss = contrastive_cross_entropy(*given, start, impl="triton", memory_budget_bytes=130 * 2 * 20)
     loss.backward()
     # Eight sigma of a logit whose factors are rounded to fp16, for every anchor.
-    assert abs(loss.item() - want.item()) <= anchors * 8 * 0.58 * scale * 2**-11 / width**0.5
+    assert abs(loss.item() - expected.item()) <= anchors * 8 * 0.58 * scale * 2**-11 / width**0.5
     for name, mine, other in zip(("anchor", "other", "scale"), given, tensors):
         assert mine.grad is not None and other.grad is not None
         error = (mine.grad.cpu().double() - other.grad).norm() / other.grad.norm()
@@ -78,15 +78,15 @@ def test_a_confident_pair_keeps_the_digits_of_its_loss() -> None:
     """-ln P of P = 1 - 1e-13 is not 0; a softmax that is normalised first would round it away."""
     anchor, other = torch.eye(2, 8), torch.eye(2, 8)
     loss = contrastive_cross_entropy(anchor, other, torch.tensor(30.0))
-    want = 2 * torch.log1p(torch.exp(torch.tensor(-30.0, dtype=torch.float64)))
-    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    expected = 2 * torch.log1p(torch.exp(torch.tensor(-30.0, dtype=torch.float64)))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_rows_far_from_unit_length_neither_overflow_nor_vanish() -> None:
     anchor, other = pairs(5, 6, 4, 0, 0.5)
-    want = written_out(30 * anchor, 40 * other, torch.tensor(100.0), 0)
+    expected = written_out(30 * anchor, 40 * other, torch.tensor(100.0), 0)
     loss = contrastive_cross_entropy(30 * anchor.float(), 40 * other.float(), torch.tensor(100.0))
-    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_only_what_is_asked_for_gets_a_gradient_and_16_bits_are_computed_in_32() -> None:
@@ -101,7 +101,7 @@ def test_only_what_is_asked_for_gets_a_gradient_and_16_bits_are_computed_in_32()
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"other_GD": torch.ones(4, 3)}, r"anchor is \(2, 2\) and other \(4, 3\)"),
         ({"start": 3}, "start is 3 with 2 anchors and 4 candidates"),
@@ -110,7 +110,7 @@ def test_only_what_is_asked_for_gets_a_gradient_and_16_bits_are_computed_in_32()
         ({"impl": "cuda"}, "impl is 'cuda'"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict, says: str) -> None:
+def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
     given = {"anchor_bD": torch.ones(2, 2), "other_GD": torch.ones(4, 2), "scale": torch.tensor(1.0)}
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         contrastive_cross_entropy(**(given | change))

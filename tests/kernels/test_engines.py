@@ -1,7 +1,7 @@
-"""Both engines under every schedule: Triton against float64 and PyTorch, slabs and losses alone against a stored gradient, the
-classifier's step through Triton, ranks.
+"""Both engines under every plan: Triton against float64 and PyTorch, slabs and losses alone against a stored gradient,
+the classifier's step through Triton, several ranks.
 
-Without a GPU in Triton's interpreter, see `interpreter.py`.
+Without a GPU the comparisons run in Triton's interpreter, see `interpreter.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megacid_kernels.fused.tuning import TABLE_VARIABLE, as_json
 in_pytorch = pytest.mark.skipif(INTERPRET, reason="runs in the outer process")
 
 BATCH, CLASSES, WIDTH = 24, 150, 48
-# Relative Frobenius errors of the gradients, by what the first product's factors are rounded to.
+# Largest relative Frobenius error of the gradients, by the dtype of the first product's factors.
 GATES = {"fp16": 2.5e-3, "bf16": 5e-3, "fp32": 5e-6}
 # weights, labels per sample, bias, filter
 TERMS: dict[str, tuple[Weights, int, bool, float | None]] = {
@@ -61,6 +61,10 @@ def inputs(labels: int, bias: bool, classes: int = CLASSES) -> dict[str, Tensor 
     return {"x": x, "w": w, "target": target if labels > 1 else target[:, 0], "teacher": teacher, "bias": offset}
 
 
+def in_float64(given: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: t.double() if t is not None and t.is_floating_point() else t for name, t in given.items()}
+
+
 def call(spec: LossSpec, given: dict[str, Tensor | None], device: str = "cpu", **options: Any) -> Gradients:
     moved: dict[str, Any] = {name: None if t is None else t.to(device) for name, t in given.items()}
     x, w, target = (moved.pop(name) for name in ("x", "w", "target"))
@@ -73,13 +77,17 @@ def spec_of(name: str, **changes: Any) -> LossSpec:
     return LossSpec(num_classes=CLASSES, **(given | changes))
 
 
-def relative(got: Tensor | None, want: Tensor | None) -> float:
-    assert got is not None and want is not None
-    return float((got.cpu().double() - want.cpu().double()).norm() / want.double().norm().clamp_min(1e-3))
+def relative(got: Tensor | None, expected: Tensor | None) -> float:
+    assert got is not None and expected is not None
+    return float((got.cpu().double() - expected.cpu().double()).norm() / expected.double().norm().clamp_min(1e-3))
 
 
-def assert_near(got: Gradients, want: Gradients, gate: float, what: str) -> None:
-    for name, a, b in (("x", got.x, want.x), ("w", got.w, want.w), ("raw", got.result.raw, want.result.raw)):
+def assert_near(got: Gradients, expected: Gradients, gate: float, what: str) -> None:
+    for name, a, b in (
+        ("x", got.x, expected.x),
+        ("w", got.w, expected.w),
+        ("raw", got.result.raw, expected.result.raw),
+    ):
         error = relative(a, b)
         assert error <= gate, f"{what}: {name} is off by {error:.1e} of its norm, gate {gate:.1e}"
 
@@ -91,30 +99,30 @@ def assert_near(got: Gradients, want: Gradients, gate: float, what: str) -> None
 )
 def test_every_term_is_within_its_gate_of_float64(name: str, precision: str, device: str) -> None:
     given = inputs(*TERMS[name][1:3])
-    exact = call(spec_of(name), {k: t.double() if t is not None and t.is_floating_point() else t for k, t in given.items()})  # fmt: skip
+    exact = call(spec_of(name), in_float64(given))
     got = call(spec_of(name, impl="triton", precision=precision), given, device)
     assert_near(got, exact, GATES[precision], name)
-    result, want = got.result, exact.result
-    torch.testing.assert_close(result.target_cosine.cpu().double(), want.target_cosine, rtol=0, atol=1e-6)
-    near = (result.largest_negative.cpu().double() - want.largest_negative).nan_to_num(0, 0, 0).abs().max()
+    result, expected = got.result, exact.result
+    torch.testing.assert_close(result.target_cosine.cpu().double(), expected.target_cosine, rtol=0, atol=1e-6)
+    near = (result.largest_negative.cpu().double() - expected.largest_negative).nan_to_num(0, 0, 0).abs().max()
     assert float(near) < {"fp16": 1e-3, "bf16": 8e-3, "fp32": 1e-6}[precision]
-    assert torch.equal(result.removed.cpu(), want.removed)
-    if precision == "fp32":  # PyTorch's own engine in float32 has to stand the same gate
+    assert torch.equal(result.removed.cpu(), expected.removed)
+    if precision == "fp32":  # PyTorch's engine in float32 must pass the same gate
         assert_near(call(spec_of(name), given), exact, GATES["fp32"], name)
 
 
 @on_devices
 @pytest.mark.parametrize("name", ["alpha, bias, filter", "all at temperature 2"])
 def test_chunks_slabs_and_losses_alone_change_nothing_but_the_order_of_sums(name: str, device: str) -> None:
-    """fp32, where an order of sums is a matter of 1e-7; and with fp16 two runs are equal bit for bit."""
+    """In fp32, where the order of sums changes 1e-7; and two runs in fp16 are equal bit for bit."""
     given = inputs(*TERMS[name][1:3])
     whole = call(spec_of(name, impl="triton", precision="fp32"), given, device)
     budget = CLASSES * 4 * (75 if TERMS[name][0].gamma else 22)  # 17 samples
     chunks = spec_of(name, impl="triton", precision="fp32", memory_budget_bytes=budget)
     assert_near(call(chunks, given, device), whole, 2e-6, "chunks")
     slabs = spec_of(name, impl="triton", precision="fp32", weight_grad="recomputed", memory_budget_bytes=40_000)
-    found = call(slabs, given, device)
-    assert_near(found, whole, 2e-6, "slabs")
+    in_slabs = call(slabs, given, device)
+    assert_near(in_slabs, whole, 2e-6, "slabs")
     alone = call(slabs, given, device, need_x=False, need_w=False)
     assert alone.x is None and alone.w is None
     torch.testing.assert_close(alone.result.raw, whole.result.raw, rtol=1e-6, atol=1e-6)
@@ -144,35 +152,35 @@ def test_cosines_by_cublas_give_what_the_fused_product_gives(
 
 @on_devices
 @pytest.mark.parametrize("weight_grad", ["stored", "recomputed"])
-def test_rows_read_where_they_lie_are_rows_passed_as_a_matrix(weight_grad: str, device: str) -> None:
-    """Also: x's gradient is finished when it is announced, slabs are the whole gradient, and come again bit for bit."""
+def test_rows_read_in_place_equal_rows_passed_as_a_matrix(weight_grad: str, device: str) -> None:
+    """Also: x's gradient is complete when announced; slabs cover the whole gradient and are reproduced bit for bit."""
     given = inputs(1, False)
     rows = torch.unique(torch.cat([given["target"].clamp_min(0), torch.arange(0, CLASSES, 2)]))  # type: ignore[union-attr]
     spec = spec_of("alpha", impl="triton", weight_grad=weight_grad, memory_budget_bytes=20_000)
     picked = call(spec, given | {"w": given["w"][rows]}, device, rows=rows.to(device))  # type: ignore[index]
     announced: list[Tensor] = []
     slabs: list[tuple[int, int, Tensor]] = []
-    found = call(
+    grads = call(
         spec, given, device, rows=rows.to(device), gather=True, on_grad_x=lambda grad: announced.append(grad.clone()),
         on_grad_slab=lambda start, stop, grad: slabs.append((start, stop, grad.clone())),
     )  # fmt: skip
-    assert torch.equal(found.x, picked.x) and torch.equal(announced[0], picked.x) and len(announced) == 1
-    assert found.w is None and torch.equal(torch.cat([grad for *_, grad in slabs]), picked.w)
+    assert torch.equal(grads.x, picked.x) and torch.equal(announced[0], picked.x) and len(announced) == 1
+    assert grads.w is None and torch.equal(torch.cat([grad for *_, grad in slabs]), picked.w)
     assert [start for start, *_ in slabs] == [0, *(stop for _, stop, _ in slabs[:-1])] and slabs[-1][1] == len(rows)
-    assert (len(slabs) > 1) == (weight_grad == "recomputed") == (found.each_slab is not None)
-    if found.each_slab is not None:
+    assert (len(slabs) > 1) == (weight_grad == "recomputed") == (grads.each_slab is not None)
+    if grads.each_slab is not None:
         again: list[Tensor] = []
-        found.each_slab(lambda start, stop, grad: again.append(grad.clone()))
+        grads.each_slab(lambda start, stop, grad: again.append(grad.clone()))
         assert all(torch.equal(a, b) for a, (*_, b) in zip(again, slabs))
 
 
 @on_devices
-def test_nothing_to_do_is_done(device: str) -> None:
+def test_empty_shards_and_batches_are_computed(device: str) -> None:
     given = inputs(1, False)
-    nobody = given | {"w": given["w"][:0], "target": torch.full((BATCH,), -1)}  # type: ignore[index]
+    empty_shard = given | {"w": given["w"][:0], "target": torch.full((BATCH,), -1)}  # type: ignore[index]
     for weight_grad in ("stored", "recomputed"):
         spec = spec_of("alpha", impl="triton", weight_grad=weight_grad)
-        out = call(spec, nobody, device)
+        out = call(spec, empty_shard, device)
         assert float(out.result.loss) == 0 and out.w.shape == (0, WIDTH) and not out.x.any()
         empty = {k: None if t is None else t if k == "w" else t[:0] for k, t in given.items()}
         out = call(spec, empty, device)
@@ -192,7 +200,7 @@ def test_a_budget_too_small_for_tensor_cores_is_refused(device: str) -> None:
 def test_products_of_16_bits_are_those_of_float64_with_any_torch(
     has_mm: bool, has_addmm: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of either factor's long side, in blocks. (A CPU knows one way.)"""
+    """Blocks along the long side of either factor. (On a CPU there is one implementation.)"""
     from megacid_kernels.fused import gemm
 
     if (has_mm and not gemm._HAS_MM) or (has_addmm and not gemm._HAS_ADDMM):
@@ -204,10 +212,10 @@ def test_products_of_16_bits_are_those_of_float64_with_any_torch(
         a = torch.randn(m, k, generator=g).bfloat16().to(device)
         b = torch.randn(n, k, generator=g).bfloat16().to(device).T
         total = torch.ones(m, n, device=device)
-        want = a.double() @ b.double()
-        torch.testing.assert_close(product_fp32(a, b).double(), want, rtol=1e-5, atol=1e-5)
+        expected = a.double() @ b.double()
+        torch.testing.assert_close(product_fp32(a, b).double(), expected, rtol=1e-5, atol=1e-5)
         assert product_fp32(a, b, total) is total
-        torch.testing.assert_close(total.double(), want + 1, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(total.double(), expected + 1, rtol=1e-5, atol=1e-5)
 
 
 @on_devices
@@ -215,8 +223,9 @@ def test_products_of_16_bits_are_those_of_float64_with_any_torch(
 def test_steps_of_the_classifier_through_triton_are_those_in_pytorch(
     optimizer: Any, lazy: str, moments: str, device: str
 ) -> None:
-    given, found = inputs(1, False), []
-    for options in ({"impl": "torch"}, {"impl": "triton"}, {"impl": "triton", "weight_grad": "recomputed", "memory_budget_bytes": 20_000}):  # fmt: skip
+    given, results = inputs(1, False), []
+    recomputed = {"impl": "triton", "weight_grad": "recomputed", "memory_budget_bytes": 20_000}
+    for options in ({"impl": "torch"}, {"impl": "triton"}, recomputed):
         head = PartialFC(CLASSES, WIDTH, sample_rate=0.4, init=given["w"], scale=20.0, device=device, **options)  # type: ignore[arg-type]
         rows = optimizer(head, lr=0.02, lazy=lazy, moments=moments)
         x = given["x"].to(device).requires_grad_()  # type: ignore[union-attr]
@@ -227,11 +236,11 @@ def test_steps_of_the_classifier_through_triton_are_those_in_pytorch(
             norm = head.grad_norm_sq()
             rows.step(grad_scale=torch.tensor(0.5, device=device))
             rows.zero_grad()
-        found.append((loss.detach().cpu(), norm.cpu(), x.grad.cpu(), head.weight.cpu()))
-    for got in found[1:]:
-        torch.testing.assert_close(got[:2], found[0][:2], rtol=1e-3, atol=1e-4)
-        assert relative(got[2], found[0][2]) < 2.5e-3 and relative(got[3], found[0][3]) < 1e-3
-    assert relative(found[2][3], found[1][3]) < 1e-4
+        results.append((loss.detach().cpu(), norm.cpu(), x.grad.cpu(), head.weight.cpu()))
+    for got in results[1:]:
+        torch.testing.assert_close(got[:2], results[0][:2], rtol=1e-3, atol=1e-4)
+        assert relative(got[2], results[0][2]) < 2.5e-3 and relative(got[3], results[0][3]) < 1e-3
+    assert relative(results[2][3], results[1][3]) < 1e-4
 
 
 # ---- PyTorch's engine, and ranks -----------------------------------------------------------------------------------
@@ -239,8 +248,8 @@ def test_steps_of_the_classifier_through_triton_are_those_in_pytorch(
 
 @in_pytorch
 @pytest.mark.parametrize("name", list(TERMS))
-def test_in_pytorch_slabs_and_losses_alone_are_row_mode(name: str) -> None:
-    given = {k: t.double() if t is not None and t.is_floating_point() else t for k, t in inputs(*TERMS[name][1:3]).items()}  # fmt: skip
+def test_in_pytorch_slabs_and_losses_alone_equal_a_stored_gradient(name: str) -> None:
+    given = in_float64(inputs(*TERMS[name][1:3]))
     whole = call(spec_of(name), given)
     for budget in (30_000, 1_000_000):
         spec = spec_of(name, weight_grad="recomputed", memory_budget_bytes=budget)
@@ -256,30 +265,30 @@ def test_in_pytorch_slabs_and_losses_alone_are_row_mode(name: str) -> None:
 def test_the_gradient_of_x_is_announced_before_the_last_product_of_w(
     weight_grad: str, budget: int, pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under which its reduction over the ranks is to run. One product per chunk or slab."""
-    said: list[str] = []
+    """So that its reduction over the ranks can overlap that product. One product per chunk or slab."""
+    events: list[str] = []
     multiply = TorchBlock.add_gradient
 
     def noted(block: TorchBlock, *given: Any) -> Tensor:
-        said.append("w")
+        events.append("w")
         return multiply(block, *given)
 
     monkeypatch.setattr(TorchBlock, "add_gradient", noted)
     spec = spec_of("alpha", weight_grad=weight_grad, memory_budget_bytes=budget)
-    found = call(spec, inputs(1, False), on_grad_x=lambda grad: said.append("x"))
-    assert said == ["w"] * (pieces - 1) + ["x", "w"]
-    assert_near(found, call(spec_of("alpha"), inputs(1, False)), 1e-6, weight_grad)
+    grads = call(spec, inputs(1, False), on_grad_x=lambda grad: events.append("x"))
+    assert events == ["w"] * (pieces - 1) + ["x", "w"]
+    assert_near(grads, call(spec_of("alpha"), inputs(1, False)), 1e-6, weight_grad)
 
 
 @in_pytorch
 @pytest.mark.parametrize("feature_rate", [1.0, 0.5])
 @pytest.mark.parametrize("optimizer", [RowAdamW, RowSGD])
-def test_slab_mode_trains_like_row_mode_and_holds_no_gradient(optimizer: Any, feature_rate: float) -> None:
-    given, found = inputs(1, False), []
+def test_a_recomputed_gradient_trains_like_a_stored_one(optimizer: Any, feature_rate: float) -> None:
+    given, results = inputs(1, False), []
     for weight_grad in ("stored", "recomputed"):
         head = PartialFC(
-            CLASSES, WIDTH, sample_rate=0.6, init=given["w"], scale=20.0, weight_grad=weight_grad, memory_budget_bytes=12_000,
-            feature_rate=feature_rate,
+            CLASSES, WIDTH, sample_rate=0.6, init=given["w"], scale=20.0, weight_grad=weight_grad,
+            memory_budget_bytes=12_000, feature_rate=feature_rate,
         )  # fmt: skip
         rows = optimizer(head, lr=0.02, lazy="decay")
         for step in range(3):
@@ -294,12 +303,12 @@ def test_slab_mode_trains_like_row_mode_and_holds_no_gradient(optimizer: Any, fe
             torch.testing.assert_close(head.grad_norm_sq(), grad.square().sum())
             rows.step(grad_scale=0.7)
             rows.zero_grad()
-        found.append((head.weight, grad, rows.state_rows()))
-    torch.testing.assert_close(found[1], found[0], rtol=2e-5, atol=1e-6)
+        results.append((head.weight, grad, rows.state_rows()))
+    torch.testing.assert_close(results[1], results[0], rtol=2e-5, atol=1e-6)
 
 
 @in_pytorch
-def test_slab_mode_refuses_what_it_cannot_add_up() -> None:
+def test_a_recomputed_gradient_refuses_a_second_backward() -> None:
     given = inputs(1, False)
     head = PartialFC(CLASSES, WIDTH, init=given["w"], weight_grad="recomputed")
     head(given["x"], given["target"]).backward()  # type: ignore[arg-type]
@@ -334,8 +343,8 @@ IN_PYTORCH = [
 ]
 IN_TRITON = [
     pytest.param(
-        world, {"impl": "triton", "weight_grad": weight_grad, "memory_budget_bytes": budget}, id=f"triton-{weight_grad}-{world}",
-        marks=pytest.mark.skipif(not INTERPRET, reason="runs in the interpreter"),
+        world, {"impl": "triton", "weight_grad": weight_grad, "memory_budget_bytes": budget},
+        id=f"triton-{weight_grad}-{world}", marks=pytest.mark.skipif(not INTERPRET, reason="runs in the interpreter"),
     )
     for world, weight_grad, budget in ((2, "recomputed", 10_000), (4, "stored", 40_000))
 ]  # fmt: skip
@@ -344,14 +353,14 @@ IN_TRITON = [
 @pytest.mark.parametrize(("world", "options"), IN_PYTORCH + IN_TRITON)
 def test_ranks_equal_one_process(world: int, options: dict[str, Any]) -> None:
     """Gradients, and the loss alone."""
-    want = on_a_rank({}, True)
+    expected = on_a_rank({}, True)
     gate = GATES["fp16"] if INTERPRET else 2e-6
     trained, alone = (run_ranks(on_a_rank, world, options, train) for train in (True, False))
     for part in (*trained, *alone):
-        torch.testing.assert_close(part[0].loss, want[0].loss, rtol=gate, atol=gate)
-        torch.testing.assert_close(part[0].target_cosine, want[0].target_cosine, rtol=1e-5, atol=1e-5)
-    assert relative(torch.cat([part[1] for part in trained]), want[1]) < gate
-    assert relative(torch.cat([part[2] for part in trained]), want[2]) < gate
+        torch.testing.assert_close(part[0].loss, expected[0].loss, rtol=gate, atol=gate)
+        torch.testing.assert_close(part[0].target_cosine, expected[0].target_cosine, rtol=1e-5, atol=1e-5)
+    assert relative(torch.cat([part[1] for part in trained]), expected[1]) < gate
+    assert relative(torch.cat([part[2] for part in trained]), expected[2]) < gate
 
 
 # ---- what needs a GPU ----------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def test_easy_margin_leaves_obtuse_angles_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "says"),
+    ("kwargs", "message"),
     [
         ({"m1": 0.5}, "m1 is 0.5"),
         ({"m2": 4.0}, "m2 is 4.0"),
@@ -93,6 +93,6 @@ def test_easy_margin_leaves_obtuse_angles_alone() -> None:
         ({"m2": math.nan}, "m2 is nan"),
     ],
 )
-def test_senseless_margins_are_refused(kwargs: dict, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_senseless_margins_are_refused(kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Margin(**kwargs)

@@ -43,8 +43,8 @@ def make(batch: int, classes: int, width: int, seed: int = 0) -> tuple[Tensor, T
     return x, teacher, w, y
 
 
-def relative(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm().clamp_min(1e-12))
+def relative(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
 def both(
@@ -78,11 +78,11 @@ def both(
     return out
 
 
-def assert_same(got: tuple[Tensor, ...], want: tuple[Tensor, ...], tolerance: float) -> None:
-    torch.testing.assert_close(got[0].double(), want[0], rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(got[1].double(), want[1], rtol=tolerance, atol=20 * tolerance)
-    assert relative(got[2], want[2]) < tolerance
-    assert relative(got[3], want[3]) < tolerance
+def assert_same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float) -> None:
+    torch.testing.assert_close(got[0].double(), expected[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got[1].double(), expected[1], rtol=tolerance, atol=20 * tolerance)
+    assert relative(got[2], expected[2]) < tolerance
+    assert relative(got[3], expected[3]) < tolerance
 
 
 @pytest.mark.parametrize("margin", MARGINS, ids=str)
@@ -91,8 +91,8 @@ def test_loss_and_gradients_equal_autograd_for_every_margin(
     margin: Margin, dtype: torch.dtype, tolerance: float
 ) -> None:
     x, _, w, y = make(33, 101, 24)
-    got, want = both(x, w, y, dtype, margin=margin)
-    assert_same(got, want, tolerance)
+    got, expected = both(x, w, y, dtype, margin=margin)
+    assert_same(got, expected, tolerance)
     assert (got[2][y < 0] == 0).all(), "an unlabelled sample must get exactly no gradient"
 
 
@@ -105,17 +105,17 @@ def test_float32_is_within_1e_5_of_float64(shape: tuple[int, int, int], margin: 
     Relative to the size of the whole gradient; where every probability is 1 the gradient is 0 and the bound absolute.
     """
     x, _, w, y = make(*shape, seed=12)
-    got, want = both(x.float().double(), w.float().double(), y, torch.float32, margin=margin, scale=scale)
-    torch.testing.assert_close(got[0].double(), want[0], rtol=1e-5, atol=1e-5)
-    for g, r in ((got[2], want[2]), (got[3], want[3])):
+    got, expected = both(x.float().double(), w.float().double(), y, torch.float32, margin=margin, scale=scale)
+    torch.testing.assert_close(got[0].double(), expected[0], rtol=1e-5, atol=1e-5)
+    for g, r in ((got[2], expected[2]), (got[3], expected[3])):
         assert float((g.double() - r).norm()) <= 1e-5 * max(float(r.norm()), 1.0)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 3), (1, 129, 7), (7, 31, 5), (64, 13, 17), (5, 1, 4)], ids=str)
 def test_ragged_sizes_equal_autograd(shape: tuple[int, int, int]) -> None:
     x, _, w, y = make(*shape, seed=1)
-    got, want = both(x, w, y, torch.float64, margin=Margin.arcface(0.3), scale=30.0)
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+    got, expected = both(x, w, y, torch.float64, margin=Margin.arcface(0.3), scale=30.0)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
 DISTILLATIONS = [
@@ -137,10 +137,10 @@ def test_distillation_terms_and_gradients_equal_autograd(
     weights: Weights, threshold: float | None, dtype: torch.dtype, tolerance: float
 ) -> None:
     x, teacher, w, y = make(19, 53, 11, seed=2)
-    got, want = both(
+    got, expected = both(
         x, w, y, dtype, teacher, weights=weights, margin=Margin.arcface(0.4), filter_threshold=threshold, scale=32.0
     )
-    assert_same(got, want, tolerance)
+    assert_same(got, expected, tolerance)
 
 
 def several_labels(y: Tensor, classes: int) -> Tensor:
@@ -159,7 +159,7 @@ def test_several_labels_per_sample_equal_autograd(
 ) -> None:
     x, teacher, w, y = make(19, 53, 11, seed=2)
     labels = several_labels(y, 53)
-    got, want = both(
+    got, expected = both(
         x,
         w,
         labels,
@@ -170,7 +170,7 @@ def test_several_labels_per_sample_equal_autograd(
         filter_threshold=threshold,
         scale=32.0,
     )
-    assert_same(got, want, tolerance)
+    assert_same(got, expected, tolerance)
     assert (got[2][y < 0] == 0).all()
 
 
@@ -179,8 +179,8 @@ def test_two_labels_by_hand() -> None:
     w = torch.eye(4, dtype=torch.float64)
     x = torch.tensor([[0.5, 0.5, 0.5, -0.5]], dtype=torch.float64)
     loss = linear_margin_cross_entropy(x, w, torch.tensor([[0, 1]]), margin=Margin.cosface(0.1), scale=4.0)
-    want = math.log1p(2 * math.exp(-4 * 0.4)) + math.log1p(math.exp(2.0) + math.exp(-2.0))
-    assert loss.item() == pytest.approx(want, rel=1e-12)
+    expected = math.log1p(2 * math.exp(-4 * 0.4)) + math.log1p(math.exp(2.0) + math.exp(-2.0))
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -192,14 +192,14 @@ def test_a_bias_is_added_to_the_logits_of_negatives(weights: Weights, several: b
     bias = torch.rand(53, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
     if several:
         weights, y = Weights(weights.alpha, weights.beta), several_labels(y, 53)
-    got, want = both(x, w, y, torch.float64, teacher, bias, weights=weights, margin=Margin.arcface(0.4), scale=20.0)
-    assert_same(got, want, 1e-11)
+    got, expected = both(x, w, y, torch.float64, teacher, bias, weights=weights, margin=Margin.arcface(0.4), scale=20.0)
+    assert_same(got, expected, 1e-11)
 
 
 def test_sum_reduction_equals_autograd() -> None:
     x, teacher, w, y = make(19, 53, 11, seed=2)
-    got, want = both(x, w, y, torch.float64, teacher, weights=Weights(0.5, 0.5, 1.0), scale=20.0, reduction="sum")
-    assert_same(got, want, 1e-11)
+    got, expected = both(x, w, y, torch.float64, teacher, weights=Weights(0.5, 0.5, 1.0), scale=20.0, reduction="sum")
+    assert_same(got, expected, 1e-11)
 
 
 def test_diagnostics_are_the_target_cosine_the_largest_negative_and_what_was_filtered() -> None:
@@ -259,8 +259,8 @@ def test_target_cosine_of_exactly_one_is_finite(sign: float, margin: Margin) -> 
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(x.grad).all() and torch.isfinite(ws.grad).all()
     psi = float(margin.target(torch.tensor(sign, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64))[0])
-    want = math.log1p(7 * math.exp(-64 * psi))
-    assert loss.item() == pytest.approx(want, rel=1e-5, abs=1e-25)
+    expected = math.log1p(7 * math.exp(-64 * psi))
+    assert loss.item() == pytest.approx(expected, rel=1e-5, abs=1e-25)
 
 
 @pytest.mark.parametrize("scale", [30.0, 64.0, 100.0])
@@ -285,9 +285,9 @@ def test_gradients_at_cosines_of_exactly_one_equal_their_limit(margin: Margin, s
     cosine = torch.nn.functional.normalize(xr[keep]) @ torch.nn.functional.normalize(wr).T
     psi = margin.target(sign[keep], torch.zeros_like(sign[keep]))[0]
     z = scale * cosine.scatter(1, y[keep, None], psi[:, None])
-    want = torch.nn.functional.cross_entropy(z, y[keep])
-    want.backward()
-    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
+    expected = torch.nn.functional.cross_entropy(z, y[keep])
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
     for got, expected in ((xs.grad, xr.grad), (ws.grad, wr.grad)):
         assert float((got.double() - expected).norm()) <= 1e-5 * max(float(expected.norm()), 1.0)
 
@@ -306,8 +306,8 @@ def test_tiny_losses_keep_their_digits() -> None:
 @pytest.mark.parametrize("classes", [50, 100_000])
 def test_scale_100_neither_overflows_nor_loses_accuracy(classes: int) -> None:
     x, _, w, y = make(6, classes, 16, seed=3)
-    got, want = both(x, w, y, torch.float32, margin=Margin.cosface(0.3), scale=100.0)
-    assert_same(got, want, 1e-4)
+    got, expected = both(x, w, y, torch.float32, margin=Margin.cosface(0.3), scale=100.0)
+    assert_same(got, expected, 1e-4)
 
 
 @pytest.mark.parametrize(("cosine", "scale"), [(-0.95, 64.0), (0.99, 100.0), (1.0, 88.0), (-0.55, 100.0)])
@@ -321,8 +321,8 @@ def test_batches_at_one_end_of_the_cosine_range_keep_their_accuracy(cosine: floa
     side[:, 0] = 0
     side = side / side.norm(dim=1, keepdim=True)
     x = cosine * axis + math.sqrt(1 - cosine * cosine) * side
-    got, want = both(x, w, torch.tensor([0, 3, 8, 3, 1]), torch.float32, scale=scale)
-    assert_same(got, want, 2e-4)
+    got, expected = both(x, w, torch.tensor([0, 3, 8, 3, 1]), torch.float32, scale=scale)
+    assert_same(got, expected, 2e-4)
 
 
 def test_chunks_do_not_change_the_result() -> None:
@@ -367,9 +367,9 @@ def test_straight_through_only_changes_the_target_derivative() -> None:
             psi, dpsi = margin.target(cos.detach(), sin.detach())
             return psi + cos - cos.detach(), dpsi
 
-    want, _ = discrimination_reference(wr, w, y, margin=Detached(), scale=20.0)
-    want.backward()
-    torch.testing.assert_close(loss, want)
+    expected, _ = discrimination_reference(wr, w, y, margin=Detached(), scale=20.0)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(xs.grad, wr.grad)
 
 
@@ -384,9 +384,9 @@ def test_sampled_rows_are_a_softmax_over_those_classes() -> None:
     loss.backward()
     slot = torch.searchsorted(rows, y.clamp_min(0))
     wr = w[rows].clone().requires_grad_()
-    want, _ = discrimination_reference(x, wr, torch.where(y >= 0, slot, y), scale=16.0)
-    want.backward()
-    torch.testing.assert_close(loss, want)
+    expected, _ = discrimination_reference(x, wr, torch.where(y >= 0, slot, y), scale=16.0)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(ws.grad, wr.grad)
 
 
@@ -423,13 +423,13 @@ def test_zero_rows_give_finite_gradients_and_16_bit_inputs_keep_their_dtype() ->
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = linear_margin_cross_entropy(x16, w, torch.tensor([0, 1]))
     loss.backward()
-    want, _ = discrimination_reference(x16.detach().double(), w.double(), torch.tensor([0, 1]))
+    expected, _ = discrimination_reference(x16.detach().double(), w.double(), torch.tensor([0, 1]))
     assert x16.grad.dtype == torch.bfloat16 and loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(float(want), rel=1e-5)
+    assert loss.item() == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"impl": "triton"}, "expected 'auto' or 'torch'"),
         ({"weight_grad": "lost"}, "expected one of 'auto', 'stored', 'recomputed'"),
@@ -440,8 +440,8 @@ def test_zero_rows_give_finite_gradients_and_16_bit_inputs_keep_their_dtype() ->
         ({"margin_grad": "no"}, "margin_grad is 'no'"),
     ],
 )
-def test_unusable_options_are_refused_by_name(change: dict, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_unusable_options_are_refused_by_name(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         linear_margin_cross_entropy(torch.randn(2, 3), torch.randn(4, 3), torch.zeros(2, dtype=torch.int64), **change)
 
 

@@ -1,4 +1,4 @@
-"""linear_margin_cross_entropy as an operator of torch: what opcheck asks of it, under torch.compile, and what it refuses."""
+"""linear_margin_cross_entropy as a torch operator: opcheck, torch.compile, torch.export, and its errors."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def arguments(*, need_x: bool, need_w: bool, **changes: Any) -> tuple[Any, ...]:
     values: dict[str, Any] = {
         "x": x.requires_grad_(need_x), "w": w.requires_grad_(need_w), "target": target, "rows": None, "bias": None,
         "m1": 1.0, "m2": 0.4, "m3": 0.1, "easy_margin": False, "margin_grad": "exact", "scale": 16.0,
-        "filter_threshold": None, "num_classes": 14, "class_start": 0, "max_rows": None, "reduction": "mean", "group": "",
-        "impl": "auto", "weight_grad": "auto", "precision": "auto", "memory_budget_bytes": None, "need_x": need_x,
-        "need_w": need_w,
+        "filter_threshold": None, "num_classes": 14, "class_start": 0, "max_rows": None, "reduction": "mean",
+        "group": "", "impl": "auto", "weight_grad": "auto", "precision": "auto", "memory_budget_bytes": None,
+        "need_x": need_x, "need_w": need_w,
     }  # fmt: skip
     return tuple((values | changes).values())
 
@@ -67,7 +67,7 @@ class Head(nn.Module):
 
 def test_compiled_without_a_graph_break_the_gradients_are_the_same() -> None:
     x, _, target = tensors()
-    found = []
+    results = []
     for wrap in (lambda head: head, lambda head: torch.compile(head, fullgraph=True, backend="aot_eager")):
         torch._dynamo.reset()
         head, given = Head(), x.clone().requires_grad_()
@@ -77,9 +77,9 @@ def test_compiled_without_a_graph_break_the_gradients_are_the_same() -> None:
         with torch.no_grad():
             evaluated = call(given, target)
         torch.testing.assert_close(evaluated, loss.detach())
-        found.append((loss.detach(), given.grad, head.project.grad, head.weight.grad))
-    torch.testing.assert_close(found[1], found[0])
-    assert float(found[0][1].norm()) > 0.1
+        results.append((loss.detach(), given.grad, head.project.grad, head.weight.grad))
+    torch.testing.assert_close(results[1], results[0])
+    assert float(results[0][1].norm()) > 0.1
 
 
 def test_exported_it_is_one_node() -> None:
@@ -105,7 +105,7 @@ def test_a_margin_of_another_class_gives_the_same_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"impl": "triton"}, "impl is 'triton' with tensors on cpu"),
         ({"precision": "fp8"}, "precision is 'fp8', expected one of"),
@@ -117,9 +117,9 @@ def test_a_margin_of_another_class_gives_the_same_numbers() -> None:
         ({"x": torch.zeros(9, 6, dtype=torch.int64)}, r"x is torch\.int64, expected a floating-point dtype"),
     ],
 )
-def test_what_cannot_be_used_is_named(change: dict[str, Any], says: str) -> None:
+def test_what_cannot_be_used_is_named(change: dict[str, Any], message: str) -> None:
     x, w, target = tensors()
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         linear_margin_cross_entropy(**({"x": x, "w": w, "target": target} | change))
 
 
@@ -151,8 +151,8 @@ def test_several_labels_and_no_rows_are_allowed() -> None:
     x, w, target = tensors()
     several = torch.stack([target, target.roll(1)], 1)
     got = linear_margin_cross_entropy(x, w, several, scale=16.0)
-    want = linear_margin_discrimination(x, w, several, LossSpec(num_classes=14, scale=16.0)).loss
-    assert torch.equal(got, want)
+    expected = linear_margin_discrimination(x, w, several, LossSpec(num_classes=14, scale=16.0)).loss
+    assert torch.equal(got, expected)
     assert float(linear_margin_cross_entropy(x, w[:0], target.fill_(-1), num_classes=14)) == 0
 
 
@@ -189,8 +189,8 @@ def on_a_rank(explicit: bool, compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize(("explicit", "compiled"), [(False, False), (True, False), (False, True)])
 def test_the_group_is_found_by_its_name(explicit: bool, compiled: bool) -> None:
-    want = on_a_rank(False, False)
-    found = run_ranks(on_a_rank, 2, explicit, compiled)
-    for loss, x, _ in found:
-        torch.testing.assert_close((loss, x), want[:2])
-    torch.testing.assert_close(torch.cat([part[2] for part in found]), want[2])
+    expected = on_a_rank(False, False)
+    parts = run_ranks(on_a_rank, 2, explicit, compiled)
+    for loss, x, _ in parts:
+        torch.testing.assert_close((loss, x), expected[:2])
+    torch.testing.assert_close(torch.cat([part[2] for part in parts]), expected[2])

@@ -23,13 +23,7 @@ class Candidates(Protocol):
     """Everything that touches a matrix [c, G] or all candidates."""
 
     def negatives(self, scaled_cD: Tensor, target_c: Tensor, first: int) -> AnchorNegatives:
-        """Exponentials of the logits.
-
-        Args:
-            scaled_cD: scale times the anchors.
-            target_c: logits of their own pairs.
-            first: candidate row of the first anchor's pair; the others follow.
-        """
+        """scaled_cD: scale * anchors; target_c: logits of their pairs, the candidates from `first` on."""
         ...
 
     def product(self, matrix_cG: Tensor) -> Tensor:

@@ -37,13 +37,11 @@ def _warn_once(why: str) -> None:
 
 
 def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Implementation:
-    """Choose the implementation.
+    """Choose the implementation for inputs on `device` whose widest dtype is `dtype`.
 
     Args:
         impl: "torch"; "triton"; or "auto": Triton for float32 and 16-bit inputs on CUDA if it can be imported,
             otherwise PyTorch (on CUDA with one warning).
-        device: device of the inputs.
-        dtype: widest dtype of the inputs.
 
     Raises:
         ValueError: `impl` is unknown, or is "triton" without CUDA, with float64, or without the triton package.

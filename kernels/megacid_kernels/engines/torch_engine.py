@@ -178,7 +178,7 @@ class TorchEngine:
 
     def slab_needs(self, batch: int, gradients: bool) -> SlabNeeds:
         spec, itemsize = self._inputs.spec, self._dtype.itemsize
-        matrices = max(1, len(spec.distributions("student")) + len(spec.distributions("teacher")))
+        matrices = max(1, len(spec.distributions()))
         copies = (self._inputs.gather is not None) + gradients
         per_class = itemsize * (batch * matrices + copies * self._inputs.w.shape[1])
         per_class += batch if spec.filter_threshold is not None else 0

@@ -205,7 +205,7 @@ class TritonEngine:
 
     def slab_needs(self, batch: int, gradients: bool) -> SlabNeeds:
         spec, width = self._inputs.spec, self._inputs.w.shape[1]
-        matrices = len(spec.distributions("student")) + len(spec.distributions("teacher"))
+        matrices = len(spec.distributions())
         kept = matrices if gradients else int(spec.weights.gamma > 0)
         per_class = batch * (kept * self._itemsize + (spec.filter_threshold is not None) + _TILE_STATISTICS)
         per_class += width * (4 + 4 * gradients)  # the unit rows, and their gradient
