@@ -157,7 +157,7 @@ def write_benchmark(folder: Path) -> None:
 
 
 def results(out: Path) -> dict[str, object]:
-    """All files of a stage by name, also hidden ones: sha256 of the bytes; of meta.json the content without its date."""
+    """The files of a stage by name, also hidden ones: sha256 of the bytes; meta.json as its content without date."""
     files: dict[str, object] = {}
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         name = str(path.relative_to(out))

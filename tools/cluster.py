@@ -12,6 +12,7 @@ continued run gives the same bits as an uninterrupted one. SIGTERM (exit code 14
 import argparse
 import logging
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from tqdm import tqdm
@@ -44,9 +45,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="assign labels from the centroids of this finished directory; of the options below only --backend and "
         "--top-labels apply",
     )
-    parser.add_argument(
-        "--iterations", type=int, default=20, help="hierarchical: of the coarse and of the fine level (default 20)"
-    )
+    parser.add_argument("--iterations", type=int, default=20, help="hierarchical: of each level (default 20)")
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -61,9 +60,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="flat (default): one k-means over all rows; hierarchical: about sqrt(k) coarse clusters, k-means inside "
         "each, then --refine",
     )
-    parser.add_argument(
-        "--refine", type=int, default=2, help="hierarchical: iterations over all k clusters at the end (default 2)"
-    )
+    parser.add_argument("--refine", type=int, default=2, help="hierarchical: final iterations over all k (default 2)")
     parser.add_argument(
         "--refine-cells",
         type=int,
@@ -92,12 +89,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "installed and the embeddings have 128 columns or more; else torch",
     )
     parser.add_argument("--memory-gb", type=float, default=4.0, help="memory bound of one rank (default 4)")
-    parser.add_argument(
-        "--top-labels",
-        type=int,
-        default=1,
-        help="nearest clusters to write per sample, in columns label, label_1, ... (default 1)",
-    )
+    parser.add_argument("--top-labels", type=int, default=1, help="labels per sample: label, label_1, ... (default 1)")
     accept_launcher_arguments(parser)
     return parser.parse_args(argv)
 
@@ -109,19 +101,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def settings_of(args: argparse.Namespace) -> KMeansSettings:
+    init = args.init or ("k-means++" if args.method == "hierarchical" or args.k <= PLUS_PLUS_K else "random")
     return KMeansSettings(
-        k=args.k,
-        metric=args.metric,
-        iterations=args.iterations,
-        tolerance=args.tolerance,
-        seed=args.seed,
-        init=args.init or ("k-means++" if args.method == "hierarchical" or args.k <= PLUS_PLUS_K else "random"),
-        train_sample=args.train_sample,
-        backend=args.backend,
-        memory_gb=args.memory_gb,
-        method=args.method,
-        refine=args.refine,
-        refine_cells=args.refine_cells,
+        **{field.name: getattr(args, field.name) for field in fields(KMeansSettings)} | {"init": init}
     )
 
 
@@ -146,20 +128,11 @@ def run(args: argparse.Namespace, settings: KMeansSettings | None, parallel: Par
             bar.reset(-(-total // parallel.world))
             return stop.polling(bar.update)
 
+        options = {"top_labels": args.top_labels, "start_progress": start_progress}
         if settings is None:
-            meta = assign_only(
-                args.embeddings,
-                args.assign_only,
-                args.out,
-                parallel,
-                top_labels=args.top_labels,
-                backend=args.backend,
-                start_progress=start_progress,
-            )
+            meta = assign_only(args.embeddings, args.assign_only, args.out, parallel, backend=args.backend, **options)
         else:
-            meta = cluster(
-                args.embeddings, args.out, settings, parallel, top_labels=args.top_labels, start_progress=start_progress
-            )
+            meta = cluster(args.embeddings, args.out, settings, parallel, **options)
     if parallel.is_first:
         print(
             f"{args.out}: k {meta['k']:,}, objective {meta['final_objective']:.6f}, imbalance {meta['imbalance']:.3f}, "

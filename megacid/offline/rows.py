@@ -173,16 +173,13 @@ class EmbeddingRows(MappedRows):
 
     def _check_keys(self, number: int, rows: int) -> None:
         """Check the number of keys before hours of work: reads only the footer of the file."""
-        path = self._metadata_path(number)
+        path = self._files(number).metadata
         keys, _ = parquet_shape(path, _REMEDY)
         if keys != rows:
             raise UserError(f"{path} has {keys} rows, expected {rows} as in {self._path(number)}: {_REMEDY}")
 
     def _files(self, number: int) -> PartitionFiles:
         return partition_files(self.directory, number, len(self.numbers))
-
-    def _metadata_path(self, number: int) -> Path:
-        return self._files(number).metadata
 
     def _path(self, number: int) -> Path:
         files = self._files(number)
@@ -204,7 +201,7 @@ class EmbeddingRows(MappedRows):
         """The keys of one partition, in row order."""
         if self.stems[partition] in self._empty:
             return []
-        path = self._metadata_path(self.numbers[partition])
+        path = self._files(self.numbers[partition]).metadata
         keys = key_column(read_parquet(path, _REMEDY, ["image_path"]), "image_path", path, _REMEDY)
         if len(keys) != self.rows_of[partition]:
             raise UserError(

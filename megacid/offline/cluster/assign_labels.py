@@ -36,13 +36,7 @@ def centroids_digest(centroids_KD: Tensor) -> str:
 
 
 def label_partition(
-    rows: PartitionedRows,
-    partition: int,
-    assigner: Assigner,
-    top: int,
-    progress: Progress,
-    *,
-    unit_rows: bool = False,
+    rows: PartitionedRows, partition: int, assigner: Assigner, top: int, progress: Progress, *, unit_rows: bool = False
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Label one partition.
 

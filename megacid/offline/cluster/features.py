@@ -70,12 +70,7 @@ def cluster_features(
             _link(path, out / folder / path.name)
     counts = {"rows": rows.num_rows, "test rows": test.num_rows, "empty": int((sizes == 0).sum())}
     stage.commit(
-        arguments,
-        classes=settings.k,
-        dim=rows.dim,
-        true_classes=rows.classes,
-        objective=state.objective,
-        **counts,
+        arguments, classes=settings.k, dim=rows.dim, true_classes=rows.classes, objective=state.objective, **counts
     )
     (out / "state.npz").unlink(missing_ok=True)
     return read_meta(out, expect="sweep")

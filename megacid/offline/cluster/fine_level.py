@@ -43,13 +43,8 @@ def fine_level(run: KMeansRun, cells: Cells, partial: PartialResults, count: int
     budget = centroid_budgets([start[1] for start in starts], count)
     filled = np.flatnonzero(budget)
     log.info(
-        "%d filled cells of %d to %d rows (imbalance %.3f), %d to %d centroids each",
-        len(filled),
-        cells.sizes[filled].min(),
-        cells.sizes.max(),
-        imbalance_factor(cells.sizes),
-        budget[filled].min(),
-        budget.max(),
+        f"{len(filled)} filled cells of {cells.sizes[filled].min()} to {cells.sizes.max()} rows (imbalance "
+        f"{imbalance_factor(cells.sizes):.3f}), {budget[filled].min()} to {budget.max()} centroids each"
     )
 
     def fine(cell: int) -> np.ndarray:

@@ -61,16 +61,11 @@ def iterate(
             failpoint(f"cluster:{name}_saved", step=state.iteration)
             run.progress(0)
         seconds = time.monotonic() - began
+        moved = "unknown" if first else f"{total.moved() / run.rows.num_rows:.4f}"
+        left = 0 if state.stopped else (iterations - state.iteration) * seconds
         log.info(
-            "iteration %d/%d: objective %.6f, imbalance %.3f, empty %d, moved fraction %s, %.1f s, %.0f s left",
-            state.iteration,
-            iterations,
-            state.objective[-1],
-            state.imbalance,
-            empty,
-            "unknown" if first else f"{total.moved() / run.rows.num_rows:.4f}",
-            seconds,
-            0 if state.stopped else (iterations - state.iteration) * seconds,
+            f"iteration {state.iteration}/{iterations}: objective {state.objective[-1]:.6f}, imbalance "
+            f"{state.imbalance:.3f}, empty {empty}, moved fraction {moved}, {seconds:.1f} s, {left:.0f} s left"
         )
         first = False
 

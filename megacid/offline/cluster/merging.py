@@ -52,7 +52,9 @@ def merge_nearest(
     while len(centroids_KD) > k:
         left = len(centroids_KD) - k
         if pairs.shape[1] == 0:
-            pairs = _each_once(_of_neighbours(neighbours(centroids_KD)), len(centroids_KD))
+            near_KM = neighbours(centroids_KD)
+            own_KM = torch.arange(len(near_KM))[:, None].expand_as(near_KM)
+            pairs = _each_once(torch.stack([own_KM.flatten(), near_KM.flatten()]), len(centroids_KD))
         low_ED, high_ED = centroids_KD[pairs].double()
         cost_E = merge_cost(low_ED, high_ED, weight_K[pairs[0]], weight_K[pairs[1]], metric)
         if pairs.shape[1] > _PAIRS_PER_MERGE * left:  # the others are too expensive to be merged
@@ -77,12 +79,6 @@ def merge_nearest(
         number[gone] = number[stay]
         pairs = _each_once(number[pairs], len(centroids_KD))
     return centroids_KD
-
-
-def _of_neighbours(near_KM: Tensor) -> Tensor:
-    """Pairs of each centroid with each of its neighbours, int64 [2, K * M]."""
-    own = torch.arange(len(near_KM))[:, None].expand_as(near_KM)
-    return torch.stack([own.flatten(), near_KM.flatten()])
 
 
 def _each_once(pairs: Tensor, count: int) -> Tensor:

@@ -126,11 +126,8 @@ def _check_amount(n: int, k: int, group: Group) -> None:
         raise UserError(f"k is {k} but there are only {n} rows to train on: lower --k or give more data")
     if n < 2 * k and collectives.rank(group) == 0:
         log.warning(
-            "%d rows to train on for %d clusters are %.2f per cluster, fewer than 2: most clusters will be single "
-            "rows, lower --k or give more data",
-            n,
-            k,
-            n / k,
+            f"{n} rows to train on for {k} clusters are {n / k:.2f} per cluster, fewer than 2: most clusters will be "
+            "single rows, lower --k or give more data"
         )
 
 

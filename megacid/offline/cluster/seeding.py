@@ -101,14 +101,13 @@ def initial_centroids(
     """Initial centroids fp32 [K, D], the same on every rank; unit rows for the cosine."""
     n, k = rows.num_rows, settings.k
     if settings.init == "random":
-        chosen = np.sort(
-            np.random.default_rng([settings.seed, RandomStream.INITIAL_CENTROIDS]).choice(n, k, replace=False)
-        )
-        return prepare(rows.take(chosen), settings.metric, torch.device("cpu"))
+        rng = np.random.default_rng([settings.seed, RandomStream.INITIAL_CENTROIDS])
+        return prepare(rows.take(np.sort(rng.choice(n, k, replace=False))), settings.metric, torch.device("cpu"))
     count, sample = min(n, seed_count(k)), sample_rows(n, k, rows.dim)
     chosen, _ = plus_plus(rows, count, sample, settings.seed, settings.metric, device, progress)
     centroids_KD = prepare(rows.take(chosen), settings.metric, torch.device("cpu"))
-    weight_K = _weights(rows, centroids_KD, _sample_numbers(n, sample, settings.seed), settings, device, progress)
+    assigner = Assigner(centroids_KD, settings.metric, device, settings.backend)
+    weight_K = _weights(rows, assigner, _sample_numbers(n, sample, settings.seed), progress)
 
     def neighbours(centroids_KD: Tensor) -> Tensor:
         assigner = Assigner(centroids_KD, settings.metric, device, settings.backend)
@@ -122,21 +121,14 @@ def initial_centroids(
     return merge_nearest(centroids_KD, weight_K, k, settings.metric, neighbours)
 
 
-def _weights(
-    rows: Rows,
-    centroids_KD: Tensor,
-    drawn: np.ndarray,
-    settings: KMeansSettings,
-    device: torch.device,
-    progress: Progress,
-) -> Tensor:
+def _weights(rows: Rows, assigner: Assigner, drawn: np.ndarray, progress: Progress) -> Tensor:
     """The weights for `merge_nearest`, float64 [K], from the rows `drawn`."""
-    assigner, tile = Assigner(centroids_KD, settings.metric, device, settings.backend), tile_rows(device)
-    weight_K = torch.zeros(len(centroids_KD), dtype=torch.float64)
+    tile, cosine = tile_rows(assigner.device), assigner.metric == "cosine"
+    weight_K = torch.zeros(len(assigner.centroids_KD), dtype=torch.float64)
     for low in range(0, len(drawn), tile):
-        x_TD = prepare(rows.take(drawn[low : low + tile]), settings.metric, device)
+        x_TD = prepare(rows.take(drawn[low : low + tile]), assigner.metric, assigner.device)
         value_TL, label_TL = (padded[: len(x_TD)].cpu() for padded in assigner.tile(pad_rows(x_TD, tile)))
-        value_T = value_TL[:, 0].double() if settings.metric == "cosine" else torch.ones(len(x_TD), dtype=torch.float64)
+        value_T = value_TL[:, 0].double() if cosine else torch.ones(len(x_TD), dtype=torch.float64)
         weight_K.index_add_(0, label_TL[:, 0], value_T)
         progress(0)
     return weight_K.clamp_min(0)

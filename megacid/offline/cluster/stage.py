@@ -80,12 +80,8 @@ def cluster(
     sizes, similarity = assign_labels(out, rows, assigner, parallel, top_labels, start_progress(rows.num_rows))
     with stop_together(group):
         _check_sizes(sizes, rows, warn=parallel.is_first)
-        if parallel.is_first:
-            result = {"iterations": state.iteration, "objective": state.objective}
-            result["iterations_asked"] = settings.iterations
-            _finish(stage, rows, state.centroids, arguments | result, sizes, similarity)
-    barrier(group)
-    return read_meta(out, expect="cluster")
+    result = {"iterations": state.iteration, "iterations_asked": settings.iterations, "objective": state.objective}
+    return _finish(stage, rows, state.centroids, parallel, sizes, similarity, {}, arguments | result)
 
 
 def _train(
@@ -167,11 +163,8 @@ def assign_only(
             stage.begin()
     assigner = Assigner(centroids_KD, origin["metric"], parallel.device, backend)
     sizes, similarity = assign_labels(out, rows, assigner, parallel, top_labels, start_progress(rows.num_rows))
-    with stop_together(group):
-        if parallel.is_first:
-            _finish(stage, rows, centroids_KD, arguments, sizes, similarity, clusters=str(clusters.resolve()))
-    barrier(group)
-    return read_meta(out, expect="cluster")
+    source = {"clusters": str(clusters.resolve())}
+    return _finish(stage, rows, centroids_KD, parallel, sizes, similarity, source, arguments)
 
 
 def _check_top_labels(top_labels: int, k: int) -> None:
@@ -199,9 +192,7 @@ def _check_sizes(sizes: np.ndarray, rows: EmbeddingRows, *, warn: bool) -> None:
         )
     if warn and used * 2 < len(sizes):
         log.warning(
-            "only %d of %d clusters hold a sample: many embeddings are (nearly) equal, or k is too large",
-            used,
-            len(sizes),
+            f"only {used} of {len(sizes)} clusters hold a sample: many embeddings are (nearly) equal, or k is too large"
         )
 
 
@@ -260,23 +251,29 @@ def _finish(
     stage: StageDirectory,
     rows: EmbeddingRows,
     centroids_KD: torch.Tensor,
-    arguments: dict[str, Any],
+    parallel: Parallel,
     sizes: np.ndarray,
     similarity: float,
-    **source: str,
-) -> None:
-    """Write centroids, sizes and meta.json. source: further entries of its `source`."""
-    failpoint("cluster:labelled")
-    write_array(stage.path / "centroids.npy", centroids_KD.numpy())
-    write_array(stage.path / "sizes.npy", sizes)
-    stage.commit(
-        {"embeddings": str(rows.directory.resolve()), "shards": rows.meta["source"].get("shards")} | source,
-        dim=rows.dim,
-        num_samples=rows.num_rows,
-        final_objective=similarity / rows.num_rows,
-        imbalance=imbalance_factor(sizes),
-        empty=int((sizes == 0).sum()),
-        pretrained=rows.meta.get("pretrained"),
-        **arguments,
-    )
-    _remove_partial_results(stage)
+    source: dict[str, str],
+    entries: dict[str, Any],
+) -> dict[str, Any]:
+    """Write centroids, sizes and meta.json on the first rank; returns meta.json. source, entries: added to it."""
+    with stop_together(parallel.group):
+        if parallel.is_first:
+            failpoint("cluster:labelled")
+            write_array(stage.path / "centroids.npy", centroids_KD.numpy())
+            write_array(stage.path / "sizes.npy", sizes)
+            embeddings = {"embeddings": str(rows.directory.resolve()), "shards": rows.meta["source"].get("shards")}
+            stage.commit(
+                embeddings | source,
+                dim=rows.dim,
+                num_samples=rows.num_rows,
+                final_objective=similarity / rows.num_rows,
+                imbalance=imbalance_factor(sizes),
+                empty=int((sizes == 0).sum()),
+                pretrained=rows.meta.get("pretrained"),
+                **entries,
+            )
+            _remove_partial_results(stage)
+    barrier(parallel.group)
+    return read_meta(stage.path, expect="cluster")

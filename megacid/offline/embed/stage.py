@@ -200,8 +200,7 @@ def embed(
         settings: The model, precision and weights; recorded, and compared with those of a started folder.
         sharding: "static" assigns shard s to rank s % world. "dynamic" starts the same way; a rank that is done then
             takes over shards that no rank has started and those of ranks that died.
-        start_progress: Called with the number of samples to embed on all ranks; returns a function that takes the
-            number of further samples that all ranks have embedded.
+        start_progress: Called with the samples to embed on all ranks; returns the `Progress` that counts them.
     """
     group, path = parallel.group, out / WORK / "queue"
     stage = StageDirectory(out, "embed", settings, notes={"batch_size": batch_size})
@@ -251,10 +250,9 @@ def _failed_keys(index: ShardIndex, out: Path, shard: int, dim: int) -> list[str
 
 
 def _verify(index: ShardIndex, out: Path, shards: list[int], dim: int) -> dict[str, Any]:
-    """Read partitions back: skipped samples by shard, names of the first, shards without embeddings."""
+    """Read partitions back: number of skipped samples by shard, names of the first."""
     by_shard: dict[str, int] = {}
     named: list[str] = []
-    empty: list[str] = []
     for shard in shards:
         failed = _failed_keys(index, out, shard, dim)
         if failed is None:
@@ -265,10 +263,8 @@ def _verify(index: ShardIndex, out: Path, shards: list[int], dim: int) -> dict[s
         stem = index.names[shard]
         if failed:
             by_shard[stem] = len(failed)
-        if len(failed) == index.sizes[shard]:
-            empty.append(stem)
         named += [f"{stem}/{key}" for key in failed[: _NAMED - len(named)]]
-    return {"by_shard": by_shard, "named": named, "empty": empty}
+    return {"by_shard": by_shard, "named": named}
 
 
 def _finish(stage: StageDirectory, index: ShardIndex, clip: LoadedClip, stats: list[dict[str, Any]]) -> None:
@@ -280,12 +276,13 @@ def _finish(stage: StageDirectory, index: ShardIndex, clip: LoadedClip, stats: l
             f"captions, the reasons are in {stage.path / 'failures'}"
         )
     named = sorted({name for part in stats for name in part["named"]})
+    empty = [stem for stem, size in zip(index.names, index.sizes) if by_shard.get(stem, 0) == size]
     stage.commit(
         {"shards": str(index.root.resolve())},
         **{name: stage.arguments[name] for name in ("model", "pretrained", "precision", "weights")},
         dim=clip.embed_dim,
         partitions={stem: number for number, stem in enumerate(index.names)},
-        empty=sorted({stem for part in stats for stem in part["empty"]}),
+        empty=sorted(empty),
         shards_digest=index.digest,
         num_samples=index.num_samples - failed,
         failures={"count": failed, "named": named[:_NAMED]},
