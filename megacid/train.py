@@ -104,7 +104,7 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
         watchdog.beat("end", step, config.save_timeout_s)
         saver.finish()
     except ERRORS_OF_ALL_RANKS:
-        saver.finish()  # a checkpoint under way holds the state before the error
+        saver.finish()  # a checkpoint in progress holds the state before the error
         raise
     finally:
         watchdog.close()

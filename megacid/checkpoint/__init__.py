@@ -1,1 +1,1 @@
-"""Checkpoints: the directory protocol, what is saved, who publishes."""
+"""Checkpoints: the directory protocol, their contents, and saving by all ranks."""

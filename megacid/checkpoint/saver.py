@@ -1,13 +1,13 @@
-"""Saving: all ranks write, rank 0 publishes, training waits for it or goes on meanwhile.
+"""Saving checkpoints: all ranks write, rank 0 publishes; in the foreground, or while training continues.
 
-In the background a save is the same protocol in two parts. `save` copies what is to be written to host memory, which is
-the only pause, and a thread of each rank writes, syncs and hashes its own files. The thread knows nothing of the other
-ranks: collectives from a thread would meet the training's in another order on each rank, and hang. The second part,
-gathering the reports and publishing, is done on the main thread at the first `poll` at which every rank's thread has
-ended. Until then the stage directory is no checkpoint, so a crash at any moment leaves the older ones.
+A background save is the same protocol in two parts. `save` copies the tensors to host memory, which is the only pause,
+and a thread of each rank writes, syncs and hashes its own files. The thread runs no collective: it would interleave
+with the training's in another order on each rank and deadlock. The main thread does the second part, gathering the
+reports and publishing, at the first `poll` at which the thread of every rank has ended. Until then the stage directory
+is no checkpoint, so a crash at any moment leaves the older ones.
 
-What one rank does alone (directories, copies, files) may fail on that rank alone, and the others are then waiting in a
-collective. So it never raises: it ends as text in that rank's report, and the reports decide for all.
+Local work (directories, copies, files) may fail on one rank while the others wait in a collective. It never raises:
+the error becomes text in the rank's report, and the reports decide for all ranks.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 
 
 class SaveFailed(RuntimeError):  # noqa: N818  the run ends with its own exit code
-    """Several checkpoints in a row could not be written."""
+    """Several checkpoints in a row could not be written. Raised on every rank."""
 
 
 @dataclass
 class _Save:
-    """One save under way, on one rank."""
+    """A save in progress on one rank."""
 
     step: int
     facts: dict[str, Any]
@@ -54,22 +54,24 @@ class _Save:
 
     @contextlib.contextmanager
     def local(self, rank: int) -> Iterator[None]:
-        """A block that no other rank takes part in: what it raises becomes this save's error."""
+        """A block of local work, whose exception becomes this save's error."""
         try:
             yield
         except Exception as error:  # not only OSError: the other ranks wait for a report
-            self.error = f"rank {rank}: {_said(error)}"
+            self.error = f"rank {rank}: {_text(error)}"
 
 
-def _said(error: Exception) -> str:
+def _text(error: Exception) -> str:
     return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
 
 class Saver:
-    """Checkpoints of one run directory. Every method is a collective.
+    """Saves the checkpoints of one run directory. Every method is a collective.
 
-    background: write while training goes on; needs host memory for a copy of this rank's part. max_failures: saves in a
-    row that may fail (disk full, I/O error) with a warning, before SaveFailed is raised on every rank.
+    Args:
+        keep_last: number of newest checkpoints that stay.
+        background: write while training continues; needs host memory for a copy of this rank's part.
+        max_failures: number of failed saves in a row (disk full, I/O error) at which SaveFailed is raised.
     """
 
     def __init__(
@@ -89,10 +91,16 @@ class Saver:
         row_range: tuple[int, int],
         facts: dict[str, Any],
     ) -> None:
-        """Write `root/step-...` together. A save that is still under way is finished first.
+        """Write `root/step-...`. A save in progress is finished first. When a rank cannot write, all ranks only warn.
 
-        rows: {"head": classifier, "optimizer": its optimizer}, or empty. row_range: this rank's classes. facts: JSON for
-        the manifest. When a rank cannot write, the older checkpoints stay and all ranks go on alike.
+        Args:
+            step: number of steps done.
+            rows: {"head": classifier, "optimizer": its optimizer}; empty without a classifier.
+            row_range: [start, stop) of this rank's classes.
+            facts: further fields of the manifest, JSON-able.
+
+        Raises:
+            SaveFailed: on every rank.
         """
         self.finish()
         began, me = time.perf_counter(), rank(self.group)
@@ -117,19 +125,19 @@ class Saver:
             return
         size = sum(t.numel() * t.element_size() for t in (*student.values(), *own.values())) / 2**20
         began_writing = time.perf_counter()
-        log.info("copied step %d: %.1f MiB in %.2f s; writing goes on in the background", step, size, began_writing - began)  # fmt: skip
+        log.info("copied step %d: %.1f MiB in %.2f s, writing in the background", step, size, began_writing - began)
         save.thread = threading.Thread(
             target=self._write, args=(save, student, own, bounds, began_writing), name="saver", daemon=True
         )
         save.thread.start()
 
     def poll(self) -> None:
-        """Publish a background save that every rank has written. Costs nothing while none is under way."""
+        """Publish a background save that every rank has written. Costs nothing while none is in progress."""
         if self._under_way is not None and not any_rank(self._under_way.busy, self.group):
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the save under way and publish it. Raises SaveFailed on every rank."""
+        """Wait for the save in progress and publish it. Raises SaveFailed on every rank."""
         if self._under_way is None:
             return
         save, self._under_way = self._under_way, None
@@ -141,8 +149,9 @@ class Saver:
         self._failures = 0 if error is None else self._failures + 1
         if self._failures >= self.max_failures:
             raise SaveFailed(
-                f"{self._failures} checkpoints in a row could not be written to {self.root}, the last for step {save.step} "
-                f"({error}): make room or repair the disk, then start the same command again; the older checkpoints stay"
+                f"{self._failures} checkpoints in a row could not be written to {self.root}, the last for step "
+                f"{save.step} ({error}): free disk space or repair the disk, then run the same command again to "
+                "continue from the newest checkpoint"
             )
 
     def _own_student_tensors(self, engine: NamedState) -> dict[str, Tensor]:
@@ -172,25 +181,25 @@ class Saver:
         save.write_s = time.perf_counter() - began
 
     def _publish(self, save: _Save, reports: list[Any]) -> str | None:
-        """Rank 0: publish, or clean up and say why not."""
+        """Publish on rank 0, or clean up. Returns the error."""
         began, errors = time.perf_counter(), [report["error"] for report in reports if report["error"]]
         files = [store.WrittenFile(**file) for report in reports for file in report["files"]]
         try:
             if errors or save.stage is None:
                 raise OSError("; ".join(dict.fromkeys(errors)))
             final = store.publish(self.root, save.stage, save.step, files, save.facts)
-        except Exception as error:  # the other ranks wait for the outcome, whatever it is
-            log.warning("could not save step %d, the older checkpoints stay: %s", save.step, _said(error))
+        except Exception as error:  # the other ranks wait for the outcome
+            log.warning("could not save step %d, older checkpoints are kept: %s", save.step, _text(error))
             if save.stage is not None:
-                store.drop(save.stage)
-            return _said(error)
-        # Of the slowest rank: in the background it is not the time that training lost.
+                store.remove(save.stage)
+            return _text(error)
+        # The slowest rank's time; of a background save training lost less.
         seconds = max(report["write_s"] for report in reports) + time.perf_counter() - began
         size = sum(file.bytes for file in files) / 2**20
         log.info("saved %s: %.1f MiB in %.2f s (%.0f MiB/s)", final, size, seconds, size / seconds)
         try:
             failpoint("store:after_rename", step=save.step)
             store.prune(self.root, self.keep_last, step=save.step)
-        except OSError as error:  # this checkpoint is whole all the same
+        except OSError as error:  # the new checkpoint is published already
             log.warning("could not remove an old checkpoint below %s: %s", self.root, error)
         return None

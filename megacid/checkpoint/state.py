@@ -1,11 +1,12 @@
-"""What a checkpoint holds, by name and by global row, so that any number of ranks can read it.
+"""Contents of a checkpoint, by name and by global row, which any number of ranks can read.
 
-    student-00000.safetensors      of each rank: whole tensors "param/NAME", "exp_avg/NAME", "exp_avg_sq/NAME", "buffer/NAME"; parameter i is
-                                   written by rank i % world
-    classifier-00000.safetensors   of each rank: rows [start, stop) of "head/..." and "optimizer/...", bounds in the metadata
-    manifest.json                  step, number of classes, which file holds what, sizes, sha256
+    student-00000.safetensors      one per rank: whole tensors "param/NAME", "exp_avg/NAME", "exp_avg_sq/NAME" and
+                                   "buffer/NAME"; rank i % world writes parameter i
+    classifier-00000.safetensors   one per rank: rows [start, stop) of "head/..." and "optimizer/...", bounds in the
+                                   metadata
+    manifest.json                  step, number of classes, and name, size and sha256 of every file
 
-Random numbers need no state: order, augmentation, class sampling are pure functions of seed and step.
+Random generators have no state to save: sample order, augmentation and class sampling are functions of seed and step.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class NamedState(Protocol):
     """The part of the engine that a checkpoint needs."""
 
     def named_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """(name, {kind: copy on the host}) of every parameter: training may go on while it is written. A collective."""
+        """(name, {kind: copy on the host}) of every parameter; training may change the originals. A collective."""
         ...
 
     def named_buffers(self) -> dict[str, Tensor]: ...
@@ -38,7 +39,7 @@ class NamedState(Protocol):
 
 
 class RowState(Protocol):
-    """The classifier, or its optimizer: tensors whose first dimension is this rank's classes."""
+    """The classifier or its optimizer: tensors whose first dimension is this rank's classes."""
 
     def state_rows(self) -> dict[str, Tensor]: ...
     def load_state_rows(self, read: Callable[[str, int, int], Tensor]) -> None: ...
@@ -48,7 +49,7 @@ class CheckpointReader:
     """Tensors of one published checkpoint by name, and classifier rows by global row."""
 
     def __init__(self, directory: Path) -> None:
-        """Reads the names and shapes. UserError when they are not those of a whole checkpoint."""
+        """Read names and shapes. Raises UserError when they are not those of a complete checkpoint."""
         self.directory = directory
         self._where: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -60,10 +61,11 @@ class CheckpointReader:
                 self._add(directory / file["name"])
             self._rows.sort()
             bounds = [0, *(stop for _, stop, _ in self._rows)]
-            if [start for start, _, _ in self._rows] != bounds[:-1] or bounds[-1] != self.manifest.get(
-                "num_classes", 0
-            ):
-                raise ValueError(f"its files hold the classifier rows up to {bounds[1:]}, not each row once")
+            starts, num_classes = [start for start, _, _ in self._rows], self.manifest.get("num_classes", 0)
+            if starts != bounds[:-1] or bounds[-1] != num_classes:
+                raise ValueError(
+                    f"its classifier files end at rows {bounds[1:]}, expected each of {num_classes} rows once"
+                )
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{directory} cannot be read: {error!r}; choose another checkpoint") from None
 
@@ -71,12 +73,12 @@ class CheckpointReader:
         with safe_open(path, "pt") as handle:
             shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
             if path.name.startswith("classifier-"):
-                facts = handle.metadata()
-                start, stop = int(facts["start"]), int(facts["stop"])
+                metadata = handle.metadata()
+                start, stop = int(metadata["start"]), int(metadata["stop"])
                 self._rows.append((start, stop, path))
                 rows = {name: shape[1:] for name, shape in shapes.items() if shape[0] == stop - start}
                 if len(rows) < len(shapes) or rows != (self._row_shapes or rows):
-                    raise ValueError(f"{path.name} holds other tensors of rows than its bounds or the other files say")
+                    raise ValueError(f"{path.name} has other row tensors than its bounds or the other files imply")
                 self._row_shapes = rows
             elif twice := sorted(shapes.keys() & self._shapes.keys()):
                 raise ValueError(f"two files hold {twice[0]}")
@@ -85,17 +87,19 @@ class CheckpointReader:
                 self._where |= dict.fromkeys(shapes, path)
 
     def names(self, kind: str) -> list[str]:
+        """Names of the student's tensors of a kind: "param", "exp_avg", "exp_avg_sq" or "buffer"."""
         return [name.removeprefix(kind + "/") for name in self._where if name.startswith(kind + "/")]
 
     def row_names(self) -> list[str]:
-        """Names of what is saved by global row: "head/weight", "optimizer/exp_avg", ...; empty without a classifier."""
+        """Names of the tensors stored by global row, such as "head/weight"; empty without a classifier."""
         return sorted(self._row_shapes)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of everything that is held, by name; of what is saved by row, the shape of a row."""
+        """Name -> shape of every tensor; of tensors stored by global row, the shape of one row."""
         return self._shapes | self._row_shapes
 
     def tensor(self, kind: str, name: str) -> Tensor:
+        """One whole tensor of the student, on the host. Raises UserError when it is missing."""
         try:
             path = self._where[f"{kind}/{name}"]
         except KeyError:
@@ -106,14 +110,14 @@ class CheckpointReader:
             return handle.get_tensor(f"{kind}/{name}")
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Global rows [start, stop) of `name` ("head/weight", "optimizer/exp_avg", ...), whoever wrote them.
+        """Global rows [start, stop) of `name` ("head/weight", "optimizer/exp_avg", ...), from any number of files.
 
-        Rows that one file holds, as they do where the number of ranks has not changed, are mapped and take no memory.
+        Rows of a single file, the usual case with an unchanged number of ranks, are memory-mapped.
         """
         if name not in self._row_shapes:
             raise UserError(
-                f"{self.directory} has no {name}: it was saved by another version, or with other settings of the classifier's "
-                "optimizer; give the run the same ones"
+                f"{self.directory} has no {name}: it was saved by another version, or with other settings of the "
+                "classifier's optimizer; use the same settings"
             )
         parts = []
         for first, last, path in self._rows:
@@ -124,25 +128,32 @@ class CheckpointReader:
         out = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0, *self._row_shapes[name])
         if out.shape[0] != stop - start:
             raise UserError(
-                f"{self.directory} has {out.shape[0]} of the classifier rows {start} to {stop}: it belongs to another number of classes"
+                f"{self.directory} has {out.shape[0]} of the classifier rows {start} to {stop}, expected all: it has "
+                "another number of classes"
             )
         return out
 
 
 def restore(directory: Path, engine: NamedState, rows: dict[str, RowState], facts: dict[str, Any]) -> int:
-    """Load everything from `directory`; returns its step. A collective.
+    """Load a checkpoint into the engine and the class rows, and return its step. A collective.
 
-    Names that only the checkpoint or only the run has, and shapes that differ, are UserErrors, before anything changes.
+    Args:
+        rows: {"head": classifier, "optimizer": its optimizer}; empty without a classifier.
+        facts: num_classes and embed_dim of the run.
+
+    Raises:
+        UserError: names or shapes of checkpoint and run differ; nothing was changed.
     """
     reader = CheckpointReader(directory)
     for key in ("num_classes", "embed_dim"):
         if reader.manifest.get(key) != facts.get(key):
             raise UserError(
-                f"{directory} has {key} {reader.manifest.get(key)}, this run has {facts.get(key)}: start another run, or correct data.labels"
+                f"{directory} has {key} {reader.manifest.get(key)}, expected {facts.get(key)} as in this run: start "
+                "another run, or correct data.labels"
             )
     updates = reader.manifest.get("updates")
     if type(updates) is not int:
-        raise UserError(f"{directory} says updates {updates!r}, expected a number: it was saved by another version")
+        raise UserError(f"{directory} has updates {updates!r}, expected an integer: it was saved by another version")
     _refuse_other_state(reader, engine, rows)
     engine.load_named_state(lambda name, kind: reader.tensor(kind, name.removeprefix(PREFIX)), updates)
     engine.load_buffers({name: reader.tensor("buffer", name.removeprefix(PREFIX)) for name in engine.named_buffers()})
@@ -152,31 +163,31 @@ def restore(directory: Path, engine: NamedState, rows: dict[str, RowState], fact
 
 
 def _refuse_other_state(reader: CheckpointReader, engine: NamedState, rows: dict[str, RowState]) -> None:
-    # Asked for one by one, a tensor that the run lacks would never be missed, and one of another shape be broadcast.
-    want: dict[str, tuple[int, ...]] = {}
+    # Loading tensor by tensor would ignore one that the run lacks, and broadcast one of another shape.
+    expected: dict[str, tuple[int, ...]] = {}
     for name, tensors in engine.named_state():
-        want |= {f"{kind}/{name.removeprefix(PREFIX)}": tuple(value.shape) for kind, value in tensors.items()}
-    want |= {f"buffer/{name.removeprefix(PREFIX)}": tuple(t.shape) for name, t in engine.named_buffers().items()}
+        expected |= {f"{kind}/{name.removeprefix(PREFIX)}": tuple(value.shape) for kind, value in tensors.items()}
+    expected |= {f"buffer/{name.removeprefix(PREFIX)}": tuple(t.shape) for name, t in engine.named_buffers().items()}
     for part, owner in rows.items():
-        want |= {f"{part}/{name}": tuple(value.shape[1:]) for name, value in owner.state_rows().items()}
-    held = reader.shapes()
-    said = [f"has no {name}" for name in sorted(want.keys() - held.keys())]
-    said += [f"has {name}, for which this run has no place" for name in sorted(held.keys() - want.keys())]
-    said += [
-        f"has {name} of shape {held[name]}, in this run {want[name]}"
-        for name in sorted(want.keys() & held.keys())
-        if want[name] != held[name]
+        expected |= {f"{part}/{name}": tuple(value.shape[1:]) for name, value in owner.state_rows().items()}
+    shapes = reader.shapes()
+    differences = [f"has no {name}" for name in sorted(expected.keys() - shapes.keys())]
+    differences += [f"has {name}, which this run does not have" for name in sorted(shapes.keys() - expected.keys())]
+    differences += [
+        f"has {name} of shape {shapes[name]}, expected {expected[name]}"
+        for name in sorted(expected.keys() & shapes.keys())
+        if expected[name] != shapes[name]
     ]
-    if said:
-        more = f", and {len(said) - 5} more such differences" if len(said) > 5 else ""
+    if differences:
+        more = f", and {len(differences) - 5} more such differences" if len(differences) > 5 else ""
         raise UserError(
-            f"{reader.directory} {'; '.join(said[:5])}{more}: it was saved by a run with another student or optimizer, or by "
-            "another version; give the run the same"
+            f"{reader.directory} {'; '.join(differences[:5])}{more}: it was saved by a run with another student or "
+            "optimizer, or by another version; use the same"
         )
 
 
 def load_student_tensors(directory: str | Path) -> dict[str, Tensor]:
-    """The student alone: fp32 parameters and buffers under open_clip's names."""
+    """The student's fp32 parameters and buffers, under open_clip's names."""
     directory = Path(directory)
     try:
         store.verify(directory)

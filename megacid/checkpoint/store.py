@@ -1,16 +1,14 @@
-"""Files that are either whole or not there: atomic writes, stage metadata, and the checkpoint directory protocol.
+"""The checkpoint directory protocol: a checkpoint is either complete or absent.
 
 A checkpoint is a directory `step-00001000/` with safetensors files and a `manifest.json`, published in this order:
 
     all ranks   write their files into `.tmp-step-...`, flush, fsync, hash the bytes they wrote
-    rank 0      finds every file with its size, writes the manifest (name, size, sha256 of each), fsync
+    rank 0      checks the size of every file, writes the manifest (name, size, sha256 of each), fsync
     rank 0      renames the stage directory to its final name, fsync of the parent
     rank 0      prunes old checkpoints down to `keep_last`
 
-`saver.py` leads the ranks through it.
-
-There is no `latest` file: the newest checkpoint is the highest step whose manifest verifies. A published directory is
-never written to again.
+`saver.py` runs these steps on all ranks. There is no `latest` file: the newest checkpoint is the highest step whose
+manifest verifies. A published directory is never written to again.
 """
 
 from __future__ import annotations
@@ -37,18 +35,9 @@ FORMAT_VERSION = 1
 _STEP = re.compile(r"step-([0-9]{8,})")
 
 
-# ---- single files ------------------------------------------------------------------------------------------------
-
-
-# ---- meta.json of the stage directories --------------------------------------------------------------------------
-
-
-# ---- checkpoint directories --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class WrittenFile:
-    """What one rank reports about one file: name inside the checkpoint, bytes, sha256 of the bytes handed to the disk."""
+    """One file that a rank wrote: its name in the checkpoint, its size, the sha256 of the bytes handed to the disk."""
 
     name: str
     bytes: int
@@ -56,22 +45,22 @@ class WrittenFile:
 
 
 def step_name(step: int) -> str:
+    """Name of the checkpoint directory after `step` steps."""
     return f"step-{step:08d}"
 
 
 def make_stage(root: Path, step: int) -> Path:
-    """A fresh, empty stage directory below `root`.
+    """Create an empty stage directory below `root`.
 
-    Its name is new each time: a rank of an earlier start that outlived rank 0, or whose disk hung, may still be writing,
-    and would write over the files of this one.
+    Its name is unique: a rank of an earlier start whose disk hung may still be writing to the stage of that start.
     """
     stage = root / f".tmp-{step_name(step)}-{time.time_ns():x}"
     stage.mkdir(parents=True)
     return stage
 
 
-def drop(directory: Path) -> None:
-    """Remove a directory, or as much of it as can be: the reason to remove it is often a disk that fails."""
+def remove(directory: Path) -> None:
+    """Remove a directory as far as possible. Ignores errors, since a failing disk is often the reason to remove it."""
     shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -85,11 +74,16 @@ _WRITE_BYTES = 1 << 24
 def write_tensors(
     stage: Path, name: str, tensors: dict[str, Tensor], facts: dict[str, str] | None = None, *, step: int = 0
 ) -> WrittenFile:
-    """Write one safetensors file into the stage, durable, and hash what was written (not what a re-read gives back).
-    step: for the probes.
+    """Write one safetensors file into the stage, fsync it, and hash the bytes handed to the disk.
 
-    Tensors may be on any device and are taken to the host one at a time: the library's own writer first makes one byte
-    string of all of them, which for the rows of a classifier and their moments doubles what the process needs.
+    Tensors are copied to the host one at a time. The writer of the safetensors library copies all tensors of a file to
+    the host before it writes the first, and neither hashes nor syncs.
+
+    Args:
+        stage: directory of the checkpoint to be.
+        tensors: name -> tensor on any device.
+        facts: metadata of the file's header.
+        step: passed to the failpoints.
     """
     header: dict[str, Any] = {} if facts is None else {"__metadata__": facts}
     end = 0
@@ -131,11 +125,22 @@ def write_tensors(
 
 
 def publish(root: Path, stage: Path, step: int, files: list[WrittenFile], facts: dict[str, Any]) -> Path:
-    """Rank 0: manifest, rename. Returns the published directory. Raises OSError, then nothing is published."""
+    """Write the manifest and rename the stage. Runs on rank 0 alone.
+
+    Args:
+        files: of all ranks.
+        facts: further fields of the manifest, JSON-able.
+
+    Returns:
+        The published directory.
+
+    Raises:
+        OSError: nothing was published.
+    """
     for file in files:
         path = stage / file.name
         if (size := path.stat().st_size) != file.bytes:
-            raise OSError(f"{path} has {size} of the {file.bytes} bytes that were written to it")
+            raise OSError(f"{path} has {size} bytes, expected the {file.bytes} that were written")
     manifest = {
         **facts,
         "format": FORMAT_VERSION,
@@ -147,7 +152,7 @@ def publish(root: Path, stage: Path, step: int, files: list[WrittenFile], facts:
     fsync_dir(stage)
     final = root / step_name(step)
     if os.path.lexists(final):
-        # Damaged, or from a part of the run that was given up (--resume PATH): moved away, never overwritten.
+        # Damaged, or abandoned by --resume PATH: moved aside, never overwritten.
         final.rename(root / f".replaced-{final.name}-{time.time_ns():x}")
     failpoint("store:before_rename", step=step)
     os.replace(stage, final)
@@ -156,21 +161,20 @@ def publish(root: Path, stage: Path, step: int, files: list[WrittenFile], facts:
 
 
 def seal(manifest: dict[str, Any]) -> bytes:
-    """The content of manifest.json. It carries its own hash, and there is one way to write it, so that every flipped
-    byte is found as in any other file."""
+    """The bytes of manifest.json: canonical JSON with its own sha256, so that any flipped byte is detected."""
     body = json.dumps(manifest, indent=1, sort_keys=True)
     sealed = {"manifest": manifest, "sha256": hashlib.sha256(body.encode()).hexdigest()}
     return (json.dumps(sealed, indent=1, sort_keys=True) + "\n").encode()
 
 
 def prune(root: Path, keep_last: int, *, step: int) -> None:
-    """Rank 0, after `step` was published: remove older checkpoints, so that `keep_last` whole ones stay. Raises OSError.
+    """Remove checkpoints older than `step`, just published, except the newest `keep_last` valid ones. Rank 0 alone.
 
-    Damaged ones do not count and stay: they must not push out the ones that the run can go on from. Nor do those of
-    later steps, which a run that was sent back (--resume PATH) has left behind: they would push out the new one.
+    Damaged checkpoints are kept and not counted, since they would displace ones that the run can resume from. So are
+    checkpoints of later steps, left over from before --resume PATH. Raises OSError.
     """
     for left in root.glob(".tmp-pruned-*"):
-        drop(left)
+        remove(left)
     older = [path for number, path in list_steps(root) if number <= step and _has_its_sizes(path)]
     for path in older[:-keep_last]:
         # Renamed first: a half-deleted directory must not look like a checkpoint.
@@ -189,33 +193,33 @@ def _has_its_sizes(directory: Path) -> bool:
     return True
 
 
-def sweep_stages(root: Path) -> None:
-    """Remove what killed saves left behind."""
+def remove_stages(root: Path) -> None:
+    """Remove the stage directories of saves that were killed."""
     for path in root.glob(".tmp-*"):
         if path.is_dir() and not path.is_symlink():
-            drop(path)
+            remove(path)
         else:
             path.unlink(missing_ok=True)
 
 
 def list_steps(root: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of every published checkpoint, oldest first, verified or not."""
-    found = []
+    """(step, directory) of every published checkpoint, oldest first, without verification."""
+    steps = []
     for path in root.iterdir() if root.is_dir() else ():
         step = _step_of(path)
         if step is not None and path.is_dir():
-            found.append((step, path))
-    return sorted(found)
+            steps.append((step, path))
+    return sorted(steps)
 
 
 def _step_of(directory: Path) -> int | None:
-    """The step that the directory's name says; None when it is not the name of a checkpoint."""
+    """The step in a checkpoint directory's name; None for any other name."""
     match = _STEP.fullmatch(directory.name)
     return int(match[1]) if match and step_name(int(match[1])) == directory.name else None
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of one checkpoint. Raises ValueError naming what is wrong with it, whatever the file holds."""
+    """Read the manifest of one checkpoint. Raises ValueError with the defect, whatever the file holds."""
     path = directory / MANIFEST
     data = None
     try:
@@ -231,19 +235,19 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if data != sealed:
         raise ValueError(f"{path}: its sha256 does not match its content")
     if version != FORMAT_VERSION:
-        raise ValueError(f"{directory} has format {version!r}, this version reads format {FORMAT_VERSION}")
+        raise ValueError(f"{directory} has format {version!r}, expected {FORMAT_VERSION}")
     if type(step) is not int or _step_of(directory) not in (None, step):
-        raise ValueError(f"{path} says step {step!r}, its directory {directory.name}")
+        raise ValueError(f"{path} has step {step!r}, expected that of its directory {directory.name}")
     if not isinstance(files, list) or not files or not all(map(_is_file_entry, files)):
-        raise ValueError(f"{path} has entries that are no files of a checkpoint")
+        raise ValueError(f"{path} lists entries that cannot be files of a checkpoint")
     names = [file["name"] for file in files]
     if len(set(names)) != len(names):
-        raise ValueError(f"{path} names a file twice")
+        raise ValueError(f"{path} lists a file twice")
     return dict(manifest)
 
 
 def _is_file_entry(entry: Any) -> bool:
-    """{"name", "bytes", "sha256"}, and nothing that could lead out of the directory."""
+    """Whether an entry is {"name", "bytes", "sha256"} with a name inside the directory."""
     if not isinstance(entry, dict) or entry.keys() != {"name", "bytes", "sha256"}:
         return False
     name, size, digest = entry["name"], entry["bytes"], entry["sha256"]
@@ -252,36 +256,37 @@ def _is_file_entry(entry: Any) -> bool:
 
 
 def verify(directory: Path, *, hashes: bool = True) -> dict[str, Any]:
-    """The manifest, after every file was found with its size and, with `hashes`, its sha256. Raises ValueError."""
+    """Check the size and, with `hashes`, the sha256 of every file. Returns the manifest. Raises ValueError."""
     manifest = read_manifest(directory)
     for file in manifest["files"]:
         path = directory / file["name"]
         try:
             size = _size_of_file(path)
             if size != file["bytes"]:
-                held = "no file" if size is None else f"{size} bytes"
-                raise ValueError(f"{path} has {held}, the manifest says {file['bytes']} bytes")
+                if size is None:
+                    raise ValueError(f"{path} is missing, expected {file['bytes']} bytes")
+                raise ValueError(f"{path} has {size} bytes, expected {file['bytes']} bytes")
             if not hashes:
                 continue
             digest = file_sha256(path)
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from None
         if digest != file["sha256"]:
-            raise ValueError(f"{path} has sha256 {digest[:16]}..., the manifest says {file['sha256'][:16]}...")
+            raise ValueError(f"{path} has sha256 {digest[:16]}..., expected {file['sha256'][:16]}...")
     return manifest
 
 
 def _size_of_file(path: Path) -> int | None:
-    """None where there is nothing, or something that is no file (opening a pipe would wait for ever)."""
+    """Size of a regular file; None for anything else, since opening a pipe would block."""
     try:
-        found = path.stat()
+        status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def newest_valid(root: Path, *, hashes: bool = True) -> tuple[Path | None, list[str]]:
-    """(directory of the newest checkpoint that verifies or None, one message for each newer one that does not)."""
+    """(directory of the newest checkpoint that verifies, or None; one message for each newer one that does not)."""
     problems: list[str] = []
     for _, path in reversed(list_steps(root)):
         try:

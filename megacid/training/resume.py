@@ -40,7 +40,7 @@ def find_checkpoint(run: RunFile, resume: str) -> str | None:
             f"{directory} already has checkpoints up to step {existing[-1][0]} and --resume is never: choose another "
             "run.name, or --resume auto"
         )
-    store.sweep_stages(directory)
+    store.remove_stages(directory)
     newest, problems = store.newest_valid(directory)
     for problem in problems:
         log.warning("skipped an invalid checkpoint: %s", problem)

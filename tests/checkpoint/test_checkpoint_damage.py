@@ -199,4 +199,4 @@ def test_a_run_never_loads_a_checkpoint_of_another_step_under_a_good_name(root: 
     shutil.rmtree(newest)
     before.rename(newest)
     found, problems = store.newest_valid(newest.parent)
-    assert found is None and f"says step {2 * EVERY}, its directory {newest.name}" in problems[0]
+    assert found is None and f"has step {2 * EVERY}, expected that of its directory {newest.name}" in problems[0]

@@ -71,9 +71,9 @@ def test_a_save_that_fails_leaves_the_older_ones_and_training_goes_on(
     said = capfd.readouterr().err
     assert published(run) == [EVERY, STEPS]
     same_bits(root, world, run, EVERY, STEPS)
-    assert said.count("could not save step 6, the older checkpoints stay: ") == 1
+    assert said.count("could not save step 6, older checkpoints are kept: ") == 1
     assert said.count("could not") == 1 and ("No space left" if number == errno.ENOSPC else "Input/output") in said
-    assert rank is None or probe in BY_THE_FIRST or f"stay: rank {rank}: " in said
+    assert rank is None or probe in BY_THE_FIRST or f"kept: rank {rank}: " in said
 
 
 @pytest.mark.parametrize(("rank", "probe"), [(1, "mid_file"), (0, "before_fsync"), (0, "before_rename")])
@@ -83,7 +83,7 @@ def test_a_save_that_fails_in_the_background_is_the_same(
     file, run = run_file(root, f"behind{rank}{probe}", run__save_in_background=True)
     plan = FaultPlan(Fault(f"store:{probe}", "os_error", rank=rank, step=2 * EVERY, value=errno.EIO))
     assert toy.train_toy(2, file, plan=plan) == [0, 0]
-    assert capfd.readouterr().err.count("could not save step 6, the older checkpoints stay: ") == 1
+    assert capfd.readouterr().err.count("could not save step 6, older checkpoints are kept: ") == 1
     assert published(run) == [EVERY, STEPS]
     same_bits(root, 2, run, EVERY, STEPS)
 
@@ -122,7 +122,7 @@ def test_a_real_limit_of_the_file_size_on_one_rank_is_a_failed_save_of_all(
     argv = ["--deepspeed_config", str(file)]
     assert rank_fates(limited, 2, argv, 1) == [0, 0]
     said = capfd.readouterr().err
-    assert said.count("could not save step 6, the older checkpoints stay: rank 1: [Errno 27] File too large") == 1
+    assert said.count("could not save step 6, older checkpoints are kept: rank 1: [Errno 27] File too large") == 1
     assert published(run) == [EVERY, STEPS]
     same_bits(root, 2, run, EVERY, STEPS)
 
@@ -139,7 +139,7 @@ def without_directories(argv: list[str]) -> int:
 def test_a_stage_that_cannot_be_made_is_a_failed_save_of_all(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file, run = run_file(root, "no_stage")
     assert rank_fates(without_directories, 2, ["--deepspeed_config", str(file)]) == [0, 0]
-    assert capfd.readouterr().err.count("could not save step 6, the older checkpoints stay: rank 0: ") == 1
+    assert capfd.readouterr().err.count("could not save step 6, older checkpoints are kept: rank 0: ") == 1
     assert published(run) == [EVERY, STEPS]
     same_bits(root, 2, run, EVERY, STEPS)
 
@@ -157,7 +157,7 @@ def test_three_failed_saves_in_a_row_end_the_run_on_all_ranks(
     said = capfd.readouterr().err
     assert said.count("could not save step") == 5 and said.count("error: ") == 1
     assert f"error: 3 checkpoints in a row could not be written to {run}, the last for step 7 (rank {rank}: " in said
-    assert "No space left on device): make room or repair the disk, then start the same command again" in said
+    assert "No space left on device): free disk space or repair the disk, then run the same command again" in said
     assert published(run) == [1, 4]
     assert toy.train_toy(world, file) == [0] * world
     assert "resumed from " + str(run / store.step_name(4)) in (run / "log.txt").read_text()
@@ -185,7 +185,7 @@ def test_training_goes_on_while_a_slow_disk_is_written_and_what_is_saved_is_the_
     plan = FaultPlan(*(Fault("store:stage_made", "sleep", rank=r, step=EVERY, value=0.6) for r in (0, 1)))
     assert toy.train_toy(2, file, plan=plan) == [0, 0]
     text = (run / "log.txt").read_text()
-    said = re.search(r"copied step 3: [\d.]+ MiB in ([\d.]+) s; writing goes on in the background", text)
+    said = re.search(r"copied step 3: [\d.]+ MiB in ([\d.]+) s, writing in the background", text)
     assert said is not None and float(said[1]) < 0.6
     between = text[said.end() : text.index(f"saved {run / store.step_name(EVERY)}")]
     assert "step 4/9" in between and "step 5/9" in between

@@ -29,7 +29,7 @@ def index(tmp_path: Path) -> ShardIndex:
 def test_a_manifest_cannot_name_a_file_outside_of_its_checkpoint(tmp_path: Path, name: str) -> None:
     (tmp_path / "outside").write_bytes(b"x")
     folder = checkpoint(tmp_path / "run" / "step-00000003", b"x", name)
-    with pytest.raises(ValueError, match="has entries that are no files of a checkpoint"):
+    with pytest.raises(ValueError, match="lists entries that cannot be files of a checkpoint"):
         store.read_manifest(folder)
 
 

@@ -125,7 +125,7 @@ def test_one_rank_that_is_asked_to_stop_stops_all_after_the_same_saved_step(
     plan = FaultPlan(again, again, Fault("store:before_fsync", "signal", rank=0, step=saved, value=number))
     assert toy.train_toy(2, file, plan=plan) == [143, 143]
     assert max(path.name for path in (root / "runs" / name).glob("step-*")) == f"step-{saved:08d}"
-    assert f"stopped after step {saved} as asked" in capfd.readouterr().err
+    assert f"stopped after step {saved} as requested" in capfd.readouterr().err
     if number == signal.SIGTERM:
         goes_on_as_if_nothing_had_been(root, name)
 
