@@ -19,7 +19,10 @@ def unit_rows(m: int, dim: int = 3, seed: int = 0) -> torch.Tensor:
 
 
 def brute_near(x: torch.Tensor, threshold: float) -> np.ndarray:
-    return (torch.cdist(x.double(), x.double()) < threshold).numpy()
+    distance = torch.cdist(x.double(), x.double())
+    # fp32 cosines of a few terms are within 3e-7: no pair may be so near the bound that a BLAS decides it.
+    assert (distance.square() - threshold**2).div(2).abs().min() > 5e-7
+    return (distance < threshold).numpy()
 
 
 def brute_components(x: torch.Tensor, threshold: float) -> np.ndarray:
@@ -48,7 +51,7 @@ def brute_greedy(x: torch.Tensor, threshold: float) -> np.ndarray:
 
 
 def labelled(x: np.ndarray, k: int, metric: str = "cosine", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(labels int32 [n] of the nearest centroid, centroids float32 [k, D]); one step from random rows, as k-means takes."""
+    """(labels int32 [n] of the nearest centroid, centroids float32 [k, D], random rows), as after a step of k-means."""
     rng = np.random.default_rng(seed)
     centroids = x[rng.choice(len(x), k, replace=False)].astype(np.float32)
     if metric == "euclidean":

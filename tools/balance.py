@@ -1,21 +1,26 @@
 #!/usr/bin/env python3
-"""Image semantic balance: link near images inside clusters, keep one per group, report what was removed.
+"""Image semantic balance: link near images inside clusters, keep one sample per group, report what was removed.
 
-    tools/balance.py --embeddings data/digits/teacher --clusters data/digits/clusters --out data/digits/balance --target-keep 0.563
-    tools/balance.py --embeddings teacher --clusters clusters --out balance --threshold 0.35 --link greedy --keep caption
-    tools/balance.py --embeddings teacher --clusters clusters --out balance --threshold 0.1 --neighbor-clusters 4 --reshard kept
+    tools/balance.py --embeddings teacher --clusters clusters --out balance --target-keep 0.563
+    tools/balance.py --embeddings teacher --clusters clusters --out balance --threshold 0.35 --keep caption
+    tools/balance.py --embeddings teacher --clusters clusters --out balance --threshold 0.1 --neighbor-clusters 4
+    torchrun --nproc_per_node 8 tools/balance.py ...       (or deepspeed): ranks divide the clusters
 
-Writes keep/<tar>.npy (bool, in tar order), representative/<tar>.npy (the sample that is kept for each, counted over all tars; -1:
-without an embedding), report.json, gallery.html and, when the shards carry uids, DataComp's subset.npy.
-Run it again after an interruption: it goes on with the links that OUT/.work holds and gives the same result. SIGTERM and
-Ctrl-C end it soon, on all ranks, with exit code 143 and 130. Other arguments for the same OUT make it afresh.
-Samples without an embedding (they could not be decoded) are not kept. Where samples carry an `origin` (tools/synthesize.py),
-the report says how many of the planted copies were found.
+Writes, for every tar, keep/<tar>.npy (bool, one value per sample) and representative/<tar>.npy (int64, the sample kept
+for each, numbered over all tars; -1: without an embedding), and report.json, gallery.html and, when the shards have
+uids, DataComp's subset.npy. Samples without an embedding (they could not be decoded) are not kept. When samples have
+an `origin` (tools/synthesize.py), the report counts the planted copies that were found.
+SIGTERM (exit code 143) and Ctrl-C (130) stop all ranks soon.
+
+The same command continues an interrupted run; an OUT made with other arguments is refused.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,63 +28,70 @@ from tqdm import tqdm
 import checkout  # noqa: F401  import paths of a plain checkout
 from megacid.data.index import load_index
 from megacid.distributed.parallel import Parallel, accept_launcher_arguments
-from megacid.distributed.stopping import StopRequest, run_stage
+from megacid.distributed.stopping import Progress, StartProgress, StopRequest, run_stage
 from megacid.errors import UserError, run_tool
 from megacid.offline.balance.context import BalanceSettings
 from megacid.offline.balance.reshard import reshard
 from megacid.offline.balance.stage import balance
 from megacid.storage.metadata import read_meta
 
-WAIT_S = 7200.0  # clusters are split by an estimate of their cost
+COLLECTIVE_TIMEOUT_S = 7200.0  # clusters are divided by an estimate of their cost
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--embeddings", required=True, type=Path, help="directory written by tools/embed.py")
-    parser.add_argument("--clusters", required=True, type=Path, help="directory written by tools/cluster.py")
-    parser.add_argument("--out", required=True, type=Path, help="directory to write")
-    parser.add_argument("--shards", "--origins", type=Path, help="the tars (default: where tools/embed.py found them)")
-    how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--target-keep", type=float, help="share of samples to keep; the threshold is searched")
-    how.add_argument(
-        "--threshold", type=float, help="Euclidean distance of normalised embeddings below which two are linked"
+    add = parser.add_argument
+    add("--embeddings", required=True, type=Path, metavar="DIR", help="directory written by tools/embed.py")
+    add("--clusters", required=True, type=Path, metavar="DIR", help="directory written by tools/cluster.py")
+    add("--out", required=True, type=Path, metavar="OUT", help="directory to write or continue")
+    add("--shards", type=Path, metavar="DIR", help="the tars (default: where tools/embed.py read them)")
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument(
+        "--target-keep", type=float, metavar="SHARE", help="share of samples to keep; searches the threshold"
     )
-    parser.add_argument(
+    goal.add_argument(
+        "--threshold", type=float, help="Euclidean distance of normalised embeddings below which a pair is linked"
+    )
+    add(
         "--link",
         choices=("components", "greedy"),
         default="components",
-        help="components: union-find; greedy: a sample stays unless near a kept one",
+        help="components (default): connected components of the links; greedy: keep a sample unless it is linked to "
+        "a preferred one that is kept",
     )
-    parser.add_argument(
+    add(
         "--keep",
         choices=("nearest", "farthest", "random", "caption"),
         default="nearest",
-        help="who stays: by distance to the centroid, or best image-text cosine",
+        help="which sample of a group is kept: nearest to the centroid (default), farthest from it, any, or the one "
+        "with the best image-text cosine",
     )
-    parser.add_argument("--cap", type=int, help="keep at most so many samples of one cluster")
-    parser.add_argument(
+    add("--cap", type=int, metavar="N", help="samples kept per cluster, at most (default: no limit)")
+    add(
         "--neighbor-clusters",
         type=int,
         default=0,
         metavar="M",
-        help="also compare every sample with the M other clusters whose centroids are nearest to it: copies fall on both "
-        "sides of a border (default 0; 4 finds nearly all; --target-keep counts with it)",
+        help="also compare every sample with the M other clusters whose centroids are nearest to it: copies can lie on "
+        "both sides of a border (default 0; 4 finds nearly all)",
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
+    add("--seed", type=int, default=0, help="of --keep random and of the threshold search (default 0)")
+    add(
         "--search-rows",
         type=int,
         default=200_000,
-        help="samples (whole clusters) the threshold is searched on (default 200000)",
+        metavar="N",
+        help="samples, in whole clusters, on which --target-keep searches the threshold (default 200000)",
     )
-    parser.add_argument("--block", type=int, default=1024, help="rows of one block of pairwise products")
-    parser.add_argument(
+    add("--block", type=int, default=1024, metavar="N", help="rows of one block of pairwise products (default 1024)")
+    add(
         "--reshard",
         type=Path,
         metavar="DIR",
-        help="also copy the kept samples to new tars there, with sizes.json; embeddings and labels join them as they are",
+        help="also copy the kept samples to new tars in DIR, with sizes.json; the embeddings and labels of the whole "
+        "set can be used with them",
     )
-    parser.add_argument("--gallery-groups", type=int, default=40, help="groups shown in gallery.html")
+    add("--gallery-groups", type=int, default=40, metavar="N", help="groups shown in gallery.html (default 40)")
     accept_launcher_arguments(parser)
     return parser.parse_args(argv)
 
@@ -88,27 +100,23 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if args.gallery_groups < 0:
         raise UserError(f"--gallery-groups is {args.gallery_groups}, expected 0 or more")
-    settings = BalanceSettings(
-        threshold=args.threshold,
-        target_keep=args.target_keep,
-        link=args.link,
-        keep=args.keep,
-        cap=args.cap,
-        neighbor_clusters=args.neighbor_clusters,
-        seed=args.seed,
-        search_rows=args.search_rows,
-        block=args.block,
-    )
-    return run_stage(lambda parallel, stop: work(args, settings, parallel, stop), args.out, WAIT_S)
+    settings = BalanceSettings(**{field.name: getattr(args, field.name) for field in fields(BalanceSettings)})
+    return run_stage(lambda parallel, stop: run(args, settings, parallel, stop), args.out, COLLECTIVE_TIMEOUT_S)
 
 
-def work(args: argparse.Namespace, settings: BalanceSettings, parallel: Parallel, stop: StopRequest) -> None:
-    with tqdm(unit="row", desc="balance", disable=not parallel.is_first, unit_scale=True) as bar:
+@contextmanager
+def progress_bar(name: str, unit: str, parallel: Parallel, stop: StopRequest) -> Iterator[StartProgress]:
+    with tqdm(unit=unit, desc=name, disable=not parallel.is_first, unit_scale=True) as bar:
 
-        def start_progress(total: int):
+        def start_progress(total: int) -> Progress:
             bar.reset(-(-total // parallel.world))
             return stop.polling(bar.update)
 
+        yield start_progress
+
+
+def run(args: argparse.Namespace, settings: BalanceSettings, parallel: Parallel, stop: StopRequest) -> None:
+    with progress_bar("balance", "row", parallel, stop) as start:
         balance(
             args.embeddings,
             args.clusters,
@@ -117,40 +125,31 @@ def work(args: argparse.Namespace, settings: BalanceSettings, parallel: Parallel
             parallel,
             shards=args.shards,
             gallery_groups=args.gallery_groups,
-            start_progress=start_progress,
+            start_progress=start,
         )
     if args.reshard is not None:
-        copy_kept(args, parallel, stop)
+        shards = args.shards or read_meta(args.out, expect="balance")["source"]["shards"]
+        with progress_bar("reshard", "sample", parallel, stop) as start:
+            meta = reshard(args.out, load_index(shards), args.reshard, parallel, start_progress=start)
+        if parallel.is_first:
+            print(f"{args.reshard}: {meta['kept']:,} samples in {len(meta['bytes']):,} tars")
     if parallel.is_first:
         print_report(args, json.loads((args.out / "report.json").read_text()))
 
 
-def copy_kept(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> None:
-    shards = args.shards or read_meta(args.out, expect="balance")["source"]["shards"]
-    with tqdm(unit="sample", desc="reshard", disable=not parallel.is_first, unit_scale=True) as bar:
-
-        def start_progress(total: int):
-            bar.reset(-(-total // parallel.world))
-            return stop.polling(bar.update)
-
-        meta = reshard(args.out, load_index(shards), args.reshard, parallel, start_progress=start_progress)
-    if parallel.is_first:
-        print(f"{args.reshard}: {meta['kept']:,} samples in {len(meta['bytes']):,} tars")
-
-
 def print_report(args: argparse.Namespace, report: dict) -> None:
-    wanted = f" (asked for {args.target_keep:.2%})" if args.target_keep is not None else ""
+    target = f" (target {args.target_keep:.2%})" if args.target_keep is not None else ""
     print(
-        f"{args.out}: {report['kept']:,} of {report['total']:,} samples kept, {report['share_kept']:.2%}{wanted}, threshold {report['threshold']:.5f}"
+        f"{args.out}: {report['kept']:,} of {report['total']:,} samples kept, {report['share_kept']:.2%}{target}, "
+        f"threshold {report['threshold']:.5f}"
     )
     if args.target_keep is not None:
-        exact = report["searched_samples"] >= report["total"]
-        print(
-            f"  threshold searched on {report['searched_samples']:,} samples{'' if exact else ' (a sample of the clusters)'}"
-        )
+        part = " (a sample of the clusters)" if report["searched_samples"] < report["total"] else ""
+        print(f"  threshold searched on {report['searched_samples']:,} samples{part}")
     across = f" ({report['removed_across_clusters']:,} of them across clusters)" if args.neighbor_clusters else ""
     print(
-        f"  removed: {report['removed_by_links']:,} by links{across}, {report['removed_by_cap']:,} by the cap; without an embedding: {report['without_embedding']:,}"
+        f"  removed: {report['removed_by_links']:,} by links{across}, {report['removed_by_cap']:,} by the cap; "
+        f"without an embedding: {report['without_embedding']:,}"
     )
     for name, value in report.get("planted_copies", {}).items():
         print(f"  planted copies, {name}: {value if not isinstance(value, float) else f'{value:.4f}'}")

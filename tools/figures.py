@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Draw what the balance stage did: perceptual redundancy, semantic redundancy, one cluster step by step, cluster sizes.
+"""Draw Figure 2 of the CLIP-CID paper for a finished balance stage.
 
     tools/figures.py --demo runs/demo --out runs/demo/figures
     tools/figures.py --balance balance --out figures
-    tools/figures.py --balance balance --clusters clusters --embeddings teacher --shards laion --out figures --cluster 4711
+    tools/figures.py --balance balance --out figures --cluster 4711
 
-Writes fig2a_perceptual, fig2b_semantic, fig2c_process and fig2d_clusters (Figure 2 of the paper) as .png and .pdf, and
-index.html with captions and numbers, which needs nothing from elsewhere. All of it is read from what the stages wrote; folders
-that are not named are those that tools/balance.py was given. Needs matplotlib.
+Writes fig2a_perceptual (copies of an image), fig2b_semantic (similar images), fig2c_process (one cluster before and
+after) and fig2d_clusters (cluster sizes) as .png and .pdf, and index.html with captions and numbers. Existing files are
+replaced. Needs matplotlib.
 """
 
 import argparse
@@ -22,25 +22,30 @@ from megacid.offline.balance.figures import Choice, make_figures, read_balanced
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--demo", type=Path, help="output directory of tools/demo.sh")
-    what.add_argument("--balance", type=Path, help="directory written by tools/balance.py")
-    parser.add_argument("--clusters", type=Path, help="directory written by tools/cluster.py")
-    parser.add_argument("--embeddings", type=Path, help="directory written by tools/embed.py")
-    parser.add_argument("--shards", type=Path, help="the tars")
-    parser.add_argument("--out", required=True, type=Path, help="directory to write")
-    parser.add_argument("--groups", type=int, default=9, help="groups in (a) and in (b) (default 9)")
-    parser.add_argument("--members", type=int, default=6, help="pictures of a group, at most (default 6)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--demo", type=Path, metavar="DIR", help="directory written by tools/demo.sh")
+    source.add_argument("--balance", type=Path, metavar="DIR", help="directory written by tools/balance.py")
+    for name, tool in (("clusters", "cluster"), ("embeddings", "embed")):
+        text = f"directory written by tools/{tool}.py (default: the one that tools/balance.py read)"
+        parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=text)
+    parser.add_argument(
+        "--shards", type=Path, metavar="DIR", help="the tars (default: those that tools/balance.py read)"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="directory to write")
+    parser.add_argument("--groups", type=int, default=9, metavar="N", help="groups in (a) and in (b) (default 9)")
+    parser.add_argument("--members", type=int, default=6, metavar="N", help="images per group, at most (default 6)")
     parser.add_argument(
         "--perceptual",
         type=float,
         metavar="DISTANCE",
-        help="groups whose removed pictures are all nearer than this to the kept one are (a), others (b); default: half the threshold",
+        help="(a) shows groups whose removed images are all nearer than this to the kept one, (b) the others (default: "
+        "half the threshold)",
     )
     parser.add_argument(
         "--cluster",
         type=int,
-        help="the cluster of (c); default: of those with two groups or more, the one of median size",
+        metavar="NUMBER",
+        help="cluster of (c) (default: one of median size among those with at least two groups)",
     )
     return parser.parse_args(argv)
 
@@ -49,9 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     choice = Choice(args.groups, args.members, args.perceptual, args.cluster)
     if args.demo is not None and (args.clusters or args.embeddings or args.shards):
-        raise UserError("--demo names all folders: leave --clusters, --embeddings and --shards out, or give --balance")
-    found = read_balanced(args.balance or args.demo / "balance", args.clusters, args.embeddings, args.shards)
-    for path in make_figures(found, choice, args.out):
+        raise UserError("--demo implies --clusters, --embeddings and --shards: leave them out, or use --balance")
+    balanced = read_balanced(args.balance or args.demo / "balance", args.clusters, args.embeddings, args.shards)
+    for path in make_figures(balanced, choice, args.out):
         print(path)
     return 0
 

@@ -19,24 +19,15 @@ MOST_SHOWN = 500  # samples of a cluster that is drawn; all their pairs are comp
 
 @dataclass(frozen=True)
 class ClusterProcess:
-    """One cluster before and after.
-
-    Attributes:
-        rows: int64 [M].
-        place: float [M, 2], the first two principal components.
-        links: int64 [E, 2], places in `rows` of pairs nearer than the threshold.
-        component: int64 [M], numbered by size from 0 (the largest); -1 for a sample alone.
-        kept: bool [M].
-        explained: share of the variance in the two components.
-    """
+    """One cluster before and after."""
 
     cluster: int
-    rows: np.ndarray
-    place: np.ndarray
-    links: np.ndarray
-    component: np.ndarray
-    kept: np.ndarray
-    explained: float
+    rows: np.ndarray  # int64 [M]
+    place: np.ndarray  # float [M, 2], the first two principal components
+    links: np.ndarray  # int64 [E, 2], places in `rows` of pairs nearer than the threshold
+    component: np.ndarray  # int64 [M], numbered by size from 0 (the largest); -1 for a sample alone
+    kept: np.ndarray  # bool [M]
+    explained: float  # share of the variance in the two components
 
 
 def choose_cluster(label: np.ndarray, representative: np.ndarray, k: int) -> int | None:

@@ -12,17 +12,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Clusters:
-    """Samples sorted by cluster, then by preference.
+    """Samples sorted by cluster, then by preference. Cluster c is order[starts[c]:starts[c+1]]."""
 
-    Attributes:
-        order: int64 row numbers, first those without a cluster; cluster c is order[starts[c]:starts[c+1]].
-        starts: int64 [k + 1].
-        priority: [n] by row number; smaller is preferred.
-    """
-
-    order: np.ndarray
-    starts: np.ndarray
-    priority: np.ndarray
+    order: np.ndarray  # int64 [n], row numbers, those without a cluster first
+    starts: np.ndarray  # int64 [k + 1]
+    priority: np.ndarray  # [n] by row number; smaller is preferred
 
     @property
     def sizes(self) -> np.ndarray:
@@ -42,12 +36,7 @@ class Clusters:
         return self.order[self.span(cluster, cluster + 1)]
 
     def of(self, chosen: list[int]) -> tuple[np.ndarray, Clusters]:
-        """Some clusters alone.
-
-        Returns:
-            Their row numbers, int64 [m], ascending, and the same k clusters, in which the others are empty and rows are
-            places among those m.
-        """
+        """The row numbers of some clusters, int64 [m], ascending, and all k clusters of those rows alone, by place."""
         inside = np.isin(np.arange(len(self.sizes)), chosen)
         order = self.rows[np.repeat(inside, self.sizes)]
         rows = np.sort(order)
@@ -72,7 +61,7 @@ class Clusters:
 
 
 def group_by_cluster(label: np.ndarray, priority: np.ndarray, k: int) -> Clusters:
-    """Sorts samples by cluster and preference, ties by row. label: int [n], -1 for none; priority: [n], smaller first."""
+    """Sorts samples by cluster, preference and row. label: int [n], -1 for none; priority: [n], smaller first."""
     order = np.lexsort((priority, label))
     starts = np.searchsorted(label[order], np.arange(k + 1))
     return Clusters(order.astype(np.int64), starts.astype(np.int64), priority)

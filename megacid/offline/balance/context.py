@@ -6,7 +6,7 @@ import contextlib
 import itertools
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -27,26 +27,17 @@ FARTHEST = 2.0  # the largest distance of two unit vectors
 
 @dataclass(frozen=True)
 class BalanceSettings:
-    """What decides which samples are kept. Exactly one of `threshold` and `target_keep` is given.
+    """What decides which samples are kept. Exactly one of `threshold` and `target_keep` is given."""
 
-    Attributes:
-        threshold: Euclidean distance of unit vectors below which two samples are linked.
-        target_keep: share of samples to keep; the threshold is searched.
-        cap: most samples kept per cluster; None: no limit.
-        neighbor_clusters: each sample is also compared with this many clusters next to its own.
-        search_rows: least samples, in whole clusters, on which the threshold is searched.
-        block: rows of one block of pairwise products.
-    """
-
-    threshold: float | None = None
-    target_keep: float | None = None
+    threshold: float | None = None  # Euclidean distance of unit vectors below which two samples are linked
+    target_keep: float | None = None  # share of samples to keep; the threshold is searched
     link: Link = "components"
     keep: Keep = "nearest"
-    cap: int | None = None
-    neighbor_clusters: int = 0
+    cap: int | None = None  # samples kept per cluster, at most
+    neighbor_clusters: int = 0  # each sample is also compared with this many clusters next to its own
     seed: int = 0
-    search_rows: int = 200_000
-    block: int = 1024
+    search_rows: int = 200_000  # samples, in whole clusters, on which the threshold is searched, at least
+    block: int = 1024  # rows of one block of pairwise products
 
     def __post_init__(self) -> None:
         if (self.threshold is None) == (self.target_keep is None):
@@ -69,28 +60,18 @@ class BalanceSettings:
 
 @dataclass(frozen=True)
 class BalanceContext:
-    """What every step of the stage needs.
+    """What every step of the stage needs."""
 
-    Attributes:
-        rows: the n image embeddings.
-        assigner: of the k centroids; needed for `settings.neighbor_clusters`.
-        group: the ranks that share the work.
-        alone: this rank does all of the work, without communication.
-        partial: where finished parts are kept; None: nowhere.
-        progress: called with rows done (also 0); raises Stopped when the stage was asked to end.
-        part_pairs: pairs of samples in one partial result: seconds to minutes of work.
-    """
-
-    rows: Rows
+    rows: Rows  # the n image embeddings
     clusters: Clusters
     settings: BalanceSettings
     device: torch.device
-    assigner: Assigner | None = None
-    group: dist.ProcessGroup | None = None
-    alone: bool = False
-    partial: PartialResults | None = None
+    assigner: Assigner | None = None  # of the k centroids, for `settings.neighbor_clusters`
+    group: dist.ProcessGroup | None = None  # the ranks that share the work
+    alone: bool = False  # this rank does all of the work, without communication
+    partial: PartialResults | None = None  # where finished parts are kept
     progress: Progress = no_progress
-    part_pairs: int = 1 << 28
+    part_pairs: int = 1 << 28  # pairs of samples in one partial result: seconds to minutes of work
 
     def __post_init__(self) -> None:
         if self.settings.neighbor_clusters and self.assigner is None:
@@ -116,13 +97,6 @@ class BalanceContext:
     def save(self, name: str, array: np.ndarray) -> None:
         if self.partial:
             self.partial.save_array(name, array)
-
-    def load_json(self, name: str) -> Any:
-        return self.partial.json(name) if self.partial else None
-
-    def save_json(self, name: str, value: Any) -> None:
-        if self.partial:
-            self.partial.save_json(name, value)
 
     def stop_together(self) -> AbstractContextManager[None]:
         """All ranks leave the block together when one of them fails or is stopped. A collective unless `alone`."""

@@ -1,9 +1,9 @@
 """The second pass: links between samples of neighbouring clusters.
 
 Each sample has candidate clusters: the M clusters, other than its own, whose centroids are nearest to it. Two clusters
-are compared on those of their samples that have the other one as a candidate. Candidates are chosen per sample, not per
-cluster, because in many dimensions a cluster borders on very many others: M = 4 finds pairs that the 100 clusters nearest
-to a cluster miss, for the cost of one assignment of all samples.
+are compared on those of their samples that have the other one as a candidate. Candidates are chosen per sample, not
+per cluster, because in many dimensions a cluster borders on very many others: M = 4 finds pairs that the 100 clusters
+nearest to a cluster miss, for the cost of one assignment of all samples.
 
 A candidate that cannot hold a near sample is ruled out. If y lies in cluster b, then c_b is nearer to it than c_a:
 (c_a - c_b) . y <= h with h = (|c_a|^2 - |c_b|^2) / 2. So a sample x of cluster a within distance t of y satisfies
@@ -107,7 +107,7 @@ class Pairs:
 
 
 def match_candidates(entries: np.ndarray, label: np.ndarray, k: int) -> Pairs:
-    """The pairs of clusters in which samples of both have the other as a candidate. entries: int64 [e, 2]; label: [n]."""
+    """Pairs of clusters in which samples of both have the other as a candidate. entries: int64 [e, 2]; label: [n]."""
     row, other = entries[:, 0], entries[:, 1]
     own = label[row].astype(np.int64)
     code = np.minimum(own, other) * k + np.maximum(own, other)
@@ -199,7 +199,7 @@ def _link_pairs(
 def _link_large(
     x: Tensor | UnitRows, y: Tensor | UnitRows, x_node: np.ndarray, y_node: np.ndarray, options: LinkOptions
 ) -> np.ndarray:
-    """The links of one pair of clusters, in panels and blocks, int64 [E, 2] of nodes. x_node, y_node: of the rows x, y."""
+    """The links of one pair of clusters, in panels and blocks: int64 [E, 2], nodes. x_node, y_node: of the rows."""
     node, number = np.unique(np.concatenate([x_node, y_node]), return_inverse=True)
     x_number, y_number = number[: len(x_node)], number[len(x_node) :]
     panel, block = options.panel or max(len(x), len(y)), options.block

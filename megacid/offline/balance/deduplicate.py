@@ -30,23 +30,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Decision:
-    """The samples kept, by embedding row.
+    """The samples kept, by embedding row."""
 
-    Attributes:
-        keep: bool [n].
-        representative: int64 [n], the row kept for each row's group, before the cap.
-        threshold: Euclidean distance below which pairs were linked.
-        curve: points visited by the search; empty when the threshold was given.
-        searched_rows: samples the threshold was searched on, 0 when it was given.
-        first_pass: int64 [n], representatives of the first pass; `representative` itself without a second one.
-    """
-
-    keep: np.ndarray
-    representative: np.ndarray
-    threshold: float
-    curve: Curve
-    searched_rows: int
-    first_pass: np.ndarray
+    keep: np.ndarray  # bool [n]
+    representative: np.ndarray  # int64 [n], the row kept for each row's group, before the cap
+    threshold: float  # Euclidean distance below which pairs were linked
+    curve: Curve  # points visited by the search; empty when the threshold was given
+    searched_rows: int  # samples the threshold was searched on, 0 when it was given
+    first_pass: np.ndarray  # int64 [n], representatives of the first pass; `representative` itself without a second one
 
     @property
     def removed_across_clusters(self) -> int:

@@ -80,7 +80,7 @@ def size_curve(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def group_figure(groups: list[Group], keep: np.ndarray, show: Show) -> Figure:
-    """Groups: the kept image, then removed ones with their distances to it. Small groups share a line. keep: bool [n]."""
+    """Groups: the kept image, then removed ones and their distances; small groups share a line. keep: bool [n]."""
     if not groups:
         return _text_figure("there is no group of this kind", COLUMN)
     gap, line_height = 0.4, 1.25

@@ -1,4 +1,4 @@
-"""Figure 2 (a) to (d) of the CLIP-CID paper for a finished balance stage: reads its outputs, writes images and captions.
+"""Figure 2 of the CLIP-CID paper for a finished balance stage: reads its outputs, writes figures and captions.
 
 Legend: n samples with an embedding, k clusters.
 """
@@ -27,19 +27,12 @@ from megacid.storage.npy import load_npy
 
 @dataclass(frozen=True)
 class Choice:
-    """What is shown.
+    """What is shown."""
 
-    Attributes:
-        groups: groups in (a) and in (b).
-        members: images per group, at most.
-        perceptual: spread below which a group is perceptual; None: half the threshold.
-        cluster: the cluster of (c); None: one of median size.
-    """
-
-    groups: int = 9
-    members: int = 6
-    perceptual: float | None = None
-    cluster: int | None = None
+    groups: int = 9  # in (a) and in (b)
+    members: int = 6  # images per group, at most
+    perceptual: float | None = None  # spread below which a group is perceptual; None: half the threshold
+    cluster: int | None = None  # of (c); None: one of median size
 
     def __post_init__(self) -> None:
         if self.groups < 1:
@@ -78,8 +71,8 @@ def read_balanced(
     index = inputs.index
     if meta["shards_digest"] != index.digest or meta["arguments"]["labels"] != inputs.labels_digest():
         raise UserError(
-            f"{balance} was made from other clusters than {clusters}: run tools/balance.py again, or give the right ones "
-            "with --clusters"
+            f"{balance} was made from other clusters than {clusters}: run tools/balance.py again, or give the right "
+            "ones with --clusters"
         )
     locations = inputs.locate()
     at = locations.number
@@ -139,17 +132,17 @@ def make_figures(balanced: Balanced, choice: Choice, out: Path) -> list[Path]:
 
 def _caption_a(groups: Groups, limit: float) -> str:
     return (
-        f"{groups.count_perceptual(limit):,} of {len(groups):,} groups: every removed image is nearer than {limit:.4f} to "
-        "the kept one. The groups shown are evenly spaced from the tightest to the loosest. A blue frame marks the kept "
-        "image; the number below another image is its distance to the kept one."
+        f"{groups.count_perceptual(limit):,} of {len(groups):,} groups: every removed image is nearer than {limit:.4f} "
+        "to the kept one. The groups shown are evenly spaced from the tightest to the loosest. A blue frame marks the "
+        "kept image; the number below another image is its distance to the kept one."
     )
 
 
 def _caption_b(groups: Groups, limit: float, threshold: float) -> str:
     return (
-        f"{len(groups) - groups.count_perceptual(limit):,} of {len(groups):,} groups: at least one removed image is at a "
-        f"distance of {limit:.4f} or more. The groups shown are those whose largest distance is nearest to the threshold, "
-        f"{threshold:.4f}."
+        f"{len(groups) - groups.count_perceptual(limit):,} of {len(groups):,} groups: at least one removed image is at "
+        f"a distance of {limit:.4f} or more. The groups shown are those whose largest distance is nearest to the "
+        f"threshold, {threshold:.4f}."
     )
 
 
@@ -163,11 +156,11 @@ def _caption_c(shown: ClusterProcess | None, balanced: Balanced, choice: Choice)
     elsewhere = int((~np.isin(removed, shown.rows)).sum())
     across = f", {elsewhere:,} removed for a sample of another cluster" if elsewhere else ""
     return (
-        f"Cluster {shown.cluster} of {balanced.inputs.k:,}, {chosen}: {len(shown.rows):,} samples, {len(shown.links):,} "
-        f"pairs nearer than {balanced.threshold:.4f}, {int(shown.kept.sum()):,} kept{across}. Images are placed by the "
-        f"first two principal components of their embeddings ({shown.explained:.0%} of the variance) and moved where they "
-        f"would overlap. Each colour is one group (colours repeat after {len(drawing.GROUP_COLOURS)}), grey is a sample "
-        "without a group, and removed images are pale."
+        f"Cluster {shown.cluster} of {balanced.inputs.k:,}, {chosen}: {len(shown.rows):,} samples, "
+        f"{len(shown.links):,} pairs nearer than {balanced.threshold:.4f}, {int(shown.kept.sum()):,} kept{across}. "
+        f"Images are placed by the first two principal components of their embeddings ({shown.explained:.0%} of the "
+        "variance) and moved where they would overlap. Each colour is one group (colours repeat after "
+        f"{len(drawing.GROUP_COLOURS)}), grey is a sample without a group, and removed images are pale."
     )
 
 
@@ -176,6 +169,6 @@ def _caption_d(before: np.ndarray, after: np.ndarray) -> str:
     factors = [float("nan") if s["imbalance"] is None else s["imbalance"] for s in (b, a)]
     return (
         f"{len(before):,} clusters, before and after: {int(before.sum()):,} and {int(after.sum()):,} samples, largest "
-        f"cluster {b['largest']:,} and {a['largest']:,}, median {b['median']:,g} and {a['median']:,g}, empty {b['empty']:,} "
-        f"and {a['empty']:,}, imbalance factor {factors[0]:.3f} and {factors[1]:.3f} (1: all clusters of one size)."
+        f"cluster {b['largest']:,} and {a['largest']:,}, median {b['median']:,g} and {a['median']:,g}, empty "
+        f"{b['empty']:,} and {a['empty']:,}, imbalance factor {factors[0]:.3f} and {factors[1]:.3f} (1: equal sizes)."
     )

@@ -52,8 +52,8 @@ def gallery_page(groups: Groups, decision: Decision, report: dict[str, Any], cou
     sections = [
         (
             "Perceptual redundancy",
-            f"{perceptual:,} groups in which every removed image is nearer than {limit:.4f}, {PERCEPTUAL_SHARE:.0%} of the "
-            "threshold, to the kept one (blue frame).",
+            f"{perceptual:,} groups in which every removed image is nearer than {limit:.4f}, {PERCEPTUAL_SHARE:.0%} of "
+            "the threshold, to the kept one (blue frame).",
             group_rows(groups.perceptual(limit, -(-count // 2), _MEMBERS), decision.keep, show),
         ),
         (

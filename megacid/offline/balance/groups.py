@@ -19,19 +19,12 @@ PERCEPTUAL_SHARE = 0.5  # default limit of perceptual redundancy, as a share of 
 
 @dataclass(frozen=True)
 class Group:
-    """One group, or a selection of its samples.
+    """One group, or a selection of its samples."""
 
-    Attributes:
-        rows: int64, the kept one first, then removed ones, nearest first.
-        distances: float [len(rows)], to the kept one.
-        size: samples in the whole group.
-        spread: largest distance of a removed sample to the kept one.
-    """
-
-    rows: np.ndarray
-    distances: np.ndarray
-    size: int
-    spread: float
+    rows: np.ndarray  # int64, the kept one first, then removed ones, nearest first
+    distances: np.ndarray  # float [len(rows)], to the kept one
+    size: int  # samples in the whole group
+    spread: float  # largest distance of a removed sample to the kept one
 
 
 def representative_distance(image: Rows, representative: np.ndarray, block: int = 16384) -> np.ndarray:

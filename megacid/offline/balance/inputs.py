@@ -24,19 +24,13 @@ from megacid.storage.parquet import join_by_key
 
 @dataclass(frozen=True)
 class BalanceInputs:
-    """Inputs that belong together, by embedding row.
-
-    Attributes:
-        clusters: the folder of the labels.
-        label: int32 [n], the cluster of each sample, -1 for none.
-        score: float16 [n], similarity to its centroid.
-    """
+    """Inputs that belong together, by embedding row."""
 
     rows: EmbeddingRows
     index: ShardIndex
-    clusters: Path
-    label: np.ndarray
-    score: np.ndarray
+    clusters: Path  # the folder of the labels
+    label: np.ndarray  # int32 [n], the cluster of each sample, -1 for none
+    score: np.ndarray  # float16 [n], similarity to its centroid
     k: int
 
     @property

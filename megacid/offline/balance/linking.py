@@ -1,12 +1,12 @@
 """Duplicate groups of one cluster: links pairs of samples below a distance and chooses a representative per group.
 
-Components: the groups are the connected components of the links, found by union-find; blocks whose rows are already in
-one component are skipped. Greedy keep: samples are visited in order of preference; one is kept unless it is linked to a
-sample that was kept before, which then becomes its representative.
+Components: the groups are the connected components of the links, found by union-find; blocks whose rows are already
+in one component are skipped. Greedy keep: samples are visited in order of preference; one is kept unless it is linked
+to a sample that was kept before, which then becomes its representative.
 
-The M x M matrix of distances is never materialised, only B x B blocks. A cluster that is larger than a panel is not held
-in memory either: two panels of rows are, and panels are read again when they are needed. `representative[i]` is the row
-kept for row i; a kept row is its own representative. A representative always precedes the rows it represents.
+The M x M matrix of distances is never materialised, only B x B blocks. A cluster that is larger than a panel is not
+held in memory either: two panels of rows are, and panels are read again when they are needed. `representative[i]` is
+the row kept for row i; a kept row is its own representative, and precedes the rows that it represents.
 
 Legend: M, N samples in order of preference (row 0 is kept first), B rows of a block, P rows of a panel, D width.
 """
@@ -35,7 +35,7 @@ def cosine_bound(threshold: float) -> float:
 
 
 def panel_rows(dim: int, block: int, budget: int | None = None) -> int:
-    """Rows of a panel: a multiple of `block`, at least one block, two panels within `budget` bytes (None: PANEL_BYTES)."""
+    """Rows of a panel: whole blocks, at least one; two panels need at most `budget` bytes (None: PANEL_BYTES)."""
     # Both are held in fp32 (8 bytes); the second is read twice in fp16 (4) or fp32 and normalised into a new array (8).
     rows = (PANEL_BYTES if budget is None else budget) // (20 * dim)
     # A product rounds differently when its shape changes, so the end of a panel must not cut a block.
@@ -44,20 +44,13 @@ def panel_rows(dim: int, block: int, budget: int | None = None) -> int:
 
 @dataclass(frozen=True)
 class LinkOptions:
-    """How pairs are linked.
+    """How pairs are linked."""
 
-    Attributes:
-        threshold: Euclidean distance of unit vectors; pairs strictly below it are linked.
-        block: rows of one block of products.
-        panel: rows in memory at once, twice; a multiple of `block`; None: all.
-        progress: called with 0 before every row of blocks.
-    """
-
-    threshold: float
+    threshold: float  # Euclidean distance of unit vectors; pairs strictly below it are linked
     link: Link = "components"
-    block: int = 1024
-    panel: int | None = None
-    progress: Progress = no_progress
+    block: int = 1024  # rows of one block of products
+    panel: int | None = None  # rows in memory at once, twice; a multiple of `block`; None: all
+    progress: Progress = no_progress  # called with 0 before every row of blocks
 
     def near(self, x_BD: Tensor, y_ND: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns, int64 each, of the linked pairs of two blocks, in row-major order."""
@@ -93,8 +86,8 @@ def check_unit(x_BD: Tensor, rows: Rows, numbers: np.ndarray) -> None:
     bad = ~(x_BD.norm(dim=1) > 0.5)
     if bad.any():
         raise UserError(
-            f"{rows.name(int(numbers[int(bad.nonzero()[0])]))} is zero or holds NaN or infinity, expected a unit vector: "
-            "delete that file and run tools/embed.py again"
+            f"{rows.name(int(numbers[int(bad.nonzero()[0])]))} is zero or holds NaN or infinity, expected a unit "
+            "vector: delete that file and run tools/embed.py again"
         )
 
 
@@ -102,6 +95,8 @@ def representatives(x_MD: Tensor | UnitRows, options: LinkOptions) -> np.ndarray
     """The representative of every row, int64 [M]. x_MD: fp32 unit rows in order of preference."""
     if options.threshold <= 0 or len(x_MD) < 2:
         return np.arange(len(x_MD), dtype=np.int64)
+    if len(x_MD) <= (options.panel or 0):
+        x_MD = x_MD[:]  # most clusters are smaller than a panel and are read once
     return (_components if options.link == "components" else _greedy)(x_MD, options)
 
 
@@ -115,7 +110,7 @@ def find(parent: np.ndarray, nodes: np.ndarray | slice) -> np.ndarray:
 
 
 def union(parent: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
-    """Merges the sets of all pairs (a, b) at once. The smaller root wins, so a root is the most preferred row of its set."""
+    """Merges the sets of all pairs (a, b). The smaller root wins, so a root is the most preferred row of its set."""
     while len(a):
         root_a, root_b = find(parent, a), find(parent, b)
         different = root_a != root_b
@@ -220,11 +215,3 @@ def _follow(
         row, at = np.unique(a, return_index=True)  # the first hit of each row has the smallest column
         free = representative[first + row] == first + row
         representative[first + row[free]] = kept[j + b[at[free]]]
-
-
-def keep_mask(representative: np.ndarray, cap: int | None) -> np.ndarray:
-    """bool [M]: rows that are their own representative, at most `cap` of them (the most preferred)."""
-    keep = representative == np.arange(len(representative))
-    if cap is not None:
-        keep &= np.cumsum(keep) <= cap
-    return keep

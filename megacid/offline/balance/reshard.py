@@ -1,7 +1,7 @@
-"""A copy of the shards that holds only what was kept: tars of the same names, members byte for byte, sizes.json.
+"""Copies the kept samples to new tars of the same names, members byte for byte.
 
-Embeddings and labels of the whole set join it by key as they are: its meta.json says which shards it was made from. A tar
-of which nothing was kept has no copy.
+Embeddings and labels of the whole set can be used with the copy: they are joined by key, and its meta.json records the
+shards it was made from. A tar without kept samples has no copy.
 """
 
 from __future__ import annotations
@@ -45,10 +45,17 @@ def reshard(
     *,
     start_progress: StartProgress = lambda total: no_progress,
 ) -> dict[str, Any]:
-    """Write OUT/<tar>.tar, sizes.json and, last, meta.json; returns it. balance: a complete folder of this stage.
+    """Writes OUT/<tar>.tar, sizes.json and, last, meta.json, or continues. A collective: ranks divide the tars.
 
-    Tars are shared out to the ranks and appear whole; those an interrupted run wrote are not written again. A folder that
-    is complete is left as it is; one of other masks or shards, and one that holds something else, is refused (UserError).
+    Args:
+        balance: folder of a finished balance stage.
+        index: of the shards it was made from.
+
+    Returns:
+        meta.json.
+
+    Raises:
+        UserError: an input is damaged, or `out` was made with other masks or shards, or by another tool.
     """
     keep = KeepTable(balance, index)
     arguments = {"shards_digest": index.digest, "keep": _masks_digest(keep, len(index.names))}
@@ -80,28 +87,32 @@ def reshard(
 
 
 def copy_rows(index: ShardIndex, shard: int, rows: np.ndarray, target: Path, progress: Progress = no_progress) -> None:
-    """Write a tar with these samples (rows of the index, int64 [m]) of one shard: all members of each, headers too.
+    """Writes a tar of some samples of one shard: all members of each, with their headers.
 
-    UserError when the tar is not what was indexed.
+    Args:
+        rows: int64 [m], rows of the shard's index.
+
+    Raises:
+        UserError: the tar cannot be read or has changed since it was indexed.
     """
     source, table = index.tar_path(shard), index.table(shard)
     row_at = {int(table.image[row, 0]): row for row in rows.tolist()}
     spans: list[list[int]] = []
-    found = 0
-    # A run that the index left out (no image, a key for the second time) has no row there.
+    copied = 0
+    # A run of members that the index skipped (no image, a repeated key) has no row.
     with contextlib.suppress(TarDamage), _reading(source):
         for run in runs(source, Scan()):
             row = row_at.get(run.found.get("image", (-1, -1))[0])
             if row is None or table.keys[row] != run.key:
                 continue
-            found += 1
+            copied += 1
             for start, stop in run.spans:
                 if spans and spans[-1][1] == start:
                     spans[-1][1] = stop
                 else:
                     spans.append([start, stop])
-    if found != len(rows):
-        raise _changed(source, f"{found} of {len(rows)} kept samples are where they were")
+    if copied != len(rows):
+        raise _changed(source, f"{copied} of {len(rows)} kept samples are at their place")
     with writing(target) as temporary, open(source, "rb", buffering=0) as tar, open(temporary, "wb") as copy:
         for start, stop in spans:
             _copy(tar, copy, start, stop, source, progress)
@@ -122,7 +133,7 @@ def _copy(tar: FileIO, copy: BinaryIO, start: int, stop: int, source: Path, prog
 
 @contextlib.contextmanager
 def _reading(source: Path) -> Iterator[None]:
-    """An OSError of the block becomes a UserError that names the tar that is read, not the one that is written."""
+    """Turns an OSError of the block into a UserError about the tar that is read, not the one that is written."""
     try:
         yield
     except OSError as error:
@@ -142,7 +153,7 @@ def _masks_digest(keep: KeepTable, shards: int) -> str:
 
 
 def _complete(stage: StageDirectory) -> bool:
-    """Whether the copy is finished and every tar has its size; a tar of another size is removed, to be written again."""
+    """Whether the copy is finished and every tar has its size. Removes a tar that has not."""
     meta, out = stage.finished(), stage.path
     if meta is None or not (out / "sizes.json").is_file():
         return False

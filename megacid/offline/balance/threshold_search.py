@@ -1,7 +1,7 @@
 """Searches the threshold that keeps a given share of the samples, on a sample of whole clusters.
 
-The share kept falls as the threshold grows, so the threshold is bracketed and the bracket is narrowed until the share is
-within half a sample of the target. Without the second pass, clusters are sampled one by one. With it, whole
+The share kept falls as the threshold grows, so the threshold is bracketed and the bracket is narrowed until the share
+is within half a sample of the target. Without the second pass, clusters are sampled one by one. With it, whole
 neighbourhoods of clusters are sampled, because a sample has to be compared with the clusters next to its own; some of
 those still lie outside of the sample, so what is removed across borders is scaled up to all of them.
 
@@ -19,7 +19,6 @@ from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.offline.balance import cross_cluster
 from megacid.offline.balance.context import FARTHEST, BalanceContext
-from megacid.offline.balance.linking import keep_mask
 from megacid.offline.balance.within_cluster import link_cluster
 from megacid.offline.nearest import Assigner
 from megacid.offline.random_streams import RandomStream
@@ -35,8 +34,7 @@ def search_threshold(context: BalanceContext) -> tuple[float, Curve, int]:
     """Finds the threshold whose share kept is nearest to `settings.target_keep`. On one rank, without communication.
 
     Returns:
-        The threshold, the visited curve, and the number of samples searched on; when those are all samples, the share is
-        exact. Visited points are kept in the partial results.
+        The threshold, the visited curve, and the number of samples searched on: the share is exact when it is all.
     """
     settings = context.settings
     assert settings.target_keep is not None
@@ -49,25 +47,26 @@ def search_threshold(context: BalanceContext) -> tuple[float, Curve, int]:
         # At the largest threshold no candidate is ruled out, so these serve every threshold.
         candidates = cross_cluster.find_candidates(subset, np.arange(count), FARTHEST)
         inside = float(np.isin(candidates[:, 1], chosen).mean()) if len(candidates) else 1.0
-    # JSON keeps every bit of a float.
-    visited: dict[float, float] = {float(at): float(kept) for at, kept in context.load_json("search") or []}
+    stored = context.partial.json("search") if context.partial else None  # JSON keeps every bit of a float
+    visited: dict[float, float] = {float(at): float(kept) for at, kept in stored or []}
 
     def share(threshold: float) -> float:
         if threshold not in visited:
-            representative, kept = np.arange(count), 0.0
+            representative = np.arange(count)
             options = subset.link_options(threshold)
             for cluster in chosen:
                 subset.progress(0)
-                local, members = link_cluster(subset, cluster, options), clusters.members(cluster)
-                representative[members] = members[local]
-                kept += int(keep_mask(local, settings.cap).sum())
+                members = clusters.members(cluster)
+                representative[members] = members[link_cluster(subset, cluster, options)]
+            kept = float(clusters.keep_mask(representative, settings.cap).sum())
             if context.assigner is not None and threshold > 0:
                 merged = cross_cluster.link_neighbors(subset, representative, threshold, candidates)
                 across = kept - float(clusters.keep_mask(merged, settings.cap).sum())
                 # Scaled from the candidates inside of the sample to all of them.
                 kept = max(kept - across / max(inside, 1 / count), 0.0)
             visited[threshold] = kept
-            context.save_json("search", list(visited.items()))
+            if context.partial:
+                context.partial.save_json("search", list(visited.items()))
             failpoint("balance:search", step=len(visited))
         return visited[threshold] / count
 

@@ -11,12 +11,7 @@ from megacid.offline.balance.linking import LinkOptions, UnitRows, representativ
 
 def link_cluster(context: BalanceContext, cluster: int, options: LinkOptions) -> np.ndarray:
     """The representatives of one cluster as places in it, int64 [M]."""
-    members = context.clusters.members(cluster)
-    if len(members) < 2 or options.threshold <= 0:
-        return np.arange(len(members), dtype=np.int64)
-    unit = UnitRows(context.rows, members, context.device)
-    # Most clusters are smaller than a panel and are read once.
-    return representatives(unit[:] if len(members) <= (options.panel or 0) else unit, options)
+    return representatives(UnitRows(context.rows, context.clusters.members(cluster), context.device), options)
 
 
 def link_clusters(context: BalanceContext, threshold: float) -> np.ndarray:

@@ -194,7 +194,7 @@ def test_restarts_and_ranks_decide_alike(link: str, tmp_path: Path, monkeypatch:
 
 
 def test_planted_copies_are_found_across_borders() -> None:
-    """50,000 vectors without structure, where borders are everywhere: 2,000 of them are planted again, slightly turned."""
+    """Of 50,000 vectors without structure, where borders are everywhere, 2,000 are rotated copies of others."""
     rng = np.random.default_rng(0)
     n, copies, dim, k = 48_000, 2_000, 32, 200
     x = rng.standard_normal((n, dim)).astype(np.float32)

@@ -13,7 +13,7 @@ from megacid.errors import UserError
 from megacid.offline.balance import within_cluster
 from megacid.offline.balance.clusters import group_by_cluster
 from megacid.offline.balance.context import BalanceSettings, part_bounds
-from megacid.offline.balance.linking import LinkOptions, keep_mask, representatives
+from megacid.offline.balance.linking import LinkOptions, representatives
 from megacid.offline.balance.report import planted_report, power_histogram, subset_array
 from megacid.offline.rows import ArrayRows
 from megacid.storage.stage_directory import PartialResults
@@ -54,9 +54,10 @@ def test_a_cluster_of_copies_needs_one_row_of_blocks(monkeypatch: pytest.MonkeyP
 
 
 def test_cap_keeps_the_most_preferred() -> None:
-    representative = np.array([0, 0, 2, 3, 2, 5])
-    assert keep_mask(representative, None).tolist() == [True, False, True, True, False, True]
-    assert keep_mask(representative, 2).tolist() == [True, False, True, False, False, False]
+    representative = np.array([0, 0, 2, 3, 2, 5, 6])
+    clusters = group_by_cluster(np.array([0] * 6 + [1]), np.arange(7), 2)
+    assert clusters.keep_mask(representative, None).tolist() == [True, False, True, True, False, True, True]
+    assert clusters.keep_mask(representative, 2).tolist() == [True, False, True, False, False, False, True]
 
 
 def clustered(n: int = 1200, k: int = 15, seed: int = 1) -> tuple[ArrayRows, np.ndarray, np.ndarray]:
