@@ -1,10 +1,11 @@
-"""The benchmark must not flatter: wrong results end it, what was not measured passes no bar, and its own float64 is right."""
+"""tools/bench.py: wrong results end it, what was not measured meets no limit, and its float64 reference is right."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from megacid_kernels.reference import discrimination_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
+CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: resets the peak memory
 
 
 @pytest.fixture
@@ -40,23 +42,25 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One round, few calls, no processes for peaks: the suites' code, not their statistics."""
+    """One round, few calls, no separate processes: this runs the suites' code and is no measurement."""
     for module in (optimizer, contrastive, head_gpu):
         monkeypatch.setattr(module, "ROUNDS", 1)
     monkeypatch.setattr(measure, "_TURN_S", 0.0)
 
     def here(module: str, request: dict[str, Any], environment: Any) -> dict[str, Any]:
-        found: dict[str, Any] = importlib.import_module(module).answer(json.loads(json.dumps(request)))
-        return found
+        answer: dict[str, Any] = importlib.import_module(module).answer(json.loads(json.dumps(request)))
+        return answer
 
     monkeypatch.setattr(measure, "ask_process", here)
+    if not CLEAR_REFS.exists():
+        monkeypatch.setattr(measure, "peak_extra_bytes", lambda run, device: run() is None or 1)
 
 
 def call(tool: ModuleType, *options: str) -> int:
     return int(tool.main(["--threads", str(torch.get_num_threads()), "--device", "cpu", *options]))
 
 
-# ---- gates -------------------------------------------------------------------------------------------------------
+# ---- accuracy -------------------------------------------------------------------------------------------------------
 
 
 def test_a_wrong_gradient_of_the_classifier_is_refused_before_any_speed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,13 +96,13 @@ def test_float64_on_a_sample_is_the_reference(margin: float, monkeypatch: pytest
     target = torch.randint(310, (24,), generator=generator)
     target[1] = target[0]
     rows, classes = sample_of(target, 310, 12, seed=0)
-    found = exact_on_sample(x, w, target, rows, classes, scale=20.0, margin=margin, normalise=True)
+    exact = exact_on_sample(x, w, target, rows, classes, scale=20.0, margin=margin, normalise=True)
     x, w = x.requires_grad_(), w.requires_grad_()
     loss, _ = discrimination_reference(x, w, target, margin=Margin.cosface(margin), scale=20.0)
     loss.backward()
     assert x.grad is not None and w.grad is not None
-    assert set(classes.tolist()) & set(target.tolist()), "no label among the classes looked at"
-    for value, want in ((found.loss, loss.detach()), (found.grad_x, x.grad[rows]), (found.grad_w, w.grad[classes])):
+    assert set(classes.tolist()) & set(target.tolist()), "no label among the sampled classes"
+    for value, want in ((exact.loss, loss.detach()), (exact.grad_x, x.grad[rows]), (exact.grad_w, w.grad[classes])):
         torch.testing.assert_close(value, want, rtol=1e-10, atol=1e-13)
 
 
@@ -117,8 +121,8 @@ ON_CPU = [
 
 
 def small_case(block: str) -> Case:
-    found = {case.block: case for case in head_gpu.cases(Shape(300, 64, 24), "init", 2 * 300 * 10, CPU)}
-    return found[block]  # type: ignore[index]
+    case_of = {case.block: case for case in head_gpu.cases(Shape(300, 64, 24), "init", 2 * 300 * 10, CPU)}
+    return case_of[block]  # type: ignore[index]
 
 
 @pytest.mark.parametrize("block", ["margin", "plain"])
@@ -130,7 +134,8 @@ def test_head_providers_agree_with_float64_and_are_timed(block: str, quick: None
         if "skipped" in row:
             assert name in ("liger", "torch-lce-tuned") and row["skipped"].startswith("not installed"), row
             continue
-        assert len(row["seconds"]) == 7 and row["tflops"] > 0 and row["same_bits"] == 1.0
+        assert len(row["seconds"]) == 7 and row["tflops"] > 0
+        assert row["same_bits"] == 1.0 or not name.startswith("megacid"), "ours promises equal bits"
         if not name.startswith("cublas"):
             assert row["dx_error"] < (1e-5 if name in ("eager", "megacid-torch") else 2e-2)
             assert row["dw_error"] < (1e-5 if name in ("eager", "megacid-torch") else 2e-2)
@@ -153,7 +158,9 @@ def _off(case: Case, factor: float) -> Any:
     return loss_and_gradients(loss, case.x, case.w)
 
 
-def test_ours_off_ends_the_bench_and_a_peer_off_is_shown(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+def test_an_inaccurate_head_of_ours_ends_the_bench_and_a_peers_is_shown(
+    monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
     timer = measure.timer_of(suite_args("head"))
     wrong = Provider(lambda case: _off(case, 1.01), ("margin",), "one per cent off")
     monkeypatch.setitem(head_gpu.PROVIDERS, "torch-eager", wrong)
@@ -179,29 +186,33 @@ def head_report(
 @pytest.mark.parametrize(
     ("speeds", "extra", "missed"),
     [
-        ({"cublas-3gemm": 1.0, "megacid-fused": 1.3, "megacid-in-place": 1.24, "eager": 9.0, "eager-sync-free": 6.3}, 1.04, []),
+        (
+            {"cublas-3gemm": 1.0, "megacid-fused": 1.3, "megacid-in-place": 1.24, "eager": 9.0, "eager-sync-free": 6.3},
+            1.04,
+            [],
+        ),
         ({"cublas-3gemm": 1.0, "megacid-fused": 1.26, "eager": 9.0}, 1.0, ["cuBLAS"]),
         ({"cublas-3gemm": 1.0, "megacid-fused": 1.2, "eager": 9.0, "eager-sync-free": 5.9}, 1.0, ["eager"]),
         ({"cublas-3gemm": 1.0, "megacid-fused": 1.2, "eager": 9.0}, 1.06, ["memory"]),
         ({"megacid-fused": 1.2}, 1.0, ["cuBLAS", "eager"]),
     ],
-)  # fmt: skip
-def test_bars_of_the_head_on_a_gpu(speeds: dict[str, float], extra: float, missed: list[str]) -> None:
+)
+def test_limits_of_the_head_on_a_gpu(speeds: dict[str, float], extra: float, missed: list[str]) -> None:
     limits = head.check(head_report(speeds, extra=extra))
     assert len(limits) == 3
     words = ("cuBLAS", "memory", "eager")
     assert [next(word for word in words if word in limit.what) for limit in limits if not limit.met] == missed
 
 
-def test_a_peer_counts_by_its_faster_form_and_one_not_installed_passes_no_bar() -> None:
-    found = head_report({"megacid-fused": 1.0, "liger": 3.0, "liger-tuned": 0.9, "torch-lce": 2.0}, block="plain")
+def test_a_peer_counts_by_its_faster_form_and_one_not_installed_meets_no_limit() -> None:
+    report = head_report({"megacid-fused": 1.0, "liger": 3.0, "liger-tuned": 0.9, "torch-lce": 2.0}, block="plain")
     for name, reason in (("cce", "not installed: x"), ("cce-unfiltered", "out of memory")):
         row = {"shape": "131072,512,4096,1.0", "block": "plain", "provider": name, "skipped": reason}
-        found["results"].append(row)
-    limits = {limit.what.split()[-1]: limit for limit in head.check(found)}
+        report["results"].append(row)
+    limits = {limit.what.split()[-1]: limit for limit in head.check(report)}
     assert limits["torch-lce"].met and not limits["liger"].met and not limits["cce"].met
-    found["results"][-2]["skipped"] = "its chunks would take 99 s"  # beaten by all that finish
-    assert "cce" not in {limit.what.split()[-1] for limit in head.check(found)}
+    report["results"][-2]["skipped"] = "its chunks would take 99 s"  # slower than every peer that finishes
+    assert "cce" not in {limit.what.split()[-1] for limit in head.check(report)}
 
 
 # ---- memory and bits ---------------------------------------------------------------------------------------------
@@ -213,7 +224,7 @@ kept = torch.ones(32 << 18)
 
 def iterate(mib):
     torch.ones(mib << 18)  # freed at once: the peak is the larger one, not the sum
-    held = torch.ones(mib << 17)
+    buffer = torch.ones(mib << 17)
     torch.ones(mib << 17)
 
 iterate(256)  # a warm-up larger than the measured iteration must not hide it
@@ -222,7 +233,7 @@ print(peak_extra_bytes(lambda: iterate(64), cpu), peak_extra_bytes(lambda: None,
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's memory statistics")
+@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="needs Linux's memory statistics")
 def test_extra_memory_finds_a_known_peak() -> None:
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")])}
     environment = {**os.environ, **measure.RETURN_FREED, **paths}
@@ -230,13 +241,13 @@ def test_extra_memory_finds_a_known_peak() -> None:
     assert done.returncode == 0, done.stderr
     peak, nothing = map(int, done.stdout.split())
     assert peak == pytest.approx(64 << 20, rel=0.1)
-    assert nothing < 2 << 20
+    assert nothing < 8 << 20, "the warm-up's 256 MiB must not show; huge pages round up"
 
 
-def test_a_process_of_its_own_answers_or_its_last_words_are_the_reason() -> None:
+def test_a_separate_process_answers_or_its_last_error_is_the_reason() -> None:
     request = {"name": "megacid", "shape": [64, 16], "device": "cpu", "threads": 1}
-    found = measure.ask_process("benchmarks.contrastive", request, measure.RETURN_FREED)
-    assert list(found) == ["peak_extra_bytes"]
+    answer = measure.ask_process("benchmarks.contrastive", request, measure.RETURN_FREED)
+    assert list(answer) == ["peak_extra_bytes"]
     assert "No module named" in measure.ask_process("json.nothing", {}, {})["skipped"]
 
 
@@ -255,7 +266,7 @@ def suite_args(name: str, **options: Any) -> Any:
     return argparse.Namespace(suite=name, device="cpu", clock="wall", threads=1, **options)
 
 
-def test_what_is_not_a_number_meets_no_bar() -> None:
+def test_what_is_not_a_number_meets_no_limit() -> None:
     assert [Limit("x", value, 1.0, True).met for value in (1.0, 0.9, None, float("nan"))] == [True, False, False, False]
     assert [Limit("x", value, 1.0, False).met for value in (1.0, 1.1, None, float("nan"))] == [
         True,
@@ -282,16 +293,22 @@ def cpu_report(name: str, speed: float, memory: float) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "speed", "memory", "met"),
-    [("head", 1.6, 0.3, True), ("head", 1.4, 0.3, False), ("head", 1.6, 0.4, False), ("step", 4.1, 2.0, True), ("step", 3.9, 0.1, False)],
-)  # fmt: skip
-def test_bars_of_the_classifier_on_a_cpu(name: str, speed: float, memory: float, met: bool) -> None:
-    found = cpu_report(name, speed, memory)
-    assert all(limit.met for limit in (head if name == "head" else training_step).check(found)) is met
-    found["results"][0] = {"shape": "10,4,2,1.0", "provider": "eager", "skipped": "needs 99 GiB"}
-    assert not any(limit.met for limit in training_step.check(found)), "what was not measured passes"
+    [
+        ("head", 1.6, 0.3, True),
+        ("head", 1.4, 0.3, False),
+        ("head", 1.6, 0.4, False),
+        ("step", 4.1, 2.0, True),
+        ("step", 3.9, 0.1, False),
+    ],
+)
+def test_limits_of_the_classifier_on_a_cpu(name: str, speed: float, memory: float, met: bool) -> None:
+    report = cpu_report(name, speed, memory)
+    assert all(limit.met for limit in (head if name == "head" else training_step).check(report)) is met
+    report["results"][0] = {"shape": "10,4,2,1.0", "provider": "eager", "skipped": "needs 99 GiB"}
+    assert not any(limit.met for limit in training_step.check(report)), "an unmeasured limit is met"
 
 
-def test_optimizer_and_contrastive_bars_are_of_a_gpu_and_of_large_batches() -> None:
+def test_optimizer_limits_need_a_gpu_and_contrastive_limits_large_batches() -> None:
     rows = [
         {"shape": "9,4,2,0.1", "optimizer": "adamw", "provider": "kernel", "moments": "fp32", "copy_fraction": 0.74}
     ]
@@ -324,7 +341,7 @@ def test_a_bad_call_names_what_was_expected(tool: ModuleType, options: list[str]
         call(tool, *options)
 
 
-def test_the_head_of_a_gpu_refuses_what_it_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_head_on_a_gpu_refuses_unknown_providers_and_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     args = suite_args("head", providers=["egaer"], geometry="init", budget_gib=20.0)
     with pytest.raises(UserError, match="has 'egaer', expected some of cublas-3gemm"):
         head_gpu.run(args, [Shape(10, 4, 2)])
@@ -338,32 +355,33 @@ def test_a_gpu_that_is_not_there_is_named(tool: ModuleType, monkeypatch: pytest.
         tool.main(["--suite", "head", "--device", "cuda"])
 
 
-def test_arithmetic_is_called_arithmetic_and_stays_out_of_reports(
+def test_computed_costs_are_labelled_and_stay_out_of_reports(
     tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.json"
     assert call(tool, "--suite", "head", "--analytic", "--json", str(out)) == 0
     assert json.loads(out.read_text())["results"] == []
-    said = capsys.readouterr().out
-    assert "Nothing in these two tables was measured" in said
+    output = capsys.readouterr().out
+    assert "Nothing in these two tables was measured" in output
     # 6 x 4096 x 131072 x 512 FLOP at 780 TFLOP/s
-    assert "| 131,072 x 512, batch 4096, 131,072 rows | 1.65 | 2.11 |" in said
+    assert "| 131,072 x 512, batch 4096, 131,072 rows | 1.65 | 2.11 |" in output
 
 
 def test_every_suite_says_what_it_is(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     for name, module in tool.MODULES.items():
         with pytest.raises(SystemExit) as end:
             tool.main(["--suite", name, "--help"])
-        found = importlib.import_module(f"benchmarks.{module}")
-        assert end.value.code == 0 and found.HELP in capsys.readouterr().out
-        assert callable(found.run) and callable(found.check)
+        suite_module = importlib.import_module(f"benchmarks.{module}")
+        assert end.value.code == 0 and suite_module.HELP in capsys.readouterr().out
+        assert callable(suite_module.run) and callable(suite_module.check)
 
 
 def test_step_once_compared_with_itself(
-    tool: ModuleType, tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
+    tool: ModuleType, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, options = tmp_path / "out.json", ["--suite", "step", "--shapes", "3000,16,8,0.5"]
-    assert call(tool, *options, "--json", str(out), "--check") == 1, "so small a step is no faster"
+    monkeypatch.setitem(training_step.LIMITS, "step", (math.inf, None))
+    assert call(tool, *options, "--json", str(out), "--check") == 1
     rows = {row["provider"]: row for row in json.loads(out.read_text())["results"]}
     assert list(rows) == ["eager", "eager-tuned", "megacid"]
     assert all(len(row["seconds"]) == 7 and "peak_extra_bytes" in row for row in rows.values())

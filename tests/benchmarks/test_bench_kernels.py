@@ -1,5 +1,5 @@
-"""What needs a GPU in tools/bench.py and tools/tune.py, run in Triton's interpreter as far as it goes: not the times, but
-that the calls are right, that a wrong tile is not chosen, and what is left out before it is compiled."""
+"""The GPU code of tools/bench.py and tools/tune.py, in Triton's interpreter as far as possible: not the times, but
+correct calls, rejection of a wrong tile, and tiles that are skipped before they are compiled."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def test_forcing_how_exponentials_are_made_lasts_for_one_call(
     monkeypatch.delenv(TABLE_VARIABLE, raising=False)
     usual = lookup("sm_90", "float16", 640)
     with head_megacid.force_matrix(matrix, torch.device("cuda"), 640):
-        found = lookup("sm_90", "float16", 640)
-    assert usual is not None and found is not None and found.matrix == matrix and found.forward == usual.forward
+        forced = lookup("sm_90", "float16", 640)
+    assert usual is not None and forced is not None and forced.matrix == matrix and forced.forward == usual.forward
     assert TABLE_VARIABLE not in os.environ
 
 

@@ -1,6 +1,6 @@
 """The numbers of docs/how-to/from-insightface.md: four samples, five classes, scale 8.
 
-The published scheme is written out in plain PyTorch, here or in tools/benchmarks/baselines.py.
+The published scheme is written out in plain PyTorch, here or in tools/benchmarks/published_partial_fc.py.
 """
 
 from __future__ import annotations

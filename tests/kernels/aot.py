@@ -1,7 +1,7 @@
-"""Compile the fused kernels for GPUs that need not be there and print what the assembler says of them, as JSON.
+"""Compile the fused kernels for GPUs that need not be present and print the assembler's report as JSON.
 
-`python tests/kernels/aot.py` needs Triton and its ptxas; TRITON_INTERPRET must not be set. tests/kernels/test_aot.py runs
-it as a process of its own: another test may have imported the kernels for Triton's interpreter.
+`python tests/kernels/aot.py` needs Triton and its ptxas; TRITON_INTERPRET must not be set. tests/kernels/test_aot.py
+runs it in a separate process, because another test may have imported the kernels for Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NO_COMPILER = 77  # exit status: Triton or ptxas is missing
 
 
 class Build(NamedTuple):
-    """One kernel as one caller would have it compiled."""
+    """A kernel with the types and constants of one caller."""
 
     name: str
     kernel: Any
@@ -31,7 +31,7 @@ class Build(NamedTuple):
     constants: dict[str, Any]
     warps: int
     stages: int = 3  # Triton's default
-    aligned: tuple[str, ...] = ()  # numbers that are multiples of 16
+    aligned: tuple[str, ...] = ()  # integers that are multiples of 16
 
 
 def builds(arch: int) -> Iterator[Build]:
@@ -50,7 +50,7 @@ def row_builds() -> Iterator[Build]:
         constants |= {"D": width, "ROWS": tile.rows, "BLOCK": tile.block}
         return Build(f"{name} D={width}", kernel, types | {"num_rows": "i32"}, constants, tile.warps)
 
-    # 512 and 4096 are one full block, 1000 is a ragged one, 129 has rows that are not aligned, 5120 takes two.
+    # 512 and 4096 are one full block, 1000 is a partial one, 129 has unaligned rows, 5120 takes two blocks.
     for width in (129, 512, 1000, 4096, 5120):
         unit = {
             "w_ptr": "*fp32",
@@ -82,7 +82,7 @@ _LABELS = {"grad_cos_ptr": "*fp32", "cos_ptr": "*fp32"}
 
 
 def head_builds() -> Iterator[Build]:
-    """What of the head is bound by memory."""
+    """The kernels of the head that are bound by memory."""
     from megacid_kernels.fused import (
         exponentials_inplace,
         gradient_epilogue,
@@ -94,7 +94,7 @@ def head_builds() -> Iterator[Build]:
     )
     from megacid_kernels.fused.nearest import best_strip_kernel
 
-    # One full block, and two of which one is ragged.
+    # One full block, and two of which one is partial.
     for width in (512, 5120):
         tile = tile_of(width)
         cut = {"D": width, "ROWS": tile.rows, "BLOCK": tile.block}
@@ -179,7 +179,7 @@ def head_builds() -> Iterator[Build]:
 
 
 def product_builds(arch: int) -> Iterator[Build]:
-    """What of the head is bound by arithmetic, with the tiles that the table has for this architecture."""
+    """The kernels of the head that are bound by arithmetic, with the table's tiles for this architecture."""
     import torch
 
     from megacid_kernels.fused.exponentials import exponentials_kernel
@@ -188,7 +188,7 @@ def product_builds(arch: int) -> Iterator[Build]:
 
     names = {"fp16": "float16", "bf16": "bfloat16"}
     fp32 = tiles_for(torch.device("cpu"), torch.float32, 512)
-    # 512 and 768 are whole steps, 1000 is not.
+    # 512 and 768 are multiples of the depth, 1000 is not.
     for kind, dtype, width in (
         ("", "fp16", 512),
         ("", "bf16", 1000),
@@ -270,7 +270,7 @@ def _sgd(moments: str, *, per_row: bool) -> dict[str, str]:
 
 
 def ptxas_path() -> str | None:
-    """The assembler that Triton brings along, or that TRITON_PTXAS_PATH names."""
+    """The assembler that Triton ships, or that TRITON_PTXAS_PATH names."""
     import triton
 
     try:
@@ -278,12 +278,12 @@ def ptxas_path() -> str | None:
 
         return str(knobs.nvidia.ptxas.path)
     except (ImportError, AttributeError, RuntimeError):
-        found = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-        return str(found) if found.exists() else None
+        path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+        return str(path) if path.exists() else None
 
 
 def measure(build: Build, arch: int, ptxas: str) -> dict[str, Any]:
-    """Compile for sm_`arch`; registers and spills are what ptxas reports for the PTX."""
+    """Compile for sm_`arch`; registers and spills are those that ptxas reports for the PTX."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -293,7 +293,7 @@ def measure(build: Build, arch: int, ptxas: str) -> dict[str, Any]:
         fn=build.kernel,
         signature={name: "constexpr" if name in build.constants else build.types[name] for name in names},
         constexprs={(names.index(name),): value for name, value in build.constants.items()},
-        # What the launcher finds for tensors as PyTorch allocates them: pointers are multiples of 16 bytes.
+        # As for tensors that PyTorch allocates: pointers are multiples of 16 bytes.
         attrs={
             (names.index(name),): [["tt.divisibility", 16]]
             for name, kind in build.types.items()
@@ -309,10 +309,10 @@ def measure(build: Build, arch: int, ptxas: str) -> dict[str, Any]:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
         command = [ptxas, "-v", f"--gpu-name={target[1]}", str(path), "-o", str(Path(folder) / "kernel.cubin")]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    registers = re.search(r"Used (\d+) registers", said)
-    assert spills is not None and registers is not None, said
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    registers = re.search(r"Used (\d+) registers", report)
+    assert spills is not None and registers is not None, report
 
     def wide(operation: str) -> int:
         return len(re.findall(rf"{operation}\.global\S*\.v4\.b32", ptx))
@@ -344,8 +344,10 @@ def main() -> int:
     if ptxas is None:
         print("Triton or its ptxas is not installed", file=sys.stderr)
         return NO_COMPILER
-    found = {f"{build.name} sm_{arch}": measure(build, arch, ptxas) for arch in ARCHITECTURES for build in builds(arch)}
-    json.dump(found, sys.stdout, indent=1)
+    measured = {
+        f"{build.name} sm_{arch}": measure(build, arch, ptxas) for arch in ARCHITECTURES for build in builds(arch)
+    }
+    json.dump(measured, sys.stdout, indent=1)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The fused kernels compile for GPUs that need not be there, and the machine code is what a kernel bound by memory needs."""
+"""The fused kernels compile for GPUs that need not be present, and the machine code has what bounds their speed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WRITTEN_16 = {"unit_rows": 2}
 # The same of the head's kernels on rows: matrices read, matrices written.
 _HEAD = {"target_cosines": (2, 0), "finish_x": (3, 1), "finish_x 4 labels": (6, 1)}
 _HEAD |= {"rows_through_norm": (2, 1), "add_labels": (3, 1)}
-# Bytes of shared memory that a program may have; 1 KiB of each is the driver's.
+# Bytes of shared memory per program; 1 KiB of each is reserved by the driver.
 _SHARED = {"sm_80": 166912 - 1024, "sm_90": 232448 - 1024}
 
 
@@ -28,13 +28,13 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     command = [sys.executable, str(Path(aot.__file__).resolve())]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800)
     if done.returncode == aot.NO_COMPILER:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, dict[str, Any]] = json.loads(done.stdout)
-    assert len(found) == 104
-    return found
+    kernels: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    assert len(kernels) == 104
+    return kernels
 
 
 def is_product(name: str) -> bool:
@@ -50,11 +50,11 @@ def test_every_kernel_fits_the_register_file_without_spilling(compiled: dict[str
 
 
 def test_two_programs_or_more_share_a_multiprocessor(compiled: dict[str, dict[str, Any]]) -> None:
-    """Of what is bound by memory, which one alone would leave idle while it reduces; and of the product for short rows,
-    whose tiles are to hide each other's exponentials."""
+    """Kernels bound by memory, where a single program would idle while it reduces; and the product for short rows,
+    whose programs hide each other's exponentials."""
     for name, code in compiled.items():
         if not is_product(name) or name == "exponentials fp16 D=512 sm_90":
-            # Registers are handed out to a warp in units of 256: 8 per thread.
+            # Registers are allocated to a warp in units of 256: 8 per thread.
             registers = -(-code["registers"] // 8) * 8
             assert 2 * registers * code["threads"] <= 65536, f"{name}: {code['registers']} registers"
             assert 2 * (code["shared"] + 1024) <= _SHARED["sm_90"] + 1024, f"{name}: {code['shared']} bytes shared"
@@ -66,7 +66,7 @@ def test_no_kernel_uses_atomics(compiled: dict[str, dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("width", [512, 1000, 4096])
 def test_every_element_is_read_once_and_in_128_bits(compiled: dict[str, dict[str, Any]], width: int) -> None:
-    """Up to 4096 columns. The kernels are written as two passes over a row and rely on the compiler to see one."""
+    """Up to 4096 columns. The kernels pass over a row twice and rely on the compiler to merge the passes."""
     checked = 0
     for name, code in compiled.items():
         kernel, _, rest = name.partition(" D=")
@@ -102,15 +102,15 @@ def test_rows_of_the_head_are_read_once_and_in_128_bits(compiled: dict[str, dict
 
 
 def test_products_of_16_bit_numbers_run_on_the_tensor_cores_of_sm_90(compiled: dict[str, dict[str, Any]]) -> None:
-    found = {name: code["wgmma"] for name, code in compiled.items() if is_product(name) and "16 D" in name}
-    assert len(found) == 12
-    assert all((wgmma > 0) == name.endswith("sm_90") for name, wgmma in found.items()), found
+    wgmma_of = {name: code["wgmma"] for name, code in compiled.items() if is_product(name) and "16 D" in name}
+    assert len(wgmma_of) == 12
+    assert all((wgmma > 0) == name.endswith("sm_90") for name, wgmma in wgmma_of.items()), wgmma_of
 
 
 def test_an_entry_of_the_matrix_is_one_exponential_and_one_eighth_of_a_128_bit_store(
     compiled: dict[str, dict[str, Any]],
 ) -> None:
-    """Fused: nothing is read of it. In place: an eighth of a load as well. Without filter, which has a matrix of its own."""
+    """Fused: no load. In place: also an eighth of a load. Without the filter, which has a matrix of its own."""
     checked = 0
     for name, code in compiled.items():
         each = code["elements"] // code["threads"]

@@ -1,6 +1,6 @@
-"""k-means' assignment through Triton's kernel, against PyTorch.
+"""The assignment of k-means by Triton's kernel, against PyTorch.
 
-Without a GPU in Triton's interpreter, see `interpreter.py`.
+Without a GPU it runs in Triton's interpreter, see `interpreter.py`.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ def some(n: int, dim: int, seed: int) -> np.ndarray:
 @on_devices
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_labels_lose_no_more_than_their_rounding(metric: Any, device: str) -> None:
-    where = torch.device(device)
-    x_TD, c_KD = (prepare(some(n, 48, seed), metric, where) for n, seed in ((300, 0), (70, 1)))
-    value_T, label_T = (found[:, 0] for found in Assigner(c_KD, metric, where, "triton").tile(x_TD))
-    best_TL, want_TL = Assigner(c_KD, metric, where, "torch").tile(x_TD, 2)
+    torch_device = torch.device(device)
+    x_TD, c_KD = (prepare(some(n, 48, seed), metric, torch_device) for n, seed in ((300, 0), (70, 1)))
+    value_T, label_T = (result[:, 0] for result in Assigner(c_KD, metric, torch_device, "triton").tile(x_TD))
+    best_TL, want_TL = Assigner(c_KD, metric, torch_device, "torch").tile(x_TD, 2)
     torch.testing.assert_close(value_T, best_TL[:, 0], rtol=1e-3, atol=1e-3)
-    # Another label only where the second best is as good.
+    # The label differs only where the second best is as near within rounding.
     other = label_T != want_TL[:, 0]
     assert other.float().mean() < 0.05 and torch.equal(label_T[other], want_TL[other, 1])
     assert ((best_TL[other, 0] - best_TL[other, 1]).abs() < 2e-3).all()
-    # Several labels are PyTorch's.
-    several = Assigner(c_KD, metric, where, "triton").tile(x_TD, 3)[1]
+    # Several labels per row come from PyTorch.
+    several = Assigner(c_KD, metric, torch_device, "triton").tile(x_TD, 3)[1]
     assert torch.equal(several[:, :2], want_TL)
 
 

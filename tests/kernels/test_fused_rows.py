@@ -1,6 +1,6 @@
-"""The Triton kernels of megacid_kernels.fused against float64 and against the row optimizers in PyTorch.
+"""The Triton kernels on rows against float64 and against the row optimizers in PyTorch.
 
-Without a GPU in Triton's interpreter, see `interpreter.py`.
+Without a GPU they run in Triton's interpreter, see `interpreter.py`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from megacid_kernels.fused import (
     unit_rows,
 )
 
-# (L, S, D): one row, rows that fill no tile, widths that are no multiple of 4 or of a block. The tile is the default, or
-# one with several blocks per row, as the default has above 4096 columns.
+# (L, S, D): one row, rows that do not fill a tile, widths that are no multiple of 4 or of a block. The tile is the
+# default, or one with several blocks per row, like the default above 4096 columns.
 SHAPES: list[tuple[int, int, int, Tile | None]] = [
     (1, 1, 1, None),
     (37, 5, 7, None),
@@ -82,7 +82,7 @@ def unit_and_inverse(w: Tensor) -> tuple[Tensor, Tensor]:
 
 def assert_no_worse(got: Tensor, plain: Tensor, want: Tensor, tolerance: float, terms: Tensor | float = 0) -> None:
     """Element by element: the kernel's error is at most that of plain PyTorch in the same type plus tolerance * (the
-    largest |want| of the row + terms). terms: how large that is of which `want` is a difference. NaN fails."""
+    largest |want| of the row + terms). terms: the magnitude of the terms whose difference `want` is. NaN fails."""
     got, plain, want = got.cpu().double(), plain.cpu().double(), want.cpu().double()
     scale = want.abs().amax(-1, keepdim=True) + terms
     excess = (got - want).abs() - (plain - want).abs() - tolerance * scale
@@ -114,7 +114,7 @@ def test_unit_rows_are_as_exact_as_pytorch(
 
 @on_devices
 def test_16_bit_unit_rows_are_rounded_to_nearest_even(device: str) -> None:
-    """A row of one large and many small entries: its unit row is the row itself in fp32. Halves go to the even number."""
+    """A row of one large and a few small entries is its own unit row in fp32. Ties round to the even number."""
     w = torch.zeros(3, 8)
     w[0, 0], w[1, 0] = 1.0, -1.0
     w[0, 1:4] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-7 + 2**-20]) * 2**-20
@@ -129,7 +129,7 @@ def test_16_bit_unit_rows_are_rounded_to_nearest_even(device: str) -> None:
 def test_one_step_is_as_exact_as_pytorch(
     num_local: int, sampled: int, width: int, tile: Tile | None, device: str
 ) -> None:
-    """Both optimizers with factors of every row's own; rows that are not sampled keep every bit; two runs are equal."""
+    """Both optimizers with factors per row; rows that are not sampled keep every bit; two calls give equal bits."""
     rows = some_rows(num_local, sampled)
     w = weight_with_a_zero_row(num_local, width, rows)
     grad = numbers(sampled, width, seed=2)
@@ -176,19 +176,19 @@ def test_one_step_is_as_exact_as_pytorch(
 
 
 def recorded(kind: type[RowOptimizer]) -> type[RowOptimizer]:
-    """The optimizer, and in `seen` the factors of its last step."""
+    """The optimizer with the factors of its last step in `factors`."""
 
     class Recorded(kind):  # type: ignore[misc, valid-type]
         def _factors(self, *args: Any) -> Any:
-            self.seen = super()._factors(*args)
-            return self.seen
+            self.factors = super()._factors(*args)
+            return self.factors
 
     return Recorded
 
 
 def head_of(weight: Tensor) -> Any:
-    head = SimpleNamespace(weight=weight, num_local=len(weight), class_start=1000, seed=3, given=None)
-    head.row_grad = lambda: head.given
+    head = SimpleNamespace(weight=weight, num_local=len(weight), class_start=1000, seed=3, next_row_grad=None)
+    head.row_grad = lambda: head.next_row_grad
     return head
 
 
@@ -204,29 +204,29 @@ def test_five_steps_are_those_of_the_row_optimizers(
     w = numbers(17, width, seed=0).to(device)
     options = {"lr": 0.02, "weight_decay": 0.1, "moments": moments, "lazy": lazy}
     reference = recorded(kind)(head_of(w.clone()), **options)  # type: ignore[arg-type]
-    mine = [state.clone() for state in reference._averages().values()]
+    mine = [state.clone() for state in reference._moments().values()]
     for step in range(5):
         rows = some_rows(17, (6, 9, 4, 6, 17)[step], seed=step).to(device)
         g = numbers(len(rows), width, seed=10 + step).to(device)
-        reference.head.given = rows, g
+        reference.head.next_row_grad = rows, g
         reference.lr = 0.02 / (step + 1)
         scale = torch.tensor(0.7, device=device)
         reference.step(grad_scale=scale)
         keys = rounding_keys(rows + 1000, reference.updates[rows], width, seed=3) if moments == "bf16" else None
         shared: dict[str, Any] = {"rows_S": rows if step < 4 else None, "grad_scale": scale, "keys": keys}
         if kind is RowAdamW:
-            adamw_rows_(w, *mine, g, AdamWFactors(*reference.seen), betas=reference.betas, **shared)
+            adamw_rows_(w, *mine, g, AdamWFactors(*reference.factors), betas=reference.betas, **shared)
         else:
-            sgd_rows_(w, *mine, g, SGDFactors(*reference.seen), lr=reference.lr, weight_decay=0.1, **shared)
+            sgd_rows_(w, *mine, g, SGDFactors(*reference.factors), lr=reference.lr, weight_decay=0.1, **shared)
         torch.testing.assert_close(w, reference.head.weight, rtol=3e-6, atol=3e-6)
-        for state, want in zip(mine, reference._averages().values()):
+        for state, want in zip(mine, reference._moments().values()):
             if moments == "fp32":
                 torch.testing.assert_close(state, want, rtol=3e-6, atol=3e-7)
                 continue
-            # The last bit of an fp32 value may decide whether it is rounded up: rarely, and then by one bf16 number.
+            # The last bit of an fp32 value rarely decides whether it is rounded up, by one bf16 number.
             torch.testing.assert_close(state, want, rtol=2**-7, atol=1e-9)
             assert int((state != want).sum()) <= 4
-            state.copy_(want)  # else the weights would drift apart through that
+            state.copy_(want)  # else the weights would diverge
 
 
 @on_devices
@@ -253,7 +253,7 @@ def test_the_rounding_to_bf16_is_the_row_optimizers_bit_for_bit(device: str) -> 
 
 @on_devices
 def test_a_broken_row_stays_visible(device: str) -> None:
-    """NaN and infinity must not turn into a zero row, which nobody would notice."""
+    """NaN and infinity must not silently turn into a zero row."""
     w = torch.ones(3, 6, device=device)
     w[0, 1], w[1, 2] = torch.nan, torch.inf
     unit, _ = unit_rows(w, None, (torch.bfloat16,))
@@ -270,7 +270,7 @@ def test_no_rows_are_no_work(device: str) -> None:
     assert torch.equal(w, torch.ones_like(w))
 
 
-def test_what_cannot_be_used_is_named() -> None:
+def test_unusable_arguments_are_refused_by_name() -> None:
     w, g, column = torch.ones(4, 6), torch.ones(2, 6), torch.ones(2)
     rows = torch.tensor([0, 3])
     with pytest.raises(ValueError, match=r"w has strides \(1, 4\) for shape \[4, 6\], expected it contiguous"):
@@ -287,8 +287,8 @@ def test_what_cannot_be_used_is_named() -> None:
         Tile(1, 48, 4)
 
     def sgd(**changes: Any) -> None:
-        given: dict[str, Any] = {"velocity_LD": w, "grad_SD": g, "factors": SGDFactors(0.9, 1.0), "rows_S": rows}
-        sgd_rows_(w.clone(), **(given | changes), lr=0.1, weight_decay=0.0)
+        arguments: dict[str, Any] = {"velocity_LD": w, "grad_SD": g, "factors": SGDFactors(0.9, 1.0), "rows_S": rows}
+        sgd_rows_(w.clone(), **(arguments | changes), lr=0.1, weight_decay=0.0)
 
     with pytest.raises(ValueError, match=r"grad is \[4, 6\], expected \[2, 6\]"):
         sgd(grad_SD=w)
