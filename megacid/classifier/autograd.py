@@ -25,7 +25,7 @@ class ForwardGradients(NamedTuple):
 class PartialFCFunction(torch.autograd.Function):
     """Passes the embedding gradient on to autograd and the row gradient to a callback.
 
-    Args of `apply`: emb_BD; anchor, a scalar that requires grad, so that a loss without a trainable student has a
+    Args of `apply`: emb_BD; anchor, a scalar that requires grad, which gives a loss without a trainable student a
     backward; compute(need_x); accumulate(forward gradients, gradient of the loss); factor of the embedding gradient.
     """
 

@@ -76,13 +76,8 @@ class RowOptimizer:
         raise NotImplementedError
 
     def _factors(self, count_S: Tensor, missed_S: Tensor | None, decay_S: Tensor | None) -> tuple[Factor, ...]:
-        """Arguments of `_update`, from float64 [S] tensors.
-
-        Args:
-            count_S: number of updates, or with lazy = "decay" of steps, including this one.
-            missed_S: steps since the last use; None with lazy = "none", like decay_S.
-            decay_S: log of the factor that the weight has pending for these steps.
-        """
+        """Factors for `_update` from float64 [S]: count_S, the updates (lazy = "decay": steps) including this one; with
+        lazy = "decay" missed_S, the steps since the last use, and decay_S, the log of the weight's pending factor."""
         raise NotImplementedError
 
     def _update(
@@ -102,7 +97,7 @@ class RowOptimizer:
         With lazy = "decay" every call advances the decay clock, also one without rows.
 
         Args:
-            grad_scale: factor of the gradients (gradient clipping), 0-d if a tensor.
+            grad_scale: factor of the gradients, from gradient clipping.
 
         Raises:
             UserError: lr * weight_decay >= 1 with lazy = "decay", which would leave nothing of a weight.
@@ -188,12 +183,8 @@ class RowOptimizer:
         self.head.zero_grad()
 
     def state_rows(self) -> dict[str, Tensor]:
-        """This rank's state for a checkpoint.
-
-        Returns:
-            name -> [L, ...]: the moments (fp32 or bf16 [L, D]) and "updates" int32 [L]; with lazy = "decay" also
-            "missed_steps" int32 [L] and "missed_decay" float64 [L], the log of the weight's pending factor.
-        """
+        """This rank's state for a checkpoint: the moments, fp32 or bf16 [L, D], and "updates" int32 [L]; with lazy =
+        "decay" also "missed_steps" int32 [L] and "missed_decay" float64 [L], the log of the weight's pending factor."""
         state = self._moments() | {"updates": self.updates}
         if self.lazy == "decay":
             state["missed_steps"] = self._steps - self._last_steps
@@ -201,10 +192,10 @@ class RowOptimizer:
         return state
 
     def load_state_rows(self, read: ReadRows) -> None:
-        """Load this rank's rows from read(name, start, stop), written by any number of ranks.
+        """Load this rank's rows from read(name, start, stop), written by any number of ranks in any dtype.
 
         Raises:
-            UserError: a state of another optimizer, size or `lazy`. Moments of another dtype are converted.
+            UserError: a state of another optimizer, size or `lazy`.
         """
         own = self.state_rows()
         copy_rows(own, read, self.head.class_start, self.head.class_stop)

@@ -20,11 +20,7 @@ ReadRows = Callable[[str, int, int], Tensor]
 
 
 def copy_rows(own: Mapping[str, Tensor], read: ReadRows, start: int, stop: int) -> None:
-    """Fill the tensors of `own` [stop - start, ...] in place with global rows [start, stop).
-
-    Raises:
-        UserError: rows of another shape. `own` is then unchanged.
-    """
+    """Fill `own` in place with global rows [start, stop). UserError (and no change) for another shape."""
     # Reads and checks everything before changing anything: a truncated file leaves no half-loaded state.
     loaded = {name: read(name, start, stop) for name in own}
     for name, rows in loaded.items():
@@ -62,10 +58,6 @@ def rounding_keys(ids_S: Tensor, updates_S: Tensor, width: int, *, seed: int) ->
     """(row keys int32 [S, 1], column keys int32 [1, width]) for `rounding_bits`.
 
     They depend only on (seed, update count, global class id, column), so any number of ranks rounds alike.
-
-    Args:
-        ids_S: int64 global class ids.
-        updates_S: how often each row has been updated.
     """
     ids = hash_ids(ids_S, seed=seed, step=0, stream=RandomStream.ROUNDING_ROW)
     rows = hash_ids(ids + updates_S, seed=seed, step=0, stream=RandomStream.ROUNDING_UPDATE)

@@ -86,11 +86,7 @@ class Split(Dataset[Sample]):
 
 
 def load_benchmark(root: Path | str, name: str | None = None) -> Benchmark:
-    """Open a set. `name` (default: the directory's name) identifies it in results.
-
-    Raises:
-        UserError: a file is missing or not in the layout.
-    """
+    """Open a set; `name` (default: the directory's name) identifies it in results. UserError if a file is missing."""
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"dataset root {root} is not a directory, expected CLIP_benchmark's webdataset layout")

@@ -26,11 +26,7 @@ from megacid.storage.metadata import write_meta
 
 
 def student_from_run(run: Path | str, step: int | None = None) -> tuple[Student, int]:
-    """Load the student of a run on the CPU in fp32, and its step.
-
-    Args:
-        run: run directory.
-        step: of the checkpoint; None is the newest valid one.
+    """Load the student of a run on the CPU in fp32, and its step. step: None is the newest valid checkpoint.
 
     Raises:
         UserError: not a run directory, or the checkpoint is missing, damaged, or of another config.json.
@@ -83,13 +79,9 @@ def checkpoint_of(run: Path, step: int | None) -> Path:
 
 
 def export_student(student: Student, out: Path | str, *, name: str, source: dict[str, Any]) -> list[Path]:
-    """Write the student to a directory and return the files.
+    """Write the student to a directory and return the files. Clamps its logit_scale to ln(100) in place.
 
-    Args:
-        student: its logit_scale is clamped to ln(100) in place, the bound of training.
-        out: directory, created if missing.
-        name: model name in open_clip, and stem of two of the files.
-        source: origin of the weights, for meta.json.
+    name: model name in open_clip. source: origin of the weights, for meta.json.
 
     Raises:
         UserError: `out` is a file, or open_clip would read `name` as another model.

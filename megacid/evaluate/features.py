@@ -61,13 +61,7 @@ class TrainedTower:
 def trained_tower(
     run: Path, features: FeatureSet, step: int | None = None, device: torch.device | str = "cpu"
 ) -> TrainedTower:
-    """Load the tower of a run on features.
-
-    Args:
-        run: run directory.
-        features: decides the tower's input width.
-        step: of the checkpoint; None is the newest valid one.
-        device: where the tower computes.
+    """Load the tower of a run on features, from the checkpoint of `step` (None: the newest valid one).
 
     Raises:
         UserError: not a run directory, a run on images, or run, checkpoint and features do not fit.
@@ -115,15 +109,9 @@ def mean_blocks(embed: Embed, train: FeatureSet) -> Iterator[Tensor]:
 
 @torch.inference_mode()
 def nearest(emb_ND: Tensor, blocks: Iterator[Tensor], progress: Progress = no_progress) -> Tensor:
-    """The class with the largest product for each row, on ties the lowest; a class of NaN is never nearest.
+    """The class with the largest product for each row, on ties the lowest: int64 [N] on the CPU.
 
-    Args:
-        emb_ND: [N, D] embeddings.
-        blocks: [K, D] rows of all classes in order.
-        progress: called with the number of classes done.
-
-    Returns:
-        int64 [N] class ids on the CPU; -1 if all classes are NaN.
+    A class of NaN is never nearest; -1 if all are. blocks: [K, D] rows of all classes in order.
     """
     best_N = torch.full((len(emb_ND),), -torch.inf, device=emb_ND.device)
     class_N = torch.full_like(best_N, -1, dtype=torch.int64)
@@ -148,14 +136,9 @@ def tasks_for(train: FeatureSet) -> tuple[str, ...]:
 def accuracy(
     task: str, trained: TrainedTower, directory: Path, *, limit: int | None = None, progress: Progress = no_progress
 ) -> dict[str, float]:
-    """Accuracy on the test split of a features directory. Holds the [N, D] test embeddings in memory.
+    """Accuracy of a task on the test split of a features directory. Holds the [N, D] test embeddings in memory.
 
-    Args:
-        task: "head" or "nearest_class_mean".
-        trained: the tower and class rows.
-        directory: features directory.
-        limit: number of test rows to use from the beginning (the tools write them shuffled).
-        progress: called with the number of classes done.
+    limit: use the first `limit` test rows (the tools write them shuffled). progress: counts classes.
 
     Returns:
         {"acc1": fraction, "test_rows": N, "classes": C}.

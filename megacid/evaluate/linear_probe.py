@@ -38,11 +38,7 @@ class Probe:
 def fit(feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_classes: int, strength: float) -> Probe:
     """Minimise |W|^2 / (2 * strength) + sum of cross entropies from W = 0, without a penalty on the bias.
 
-    Args:
-        feature_ND: [N, D], any float dtype, on the device that computes.
-        label_N: int64 [N].
-        num_classes: C.
-        strength: inverse regularisation, scikit-learn's C.
+    feature_ND: any float dtype, on the device that computes. strength: inverse regularisation, scikit-learn's C.
     """
     n = len(label_N)
     # The bias, which has no penalty, absorbs a shift of the features: improves the conditioning, keeps the minimiser.
@@ -91,18 +87,9 @@ def hold_out(label_N: torch.Tensor, share: float = HOLD_OUT, seed: int = 0) -> t
 
 
 def choose_strength(feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_classes: int) -> tuple[float, list[float]]:
-    """Choose the strength with the best held-out accuracy, on ties the smallest.
+    """The strength with the best held-out accuracy (on ties the smallest), and the accuracies of all STRENGTHS.
 
-    Args:
-        feature_ND: [N, D], on any device.
-        label_N: int64 [N], on the CPU.
-        num_classes: C.
-
-    Returns:
-        The strength, and the accuracies of all STRENGTHS.
-
-    Raises:
-        UserError: no class has two samples.
+    label_N is on the CPU. Raises UserError if no class has two samples.
     """
     held_out_N = hold_out(label_N)
     if not held_out_N.any():

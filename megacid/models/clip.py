@@ -55,14 +55,7 @@ class StudentSpec:
 
 
 def register_models(directory: Path | str | None = None) -> list[str]:
-    """Register the architectures of `directory` (default: the package's own) with open_clip; repeating it is harmless.
-
-    Returns:
-        Their names.
-
-    Raises:
-        UserError: the given directory has no model files.
-    """
+    """Register the architectures of `directory` (default: the package's own) with open_clip and return their names."""
     folder = Path(directory) if directory is not None else MODELS_DIR
     files = sorted(folder.glob("*.json"))
     if not files and directory is not None:
@@ -131,12 +124,9 @@ def _tokenizer(model: str, context_length: int | None = None) -> Tokenizer:
 
 
 def train_transform(student: StudentFields, augment: Augment) -> Transform:
-    """The image transform of training.
+    """Image transform of training: "none" as in evaluation; or crops of 90 to 100 % of the area (torch's generator).
 
-    Args:
-        student: decides size, mean and standard deviation.
-        augment: "none", the transform of evaluation; or "random_resized_crop", 90 to 100 % of the area, drawn from
-            torch's global generator. There is no flip: it would contradict captions, and digits are not symmetric.
+    There is no flip: it would contradict captions, and digits are not symmetric.
     """
     if augment not in ("none", "random_resized_crop"):
         raise UserError(f"augment is {augment!r}, expected 'none' or 'random_resized_crop'")
@@ -189,8 +179,7 @@ def load_clip(
 
     Args:
         model: open_clip architecture, or `local-dir:PATH`, which has its own weights.
-        pretrained: open_clip tag or weights file (.pt, .safetensors) of an architecture.
-        device: where the model computes.
+        pretrained: tag or weights file (.pt, .safetensors) of an architecture.
         precision: "fp32", "bf16" or "fp16".
 
     Raises:

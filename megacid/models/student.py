@@ -122,10 +122,9 @@ def build_student(
 
     Args:
         model: open_clip architecture of a two-tower CLIP.
-        embed_dim: the teacher's width; None is the architecture's own.
-        image_size: pixels per side; None is the architecture's own, like context_length (tokens).
-        pretrained: tag or file of the initial weights; None draws them from `seed`.
-        seed: decides the initial weights alone. The global random generator is left unchanged.
+        embed_dim: the teacher's width; None is the architecture's own, also for image_size and context_length.
+        pretrained: tag or file of the initial weights; None draws them from `seed` alone, without changing the global
+            random generator.
         grad_checkpointing: recompute activations in backward.
 
     Raises:
