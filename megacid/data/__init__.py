@@ -1,1 +1,1 @@
-"""Reading image-text shards and feature vectors: the index, the order, decoding, side tables, the stream of micro-batches."""
+"""Reading shards, feature vectors and side tables: a deterministic order, and batches that are never an exception."""

@@ -1,11 +1,11 @@
-"""What the loaders give, and which positions of the stream belong to which micro-batch.
+"""The batch that loaders return, and the assignment of stream positions to steps, micro-batches and ranks.
 
-Sample j of micro-batch m of step s on rank r is position
+Sample j of micro-batch m of step s on rank r is at position
 
     s * global_batch + m * (micro_batch * world) + r * micro_batch + j
 
-of `SampleOrder`. So the global batch of a step is the same for every number of ranks, workers and micro-batches, and
-resuming needs the step only.
+of `SampleOrder`. The global batch of a step is therefore the same for every number of ranks, workers and micro-batches,
+and resuming needs the step only.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ class DataBudgetError(RuntimeError):
 class Batch:
     """One micro-batch.
 
-    image: float32 [b, 3, H, W], or [b, d] feature vectors; text: int64 [b, T]; label: int64 [b] or [b, l], -1 for none;
-    teacher_image, teacher_text: float32 [b, Dt], L2-normalised; sample_id: int64 [b], global row in the index of the
-    sample really used; replaced: one sentence for every bad sample that was passed over; failure: why the run has to
-    end after this batch (its samples are then not to be learned from), so that all ranks end together in the guard's
-    decision instead of one rank leaving the others waiting.
+    Attributes:
+        image: float32 [b, 3, H, W], or [b, d] feature vectors.
+        text: int64 [b, T].
+        label: int64 [b], or [b, l] for several labels per sample; -1 for none.
+        teacher_image, teacher_text: float32 [b, Dt], L2-normalised.
+        sample_id: int64 [b], global row in the index of the sample that was used.
+        replaced: one reason for every bad sample that was replaced.
+        failure: why the run has to end without training on this batch. It is data instead of an exception so that all
+            ranks end together in the guard's decision.
     """
 
     image: Tensor
@@ -54,15 +58,19 @@ class Batch:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """Called by the DataLoader when `pin_memory` is on."""
+        """The same batch in page-locked memory; the DataLoader calls this when `pin_memory` is on."""
         return self._map(lambda t: t.pin_memory())
 
 
 @dataclass(frozen=True)
 class Positions:
-    """The positions of every micro-batch of one rank, for steps start_step .. total_steps - 1, one list after the other.
+    """Iterates over the lists of positions of one rank's micro-batches, for steps start_step to total_steps - 1.
 
-    global_batch: samples per step over all ranks = micro_batch * accumulation * world. Raises UserError when it is not.
+    Args:
+        global_batch: samples per step over all ranks, micro_batch * accumulation * world.
+
+    Raises:
+        UserError: the sizes do not multiply to global_batch, or the rank is outside of the world.
     """
 
     global_batch: int
@@ -77,13 +85,12 @@ class Positions:
         product = self.micro_batch * self.accumulation * self.world
         if self.global_batch != product or self.global_batch < 1:
             raise UserError(
-                f"global batch is {self.global_batch}, but micro batch {self.micro_batch} x accumulation "
-                f"{self.accumulation} x {self.world} ranks is {product}: make them equal"
+                f"global batch is {self.global_batch}, expected {product} (micro batch {self.micro_batch} x "
+                f"accumulation {self.accumulation} x {self.world} ranks): make them equal"
             )
         if not 0 <= self.rank < self.world:
             raise UserError(
-                f"rank is {self.rank}, but 0 .. {self.world - 1} is possible in a world of {self.world}: "
-                "correct the launcher"
+                f"rank is {self.rank}, expected 0 .. {self.world - 1} in a world of {self.world}: correct the launcher"
             )
 
     def __len__(self) -> int:
@@ -95,7 +102,7 @@ class Positions:
         return range(first, first + self.micro_batch)
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Lazy: a list of every position of a long run would not fit.
+        # Lazy: the list of all positions of a long run would not fit into memory.
         for step in range(self.start_step, self.total_steps):
             for micro in range(self.accumulation):
                 yield list(self.of(step, micro))

@@ -1,10 +1,12 @@
-"""Class-labelled feature vectors, written by tools/synthesize.py features or, with clusters for labels, by tools/sweep.py.
+"""Class-labelled feature vectors: reading a features directory, and the stream of micro-batches from it.
 
-    meta.json                          classes (how many labels there are), dim
+tools/synthesize.py features writes such directories; tools/sweep.py writes them with clusters as labels.
+
+    meta.json                          classes (the number of labels), dim
     features/features_00000.npy ...    float16 [n, d]
     labels/labels_00000.npy ...        int32 [n], 0 .. classes - 1
     true_labels/...                    only where `labels` are clusters: int32 [n], 0 .. true_classes - 1
-    test/features/ ..., test/labels/   rows held out, with true classes
+    test/features/ ..., test/labels/   held-out rows with their true classes
 
 Shapes: b micro-batch, m requested rows, d feature width.
 """
@@ -33,12 +35,19 @@ _AGAIN = "run tools/synthesize.py features again, or tools/sweep.py where that m
 
 
 class FeatureSet(MappedRows):
-    """One split of a features directory, memory-mapped: `read` and `take` of features, `take_labels` of labels.
+    """One split of a features directory, memory-mapped: `read` and `take` return features, `take_labels` labels.
 
-    `.classes`: number of labels of this split; `.true_classes`; `.clustered`: the training labels are clusters;
-    `.digest`: of what decides the content (the arguments it was made with) and of the files' sizes.
-    true_labels: the true classes instead of clusters (the same where labels are classes; the test split always has them).
-    UserError for a directory of another tool, files that do not fit each other, another dtype or width.
+    Args:
+        true_labels: use the true classes where the labels are clusters. The test split always uses them.
+
+    Attributes:
+        classes: number of labels of this split.
+        true_classes: number of true classes.
+        clustered: the training labels are clusters.
+        digest: sha256 of the arguments that the data was made with and of the number of rows of every file.
+
+    Raises:
+        UserError: a directory of another tool, or files whose dtype, width or number of rows does not match.
     """
 
     def __init__(self, directory: str | Path, split: Split = "train", *, true_labels: bool = False) -> None:
@@ -58,8 +67,8 @@ class FeatureSet(MappedRows):
         dim = int(self.meta["dim"])
         super().__init__([_map(path, np.float16, (None, dim)) for path in self.paths], dim)
         self.label_maps = [_map(path, np.int32, (len(a),)) for path, a in zip(self.label_paths, self.maps)]
-        facts = {**self.meta, "date": None, "versions": None, "files": [len(array) for array in self.maps]}
-        self.digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        content = {**self.meta, "date": None, "versions": None, "files": [len(array) for array in self.maps]}
+        self.digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def _read_meta(self) -> dict[str, Any]:
         if not self.directory.is_dir():
@@ -70,31 +79,31 @@ class FeatureSet(MappedRows):
         meta = read_meta(self.directory)
         if meta.get("made_by") not in MAKERS or not {"classes", "dim"} <= meta.keys():
             raise UserError(
-                f"{self.directory} was made by {meta.get('made_by')!r} and holds no class-labelled features: "
-                "name the output of tools/synthesize.py features"
+                f"{self.directory} was made by {meta.get('made_by')!r}, expected class-labelled features: "
+                "give the output of tools/synthesize.py features"
             )
         for name in {"classes", "dim", "true_classes"} & meta.keys():
             value = meta[name]
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
                 raise UserError(
-                    f"{self.directory}/meta.json has {name} {str(value)[:40]!r}, expected a whole number above 0: {_AGAIN}"
+                    f"{self.directory}/meta.json has {name} {str(value)[:40]!r}, expected an integer above 0: {_AGAIN}"
                 )
         return meta
 
     def take_labels(self, rows: np.ndarray) -> np.ndarray:
-        """int32 [m]: labels of the rows of these numbers. UserError for a label outside 0 .. classes - 1."""
+        """int32 [m]: labels of rows (int64 [m], any order). UserError for a label outside 0 .. classes - 1."""
         labels = take_rows(self.label_maps, self.starts, rows)
         outside = np.flatnonzero((labels < 0) | (labels >= self.classes))
         if outside.size:
             partition, inside = self.partition_of(int(rows[outside[0]]))
             raise UserError(
                 f"{self.label_paths[partition]} row {inside} has label {labels[outside[0]]}, "
-                f"expected 0 .. {self.classes - 1} as meta.json says: the data is damaged, {_AGAIN}"
+                f"expected 0 .. {self.classes - 1} according to meta.json: the data is damaged, {_AGAIN}"
             )
         return labels
 
     def name(self, row: int) -> str:
-        """Where a row lies, for error messages."""
+        """The location of a row, for error messages."""
         partition, inside = self.partition_of(row)
         return f"row {inside} of {self.paths[partition]}"
 
@@ -102,27 +111,32 @@ class FeatureSet(MappedRows):
 def _map(path: Path, dtype: type[np.generic], shape: tuple[int | None, ...]) -> np.ndarray:
     """A memory map of that dtype and shape (None: any); UserError otherwise."""
     array = load_npy(path, _AGAIN)
-    fits = len(array.shape) == len(shape) and all(w is None or g == w for g, w in zip(array.shape, shape))
-    if array.dtype != dtype or not fits:
-        wanted = "(" + ", ".join("n" if w is None else str(w) for w in shape) + ")"
+    matches = len(array.shape) == len(shape) and all(size in (None, n) for n, size in zip(array.shape, shape))
+    if array.dtype != dtype or not matches:
+        expected = "(" + ", ".join("n" if size is None else str(size) for size in shape) + ")"
         raise UserError(
-            f"{path} is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {wanted} to fit meta.json and the other "
-            f"file of the pair: {_AGAIN}"
+            f"{path} is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {expected} to match meta.json and the "
+            f"other file of the pair: {_AGAIN}"
         )
     return array
 
 
 class FeatureStream:
-    """Iterate over the micro-batches of this rank, as `PairStream` does: image float32 [b, d], text int64 [b, 0].
+    """Iterates over the micro-batches of one rank, as `PairStream` does: image float32 [b, d], text int64 [b, 0].
 
-    Reads in this process: a batch is a few hundred kilobytes of a memory map. seed decides the order; block_shards:
-    files that are shuffled with each other, see `SampleOrder`; pin_memory: batches in page-locked memory.
+    Reads in this process, because a batch is only a few hundred kilobytes of a memory map. There are always
+    `len(stream)` micro-batches. A label out of range, or a file that was cut after it was opened, sets the `failure` of
+    its batch and of all later ones instead of raising (see `PairStream`). A batch with a bad label keeps its features
+    and has labels -1; the other failing batches are zeros with labels and ids -1.
 
-    There are always `len` micro-batches. A label out of range, or a file that was cut since it was opened, is no exception,
-    which would leave the other ranks waiting: the batch gets a `failure`, and so does every later one. That of a label
-    has its features, and no labels; the others are dummies: zeros, labels and ids -1.
+    Args:
+        plan: which positions of the stream this rank reads.
+        seed: decides the order.
+        block_shards: number of files that are shuffled with each other, see `SampleOrder`.
+        pin_memory: return batches in page-locked memory.
 
-    Raises UserError for fewer rows than one global batch, never while iterating.
+    Raises:
+        UserError: fewer rows than one global batch. Never raised while iterating.
     """
 
     def __init__(
@@ -170,13 +184,16 @@ class FeatureStream:
         )
 
     def _dummy(self, size: int, failure: str) -> Batch:
-        nothing = torch.full((size,), -1)
+        none = torch.full((size,), -1)
         image, text = torch.zeros(size, self.features.dim), torch.empty(size, 0, dtype=torch.int64)
-        return Batch(image, text, nothing, None, None, nothing.clone(), failure=failure)
+        return Batch(image, text, none, None, None, none.clone(), failure=failure)
 
     def statistics(self) -> dict[str, Any]:
         """Counts for the log."""
         features = self.features
         return {
-            "rows": features.num_rows, "classes": features.classes, "width": features.dim, "files": len(features.paths)
-        }  # fmt: skip
+            "rows": features.num_rows,
+            "classes": features.classes,
+            "width": features.dim,
+            "files": len(features.paths),
+        }

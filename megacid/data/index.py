@@ -1,14 +1,14 @@
-"""Where every sample of a folder of tar shards lies, so that it can be read with one `pread`.
+"""The shard index: byte offsets of every sample in a folder of tars, so that each member is read with one `pread`.
 
 Layout (no pickle):
 
-    shards/index/00000.members.npy   int64 [n, 8]: offset and size of the image, text, json, cls member; -1: absent
-    shards/index/00000.keys.json     the keys, in tar order, and what was left out
+    shards/index/00000.members.npy   int64 [n, 8]: offset and size of the image, text, json, cls member; -1 if absent
+    shards/index/00000.keys.json     the keys, in tar order, and what was skipped
     shards/index/index.json          version, digest, and per tar: bytes, samples, sha256
 
-The index is built on first use and rebuilt, tar by tar, where the size of a file no longer fits. `index.json` is
-written last. A sample is a run of regular members that share the name up to the first dot of the basename, as
-webdataset groups them; never across tars.
+The index is built on first use and rebuilt for each tar whose size has changed. `index.json` is written last. A sample
+is a sequence of neighbouring regular members that share the name up to the first dot of the basename, as in webdataset;
+it never spans tars.
 """
 
 from __future__ import annotations
@@ -41,15 +41,20 @@ from megacid.storage.atomic import file_sha256, read_json, write_json_atomic
 
 log = logging.getLogger(__name__)
 
-_NAMED = 20  # dropped samples that are named in full; the others are only counted
-_MAX_TEXT_BYTES = 1 << 16  # a caption has some hundred
+_LISTED = 20  # dropped samples that are listed by name; the others are only counted
+_MAX_TEXT_BYTES = 1 << 16  # a caption has a few hundred
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """A folder of shards.
+    """An indexed folder of shards.
 
-    `names`: tar stems, sorted; `sizes`: int64 samples per shard; `digest` names the content (tar names and keys).
+    Attributes:
+        names: tar stems, sorted.
+        sizes: int64 [shards], samples per shard.
+        digest: sha256 of the content (tar names and keys).
+        shards: the entry of each tar in index.json.
+        in_memory: tables by shard number when the index could not be written; None reads them from disk.
     """
 
     root: Path
@@ -66,12 +71,12 @@ class ShardIndex:
 
     @property
     def starts(self) -> np.ndarray:
-        """int64 [shards + 1]: global row number of the first sample of each shard."""
+        """int64 [shards + 1], global row of the first sample of each shard."""
         return np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
 
     @property
     def dropped(self) -> dict[str, int]:
-        """How many members and samples were left out, by reason."""
+        """Number of skipped members and samples by reason."""
         total: dict[str, int] = {}
         for shard in self.shards:
             for reason, count in shard["dropped"].items():
@@ -82,7 +87,7 @@ class ShardIndex:
         return self.root / f"{self.names[shard]}.tar"
 
     def table(self, shard: int) -> ShardTable:
-        """The samples of shard number `shard`; the last 64 tables stay in memory."""
+        """The samples of shard number `shard`; the 64 most recently used tables stay in memory."""
         if self.in_memory is not None:
             return self.in_memory[shard]
         return self._tables.get(shard, lambda: load_table(self.root / "index", self.shards[shard]))
@@ -95,22 +100,21 @@ def load_index(
     allow_bad: bool = False,
     on_shard: Callable[[int, int], None] | None = None,
 ) -> ShardIndex:
-    """The index of a folder of tars; built or repaired when it is missing or does not fit.
+    """Load the index of a folder of tars; build or repair it when it is missing or does not match the tars.
 
     Args:
         shards_dir: a directory with `*.tar`.
-        verify: also compare the sha256 of every tar (reads everything), not only its size.
-        allow_bad: use the intact samples of a damaged tar, those before the damage, instead of refusing it; the index
-            remembers the decision.
+        verify: compare the sha256 of every tar (reads all data), not only its size.
+        allow_bad: use the samples before the damage of a damaged tar instead of refusing it; stored in the index.
         on_shard: called as (done, total) while building.
 
     Raises:
-        UserError: no such directory, no tar, no sample, a damaged tar, or one that cannot be read.
+        UserError: no such directory, no tar, no sample, or a tar that is damaged or cannot be read.
     """
     root = _check_root(shards_dir)
     tars = _tars(root)
     if not tars:
-        raise UserError(f"{root} holds no .tar file: give the directory that img2dataset or tools/synthesize.py wrote")
+        raise UserError(f"{root} has no .tar file: give the directory that img2dataset or tools/synthesize.py wrote")
     entries = None if verify else _load_entries(root, tars)
     if entries is not None:
         index = _assemble(root, entries, None)
@@ -118,22 +122,19 @@ def load_index(
         index = _build(root, tars, verify=verify, allow_bad=allow_bad, on_shard=on_shard)
     if index.num_samples == 0:
         raise UserError(
-            f"{root} holds {len(tars)} tars but no complete sample: each needs an image and a .txt (or .cls) of the same name"
+            f"{root} has {len(tars)} tars but no complete sample: each needs an image and a .txt (or .cls) of the same "
+            "name"
         )
     for entry in index.shards:
         if entry["damage"]:
             log.warning(
-                "%s.tar is damaged (%s): its %d intact samples are used",
-                entry["name"],
-                entry["damage"],
-                entry["samples"],
+                "%s.tar is damaged (%s): using its %d intact samples", entry["name"], entry["damage"], entry["samples"]
             )
     return index
 
 
 def verify_index(shards_dir: str | Path, on_shard: Callable[[int, int], None] | None = None) -> list[str]:
-    """Hash every tar again and compare with the stored index; returns one sentence for each thing that does not
-    fit. Changes nothing."""
+    """Hash every tar and compare it with the stored index. Returns one sentence per mismatch; changes nothing."""
     root = _check_root(shards_dir)
     stored = stored_entries(root)
     if stored is None:
@@ -159,10 +160,9 @@ def verify_index(shards_dir: str | Path, on_shard: Callable[[int, int], None] | 
 
 
 class ShardReader:
-    """Reads members by `pread` through at most `max_open` file descriptors.
+    """Reads members with `pread` through at most `max_open` file descriptors.
 
-    `pread` has no file position, so descriptors inherited by a forked worker are safe to use; a spawned
-    one opens its own.
+    `pread` has no file position, so a forked worker can use inherited descriptors; a spawned one opens its own.
     """
 
     def __init__(self, index: ShardIndex, *, max_member_bytes: int = 64 << 20, max_open: int = 64) -> None:
@@ -174,20 +174,21 @@ class ShardReader:
     def read(self, shard: int, row: int, kind: Kind) -> bytes:
         """One member of one sample.
 
-        Raises BadSample when it is absent, too large (more than `max_member_bytes`, or 64 KiB of text or class), or the
-        file no longer reaches that far.
+        Raises:
+            BadSample: the member is absent or too large (`max_member_bytes`; 64 KiB for text and cls), or the file is
+                shorter than the index says.
         """
         table = self.index.table(shard)
         column = COLUMN[kind]
         offset, size = (int(v) for v in table.members[row, column : column + 2])
-        most = min(self.max_member_bytes, _MAX_TEXT_BYTES) if kind in ("text", "cls") else self.max_member_bytes
-        if size < 0 or size > most:
-            reason = f"no {kind} member" if size < 0 else f"{kind} of {size} bytes, more than {most}"
+        limit = min(self.max_member_bytes, _MAX_TEXT_BYTES) if kind in ("text", "cls") else self.max_member_bytes
+        if size < 0 or size > limit:
+            reason = f"no {kind} member" if size < 0 else f"{kind} of {size} bytes, more than {limit}"
             raise BadSample(self.index.names[shard], table.keys[row], reason)
         try:
             descriptor = self._open.get(shard, lambda: os.open(self.index.tar_path(shard), os.O_RDONLY))
             data = os.pread(descriptor, size, offset)
-        except (OSError, OverflowError) as error:  # an index that was tampered with may hold any offset
+        except (OSError, OverflowError) as error:  # a manipulated index may hold any offset
             raise BadSample(self.index.names[shard], table.keys[row], f"cannot be read: {error}") from error
         if len(data) != size:
             raise BadSample(
@@ -205,19 +206,19 @@ class ShardReader:
 def _check_root(shards_dir: str | Path) -> Path:
     text = str(shards_dir)
     if "://" in text or text.startswith("pipe:") or "$" in text:
-        raise UserError(f"shards is {text!r}, but must be a plain local directory: mount or download the data first")
+        raise UserError(f"shards is {text!r}, expected a plain local directory: mount or download the data first")
     if not Path(text).is_dir():
         raise UserError(f"shards directory {text} does not exist: make one with img2dataset or tools/synthesize.py")
     return Path(text)
 
 
 def _tars(root: Path) -> list[Path]:
-    """The shards, sorted. UserError for one that is no file: to pass over it would be to train on less than was meant."""
+    """The shards, sorted. UserError for one that is not a file: skipping it would silently train on less data."""
     tars = sorted(path for path in root.iterdir() if path.name.endswith(".tar") and path.name[0] != ".")
     for path in tars:
         if not path.is_file():
-            what = "a link to nothing" if path.is_symlink() and not path.exists() else "no regular file"
-            raise UserError(f"{path} is {what}, expected a tar: restore it, or move it out of {root}")
+            kind = "a broken link" if path.is_symlink() and not path.exists() else "not a regular file"
+            raise UserError(f"{path} is {kind}, expected a tar: restore it, or move it out of {root}")
     return tars
 
 
@@ -233,7 +234,7 @@ def _build(
         writable = False
     if not writable:
         log.warning(
-            "%s cannot be written: the index of %d tars is kept in memory and made again at every start",
+            "%s cannot be written: the index of %d tars stays in memory and is built again at every start",
             folder,
             len(tars),
         )
@@ -254,7 +255,7 @@ def _build(
     if in_memory is None:
         write_json_atomic(folder / "index.json", {"version": VERSION, "digest": index.digest, "shards": entries})
     dropped = ", ".join(f"{count} x {reason}" for reason, count in index.dropped.items()) or "nothing"
-    log.info("indexed %s: %d shards, %d samples, left out: %s", root, len(tars), index.num_samples, dropped)
+    log.info("indexed %s: %d shards, %d samples, skipped: %s", root, len(tars), index.num_samples, dropped)
     return index
 
 
@@ -266,12 +267,12 @@ def _assemble(root: Path, entries: list[dict[str, Any]], in_memory: dict[int, Sh
 
 def _index_tar(path: Path, *, allow_bad: bool) -> tuple[dict[str, Any], ShardTable]:
     try:
-        size = path.stat().st_size  # before it is read: one that still grows will not fit the index, and is found
+        size = path.stat().st_size  # taken before reading: a tar that is still growing will not match the index
         scan = scan_tar(path)
         if scan.damage and not allow_bad:
             raise UserError(
                 f"{path} is damaged ({scan.damage}) after {len(scan.keys)} intact samples: fetch it again, "
-                f"or run tools/index_shards.py --allow-bad to use the intact ones"
+                "or run tools/index_shards.py --allow-bad to use the intact ones"
             )
         digest = file_sha256(path)
     except OSError as error:
@@ -279,8 +280,8 @@ def _index_tar(path: Path, *, allow_bad: bool) -> tuple[dict[str, Any], ShardTab
             f"{path} cannot be read ({error.strerror}): correct its permissions, or fetch it again"
         ) from None
     for reason, names in scan.dropped.items():
-        shown = ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
-        log.warning("%s: left out %d (%s): %s", path.name, len(names), reason, shown)
+        listed = ", ".join(names[:_LISTED]) + (" ..." if len(names) > _LISTED else "")
+        log.warning("%s: skipped %d (%s): %s", path.name, len(names), reason, listed)
     table = ShardTable(scan.keys, np.array(scan.members, np.int64).reshape(-1, 8))
     entry = {
         "name": path.name.removesuffix(".tar"),
@@ -290,7 +291,7 @@ def _index_tar(path: Path, *, allow_bad: bool) -> tuple[dict[str, Any], ShardTab
         "sha256": digest,
         "keys_sha256": keys_sha256(scan.keys),
         "dropped": {reason: len(names) for reason, names in scan.dropped.items()},
-        "dropped_names": {reason: names[:_NAMED] for reason, names in scan.dropped.items()},
+        "dropped_names": {reason: names[:_LISTED] for reason, names in scan.dropped.items()},
         "damage": scan.damage,
     }
     return entry, table
@@ -300,7 +301,7 @@ def _index_tar(path: Path, *, allow_bad: bool) -> tuple[dict[str, Any], ShardTab
 
 
 def _load_entries(root: Path, tars: list[Path]) -> list[dict[str, Any]] | None:
-    """The stored entries when they fit the files on disk; None says that (part of) the index must be made."""
+    """The stored entries when they match the files on disk; None when the index has to be (partly) rebuilt."""
     entries = stored_entries(root)
     if entries is None:
         return None
@@ -308,14 +309,14 @@ def _load_entries(root: Path, tars: list[Path]) -> list[dict[str, Any]] | None:
         (p.name.removesuffix(".tar"), p.stat().st_size) for p in tars
     ]:
         log.warning(
-            "the index of %s does not fit its tars (added, removed or changed): making it again where needed", root
+            "the index of %s does not match its tars (added, removed or changed): rebuilding it where needed", root
         )
         return None
     return entries
 
 
 def _reusable_entry(folder: Path, path: Path, *, verify: bool, allow_bad: bool) -> dict[str, Any] | None:
-    """What an earlier, perhaps interrupted, run stored for this tar, when it still fits."""
+    """The entry that an earlier, perhaps interrupted, run stored for this tar, when it still matches."""
     name = path.name.removesuffix(".tar")
     stored = read_json(folder / f"{name}.keys.json")
     if not isinstance(stored, dict) or stored.get("version") != VERSION:

@@ -1,6 +1,7 @@
-"""The files of a shard index: written whole, and believed only when everything in them fits.
+"""Reading and writing of the files of a shard index: atomic writes, and validation of everything that is read.
 
-Layout: see `index.py`. Nothing is unpickled; offsets and sizes may be any numbers, which the reader holds against the file.
+Layout: see `index.py`. Nothing is unpickled. Offsets and sizes are not validated here: `ShardReader` checks them on
+use.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ _ENTRY: dict[str, type | tuple[type, ...]] = {
 class ShardTable:
     """The samples of one tar, in tar order.
 
-    `image`, `text`, `json`, `cls`: int64 [n, 2] offset and size in bytes; -1 where absent.
+    Attributes:
+        keys: the key of every sample. members: int64 [n, 8]; `image`, `text`, `json` and `cls` are its columns as int64
+        [n, 2], offset and size in bytes,
+            -1 where absent.
     """
 
     keys: list[str]
@@ -64,7 +68,7 @@ def keys_sha256(keys: list[str]) -> str:
 
 
 def content_digest(shards: Iterable[tuple[str, str]]) -> str:
-    """Names the content of a folder of shards. shards: (tar stem, keys_sha256) in order."""
+    """sha256 of the content of a folder of shards; `shards`: (tar stem, keys_sha256) in order."""
     digest = hashlib.sha256()
     for name, keys in shards:
         digest.update(json.dumps([name, keys]).encode())
@@ -72,7 +76,7 @@ def content_digest(shards: Iterable[tuple[str, str]]) -> str:
 
 
 def is_entry(entry: Any) -> bool:
-    """Whether a stored description of a tar has everything, of the right types."""
+    """Whether a stored entry of a tar has all fields, of the right types."""
     return (
         isinstance(entry, dict)
         and all(isinstance(entry.get(name), kind) for name, kind in _ENTRY.items())
@@ -97,11 +101,12 @@ def save_table(folder: Path, entry: dict[str, Any], table: ShardTable) -> None:
 
 
 def load_table(folder: Path, entry: dict[str, Any]) -> ShardTable:
+    """The stored table of a tar. UserError when it is damaged or does not match its entry."""
     remedy = f"the index of {entry['name']}.tar is damaged, delete {folder} and run tools/index_shards.py"
     members = load_npy(folder / f"{entry['name']}.members.npy", remedy)
     stored = read_json(folder / f"{entry['name']}.keys.json")
     keys = stored.get("keys") if isinstance(stored, dict) else None
-    whole = (
+    valid = (
         isinstance(keys, list)
         and all(isinstance(key, str) for key in keys)
         and len(keys) == entry["samples"]
@@ -109,6 +114,6 @@ def load_table(folder: Path, entry: dict[str, Any]) -> ShardTable:
         and members.shape == (len(keys), 8)
         and keys_sha256(keys) == entry["keys_sha256"]
     )
-    if not isinstance(keys, list) or not whole:
-        raise UserError(f"{folder}/{entry['name']}.keys.json and .members.npy do not fit: {remedy}")
+    if not isinstance(keys, list) or not valid:
+        raise UserError(f"{folder}/{entry['name']}.keys.json and .members.npy do not match: {remedy}")
     return ShardTable(keys, np.array(members))

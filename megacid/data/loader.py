@@ -44,11 +44,11 @@ def _identity(batch: Any) -> Any:
 class PairStream:
     """Iterates over the micro-batches of one rank, `accumulation` for each step from start_step to total_steps - 1.
 
-    Every rank gets exactly `len(stream)` batches, all of the same shapes, also when the data is bad: an exception on one
-    rank would leave the others waiting in a collective. Instead the batch has a `failure`, which the guard shares between
-    the ranks, and all later batches are dummies (`Pairs.dummy`) with the same failure. The first failing batch holds real
-    samples when the error budget is exceeded. It is a dummy when max_consecutive_errors is reached, a side table turns
-    out to be damaged, or a worker is lost.
+    Every rank gets exactly `len(stream)` batches, all of the same shapes, also when the data is bad: an exception on
+    one rank would leave the others waiting in a collective. Instead the batch has a `failure`, which the guard shares
+    between the ranks, and all later batches are dummies (`Pairs.dummy`) with the same failure. The first failing batch
+    holds real samples when the error budget is exceeded. It is a dummy when max_consecutive_errors is reached, a side
+    table turns out to be damaged, or a worker is lost.
 
     Workers belong to one iteration. They start at its first batch and end with it, or with the thread that iterates.
 

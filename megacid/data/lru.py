@@ -1,4 +1,4 @@
-"""A cache of a few open things."""
+"""A cache of the most recently used values, such as open files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ V = TypeVar("V")
 
 
 class LRUCache(Generic[V]):
-    """The last `size` values by key; `release` is called on what falls out. A pickled copy begins empty."""
+    """Keeps the `size` most recently used values and calls `release` on evicted ones. A pickled copy starts empty."""
 
     def __init__(self, size: int, release: Callable[[V], object] | None = None) -> None:
         self._size, self._release = size, release
         self._items: OrderedDict[Hashable, V] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], V]) -> V:
+        """The value of `key`, created by `make` when it is not in the cache."""
         if key in self._items:
             self._items.move_to_end(key)
             return self._items[key]
@@ -28,6 +29,7 @@ class LRUCache(Generic[V]):
         return value
 
     def clear(self) -> None:
+        """Release all values."""
         while self._items:
             _, old = self._items.popitem()
             if self._release:

@@ -1,4 +1,4 @@
-"""Several memory-mapped arrays read as one matrix. Legend: n rows, D width."""
+"""Access to several memory-mapped arrays as one matrix. Shapes: n rows, m requested rows, D width."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import numpy as np
 
 
 class MappedRows:
-    """Partitions [n_i, D] one below the other; nothing is read before it is asked for.
+    """Partitions [n_i, D] concatenated along the rows; rows are read on demand.
 
-    `.maps`: the partitions; `.starts`: int64 [partitions + 1] first row of each; `.num_rows`; `.dim`.
+    Attributes:
+        maps: the partitions.
+        starts: int64 [partitions + 1], first row of each.
+        num_rows, dim: the shape of the matrix.
     """
 
     def __init__(self, maps: Sequence[np.ndarray], dim: int) -> None:
@@ -32,7 +35,7 @@ class MappedRows:
         return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float16)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """The rows of these numbers (int64 [m], any order) as [m, D]."""
+        """Rows (int64 [m], any order) as [m, D]."""
         return take_rows(self.maps, self.starts, rows)
 
     def partition_of(self, row: int) -> tuple[int, int]:
@@ -42,9 +45,9 @@ class MappedRows:
 
 
 def take_rows(maps: Sequence[np.ndarray], starts: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Rows of these numbers of the arrays `maps` laid end to end; starts: int64 [len(maps) + 1]."""
+    """Rows (int64 [m], any order) of the concatenated arrays `maps`; starts: int64 [len(maps) + 1]."""
     out = np.empty((len(rows), *maps[0].shape[1:]), maps[0].dtype)
-    # Ascending order turns random access into a walk through the files.
+    # Ascending order turns random access into one pass through the files.
     order = np.argsort(rows, kind="stable")
     ascending = rows[order]
     bounds = np.searchsorted(ascending, starts)
@@ -55,11 +58,13 @@ def take_rows(maps: Sequence[np.ndarray], starts: np.ndarray, rows: np.ndarray) 
 
 
 def gather_rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """array[rows] (rows: int64 [m], not negative); of a mapped file through read calls. OSError when it has been cut.
+    """array[rows] (rows: int64 [m], not negative); a mapped file is read through read calls.
 
-    A fault of the mapping brings sixteen pages into the process for one row of a few hundred bytes: single rows of a large
-    file would soon count as resident memory of the size of the file, and look like a leak. And to touch a page behind the
-    end of a file that was cut since would end the process without a word.
+    A page fault maps sixteen pages for one row of a few hundred bytes: reading single rows of a large file would make
+    all of it resident and look like a leak. Touching a page behind the end of a truncated file would kill the process.
+
+    Raises:
+        OSError: the file was cut after it was opened.
     """
     if not (isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) and array.flags.c_contiguous):
         return np.asarray(array[rows])

@@ -1,9 +1,9 @@
-"""The order of training: a pure function from a position in the endless stream to (epoch, shard, row).
+"""Training order: a pure function from a position in the endless stream to (epoch, shard, row).
 
-Epochs follow one another without a gap: position p belongs to epoch p // n. In every epoch the shards are permuted
-and taken in blocks of `block_shards`; the samples of a block are permuted among themselves. A process therefore
-touches few files at a time, and yet nothing has to be remembered: the state of the loader is one integer, whatever
-the number of ranks and workers.
+Epochs follow one another without a gap: with n samples, position p belongs to epoch p // n. In every epoch the shards
+are permuted and split into blocks of `block_shards`, and the samples of a block are permuted among themselves. A
+process therefore reads few files at a time. The order has no state: the step determines every batch, whatever the
+number of ranks and workers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MASK64 = (1 << 64) - 1
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014) on uint64 arrays: a good mixing bijection of 64 bits."""
+    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014) on uint64 arrays: a mixing bijection of 64 bits."""
     with np.errstate(over="ignore"):
         x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -40,14 +40,14 @@ def derive_key(*parts: int) -> int:
 class KeyedPermutation:
     """A permutation of range(n) chosen by a 64-bit key, evaluated at any point without a table.
 
-    Four Feistel rounds on the smallest even number of bits that holds n, and cycle walking: a value outside the
-    range is mapped again until it falls inside (Black & Rogaway 2002). On average fewer than four walks, because
-    the domain is less than 4 n.
+    Four Feistel rounds on the smallest even number of bits that can represent n - 1, with cycle walking: a value
+    outside of the range is mapped again until it falls inside (Black & Rogaway 2002). The domain is smaller than 4 n,
+    so this takes fewer than four rounds on average.
     """
 
     def __init__(self, n: int, key: int) -> None:
         if n < 1:
-            raise ValueError(f"a permutation needs n >= 1, got {n}")
+            raise ValueError(f"got n = {n}, expected at least 1")
         self.n = n
         self._half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
         self._mask = np.uint64((1 << int(self._half)) - 1)
@@ -67,7 +67,7 @@ class KeyedPermutation:
         """Image of one index, or of an int64 array of indices in [0, n)."""
         x = np.atleast_1d(np.asarray(i, np.int64))
         if x.size and (x.min() < 0 or x.max() >= self.n):
-            raise IndexError(f"an index outside of [0, {self.n}): {x.min()} .. {x.max()}")
+            raise IndexError(f"got indices {x.min()} .. {x.max()}, expected 0 .. {self.n - 1}")
         y = self._feistel(x.astype(np.uint64))
         outside = np.flatnonzero(y >= self.n)
         while outside.size:
@@ -79,19 +79,19 @@ class KeyedPermutation:
 
 @dataclass(frozen=True)
 class _EpochPlan:
-    shard_order: np.ndarray  # int64 [shards] which shard comes when
+    shard_order: np.ndarray  # int64 [shards] the permuted shards
     starts: np.ndarray  # int64 [shards + 1] first position of each, in that order
     block_starts: np.ndarray  # int64 [blocks + 1]
 
 
 class SampleOrder:
-    """Where position p of the stream lies.
+    """Maps positions of the stream to samples.
 
     Args:
-        sizes_per_shard: samples that take part, per shard (after `keep`); zeros are allowed.
-        seed: the whole order follows from it.
-        block_shards: shards whose samples are mixed with each other; 1 keeps reading strictly local, all of them
-            is a full shuffle.
+        sizes_per_shard: usable samples of each shard (after `keep`); zeros are allowed.
+        seed: determines the order.
+        block_shards: number of shards whose samples are shuffled with each other. 1 reads one shard after another; the
+            number of shards is a full shuffle.
     """
 
     def __init__(self, sizes_per_shard: Sequence[int] | np.ndarray, *, seed: int, block_shards: int = 16) -> None:
@@ -99,10 +99,10 @@ class SampleOrder:
         self.num_samples = int(self.sizes.sum())
         if self.num_samples < 1 or self.sizes.min() < 0:
             raise UserError(
-                f"the shards hold {self.num_samples} samples, but at least one is needed: check the shards and `keep`"
+                f"the shards have {self.num_samples} usable samples, expected at least 1: check them and data.keep"
             )
         if block_shards < 1:
-            raise UserError(f"block_shards is {block_shards}, but must be at least 1: 16 is a good value")
+            raise UserError(f"block_shards is {block_shards}, expected at least 1: 16 is a common value")
         self.seed = seed
         self.block_shards = block_shards
         self._plans: dict[int, _EpochPlan] = {}
@@ -115,26 +115,26 @@ class SampleOrder:
             starts = np.concatenate([[0], np.cumsum(self.sizes[order])]).astype(np.int64)
             block_starts = np.append(starts[:-1][:: self.block_shards], starts[-1])
             plan = _EpochPlan(order, starts, block_starts)
-            # A batch lies in one epoch or across one border: two plans are all that is ever wanted at once.
+            # A batch lies in one epoch or spans two: two plans are enough.
             self._plans = dict([*list(self._plans.items())[-1:], (epoch, plan)])
         return plan
 
     def locate(self, position: int) -> tuple[int, int, int]:
-        """(epoch, shard, row) of one position; row counts the samples of that shard that take part."""
+        """(epoch, shard, row) of one position; `row` counts the usable samples of the shard."""
         epoch, shard, row = self.locate_many(np.array([position], np.int64))
         return int(epoch[0]), int(shard[0]), int(row[0])
 
     def locate_many(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The same for int64 [m] positions: three int64 [m] arrays."""
+        """`locate` for int64 [m] positions: three int64 [m] arrays."""
         positions = np.asarray(positions, np.int64)
         if positions.size and positions.min() < 0:
-            raise IndexError(f"a position must not be negative, got {positions.min()}")
+            raise IndexError(f"got position {positions.min()}, expected at least 0")
         epoch, offset = np.divmod(positions, self.num_samples)
         shard, row = np.empty_like(epoch), np.empty_like(epoch)
         for e in np.unique(epoch):
             plan = self._plan(int(e))
             in_epoch = np.flatnonzero(epoch == e)
-            # side="right" skips empty blocks: they begin where the next one begins.
+            # side="right" skips empty blocks, which begin where the next one begins.
             block = np.searchsorted(plan.block_starts, offset[in_epoch], side="right") - 1
             for b in np.unique(block):
                 here = in_epoch[block == b]

@@ -67,7 +67,7 @@ class PairOptions:
 class Pairs(Dataset[Any]):
     """Maps a list of positions to a Batch; runs in the loader workers.
 
-    usable_rows: shard -> int64 rows that take part; replacement_stride: coprime to the number of samples.
+    usable_rows: shard -> int64 usable rows; replacement_stride: coprime to the number of samples.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class Pairs(Dataset[Any]):
 
 
 class UsableRows:
-    """Rows of a shard that take part: kept, and with a text. A class because spawned workers cannot unpickle a closure."""
+    """Rows of a shard that are kept and have a text. A class because spawned workers cannot unpickle a closure."""
 
     def __init__(self, index: ShardIndex, keep: KeepTable | None) -> None:
         self.index, self.keep = index, keep

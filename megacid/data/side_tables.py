@@ -1,7 +1,7 @@
-"""Side tables of the shards: teacher embeddings, cluster labels, and which samples to keep.
+"""Side tables of the shards: teacher embeddings, cluster labels, and masks of the samples to keep.
 
-Each is opened shard by shard when it is needed and joined BY KEY inside the shard: a global dictionary of 400 M
-keys would cost gigabytes in every worker, and the order of rows in another file is not the order of the tar.
+Tables are opened shard by shard on demand and joined by key within the shard: a global dictionary of 400 M keys would
+cost gigabytes in every worker, and the rows of another file need not be in the order of the tar.
 Shapes: m requested rows, d embedding width, l labels per sample.
 """
 
@@ -28,11 +28,11 @@ _EMBED_AGAIN, _CLUSTER_AGAIN, _BALANCE_AGAIN = (
 
 
 def _checked_meta(directory: str | Path, index: ShardIndex, made_by: str) -> dict[str, Any]:
-    """meta.json of a stage, after checking that the stage was made from these shards, or from those they are a copy of."""
+    """meta.json of a stage. UserError when it was made from other shards than these or those they are a copy of."""
     meta = read_meta(directory, expect=made_by)
-    # What was kept has the tar names and keys it had, so that embeddings and labels still join; masks of rows do not.
-    fitting = [index.digest] if made_by == "balance" else [index.digest, _copied_from(index)]
-    if meta.get("shards_digest") not in fitting:
+    # Copied samples keep their tar names and keys, so embeddings and labels can be joined; masks of rows cannot.
+    accepted = [index.digest] if made_by == "balance" else [index.digest, _copied_from(index)]
+    if meta.get("shards_digest") not in accepted:
         raise UserError(
             f"{directory} was made from other shards (digest {str(meta.get('shards_digest'))[:12]}) than {index.root} "
             f"(digest {index.digest[:12]}): run tools/{made_by}.py again for these shards"
@@ -41,7 +41,7 @@ def _checked_meta(directory: str | Path, index: ShardIndex, made_by: str) -> dic
 
 
 def _copied_from(index: ShardIndex) -> str:
-    """Digest of the shards whose kept samples `tools/balance.py --reshard` copied to these; their own for any others."""
+    """Digest of the shards that `tools/balance.py --reshard` copied these from; their own digest otherwise."""
     if (index.root / "meta.json").is_file():
         meta = read_meta(index.root)
         if meta.get("made_by") == "reshard" and meta.get("digest") == index.digest:
@@ -49,12 +49,13 @@ def _copied_from(index: ShardIndex) -> str:
     return index.digest
 
 
-def _fact(meta: dict[str, Any], directory: Path, name: str) -> int:
-    """A number of meta.json, at least 1."""
+def _positive(meta: dict[str, Any], directory: Path, name: str) -> int:
+    """An integer field of meta.json, at least 1."""
     value = meta.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
         raise UserError(
-            f"{directory}/meta.json has {name} {str(value)[:40]!r}, expected a whole number above 0: make {directory} again"
+            f"{directory}/meta.json has {name} {str(value)[:40]!r}, expected an integer above 0: "
+            f"run tools/{meta['made_by']}.py again"
         )
     return value
 
@@ -66,43 +67,44 @@ class _TeacherShard(NamedTuple):
 
 
 class TeacherTable:
-    """Teacher embeddings of `tools/embed.py`: float16, L2-normalised.
+    """Teacher embeddings written by `tools/embed.py`: float16, L2-normalised.
 
-    `.dim` is their width d; `.has_text` says whether texts were embedded.
+    Attributes:
+        dim: their width d.
+        has_text: whether captions were embedded.
     """
 
     def __init__(self, directory: str | Path, index: ShardIndex) -> None:
         self.directory, self.index = Path(directory), index
         self.meta = _checked_meta(directory, index, "embed")
-        self.dim = _fact(self.meta, self.directory, "dim")
+        self.dim = _positive(self.meta, self.directory, "dim")
         self.has_text = (self.directory / "text_emb").is_dir()
-        # Numbers are padded to different widths by different writers of this layout, so files are found by number.
+        # Writers of this layout pad the numbers to different widths, so files are found by number.
         self._image_files = _by_number(self.directory / "img_emb", "img_emb_*.npy")
         self._text_files = _by_number(self.directory / "text_emb", "text_emb_*.npy")
         self._metadata_files = _by_number(self.directory / "metadata", "metadata_*.parquet")
         self._partitions = self._checked_partitions()
-        self._empty = frozenset(self.meta.get("empty", ()))  # tars of which nothing could be embedded: without files
-        needed = [self._image_files] + [self._text_files] * self.has_text
+        self._empty = frozenset(self.meta.get("empty", ()))  # tars without files, because no sample could be embedded
+        required = [self._image_files] + [self._text_files] * self.has_text
         missing = [
             name
             for name in index.names
-            if name not in self._empty and any(self._partitions.get(name) not in files for files in needed)
+            if name not in self._empty and any(self._partitions.get(name) not in files for files in required)
         ]
         if missing:
             raise UserError(
-                f"{directory} has no embeddings of {len(missing)} shards ({', '.join(missing[:5])}): "
-                "run tools/embed.py again"
+                f"{directory} has no embeddings of {len(missing)} shards ({', '.join(missing[:5])}): {_EMBED_AGAIN}"
             )
         self._shards: LRUCache[_TeacherShard] = LRUCache(_OPEN_SHARDS)
 
     def _checked_partitions(self) -> dict[str, int]:
-        found = self.meta.get("partitions")
-        if not isinstance(found, dict) or not all(isinstance(number, int) for number in found.values()):
+        partitions = self.meta.get("partitions")
+        if not isinstance(partitions, dict) or not all(isinstance(number, int) for number in partitions.values()):
             raise UserError(
-                f"{self.directory}/meta.json has partitions {str(found)[:40]!r}, expected a number for every shard: "
-                "run tools/embed.py again"
+                f"{self.directory}/meta.json has partitions {str(partitions)[:40]!r}, expected a number for every "
+                f"shard: {_EMBED_AGAIN}"
             )
-        return found
+        return partitions
 
     def _open(self, shard: int) -> _TeacherShard:
         if self.index.names[shard] in self._empty:
@@ -118,19 +120,21 @@ class TeacherTable:
             if array is not None and (array.shape != (len(keys), self.dim) or array.dtype.kind != "f"):
                 raise UserError(
                     f"{path} has shape {array.shape} of {array.dtype}, "
-                    f"but {(len(keys), self.dim)} of floating point fits its metadata: run tools/embed.py again"
+                    f"expected {(len(keys), self.dim)} of floating point to match its metadata: {_EMBED_AGAIN}"
                 )
         row_of = join_by_key(self.index.table(shard).keys, keys, metadata, _EMBED_AGAIN)
         return _TeacherShard(row_of, image, text)
 
     def has(self, shard: int, rows: np.ndarray) -> np.ndarray:
-        """bool [m]: which rows of the tar have an embedding."""
+        """bool [m]: whether rows of the tar have an embedding."""
         return self._shards.get(shard, lambda: self._open(shard)).row_of[rows] >= 0
 
     def rows(self, shard: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """(image, text) embeddings of rows of the tar, float16 [m, d] each; text is None when no texts were embedded.
+        """(image, text) embeddings of rows of the tar, float16 [m, d] each; text is None without `has_text`.
 
-        Raises BadSample for a row without an embedding (`has` tells), OSError when the file was cut since it was opened.
+        Raises:
+            BadSample: a row has no embedding, see `has`.
+            OSError: the file was cut after it was opened.
         """
         opened = self._shards.get(shard, lambda: self._open(shard))
         at = opened.row_of[rows]
@@ -143,29 +147,38 @@ class TeacherTable:
 
 
 def _by_number(folder: Path, pattern: str) -> dict[int, Path]:
+    """Files of the pattern by the number in their name."""
     stem = pattern.partition("*")[0]
-    found = {}
+    paths = {}
     for path in folder.glob(pattern) if folder.is_dir() else ():
         digits = path.name[len(stem) :].partition(".")[0]
         if digits.isdigit():
-            found[int(digits)] = path
-    return found
+            paths[int(digits)] = path
+    return paths
 
 
 class LabelTable:
-    """Cluster labels of `tools/cluster.py`. `.num_classes`; `.labels_per_sample` is l.
+    """Cluster labels written by `tools/cluster.py`.
 
-    labels_per_sample: use so many of the nearest clusters; None: all that were written. UserError when there are fewer.
+    Args:
+        labels_per_sample: number l of nearest clusters to use; None uses all that were written.
+
+    Attributes:
+        num_classes: number of clusters.
+        labels_per_sample: l.
+
+    Raises:
+        UserError: fewer labels per sample were written.
     """
 
     def __init__(self, directory: str | Path, index: ShardIndex, labels_per_sample: int | None = None) -> None:
         self.directory, self.index = Path(directory), index
         self.meta = _checked_meta(directory, index, "cluster")
-        self.num_classes = _fact(self.meta, self.directory, "k")
+        self.num_classes = _positive(self.meta, self.directory, "k")
         self._shards: LRUCache[np.ndarray] = LRUCache(_OPEN_SHARDS)
-        self._wanted = labels_per_sample
-        # All shards as the first one, when nothing was asked for.
-        self._wanted = self.labels_per_sample = self._labels(0).shape[1]
+        self._limit = labels_per_sample
+        # None: the first shard decides for all.
+        self._limit = self.labels_per_sample = self._labels(0).shape[1]
 
     def _open(self, shard: int) -> np.ndarray:
         path = self.directory / "labels" / f"{self.index.names[shard]}.parquet"
@@ -173,16 +186,15 @@ class LabelTable:
         names = [name for name in table.column_names if name == "label" or name.removeprefix("label_").isdigit()]
         if "key" not in table.column_names or "label" not in names:
             raise UserError(
-                f"{path} has the columns {table.column_names}, but `key` and `label` are needed: "
-                "run tools/cluster.py again"
+                f"{path} has the columns {table.column_names}, expected `key` and `label`: {_CLUSTER_AGAIN}"
             )
         names.sort(key=lambda name: int(name.removeprefix("label_")) if name != "label" else 0)
-        if self._wanted is not None and len(names) < self._wanted:
+        if self._limit is not None and len(names) < self._limit:
             raise UserError(
-                f"{path} has {len(names)} labels per sample, expected {self._wanted}: "
-                f"run tools/cluster.py with --top-labels {self._wanted}, or use fewer"
+                f"{path} has {len(names)} labels per sample, expected {self._limit}: "
+                f"run tools/cluster.py with --top-labels {self._limit}, or use fewer"
             )
-        names = names[: self._wanted]
+        names = names[: self._limit]
         keys = key_column(table, "key", path, _CLUSTER_AGAIN)
         at = join_by_key(self.index.table(shard).keys, keys, path, _CLUSTER_AGAIN)
         columns = [label_column(table, name, keys, self.num_classes, path, _CLUSTER_AGAIN) for name in names]
@@ -195,13 +207,13 @@ class LabelTable:
         return self._shards.get(shard, lambda: self._open(shard))
 
     def rows(self, shard: int, rows: np.ndarray) -> np.ndarray:
-        """int64 [m], or [m, l] when several labels per sample were written; -1 for none."""
+        """Labels of rows of the tar: int64 [m], or [m, l] for several labels per sample; -1 for none."""
         labels = self._labels(shard)[rows]
         return labels[:, 0] if labels.shape[1] == 1 else labels
 
 
 class KeepTable:
-    """Which samples the redundancy removal of `tools/balance.py` kept. `.counts`: int64 kept per shard."""
+    """Masks of the samples that `tools/balance.py` kept. `counts`: int64 [shards], kept samples per shard."""
 
     def __init__(self, directory: str | Path, index: ShardIndex) -> None:
         self.directory, self.index = Path(directory), index
@@ -215,10 +227,10 @@ class KeepTable:
         if mask.dtype != np.bool_ or mask.shape != (int(self.index.sizes[shard]),):
             raise UserError(
                 f"{path} is {mask.dtype} {mask.shape}, "
-                f"but bool ({int(self.index.sizes[shard])},) fits the shard: run tools/balance.py again"
+                f"expected bool ({int(self.index.sizes[shard])},) to match the shard: {_BALANCE_AGAIN}"
             )
-        return np.array(mask)  # all of it, so that nothing is mapped that may be cut
+        return np.array(mask)  # a copy: a mapped file could be cut later
 
     def kept(self, shard: int) -> np.ndarray:
-        """int64: rows of the tar that are kept, ascending."""
+        """int64, kept rows of the tar, ascending."""
         return self._shards.get(shard, lambda: np.flatnonzero(self._mask(shard)))

@@ -1,7 +1,7 @@
 """Synthetic data as pure functions of (seed, sample number): captioned scenes of shapes, and class-labelled features.
 
-Nothing is remembered between samples, so any number of them streams through bounded memory, and any of them can be made
-again alone. Shapes: m rows, d feature width.
+There is no state between samples: any number of them needs bounded memory, and each can be generated on its own.
+Shapes: m rows, d feature width.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ SCENE_CAPTIONS = (
 
 
 class Scene(NamedTuple):
-    """The attributes that make a cluster, as words."""
+    """The attributes of a cluster, as words."""
 
     size: str
     colour: str
@@ -71,15 +71,23 @@ class Scene(NamedTuple):
 
 
 class SceneMaker:
-    """Scenes of `clusters` kinds; pair i belongs to a kind, and with probability `duplicates` it copies an earlier pair.
+    """Generates captioned scenes.
 
-    `stream` tells apart sets that must not share an image (0: training, 1: test).
+    Args:
+        clusters: number of kinds of scenes.
+        duplicates: probability that a pair is a copy of an earlier one.
+        side: side of the images in pixels.
+        seed: determines everything.
+        stream: number of a set that shares no image with other sets (0: training, 1: test).
+
+    Raises:
+        UserError: more clusters than there are kinds of scenes.
     """
 
     def __init__(self, clusters: int, duplicates: float, side: int, seed: int, stream: int = 0) -> None:
         if not 1 <= clusters <= MAX_CLUSTERS:
             raise UserError(
-                f"--clusters is {clusters}, but 1 .. {MAX_CLUSTERS} kinds of scenes exist: choose one of these"
+                f"--clusters is {clusters}, expected 1 .. {MAX_CLUSTERS}, the number of different scenes: choose fewer"
             )
         self.clusters, self.duplicates, self.side, self.seed, self.stream = clusters, duplicates, side, seed, stream
         self._kinds = KeyedPermutation(MAX_CLUSTERS, derive_key(seed, 11))
@@ -93,7 +101,7 @@ class SceneMaker:
         return np.random.default_rng([self.seed, self.stream, purpose, number])
 
     def origin(self, number: int) -> int:
-        """The original that pair `number` copies, its own number for an original; walks back over copies of copies."""
+        """Number of the original that pair `number` is a copy of (or of a copy of); its own number for an original."""
         while number > 0:
             rng = self._rng(number, 0)
             if rng.random() >= self.duplicates:
@@ -102,7 +110,7 @@ class SceneMaker:
         return 0
 
     def cluster(self, number: int) -> int:
-        """Kind of an original: every kind once in each run of `clusters` numbers."""
+        """Cluster of an original: every cluster occurs once in `clusters` consecutive numbers."""
         run, i = divmod(number, self.clusters)
         return KeyedPermutation(self.clusters, derive_key(self.seed, self.stream, run))(i)
 
@@ -112,10 +120,10 @@ class SceneMaker:
         return template.format(**self.scene(self.cluster(self.origin(number)))._asdict())
 
     def image(self, number: int) -> Image.Image:
-        """Draw an original: RGB, side x side, with jitter of place, size, angle and colour inside its kind."""
+        """Draw an original: RGB, side x side, with random place, size, angle and colour within its cluster."""
         rng = self._rng(number, 2)
         scene = self.scene(self.cluster(number))
-        scale = 2  # drawn larger and reduced, for smooth edges
+        scale = 2  # drawn larger and scaled down, for smooth edges
         side = self.side * scale
         tint = rng.integers(-14, 15, 6)
         ground, ink = (
@@ -132,7 +140,7 @@ class SceneMaker:
 def draw_shape(
     draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, angle: float, ink: tuple[int, ...]
 ) -> None:
-    """Fill one of SHAPES around (x, y), turned by `angle` radians."""
+    """Draw one of SHAPES around (x, y) in pixels, rotated by `angle` radians."""
     box = (x - radius, y - radius, x + radius, y + radius)
     if shape == "circle":
         draw.ellipse(box, fill=ink)
@@ -163,9 +171,10 @@ def draw_shape(
 
 
 def altered(image: Image.Image, rng: np.random.Generator) -> tuple[Image.Image, int, str]:
-    """A copy as they occur on the web: compressed again, moved by a pixel, or a little brighter or darker.
+    """A near duplicate as found on the web: recompressed, shifted by a pixel, or slightly brighter or darker.
 
-    Returns the image, the JPEG quality to save it with, and a description.
+    Returns:
+        The image, the JPEG quality to save it with, and a description of the change.
     """
     kind = int(rng.integers(3))
     if kind == 0:
@@ -181,13 +190,13 @@ def altered(image: Image.Image, rng: np.random.Generator) -> tuple[Image.Image, 
 def hashed_normals(rows_m: np.ndarray, width: int, key: int) -> np.ndarray:
     """float32 [m, width] standard normals, a pure function of (row number, column, key): a counter-based generator.
 
-    Two 32-bit uniforms of one SplitMix64 hash per pair of columns, then Box-Muller. So a row out of a million needs no
-    other row, in whatever order they are asked for.
+    One SplitMix64 hash per pair of columns gives two 32-bit uniforms for a Box-Muller transform, so every row can be
+    computed on its own.
     """
     half = (width + 1) // 2
     base = splitmix64(np.asarray(rows_m, np.uint64) ^ np.uint64(key))
     bits = splitmix64(base[:, None] ^ splitmix64(np.arange(half, dtype=np.uint64))[None, :])
-    first = ((bits >> np.uint64(32)).astype(np.float32) + 0.5) * np.float32(2**-32)  # in (0, 1]: log never sees zero
+    first = ((bits >> np.uint64(32)).astype(np.float32) + 0.5) * np.float32(2**-32)  # in (0, 1]: log is finite
     second = (bits & np.uint64(0xFFFFFFFF)).astype(np.float32) * np.float32(2**-32 * math.tau)
     radius = np.sqrt(-2 * np.log(first))
     return np.concatenate([radius * np.cos(second), radius * np.sin(second)], axis=1)[:, :width]
@@ -201,8 +210,8 @@ def class_features(
     Args:
         class_m: int64 class of each row.
         sample_m: int64 number of each row, different for every sample of train and test.
-        nuisance: expected length of a second noise that lies in one fixed subspace of a quarter of the dimensions, for all
-            classes the same: what a trained tower can learn to ignore, as a picture's light or background is.
+        nuisance: expected length of a second noise in a fixed subspace of a quarter of the dimensions, the same for all
+            classes: a trained tower can learn to ignore it, like the lighting or background of a picture.
     """
     centre = hashed_normals(class_m, dim, derive_key(seed, 21))
     centre /= np.linalg.norm(centre, axis=1, keepdims=True)
@@ -213,7 +222,7 @@ def class_features(
         along = np.float32(nuisance / math.sqrt(directions)) * hashed_normals(
             sample_m, directions, derive_key(seed, 25)
         )
-        # Not one product: its rounding would depend on how many rows are asked for at once.
+        # Not one matrix product: its rounding would depend on the number of rows.
         for weight_m, direction_d in zip(along.T, basis.T.astype(np.float32)):
             rows += weight_m[:, None] * direction_d
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)

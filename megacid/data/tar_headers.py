@@ -1,11 +1,11 @@
-"""The headers of a tar, read from a file that may be damaged or made to do harm.
+"""A reader of tar headers for untrusted files.
 
-Not the standard library's reader: on the Python versions that we support it loops for ever on a negative size, recurses
-once for every extended header, allocates what a header asks for before it looks at the file, and takes a header that is
-cut, or zeros in its place, for the end of the archive. Here every number is held against the size of the file before it
-is used, nothing recurses, and an archive ends with its mark and nothing behind it.
+The standard library's reader is not used: on the Python versions that we support it loops without end on a negative
+size, recurses once per extended header, allocates what a header asks for before it checks the file, and treats a
+truncated or zeroed header as the end of the archive. Here every number is checked against the size of the file before
+it is used, nothing recurses, and the archive must end with its end mark and nothing behind it.
 
-Read are ustar, old GNU and pax archives: what webdataset, img2dataset, GNU tar and Python write.
+Supports ustar, old GNU and pax archives, as written by webdataset, img2dataset, GNU tar and Python.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import BinaryIO
 
 BLOCK = 512
 MAX_MEMBERS = 1_000_000
-_MAX_EXTENDED = 1 << 16  # bytes of a long name or of a pax header; a path has 4096 at most
+_MAX_EXTENDED = 1 << 16  # bytes of a long name or of a pax header; a path has at most 4096
 _REGULAR = b"0\x007"
 _DIRECTORY = b"5"
-_LINKS_AND_DEVICES = b"12346"  # whose size says nothing: no data follow
+_LINKS_AND_DEVICES = b"12346"  # no data follow, whatever their size field says
 _LONG_NAME, _LONG_LINK, _SPARSE, _PAX, _PAX_GLOBAL = b"L", b"K", b"S", b"x", b"g"
 _ZERO = bytes(BLOCK)
 
 
 class TarDamage(ValueError):  # noqa: N818  a fault of the data
-    """The archive cannot be read on from here; the text says at which byte, and why."""
+    """The archive cannot be read past a point; the message names the byte and the reason."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One entry. offset, size: bytes of its data, inside the file. regular: a plain file; directory: of no interest."""
+    """One entry of an archive. `offset` and `size`: its data in bytes, inside of the file; `regular`: a plain file."""
 
     name: str
     offset: int
@@ -40,12 +40,12 @@ class Member:
 
     @property
     def stop(self) -> int:
-        """The byte behind its padding: the next member's headers begin there."""
+        """The byte after its padding, where the headers of the next member begin."""
         return self.offset + _padded(self.size)
 
 
 def members(file: BinaryIO, total: int) -> Iterator[Member]:
-    """The entries of an archive of `total` bytes, in order. Raises TarDamage where it stops making sense."""
+    """The entries of an archive of `total` bytes, in order. Raises TarDamage at the first inconsistency."""
     at, count = 0, 0
     long_name: str | None = None
     pax: dict[str, str] = {}
@@ -81,7 +81,7 @@ def members(file: BinaryIO, total: int) -> Iterator[Member]:
         if kind in _LINKS_AND_DEVICES or kind == _DIRECTORY:
             size = 0
         if data + _padded(size) > total:
-            # The padding belongs to it: a file cut there has lost its end mark as well.
+            # A file that was cut inside of the padding has lost its end mark as well.
             if data + size > total:
                 raise TarDamage(f"{name} has {size} bytes from byte {data} on, but the file ends at byte {total}")
             raise TarDamage(f"the file ends at byte {total}, in the padding behind {name}")
@@ -111,7 +111,7 @@ def _read(file: BinaryIO, at: int, size: int, total: int, what: str) -> bytes:
 
 
 def _check_end(file: BinaryIO, at: int, total: int) -> None:
-    """Zeros where a header was overwritten would hide every sample behind them."""
+    """Raise TarDamage for data behind the end mark: a header overwritten with zeros would hide all later samples."""
     file.seek(at)
     while block := file.read(1 << 20):
         if block.strip(b"\0"):
@@ -119,19 +119,19 @@ def _check_end(file: BinaryIO, at: int, total: int) -> None:
 
 
 def _check_sum(header: bytes, at: int) -> None:
-    said = _number(header[148:156], at, "checksum")
+    stored = _number(header[148:156], at, "checksum")
     rest = header[:148] + b" " * 8 + header[156:]
-    signed = sum(byte - 256 if byte > 127 else byte for byte in rest) if said != sum(rest) else said
-    if said != signed:  # some old writers summed signed bytes
+    signed = sum(byte - 256 if byte > 127 else byte for byte in rest) if stored != sum(rest) else stored
+    if stored != signed:  # some old writers summed signed bytes
         raise TarDamage(f"no valid header at byte {at}")
 
 
 def _number(field: bytes, at: int, what: str) -> int:
-    """Octal digits, or a big-endian number behind a byte 0x80."""
+    """A number in octal digits, or big-endian after a byte 0x80."""
     if field[:1] == b"\x80":
         return int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip()
-    if digits.strip(b"01234567"):  # int() alone would take signs, underscores and spaces
+    if digits.strip(b"01234567"):  # int() alone would accept signs, underscores and spaces
         raise TarDamage(f"no valid header at byte {at}: its {what} is {field!r}")
     return int(digits or b"0", 8)
 
@@ -144,8 +144,8 @@ def _decimal(digits: str, at: int) -> int:
 
 
 def _records(payload: bytes, at: int) -> dict[str, str]:
-    """The pax records `LENGTH KEY=VALUE\\n`, LENGTH being that of the whole record."""
-    found: dict[str, str] = {}
+    """The pax records `LENGTH KEY=VALUE\\n`, where LENGTH is that of the whole record."""
+    records: dict[str, str] = {}
     begin = 0
     while begin < len(payload):
         digits, _, _ = payload[begin : begin + 8].partition(b" ")
@@ -154,20 +154,20 @@ def _records(payload: bytes, at: int) -> dict[str, str]:
         key, equals, value = record.partition(b"=")
         if length <= len(digits) + 1 or begin + length > len(payload) or not equals or value[-1:] != b"\n":
             raise TarDamage(f"a pax header that cannot be read at byte {at}")
-        found[_text(key)] = _text(value[:-1])
+        records[_text(key)] = _text(value[:-1])
         begin += length
-    return found
+    return records
 
 
 def _text(name: bytes) -> str:
-    """Bytes that are no UTF-8 stay visible, and are told apart by the caller: `is_safe` refuses them."""
+    """Decoded UTF-8; invalid bytes become surrogates, which `is_safe` refuses."""
     return name.decode("utf-8", errors="surrogateescape")
 
 
 def is_safe(name: str) -> bool:
-    """Whether a member's name is one that a data set has: relative, inside, printable, UTF-8.
+    """Whether a member's name is relative, without "..", printable and UTF-8.
 
-    Nothing is ever extracted, so that a bad name cannot do harm; it is a sign of a tar that was not made for this.
+    Nothing is ever extracted, so an unsafe name is harmless, but it indicates a tar that is not a data set.
     """
     control = any(ord(c) < 32 or ord(c) == 127 or 0xDC80 <= ord(c) <= 0xDCFF for c in name)
     return not (control or name.startswith("/") or ".." in name.split("/"))

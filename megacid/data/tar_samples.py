@@ -1,4 +1,4 @@
-"""One pass over the headers of a tar: which members make up which sample, and what had to be left out."""
+"""Grouping of the members of a tar into samples, in one pass over its headers."""
 
 from __future__ import annotations
 
@@ -22,54 +22,64 @@ _KIND_OF_EXTENSION: dict[str, Kind] = {
 
 
 @dataclass
-class Scan:
-    """What one pass over a tar finds."""
+class TarScan:
+    """The samples of one tar, and what was skipped.
+
+    Attributes:
+        keys: the key of every sample, in tar order.
+        members: for every sample the 8 columns of `ShardTable.members`.
+        dropped: names of the skipped members and samples by reason.
+        damage: the reason why the tar could not be read to its end; None for an intact tar.
+    """
 
     keys: list[str] = field(default_factory=list)
     members: list[list[int]] = field(default_factory=list)
-    dropped: dict[str, list[str]] = field(default_factory=dict)  # reason -> names
+    dropped: dict[str, list[str]] = field(default_factory=dict)
     damage: str | None = None
     _seen: set[str] = field(default_factory=set)
-    _kinds: set[Kind] = field(default_factory=set)  # that samples of this tar have
+    _kinds: set[Kind] = field(default_factory=set)  # of the samples so far
 
     def drop(self, reason: str, name: str) -> None:
-        # Escaped: a name with bytes that are no UTF-8 could not be logged or stored.
+        """Record a skipped member or sample."""
+        # Escaped: a name that is not UTF-8 could not be logged or stored.
         self.dropped.setdefault(reason, []).append(name if is_safe(name) else repr(name)[1:-1])
 
-    def add(self, key: str, found: dict[Kind, tuple[int, int]], *, at_damage: bool = False) -> None:
-        """Use a sample, or drop it and say why."""
-        if key in self._seen:
-            self.drop("duplicate key", key)
-        elif at_damage and not (self._kinds and self._kinds <= found.keys()):
-            # Nothing tells what else it had; what the other samples have is the best measure.
-            self.drop("sample at the cut", key)
-        elif "image" not in found:
-            self.drop("sample without an image", key)
-        elif "text" not in found and "cls" not in found:
-            self.drop("sample without a text", key)
+    def add(self, group: MemberGroup) -> None:
+        """Use a group as a sample, or drop it with a reason."""
+        if group.key in self._seen:
+            self.drop("duplicate key", group.key)
+        elif group.at_damage and not (self._kinds and self._kinds <= group.members.keys()):
+            # More members may have followed: keep it only when it has the kinds of the other samples.
+            self.drop("sample at the cut", group.key)
+        elif "image" not in group.members:
+            self.drop("sample without an image", group.key)
+        elif "text" not in group.members and "cls" not in group.members:
+            self.drop("sample without a text", group.key)
         else:
-            self._seen.add(key)
-            self._kinds |= found.keys()
-            self.keys.append(key)
-            self.members.append([v for kind in COLUMN for v in found.get(kind, (-1, -1))])
+            self._seen.add(group.key)
+            self._kinds |= group.members.keys()
+            self.keys.append(group.key)
+            self.members.append([v for kind in COLUMN for v in group.members.get(kind, (-1, -1))])
 
 
 @dataclass
-class Run:
-    """Neighbouring members of one key: a sample, where they are enough for one."""
+class MemberGroup:
+    """Neighbouring members with one key; a sample when it has an image and a text or class."""
 
     key: str
-    found: dict[Kind, tuple[int, int]] = field(default_factory=dict)  # offset and size of what is read
-    spans: list[tuple[int, int]] = field(default_factory=list)  # bytes of each member, known or not, with its headers
+    members: dict[Kind, tuple[int, int]] = field(default_factory=dict)  # offset and size of the kinds that are read
+    spans: list[tuple[int, int]] = field(default_factory=list)  # first byte and end of all members, with their headers
     at_damage: bool = False
 
 
-def runs(path: Path, scan: Scan) -> Iterator[Run]:
-    """The runs of a tar in order; what is passed over is counted in `scan`.
+def member_groups(path: Path, scan: TarScan) -> Iterator[MemberGroup]:
+    """The groups of a tar in order; skipped members are recorded in `scan`.
 
-    Raises OSError when it cannot be opened or read, TarDamage where it is damaged, after the run that was cut.
+    Raises:
+        OSError: the tar cannot be opened or read.
+        TarDamage: the tar is damaged; raised after the group that was cut.
     """
-    run: Run | None = None
+    group: MemberGroup | None = None
     with open(path, "rb") as file:
         try:
             stop = 0
@@ -78,37 +88,37 @@ def runs(path: Path, scan: Scan) -> Iterator[Run]:
                 if (split := _accept(member, scan)) is None:
                     continue
                 kind = _KIND_OF_EXTENSION.get(split[1].lower())
-                if run is None or run.key != split[0] or kind in run.found:
-                    if run is not None:
-                        yield run
-                    run = Run(split[0])
-                run.spans.append((start, stop))
+                if group is None or group.key != split[0] or kind in group.members:
+                    if group is not None:
+                        yield group
+                    group = MemberGroup(split[0])
+                group.spans.append((start, stop))
                 if kind is not None:
-                    run.found[kind] = (member.offset, member.size)
+                    group.members[kind] = (member.offset, member.size)
         except (TarDamage, OSError):
-            if run is not None:
-                run.at_damage = True
-                yield run
+            if group is not None:
+                group.at_damage = True
+                yield group
             raise
-    if run is not None:
-        yield run
+    if group is not None:
+        yield group
 
 
-def scan_tar(path: Path) -> Scan:
-    """Walk the headers of a tar and group its members into samples. Raises OSError when it cannot be opened."""
-    scan = Scan()
+def scan_tar(path: Path) -> TarScan:
+    """Read the headers of a tar and group its members into samples. Raises OSError when it cannot be opened."""
+    scan = TarScan()
     with open(path, "rb"):
         pass
     try:
-        for run in runs(path, scan):
-            scan.add(run.key, run.found, at_damage=run.at_damage)
+        for group in member_groups(path, scan):
+            scan.add(group)
     except (TarDamage, OSError) as error:
         scan.damage = str(error)
     return scan
 
 
-def _accept(member: Member, scan: Scan) -> tuple[str, str] | None:
-    """(key, extension) of a usable member; None for one to pass over, counted where it is a sign of something odd."""
+def _accept(member: Member, scan: TarScan) -> tuple[str, str] | None:
+    """(key, extension) of a usable member; None for one to skip, which is recorded when it is suspicious."""
     if member.directory:
         return None
     if not member.regular:

@@ -35,7 +35,7 @@ def read_parquet(path: Path, remedy: str, columns: list[str] | None = None) -> p
 
 
 def parquet_shape(path: Path, remedy: str) -> tuple[int, int]:
-    """(rows, columns) of a parquet file from its footer, which is at the end of the file and missing when it was cut off.
+    """(rows, columns) of a parquet file from its footer at the end of the file, which is missing when it was cut.
 
     Raises:
         UserError: the file is missing or its footer is damaged.

@@ -139,7 +139,7 @@ def spoil(root: Path, case: str) -> None:
         ("feature dtype", "features_00001.npy is float32 (7, 3), expected float16 (n, 3)"),
         ("width", "features_00001.npy is float16 (7, 4), expected float16 (n, 3)"),
         ("torn", "features_00001.npy is not a readable .npy array"),
-        ("other tool", "was made by 'embed' and holds no class-labelled features"),
+        ("other tool", "was made by 'embed', expected class-labelled features"),
         ("unfinished", "has no meta.json"),
         ("no files", "has no features/features_*.npy, so there is no train split"),
     ],

@@ -246,7 +246,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 
 
 def test_bad_pictures_are_replaced_and_the_trace_is_the_same_however_it_is_read(mixed: ShardIndex) -> None:
-    options: dict[str, Any] = {"total_steps": 12, "error_budget": 0.005, "seeded": True}
+    options: dict[str, Any] = {"total_steps": 12, "error_budget": 0.005, "seeded_transform": True}
     whole = list(stream(mixed, **options))
     assert len(whole) == 12 and all(b.image.shape == (8, 3, 4, 4) and b.failure is None for b in whole)
     assert all(b.image[:, 0, 0, 0].long().equal(b.text[:, 0]) for b in whole)

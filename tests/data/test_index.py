@@ -178,7 +178,7 @@ def test_folder_that_cannot_be_written_is_indexed_in_memory(tmp_path: Path, capl
     make_tar(tmp_path / "00000.tar", ["a", "b"])
     (tmp_path / "index").write_text("in the way")  # also fails for root, whom permissions do not stop
     index = load_index(tmp_path)
-    assert index.table(0).keys == ["a", "b"] and "kept in memory" in caplog.text
+    assert index.table(0).keys == ["a", "b"] and "stays in memory" in caplog.text
     assert ShardReader(index).read(0, 1, "text") == b"text of b"
 
 

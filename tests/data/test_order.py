@@ -74,5 +74,5 @@ def test_a_block_reads_few_shards_and_mixes_them() -> None:
 
 
 def test_no_sample_at_all_is_a_user_error() -> None:
-    with pytest.raises(UserError, match="0 samples"):
+    with pytest.raises(UserError, match="0 usable samples"):
         SampleOrder([0, 0], seed=0)

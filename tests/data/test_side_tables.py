@@ -40,7 +40,7 @@ def test_teacher_without_texts_gives_none(tmp_path: Path, index: ShardIndex) -> 
 
 def test_teacher_of_another_width_than_its_meta(tmp_path: Path, index: ShardIndex) -> None:
     table = TeacherTable(teacher_dir(tmp_path / "t", index.digest, width=3), index)
-    with pytest.raises(UserError, match=r"shape \(2, 2\) of float16, but \(2, 3\)"):
+    with pytest.raises(UserError, match=r"shape \(2, 2\) of float16, expected \(2, 3\)"):
         table.rows(0, np.array([0]))
 
 

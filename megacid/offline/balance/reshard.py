@@ -21,7 +21,7 @@ from megacid.data.index import ShardIndex
 from megacid.data.index_files import content_digest, keys_sha256
 from megacid.data.side_tables import KeepTable
 from megacid.data.tar_headers import TarDamage
-from megacid.data.tar_samples import Scan, runs
+from megacid.data.tar_samples import TarScan, member_groups
 from megacid.distributed.collectives import barrier
 from megacid.distributed.consensus import broadcast_json
 from megacid.distributed.parallel import Parallel
@@ -99,14 +99,14 @@ def copy_rows(index: ShardIndex, shard: int, rows: np.ndarray, target: Path, pro
     row_at = {int(table.image[row, 0]): row for row in rows.tolist()}
     spans: list[list[int]] = []
     copied = 0
-    # A run of members that the index skipped (no image, a repeated key) has no row.
+    # A group of members that the index skipped (no image, a repeated key) has no row.
     with contextlib.suppress(TarDamage), _reading(source):
-        for run in runs(source, Scan()):
-            row = row_at.get(run.found.get("image", (-1, -1))[0])
-            if row is None or table.keys[row] != run.key:
+        for group in member_groups(source, TarScan()):
+            row = row_at.get(group.members.get("image", (-1, -1))[0])
+            if row is None or table.keys[row] != group.key:
                 continue
             copied += 1
-            for start, stop in run.spans:
+            for start, stop in group.spans:
                 if spans and spans[-1][1] == start:
                     spans[-1][1] = stop
                 else:
