@@ -87,12 +87,10 @@ def contrastive_cross_entropy(
 ) -> Tensor:
     """Contrastive cross entropy: -ln softmax(scale * anchor . other)[own pair], summed over the anchors.
 
-    Without host synchronisation.
-
     Args:
         anchor_bD: [b, D] floating point, this rank's anchors.
         other_GD: [G, D] floating point, the candidates of all ranks; the pair of anchor i is row start + i.
-        scale: 0-d, 1 / temperature > 0, on the device of the other tensors.
+        scale: 0-d, 1 / temperature > 0, on the device of the other tensors; never read on the host.
         start: row of the first anchor's pair.
         impl: "torch" computes in float32, or float64 if an input is. "triton" expects unit rows and scale < 60,000; it
             uses fp16 factors for the logits, bf16 exponentials, and fp32 sums and own pairs. "auto": Triton on CUDA if

@@ -53,19 +53,16 @@ def linear_margin_cross_entropy(
 
     psi_y applies the margin to the cosine of the target class. Under torch.compile and torch.export this is one node,
     `torch.ops.megacid_kernels.linear_margin_cross_entropy`. A margin of another class than `megacid_kernels.Margin` has
-    no such form and is computed outside of graphs.
+    no such form and is computed outside of graphs. Arguments that are not listed are those of `LossSpec`.
 
     Args:
         x: [G, D] floating point, embeddings of the gathered batch, identical on every rank of `group`; any norm.
         w: [S, D] floating point, this rank's class rows; any norm, S may be 0.
-        target: [G] int64 global class ids, -1 for unlabelled samples; or [G, l], several labels per sample (MLCD), see
-            `linear_margin_discrimination`.
+        target: [G] int64 global class ids, -1 for unlabelled samples; or [G, l], see `linear_margin_discrimination`.
         rows: [S] int64, sorted: w[j] is class class_start + rows[j]; None: rows 0 .. S-1.
         bias: [S] floating point, added to a class's logit where it is a negative.
         num_classes: classes of all ranks together; required and equal on every rank if there are several.
         max_rows: largest number of rows of w on any rank; the same.
-
-    The other arguments are those of `LossSpec`.
 
     Returns:
         The 0-d loss, the same on every rank. The gradient of w is exact; that of x is this shard's partial sum.

@@ -97,12 +97,9 @@ def discrimination_with_gradients(
     """`linear_margin_discrimination` without autograd: the loss and its gradients at once.
 
     For callers with their own autograd function: no second copy of the gradient [S, D] is made to scale it. If neither
-    gradient is needed, no matrix is kept, whatever `weight_grad` is: 2 G S D FLOP, memory within the budget.
-    The tensors are those of `linear_margin_discrimination`.
+    gradient is needed, no matrix is kept: 2 G S D FLOP. The tensors are those of `linear_margin_discrimination`.
 
     Args:
-        need_x: compute the gradient of x.
-        need_w: compute the gradient of w.
         overwrite_w: w is scratch memory. With a stored gradient PyTorch normalises its rows in place, which saves two
             passes over [chunk, S].
         gather: w is [L, D], all class rows of this rank, and `rows` selects those that are used. They are read in
@@ -119,9 +116,7 @@ def discrimination_with_gradients(
     wide = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
     chosen = resolve(spec.impl, x.device, wide)
     if chosen == "torch" and spec.precision not in ("auto", "fp32"):
-        raise ValueError(
-            f"precision is {spec.precision!r} with impl 'torch', which computes in {wide}, expected 'auto' or 'fp32'"
-        )
+        raise ValueError(f"precision is {spec.precision!r} with impl 'torch', expected 'auto' or 'fp32'")
     gradients, device = need_x or need_w, x.device.type
     stored = gradients and spec.weight_grad != "recomputed"
     target_Gl = target[:, None] if target.ndim == 1 else target
@@ -129,8 +124,8 @@ def discrimination_with_gradients(
         inputs = EngineInputs(w, rows if gather else None, bias, spec, stored, overwrite_w and not gather)
         engine = engine_for(chosen, inputs, wide)
         if stored:
-            chunk_needs = engine.chunk_needs(target_Gl.shape[1])
-            plan = plan_chunks(spec, len(x), engine.num_rows, x.shape[1], chunk_needs, device)
+            needs = engine.chunk_needs(labels=target_Gl.shape[1])
+            plan = plan_chunks(spec, len(x), engine.num_rows, x.shape[1], needs, device)
         else:
             plan = plan_slabs(spec, engine.num_rows, engine.slab_needs(len(x), gradients), gradients, device)
         batch = Batch(engine, spec, x.to(wide), target_Gl, rows, None if teacher is None else teacher.to(wide))

@@ -31,9 +31,8 @@ def discrimination_reference(
     Returns:
         The 0-d loss and the detached [3] raw terms.
     """
-    weights = weights or Weights()
-    several = target.ndim == 2
-    target = target if several else target[:, None]
+    weights, reduce = weights or Weights(), torch.mean if reduction == "mean" else torch.sum
+    target = target if target.ndim == 2 else target[:, None]
     keep = (target >= 0).any(1)
     x, target = x[keep], target[keep]
     unit_w = w / w.norm(dim=1, keepdim=True)
@@ -45,12 +44,7 @@ def discrimination_reference(
     is_label[sample, target[sample, place]] = True
     unit_x = x / x.norm(dim=1, keepdim=True)
     cos = unit_x @ unit_w.T
-    psi = cos
-    if margin is not None:
-        at_x, at_w = is_label.nonzero(as_tuple=True)
-        sin = (unit_x[at_x] - unit_w[at_w]).norm(dim=1) * (unit_x[at_x] + unit_w[at_w]).norm(dim=1) / 2
-        values = margin.target((unit_x[at_x] * unit_w[at_w]).sum(1), sin)[0]
-        psi = cos.index_put((at_x, at_w), values)
+    psi = cos if margin is None else _with_margin(cos, unit_x, unit_w, is_label, margin)
     removed = torch.zeros_like(is_label)
     if filter_threshold is not None:
         removed = (cos.detach() > filter_threshold) & ~is_label
@@ -59,27 +53,32 @@ def discrimination_reference(
     def logits(cosine: Tensor, temperature: float = 1.0) -> Tensor:
         return (scale / temperature * cosine + offset).masked_fill(removed, -torch.inf)
 
-    def discrimination(z: Tensor) -> Tensor:
-        if not several or target.shape[1] == 1:
-            each = -z.log_softmax(1)[is_label]
-        else:
-            never = z.new_full((len(z), 1), 0.0)  # exp(0): the 1 in both logarithms
-            each = torch.cat([never, (-z).masked_fill(~is_label, -torch.inf)], 1).logsumexp(1)
-            each = each + torch.cat([never, z.masked_fill(is_label, -torch.inf)], 1).logsumexp(1)
-        return each.mean() if reduction == "mean" else each.sum()
-
     if weights.alpha > 0:
-        raw[0] = discrimination(logits(psi))
+        raw[0] = reduce(_each_loss(logits(psi), is_label, target.shape[1]))
     if teacher is not None and weights.needs_teacher:
         unit_t = teacher[keep].detach()
         cos_t = unit_t / unit_t.norm(dim=1, keepdim=True) @ unit_w.T
         if weights.beta > 0:
-            raw[1] = discrimination(logits(cos_t))
+            raw[1] = reduce(_each_loss(logits(cos_t), is_label, target.shape[1]))
         if weights.gamma > 0:
             log_t = logits(cos_t.detach(), weights.temperature).log_softmax(1)
             log_s = logits(psi, weights.temperature).log_softmax(1)
             gap = torch.where(removed, torch.zeros_like(log_t), log_t - log_s)
-            each = (log_t.exp() * gap).sum(1)
-            raw[2] = each.mean() if reduction == "mean" else each.sum()
+            raw[2] = reduce((log_t.exp() * gap).sum(1))
     loss = weights.alpha * raw[0] + weights.beta * raw[1] + weights.gamma * raw[2]
     return loss, torch.stack(raw).detach()
+
+
+def _with_margin(cos: Tensor, unit_x: Tensor, unit_w: Tensor, is_label: Tensor, margin: TargetMargin) -> Tensor:
+    at_x, at_w = is_label.nonzero(as_tuple=True)
+    x, w = unit_x[at_x], unit_w[at_w]
+    sin = (x - w).norm(dim=1) * (x + w).norm(dim=1) / 2
+    return cos.index_put((at_x, at_w), margin.target((x * w).sum(1), sin)[0])
+
+
+def _each_loss(z: Tensor, is_label: Tensor, labels: int) -> Tensor:
+    if labels == 1:
+        return -z.log_softmax(1)[is_label]
+    one = z.new_zeros(len(z), 1)  # exp(0), the 1 in both logarithms
+    positive = torch.cat([one, (-z).masked_fill(~is_label, -torch.inf)], 1).logsumexp(1)
+    return positive + torch.cat([one, z.masked_fill(is_label, -torch.inf)], 1).logsumexp(1)
