@@ -91,8 +91,7 @@ class LossSpec:
             it slab by slab with the least memory: 8 G S D FLOP.
         precision: of the matrix products in Triton. "fp16" (which "auto" means) rounds unit rows to fp16 for the
             cosines and the factors of the gradient products to bf16; "bf16" rounds both to bf16 and keeps one copy of
-            the rows; "fp32" rounds nothing. PyTorch computes in its inputs' precision, at least fp32, and accepts
-            "auto" and "fp32".
+            the rows; "fp32" rounds nothing. PyTorch accepts "auto" and "fp32" and never rounds below fp32.
         memory_budget_bytes: bound on the matrices of exponentials, with weight_grad "recomputed" on all of a slab;
             None: 1 GiB, on a CPU 64 MiB or half of the gradient of w if that is larger.
 

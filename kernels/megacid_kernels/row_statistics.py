@@ -28,9 +28,7 @@ class RowStatistics(NamedTuple):
     def start_all_reduce(self, group: dist.ProcessGroup | None, world: int) -> Callable[[], RowStatistics]:
         """Start ONE sum all-reduce of everything; the returned function waits for it and returns the sums."""
         by_label = [None if value is None else value.unbind(1) for value in (self.psi, self.cos, self.teacher_cos)]
-        rows = [*self.sums.values(), self.gap, self.owned]
-        for columns in by_label:
-            rows += columns or ()
+        rows = [*self.sums.values(), self.gap, self.owned, *(row for rows in by_label for row in rows or ())]
         packed = torch.stack([row for row in rows if row is not None])
         pending = dist.all_reduce(packed, group=group, async_op=True) if world > 1 else None
 
