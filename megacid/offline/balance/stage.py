@@ -24,7 +24,7 @@ from megacid.offline.balance.deduplicate import decide, preference
 from megacid.offline.balance.inputs import BalanceInputs, read_inputs
 from megacid.offline.balance.outputs import finished_outputs, write_outputs
 from megacid.offline.cluster.results import read_centroids
-from megacid.offline.nearest import Assigner, Metric, prepare
+from megacid.offline.nearest import Assigner, prepare
 from megacid.offline.rows import EmbeddingRows
 from megacid.storage.metadata import read_meta
 from megacid.storage.stage_directory import StageDirectory
@@ -43,7 +43,7 @@ def balance(
     gallery_groups: int = 40,
     start_progress: StartProgress = lambda total: no_progress,
 ) -> dict[str, Any]:
-    """Runs the stage, or continues an interrupted one; keeps a finished one. A collective.
+    """Runs or continues the stage, or keeps a finished one; returns meta.json. A collective.
 
     Samples without an embedding are not kept: they could not be decoded.
 
@@ -54,9 +54,6 @@ def balance(
         gallery_groups: groups shown in gallery.html.
         start_progress: when the function it returns raises Stopped, all ranks stop.
 
-    Returns:
-        meta.json.
-
     Raises:
         UserError: an input is damaged, inputs do not belong together, or `out` was made with other arguments.
     """
@@ -65,9 +62,7 @@ def balance(
     with stop_together(group):
         inputs = read_inputs(embeddings, clusters, shards)
         text = _caption_rows(inputs.rows) if settings.keep == "caption" else None
-        centroids: tuple[np.ndarray, Metric] | None = None
-        if settings.neighbor_clusters:
-            centroids = read_centroids(clusters, inputs.rows.dim)
+        centroids = read_centroids(clusters, inputs.rows.dim) if settings.neighbor_clusters else None
         arguments = _arguments(settings, inputs, centroids and centroids[0])
         stage = StageDirectory(out, "balance", arguments | {"gallery_groups": gallery_groups})
         finished = finished_outputs(stage, inputs.index)
@@ -86,13 +81,12 @@ def balance(
         sorted_rows = group_by_cluster(inputs.label, priority, inputs.k)
     barrier(group)
     progress = start_progress(inputs.rows.num_rows)
-    assigner = None
-    if centroids is not None:
-        assigner = Assigner(prepare(*centroids, device), centroids[1], device)
-    context = BalanceContext(
-        inputs.rows, sorted_rows, settings, device, assigner, group, partial=stage.work, progress=progress
+    assigner = Assigner(prepare(*centroids, device), centroids[1], device) if centroids else None
+    decision = decide(
+        BalanceContext(
+            inputs.rows, sorted_rows, settings, device, assigner, group, partial=stage.work, progress=progress
+        )
     )
-    decision = decide(context)
     with stop_together(group):
         if parallel.is_first:
             write_outputs(stage, inputs, decision, settings, progress)

@@ -71,9 +71,9 @@ def test_components_over_all_neighbours_are_those_of_all_pairs(threshold: float,
     decision = decided(rows, clusters, settings, centroids=centroids, metric=metric)
     order = np.argsort(clusters.priority, kind="stable")
     x = torch.nn.functional.normalize(torch.from_numpy(rows.array[order].astype(np.float32)), dim=1)
-    wanted = np.empty(len(order), np.int64)
-    wanted[order] = order[brute_components(x, threshold)]
-    np.testing.assert_array_equal(decision.representative, wanted)
+    expected = np.empty(len(order), np.int64)
+    expected[order] = order[brute_components(x, threshold)]
+    np.testing.assert_array_equal(decision.representative, expected)
     inside = decided(rows, clusters, BalanceSettings(threshold=threshold))
     assert decision.removed_across_clusters == inside.keep.sum() - decision.keep.sum() >= 0
     assert threshold == 0.05 or decision.removed_across_clusters > 0

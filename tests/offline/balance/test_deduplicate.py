@@ -25,10 +25,10 @@ from megacid.storage.stage_directory import PartialResults
 def test_owners_equal_brute_force(threshold: float, block: int, link: str, brute) -> None:
     x = unit_rows(90)
     if threshold == 0:
-        wanted = np.arange(90)
+        expected = np.arange(90)
     else:
-        wanted = brute(x, threshold)
-    np.testing.assert_array_equal(representatives(x, LinkOptions(threshold, link, block)), wanted)
+        expected = brute(x, threshold)
+    np.testing.assert_array_equal(representatives(x, LinkOptions(threshold, link, block)), expected)
 
 
 def test_chains_differ_between_the_modes() -> None:

@@ -146,8 +146,8 @@ def test_drawings_show_every_image_and_repeat_bit_for_bit(tmp_path: Path) -> Non
 
 
 def test_page_escapes_what_comes_from_the_data() -> None:
-    picture = Image.new("RGB", (8, 8))
-    show = lambda row: (picture, f"<key {row}>", 'a "caption" <b>')  # noqa: E731
+    image = Image.new("RGB", (8, 8))
+    show = lambda row: (image, f"<key {row}>", 'a "caption" <b>')  # noqa: E731
     keep = np.array([True, False] + [False] * 8)
     body = group_rows(Groups(REPRESENTATIVE, DISTANCE).semantic(0.4, 1, 9), keep, show)
     text = page("<t>", "<s>", [("<h>", "<x>", body)])

@@ -74,9 +74,9 @@ def test_kept_samples_are_copied_byte_for_byte(tmp_path: Path, index: ShardIndex
         "sizes.json",
     ]
     for name in ("00000", "00001"):
-        wanted = [key for key, kept in zip(KEYS[name], KEPT[name]) if kept]
+        expected = [key for key, kept in zip(KEYS[name], KEPT[name]) if kept]
         source, copy = members(index.root / f"{name}.tar"), members(out / f"{name}.tar")
-        assert list(copy) == [f"{key}.{kind}" for key in wanted for kind in ("jpg", "txt", "npy", "json")]
+        assert list(copy) == [f"{key}.{kind}" for key in expected for kind in ("jpg", "txt", "npy", "json")]
         assert all(copy[file] == source[file] for file in copy if not file.startswith("a."))
         assert (out / f"{name}.tar").stat().st_size % 10240 == 0
     assert members(out / "00000.tar")["a.jpg"] == b"image of a" * 99
