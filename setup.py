@@ -1,6 +1,6 @@
 """Build entry point: everything static is in pyproject.toml; here is only what needs code.
 
-Three source roots: `megacid` at the top, `megacid_kernels` below `kernels/`, and `tools/`, installed as `megacid_tools`.
+Three source roots: `megacid` at the top, `megacid_kernels` in `kernels/`, and `tools/`, installed as `megacid_tools`.
 """
 
 from setuptools import find_packages, setup

@@ -52,8 +52,7 @@ MODULES = _modules()
 
 
 def _imports(module: str) -> set[str]:
-    """Absolute names of what a module imports, also inside functions and for types; `from a import b` is a.b where that is
-    a module."""
+    """Absolute names of a module's imports, also inside functions and for types; `from a import b` is a.b if a module."""
     path, names = MODULES[module], set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -123,7 +122,7 @@ def test_the_top_of_the_package_holds_the_loop_and_what_everyone_uses() -> None:
 
 
 def test_no_module_bears_the_name_of_a_top_level_module() -> None:
-    """`deepspeed megacid/train.py` puts megacid/ first on sys.path: megacid/random.py would replace the standard library's."""
+    """`deepspeed megacid/train.py` puts megacid/ first on sys.path: megacid/random.py would replace the library's."""
     third_party = {
         "torch",
         "numpy",

@@ -1,4 +1,4 @@
-"""The wheel in an environment that holds nothing else of the project: imports, console scripts, packaged architectures."""
+"""The wheel, installed into an empty environment: imports, console scripts, packaged architectures."""
 
 from __future__ import annotations
 

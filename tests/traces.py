@@ -1,6 +1,6 @@
 """Records what a few small runs compute: losses, checkpoints, labels, keep flags.
 
-A refactoring must reproduce `tests/assets/traces.json` bit for bit (`test_traces.py`). After a change of the mathematics:
+A refactoring must reproduce `tests/assets/traces.json` bit for bit (`test_traces.py`). After a change of numerics:
 
     python tests/traces.py tests/assets/traces.json
 """
@@ -111,8 +111,10 @@ def record(root: Path) -> dict[str, Any]:
         file = run_file(
             root, f"pairs-{world}", train_batch_size=16, gradient_accumulation_steps=2,
             run__total_steps=6, run__save_every=3, student__model="digits-student", student__embed_dim=None,
-            data__shards=str(shards), data__teacher=str(teacher), data__labels=str(flat), data__keep=str(root / "keep-components"),
-            loss__contrastive=0.5, loss__instance=1.0, loss__cluster=0.5, loss__mse=0.1, loss__beta=0.5, loss__gamma=0.5,
+            data__shards=str(shards), data__teacher=str(teacher), data__labels=str(flat),
+            data__keep=str(root / "keep-components"),
+            loss__contrastive=0.5, loss__instance=1.0, loss__cluster=0.5, loss__mse=0.1,
+            loss__beta=0.5, loss__gamma=0.5,
             classifier__sample_rate=0.5, classifier__init="centroids",
         )  # fmt: skip
         block = json.loads(file.read_text())

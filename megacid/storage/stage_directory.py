@@ -45,10 +45,10 @@ class StageDirectory:
     ) -> None:
         """
         Args:
-            made_by: name of the stage in meta.json.
+            made_by: Name of the stage in meta.json.
             arguments: JSON-able, everything that decides the result.
             notes: JSON-able, what decides the last bit at most: another value is a warning.
-            command: the tool as its user calls it, for messages; None: tools/`made_by`.py.
+            command: The tool as its user calls it, for messages; None: tools/`made_by`.py.
         """
         self.path, self.made_by, self.arguments, self.notes = path, made_by, arguments, notes or {}
         self.command = command or f"tools/{made_by}.py"
@@ -64,12 +64,14 @@ class StageDirectory:
         return finished_meta(self.path, self.made_by)
 
     def begin(self) -> None:
-        """Make the directory, remove temporary files and meta.json, record the arguments. Raises UserError as `finished`."""
+        """Make the directory, remove temporary files and meta.json, record the arguments. Raises as `finished`."""
         stored = self._check()
         for name, value in self.notes.items():
             if stored and stored.get(name) != value:
-                log.warning("%s was started with %s %s, this run has %s: finished parts are kept, the rest may differ from them "
-                            "in the last bit", self.path, name, stored.get(name), value)  # fmt: skip
+                log.warning(
+                    "%s was started with %s %s, this run has %s: finished parts are kept, last bits may differ",
+                    *(self.path, name, stored.get(name), value),
+                )
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             remove_temporary_files(self.path)
@@ -78,7 +80,12 @@ class StageDirectory:
             (self.path / "meta.json").unlink(missing_ok=True)
 
     def commit(self, source: dict[str, Any], **facts: Any) -> None:
-        """Write meta.json, which completes the stage. source: where the inputs are; facts: what the next stage checks."""
+        """Write meta.json, which completes the stage.
+
+        Args:
+            source: Where the inputs are.
+            facts: What the next stage needs to know or checks.
+        """
         failpoint(f"{self.made_by}:before_meta")
         with disk_errors(self.path / "meta.json"):
             write_meta(self.path, self.made_by, source, **facts)
@@ -113,9 +120,9 @@ class StageDirectory:
 
 @contextlib.contextmanager
 def staged_folder(out: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `out`, which takes its place (or the place of an older one) when the block ends well.
+    """Yield a hidden folder beside `out` that replaces `out` when the block ends without an error.
 
-    Removes the hidden folders of runs that were killed. Raises UserError when the disk does not take it.
+    Removes the hidden folders of killed runs. Raises UserError when the disk is full or not writable.
     """
     for left in out.parent.glob(f".{out.name}.tmp-*"):
         with contextlib.suppress(ValueError, PermissionError):
@@ -138,7 +145,7 @@ def staged_folder(out: Path) -> Iterator[Path]:
 
 
 def finished_meta(out: Path, tool: str) -> dict[str, Any] | None:
-    """meta.json of a finished stage; None when it is missing, or damaged (with a warning): then the stage is not done."""
+    """meta.json of a finished stage; None when it is missing, or damaged (with a warning)."""
     path = out / "meta.json"
     if not path.exists():
         return None
