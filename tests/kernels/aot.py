@@ -87,12 +87,12 @@ def head_builds() -> Iterator[Build]:
         exponentials_inplace,
         gradient_epilogue,
         label_gradient,
-        row_epilogue,
         row_statistics,
         target,
         tile_of,
     )
     from megacid_kernels.fused.nearest import best_strip_kernel
+    from megacid_kernels.fused.row_epilogue import TILE, row_epilogue_kernel
 
     # One full block, and two of which one is partial.
     for width in (512, 5120):
@@ -171,11 +171,9 @@ def head_builds() -> Iterator[Build]:
     cut = {"ROWS": 32, "BLOCK": 64}
     yield Build("best_strip", best_strip_kernel, types | {"num_rows": "i32", "num_strips": "i32"}, cut, 4)
 
-    tile = row_epilogue.TILE
     types = {f"{name}_ptr": "*fp32" for name in ("sums", "psi", "share", "loss", "coefficient", "grad_psi")}
     types |= {"num_rows": "i32", "scale": "fp32", "shift": "fp32"}
-    cut = {"ROWS": tile.rows, "BLOCK": tile.block}
-    yield Build("row_epilogue", row_epilogue.row_epilogue_kernel, types, cut, tile.warps)
+    yield Build("row_epilogue", row_epilogue_kernel, types, {"ROWS": TILE.rows, "BLOCK": TILE.block}, TILE.warps)
 
 
 def product_builds(arch: int) -> Iterator[Build]:

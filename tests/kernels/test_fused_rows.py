@@ -16,16 +16,7 @@ from torch import Tensor
 
 from megacid.classifier.row_optimizer import RowAdamW, RowOptimizer, RowSGD
 from megacid.classifier.row_state import round_to_bf16, rounding_bits, rounding_keys
-from megacid_kernels.fused import (
-    INTERPRET,
-    AdamWFactors,
-    SGDFactors,
-    Tile,
-    adamw_rows_,
-    sgd_rows_,
-    tile_of,
-    unit_rows,
-)
+from megacid_kernels.fused import INTERPRET, AdamWFactors, SGDFactors, Tile, adamw_rows_, sgd_rows_, tile_of, unit_rows
 
 # (L, S, D): one row, rows that do not fill a tile, widths that are no multiple of 4 or of a block. The tile is the
 # default, or one with several blocks per row, like the default above 4096 columns.
