@@ -10,17 +10,27 @@ Nothing is tuned during training: the table is read once, so all ranks use the s
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import checkout  # noqa: F401  import paths of a plain checkout
 from benchmarks import measure, tile_search
+from benchmarks.suite import Row, print_table
 from megacid.errors import UserError, run_tool
 from megacid.storage.atomic import write_atomic
 from megacid_kernels.fused.tuning import Key, Tiles, as_json
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "kernel": lambda row: str(row["kernel"]),
+    "tile": lambda row: str(row["tile"]),
+    "ms p50 [p20, p80]:": lambda row: measure.format_ms(row["seconds"]),
+    "TFLOP/s:": lambda row: f"{row['tflops']:,.0f}",
+}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -80,15 +90,8 @@ def tune(args: argparse.Namespace) -> dict[Key, Tiles]:
             shared = int(properties.shared_memory_per_block_optin)
             chosen = {kernel: tile_search.fitting(kernel, DTYPES[name], shared) for kernel in tile_search.KERNELS}
             table[architecture, name, width], rows = tile_search.tune(case, chosen, timer)
-            print(f"\n{name}, width {width}\n| kernel | tile | ms p50 [p20, p80] | TFLOP/s |\n|---|---|---:|---:|")
-            for row in sorted(rows, key=lambda row: (row["kernel"], -row.get("tflops", 0.0))):
-                times = (
-                    f"skipped: {row['skipped']} | " if "skipped" in row else f"{measure.format_ms(row['seconds'])} | "
-                )
-                print(
-                    f"| {row['kernel']} | {row['tile']} | {times}{measure.format_value(row.get('tflops'), ',.0f')} |",
-                    flush=True,
-                )
+            print(f"\n{name}, width {width}")
+            print_table(sorted(rows, key=lambda row: (row["kernel"], -row.get("tflops", 0.0))), COLUMNS)
     return table
 
 

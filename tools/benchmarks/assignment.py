@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import measure
-from benchmarks.suite import Limit, Report, Row, make_report
+from benchmarks.suite import Limit, Report, Row, make_report, print_table
 from megacid.errors import UserError
 from megacid.offline.nearest import Assigner
 
@@ -185,35 +185,28 @@ def run(args: argparse.Namespace) -> Report:
                 laion = 2.0 * LAION_ROWS * LAION_CENTROIDS * data.c_KD.shape[1] * ITERATIONS
                 row["laion_hours"] = laion / (flop / p50) / GPUS / 3600
             rows.append(row)
-        print_table(shape, rows[-len(attempts) :], device)
+        print_shape(shape, rows[-len(attempts) :], device)
         del data, attempts, calls
         gc.collect()
     return make_report(args, rows)
 
 
-def print_table(shape: str, rows: list[Row], device: torch.device) -> None:
+def print_shape(shape: str, rows: list[Row], device: torch.device) -> None:
     print(f"\n{shape} (rows, centroids, width)")
-    hours = (
-        f" {GPUS} GPUs: hours of {ITERATIONS} iterations over {LAION_ROWS / 1e6:.0f}M x {LAION_CENTROIDS / 1e6:.0f}M |"
-    )
-    gpu = device.type == "cuda"
-    print("| provider | ms p50 [p20, p80] | TFLOP/s | of cuBLAS | extra MiB | wrong labels ", end="")
-    print("| similarity lost | same bits |" + (hours if gpu else ""))
-    print("|---|---:|---:|---:|---:|---:|---:|---:|" + ("---:|" if gpu else ""))
-    for row in rows:
-        if "skipped" in row:
-            print(f"| {row['provider']} | skipped: {row['skipped']} |" + " |" * (7 if gpu else 6))
-            continue
-        cells = [
-            row["provider"],
-            measure.format_ms(row["seconds"]),
-            f"{row['tflops']:,.3g}",
-            f"{row['cublas_fraction']:.1%}",
-        ]
-        cells += [f"{row['peak_extra_bytes'] / 2**20:,.0f}", measure.format_value(row.get("wrong_fraction"), ".2%")]
-        cells += [measure.format_value(row.get("lost_similarity"), ".1e")]
-        cells += [{1.0: "yes", 0.0: "no"}.get(row.get("same_bits", -1.0), "-")]
-        print(f"| {' | '.join(cells)} |" + (f" {row['laion_hours']:.2f} |" if gpu else ""), flush=True)
+    columns: dict[str, Callable[[Row], str]] = {
+        "provider": lambda row: str(row["provider"]),
+        "ms p50 [p20, p80]:": lambda row: measure.format_ms(row["seconds"]),
+        "TFLOP/s:": lambda row: f"{row['tflops']:,.3g}",
+        "of cuBLAS:": lambda row: f"{row['cublas_fraction']:.1%}",
+        "extra MiB:": lambda row: f"{row['peak_extra_bytes'] / 2**20:,.0f}",
+        "wrong labels:": lambda row: measure.format_value(row.get("wrong_fraction"), ".2%"),
+        "similarity lost:": lambda row: measure.format_value(row.get("lost_similarity"), ".1e"),
+        "same bits:": lambda row: {1.0: "yes", 0.0: "no"}.get(row.get("same_bits", -1.0), "-"),
+    }
+    if device.type == "cuda":
+        data = f"{LAION_ROWS / 1e6:.0f}M x {LAION_CENTROIDS / 1e6:.0f}M"
+        columns[f"{GPUS} GPUs: hours of {ITERATIONS} iterations over {data}:"] = lambda row: f"{row['laion_hours']:.2f}"
+    print_table(rows, columns)
 
 
 def check(report: Report) -> list[Limit]:

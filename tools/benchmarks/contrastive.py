@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import measure
-from benchmarks.suite import Limit, Report, Row, make_report
+from benchmarks.suite import Limit, Report, Row, make_report, print_table
 from megacid.errors import UserError
 from megacid.losses.instance import instance_loss
 
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> Report:
     names = [name for name in PROVIDERS if device.type == "cuda" or name != "materialised-bf16"]
     check_accuracy(names, device)
     rows = [row for shape in shapes for row in measure_shape(shape, names, args, timer)]
-    print_table(rows)
+    print_table(rows, COLUMNS)
     return make_report(args, rows)
 
 
@@ -159,22 +159,19 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     return {"peak_extra_bytes": float(measure.peak_extra_bytes(lambda: step(request["name"], batch), device))}
 
 
-def print_table(rows: list[Row]) -> None:
-    print("\n| batch x width | provider | ms p50 [p20, p80] | speed | extra MiB | of one fp32 [G, G] |")
-    print("|---|---|---:|---:|---:|---:|")
-    for row in rows:
-        batch, width = shape_of(row["shape"])
-        cells = [f"{batch:,} x {width}", row["provider"]]
-        if "skipped" in row:
-            cells += [f"skipped: {row['skipped']}", "", "", ""]
-        else:
-            extra = row["peak_extra_bytes"]
-            cells += [
-                measure.format_ms(row["seconds"]),
-                measure.format_value(row.get("speed_over_materialised"), unit="x"),
-            ]
-            cells += [f"{extra / 2**20:,.1f}", f"{extra / (4 * batch * batch):.2f}"]
-        print(f"| {' | '.join(cells)} |")
+def of_one_matrix(row: Row) -> float | None:
+    """Extra memory over that of one fp32 [G, G] matrix."""
+    return measure.ratio(row.get("peak_extra_bytes"), 4.0 * shape_of(row["shape"])[0] ** 2)
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "batch x width": lambda row: "{:,} x {}".format(*shape_of(row["shape"])),
+    "provider": lambda row: str(row["provider"]),
+    "ms p50 [p20, p80]:": lambda row: measure.format_ms(row["seconds"]),
+    "speed:": lambda row: measure.format_value(row.get("speed_over_materialised"), unit="x"),
+    "extra MiB:": lambda row: f"{row['peak_extra_bytes'] / 2**20:,.1f}",
+    "of one fp32 [G, G]:": lambda row: measure.format_value(of_one_matrix(row)),
+}
 
 
 def check(report: Report) -> list[Limit]:
@@ -183,8 +180,8 @@ def check(report: Report) -> list[Limit]:
     for row in report["results"]:
         batch, width = shape_of(row["shape"])
         if row["provider"] == "megacid" and batch >= LARGE_BATCH:
-            share = measure.ratio(row.get("peak_extra_bytes"), 4.0 * batch * batch)
-            limits.append(Limit(f"{batch:,} x {width}: extra memory over one fp32 [G, G]", share, 1.0, at_least=False))
+            what = f"{batch:,} x {width}: extra memory over one fp32 [G, G]"
+            limits.append(Limit(what, of_one_matrix(row), 1.0, at_least=False))
     return limits
 
 

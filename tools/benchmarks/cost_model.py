@@ -11,7 +11,7 @@ from benchmarks.classifier_providers import Shape
 BYTES_PER_S, FLOP_PER_S, EXP_PER_S = 4.3e12, 780e12, 132 * 16 * 1.755e9
 # bytes of [B, C]-sized traffic per logit, and products in units of B C D
 SCHEDULES = {
-    "stored gradient, exponentials out of the product": (6, 6),
+    "stored gradient, fused exponentials": (6, 6),
     "stored gradient, exponentials in place": (10, 6),
     "recomputed gradient": (6, 8),
     "published scheme": (154, 6),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from benchmarks.classifier_providers import MARGIN, SCALE, SEED, Shape
 from benchmarks.float64_reference import Exact, exact_on_sample, sample_of
 from benchmarks.head_megacid import OURS, allowed_error, allowed_loss_error
 from benchmarks.head_peers import PEERS, Call, Case, Provider
-from benchmarks.suite import Limit, Report, Row, make_report
+from benchmarks.suite import Limit, Report, Row, make_report, print_table
 from megacid.errors import UserError
 
 SHAPES = [
@@ -91,14 +91,9 @@ class References:
         x, w = call.inputs
         folded = x.dtype == torch.bfloat16
         if folded not in self._exact:
+            scale, margin = (1.0 if folded else SCALE), self.case.margin
             self._exact[folded] = exact_on_sample(
-                x,
-                w,
-                self.case.target,
-                *self.sample,
-                scale=1.0 if folded else SCALE,
-                margin=self.case.margin,
-                normalise=not folded,
+                x, w, self.case.target, *self.sample, scale=scale, margin=margin, normalise=not folded
             )
         return self._exact[folded]
 
@@ -184,10 +179,12 @@ def run(args: argparse.Namespace, shapes: list[Shape]) -> Report:
     for shape in shapes:
         for case in cases(shape, args.geometry, int(args.budget_gib * 2**30), device):
             case_rows = measure_case(case, args.providers, timer)
-            print_table(case, case_rows)
+            about = "CosFace 0.3, raw rows" if case.margin else "no margin; peers get normalised bf16 rows"
+            print(f"\n{case.shape}: {about}; chunks of {case.chunk} samples")
+            print_table(case_rows, COLUMNS)
             if case.block == "margin" and len(args.providers) == len(PROVIDERS):
                 kernel_rows = head_kernels.measure_kernels(case, timer, ROUNDS)
-                head_kernels.print_table(kernel_rows)
+                print_table(kernel_rows, head_kernels.COLUMNS)
                 case_rows += kernel_rows
             rows += case_rows
             del case
@@ -195,26 +192,22 @@ def run(args: argparse.Namespace, shapes: list[Shape]) -> Report:
     return make_report(args, rows)
 
 
-def print_table(case: Case, rows: list[Row]) -> None:
-    about = "CosFace 0.3, raw rows" if case.margin else "no margin; peers get normalised bf16 rows"
-    print(f"\n{case.shape}: {about}; chunks of {case.chunk} samples")
-    print("| provider | mode | ms p50 [p20, p80] | TFLOP/s | of cuBLAS | extra MiB ", end="")
-    print("| loss, dX, dW errors | same bits | host waits |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
-    for row in rows:
-        if "skipped" in row:
-            print(f"| {row['provider']} | | skipped: {row['skipped']} | | | | | | |")
-            continue
-        errors = ", ".join(f"{row[key]:.1e}" for key in ("loss_error", "dx_error", "dw_error") if key in row)
-        errors += "" if row.get("accurate", 1.0) else " (above rounding)"
-        cells = [row["provider"], row["mode"], measure.format_ms(row["seconds"]), f"{row['tflops']:,.0f}"]
-        cells += [
-            measure.format_value(row.get("cublas_fraction"), ".1%"),
-            f"{row['peak_extra_bytes'] / 2**20:,.0f}",
-            errors or "-",
-        ]
-        cells += ["yes" if row["same_bits"] else "no", measure.format_value(row.get("host_syncs"), ".0f")]
-        print(f"| {' | '.join(cells)} |", flush=True)
+def errors_text(row: Row) -> str:
+    errors = ", ".join(f"{row[key]:.1e}" for key in ("loss_error", "dx_error", "dw_error") if key in row)
+    return (errors or "-") + ("" if row.get("accurate", 1.0) else " (above rounding)")
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "provider": lambda row: str(row["provider"]),
+    "mode": lambda row: str(row.get("mode", "")),
+    "ms p50 [p20, p80]:": lambda row: measure.format_ms(row["seconds"]),
+    "TFLOP/s:": lambda row: f"{row['tflops']:,.0f}",
+    "of cuBLAS:": lambda row: measure.format_value(row.get("cublas_fraction"), ".1%"),
+    "extra MiB:": lambda row: f"{row['peak_extra_bytes'] / 2**20:,.0f}",
+    "loss, dX, dW errors:": errors_text,
+    "same bits:": lambda row: "yes" if row["same_bits"] else "no",
+    "host waits:": lambda row: measure.format_value(row.get("host_syncs"), ".0f"),
+}
 
 
 # ---- limits --------------------------------------------------------------------------------------------------------

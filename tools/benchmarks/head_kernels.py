@@ -41,12 +41,8 @@ def kernels(case: Case) -> dict[str, Kernel]:
     x16, w16 = unit_rows(x, dtypes=half)[0], unit_rows(w, dtypes=half)[0]
     inverse = unit_rows(w, dtypes=half)[-1]
     slot = case.target[: len(x), None].contiguous()
-    arguments: dict[str, Any] = {
-        "slot_bl": slot,
-        "own_bl": torch.ones_like(slot, dtype=torch.bool),
-        "scale": SCALE,
-        "shift": shift,
-    }
+    arguments: dict[str, Any] = {"slot_bl": slot, "own_bl": torch.ones_like(slot, dtype=torch.bool)}
+    arguments |= {"scale": SCALE, "shift": shift}
     cos = pitched(len(x), len(w), torch.float16, x.device)
     torch.mm(x16, w16.T, out=cos)
     # Error of a logit: 2^-12 of a cosine stored in fp16, plus four sigma of rounded factors.
@@ -105,13 +101,9 @@ def measure_kernels(case: Case, timer: measure.Timer, rounds: int) -> list[Row]:
     return rows
 
 
-def print_table(rows: list[Row]) -> None:
-    print("\n| kernel | ms p50 [p20, p80] | TFLOP/s | GB/s |\n|---|---:|---:|---:|")
-    for row in rows:
-        if "skipped" in row:
-            print(f"| {row['provider']} | skipped: {row['skipped']} | | |")
-            continue
-        speeds = (
-            f"{measure.format_value(row.get('tflops'), ',.0f')} | {measure.format_value(row.get('gb_per_s'), ',.0f')}"
-        )
-        print(f"| {row['provider']} | {measure.format_ms(row['seconds'])} | {speeds} |", flush=True)
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "kernel": lambda row: str(row["provider"]),
+    "ms p50 [p20, p80]:": lambda row: measure.format_ms(row["seconds"]),
+    "TFLOP/s:": lambda row: measure.format_value(row.get("tflops"), ",.0f"),
+    "GB/s:": lambda row: measure.format_value(row.get("gb_per_s"), ",.0f"),
+}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.classifier_providers import SCALE
-from benchmarks.head_peers import Call, Case, Provider, loss_and_gradients
+from benchmarks.head_peers import BOTH, Call, Case, Provider, loss_and_gradients
 from megacid_kernels import linear_margin_cross_entropy
 from megacid_kernels.margin import Margin
 
@@ -84,29 +84,16 @@ def loss_only(case: Case, **options: Any) -> Call:
 
 
 def _provider(make: Any, about: str, **options: Any) -> Provider:
-    return Provider(functools.partial(make, **options), ("margin", "plain"), about)
+    return Provider(functools.partial(make, **options), BOTH, about)
 
 
+_TRITON_STORED = {"impl": "triton", "weight_grad": "stored"}
 OURS = {
-    "megacid-fused": _provider(
-        training,
-        "stored gradient, exponentials out of the product",
-        matrix="fused",
-        impl="triton",
-        weight_grad="stored",
-    ),
-    "megacid-in-place": _provider(
-        training,
-        "stored gradient, exponentials over a cuBLAS product",
-        matrix="in-place",
-        impl="triton",
-        weight_grad="stored",
-    ),
-    "megacid-recomputed": _provider(
-        training, "recomputed gradient, least memory", impl="triton", weight_grad="recomputed"
-    ),
+    "megacid-fused": _provider(training, "stored gradient, fused exponentials", matrix="fused", **_TRITON_STORED),
+    "megacid-in-place": _provider(training, "the same over a cuBLAS product", matrix="in-place", **_TRITON_STORED),
+    "megacid-recomputed": _provider(training, "least memory", impl="triton", weight_grad="recomputed"),
     "megacid-loss-only": _provider(loss_only, "no gradients", impl="triton"),
-    "megacid-torch": _provider(training, "stored gradient in plain PyTorch, fp32", impl="torch", weight_grad="stored"),
+    "megacid-torch": _provider(training, "stored gradient in PyTorch, fp32", impl="torch", weight_grad="stored"),
 }
 # Largest relative errors of the gradients on the sample. The factors of the first product are rounded to fp16 by our
 # kernels and to bf16 by peers. A larger error of ours ends the benchmark.

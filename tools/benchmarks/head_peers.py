@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -215,29 +216,18 @@ def cut_cross_entropy(case: Case, *, filter_eps: str | None) -> Call:
     )
 
 
+BOTH: tuple[Block, ...] = ("margin", "plain")
 PEERS: dict[str, Provider] = {
-    "cublas-3gemm": Provider(
-        functools.partial(products, backward=True), ("margin", "plain"), "the three products alone, bf16"
-    ),
-    "cublas-1gemm": Provider(
-        functools.partial(products, backward=False), ("margin", "plain"), "the first product alone"
-    ),
+    "cublas-3gemm": Provider(partial(products, backward=True), BOTH, "the three products alone, bf16"),
+    "cublas-1gemm": Provider(partial(products, backward=False), BOTH, "the first product alone"),
     "eager": Provider(published, ("margin",), "the published partial-FC scheme, fp32"),
     "eager-sync-free": Provider(published_sync_free, ("margin",), "the same with bf16 products, without host waits"),
-    "torch-eager": Provider(torch_eager, ("margin", "plain"), "normalise, bf16 product, F.cross_entropy"),
-    "torch-compile": Provider(torch_compile, ("margin", "plain"), "torch.compile of torch-eager"),
-    "torch-lce": Provider(
-        functools.partial(torch_linear_cross_entropy, tuned=False),
-        ("plain",),
-        "F.linear_cross_entropy with its defaults",
-    ),
-    "torch-lce-tuned": Provider(
-        functools.partial(torch_linear_cross_entropy, tuned=True), ("plain",), "with batch_chunk_size of our budget"
-    ),
-    "liger": Provider(functools.partial(liger, tuned=False), ("plain",), "liger-kernel with its defaults"),
-    "liger-tuned": Provider(functools.partial(liger, tuned=True), ("plain",), "chunks of our budget, fp32 sums"),
-    "cce": Provider(
-        functools.partial(cut_cross_entropy, filter_eps="high"), ("plain",), "cut-cross-entropy with its default filter"
-    ),
-    "cce-unfiltered": Provider(functools.partial(cut_cross_entropy, filter_eps=None), ("plain",), "filter_eps=None"),
+    "torch-eager": Provider(torch_eager, BOTH, "normalise, bf16 product, F.cross_entropy"),
+    "torch-compile": Provider(torch_compile, BOTH, "torch.compile of torch-eager"),
+    "torch-lce": Provider(partial(torch_linear_cross_entropy, tuned=False), ("plain",), "with its defaults"),
+    "torch-lce-tuned": Provider(partial(torch_linear_cross_entropy, tuned=True), ("plain",), "chunks of our budget"),
+    "liger": Provider(partial(liger, tuned=False), ("plain",), "liger-kernel with its defaults"),
+    "liger-tuned": Provider(partial(liger, tuned=True), ("plain",), "chunks of our budget, fp32 sums"),
+    "cce": Provider(partial(cut_cross_entropy, filter_eps="high"), ("plain",), "with its default filter"),
+    "cce-unfiltered": Provider(partial(cut_cross_entropy, filter_eps=None), ("plain",), "without its filter"),
 }

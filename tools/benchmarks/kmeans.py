@@ -73,26 +73,14 @@ def check(report: Report) -> list[Limit]:
     limits = []
     for row in report["results"]:
         if row["measured"] == "iteration" and row["backend"] == row["auto"]:
-            limits.append(
-                Limit(
-                    f"iteration ({row['auto']}): time over faiss's assignment",
-                    statistics.median(row["ratio"]),
-                    MAX_TIME_RATIO,
-                    False,
-                )
-            )
+            what, ratio = f"iteration ({row['auto']}): time over faiss's assignment", statistics.median(row["ratio"])
+            limits.append(Limit(what, ratio, MAX_TIME_RATIO, at_least=False))
         elif row["measured"] == "fit":
-            limits.append(
-                Limit(
-                    f"fit from {row['init']}: objective over faiss's", row["objective_ratio"], MIN_OBJECTIVE_RATIO, True
-                )
-            )
+            what = f"fit from {row['init']}: objective over faiss's"
+            limits.append(Limit(what, row["objective_ratio"], MIN_OBJECTIVE_RATIO, at_least=True))
         elif row["measured"] == "memory":
-            limits.append(
-                Limit(
-                    "peak GB above that of the libraries", row.get("peak_gb"), report["arguments"]["memory_gb"], False
-                )
-            )
+            what, bound = "peak GB above that of the libraries", report["arguments"]["memory_gb"]
+            limits.append(Limit(what, row.get("peak_gb"), bound, at_least=False))
     return limits
 
 
@@ -144,15 +132,8 @@ def _iteration(args: argparse.Namespace) -> list[Row]:
     out = []
     for backend in times:
         ratio = [mine / other for mine, other in zip(times[backend], faiss_times[backend])]
-        auto = chosen_backend("auto", CPU, args.dim)
-        row = {
-            "measured": "iteration",
-            "backend": backend,
-            "auto": auto,
-            "rows": args.rows,
-            "k": args.k,
-            "dim": args.dim,
-        }
+        row = {"measured": "iteration", "backend": backend, "auto": chosen_backend("auto", CPU, args.dim)}
+        row |= {"rows": args.rows, "k": args.k, "dim": args.dim}
         out.append(row | {"seconds": times[backend], "faiss_assignment": faiss_times[backend], "ratio": ratio})
         print(
             f"iteration, backend {backend}: {statistics.median(times[backend]):.2f} s, faiss's assignment "
@@ -167,14 +148,8 @@ def _fits(args: argparse.Namespace) -> list[Row]:
     faiss, clock = _faiss(args.threads), clock_of(args)
     x = tree(args.fit_rows, args.dim, args.seed)
     # All rows: the default would train on 256 rows per centroid.
-    theirs = faiss.Kmeans(
-        args.dim,
-        args.k,
-        niter=args.iterations,
-        spherical=True,
-        seed=args.seed + 1,
-        max_points_per_centroid=args.fit_rows,
-    )
+    options = {"niter": args.iterations, "spherical": True, "seed": args.seed + 1}
+    theirs = faiss.Kmeans(args.dim, args.k, max_points_per_centroid=args.fit_rows, **options)
     theirs.cp.min_points_per_centroid = 1
     began = clock()
     theirs.train(_unit_fp32(x))

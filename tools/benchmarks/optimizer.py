@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.classifier_providers import SCALE, SEED, Shape, class_rows
-from benchmarks.suite import Limit, Report, Row, make_report
+from benchmarks.suite import Limit, Report, Row, make_report, print_table
 from megacid import PartialFC, RowAdamW, RowSGD
 from megacid.classifier.row_state import rounding_keys
 from megacid.errors import UserError
@@ -58,15 +58,8 @@ class Case:
     def head(self) -> PartialFC:
         """A classifier after its first backward; the same rows and gradient each time."""
         shape = self.shape
-        head = PartialFC(
-            shape.classes,
-            shape.width,
-            sample_rate=shape.rate,
-            scale=SCALE,
-            init=self.weight,
-            seed=SEED,
-            device=self.device,
-        )
+        options: dict[str, Any] = {"sample_rate": shape.rate, "scale": SCALE, "seed": SEED, "device": self.device}
+        head = PartialFC(shape.classes, shape.width, init=self.weight, **options)
         head.set_step(0)
         generator = torch.Generator().manual_seed(SEED)
         target = torch.randint(shape.classes, (shape.batch,), generator=generator)
@@ -168,7 +161,7 @@ def run(args: argparse.Namespace) -> Report:
         case = Case(shape, device)
         for kind in ("adamw", "sgd"):
             rows += measure_steps(case, kind, timer)
-    print_table(rows)
+    print_table(rows, COLUMNS)
     return make_report(args, rows)
 
 
@@ -201,30 +194,24 @@ def measure_steps(case: Case, kind: str, timer: measure.Timer) -> list[Row]:
     return list(rows.values())
 
 
-def print_table(rows: list[Row]) -> None:
-    print("\n| shape | optimizer, moments | provider | ms p50 [p20, p80] | GB/s | of copy | speed over dense |")
-    print("|---|---|---|---:|---:|---:|---:|")
-    for row in rows:
-        cells = [str(Shape.parse(row["shape"])), f"{row['optimizer']}, {row['moments']}", row["provider"]]
-        if "skipped" in row:
-            cells += [f"skipped: {row['skipped']}", "", "", ""]
-        else:
-            cells += [measure.format_ms(row["seconds"]), f"{row['gb_per_s']:,.1f}", f"{row['copy_fraction']:.1%}"]
-            cells.append(measure.format_value(row.get("speed_over_dense"), unit="x"))
-        print(f"| {' | '.join(cells)} |")
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "shape": lambda row: str(Shape.parse(row["shape"])),
+    "optimizer, moments": lambda row: f"{row['optimizer']}, {row['moments']}",
+    "provider": lambda row: str(row["provider"]),
+    "ms p50 [p20, p80]:": lambda row: measure.format_ms(row["seconds"]),
+    "GB/s:": lambda row: f"{row['gb_per_s']:,.1f}",
+    "of copy:": lambda row: f"{row['copy_fraction']:.1%}",
+    "speed over dense:": lambda row: measure.format_value(row.get("speed_over_dense"), unit="x"),
+}
 
 
 def check(report: Report) -> list[Limit]:
     """The copy fraction of AdamW on sampled rows on a GPU; no limit on a CPU."""
     if report["arguments"]["device"] != "cuda":
         return []
-    return [
-        Limit(
-            f"{Shape.parse(row['shape'])}: AdamW of rows, {row['moments']} moments, of copy",
-            row.get("copy_fraction"),
-            MIN_COPY_FRACTION,
-            at_least=True,
-        )
-        for row in report["results"]
-        if row["provider"] == "kernel" and row["optimizer"] == "adamw"
-    ]
+    limits = []
+    for row in report["results"]:
+        if row["provider"] == "kernel" and row["optimizer"] == "adamw":
+            what = f"{Shape.parse(row['shape'])}: AdamW of rows, {row['moments']} moments, fraction of a copy's rate"
+            limits.append(Limit(what, row.get("copy_fraction"), MIN_COPY_FRACTION, at_least=True))
+    return limits

@@ -175,6 +175,24 @@ def print_comparison(new: Report, old: Report) -> None:
             print(f"compare: {what}: {'; '.join(sorted(names))}")
 
 
+def print_table(rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> None:
+    """Print rows as a Markdown table.
+
+    Args:
+        columns: the cell of a row by header. Headers that end in ":" are measurements: right-aligned, and left
+            out of a row that has "skipped", whose first one gives the reason.
+    """
+    print(f"\n| {' | '.join(header.rstrip(':') for header in columns)} |")
+    print(f"|{'|'.join('---:' if header.endswith(':') else '---' for header in columns)}|")
+    for row in rows:
+        reason = [f"skipped: {row['skipped']}"] if "skipped" in row else []
+        cells = []
+        for header, cell in columns.items():
+            measured = header.endswith(":")
+            cells.append(cell(row) if not (measured and "skipped" in row) else reason.pop() if reason else "")
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
 def print_limits(limits: list[Limit]) -> bool:
     """Print a line per limit; True if all are met."""
     for limit in limits:

@@ -26,14 +26,8 @@ from megacid_kernels.fused.tuning import Tiles
 Kernel = Literal["forward", "nearest"]
 KERNELS: tuple[Kernel, ...] = ("forward", "nearest")
 # Shared memory per block, for --list; when measuring, the GPU is queried.
-SHARED_BYTES = {
-    "sm_80": 163 << 10,
-    "sm_86": 99 << 10,
-    "sm_89": 99 << 10,
-    "sm_90": 227 << 10,
-    "sm_100": 227 << 10,
-    "sm_120": 99 << 10,
-}
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+SHARED_BYTES |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), 99 << 10)
 _MAX_ACCUMULATORS = 128  # per thread, of 255 registers: addresses, masks and the epilogue need the rest
 _SCALE, _SEED = 64.0, 0
 _ROUNDS = 3
@@ -117,9 +111,7 @@ def tune(case: Case, tiles: dict[Kernel, list[ProductTile]], timer: measure.Time
         timed = _times(runs, timer)
         by_name = {tile_name(tile): tile for tile in tiles[kernel]}
         for name, seconds in timed.items():
-            rows.append(
-                {"kernel": kernel, "tile": name, "seconds": seconds, "tflops": flop / measure.quantiles(seconds)[1]}
-            )
+            rows.append(_row(kernel, name, seconds, flop))
         if not timed:
             raise ValueError(
                 f"none of {len(tiles[kernel])} tiles of {kernel} runs: {rows[-1]['skipped'] if rows else 'none fits'}"
@@ -129,11 +121,13 @@ def tune(case: Case, tiles: dict[Kernel, list[ProductTile]], timer: measure.Time
     matrix: Any = "fused"
     if x.dtype != torch.bfloat16:
         seconds = _times({"in-place": functools.partial(in_place, case)}, timer)["in-place"]
-        rows.append(
-            {"kernel": "in-place", "tile": "", "seconds": seconds, "tflops": flop / measure.quantiles(seconds)[1]}
-        )
+        rows.append(_row("in-place", "", seconds, flop))
         matrix = "in-place" if measure.quantiles(seconds)[1] < best["forward"][0] else "fused"
     return Tiles(best["forward"][1], best["nearest"][1], matrix, measured=True), rows
+
+
+def _row(kernel: str, tile: str, seconds: list[float], flop: float) -> Row:
+    return {"kernel": kernel, "tile": tile, "seconds": seconds, "tflops": flop / measure.quantiles(seconds)[1]}
 
 
 def tile_name(tile: ProductTile) -> str:
