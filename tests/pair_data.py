@@ -75,12 +75,12 @@ def tokenize(captions: list[str]) -> torch.Tensor:
     return torch.tensor([[int(caption or 0)] for caption in captions])
 
 
-_PLAN = dict(global_batch=8, micro_batch=8, accumulation=1, rank=0, world=1, start_step=0, total_steps=6)
+PLAN = dict(global_batch=8, micro_batch=8, accumulation=1, rank=0, world=1, start_step=0, total_steps=6)
 
 
 def stream(index: ShardIndex, **changes: Any) -> PairStream:
     """One rank, batches of 8, 6 steps; `changes`: fields of Positions and of PairOptions."""
-    plan = Positions(**{name: changes.pop(name, value) for name, value in _PLAN.items()})
+    plan = Positions(**{name: changes.pop(name, value) for name, value in PLAN.items()})
     return PairStream(index, plan, PairOptions(**{"transform": transform, "tokenize": tokenize, "seed": 1, **changes}))
 
 

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Index a folder of tar shards, so that training can read any sample with one read; or check the index it has.
+"""Index a folder of tar shards for random access by the loader, or verify an existing index.
 
-tools/index_shards.py data/digits/train
-tools/index_shards.py data/digits/train --verify      # hash every tar again; exit code 1 when something differs
+    tools/index_shards.py data/digits/train
+    tools/index_shards.py data/digits/train --verify      # hash every tar; exit code 1 when something differs
+
+Training builds a missing index itself.
 """
 
 import argparse
@@ -20,10 +22,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", help="directory with *.tar")
     parser.add_argument(
-        "--verify", action="store_true", help="compare sizes, sha256 and tables with the index; change nothing"
+        "--verify",
+        action="store_true",
+        help="compare the sizes, sha256 and tables of all tars with the index; change nothing",
     )
     parser.add_argument(
-        "--allow-bad", action="store_true", help="use the intact samples of cut tars instead of refusing them"
+        "--allow-bad", action="store_true", help="use the intact samples of damaged tars instead of refusing them"
     )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -39,14 +43,13 @@ def main(argv: list[str] | None = None) -> int:
         else:
             index = load_index(args.shards, allow_bad=args.allow_bad, on_shard=on_shard)
     if args.verify:
-        print("\n".join(problems) or f"{args.shards}: every tar is as indexed")
+        print("\n".join(problems) or f"{args.shards}: all tars match the index")
         return 1 if problems else 0
     size = sum(shard["bytes"] for shard in index.shards)
-    print(
-        f"{args.shards}: {len(index.names)} shards, {index.num_samples:,} samples, {size:,} bytes, digest {index.digest[:12]}"
-    )
+    totals = f"{len(index.names)} shards, {index.num_samples:,} samples, {size:,} bytes"
+    print(f"{args.shards}: {totals}, digest {index.digest[:12]}")
     for reason, count in sorted(index.dropped.items()):
-        print(f"  left out: {count:,} ({reason})")
+        print(f"  skipped: {count:,} ({reason})")
     return 0
 
 

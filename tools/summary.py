@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Collect what tools/demo.sh made into one table and `summary.json`.
+"""Collect the results of tools/demo.sh in one table and DEMO/summary.json.
 
     tools/summary.py --demo runs/demo
 
-Reads what the tools wrote and computes nothing itself: the evaluation's JSON files, each run's train_summary.json, the
-balance report, the stage times.
+Reads the evaluation's JSON files, the train_summary.json of each run, the balance report and the stage times.
 """
 
 import argparse
@@ -32,12 +31,11 @@ def read(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing, so a stage before this one did not finish: run tools/demo.sh again"
-        ) from None
+        raise UserError(f"{path} is missing, so an earlier stage did not finish: run tools/demo.sh again") from None
 
 
-def of_run(demo: Path, name: str) -> dict[str, Any]:
+def run_results(demo: Path, name: str) -> dict[str, Any]:
+    """Accuracies, speed and settings of one training run."""
     trained, config = read(demo / name / "train_summary.json"), read(demo / name / "config.json")["resolved"]
     scores: dict[str, float] = {}
     for path in sorted((demo / name / "eval").glob("*.json")):
@@ -58,9 +56,8 @@ def of_run(demo: Path, name: str) -> dict[str, Any]:
 def table(runs: dict[str, dict[str, Any]]) -> str:
     rows = ["| model | zero-shot top-1 | linear probe top-1 | training | samples/s |", "|---|---:|---:|---:|---:|"]
     for name, run in runs.items():
-        rows.append(
-            f"| {RUNS[name]} | {100 * run['zero_shot_top1']:.1f} % | {100 * run['linear_probe_top1']:.1f} % | {run['train_seconds']:.0f} s | {run['samples_per_second']:.0f} |"
-        )
+        accuracies = f"{100 * run['zero_shot_top1']:.1f} % | {100 * run['linear_probe_top1']:.1f} %"
+        rows.append(f"| {RUNS[name]} | {accuracies} | {run['train_seconds']:.0f} s | {run['samples_per_second']:.0f} |")
     return "\n".join(rows)
 
 
@@ -68,7 +65,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, required=True, help="output directory of tools/demo.sh")
     demo = parser.parse_args().demo
-    runs = {name: of_run(demo, name) for name in RUNS}
+    runs = {name: run_results(demo, name) for name in RUNS}
     report = read(demo / "balance" / "report.json")
     times = dict(line.split("\t") for line in (demo / "times.tsv").read_text().splitlines())
     planted = report.get("planted_copies", {})
@@ -90,15 +87,13 @@ def main() -> int:
     }
     write_json_atomic(demo / "summary.json", summary)
     print(f"\n{table(runs)}\n")
-    print(
-        f"balance: {100 * report['share_removed']:.1f} % of the pairs removed at distance {report['threshold']:.4f}; planted copies: {json.dumps(planted)}"
-    )
+    removed = f"{100 * report['share_removed']:.1f} % of the pairs removed below distance {report['threshold']:.4f}"
+    print(f"balance: {removed}; planted copies: {json.dumps(planted)}")
     if inside:
-        print(f"  without the pass across clusters: {json.dumps(inside)}")
+        print(f"  before the comparison across clusters: {json.dumps(inside)}")
     print("seconds per stage: " + ", ".join(f"{name} {seconds}" for name, seconds in times.items()))
-    print(
-        f"{summary['machine']['cpu']}, {summary['machine']['cores']} cores, {summary['date']}; all of it: {demo / 'summary.json'}"
-    )
+    host = f"{summary['machine']['cpu']}, {summary['machine']['cores']} cores"
+    print(f"{host}, {summary['date']}; details: {demo / 'summary.json'}")
     return 0
 
 

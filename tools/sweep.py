@@ -2,12 +2,12 @@
 """Train one run per sampling rate r and per number of clusters k, and compare accuracy, time and memory.
 
     tools/sweep.py --deepspeed_config configs/partial_fc_sweep.json --rates 0.01 0.1 1.0 --out runs/sweep
-    tools/sweep.py --deepspeed_config configs/partial_fc_sweep.json --rates 0.1 --clusters 1000 5000 --seeds 0 1 2 --out runs/sweep
+    tools/sweep.py --deepspeed_config configs/partial_fc_sweep.json --clusters 1000 5000 --seeds 0 1 2 --out runs/sweep
 
-The run file trains on features (tools/synthesize.py features). A run with --clusters k is trained on the labels of a
-k-means with k clusters, at the sampling rate of the run file. Every run is judged on the true classes of the test split:
-the nearest mean of the trained embeddings of the training rows. Writes OUT/sweep.json, sweep.md and sweep.png.
-Run it again after an interruption: finished runs are kept, an interrupted one goes on from its checkpoint.
+The run file trains on features (tools/synthesize.py features). A run with --clusters k trains on the labels of a
+k-means with k clusters, at the sampling rate of the run file. Every run is evaluated on the true classes of the test
+split, by the nearest mean of the trained embeddings of the training rows. Writes OUT/sweep.json, sweep.md and
+sweep.png. After an interruption run the same command again: finished runs are kept, an interrupted one resumes.
 """
 
 import argparse
@@ -61,14 +61,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--features", type=Path, help="directory of features (default: data.features of the run file)")
     parser.add_argument("--rates", type=float, nargs="+", default=[], metavar="R", help="sampling rates, above 0 to 1")
     parser.add_argument("--clusters", type=int, nargs="+", default=[], metavar="K", help="numbers of clusters")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
-    parser.add_argument("--ranks", type=int, default=1, help="above 1: started with deepspeed --num_gpus (default 1)")
-    parser.add_argument("--iterations", type=int, default=10, help="of k-means (default 10)")
-    parser.add_argument("--limit", type=int, help="judge on the first so many test rows (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run per seed (default: 0)")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="GPUs per run; above 1 starts deepspeed --num_gpus (default 1)"
+    )
+    parser.add_argument("--iterations", type=int, default=10, help="k-means iterations (default 10)")
+    parser.add_argument("--limit", type=int, help="evaluate on the first LIMIT test rows (default: all)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value of the run file"
     )
-    parser.add_argument("--out", type=Path, required=True, help="directory of the runs and of the results")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the runs and the results")
     args = parser.parse_args(argv)
     if not args.rates and not args.clusters:
         raise UserError("neither --rates nor --clusters is given: name the values to compare")
@@ -87,12 +89,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for assignment in args.set:
         key = assignment.partition("=")[0].removeprefix("megacid.")
         if key in OWN_KEYS:
-            raise UserError(f"--set {assignment}: the sweep sets {key} itself; use its own options")
+            raise UserError(f"--set {assignment}: the sweep sets {key} itself: use the options of this tool")
     return args
 
 
 def assignments(args: argparse.Namespace, point: Point, features: Path) -> list[str]:
-    """What this point changes in the run file."""
+    """Overrides of the run file for this point."""
     own = [f"run.name={json.dumps(point.name)}", f"run.dir={json.dumps(str(args.out))}", f"run.seed={point.seed}"]
     own.append(f"data.features={json.dumps(str(features))}")
     return [*args.set, *own, *([f"classifier.sample_rate={point.value}"] if point.axis == "rate" else [])]
@@ -102,19 +104,20 @@ def assignments(args: argparse.Namespace, point: Point, features: Path) -> list[
 
 
 def measure(args: argparse.Namespace, point: Point, features: Path) -> dict[str, Any]:
-    """Train and judge one point; a finished one is read back. UserError when training fails."""
+    """Train and evaluate one point, or read its result when it is complete. UserError when training fails."""
     changes = assignments(args, point, features)
     run = load_run(args.deepspeed_config, changes, world=args.ranks)
     check_same_settings(run, run.directory)
     made_from = {"features": FeatureSet(features).digest, "ranks": args.ranks, "limit": args.limit}
     record = run.directory / "sweep_point.json"
     if record.exists():
-        done: dict[str, Any] = json.loads(record.read_text())
-        if done["made_from"] != made_from:
+        stored: dict[str, Any] = json.loads(record.read_text())
+        if stored["made_from"] != made_from:
             raise UserError(
-                f"{record} was made with {done['made_from']}, expected {made_from}: take another --out, or remove {run.directory}"
+                f"{record} was made with {stored['made_from']}, expected {made_from}: choose another --out, or remove "
+                f"{run.directory}"
             )
-        return done
+        return stored
     launch(args, run, changes)
     trained = trained_tower(run.directory, FeatureSet(features), device="cuda" if torch.cuda.is_available() else "cpu")
     scores = {
@@ -133,29 +136,30 @@ def measure(args: argparse.Namespace, point: Point, features: Path) -> dict[str,
 
 
 def launch(args: argparse.Namespace, run: RunFile, changes: list[str]) -> None:
-    """Train in a process of its own, so that its memory is its own; what it says goes to OUT/NAME.out."""
+    """Train in a separate process, whose memory can be measured; its output goes to OUT/NAME.out."""
     start = [sys.executable]
     if args.ranks > 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        start = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(args.ranks), "--master_port", str(port)]  # fmt: skip
+        launcher = str(Path(sys.executable).parent / "deepspeed")
+        start = [launcher, "--num_gpus", str(args.ranks), "--master_port", str(port)]
     words = [*start, str(checkout.ROOT / "megacid" / "train.py"), "--deepspeed_config", str(args.deepspeed_config)]
     words += [word for change in changes for word in ("--set", change)]
     args.out.mkdir(parents=True, exist_ok=True)
-    said = args.out / f"{run.megacid.run.name}.out"
-    with open(said, "w") as out:
+    log = args.out / f"{run.megacid.run.name}.out"
+    with open(log, "w") as out:
         code = subprocess.run(words, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
     if code:
-        with open(said) as text:
-            last = "".join(deque(text, maxlen=5)).strip()
+        with open(log) as lines:
+            last = "".join(deque(lines, maxlen=5)).strip()
         raise UserError(
-            f"training of {run.megacid.run.name} ended with exit code {code}, see {said}; it said last:\n{last}"
+            f"training of {run.megacid.run.name} ended with exit code {code}, see {log}; last lines:\n{last}"
         )
 
 
 def curves(run: Path) -> dict[str, float]:
-    """Time, memory and loss of a run, also of one that was trained in several parts: from its tensorboard events."""
+    """Time, memory and loss of a run from its tensorboard events, which cover a resumed run as a whole."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
@@ -164,7 +168,7 @@ def curves(run: Path) -> dict[str, float]:
         name: [event.value for event in events.Scalars(f"train/{name}")]
         for name in ("batch_time", "peak_memory_mib", "loss")
     }
-    summary = json.loads((run / "train_summary.json").read_text())  # written later, so after the last checkpoint too
+    summary = json.loads((run / "train_summary.json").read_text())  # covers the last checkpoint, too
     return {
         "seconds_per_step": statistics.median(values["batch_time"]),
         "peak_memory_mib": max(*values["peak_memory_mib"], summary["peak_memory_mib"]),
@@ -176,17 +180,17 @@ def curves(run: Path) -> dict[str, float]:
 
 
 def summarise(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per value: means over the seeds, the standard deviation of the accuracy (None for a single seed)."""
+    """One row per value: means over the seeds and the standard deviation of the accuracy (None for a single seed)."""
     rows = []
     for value in sorted({point["value"] for point in points}):
         same = [point for point in points if point["value"] == value]
-        found = [point["nearest_class_mean"] for point in same]
+        accuracies = [point["nearest_class_mean"] for point in same]
         rows.append(
             {
                 "value": value,
                 "seeds": len(same),
-                "accuracy": statistics.mean(found),
-                "accuracy_std": statistics.stdev(found) if len(found) > 1 else None,
+                "accuracy": statistics.mean(accuracies),
+                "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
                 "head_accuracy": statistics.mean(p["head"] for p in same) if "head" in same[0] else None,
                 "seconds_per_step": statistics.median(point["seconds_per_step"] for point in same),
                 "peak_memory_mib": max(point["peak_memory_mib"] for point in same),
@@ -213,27 +217,27 @@ def table(axis: str, rows: list[dict[str, Any]]) -> str:
 
 
 def report(sweep: dict[str, Any]) -> str:
-    """sweep.md."""
-    facts, of = sweep["machine"], sweep["features"]
+    """The text of sweep.md."""
+    host, data = sweep["machine"], sweep["features"]
     parts = [f"# Sweep of {sweep['run_file']}"]
     parts += [table(axis, sweep[axis]) for axis in AXES if sweep[axis]]
     seeds = ", ".join(map(str, sweep["seeds"]))
     parts.append(
-        f"{of['classes']:,} classes, {of['rows']:,} training rows of width {of['dim']}, {of['test_rows']:,} test rows; "
-        f"{sweep['steps']:,} steps of {sweep['batch']:,} rows, embedding width {sweep['embed_dim']}; ranks: {sweep['ranks']}; "
+        f"{data['classes']:,} classes, {data['rows']:,} training rows of width {data['dim']}, "
+        f"{data['test_rows']:,} test rows; "
+        f"{sweep['steps']:,} steps of {sweep['batch']:,} rows, embedding width {sweep['embed_dim']}; "
+        f"ranks: {sweep['ranks']}; "
         + (f"seeds {seeds}, ± is the standard deviation over them. " if len(sweep["seeds"]) > 1 else f"seed {seeds}. ")
         + f"The features themselves, without a tower: {100 * sweep['untrained_accuracy']:.1f} % nearest class mean."
     )
     if sweep["rate"]:
-        parts.append("The loss is over the sampled classes, so it cannot be compared between sampling rates.")
+        parts.append("The loss covers the sampled classes only, so it cannot be compared between sampling rates.")
     if sweep["clusters"]:
         parts.append(
-            f"Runs on clusters sample at r = {sweep['sample_rate']:g}; the true classes are used in the evaluation only."
+            f"Runs on clusters sample at r = {sweep['sample_rate']:g}; only the evaluation uses the true classes."
         )
-    memory = "allocated on the GPU" if facts["accelerator"] else "resident, with the interpreter and its libraries"
-    where = (
-        facts["accelerator"] or f"{facts['cpu']}, {facts['cores']} cores, OMP_NUM_THREADS {sweep['omp_num_threads']}"
-    )
+    memory = "allocated on the GPU" if host["accelerator"] else "resident, including the interpreter and its libraries"
+    where = host["accelerator"] or f"{host['cpu']}, {host['cores']} cores, OMP_NUM_THREADS {sweep['omp_num_threads']}"
     parts.append(f"{sweep['date']}, {where}. Memory: {memory}.")
     return "\n\n".join(parts) + "\n"
 
@@ -244,7 +248,7 @@ def plot(sweep: dict[str, Any], path: Path) -> None:
         import matplotlib
     except ImportError:
         raise UserError(
-            "matplotlib is not installed, sweep.json and sweep.md are written: pip install matplotlib"
+            "matplotlib is not installed, so only sweep.json and sweep.md were written: pip install matplotlib"
         ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -255,7 +259,8 @@ def plot(sweep: dict[str, Any], path: Path) -> None:
         rows = sweep[axis]
         x = [row["value"] for row in rows]
         spread = [100 * (row["accuracy_std"] or 0.0) for row in rows]
-        left.errorbar(x, [100 * row["accuracy"] for row in rows], spread, marker="o", capsize=3, label="nearest class mean")  # fmt: skip
+        percent = [100 * row["accuracy"] for row in rows]
+        left.errorbar(x, percent, spread, marker="o", capsize=3, label="nearest class mean")
         if rows[0]["head_accuracy"] is not None:
             left.plot(x, [100 * row["head_accuracy"] for row in rows], marker="s", label="nearest class row")
         left.axhline(100 * sweep["untrained_accuracy"], color="grey", linestyle="--", label="features without a tower")
@@ -285,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     base = load_run(args.deepspeed_config, args.set, world=args.ranks)
     if base.megacid.data.features is None:
         raise UserError(
-            f"{args.deepspeed_config} has no data.features: a sweep needs a run file that trains on features"
+            f"{args.deepspeed_config} has no data.features, expected a run file that trains on features: set it"
         )
     features = args.features or Path(base.megacid.data.features)
     source, test = FeatureSet(features, true_labels=True), FeatureSet(features, "test")

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Make data to try everything on: captioned digits, captioned scenes of shapes, or bare class-labelled features.
+"""Generate synthetic data: captioned digits, captioned scenes of shapes, or class-labelled feature vectors.
 
     tools/synthesize.py digits   --out data/digits
     tools/synthesize.py scenes   --out data/scenes --num 20000 --clusters 1000 --duplicates 0.4
     tools/synthesize.py features --out data/features --classes 1000000 --dim 512 --per-class 20
 
 digits and scenes write OUT/train in img2dataset's layout (tars of jpg|png + txt + json, sizes.json) and OUT/test in the
-webdataset layout of CLIP_benchmark. Some training samples are altered copies of others; their json names the `origin`.
-Nothing in the test split is ever copied. The same arguments give the same tars, bit for bit, with the same Pillow.
+webdataset layout of CLIP_benchmark. Some training samples are altered copies of others; their json names the original
+as `origin`. The test split has no copies. The same arguments and Pillow version give bit-identical tars.
 """
 
 import argparse
@@ -49,7 +49,7 @@ DIGIT_TEMPLATES = ("a photo of the digit {c}.", "the number {c} written by hand.
 
 
 class Sample(NamedTuple):
-    """One training pair before it has a key. `origin`: the sample it is a copy of; its own number for an original."""
+    """One training pair. `origin`: number of the sample that it is a copy of; its own number for an original."""
 
     number: int
     origin: int
@@ -65,22 +65,19 @@ class Sample(NamedTuple):
 
 def encode(image: Image.Image, extension: str, quality: int = 92) -> bytes:
     buffer = io.BytesIO()
-    if extension == "png":
-        image.save(buffer, "PNG")
-    else:
-        image.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, "PNG" if extension == "png" else "JPEG", quality=quality)  # PNG has no quality
     return buffer.getvalue()
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """A member without a date or an owner: the tar depends on its content only."""
+    """Add a member without date and owner, so that the bytes of the tar depend on its content only."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = len(data), 0o644
     tar.addfile(info, io.BytesIO(data))
 
 
 def write_train(folder: Path, samples: Iterator[Sample], place: Any, shard_sizes: list[int]) -> dict[str, int]:
-    """Write img2dataset's layout. `place(number) -> (shard, row)` gives every sample's place, also that of an origin."""
+    """Write img2dataset's layout; `place(number) -> (shard, row)` locates every sample. Returns the counts."""
     folder.mkdir(parents=True)
     key = lambda number: "{:05d}{:04d}".format(*place(number))  # noqa: E731
     counts = {"pairs": 0, "originals": 0, "copies": 0}
@@ -90,7 +87,7 @@ def write_train(folder: Path, samples: Iterator[Sample], place: Any, shard_sizes
             for _ in range(size):
                 sample = next(samples)
                 redundant = sample.origin != sample.number
-                facts = {
+                record = {
                     "key": key(sample.number),
                     "caption": sample.caption,
                     "label": sample.label,
@@ -98,9 +95,9 @@ def write_train(folder: Path, samples: Iterator[Sample], place: Any, shard_sizes
                     "redundant": redundant,
                     "change": sample.change,
                 }
-                add_member(tar, f"{facts['key']}.{sample.extension}", sample.image)
-                add_member(tar, f"{facts['key']}.txt", sample.caption.encode())
-                add_member(tar, f"{facts['key']}.json", json.dumps(facts).encode())
+                add_member(tar, f"{record['key']}.{sample.extension}", sample.image)
+                add_member(tar, f"{record['key']}.txt", sample.caption.encode())
+                add_member(tar, f"{record['key']}.json", json.dumps(record).encode())
                 bar.update()
                 counts["pairs"] += 1
                 counts["copies" if redundant else "originals"] += 1
@@ -134,45 +131,45 @@ def write_benchmark(folder: Path, names: list[str], templates: list[str], splits
 
 
 def source_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that decide the content."""
+    """The arguments that determine the content."""
     return {k: v for k, v in sorted(vars(args).items()) if k not in ("out", "force", "make")}
 
 
 def build(args: argparse.Namespace, make: Any) -> int:
-    """Call `make(stage_folder) -> facts` in a hidden folder and publish it in one rename; keep what is there and the same."""
+    """Call `make(args, folder) -> counts` in a hidden folder and publish it with one rename, unless OUT is complete."""
     out: Path = args.out
-    wanted = source_of(args)
+    source = source_of(args)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (out / "meta.json").is_file():
-            raise UserError(f"{out} is not empty and was not made by this tool: give another --out")
+            raise UserError(f"{out} is not empty and was not made by this tool: choose another --out")
         try:
             before = read_meta(out, "synthesize")["source"]
         except UserError as error:
             if not args.force or "not JSON" not in str(error):
-                raise UserError(f"{error}; with --force, or after {out} was deleted, it is made again") from None
+                raise UserError(f"{error}; pass --force, or delete {out}, to generate it again") from None
             before = None
-        if before == wanted and not args.force:
-            print(f"{out} is there already, made with the same arguments (--force makes it again)")
+        if before == source and not args.force:
+            print(f"{out} already exists, made with the same arguments (pass --force to generate it again)")
             return 0
         if not args.force:
-            raise UserError(f"{out} was made with other arguments ({before}): give another --out, or --force")
+            raise UserError(f"{out} was made with other arguments ({before}): choose another --out, or pass --force")
     with staged_folder(out) as stage:
-        facts = make(args, stage)
+        counts = make(args, stage)
         failpoint("synthesize:before_meta")
-        write_meta(stage, "synthesize", wanted, **facts)
+        write_meta(stage, "synthesize", source, **counts)
     print(f"\n{out}")
-    for name, value in facts.items():
+    for name, value in counts.items():
         print(f"  {name:<22}{value:>12,}" if isinstance(value, int) else f"  {name:<22}{value!s:>12}")
     return 0
 
 
-def finish_pairs(stage: Path, wanted: dict[str, Any], counts: dict[str, int], tests: int) -> dict[str, Any]:
-    """Index what was written, which also reads it back, and leave a meta.json in both folders."""
+def finish_pairs(stage: Path, source: dict[str, Any], counts: dict[str, int], tests: int) -> dict[str, Any]:
+    """Index the training tars, which also reads them back, and write a meta.json into both folders."""
     index = load_index(stage / "train")
     if index.num_samples != counts["pairs"] or index.dropped:
-        raise RuntimeError(f"wrote {counts['pairs']} pairs, read back {index.num_samples}, left out {index.dropped}")
-    write_meta(stage / "train", "synthesize", wanted, shards_digest=index.digest, **counts)
-    write_meta(stage / "test", "synthesize", wanted, images=tests)
+        raise RuntimeError(f"wrote {counts['pairs']} pairs, read back {index.num_samples}, skipped {index.dropped}")
+    write_meta(stage / "train", "synthesize", source, shards_digest=index.digest, **counts)
+    write_meta(stage / "test", "synthesize", source, images=tests)
     share = counts["originals"] / counts["pairs"]
     return {"shards": len(index.names), **counts, "share of originals": round(share, 4), "test images": tests}
 
@@ -181,7 +178,7 @@ def finish_pairs(stage: Path, wanted: dict[str, Any], counts: dict[str, int], te
 
 
 def digit_image(pixels: np.ndarray, size: int) -> Image.Image:
-    """An 8 x 8 array of 0 .. 16 to a size x size RGB image."""
+    """A size x size RGB image of an 8 x 8 array of 0 .. 16."""
     grey = Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8))
     return grey.resize((size, size), Image.Resampling.BICUBIC).convert("RGB")
 
@@ -204,7 +201,7 @@ def make_digits(args: argparse.Namespace, stage: Path) -> dict[str, Any]:
     train_rows = np.flatnonzero(~test)
     originals = len(train_rows)
     copies = round(originals * args.redundancy / (1 - args.redundancy))
-    # Pair number i < originals is an original, the others are copies of the pair that `origin` names.
+    # Pairs with number < originals are originals; the others are copies of the pair in `origin`.
     origin = np.concatenate([np.arange(originals), rng.integers(0, originals, copies)])
     order = rng.permutation(originals + copies)
     shard_sizes = [len(part) for part in np.array_split(order, args.shards)]
@@ -220,15 +217,15 @@ def make_digits(args: argparse.Namespace, stage: Path) -> dict[str, Any]:
             of = int(origin[number])
             label = int(labels[train_rows[of]])
             image = digit_image(pixels[train_rows[of]], args.size)
-            own = np.random.default_rng([args.seed, 1, number])
+            pair_rng = np.random.default_rng([args.seed, 1, number])
             if of == number:
-                extension = ("jpg", "png")[int(own.integers(2))]
+                extension = ("jpg", "png")[int(pair_rng.integers(2))]
                 data, change = encode(image, extension), "none"
             else:
                 extension = "jpg"
-                copy, quality, change = altered(image, own)
+                copy, quality, change = altered(image, pair_rng)
                 data = encode(copy, extension, quality)
-            yield Sample(number, of, label, data, extension, digit_caption(label, own), change)
+            yield Sample(number, of, label, data, extension, digit_caption(label, pair_rng), change)
 
     counts = write_train(stage / "train", samples(), place, shard_sizes)
     splits = {
@@ -258,7 +255,7 @@ def make_scenes(args: argparse.Namespace, stage: Path) -> dict[str, Any]:
             yield Sample(number, origin, train.cluster(origin), data, "jpg", train.caption(number), change)
 
     counts = write_train(stage / "train", samples(), lambda n: divmod(n, args.samples_per_shard), shard_sizes)
-    # The linear probe's train split: originals, four for every test image, so that it costs little beside train/.
+    # The linear probe's training split: four originals per test image, which is small compared to train/.
     originals = (n for n in range(args.num) if train.origin(n) == n)
     splits = {
         "train": ((train.image(n), train.cluster(n)) for n in itertools.islice(originals, 4 * tests)),
@@ -271,7 +268,7 @@ def make_scenes(args: argparse.Namespace, stage: Path) -> dict[str, Any]:
 
 # ---- features -------------------------------------------------------------------------------------------------------
 
-CHUNK_VALUES = 1 << 22  # feature values made at once: a few hundred MB of scratch at most
+CHUNK_VALUES = 1 << 22  # feature values computed at once: at most a few hundred MB of scratch memory
 
 
 def write_features(folder: Path, args: argparse.Namespace, per_class: int, first_sample: int, desc: str) -> int:
@@ -312,34 +309,41 @@ def make_features(args: argparse.Namespace, stage: Path) -> dict[str, Any]:
 def share(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share: 0 <= share < 1 is wanted")
+        raise argparse.ArgumentTypeError(f"got {text}, expected a share of at least 0 and below 1")
     return value
 
 
 def natural(text: str) -> int:
     value = int(text)
     if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
+        raise argparse.ArgumentTypeError(f"got {text}, expected at least 0")
     return value
 
 
 def positive(text: str) -> int:
     if natural(text) == 0:
-        raise argparse.ArgumentTypeError("0 is too few")
+        raise argparse.ArgumentTypeError("got 0, expected at least 1")
     return natural(text)
 
 
 def shard_size(text: str) -> int:
     if positive(text) > 10_000:
-        raise argparse.ArgumentTypeError(f"{text} is more than the 10000 that the four digits of a key can tell apart")
+        raise argparse.ArgumentTypeError(f"got {text}, expected at most 10000: a key has four digits for the row")
     return positive(text)
 
 
 def length(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a length: a finite number >= 0 is wanted")
+        raise argparse.ArgumentTypeError(f"got {text}, expected a finite number of at least 0")
     return value
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends defaults, except for required options and switches."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.required or action.nargs == 0 else super()._get_help_string(action)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -347,12 +351,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     kinds = parser.add_subparsers(required=True, dest="kind")
 
     def kind(name: str, make: Any, text: str) -> argparse.ArgumentParser:
-        sub = kinds.add_parser(
-            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-        sub.add_argument("--out", type=Path, required=True, help="directory to make")
-        sub.add_argument("--force", action="store_true", help="make it again, over an older result of this tool")
-        sub.add_argument("--seed", type=int, default=0, help="everything follows from it")
+        sub = kinds.add_parser(name, help=text, description=text, formatter_class=HelpFormatter)
+        sub.add_argument("--out", type=Path, required=True, help="output directory")
+        sub.add_argument("--force", action="store_true", help="replace an earlier output of this tool")
+        sub.add_argument("--seed", type=int, default=0, help="determines all random choices")
         sub.set_defaults(make=make)
         return sub
 
@@ -362,26 +364,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     digits.add_argument("--test-share", type=share, default=0.2, help="share of each digit held out for the test split")
     digits.add_argument("--shards", type=positive, default=7, help="number of training tars")
     scenes = kind("scenes", make_scenes, "captioned scenes of coloured shapes with known clusters and planted copies")
-    scenes.add_argument("--num", type=positive, default=20_000, help="training pairs, copies included")
-    scenes.add_argument("--clusters", type=positive, default=1000, help="kinds of scenes, at most 10368")
+    scenes.add_argument("--num", type=positive, default=20_000, help="number of training pairs, including copies")
+    scenes.add_argument("--clusters", type=positive, default=1000, help="number of different scenes, at most 10368")
     scenes.add_argument("--duplicates", type=share, default=0.4, help="share of copies among the training pairs")
     scenes.add_argument("--size", type=positive, default=64, help="side of the images in pixels")
     scenes.add_argument("--samples-per-shard", type=shard_size, default=1000, help="pairs in one tar, at most 10000")
-    scenes.add_argument("--test-share", type=share, default=0.05, help="test images, as a share of --num; made apart")
+    scenes.add_argument("--test-share", type=share, default=0.05, help="number of test images as a share of --num")
 
-    features = kind("features", make_features, "class-labelled feature vectors, for classifier experiments of any size")
+    features = kind(
+        "features", make_features, "class-labelled feature vectors, for classification with any number of classes"
+    )
     features.add_argument("--classes", type=positive, required=True, help="number of classes")
     features.add_argument("--dim", type=positive, default=128, help="feature width")
     features.add_argument("--per-class", type=positive, default=20, help="rows of each class")
     features.add_argument("--test-per-class", type=natural, default=0, help="rows of each class held out in OUT/test")
     features.add_argument(
-        "--noise", type=length, default=0.5, help="length of the noise; the class centre has length 1"
+        "--noise", type=length, default=0.5, help="expected length of the noise; the class centre has length 1"
     )
     features.add_argument(
         "--nuisance",
         type=length,
         default=0.0,
-        help="length of a noise in a fixed quarter of the directions, which a tower can learn to ignore",
+        help="expected length of a second noise, in a fixed quarter of the directions: a tower can learn to ignore it",
     )
     features.add_argument("--rows-per-file", type=positive, default=1_000_000, help="rows in one .npy")
     return parser.parse_args(argv)

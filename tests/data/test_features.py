@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pair_data import PLAN
 
 from megacid.config.load import load_run
 from megacid.data.batch import Batch, Positions
@@ -43,8 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stream(folder: Path, **changes: int) -> FeatureStream:
-    plan = {"global_batch": 8, "micro_batch": 8, "accumulation": 1, "rank": 0, "world": 1, "start_step": 0, "total_steps": 6}  # fmt: skip
-    return FeatureStream(FeatureSet(folder), Positions(**{**plan, **changes}), seed=1, block_shards=2)
+    return FeatureStream(FeatureSet(folder), Positions(**{**PLAN, **changes}), seed=1, block_shards=2)
 
 
 def ids(batches: list[Batch]) -> list[list[int]]:

@@ -33,7 +33,9 @@ def index(tmp_path: Path) -> ShardIndex:
 # Where arrays are read: name -> (make what is good, which file is replaced, read it).
 Reader = Callable[[Path, ShardIndex], None]
 ARRAYS: dict[str, tuple[Callable[[Path, ShardIndex], Path], str, Reader]] = {
-    "index": (lambda f, i: shutil.copytree(i.root, f), "index/00001.members.npy", lambda f, i: read_pairs(load_index(f))),
+    "index": (
+        lambda f, i: shutil.copytree(i.root, f), "index/00001.members.npy", lambda f, i: read_pairs(load_index(f)),
+    ),
     "teacher image": (teacher, "img_emb/img_emb_00001.npy", lambda f, i: read_pairs(i, teacher=TeacherTable(f, i))),
     "teacher text": (teacher, "text_emb/text_emb_00001.npy", lambda f, i: read_pairs(i, teacher=TeacherTable(f, i))),
     "embeddings": (teacher, "img_emb/img_emb_00001.npy", lambda f, i: void(EmbeddingRows(f).read(0, 24))),

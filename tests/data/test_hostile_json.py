@@ -89,8 +89,8 @@ def test_a_setting_made_to_do_harm_is_a_clear_error(tmp_path: Path, value: str) 
 
 @pytest.mark.parametrize(
     "change",
-    [{"bytes": "7"}, {"samples": -1}, {"samples": 10**30}, {"dropped": {"x": "y"}}, {"name": "../../00001"}, {"damage": 7},
-     {"sha256": None}],
+    [{"bytes": "7"}, {"samples": -1}, {"samples": 10**30}, {"dropped": {"x": "y"}}, {"name": "../../00001"},
+     {"damage": 7}, {"sha256": None}],
 )  # fmt: skip
 def test_an_index_that_was_tampered_with_is_made_again_or_refused(
     tmp_path: Path, index: ShardIndex, change: dict[str, Any]
@@ -125,8 +125,13 @@ def numbers() -> list[str]:
     """Every number of the megacid block."""
     from megacid.config.schema import defaults
 
-    found = [f"{s}.{n}" for s, fs in defaults().items() for n, v in fs.items() if isinstance(v, int | float) and v is not True and v is not False]  # fmt: skip
-    return [*found, "run.total_steps", "loss.temperature", "classifier.filter_threshold", "classifier.lr"]
+    names = [
+        f"{section}.{name}"
+        for section, values in defaults().items()
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+    return [*names, "run.total_steps", "loss.temperature", "classifier.filter_threshold", "classifier.lr"]
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400, "-1" + "0" * 30])

@@ -1,4 +1,4 @@
-"""F17, F18: pictures that are damaged, unusual or made to do harm. Decoded right, or replaced in the same way every time."""
+"""F17, F18: damaged, unusual and hostile pictures are decoded correctly, or replaced in the same way every time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""F16: tars that are cut, overwritten or oddly built. Picture and caption both tell their sample: a mixture would be seen."""
+"""F16: tars that are cut, overwritten or unusual. Picture and caption both name their sample, which shows a mixture."""
 
 from __future__ import annotations
 

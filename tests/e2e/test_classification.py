@@ -117,7 +117,7 @@ def test_eval_limits_the_test_rows_and_names_what_does_not_fit(root: Path, throu
     assert json.loads(file.read_text())["metrics"]["test_rows"] == 50
     other = root / "other"
     run_tool_inside("synthesize", "features", "--out", other, "--classes", 30, "--dim", 12, "--test-per-class", 1)
-    assert "has 40 classes and the labels of" in run_tool_inside(*options, other, "--tasks", "head", expect=2)
+    assert "has 40 classes, but the labels of" in run_tool_inside(*options, other, "--tasks", "head", expect=2)
     assert "--tasks has 'zero_shot'" in run_tool_inside(*options, other, "--tasks", "zero_shot", expect=2)
 
 

@@ -154,7 +154,7 @@ def test_an_output_directory_is_reused_refused_or_replaced(tmp_path: Path, capsy
     args = ["features", "--out", out, "--classes", 3, "--dim", 4, "--per-class", 2]
     assert run(*args) == 0
     stamp = (out / "meta.json").stat().st_mtime_ns
-    assert run(*args) == 0 and "there already" in capsys.readouterr().out
+    assert run(*args) == 0 and "already exists" in capsys.readouterr().out
     assert (out / "meta.json").stat().st_mtime_ns == stamp
     with pytest.raises(UserError, match="other arguments"):
         run(*args, "--seed", 1)
