@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import measure
-from benchmarks.suite import Limit, Report, Row, make_report, print_table
+from benchmarks.suite import Limit, Report, Row, make_report, parse_sizes, print_table
 from megacid.errors import UserError
 from megacid.offline.nearest import Assigner
 
@@ -52,14 +52,7 @@ class Data:
 
 def make_data(shape: str, device: torch.device) -> Data:
     """Rows scattered around some of the centroids. Raises UserError for an invalid shape."""
-    try:
-        b, k, dim = (int(word) for word in shape.split(","))
-        if min(b, k, dim) < 1:
-            raise ValueError
-    except ValueError:
-        raise UserError(
-            f"shape is {shape!r}, expected rows,centroids,width, each above 0: for example {CPU_SHAPES[0]}"
-        ) from None
+    b, k, dim = parse_sizes(shape, "rows,centroids,width", CPU_SHAPES[0])
     generator = torch.Generator(device).manual_seed(0)
     c_KD = F.normalize(torch.randn(k, dim, generator=generator, device=device))
     near = c_KD[torch.randint(k, (b,), generator=generator, device=device)]

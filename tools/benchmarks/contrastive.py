@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import measure
-from benchmarks.suite import Limit, Report, Row, make_report, print_table
+from benchmarks.suite import Limit, Report, Row, make_report, parse_sizes, print_table
 from megacid.errors import UserError
 from megacid.losses.instance import instance_loss
 
@@ -97,12 +97,7 @@ def check_accuracy(names: list[str], device: torch.device) -> None:
 
 
 def shape_of(text: str) -> Shape:
-    try:
-        batch, width = (int(word) for word in text.split(","))
-        if min(batch, width) < 1:
-            raise ValueError
-    except ValueError:
-        raise UserError(f"shape is {text!r}, expected batch,width (numbers above 0), for example 16384,768") from None
+    batch, width = parse_sizes(text, "batch,width", "16384,768")
     return batch, width
 
 

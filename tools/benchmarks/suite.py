@@ -116,6 +116,14 @@ def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
     return description
 
 
+def parse_sizes(text: str, names: str, example: str) -> list[int]:
+    """The positive integers of a shape such as `example`. Raises UserError unless there is one for each of `names`."""
+    words = text.split(",")
+    if len(words) != len(names.split(",")) or not all(word.isdecimal() and int(word) for word in words):
+        raise UserError(f"shape is {text!r}, expected {names} (numbers above 0), for example {example}")
+    return [int(word) for word in words]
+
+
 def make_report(args: argparse.Namespace, rows: list[Row]) -> Report:
     """The report that `run` returns and --json writes."""
     arguments = {name: _plain(value) for name, value in vars(args).items()}

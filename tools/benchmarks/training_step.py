@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.classifier_providers import PROVIDERS, Shape, check_accuracy
 from benchmarks.classifier_timing import compare, measure_shape
-from benchmarks.measure import format_value, quantiles
+from benchmarks.measure import format_ms, format_value
 from benchmarks.suite import Limit, Report, Row, make_report
 from megacid.errors import UserError
 
@@ -79,9 +79,8 @@ def print_table(rows: list[Row]) -> None:
     for name, (shape, by_provider) in itertools.product(next(iter(shapes.values())), shapes.items()):
         values, first, cells = by_provider[name], next(iter(shapes.values()))[name], [name, str(Shape.parse(shape))]
         if "seconds" in values:
-            p20, p50, p80 = (1e3 * value for value in quantiles(values["seconds"]))
             speed, share = compare(values, by_provider["eager"])
-            cells += [f"{p50:,.1f} [{p20:,.1f}, {p80:,.1f}]", format_value(speed, unit="x")]
+            cells += [format_ms(values["seconds"]), format_value(speed, unit="x")]
             cells += [f"{values['peak_extra_bytes'] / 2**20:,.1f}" if "peak_extra_bytes" in values else "-"]
             cells += [format_value(share, unit="x")]
             growth = compare(first, values)[0], compare(values, first)[1]
