@@ -1,10 +1,11 @@
-"""What a user can put right, how a tool says so, and the exit codes of every program here.
+"""UserError (an error that the user can fix), command-line error reporting, and the exit codes.
 
-0    finished                          2    the user can put it right (one line says how)
-65   too many non-finite steps         66   too many damaged samples
-70   the ranks hold different things   74   several checkpoints in a row could not be written
-75   a rank stalled, or another rank is gone: start the same command again
-130  Ctrl-C                            143  stopped by SIGTERM or SIGUSR1, what is needed to go on is saved
+0    finished                           2    UserError: one line on stderr says what to fix
+65   too many non-finite steps          66   too many damaged samples
+70   the ranks have different settings, data or weights
+74   several checkpoints in a row could not be written
+75   a rank stalled, or another rank has ended: run the same command again
+130  Ctrl-C                             143  stopped by SIGTERM or SIGUSR1: run the same command again to continue
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ EXIT_DISAGREE, EXIT_NOT_SAVED, EXIT_AGAIN, EXIT_STOPPED = 70, 74, 75, 143
 
 
 class UserError(ValueError):
-    """Something the user can put right. The message names the value found, what was wanted, and the remedy.
+    """An error that the user can fix. The message has the value, what was expected, and the remedy.
 
-    on_every_rank: all ranks raise it together, so that one of them says it for all.
+    on_every_rank: whether all ranks raise it with the same message, which one of them then prints.
     """
 
     on_every_rank = False
@@ -34,12 +35,12 @@ def run_tool(main: Callable[[], int | None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER
     except KeyboardInterrupt:
-        print("error: interrupted; what was complete is kept, run the same command to go on", file=sys.stderr)
+        print("error: interrupted; complete output is kept, run the same command again to continue", file=sys.stderr)
         return 130
 
 
 def nearest(key: str, known: list[str]) -> str:
-    """For messages: the likeliest of the known names, or all of them."""
+    """For messages: the known name that is closest to `key`, or all of them."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f'did you mean "{close[0]}"?' if close else f"known are {', '.join(sorted(known))}"
 

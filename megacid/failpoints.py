@@ -1,9 +1,9 @@
-"""Named points of the program at which tests make things go wrong.
+"""Failpoints: named points of the program at which tests inject faults.
 
     failpoint("store:before_manifest", step=step)
 
-does nothing in production: one look at an empty dict. Nothing in the program installs a hook, reads a plan from the
-environment, or depends on one; `tests/faults/` does (see `tests/faultplan.py`). The names are the contract:
+does nothing in production but look at an empty dict. Only tests install hooks (see `tests/faultplan.py`); no code path
+depends on one. The names are the contract:
 
     start:          building (before the classifier is made), ready (everything is built, before the first step)
     train:          batch (a micro-batch is about to be used), gradients (before the guard's decision), applied (both
@@ -25,11 +25,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-# The one piece of state at module level: empty outside tests.
+# The only module-level state: empty outside of tests.
 hooks: dict[str, Callable[..., None]] = {}
 
 
 def failpoint(name: str, **facts: Any) -> None:
-    """Call the hook of that name, if a test has installed one, with the facts of the place."""
+    """Call the hook of that name, if a test has installed one."""
     if hooks and (hook := hooks.get(name)) is not None:
         hook(**facts)

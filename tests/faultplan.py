@@ -1,4 +1,4 @@
-"""Faults as data: what happens at which probe, on which rank, at which step, the how-manieth time.
+"""Faults as data: what happens at which failpoint, rank, step and visit.
 
     FaultPlan(kill("store:after_fsync", rank=1, step=4)).install(rank)
 
@@ -23,8 +23,11 @@ from megacid import failpoints
 
 @dataclass(frozen=True)
 class Fault:
-    """at: a probe of megacid/failpoints.py. do: a key of ACTIONS. rank, step: None for any. nth: the visit that counts, from 1.
-    value: seconds of a sleep, number of a signal or of an errno, factor, difference. path: of the file of a trace."""
+    """A fault at the nth visit (from 1; 0: every visit) of a failpoint.
+
+    at: a name of megacid/failpoints.py. do: a key of ACTIONS. rank, step: None for any. value: seconds of a sleep,
+    number of a signal or errno, factor, or difference. path: of the file of a trace.
+    """
 
     at: str
     do: str
@@ -124,7 +127,7 @@ class FaultPlan:
         self._visits = [0] * len(faults)
 
     def install(self, rank: int) -> None:
-        """Hook this process into the probes that the plan names for this rank."""
+        """Install hooks at the failpoints of the plan in this process."""
         for name in {fault.at for fault in self.faults}:
             failpoints.hooks[name] = lambda name=name, **facts: self._visit(name, rank, facts)
 

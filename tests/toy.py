@@ -37,7 +37,7 @@ def write_features(root: Path) -> Path:
 
 
 def run_file(root: Path, name: str, **changes: Any) -> Path:
-    """A run file beside the data in root/"features". changes: "section__key" of the megacid block, or DeepSpeed's keys."""
+    """Write a run file for the data in root/"features". changes: "section__key" of the block, or DeepSpeed's keys."""
     block: dict[str, Any] = {
         "run": {"name": name, "dir": str(root / "runs"), "total_steps": STEPS, "save_every": 6, "log_every": 1},
         "student": {"model": "feature-mlp", "embed_dim": 32, "hidden": 32, "layers": 1},
@@ -71,7 +71,7 @@ def train_here(argv: list[str], plan: str | None = None) -> int:
 
 
 def train_toy(world: int, file: Path, *options: str, plan: FaultPlan | None = None, timeout_s: float = 60) -> list[int]:
-    """Exit codes by rank of `train.py --deepspeed_config file options` on forked ranks. With a plan, ranks may die (-9)."""
+    """Exit codes by rank of `train.py --deepspeed_config file options` on forked ranks; -9 for a killed rank."""
     argv = ["--deepspeed_config", str(file), *options]
     run = rank_fates if plan is not None else run_ranks
     return run(train_here, world, argv, plan.to_json() if plan else None, timeout_s=timeout_s)

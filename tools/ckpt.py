@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Look at a run's checkpoints, and move class rows in and out.
+"""Inspect a run's checkpoints, and export or import class rows.
 
-    tools/ckpt.py list runs/vit_b32                         every checkpoint, verified
-    tools/ckpt.py verify runs/vit_b32/step-00010000         every byte against the manifest
-    tools/ckpt.py quarantine runs/vit_b32                   rename what does not verify to .bad-step-...
-    tools/ckpt.py show runs/vit_b32                         what the newest one holds
-    tools/ckpt.py export runs/vit_b32 --out rows.npy        the class rows [C, D] of all ranks in one file
-    tools/ckpt.py import arcface_r50/ --out rows.npy        per-rank files of insightface's partial FC, the same
+    tools/ckpt.py list runs/vit_b32                         verify and list every checkpoint
+    tools/ckpt.py verify runs/vit_b32/step-00010000         check every byte against the manifest
+    tools/ckpt.py quarantine runs/vit_b32                   rename invalid checkpoints to .bad-step-...
+    tools/ckpt.py show runs/vit_b32                         print the contents of the newest checkpoint
+    tools/ckpt.py export runs/vit_b32 --out rows.npy        write the class rows [C, D] of all ranks to one file
+    tools/ckpt.py import arcface_r50/ --out rows.npy        the same from insightface's per-rank partial FC files
 
-A RUN stands for its newest valid checkpoint. The .npy is what `classifier.init` takes; class rows are copied in blocks, so
-that no machine has to hold them all. The student is exported by tools/export.py.
+A run directory stands for its newest valid checkpoint. `classifier.init` accepts the .npy. Class rows are copied in
+blocks, so they need not fit in memory. tools/export.py exports the student.
 """
 
 import argparse
@@ -34,7 +34,7 @@ BLOCK_ROWS = 1 << 16
 
 
 def resolve(path: Path) -> Path:
-    """A step directory itself, verified, or the newest valid checkpoint of a run directory."""
+    """The checkpoint directory `path`, verified, or the newest valid checkpoint of the run directory `path`."""
     if not (path / store.MANIFEST).exists():
         return checkpoint_of(path, None)
     try:
@@ -44,7 +44,8 @@ def resolve(path: Path) -> Path:
     return path
 
 
-def states(run: Path) -> Iterator[tuple[int, Path, str]]:
+def verified(run: Path) -> Iterator[tuple[int, Path, str]]:
+    """(step, directory, "ok" or the defect) of every checkpoint."""
     for step, path in store.list_steps(run):
         try:
             store.verify(path)
@@ -54,13 +55,15 @@ def states(run: Path) -> Iterator[tuple[int, Path, str]]:
 
 
 def list_(args: argparse.Namespace) -> int:
-    found = list(states(args.path))
-    if not found:
-        raise UserError(f"{args.path} holds no checkpoint (step-...): name a run directory of train.py")
-    for step, path, said in found:
+    checkpoints = list(verified(args.path))
+    if not checkpoints:
+        raise UserError(
+            f"{args.path} has no checkpoints (step-...), expected a run directory of train.py: correct the path"
+        )
+    for step, path, status in checkpoints:
         size = sum(file.lstat().st_size for file in path.rglob("*"))
-        print(f"step {step:>10,}  {size / 2**20:>12,.1f} MiB  {said}")
-    return 0 if all(said == "ok" for *_, said in found) else 1
+        print(f"step {step:>10,}  {size / 2**20:>12,.1f} MiB  {status}")
+    return 0 if all(status == "ok" for *_, status in checkpoints) else 1
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -68,26 +71,26 @@ def verify(args: argparse.Namespace) -> int:
         manifest = store.verify(args.path)
     except ValueError as error:
         raise UserError(f"not a valid checkpoint: {error}") from None
-    print(f"{args.path}: {len(manifest['files'])} files, every byte as written")
+    print(f"{args.path}: {len(manifest['files'])} files, all bytes match the manifest")
     return 0
 
 
 def quarantine(args: argparse.Namespace) -> int:
-    for _, path, said in list(states(args.path)):
-        if said != "ok":
+    for _, path, status in list(verified(args.path)):
+        if status != "ok":
             bad = path.with_name(f".bad-{path.name}")
             if bad.exists():
-                raise UserError(f"{bad} exists already: look at it and move it away, then run this again")
+                raise UserError(f"{bad} exists: move or remove it, then run the same command again")
             path.rename(bad)
-            print(f"{path.name} -> {bad.name}: {said}")
+            print(f"{path.name} -> {bad.name}: {status}")
     return 0
 
 
 def show(args: argparse.Namespace) -> int:
     directory = resolve(args.path)
     reader = CheckpointReader(directory)
-    facts = {key: value for key, value in reader.manifest.items() if key != "files"}
-    print(f"{directory}\n{json.dumps(facts, indent=2, sort_keys=True)}")
+    fields = {key: value for key, value in reader.manifest.items() if key != "files"}
+    print(f"{directory}\n{json.dumps(fields, indent=2, sort_keys=True)}")
     size: Counter[str] = Counter()
     for file in reader.manifest["files"]:
         size[file["name"].partition("-")[0]] += file["bytes"]
@@ -99,7 +102,7 @@ def show(args: argparse.Namespace) -> int:
 
 
 def write_rows(out: Path, shape: tuple[int, int], read: Callable[[int, int], np.ndarray]) -> None:
-    """`out` .npy float32 [C, D] from read(start, stop), whole or not at all."""
+    """Write the float32 [C, D] rows that read(start, stop) returns to the .npy file `out`, atomically."""
     if out.suffix != ".npy":
         raise UserError(f"--out is {out}, expected a name that ends in .npy")
     with atomic_path(out) as temporary, tqdm(total=shape[0], unit="class") as bar:
@@ -132,17 +135,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, call, text in (
-        ("list", list_, "every checkpoint of a run, verified; exit code 1 when one is damaged"),
-        ("verify", verify, "one checkpoint against its manifest"),
-        ("quarantine", quarantine, "rename the checkpoints that do not verify, so that nobody meets them again"),
-        ("show", show, "what a checkpoint holds"),
-        ("export", export, "class rows of a checkpoint as one .npy"),
-        ("import", import_, "class rows of published per-rank files, or of a .safetensors, as one .npy"),
+        ("list", list_, "verify and list every checkpoint of a run; exit code 1 when one is invalid"),
+        ("verify", verify, "check every byte of one checkpoint against its manifest"),
+        ("quarantine", quarantine, "rename the invalid checkpoints of a run to .bad-step-..."),
+        ("show", show, "print the contents of a checkpoint"),
+        ("export", export, "write the class rows of a checkpoint to one .npy file"),
+        (
+            "import",
+            import_,
+            "write the class rows of per-rank insightface files, or of a .safetensors file, to one .npy file",
+        ),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("path", type=Path)
+        command.add_argument("path", type=Path, help="run or checkpoint directory; for import: files to read")
         if call in (export, import_):
-            command.add_argument("--out", type=Path, required=True, help=".npy to write")
+            command.add_argument("--out", type=Path, required=True, help="the .npy file to write")
         command.set_defaults(call=call)
     args = parser.parse_args(argv)
     return int(args.call(args))

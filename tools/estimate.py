@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What a run needs in memory, before it is started: by part, for one or several numbers of ranks.
+"""Estimate the memory that a run needs, by part, for one or several numbers of ranks.
 
     tools/estimate.py --deepspeed_config configs/partial_fc_1m.json --ranks 2
-    tools/estimate.py --deepspeed_config configs/vit_b32_laion.json --ranks 8 64 512 --num-classes 1000000 --embed-dim 1280
+    tools/estimate.py --deepspeed_config configs/vit_b32_laion.json --ranks 8 64 --num-classes 1000000 --embed-dim 1280
 
-Number of classes and widths are read from the data; where they are not there yet, say them. Activations of the towers
-are not in it. On a CPU the interpreter and its libraries are: what they take is measured in this process.
+The number of classes and the widths are read from the data, or given as options before the data exist. Activations of
+the student's towers are not included. On a CPU the interpreter and its libraries are, as measured in this process.
 """
 
 import argparse
@@ -28,37 +28,46 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--deepspeed_config", "--deepspeed-config", required=True, metavar="RUN.json", help="the run file"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="as for train.py")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="numbers of ranks")
-    parser.add_argument("--num-classes", type=int, help="instead of reading it from the labels or features")
-    parser.add_argument("--embed-dim", type=int, help="width of the embedding, instead of reading it from the teacher")
-    parser.add_argument("--feature-dim", type=int, help="width of the features, instead of reading it from them")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override one value of the run file; may be repeated",
+    )
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[1], help="numbers of ranks to estimate for (default: 1)"
+    )
+    parser.add_argument("--num-classes", type=int, help="number of classes, instead of reading it from the data")
+    parser.add_argument("--embed-dim", type=int, help="embedding width, instead of reading it from the teacher")
+    parser.add_argument("--feature-dim", type=int, help="feature width, instead of reading it from the features")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
 
-def described(run: RunFile, args: argparse.Namespace) -> Data:
-    """What the run needs to know of its data: as said, else as found."""
+def describe_data(run: RunFile, args: argparse.Namespace) -> Data:
+    """The sizes of the data: from the options where they suffice, else from the data."""
     clusters = run.megacid.loss.cluster > 0
     features = run.megacid.data.features is not None
     known = args.num_classes if clusters else 0
     width = args.embed_dim or run.megacid.student.embed_dim
     if known is not None and (args.feature_dim if features else width):
-        return Data(lambda _: iter(()), teacher_dim=None if features else width, num_classes=known, feature_dim=args.feature_dim)  # type: ignore[arg-type,return-value]  # fmt: skip
+        teacher_dim = None if features else width
+        return Data(lambda _: iter(()), teacher_dim, known, feature_dim=args.feature_dim)  # type: ignore[arg-type,return-value]
     try:
         return open_data(run, init())
     except UserError as error:
         missing = "--num-classes and " + ("--feature-dim" if features else "--embed-dim")
-        raise UserError(f"{error}; or say {missing} to estimate without the data") from error
+        raise UserError(f"{error}; or pass {missing} to estimate without the data") from error
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if min(args.ranks) < 1:
-        raise UserError(f"--ranks is {args.ranks}, expected numbers of at least 1")
+        raise UserError(f"--ranks is {args.ranks}, expected values >= 1")
     runs = {ranks: load_run(args.deepspeed_config, args.set, world=ranks) for ranks in args.ranks}
-    first = load_run(args.deepspeed_config, args.set, world=1)  # to look at the data this process is enough
-    data = described(first, args)
+    first = load_run(args.deepspeed_config, args.set, world=1)  # one process reads the data
+    data = describe_data(first, args)
     base = 0.0
     if args.device == "cpu":
         import megacid.distributed.engine  # noqa: F401  (the trainer's largest import)
@@ -72,12 +81,12 @@ def main(argv: list[str] | None = None) -> int:
         for ranks, run in runs.items()
     }
     print(f"{args.deepspeed_config}: student {parameters / 1e6:.2f} M parameters, width {student.embed_dim}, "
-          f"{data.num_classes or 0:,} classes; MiB of the fullest rank on {args.device}, activations not counted\n")  # fmt: skip
+          f"{data.num_classes or 0:,} classes; MiB of rank 0 on {args.device}, without activations\n")  # fmt: skip
     print(f"{'ranks':<26}" + "".join(f"{ranks:>12}" for ranks in args.ranks))
     print(f"{'global batch':<26}" + "".join(f"{run.global_batch:>12}" for run in runs.values()))
     for name in table[args.ranks[0]]:
         print(f"{name:<26}" + "".join(f"{table[ranks][name]:>12.1f}" for ranks in args.ranks))
-    print(f"{'together':<26}" + "".join(f"{sum(table[ranks].values()):>12.1f}" for ranks in args.ranks))
+    print(f"{'total':<26}" + "".join(f"{sum(table[ranks].values()):>12.1f}" for ranks in args.ranks))
     return 0
 
 

@@ -1,13 +1,12 @@
-"""Collectives with the gradients that a class-parallel loss beside a data-parallel engine needs.
+"""Collectives with the gradients of a class-parallel loss on the outputs of a data-parallel student.
 
 Legend: B local batch, G gathered batch (sum of B over ranks), D width.
 
-The convention. A loss of this project is the mean over the *global* batch and has the same value on every rank. Its
-gradient with respect to a rank's own embeddings is exact after the backward of `gather_rows` (a sum over ranks).
-A data-parallel engine then averages the student's gradients over the ranks (`"mean"`, DeepSpeed's default) or sums
-them (`"sum"`, `gradient_allreduce_op: sum`). With "mean" the embedding gradient must therefore be multiplied by the
-number of ranks, with "sum" by one; `gradient_factor` is that number. Gradients of class-sharded rows never pass the
-engine and take no factor.
+Every loss is the mean over the *global* batch and has the same value on every rank. Its gradient with respect to a
+rank's own embeddings is exact after the backward of `gather_rows` (a sum over ranks). A data-parallel engine then
+averages the student's gradients over the ranks (`"mean"`, DeepSpeed's default) or sums them (`"sum"`,
+`gradient_allreduce_op: sum`). With "mean" the embedding gradient is therefore multiplied by the number of ranks, with
+"sum" by one; `gradient_factor` is that number. Gradients of class-sharded rows bypass the engine and have no factor.
 
 `group` is None for the default group; without an initialised torch.distributed every function works for one process.
 """
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.14 gave both a new name and warns, once per process, at the old one.
+# torch 2.14 renamed both, and warns once per process about the old names.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -30,18 +29,20 @@ Group = dist.ProcessGroup | None
 
 
 def world_size(group: Group = None) -> int:
+    """Number of ranks of the group."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 def rank(group: Group = None) -> int:
+    """This process's rank in the group."""
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
 def gradient_factor(group: Group, grad_reduction: GradReduction) -> int:
-    """What the gradient at the student's outputs is multiplied by; see the module's docstring."""
+    """Factor of the gradient at the student's outputs; see the module's docstring."""
     if grad_reduction not in ("mean", "sum"):
         raise ValueError(
-            f'grad_reduction is {grad_reduction!r}, expected "mean" or "sum": take what the engine does with gradients'
+            f'grad_reduction is {grad_reduction!r}, expected "mean" or "sum": pass how the engine reduces gradients'
         )
     return world_size(group) if grad_reduction == "mean" else 1
 
@@ -63,7 +64,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 def gather_sizes(local_size: int, group: Group = None) -> list[int]:
-    """Every rank's `local_size`, by rank."""
+    """`local_size` of every rank, by rank."""
     if world_size(group) == 1:
         return [local_size]
     device = group_device(group)
@@ -73,13 +74,14 @@ def gather_sizes(local_size: int, group: Group = None) -> list[int]:
 
 
 def group_device(group: Group) -> torch.device:
+    """The device of tensors that the group's backend exchanges."""
     return (
         torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
     )
 
 
 def _gather(x: Tensor, sizes: list[int], group: Group) -> Tensor:
-    """Concatenate along dim 0. Uneven parts are padded to the largest: every backend has the even all-gather."""
+    """Concatenate along dim 0. Uneven parts are padded to the largest, since only even all-gathers exist everywhere."""
     if len(sizes) == 1:
         return x
     largest = max(sizes)
@@ -95,9 +97,10 @@ def _gather(x: Tensor, sizes: list[int], group: Group) -> Tensor:
 
 
 def gather_plain(x: Tensor, group: Group = None, *, sizes: list[int] | None = None) -> Tensor:
-    """All ranks' rows of x [B, ...] along dim 0, any dtype, batches may differ; no gradient.
+    """All ranks' rows of x [B, ...] along dim 0, without gradient. Any dtype; B may differ between ranks.
 
-    sizes: rows of each rank where they are known, which saves a collective and a host synchronisation."""
+    sizes: rows of each rank, if known, which saves a collective and a host synchronisation.
+    """
     return _gather(x.detach(), gather_sizes(x.shape[0], group) if sizes is None else sizes, group)
 
 
@@ -118,7 +121,7 @@ def reduce_scatter_rows(x_GD: Tensor, sizes: list[int], group: Group = None) -> 
 
 
 def start_reduce_scatter_rows(x_GD: Tensor, sizes: list[int], group: Group = None) -> Callable[[], Tensor]:
-    """`reduce_scatter_rows` beside what is computed until its result is asked for. x_GD must not change before that."""
+    """Start `reduce_scatter_rows`. Returns a function that waits for its result; x_GD must not change before."""
     if len(sizes) == 1:
         return lambda: x_GD
     me, largest = rank(group), max(sizes)
@@ -141,17 +144,23 @@ def start_reduce_scatter_rows(x_GD: Tensor, sizes: list[int], group: Group = Non
 def gather_rows(
     x_BD: Tensor, group: Group = None, *, grad_reduction: GradReduction, sizes: list[int] | None = None
 ) -> tuple[Tensor, list[int]]:
-    """Differentiable all-gather along dim 0: (x_GD, rows of each rank). Batches may differ and may be empty.
+    """Differentiable all-gather along dim 0. Batches may differ between ranks and may be empty.
 
-    sizes: as in `gather_plain`. Backward: the sum over ranks of the gradients of x_GD, this rank's rows, times
-    `gradient_factor`.
+    The backward sums the gradients of x_GD over the ranks and returns this rank's rows, times `gradient_factor`.
+
+    Args:
+        x_BD: rows of this rank.
+        sizes: rows of each rank, if known, which saves a collective.
+
+    Returns:
+        (x_GD, rows of each rank).
     """
     sizes = gather_sizes(x_BD.shape[0], group) if sizes is None else sizes
     return _GatherRows.apply(x_BD, sizes, group, gradient_factor(group, grad_reduction)), sizes
 
 
 def all_reduce_sum(x: Tensor, group: Group = None, *, async_op: bool = False) -> Any:
-    """Sum x in place over the ranks, no gradient. Returns x, or with async_op a handle with `.wait()` (None alone)."""
+    """Sum x over the ranks in place, without gradient. Returns x; with async_op a handle, or None on a single rank."""
     if world_size(group) == 1:
         return None if async_op else x
     handle = dist.all_reduce(x, group=group, async_op=async_op)
@@ -159,7 +168,7 @@ def all_reduce_sum(x: Tensor, group: Group = None, *, async_op: bool = False) ->
 
 
 def all_reduce_max(x: Tensor, group: Group = None) -> Tensor:
-    """The largest of x over the ranks, in place, no gradient. Returns x."""
+    """Maximum of x over the ranks, in place, without gradient. Returns x."""
     if world_size(group) > 1:
         dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
     return x
@@ -174,15 +183,16 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # Every rank owns a disjoint part of the sum, and the gradient at the total is the same on every rank.
+        # Each rank has a disjoint part of the sum, and the gradient of the total is the same on every rank.
         return grad, None
 
 
 def sum_over_ranks(x: Tensor, group: Group = None) -> Tensor:
-    """The sum of x over the ranks; the gradient passes through unchanged to this rank's part."""
+    """Sum of x over the ranks; the gradient passes unchanged to this rank's part."""
     return _SumOverRanks.apply(x, group)
 
 
 def barrier(group: Group = None) -> None:
+    """Wait until every rank is here."""
     if world_size(group) > 1:
         dist.barrier(group=group)

@@ -1,4 +1,4 @@
-"""Agreement between ranks: small JSON exchanges, shared errors, checks that ranks hold the same values."""
+"""Agreement between ranks: exchange of small JSON values, shared errors, checks that ranks have the same values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megacid.errors import UserError
 
 
 def any_rank(flag: bool, group: Group = None) -> bool:
-    """True on every rank when it is true on one."""
+    """Whether `flag` is true on any rank. A collective."""
     if world_size(group) == 1:
         return flag
     value = torch.tensor([int(flag)], dtype=torch.int32, device=group_device(group))
@@ -32,7 +32,7 @@ def _bytes_tensor(obj: Any, device: torch.device) -> Tensor:
 
 
 def gather_json(obj: Any, group: Group = None) -> list[Any]:
-    """Every rank's JSON-able object, by rank. JSON and not pickle: nothing that arrives can run."""
+    """The JSON-able object of every rank, by rank. JSON instead of pickle, so received data cannot run code."""
     if world_size(group) == 1:
         return [obj]
     mine = _bytes_tensor(obj, group_device(group))
@@ -42,7 +42,7 @@ def gather_json(obj: Any, group: Group = None) -> list[Any]:
 
 
 def broadcast_json(obj: Any, group: Group = None) -> Any:
-    """Rank 0's JSON-able object on every rank."""
+    """Rank 0's JSON-able object, on every rank."""
     if world_size(group) == 1:
         return obj
     device = group_device(group)
@@ -56,31 +56,35 @@ def broadcast_json(obj: Any, group: Group = None) -> Any:
 
 
 class RanksDisagree(RuntimeError):  # noqa: N818  the run ends with its own exit code
-    """The ranks hold different values of something that must be the same everywhere. what: that; said: who holds which."""
+    """The ranks have different values of something that must be equal. Raised on every rank."""
 
-    def __init__(self, what: str, said: str) -> None:
-        super().__init__(f"the ranks disagree about {what}: {said}; start every rank with the same files and options")
+    def __init__(self, what: str, values: str) -> None:
+        """what: the thing that differs. values: which rank has which value."""
+        super().__init__(f"the ranks disagree about {what}: {values}; start every rank with the same files and options")
 
 
 def agree(value: str, what: str, group: Group = None) -> None:
-    """Raise RanksDisagree on every rank when `value` differs between ranks, naming each value and who holds it."""
+    """Raise RanksDisagree on every rank when `value` differs between ranks; the message lists the ranks by value."""
     values = gather_json(value, group)
     if any(other != values[0] for other in values):
-        held: dict[str, list[int]] = {}
+        ranks_of: dict[str, list[int]] = {}
         for index, other in enumerate(values):
-            held.setdefault(str(other), []).append(index)
-        said = "; ".join(f"{other!r} on rank {', '.join(map(str, ranks))}" for other, ranks in held.items())
-        raise RanksDisagree(what, said)
+            ranks_of.setdefault(str(other), []).append(index)
+        texts = (f"{other!r} on rank {', '.join(map(str, ranks))}" for other, ranks in ranks_of.items())
+        raise RanksDisagree(what, "; ".join(texts))
 
 
-def agree_on_mapping(facts: dict[str, Any], what: str, group: Group = None) -> None:
-    """As `agree`, for a flat dict of JSON values: the message names only the keys that differ."""
-    held = gather_json(facts, group)
-    differing = sorted({key for one in held for key in one.keys() | held[0].keys() if one.get(key) != held[0].get(key)})
+def agree_on_mapping(mapping: dict[str, Any], what: str, group: Group = None) -> None:
+    """Like `agree`, for a flat dict of JSON values; the message names only the keys that differ."""
+    all_ranks = gather_json(mapping, group)
+    first = all_ranks[0]
+    differing = sorted(
+        {key for one in all_ranks for key in one.keys() | first.keys() if one.get(key) != first.get(key)}
+    )
     if differing:
-        said = "; ".join(f"{key} is {', '.join(f'{one.get(key)!r} on rank {r}' for r, one in enumerate(held))}"
-                         for key in differing)  # fmt: skip
-        raise RanksDisagree(what, said)
+        texts = (f"{key} is {', '.join(f'{one.get(key)!r} on rank {r}' for r, one in enumerate(all_ranks))}"
+                 for key in differing)  # fmt: skip
+        raise RanksDisagree(what, "; ".join(texts))
 
 
 _LOST_PEER = re.compile(
@@ -89,8 +93,8 @@ _LOST_PEER = re.compile(
 
 
 def from_a_collective(error: BaseException) -> bool:
-    """Whether the error says that other ranks are gone or late, and not that this one did something wrong."""
-    # Also where the torch frame is not the innermost one: DeepSpeed and autograd wrap them.
+    """Whether an error means that another rank has ended or is late, and not that this rank failed."""
+    # Any frame counts, not the innermost alone: DeepSpeed and autograd wrap torch's.
     frames = [entry.filename for entry in traceback.extract_tb(error.__traceback__)]
     inside = any(f"{os.sep}torch{os.sep}distributed{os.sep}" in name for name in frames)
     return isinstance(error, dist.DistError) or (
@@ -102,9 +106,10 @@ def from_a_collective(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def fail_together(group: Group = None) -> Iterator[None]:
-    """A block of local work (no collectives inside): when it fails on one rank, every rank raises the same message.
+    """A block of local work: when it raises on one rank, every rank raises.
 
-    Without it the healthy ranks would wait in their next collective until its timeout. UserError stays UserError.
+    Without it the other ranks would wait in their next collective until its timeout. The block must contain no
+    collective. The end of the block is one. A UserError is a UserError with the same message on every rank.
     """
     failure: Exception | None = None
     try:
@@ -112,14 +117,14 @@ def fail_together(group: Group = None) -> Iterator[None]:
     except Exception as error:
         failure = error
     kind = None if failure is None else "user" if isinstance(failure, UserError) else type(failure).__name__
-    said = gather_json([kind, str(failure)], group)
+    failures = gather_json([kind, str(failure)], group)
     if failure is None:
-        for number, (kind, message) in enumerate(said):
+        for number, (kind, message) in enumerate(failures):
             if kind == "user":
                 failure = UserError(message)
                 break
             if kind is not None:
-                failure = RuntimeError(f"rank {number} of {len(said)} failed: {kind}: {message}")
+                failure = RuntimeError(f"rank {number} of {len(failures)} failed: {kind}: {message}")
                 break
     if isinstance(failure, UserError):
         failure.on_every_rank = True

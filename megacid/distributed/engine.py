@@ -1,8 +1,8 @@
-"""The student inside a DeepSpeed engine: initialise, backward, one joint step, named state in and out.
+"""The student in a DeepSpeed engine: forward, backward, gradient norm, step or skip, and its state by name.
 
-The only module that imports deepspeed. The classifier stays outside (inside, DeepSpeed would overwrite every class shard
-with rank 0's); what ties both together is here: the student's gradient norm is read *before* the step, the trainer
-decides once for both optimizers, and `step` applies exactly the clipping factor it is told.
+The only module that imports deepspeed. The classifier stays outside of the engine, since DeepSpeed would overwrite
+every class shard with rank 0's. To step both optimizers as one, the student's gradient norm is read *before* the step,
+the trainer decides once, and `step` applies exactly the clipping factor that it gets.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def quiet(level: int = logging.WARNING) -> None:
-    """DeepSpeed reports each start with a page of settings; warnings and errors stay."""
+    """Silence DeepSpeed's report of all settings at each start; warnings and errors stay."""
     deepspeed_logger.setLevel(level)
-    # It calls two collectives by names that torch 2.14 has replaced; its users can do nothing about that.
+    # DeepSpeed calls two collectives by names that torch 2.14 has deprecated.
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         warnings.filterwarnings("ignore", message=f".*{name}", category=FutureWarning)
 
 
 def _without_compiled_extension() -> None:
-    # On the CPU DeepSpeed would compile a C++ extension at every first start: used only for inference, 5 to 20 s, a race
-    # between launches that share its cache, and a crash where there is no compiler.
-    # Giving the whole table (nothing is compatible) also spares the probing of every other operator with the compiler.
+    # On a CPU DeepSpeed would compile a C++ extension at the first start, for inference only: it takes 5 to 20 s, races
+    # between launches that share its cache, and crashes without a compiler. A table in which nothing is compatible also
+    # skips the compiler probes of all other operators.
     deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
 
 
 def _apex_optimizer(kind: str) -> type[torch.optim.Optimizer]:
-    # PyPI's package "apex" is unrelated to NVIDIA's: its CUDA extension tells them apart.
+    # PyPI's package "apex" is unrelated to NVIDIA's, which is known by its CUDA extension.
     if importlib.util.find_spec("amp_C") is None:
         raise UserError(
             f'"optimizer.type" is "{kind}" but NVIDIA Apex with its CUDA extensions is not installed: '
@@ -71,18 +71,17 @@ def _apex_optimizer(kind: str) -> type[torch.optim.Optimizer]:
 class Engine:
     """The student's forward, backward and step under ZeRO 0, 1, 2 or 3.
 
-    groups: optimizer parameter groups of `student` (dicts with "params", "weight_decay").
+    Args:
+        groups: optimizer parameter groups of `student`, dicts with "params" and "weight_decay".
     """
 
     def __init__(self, student: nn.Module, groups: list[dict[str, Any]], run: RunFile, parallel: Parallel) -> None:
         quiet()
         if parallel.device.type == "cpu":
             _without_compiled_extension()
-        os.environ.setdefault(
-            "LOCAL_RANK", str(parallel.local_rank)
-        )  # DeepSpeed asks for it also where no launcher was
+        os.environ.setdefault("LOCAL_RANK", str(parallel.local_rank))  # DeepSpeed reads it even without a launcher
         deepspeed.init_distributed(dist_backend="nccl" if parallel.device.type == "cuda" else "gloo", verbose=False)
-        # The norm that is clipped counts the classifier too, so DeepSpeed's own clipping is off until `step` sets it.
+        # The clipped norm includes the classifier, so DeepSpeed's own clipping is off until `step` sets it.
         config = {**copy.deepcopy(run.deepspeed), "gradient_clipping": 0.0}
         config.setdefault("steps_per_print", 1 << 40)
         kind, params = config["optimizer"]["type"], config["optimizer"]["params"]
@@ -107,16 +106,16 @@ class Engine:
         return self.engine.module
 
     def __call__(self, image: Tensor, text: Tensor) -> Any:
-        """image [B, 3, H, W] (or features [B, d]), text [B, T] -> the student's output (fp32)."""
+        """image [B, 3, H, W] or features [B, d], text int64 [B, T] -> the student's fp32 output."""
         return self.engine(image.to(self.dtype), text)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of loss / gradient_accumulation_steps; at the boundary they are reduced over the ranks."""
+        """Accumulate the gradients of loss / gradient_accumulation_steps; the last backward reduces them."""
         self.engine.backward(loss)
 
     @property
     def at_boundary(self) -> bool:
-        """True from the last backward of an accumulation until `step` or `skip`."""
+        """True from the last backward of a step until `step` or `skip`."""
         return bool(self.engine.is_gradient_accumulation_boundary())
 
     def micro_step(self) -> None:
@@ -126,13 +125,13 @@ class Engine:
     # ---- one step ----------------------------------------------------------------------------------------------
 
     def gradient_norm(self) -> Tensor:
-        """2-norm (0-d) of the reduced gradients of the whole student, before clipping, the same on every rank; NaN when not finite."""
+        """2-norm (0-d fp32) of the student's reduced gradients, unclipped, equal on all ranks; NaN if not finite."""
         if self.stage == 0:
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
             norm = torch.stack([torch.linalg.vector_norm(g.float()) for g in grads]).norm()
         elif self.stage == 3:
             norms = torch.stack([torch.as_tensor(n, device=self.device) for n in self.optimizer._get_norm_groups()])
-            norm = torch.where((norms < 0).any(), math.nan, norms.norm())  # DeepSpeed says -1 for NaN and inf
+            norm = torch.where((norms < 0).any(), math.nan, norms.norm())  # DeepSpeed returns -1 for NaN and inf
         else:
             norm = torch.as_tensor(self.optimizer.scaled_global_norm(), device=self.device)
             norm = torch.where(norm < 0, math.nan, norm)
@@ -140,7 +139,7 @@ class Engine:
         return self._norm
 
     def step(self, lr: float, clip_scale: float) -> None:
-        """Apply the update with gradients multiplied by clip_scale (at most 1). `gradient_norm` was called before."""
+        """Update with the gradients times clip_scale (at most 1). Call `gradient_norm` before."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.stage == 0:
@@ -156,18 +155,19 @@ class Engine:
             self.engine.step()
         if not self.engine.was_step_applied():
             raise RuntimeError(
-                "DeepSpeed did not apply a step that the guard had accepted: the student and the classifier would part"
+                "DeepSpeed did not apply a step that the guard had accepted: continuing would desynchronise the "
+                "student and the classifier"
             )
 
     def skip(self) -> None:
-        """Drop the accumulated gradients: no parameter and no moment changes a bit."""
+        """Drop the accumulated gradients. No parameter and no moment changes."""
         if self.stage == 0:
-            # torch's optimizers pass over parameters without a gradient.
+            # torch's optimizers skip parameters without a gradient.
             for p in self.module.parameters():
                 p.grad = None
             self.engine.step()
             return
-        # DeepSpeed's own way out of a step is a norm that is not finite; give it one.
+        # DeepSpeed skips a step whose norm is not finite: give it such a norm.
         name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
         invalid = torch.tensor(-1.0, device=self.device)
         setattr(self.optimizer, name, lambda *_: [invalid] if self.stage == 3 else invalid)
@@ -175,7 +175,7 @@ class Engine:
         if checks is False:
             self.optimizer.check_grad_overflow = True
         level = deepspeed_logger.level
-        deepspeed_logger.setLevel(logging.ERROR)  # the guard has said it already, with the samples
+        deepspeed_logger.setLevel(logging.ERROR)  # the guard has warned already, with the samples
         try:
             self.engine.step()
         finally:
@@ -185,7 +185,8 @@ class Engine:
                 self.optimizer.check_grad_overflow = False
         if self.engine.was_step_applied():
             raise RuntimeError(
-                "DeepSpeed applied a step that the guard had refused: the student and the classifier would part"
+                "DeepSpeed applied a step that the guard had refused: continuing would desynchronise the student "
+                "and the classifier"
             )
 
     # ---- named state, independent of the number of ranks ---------------------------------------------------------
@@ -200,7 +201,7 @@ class Engine:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def named_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """(parameter name, {"param", "exp_avg", "exp_avg_sq"}: fp32 on the host, whole) of every parameter in turn. A collective."""
+        """Yield (name, {"param", "exp_avg", "exp_avg_sq": whole fp32 copy on the host}) by parameter. A collective."""
         self._link_moments()
         for name, p in self.module.named_parameters():
             if self.stage == 0:
@@ -209,39 +210,32 @@ class Engine:
             else:
                 tensors = {"param": safe_get_full_fp32_param(p)}
                 tensors |= {key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}
-            yield (
-                name,
-                {key: value.detach().float().cpu().clone().reshape(self._shape(p)) for key, value in tensors.items()},
-            )
-
-    @staticmethod
-    def _shape(p: Any) -> torch.Size:
-        return p.ds_shape if hasattr(p, "ds_shape") else p.shape  # a ZeRO-3 parameter is empty when it is not gathered
+            shape = getattr(p, "ds_shape", p.shape)  # a ZeRO-3 parameter is empty while it is not gathered
+            yield name, {key: value.detach().float().cpu().clone().reshape(shape) for key, value in tensors.items()}
 
     def named_buffers(self) -> dict[str, Tensor]:
-        """Persistent buffers (running statistics of a batch norm, say) on the host."""
+        """Copies of the persistent buffers, such as a batch norm's running statistics, on the host."""
         parameters = {name for name, _ in self.module.named_parameters()}
-        return {
-            name: value.detach().cpu().clone()
-            for name, value in self.module.state_dict().items()
-            if name not in parameters
-        }
+        values = self.module.state_dict().items()
+        return {name: value.detach().cpu().clone() for name, value in values if name not in parameters}
 
     @torch.no_grad()
     def replica_digest(self) -> str | None:
-        """A number that differs when a bit of the student differs between ranks; None at ZeRO 3, where there are no
-        replicas. One pass over the parameters and one host synchronisation."""
+        """A digest that differs between ranks when a bit of the student does; None at ZeRO 3, which has no replicas.
+
+        Takes one pass over the parameters and one host synchronisation.
+        """
         if self.stage == 3:
             return None
         words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         sums = [p.detach().view(words[p.element_size()]).sum(dtype=torch.int64) for p in self.module.parameters()]
-        # Positions count, so that two parameters that change places are found.
+        # The second sum weights by position, so two parameters that swap places are detected.
         return "-".join(f"{value & (2**64 - 1):x}" for value in torch.stack(
             [torch.stack(sums).sum(), (torch.stack(sums) * torch.arange(1, len(sums) + 1, device=self.device)).sum()]
         ).tolist())  # fmt: skip
 
     def materialise_state(self, image_shape: tuple[int, ...], text_length: int, accumulation: int) -> None:
-        """Create the optimizer's state by one step with zero gradients at learning rate 0; `load_named_state` overwrites it."""
+        """Create the optimizer's state by a step with zero gradients and learning rate 0, for `load_named_state`."""
         for _ in range(accumulation):
             out = self(
                 torch.zeros(1, *image_shape, device=self.device),
@@ -255,7 +249,12 @@ class Engine:
 
     @torch.no_grad()
     def load_named_state(self, state: Any, step: int) -> None:
-        """state(name, kind) -> fp32 tensor for kind "param", "exp_avg", "exp_avg_sq". step: updates the moments have seen. A collective."""
+        """Load every parameter and its moments. A collective.
+
+        Args:
+            state: (name, kind) -> whole fp32 tensor, for the kinds "param", "exp_avg" and "exp_avg_sq".
+            step: number of updates in the moments.
+        """
         self._link_moments()
         for name, p in self.module.named_parameters():
             value = state(name, "param")
@@ -272,7 +271,7 @@ class Engine:
                 safe_set_full_fp32_param(p, value.to(self.device))
                 for key in MOMENTS:
                     safe_set_full_optimizer_state(p, state(name, key).to(self.device), key)
-            # The live parameter too, else the first forward runs on the old weights.
+            # The parameter too, or else the first forward runs with the old weights.
             with self._gathered(p):
                 p.data.copy_(value.to(p.dtype))
         for entry in self._base_optimizer().state.values():
@@ -280,13 +279,14 @@ class Engine:
                 entry["step"] = torch.full_like(entry["step"], float(step)) if torch.is_tensor(entry["step"]) else step
 
     def _partition(self, p: Any, value: Tensor) -> Tensor:
-        """This rank's ZeRO-3 part of a whole tensor. DeepSpeed's own setter fails where the ranks do not divide the size."""
+        """This rank's ZeRO-3 part of a tensor. DeepSpeed's own setter fails when the ranks do not divide the size."""
         size = p.ds_tensor.ds_numel
         flat = torch.nn.functional.pad(value.flatten(), (0, size * self.parallel.world - value.numel()))
         return flat[size * self.parallel.rank : size * (self.parallel.rank + 1)].to(self.device)
 
     @torch.no_grad()
     def load_buffers(self, buffers: dict[str, Tensor]) -> None:
+        """Copy values into the buffers of these names."""
         own = dict(self.module.named_buffers())
         for name, value in buffers.items():
             own[name].copy_(value)

@@ -1,7 +1,7 @@
-"""Ranks, device and process groups: the only place that creates a process group.
+"""Ranks, devices and the process group, which only this module creates.
 
-One program runs under `deepspeed`, `torchrun` or plain `python`. The launchers agree on the environment variables
-RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without them the program is alone and no process group is made.
+A program runs under `deepspeed`, `torchrun` or plain `python`. Both launchers set the environment variables RANK,
+LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Without them the program is a single process without a group.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DEFAULT_TIMEOUT_S = 600.0
 
 
 def shard_range(total: int, rank: int, world: int) -> tuple[int, int]:
-    """[start, stop) of the part of `total` items that belongs to `rank`; published partial-FC checkpoints use the same formula."""
+    """[start, stop) of the items that belong to `rank`: the formula of published partial-FC checkpoints."""
     base, extra = divmod(total, world)
     start = base * rank + min(rank, extra)
     return start, start + base + (rank < extra)
@@ -30,7 +30,7 @@ def shard_range(total: int, rank: int, world: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Parallel:
-    """Where this process stands. `group` is None for a single process without a process group."""
+    """This process among the ranks. group: None for a single process without a process group."""
 
     rank: int
     world: int
@@ -40,6 +40,7 @@ class Parallel:
 
     @property
     def is_first(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
 
@@ -49,22 +50,23 @@ def _environment_int(name: str, default: int) -> int:
         return int(text)
     except ValueError:
         raise UserError(
-            f"environment variable {name} is {text!r}, expected an integer: start through deepspeed or torchrun, or unset it"
+            f"environment variable {name} is {text!r}, expected an integer: use deepspeed or torchrun, or unset it"
         ) from None
 
 
 def launched() -> bool:
-    """True when a launcher has placed this process among others (also a world of one)."""
+    """Whether a launcher started this process, also as the only rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def local_device(local_rank: int) -> torch.device:
-    """The accelerator of this local rank, or the CPU; DS_ACCELERATOR=cpu forces the CPU."""
+    """The GPU of this local rank; the CPU without GPUs or with DS_ACCELERATOR=cpu. UserError for too few GPUs."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "") != "cpu":
         count = torch.cuda.device_count()
         if local_rank >= count:
             raise UserError(
-                f"local rank {local_rank} has no GPU, this host has {count}: start at most {count} ranks here (--num_gpus {count})"
+                f"local rank {local_rank} has no GPU, this host has {count}: start at most {count} ranks here "
+                f"(--num_gpus {count})"
             )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
@@ -72,11 +74,14 @@ def local_device(local_rank: int) -> torch.device:
 
 
 def init(timeout_s: float = DEFAULT_TIMEOUT_S, *, always: bool = False) -> Parallel:
-    """Join the launcher's process group (nccl on GPUs, gloo on CPUs).
+    """Join the launcher's process group: nccl on GPUs, gloo on CPUs.
 
-    timeout_s: seconds until a collective that a peer never joins is an error.
-    always: also make a group of one when there was no launcher (the DeepSpeed engine needs one).
-    Raises UserError when the rendezvous port is taken.
+    Args:
+        timeout_s: seconds after which a collective that a rank does not join is an error.
+        always: create a group of one rank when there is no launcher, which the DeepSpeed engine needs.
+
+    Raises:
+        UserError: the rendezvous port is in use, or an environment variable is invalid.
     """
     rank, world = _environment_int("RANK", 0), _environment_int("WORLD_SIZE", 1)
     local_rank = _environment_int("LOCAL_RANK", rank)
@@ -89,7 +94,7 @@ def init(timeout_s: float = DEFAULT_TIMEOUT_S, *, always: bool = False) -> Paral
             if launched():
                 dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
             else:
-                # A world of one needs no port, so nothing can be in its way.
+                # A single rank needs no port, so none can be in use.
                 dist.init_process_group(
                     backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout_s)
                 )
@@ -97,7 +102,8 @@ def init(timeout_s: float = DEFAULT_TIMEOUT_S, *, always: bool = False) -> Paral
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
                 raise UserError(
-                    f"port {os.environ.get('MASTER_PORT')} is in use on this host, expected it free for the ranks to meet at {address}: choose another with --master_port"
+                    f"port {os.environ.get('MASTER_PORT')} is in use on this host, expected a free one for the "
+                    f"rendezvous at {address}: choose another with --master_port"
                 ) from None
             raise
     return Parallel(rank, world, local_rank, device, dist.group.WORLD)
@@ -111,7 +117,7 @@ def shutdown() -> None:
 
 @contextlib.contextmanager
 def session(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Parallel]:
-    """`with session() as p:` for the offline tools: join, and leave again however the block ends."""
+    """Join the process group for a `with` block and leave it at its end."""
     parallel = init(timeout_s)
     try:
         yield parallel
@@ -120,5 +126,5 @@ def session(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Parallel]:
 
 
 def accept_launcher_arguments(parser: argparse.ArgumentParser) -> None:
-    """`deepspeed` and old `torchrun` pass the local rank to the program; the environment variable is what counts."""
+    """Accept, and ignore, the local rank that `deepspeed` and old `torchrun` pass; the environment variable is used."""
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)

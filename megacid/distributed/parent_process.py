@@ -10,7 +10,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def set_parent_death_signal(number: int) -> None:
-    """Ask the kernel to send `number` to this process when the thread that started it ends, for any reason. Linux only."""
+    """Let the kernel send signal `number` to this process when the thread that started it ends. Linux only."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)

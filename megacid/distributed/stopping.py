@@ -1,9 +1,9 @@
-"""How an offline stage ends before it is done: asked to by a signal, or because another rank is gone.
+"""Stops an offline stage early on all ranks: on a signal, or because another rank has ended.
 
-Everything a stage leaves on the way is whole, so that it may end anywhere; what has to be arranged is that no rank waits
-for one that has left. A rank that is asked to stop raises `Stopped` at its next poll, inside a block of `stop_together`, and
-all ranks leave that block with it. Blocks are long (the embedding of all tars is one), so the request also goes through
-a mark beside the output directory, which all ranks see: they poll it.
+A stage may end anywhere, since every file that it leaves is complete; but no rank may wait for one that has left. A
+rank that is asked to stop raises `Stopped` at its next poll, inside a block of `stop_together`, and all ranks leave
+that block with it. Blocks are long (embedding all tars is one), so the request also goes through a stop file next to
+the output directory, which all ranks poll.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from megacid.errors import EXIT_AGAIN
 Group = dist.ProcessGroup | None
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_LOOK_EVERY_S = 0.5  # a look at the mark is a call to a disk that may be far away
+_POLL_S = 0.5  # between reads of the stop file, which may be on a slow network disk
 
 
-class Stopped(BaseException):  # not an error: no `except Exception` on the way may hold it
-    """The stage was asked to end. code: 128 + the signal's number, what the process exits with."""
+class Stopped(BaseException):  # not an Exception, so no `except Exception` catches it
+    """The stage was asked to stop. code: exit code of the process, 128 + the signal's number."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -43,10 +43,10 @@ class Stopped(BaseException):  # not an error: no `except Exception` on the way 
 
 
 class Progress(Protocol):
-    """Reports work done, and is where a long stage may stop: call it often, and only inside a block of `stop_together`."""
+    """Reports work done. May raise Stopped: call it often, and only inside a block of `stop_together`."""
 
     def __call__(self, rows: int, /) -> object:
-        """Add `rows` to those done; 0 only polls. Raises Stopped when the stage was asked to end."""
+        """Add `rows` to those done; 0 only polls. Raises Stopped when the stage was asked to stop."""
 
 
 StartProgress = Callable[[int], Progress]  # takes the rows to do in all
@@ -57,15 +57,15 @@ def no_progress(rows: int) -> None:
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a request that `poll` raises. `with StopRequest() as stop:` in the main thread.
+    """Turns SIGTERM and SIGINT into a request, on which `poll` raises Stopped. A context manager for the main thread.
 
-    A second SIGTERM changes nothing; a second SIGINT is a KeyboardInterrupt at once.
+    A second SIGTERM changes nothing; a second SIGINT raises KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
         self.code = 0
-        self._mark: Path | None = None
-        self._looked = 0.0
+        self._stop_file: Path | None = None
+        self._read_at = 0.0
         self._pipe: tuple[int, int] | None = None
         self._before: dict[int, object] = {}
 
@@ -80,7 +80,7 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
         if self._pipe is not None:
             signal.set_wakeup_fd(-1)
-            os.close(self._pipe[1])  # the thread reads the end of the pipe and ends
+            os.close(self._pipe[1])  # which ends the thread that reads it
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.code and number == signal.SIGINT:
@@ -88,50 +88,50 @@ class StopRequest:
         self.code = self.code or 128 + number
 
     def share(self, out: Path, parallel: Parallel) -> None:
-        """From here on a request reaches every rank. A collective; forgets the mark of an earlier run."""
+        """Share requests between the ranks from here on, and remove the stop file of an earlier run. A collective."""
         if parallel.world == 1:
             return
-        self._mark = out.resolve().with_name(f".{out.resolve().name}.stop")
+        self._stop_file = out.resolve().with_name(f".{out.resolve().name}.stop")
         if parallel.is_first:
-            self._mark.unlink(missing_ok=True)
+            self._stop_file.unlink(missing_ok=True)
         barrier(parallel.group)
-        # Python's handlers wait while the main thread is inside a collective, which may take hours; the byte that
-        # arrives here does not.
+        # Python's handlers do not run while the main thread is inside a collective, which may take hours. The wake-up
+        # byte arrives at once.
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(self._pipe[0],), daemon=True).start()
         if self.code:
-            self._make_mark(self.code)
+            self._write_stop_file(self.code)
 
     def _listen(self, pipe: int) -> None:
         while data := os.read(pipe, 64):
             for number in data:
                 if number in _SIGNALS:
-                    self._make_mark(128 + number)
+                    self._write_stop_file(128 + number)
         os.close(pipe)
 
-    def _make_mark(self, code: int) -> None:
-        if self._mark is not None:
+    def _write_stop_file(self, code: int) -> None:
+        if self._stop_file is not None:
             with contextlib.suppress(OSError):
-                self._mark.parent.mkdir(parents=True, exist_ok=True)
-                self._mark.write_text(str(code))
+                self._stop_file.parent.mkdir(parents=True, exist_ok=True)
+                self._stop_file.write_text(str(code))
 
     def asked(self) -> int:
-        """Exit code of a request on this rank or, as far as the mark tells, on another; 0 for none."""
-        if self.code == 0 and self._mark is not None and time.monotonic() - self._looked > _LOOK_EVERY_S:
-            self._looked = time.monotonic()
+        """Exit code of a request on this rank or, by the stop file, on another; 0 for none."""
+        if self.code == 0 and self._stop_file is not None and time.monotonic() - self._read_at > _POLL_S:
+            self._read_at = time.monotonic()
             with contextlib.suppress(OSError, ValueError):
-                return int(self._mark.read_text())
+                return int(self._stop_file.read_text())
         return self.code
 
     def poll(self) -> None:
-        """Raises Stopped when this rank or another was asked to stop. Called often, inside a block of `stop_together`."""
+        """Raise Stopped when any rank was asked to stop. Call it often, inside a block of `stop_together`."""
         if code := self.asked():
             raise Stopped(code)
 
     def polling(self, progress: Progress) -> Progress:
-        """`progress`, which then also polls."""
+        """`progress` with a poll after each call."""
 
         def report_and_poll(rows: int) -> None:
             progress(rows)
@@ -140,14 +140,14 @@ class StopRequest:
         return report_and_poll
 
     def forget(self) -> None:
-        """Remove the mark. One rank, when the others no longer need it."""
-        if self._mark is not None:
-            self._mark.unlink(missing_ok=True)
+        """Remove the stop file. For one rank, when the others no longer need it."""
+        if self._stop_file is not None:
+            self._stop_file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def stop_together(group: Group = None) -> Iterator[None]:
-    """`fail_together`, whose ranks also stop together: Stopped inside the block on one rank is Stopped on every rank."""
+    """`fail_together` for work that polls: when one rank raises Stopped inside the block, every rank raises it."""
     code = 0
     with fail_together(group):
         try:
@@ -159,10 +159,16 @@ def stop_together(group: Group = None) -> Iterator[None]:
         raise Stopped(code)
 
 
-def run_stage(work: Callable[[Parallel, StopRequest], None], out: Path, timeout_s: float) -> int:
-    """Run a stage on this rank and return the exit code: 0, 128 + signal when asked to stop, 75 when a peer is gone.
+def run_stage(stage: Callable[[Parallel, StopRequest], None], out: Path, timeout_s: float) -> int:
+    """Run a stage on this rank, with logs on the terminal, until it or the launcher that started the rank ends.
 
-    timeout_s: of collectives. Other errors pass. Logs go to the terminal; the rank ends with the launcher that started it.
+    Args:
+        stage: the work of this rank.
+        out: output directory of the stage, next to which the stop file is written.
+        timeout_s: of collectives, in seconds.
+
+    Returns:
+        Exit code: 0, 128 + signal when asked to stop, EXIT_AGAIN when another rank has ended.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("megacid").setLevel(logging.INFO)
@@ -175,7 +181,7 @@ def run_stage(work: Callable[[Parallel, StopRequest], None], out: Path, timeout_
                 rank = parallel.rank
                 try:
                     stop.share(out, parallel)
-                    work(parallel, stop)
+                    stage(parallel, stop)
                 except RuntimeError as error:
                     if parallel.world == 1 or not from_a_collective(error):
                         raise
@@ -183,38 +189,38 @@ def run_stage(work: Callable[[Parallel, StopRequest], None], out: Path, timeout_
                         raise Stopped(code) from None
                     reason = str(error).strip().splitlines()[0][:200]
                     print(
-                        f"error: rank {rank} of {parallel.world}: another rank is gone or does not answer ({reason}); "
-                        "what was complete is kept, run the same command again",
+                        f"error: rank {rank} of {parallel.world} lost contact to another rank ({reason}); complete "
+                        "output is kept, run the same command again to continue",
                         file=sys.stderr,
                     )
                     return EXIT_AGAIN
         except Stopped as stopped:
             if rank == 0:
-                _say(stopped)
+                _print_stopped(stopped)
             return stopped.code
         finally:
-            # A request that came too late to matter leaves a mark as well.
+            # Also after a request that came too late to have an effect.
             if rank == 0:
                 stop.forget()
     return 0
 
 
-def run_alone(work: Callable[[], int]) -> int:
-    """Run a tool of one process; SIGTERM ends it at once, the way an exception does: temporary files are removed."""
+def run_alone(tool: Callable[[], int]) -> int:
+    """Run a tool of one process. SIGTERM ends it like an exception, so temporary files are removed."""
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         raise Stopped(128 + number)
 
     before = signal.signal(signal.SIGTERM, on_signal)
     try:
-        return work()
+        return tool()
     except Stopped as stopped:
-        _say(stopped)
+        _print_stopped(stopped)
         return stopped.code
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _say(stopped: Stopped) -> None:
+def _print_stopped(stopped: Stopped) -> None:
     name = signal.Signals(stopped.code - 128).name
-    print(f"stopped by {name}: what was complete is kept, run the same command to go on", file=sys.stderr)
+    print(f"stopped by {name}: complete output is kept, run the same command again to continue", file=sys.stderr)

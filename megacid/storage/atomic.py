@@ -25,13 +25,13 @@ def fsync_dir(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; what was written there replaces `path` when the block ends well.
+    """Yield a temporary path in the same folder, which replaces `path` when the block ends without an exception.
 
-    The temporary file is removed when the block raises. A reader sees the old file or the whole new one.
+    The write is durable. A reader sees the old file or the complete new one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The ending is kept: numpy appends one to names it does not know.
+    # The suffix stays, since numpy appends one to names without it.
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         yield temporary
@@ -44,16 +44,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
+    """Replace a file by `data`, atomic and durable."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
+    """Replace a file by `obj` as indented JSON, atomic and durable."""
     write_atomic(path, (json.dumps(obj, indent=2) + "\n").encode())
 
 
 def file_sha256(path: Path) -> str:
-    """Of the whole file, as hex. Raises OSError."""
+    """Hex sha256 of the whole file. Raises OSError."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
@@ -62,6 +64,7 @@ def file_sha256(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
+    """The JSON value of a file; None when it is missing, unreadable or not JSON."""
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -70,13 +73,13 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """An OSError of the block becomes a UserError that names `path`: the disk is full, or may not be written to."""
+    """Turn an OSError of the block, such as a full disk, into a UserError that names `path`."""
     try:
         yield
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error}): free space on that disk or correct its permissions, and run the same "
-            "command again; what was complete is kept"
+            "command again to continue"
         ) from None
 
 
@@ -89,6 +92,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Replace a file by `text`, atomic and durable. Raises UserError when the disk is full."""
     with writing(path) as temporary:
         temporary.write_text(text)
 

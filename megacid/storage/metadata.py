@@ -1,4 +1,4 @@
-"""meta.json of stage directories, and the versions and machine that it records."""
+"""Reads and writes meta.json, which marks a stage directory as complete and says how it was made."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _EARLIER_FIELDS = {"balance": "across"}  # by tool: a field that only earlier ve
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages whose behaviour a result depends on; absent ones are left out."""
-    found = {}
+    """Versions of the installed packages that results depend on."""
+    installed = {}
     for name in ("megacid", "torch", "deepspeed", "open_clip_torch", "webdataset", "triton", "numpy", "faiss-cpu"):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            installed[name] = metadata.version(name)
+    return installed
 
 
 def machine() -> dict[str, Any]:
-    """What a time was measured on: {"cpu", "cores", "system"}."""
+    """The machine of a measurement: {"cpu", "cores", "system"}."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {"cpu": (names or [platform.processor()])[0], "cores": os.cpu_count(), "system": platform.platform()}
 
 
 def write_meta(directory: str | Path, made_by: str, source: dict[str, Any], **facts: Any) -> None:
-    """Write `directory/meta.json`, last of all: its presence says that the stage is complete."""
+    """Write `directory/meta.json`. Call it last, since the file marks the stage as complete."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     write_json_atomic(
         Path(directory) / "meta.json",
@@ -54,7 +54,8 @@ def read_meta(directory: str | Path, expect: str | None = None) -> dict[str, Any
         meta = json.loads((directory / "meta.json").read_text())
     except FileNotFoundError:
         raise UserError(
-            f"{directory} has no meta.json, so the stage that writes it did not finish: run {tool} again with the same arguments"
+            f"{directory} has no meta.json, so the stage that writes it did not finish: run {tool} again with the same "
+            "arguments"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{directory / 'meta.json'} is not JSON ({error}): run {tool} again") from None
@@ -64,7 +65,7 @@ def read_meta(directory: str | Path, expect: str | None = None) -> dict[str, Any
         )
     if expect is not None and meta.get("made_by") != expect:
         raise UserError(
-            f"{directory} was made by {meta.get('made_by')!r}, expected a directory made by {expect!r}: correct the path"
+            f"{directory} was made by {meta.get('made_by')!r}, expected one made by {expect!r}: correct the path"
         )
     if _EARLIER_FIELDS.get(expect or "") in meta:
         raise UserError(f"{directory} was written by an earlier version of megacid: delete it and run {tool} again")

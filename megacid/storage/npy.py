@@ -1,4 +1,4 @@
-"""Arrays in .npy files: read as if somebody who means harm had written them, written so that a full disk is noticed."""
+"""Safe .npy I/O: treats files as untrusted input and reports a full disk on write."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from megacid.storage.atomic import writing
 
 
 def load_npy(path: Path, remedy: str) -> np.ndarray:
-    """A read-only memory map of a .npy file, of whatever shape and type it says.
+    """A read-only memory map of a .npy file.
 
-    Mapped even where all of it is read, so that a header that promises more than the file holds is found before anything
-    is allocated. Nothing is ever unpickled. UserError, which ends with `remedy`, for everything that is no plain array.
+    Mapping finds a header that promises more than the file has before anything is allocated. Nothing is unpickled.
+    Raises UserError, ending with `remedy`, for anything but a plain array.
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (
-        Exception
-    ) as error:  # a header is parsed as Python: RecursionError, MemoryError, TokenError, SyntaxError, ...
-        said = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path} is not a readable .npy array ({said}): {remedy}") from None
+    except Exception as error:  # numpy parses the header as Python: RecursionError, MemoryError, SyntaxError, ...
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path} is not a readable .npy array ({reason}): {remedy}") from None
     if not isinstance(array, np.ndarray):  # a zip archive, whatever its name
         array.close()
         raise UserError(f"{path} is not a readable .npy array (it is an .npz archive): {remedy}")
@@ -32,9 +30,9 @@ def load_npy(path: Path, remedy: str) -> np.ndarray:
 
 
 def write_npy(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...], blocks: Iterable[np.ndarray]) -> None:
-    """The bytes of np.save, blocks of rows one after the other. Raises OSError when not all could be written.
+    """Write what np.save would, from consecutive blocks of rows. Raises OSError when not all could be written.
 
-    np.save hands the array to C's buffered output, whose last bytes may be lost to a full disk without an error.
+    np.save uses C's buffered output, which may lose the last bytes on a full disk without an error.
     """
     np.lib.format.write_array_header_1_0(
         file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
@@ -44,13 +42,16 @@ def write_npy(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...], blocks: I
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """A .npy without pickles, atomic and durable."""
+    """Write a .npy file, atomic and durable. Raises UserError when the disk is full."""
     with writing(path) as temporary, open(temporary, "wb") as file:
         write_npy(file, array.dtype, array.shape, [array])
 
 
 def read_array(path: Path, shape: tuple[int | None, ...], kind: str) -> np.ndarray | None:
-    """A memory map of the array; None when the file is missing, cut off, or not of that shape (None: any) and dtype kind."""
+    """A memory map of a .npy file; None when it is missing, truncated, or of another shape or dtype kind.
+
+    shape: expected sizes; None stands for any size. kind: expected `dtype.kind`.
+    """
     try:
         array = load_npy(path, "it is made again")
     except UserError:

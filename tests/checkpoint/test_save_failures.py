@@ -54,47 +54,47 @@ def same_bits(root: Path, world: int, run: Path, *steps: int) -> None:
 
 
 CASES = [
-    *((2, rank, probe) for probe in BEFORE_PUBLICATION for rank in (0, 1)),
-    *((world, 0, probe) for probe in BY_THE_FIRST for world in (1, 2)),
+    *((2, rank, failpoint) for failpoint in BEFORE_PUBLICATION for rank in (0, 1)),
+    *((world, 0, failpoint) for failpoint in BY_THE_FIRST for world in (1, 2)),
     (1, 0, "mid_file"), (2, None, "before_fsync"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("world", "rank", "probe"), CASES)
+@pytest.mark.parametrize(("world", "rank", "failpoint"), CASES)
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
 def test_a_save_that_fails_leaves_the_older_ones_and_training_goes_on(
-    root: Path, world: int, rank: int | None, probe: str, number: int, capfd: pytest.CaptureFixture[str]
+    root: Path, world: int, rank: int | None, failpoint: str, number: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    file, run = run_file(root, f"fails{world}{rank}{probe}{number}")
-    plan = FaultPlan(Fault(f"store:{probe}", "os_error", rank=rank, step=2 * EVERY, value=number))
+    file, run = run_file(root, f"fails{world}{rank}{failpoint}{number}")
+    plan = FaultPlan(Fault(f"store:{failpoint}", "os_error", rank=rank, step=2 * EVERY, value=number))
     assert toy.train_toy(world, file, plan=plan) == [0] * world
     said = capfd.readouterr().err
     assert published(run) == [EVERY, STEPS]
     same_bits(root, world, run, EVERY, STEPS)
     assert said.count("could not save step 6, older checkpoints are kept: ") == 1
     assert said.count("could not") == 1 and ("No space left" if number == errno.ENOSPC else "Input/output") in said
-    assert rank is None or probe in BY_THE_FIRST or f"kept: rank {rank}: " in said
+    assert rank is None or failpoint in BY_THE_FIRST or f"kept: rank {rank}: " in said
 
 
-@pytest.mark.parametrize(("rank", "probe"), [(1, "mid_file"), (0, "before_fsync"), (0, "before_rename")])
+@pytest.mark.parametrize(("rank", "failpoint"), [(1, "mid_file"), (0, "before_fsync"), (0, "before_rename")])
 def test_a_save_that_fails_in_the_background_is_the_same(
-    root: Path, rank: int, probe: str, capfd: pytest.CaptureFixture[str]
+    root: Path, rank: int, failpoint: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    file, run = run_file(root, f"behind{rank}{probe}", run__save_in_background=True)
-    plan = FaultPlan(Fault(f"store:{probe}", "os_error", rank=rank, step=2 * EVERY, value=errno.EIO))
+    file, run = run_file(root, f"behind{rank}{failpoint}", run__save_in_background=True)
+    plan = FaultPlan(Fault(f"store:{failpoint}", "os_error", rank=rank, step=2 * EVERY, value=errno.EIO))
     assert toy.train_toy(2, file, plan=plan) == [0, 0]
     assert capfd.readouterr().err.count("could not save step 6, older checkpoints are kept: ") == 1
     assert published(run) == [EVERY, STEPS]
     same_bits(root, 2, run, EVERY, STEPS)
 
 
-@pytest.mark.parametrize("probe", AFTERWARDS)
+@pytest.mark.parametrize("failpoint", AFTERWARDS)
 def test_when_only_an_old_checkpoint_cannot_be_removed_the_new_one_is_saved(
-    root: Path, probe: str, capfd: pytest.CaptureFixture[str]
+    root: Path, failpoint: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Saves at 1, 2, ... 9, two of which are kept; every one after step 5 fails to remove, which is no failed save."""
-    file, run = run_file(root, f"remove{probe}", run__save_every=1, run__keep_last=2)
-    faults = (Fault(f"store:{probe}", "os_error", rank=0, step=step, value=errno.EIO) for step in range(5, 9))
+    file, run = run_file(root, f"remove{failpoint}", run__save_every=1, run__keep_last=2)
+    faults = (Fault(f"store:{failpoint}", "os_error", rank=0, step=step, value=errno.EIO) for step in range(5, 9))
     assert toy.train_toy(2, file, plan=FaultPlan(*faults)) == [0, 0]
     said = capfd.readouterr().err
     assert said.count("could not remove an old checkpoint") == 4 and "could not save" not in said

@@ -1,4 +1,4 @@
-"""F1: a rank, or all of them, killed at every point of a save. The same command goes on, and ends with the same bits."""
+"""Ranks killed at every point of a save: the same command continues and ends with the same bits."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import megacid.train  # noqa: F401  imported once here, inherited by forked rank
 from megacid.checkpoint import store
 
 STEPS, EVERY = 8, 3  # saved at 3, 6 and 8; the save at 8 removes 3
-# (probe, the how-manieth visit of a save: a rank writes two files)
+# (failpoint, the how-manieth visit of a save: a rank writes two files)
 OF_A_RANK = [
     ("stage_made", 1), ("mid_file", 1), ("mid_file", 2), ("before_fsync", 1), ("before_fsync", 2), ("after_fsync", 1),
     ("after_fsync", 2), ("files_written", 1),
 ]  # fmt: skip
 OF_THE_FIRST = ["before_manifest", "before_rename", "after_rename", "during_prune", "after_prune"]
 
-Case = tuple[int, int | None, str, int]  # ranks, victim (None: all), probe, visit
+Case = tuple[int, int | None, str, int]  # ranks, victim (None: all), failpoint, visit
 FOREGROUND: list[Case] = [
     *((1, 0, *point) for point in OF_A_RANK),
     *((2, victim, *point) for point in OF_A_RANK for victim in (0, 1, None)),

@@ -128,7 +128,7 @@ def test_checkpoints_are_listed_verified_shown_and_give_their_class_rows(pipelin
     run = pipeline.root / "runs" / "ckpt"
     newest = run / "step-00000006"
     assert run_tool_inside("ckpt", "list", run).count("ok") == 2
-    assert "every byte as written" in run_tool_inside("ckpt", "verify", newest)
+    assert "all bytes match the manifest" in run_tool_inside("ckpt", "verify", newest)
     said = run_tool_inside("ckpt", "show", run)
     assert "optimizer/exp_avg" in said and '"step": 6' in said and '"num_classes": 13' in said
     run_tool_inside("ckpt", "export", run, "--out", tmp_path / "rows.npy")
@@ -145,7 +145,7 @@ def test_checkpoints_are_listed_verified_shown_and_give_their_class_rows(pipelin
     (newest / "classifier-00001.safetensors").write_bytes(b"damaged")
     assert "classifier-00001.safetensors has 7 bytes" in run_tool_inside("ckpt", "list", run, expect=1)
     assert "not a valid checkpoint" in run_tool_inside("ckpt", "verify", newest, expect=2)
-    assert "holds no checkpoint" in run_tool_inside("ckpt", "list", tmp_path, expect=2)
+    assert "has no checkpoints" in run_tool_inside("ckpt", "list", tmp_path, expect=2)
 
 
 def test_published_per_rank_files_become_one_file_of_rows(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
-"""F20: the files that a run or a stage writes for itself, changed by somebody who means harm: nothing runs, and what reads
-them makes them again or says in one sentence (UserError) what is wrong. Inputs of others: `tests/data/test_hostile_*.py`."""
+"""Tampered files that a run or a stage wrote itself: no code runs, and the reader makes them again or raises UserError.
+
+Inputs from others: `tests/data/test_hostile_*.py`.
+"""
 
 from __future__ import annotations
 

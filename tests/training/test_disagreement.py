@@ -1,4 +1,4 @@
-"""F22 to F24: another setting is another run; ranks that hold different things are found and say which."""
+"""Changed settings are refused, and ranks with different settings, data or weights are detected and named."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def _elsewhere(argv: list[str], asked: str, given: str) -> int:
 def test_one_bit_of_difference_between_replicas_is_found_at_the_next_check(
     root: Path, world: int, stage: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """2^-30 of a weight on one rank. ZeRO 1 and 2 write all replicas anew at each step, so it is put in after the step."""
+    """2^-20 on a weight of one rank, after the step, since ZeRO 1 and 2 overwrite all replicas in each step."""
     file = toy.run_file(root, f"drift{world}{stage}", run__check_every=4, zero_optimization={"stage": stage})
     plan = FaultPlan(Fault("train:applied", "perturb_student", rank=world - 1, step=7, value=2.0**-20))
     assert toy.train_toy(world, file, plan=plan) == [70] * world

@@ -1,4 +1,4 @@
-"""F2, F5 to F8, F28: the same command goes on with the same bits from every step, at every number of ranks."""
+"""The same command continues with the same bits from every step, at every number of ranks."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ def losses(run: Path) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_stopped_and_resumed_at_every_step_it_is_the_same_run(root: Path, world: int) -> None:
-    """24 stops in one run: over an epoch's end (step 15), in front of a skipped step (9) and right after it, with two
-    micro-batches to a step. Every checkpoint has the bits of the uninterrupted run's, every step its samples and loss."""
+    """24 stops in one run: across an epoch's end (step 15), before a skipped step (9) and right after it.
+
+    A step has two micro-batches. Every checkpoint has the uninterrupted run's bits, every step its samples and loss.
+    """
     changes = {**EVERY_STEP, "gradient_accumulation_steps": 2, "classifier__lazy": "decay", "guard__spike": "skip"}
     fault = Fault("train:batch", "nan_batch", rank=world - 1, step=9)
     whole, pieces = (toy.run_file(root, f"{name}{world}", **changes) for name in ("whole", "pieces"))
@@ -123,8 +125,10 @@ def test_a_number_of_ranks_that_does_not_divide_the_batch_is_refused_with_those_
 
 
 def test_twenty_random_kills_leave_the_same_run(root: Path) -> None:
-    """SIGKILL to both ranks after a random time, again and again; the run comes back each time and ends with the bits of
-    the one that nobody disturbed. A run takes about a second; the times are seeded, what they hit is up to the machine."""
+    """SIGKILL to both ranks after random times: the run resumes each time and ends with the bits of an undisturbed run.
+
+    A run takes about a second. The times are seeded, but the machine decides what they hit.
+    """
     changes: dict[str, Any] = {"run__save_every": 2, "run__total_steps": 60, "run__log_every": 1}
     whole, killed = toy.run_file(root, "undisturbed", **changes), toy.run_file(root, "killed", **changes)
     assert toy.train_toy(2, whole) == [0, 0]

@@ -1,4 +1,4 @@
-"""F30: three hundred seeded faults of every kind, one after the other, and what must hold after each. Minutes: -m slow."""
+"""Three hundred seeded faults of every kind in a row, and what must hold after each. Takes minutes: -m slow."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_file(root: Path, name: str, **changes: Any) -> Path:
-    settings: dict[str, Any] = {"run__total_steps": STEPS, "run__save_every": SAVE_EVERY, "run__log_every": 5, "run__timeout_s": 2.0,
+    settings: dict[str, Any] = {"run__total_steps": STEPS, "run__save_every": SAVE_EVERY, "run__log_every": 5,
+        "run__timeout_s": 2.0,
                                 "run__save_timeout_s": 6.0, "guard__spike": "skip", **changes}  # fmt: skip
     return toy.run_file(root, name, **settings)
 
@@ -57,14 +58,16 @@ def draw(chance: random.Random, at: int) -> tuple[str, Fault | None]:
         "kill in a save": lambda: kill(chance.choice(ALL_RANKS_SAVE), rank=rank, step=saved),
         "kill while publishing": lambda: kill(chance.choice(RANK_0_SAVE), rank=0, step=saved),
         "stop": lambda: Fault(chance.choice(TRAIN), "signal", rank=rank, step=step, value=signal.SIGTERM),
-        "stop in a save": lambda: Fault(chance.choice(ALL_RANKS_SAVE), "signal", rank=rank, step=saved, value=signal.SIGUSR1),
+        "stop in a save": lambda: Fault(
+            chance.choice(ALL_RANKS_SAVE), "signal", rank=rank, step=saved, value=signal.SIGUSR1),
         "disk": lambda: Fault(
             chance.choice(("store:mid_file", "store:before_fsync", "store:before_rename")), "os_error",
             rank=0, step=saved, value=chance.choice((errno.ENOSPC, errno.EIO, errno.EFBIG)),
         ),
         "slow disk": lambda: Fault("store:before_fsync", "sleep", rank=rank, step=saved, value=0.3),
         "stall": lambda: Fault(chance.choice(TRAIN), "sleep", rank=rank, step=step, value=100),
-        "a flipped byte": lambda: None, "a cut file": lambda: None, "a lost file": lambda: None, "rubbish": lambda: None,
+        "a flipped byte": lambda: None, "a cut file": lambda: None, "a lost file": lambda: None,
+        "rubbish": lambda: None,
     }  # fmt: skip
     weights = [6, 6, 6, 3, 2, 3, 1, 1, 2, 1, 1, 1]
     kind = chance.choices(list(kinds), weights)[0]

@@ -1,5 +1,4 @@
-"""F12 to F15: a rank that stalls, dies or is asked to stop, alone and under the real launchers. Nobody hangs, nobody is
-left behind, and the same command goes on."""
+"""A rank that stalls, dies or is asked to stop, alone and under the launchers: no rank hangs, the run can resume."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ def goes_on_as_if_nothing_had_been(root: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "probe", "phase"),
+    ("world", "failpoint", "phase"),
     [
         (2, "train:batch", "data"),
         (4, "train:gradients", "backward"),
@@ -49,12 +48,12 @@ def goes_on_as_if_nothing_had_been(root: Path, name: str) -> None:
     ],
 )
 def test_a_stalled_rank_is_named_and_every_rank_ends_with_its_stacks_on_disk(
-    root: Path, world: int, probe: str, phase: str, capfd: pytest.CaptureFixture[str]
+    root: Path, world: int, failpoint: str, phase: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     name = f"stall{world}{phase}"
     file = toy.run_file(root, name, run__timeout_s=1.5, run__save_timeout_s=2.5)
-    fault = Fault(probe, "sleep", rank=1, step=6 if phase == "save" else 8, value=300)
-    if probe == "freeze":  # a process that cannot even report
+    fault = Fault(failpoint, "sleep", rank=1, step=6 if phase == "save" else 8, value=300)
+    if failpoint == "freeze":  # a process that cannot even report
         fault = Fault("train:batch", "signal", rank=1, step=8, value=signal.SIGSTOP)
         with pytest.raises(TimeoutError, match=r"ranks \[1\] of 2 had not ended"):
             toy.train_toy(world, file, plan=FaultPlan(fault), timeout_s=10)
@@ -63,7 +62,7 @@ def test_a_stalled_rank_is_named_and_every_rank_ends_with_its_stacks_on_disk(
     said = capfd.readouterr().err
     assert said.count("error: no progress") == 1
     stacks = root / "runs" / name / "stalled"
-    if probe == "freeze":
+    if failpoint == "freeze":
         assert "rank 1 did not report: its process has ended, is stopped or has lost its network" in said
         assert (stacks / "rank-00000.txt").exists()
     else:
@@ -83,15 +82,17 @@ def test_a_stalled_rank_is_named_and_every_rank_ends_with_its_stacks_on_disk(
 # ---- F13: a rank dies --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("probe", ["start:ready", "train:batch", "train:gradients", "train:applied", "train:step_end"])
+@pytest.mark.parametrize(
+    "failpoint", ["start:ready", "train:batch", "train:gradients", "train:applied", "train:step_end"]
+)
 @pytest.mark.parametrize("world", [2, 4])
 def test_when_a_rank_is_killed_the_others_say_so_and_end(
-    root: Path, world: int, probe: str, capfd: pytest.CaptureFixture[str]
+    root: Path, world: int, failpoint: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    name = f"dead{world}{probe.replace(':', '_')}"
+    name = f"dead{world}{failpoint.replace(':', '_')}"
     file = toy.run_file(root, name)
-    step = 0 if probe == "start:ready" else 9
-    assert toy.train_toy(world, file, plan=FaultPlan(kill(probe, rank=1, step=step))) == [
+    step = 0 if failpoint == "start:ready" else 9
+    assert toy.train_toy(world, file, plan=FaultPlan(kill(failpoint, rank=1, step=step))) == [
         75 if r != 1 else -9 for r in range(world)
     ]
     said = capfd.readouterr().err
@@ -104,24 +105,24 @@ def test_when_a_rank_is_killed_the_others_say_so_and_end(
 
 
 @pytest.mark.parametrize(
-    ("number", "probe", "step", "saved"),
+    ("number", "failpoint", "step", "saved"),
     [
         *((signal.SIGTERM, *case) for case in (
             ("start:ready", 0, 1), ("train:batch", 7, 8), ("train:gradients", 7, 8), ("train:applied", 7, 9),
-            ("train:step_end", 7, 9), ("store:stage_made", 6, 6), ("store:mid_file", 6, 6), ("store:before_rename", 6, 6),
-            ("store:after_rename", 6, 6),
+            ("train:step_end", 7, 9), ("store:stage_made", 6, 6), ("store:mid_file", 6, 6),
+            ("store:before_rename", 6, 6), ("store:after_rename", 6, 6),
         )),
         (signal.SIGUSR1, "train:batch", 7, 8), (signal.SIGUSR1, "store:mid_file", 6, 6),
     ],
 )  # fmt: skip
 def test_one_rank_that_is_asked_to_stop_stops_all_after_the_same_saved_step(
-    root: Path, number: int, probe: str, step: int, saved: int, capfd: pytest.CaptureFixture[str]
+    root: Path, number: int, failpoint: str, step: int, saved: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """At most one step after the signal; a signal during a save is heard at its end."""
-    name = f"asked{number}{probe.replace(':', '_')}"
+    name = f"asked{number}{failpoint.replace(':', '_')}"
     file = toy.run_file(root, name)
-    rank = 0 if probe.startswith("store:") else 1  # only rank 0 publishes
-    again = Fault(probe, "signal", rank=rank, step=step, value=number)
+    rank = 0 if failpoint.startswith("store:") else 1  # only rank 0 publishes
+    again = Fault(failpoint, "signal", rank=rank, step=step, value=number)
     plan = FaultPlan(again, again, Fault("store:before_fsync", "signal", rank=0, step=saved, value=number))
     assert toy.train_toy(2, file, plan=plan) == [143, 143]
     assert max(path.name for path in (root / "runs" / name).glob("step-*")) == f"step-{saved:08d}"
