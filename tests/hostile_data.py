@@ -111,8 +111,8 @@ def checkpoint(folder: Path, data: bytes, name: str = "student-0.safetensors", *
     folder.mkdir(parents=True)
     (folder / "student-0.safetensors").write_bytes(data)
     entry = {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    facts = {"format": 1, "step": 3, "updates": 3, "num_classes": 2, "embed_dim": 2, "files": [entry], **changes}
-    (folder / store.MANIFEST).write_bytes(store.seal(facts))
+    manifest = {"format": 1, "step": 3, "updates": 3, "num_classes": 2, "embed_dim": 2, "files": [entry], **changes}
+    (folder / store.MANIFEST).write_bytes(store.seal(manifest))
     return folder
 
 

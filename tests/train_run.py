@@ -70,16 +70,16 @@ def run_train(world: int, file: Path, *options: str, expect: int = 0) -> None:
 def tensors(directory: Path) -> dict[str, Tensor]:
     """Everything a checkpoint holds, whatever number of ranks wrote it."""
     reader = CheckpointReader(directory)
-    found = {
+    values = {
         f"{kind}/{name}": reader.tensor(kind, name)
         for kind in ("param", "exp_avg", "exp_avg_sq", "buffer")
         for name in reader.names(kind)
     }
     classes = reader.manifest["num_classes"]
     for name in ("head/weight", "optimizer/exp_avg", "optimizer/exp_avg_sq", "optimizer/updates"):
-        found[name] = reader.rows(name, 0, classes)
+        values[name] = reader.rows(name, 0, classes)
     # Copies: what is read from a file is mapped to it, and a test may change the file.
-    return {name: value.clone() for name, value in found.items()}
+    return {name: value.clone() for name, value in values.items()}
 
 
 def losses(run: Path) -> dict[int, float]:

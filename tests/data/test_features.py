@@ -23,7 +23,7 @@ SIZES = (9, 7, 8)
 CLASSES, DIM = 5, 3
 
 
-def write_features(root: Path, **facts: Any) -> Path:
+def write_features(root: Path, **meta_fields: Any) -> Path:
     """Three files; every value of a row is its global number, its label the number modulo the classes."""
     start = 0
     for folder in ("features", "labels"):
@@ -33,7 +33,7 @@ def write_features(root: Path, **facts: Any) -> Path:
         np.save(root / "features" / f"features_{number:05d}.npy", np.repeat(rows[:, None], DIM, 1).astype(np.float16))
         np.save(root / "labels" / f"labels_{number:05d}.npy", (rows % CLASSES).astype(np.int32))
         start += size
-    meta = {"made_by": "synthesize", "source": {"seed": 0}, "classes": CLASSES, "dim": DIM, **facts}
+    meta = {"made_by": "synthesize", "source": {"seed": 0}, "classes": CLASSES, "dim": DIM, **meta_fields}
     (root / "meta.json").write_text(json.dumps(meta))
     return root
 
@@ -104,8 +104,8 @@ def test_a_file_that_is_cut_while_it_is_read_is_a_failure_not_a_crash(folder: Pa
     broken = shutil.copytree(folder, tmp_path / "broken")
     batches = iter(stream(broken))
     os.truncate(broken / "features" / "features_00001.npy", 130)
-    said = {batch.failure for batch in batches} - {None}
-    assert len(said) == 1 and "features_00001.npy ends before row" in said.pop()
+    (failure,) = {batch.failure for batch in batches} - {None}
+    assert "features_00001.npy ends before row" in failure
 
 
 def spoil(root: Path, case: str) -> None:
@@ -131,7 +131,7 @@ def spoil(root: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "said"),
+    ("case", "message"),
     [
         ("label dtype", "labels_00001.npy is int64 (7,), expected int32 (7)"),
         ("rows", "labels_00001.npy is int32 (6,), expected int32 (7)"),
@@ -144,12 +144,12 @@ def spoil(root: Path, case: str) -> None:
         ("no files", "has no features/features_*.npy, so there is no train split"),
     ],
 )
-def test_files_that_do_not_fit_are_refused_at_the_start(folder: Path, tmp_path: Path, case: str, said: str) -> None:
+def test_files_that_do_not_fit_are_refused_at_the_start(folder: Path, tmp_path: Path, case: str, message: str) -> None:
     broken = shutil.copytree(folder, tmp_path / "broken")
     spoil(broken, case)
     with pytest.raises(UserError) as error:
         FeatureSet(broken)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_more_than_the_rows_and_a_missing_test_split_are_refused(folder: Path) -> None:
@@ -164,10 +164,10 @@ def test_clusters_and_true_classes_are_told_apart(tmp_path: Path) -> None:
     (clustered / "true_labels").mkdir()
     for number, size in enumerate(SIZES):
         np.save(clustered / "true_labels" / f"labels_{number:05d}.npy", np.full(size, 8, np.int32))
-    given, true = FeatureSet(clustered), FeatureSet(clustered, true_labels=True)
-    assert (given.clustered, given.classes, true.classes) == (True, CLASSES, 9)
+    clusters, true = FeatureSet(clustered), FeatureSet(clustered, true_labels=True)
+    assert (clusters.clustered, clusters.classes, true.classes) == (True, CLASSES, 9)
     rows = np.array([0, 11, 23])
-    assert given.take_labels(rows).tolist() == [0, 1, 3] and true.take_labels(rows).tolist() == [8, 8, 8]
+    assert clusters.take_labels(rows).tolist() == [0, 1, 3] and true.take_labels(rows).tolist() == [8, 8, 8]
 
 
 # ---- the tower ---------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ RUN: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ("data.shards=tars", "are both set ('tars', 'somewhere'), expected exactly one"),
         ("data.features=null", "are both null, expected exactly one"),
@@ -235,17 +235,17 @@ RUN: dict[str, Any] = {
         ("student.layers=-1", '"megacid.student.layers" is -1, expected >= 0'),
     ],
 )
-def test_a_run_file_that_asks_features_for_what_they_lack_is_refused(tmp_path: Path, change: str, said: str) -> None:
+def test_a_run_file_that_asks_features_for_what_they_lack_is_refused(tmp_path: Path, change: str, message: str) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps(RUN))
     load_run(file, world=1)
     with pytest.raises(UserError) as error:
         load_run(file, [change], world=1)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ("student.model=feature-mlp", "is 'feature-mlp' but the data are shards"),
         (
@@ -255,11 +255,11 @@ def test_a_run_file_that_asks_features_for_what_they_lack_is_refused(tmp_path: P
         ("student.layers=1", '"megacid.student.layers" is 1'),
     ],
 )
-def test_the_towers_settings_are_refused_beside_shards(tmp_path: Path, change: str, said: str) -> None:
+def test_the_towers_settings_are_refused_beside_shards(tmp_path: Path, change: str, message: str) -> None:
     file = tmp_path / "run.json"
     block = {**RUN["megacid"], "student": {"model": "ViT-B-32"}, "data": {"shards": "tars", "labels": "clusters"}}
     file.write_text(json.dumps({**RUN, "megacid": block}))
     load_run(file, world=1)
     with pytest.raises(UserError) as error:
         load_run(file, [change], world=1)
-    assert said in str(error.value)
+    assert message in str(error.value)

@@ -179,8 +179,8 @@ def test_a_picture_made_to_fill_the_memory_is_refused_or_harmless(case: str) -> 
         image = decode_image(data, shard="s", key="k")
     except BadSample as bad:
         # From the header: the memory alone would not show it, which is not touched before there are pixels.
-        wanted = "s/k: .* pixels" if case.startswith(("png", "jpeg")) else "s/k: "
-        assert re.match(wanted, str(bad))
+        expected = "s/k: .* pixels" if case.startswith(("png", "jpeg")) else "s/k: "
+        assert re.match(expected, str(bad))
     else:
         # Text, profiles and what lies behind the pixels may be passed over; a large picture may not.
         assert case.startswith(("iCCP", "IDAT")) and image.size == (64, 64)
@@ -272,12 +272,14 @@ def test_over_the_budget_the_failure_names_shard_and_key_and_later_batches_are_d
     for rank in range(world):
         batches = list(stream(mixed, rank=rank, world=world, micro_batch=8 // world, total_steps=12))
         first = next(i for i, b in enumerate(batches) if b.failure)
-        said = batches[first].failure or ""
+        failure = batches[first].failure or ""
         assert (
-            "bad samples among" in said and f"on rank {rank}" in said and "10 are allowed (error budget 0.001)" in said
+            "bad samples among" in failure
+            and f"on rank {rank}" in failure
+            and "10 are allowed (error budget 0.001)" in failure
         )
-        assert (batches[first].replaced[-1] in said and "/k4" in said) or "/k5" in said
-        assert len(batches) == 12 and {b.failure for b in batches[first:]} == {said}
+        assert (batches[first].replaced[-1] in failure and "/k4" in failure) or "/k5" in failure
+        assert len(batches) == 12 and {b.failure for b in batches[first:]} == {failure}
         assert all(b.sample_id.tolist() == [-1] * (8 // world) for b in batches[first + 1 :])
 
 
@@ -300,10 +302,10 @@ def test_a_hundred_bad_ones_in_a_row_are_a_failure(tmp_path: Path, workers: int)
 def test_the_sentence_about_a_bad_sample_is_the_same_in_every_process() -> None:
     """It is compared and logged: no addresses in it."""
     for data in bad_files().values():
-        said = []
+        messages = []
         for _ in range(2):
             with pytest.raises(BadSample) as error:
                 decode_image(data, shard="s", key="k")
-            said.append(str(error.value))
-        assert said[0] == said[1] and "0x" not in said[0]
+            messages.append(str(error.value))
+        assert messages[0] == messages[1] and "0x" not in messages[0]
     assert transform(Image.new("RGB", (4, 4))).shape == (3, 4, 4)

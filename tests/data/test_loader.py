@@ -117,21 +117,21 @@ def test_bad_samples_are_replaced_named_and_counted(damaged: ShardIndex, caplog:
 
 def failures(batches: PairStream) -> list[str | None]:
     """The failure of every batch; all have the same shapes, and after the first failure they are dummies."""
-    given = list(batches)
-    assert len(given) == len(batches) == 6 and len({(b.image.shape, b.text.shape, b.label is None) for b in given}) == 1
-    found = [batch.failure for batch in given]
-    first = next(i for i, failure in enumerate(found) if failure)
-    assert set(found[:first]) <= {None} and set(found[first:]) == {found[first]}
-    for batch in given[first + 1 :]:
+    read = list(batches)
+    assert len(read) == len(batches) == 6 and len({(b.image.shape, b.text.shape, b.label is None) for b in read}) == 1
+    reasons = [batch.failure for batch in read]
+    first = next(i for i, failure in enumerate(reasons) if failure)
+    assert set(reasons[:first]) <= {None} and set(reasons[first:]) == {reasons[first]}
+    for batch in read[first + 1 :]:
         assert not batch.image.any() and (batch.sample_id == -1).all()
-    return found
+    return reasons
 
 
 def test_too_many_bad_samples_are_the_failure_of_their_batch(damaged: ShardIndex) -> None:
-    (said,) = {failure for failure in failures(stream(damaged, error_budget=0.0)) if failure}
-    assert re.search(r"[12] bad samples .* 0 are allowed", said)
-    found = failures(stream(damaged, error_budget=2 / BUDGET_FLOOR))
-    assert found[0] is None and re.search(r"[34] bad samples .* the last one 0000\d/k\d+: ", found[-1] or "")
+    (failure,) = set(failures(stream(damaged, error_budget=0.0))) - {None}
+    assert re.search(r"[12] bad samples .* 0 are allowed", failure or "")
+    reasons = failures(stream(damaged, error_budget=2 / BUDGET_FLOOR))
+    assert reasons[0] is None and re.search(r"[34] bad samples .* the last one 0000\d/k\d+: ", reasons[-1] or "")
     # The batch that exceeds the budget is the real one.
     first = next(batch for batch in stream(damaged, error_budget=2 / BUDGET_FLOOR) if batch.failure)
     assert torch.equal(first.image[:, 0, 0, 0].long(), first.sample_id)
@@ -140,8 +140,8 @@ def test_too_many_bad_samples_are_the_failure_of_their_batch(damaged: ShardIndex
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_decodable_is_a_failure_instead_of_a_loop(tmp_path: Path, workers: int) -> None:
     index = write_shards(tmp_path / "shards", damaged=set(range(24)))
-    found = failures(stream(index, max_consecutive_errors=7, workers=workers))
-    assert found[0] is not None and re.match(r"7 bad samples in a row, the last one 0000\d/k\d+: ", found[0])
+    reasons = failures(stream(index, max_consecutive_errors=7, workers=workers))
+    assert reasons[0] is not None and re.match(r"7 bad samples in a row, the last one 0000\d/k\d+: ", reasons[0])
 
 
 def test_one_decodable_sample_among_all_is_found(tmp_path: Path) -> None:

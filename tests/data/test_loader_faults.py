@@ -37,11 +37,14 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 
 
 def children() -> set[int]:
-    found: set[int] = set()
+    pids: set[int] = set()
     for thread in Path(f"/proc/{os.getpid()}/task").iterdir():
         with contextlib.suppress(OSError):  # a thread that has just ended
-            found |= {int(pid) for pid in (thread / "children").read_text().split()}
-    return found
+            pids |= {int(pid) for pid in (thread / "children").read_text().split()}
+    return pids
+
+
+ENDED_WITHIN_S = 30  # that they end is promised, and not how fast a loaded machine sees it
 
 
 def gone(pids: set[int], within_s: float) -> bool:
@@ -109,7 +112,7 @@ def read(batches: Iterator[Batch]) -> list[Batch]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(
-    ("act", "said"),
+    ("act", "message"),
     [
         (kill_me, "was killed by SIGKILL, usually because the machine or container ran out of memory"),
         (
@@ -122,19 +125,24 @@ def read(batches: Iterator[Batch]) -> list[Batch]:
     ],
 )
 def test_a_worker_that_dies_or_hangs_is_a_failure_in_time(
-    index: ShardIndex, act: Callable[[], object], said: str, workers: int
+    index: ShardIndex, act: Callable[[], object], message: str, workers: int
 ) -> None:
     expected = list(stream(index))
     row = int(expected[2].sample_id[3])  # every sample once in the three batches of an epoch
-    before, began = children(), time.monotonic()
-    found = read(iter(stream(index, workers=workers, worker_timeout_s=1.5, transform=At(row, act), rank=0)))
-    assert time.monotonic() - began < 1.5 + 5
-    first = next(i for i, batch in enumerate(found) if batch.failure)
-    assert len(found) == 6 and first <= 2  # what it had made before may be lost with it
-    assert all(same(a, b) for a, b in zip(expected[:first], found))
-    assert len({batch.failure for batch in found[first:]}) == 1
-    assert found[first].failure and found[first].failure.startswith("rank 0: ") and said in found[first].failure
-    assert gone(children() - before, 1), "workers were left behind"
+    before = children()
+    # A death is noticed at once, whatever the timeout; `read` gives up after 30 s.
+    timeout_s = 1.5 if act in (hang, stop_me) else 600
+    received = read(iter(stream(index, workers=workers, worker_timeout_s=timeout_s, transform=At(row, act), rank=0)))
+    first = next(i for i, batch in enumerate(received) if batch.failure)
+    assert len(received) == 6 and first <= 2  # what it had made before may be lost with it
+    assert all(same(a, b) for a, b in zip(expected[:first], received))
+    assert len({batch.failure for batch in received[first:]}) == 1
+    assert (
+        received[first].failure
+        and received[first].failure.startswith("rank 0: ")
+        and message in received[first].failure
+    )
+    assert gone(children() - before, ENDED_WITHIN_S), "workers were left behind"
 
 
 def test_a_worker_killed_while_the_trainer_is_elsewhere_does_not_raise_there(index: ShardIndex) -> None:
@@ -157,16 +165,16 @@ def test_workers_end_when_the_stream_is_left_early(index: ShardIndex) -> None:
     next(batches)
     assert len(children() - before) == 2
     batches.close()  # type: ignore[attr-defined]
-    assert gone(children() - before, 5)
+    assert gone(children() - before, ENDED_WITHIN_S)
     assert signal.getsignal(signal.SIGCHLD) == handler or callable(signal.getsignal(signal.SIGCHLD))
 
 
 @pytest.mark.parametrize(
-    ("when", "said"),
+    ("when", "message"),
     [("start", "loader workers cannot be started"), ("take", "cannot be received from a loader worker")],
 )
 def test_a_limit_of_the_system_is_a_failure_of_the_batch(
-    index: ShardIndex, monkeypatch: pytest.MonkeyPatch, when: str, said: str
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch, when: str, message: str
 ) -> None:
     """Too many processes or open files: one rank alone meets it."""
     from torch.utils.data import dataloader
@@ -181,9 +189,9 @@ def test_a_limit_of_the_system_is_a_failure_of_the_batch(
         else (dataloader._MultiProcessingDataLoaderIter, "_next_data")
     )
     monkeypatch.setattr(*place, no_more)
-    found = read(iter(stream(index, workers=1)))
-    assert len(found) == 6 and {batch.failure for batch in found} == {found[0].failure}
-    assert found[0].failure and said in found[0].failure and "Too many open files" in found[0].failure
+    received = read(iter(stream(index, workers=1)))
+    assert len(received) == 6 and {batch.failure for batch in received} == {received[0].failure}
+    assert received[0].failure and message in received[0].failure and "Too many open files" in received[0].failure
 
 
 def test_a_worker_that_is_still_dying_when_its_files_are_closed_is_found_dead(index: ShardIndex) -> None:
@@ -236,7 +244,7 @@ def test_workers_do_not_outlive_a_parent_that_was_killed(index: ShardIndex) -> N
     finally:
         parent.kill()
         parent.wait()
-    assert gone(workers, 2)
+    assert gone(workers, ENDED_WITHIN_S)
 
 
 def test_a_worker_whose_parent_is_gone_before_it_can_ask_for_the_signal_ends_itself() -> None:
@@ -324,10 +332,12 @@ def test_a_table_that_turns_out_damaged_in_a_worker_is_a_failure(tmp_path: Path,
         whole = path.read_bytes()
         try:
             path.write_bytes(whole[:-8])
-            found = read(iter(batches))
+            received = read(iter(batches))
         finally:
             path.write_bytes(whole)
-        assert len(found) == 6 and found[-1].failure and "the index of 00002.tar is damaged" in found[-1].failure
+        assert (
+            len(received) == 6 and received[-1].failure and "the index of 00002.tar is damaged" in received[-1].failure
+        )
 
 
 def until_a_failure(root: str, act: Callable[[], object]) -> tuple[int, list[str | None]]:
@@ -337,11 +347,12 @@ def until_a_failure(root: str, act: Callable[[], object]) -> tuple[int, list[str
     options: dict[str, Any] = {"rank": rank, "world": world, "micro_batch": 8 // world}
     own = [batch.sample_id for batch in stream(index, **options)]
     transform = At(int(own[4][0]) if rank == world - 1 else 255, act)  # of the second epoch
-    options |= {"workers": 1, "worker_timeout_s": 1.5, "transform": transform, "start_step": 3}
+    timeout_s = 1.5 if rank == world - 1 and act is hang else 600
+    options |= {"workers": 1, "worker_timeout_s": timeout_s, "transform": transform, "start_step": 3}
     for step, batch in enumerate(stream(index, **options), 3):
-        said = gather_json(batch.failure, None)
-        if any(said):
-            return step, said
+        failures = gather_json(batch.failure, None)
+        if any(failures):
+            return step, failures
     raise AssertionError("no failure")
 
 
@@ -350,9 +361,7 @@ def until_a_failure(root: str, act: Callable[[], object]) -> tuple[int, list[str
 def test_a_lost_worker_of_one_rank_is_heard_of_by_all_in_the_same_step(
     index: ShardIndex, act: Callable[[], object], world: int
 ) -> None:
-    began = time.monotonic()
-    fates = run_ranks(until_a_failure, world, str(index.root), act)
-    assert time.monotonic() - began < 1.5 + 5
+    fates = run_ranks(until_a_failure, world, str(index.root), act, timeout_s=60)  # the worker hangs for 600 s
     assert fates == [fates[0]] * world and fates[0][0] <= 4
     assert fates[0][1][:-1] == [None] * (world - 1)
     assert fates[0][1][-1].startswith(f"rank {world - 1}: ")
@@ -372,7 +381,7 @@ def test_a_label_that_one_rank_meets_ends_all_ranks_together(tmp_path: Path, cap
     np.save(path, labels)
     codes = toy.train_toy(2, toy.run_file(tmp_path, "bad"), plan=FaultPlan(), timeout_s=60)
     assert codes == [66, 66]
-    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and f"{path.name} row {row} has label {toy.CLASSES}, expected 0 .. 1000" in said[0]
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"{path.name} row {row} has label {toy.CLASSES}, expected 0 .. 1000" in errors[0]
     # What was learned before the bad step is kept.
     assert (tmp_path / "runs" / "bad" / "step-00000009").is_dir()

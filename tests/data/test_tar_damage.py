@@ -68,7 +68,7 @@ def offsets(path: Path, count: int) -> list[int]:
     with tarfile.open(path) as tar:
         members = tar.getmembers()
     chosen = random.Random(16)
-    found = []
+    places = []
     for i in range(count):
         member = chosen.choice(members)
         end = member.offset_data + member.size
@@ -77,8 +77,8 @@ def offsets(path: Path, count: int) -> list[int]:
             (member.offset_data, end - 1),
             (end, end + (-member.size) % 512),
         ][i % 3]
-        found.append(chosen.randint(low, high))
-    return found
+        places.append(chosen.randint(low, high))
+    return places
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -136,14 +136,14 @@ def test_garbage_inside_a_picture_is_found_when_it_is_decoded_and_by_verify(tmp_
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [(b"", "the file is empty"), (b"\0" * 100, "inside a header"), (b"<html>not found</html>" * 60, "no valid header")],
     ids=["empty", "short", "html"],
 )
-def test_a_file_that_is_no_tar(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_file_that_is_no_tar(tmp_path: Path, content: bytes, message: str) -> None:
     write(tmp_path / "shards")
     (tmp_path / "shards" / "00001.tar").write_bytes(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load_index(tmp_path / "shards")
     check(tmp_path / "shards", 1, "00001", set())
 
@@ -239,12 +239,12 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_header_made_to_do_harm_is_refused_without_memory(tmp_path: Path, case: str) -> None:
-    content, said = HOSTILE[case]
+    content, message = HOSTILE[case]
     (tmp_path / "x.tar").write_bytes(content)
     before = peak_mib(reset=True)
     with pytest.raises(UserError) as error:
         load_index(tmp_path)
-    assert "x.tar is damaged" in str(error.value) and said in str(error.value)
+    assert "x.tar is damaged" in str(error.value) and message in str(error.value)
     assert peak_mib() - before < 50
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +128,12 @@ def test_eval_limits_the_test_rows_and_names_what_does_not_fit(root: Path, throu
 def test_a_sweep_is_kept_and_resumed_and_ends_in_table_and_plot(root: Path) -> None:
     """One rate that was interrupted after its first checkpoint, and one number of clusters."""
     pytest.importorskip("matplotlib")
-    file, out = run_file(root, "swept"), root / "sweep"
+    file, out, began = run_file(root, "swept"), root / "sweep", time.monotonic()
     point = "rate-0.5-seed-0"
     options = [f"run.name={point}", f"run.dir={out}", "classifier.sample_rate=0.5"]
     run_train(1, file, *(word for option in options for word in ("--set", option)), "--stop-after", "10", expect=143)
     words = ("sweep", "--deepspeed_config", file, "--rates", 0.5, "--clusters", 25, "--iterations", 2, "--out", out)
-    said = run_tool_inside(*words)
+    output = run_tool_inside(*words)
     assert "resumed from" in (out / point / "log.txt").read_text()
     sweep = json.loads((out / "sweep.json").read_text())
     assert [(row["value"], row["seeds"]) for row in sweep["rate"] + sweep["clusters"]] == [(0.5, 1), (25, 1)]
@@ -140,8 +141,8 @@ def test_a_sweep_is_kept_and_resumed_and_ends_in_table_and_plot(root: Path) -> N
     assert rate["nearest_class_mean"] > 0.5 and clusters["nearest_class_mean"] > 0.5
     assert "head" in rate and "head" not in clusters
     assert rate["final_loss"] == losses(out / point)[40]
-    assert 0 < rate["seconds_per_step"] < 5 and rate["peak_memory_mib"] > 100
-    assert f"| {100 * rate['nearest_class_mean']:.1f} %" in (out / "sweep.md").read_text() and "| 25 |" in said
+    assert 0 < rate["seconds_per_step"] < time.monotonic() - began and rate["peak_memory_mib"] > 100
+    assert f"| {100 * rate['nearest_class_mean']:.1f} %" in (out / "sweep.md").read_text() and "| 25 |" in output
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
     linked = FeatureSet(out / "features-k-25")
@@ -160,7 +161,7 @@ def test_a_sweep_is_kept_and_resumed_and_ends_in_table_and_plot(root: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ([], "neither --rates nor --clusters is given"),
         (["--rates", 1.5], "--rates has 1.5, expected values above 0 and up to 1"),
@@ -170,12 +171,14 @@ def test_a_sweep_is_kept_and_resumed_and_ends_in_table_and_plot(root: Path) -> N
         (["--rates", 0.5, "--set", "train_batch_size=4096"], "training of rate-0.5-seed-0 ended with exit code 2"),
     ],
 )
-def test_a_sweep_that_cannot_be_made_is_one_error(root: Path, tmp_path: Path, options: list[Any], said: str) -> None:
+def test_a_sweep_that_cannot_be_made_is_one_error(root: Path, tmp_path: Path, options: list[Any], message: str) -> None:
     file = run_file(root, "refused")
-    assert said in run_tool_inside("sweep", "--deepspeed_config", file, "--out", tmp_path / "out", *options, expect=2)
+    assert message in run_tool_inside(
+        "sweep", "--deepspeed_config", file, "--out", tmp_path / "out", *options, expect=2
+    )
 
 
 def test_nearest_prefers_the_lower_class_and_never_a_class_without_rows() -> None:
     rows = torch.tensor([[torch.nan, torch.nan], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
-    found = judged.nearest(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]), iter(rows.split(1)))
-    assert found.tolist() == [2, 1, 1]
+    classes = judged.nearest(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]), iter(rows.split(1)))
+    assert classes.tolist() == [2, 1, 1]

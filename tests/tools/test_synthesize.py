@@ -51,13 +51,13 @@ def train_samples(folder: Path) -> dict[str, dict]:
     """key -> json, with the decoded image as array."""
     index = load_index(folder)
     reader = ShardReader(index)
-    found = {}
+    samples = {}
     for shard in range(len(index.names)):
         for row, key in enumerate(index.table(shard).keys):
-            facts = json.loads(reader.read(shard, row, "json"))
-            assert facts["key"] == key and reader.read(shard, row, "text").decode() == facts["caption"]
-            found[key] = {**facts, "pixels": np.asarray(decode_image(reader.read(shard, row, "image")), int)}
-    return found
+            sample = json.loads(reader.read(shard, row, "json"))
+            assert sample["key"] == key and reader.read(shard, row, "text").decode() == sample["caption"]
+            samples[key] = {**sample, "pixels": np.asarray(decode_image(reader.read(shard, row, "image")), int)}
+    return samples
 
 
 def tars(folder: Path) -> dict[str, bytes]:
@@ -80,7 +80,7 @@ def test_sizes_meta_and_shards_agree(request: pytest.FixtureRequest, kind: str, 
     sizes = json.loads((out / "train" / "sizes.json").read_text())
     assert sizes == {f"{name}.tar": int(size) for name, size in zip(index.names, index.sizes)}
     assert meta["shards_digest"] == index.digest and meta["pairs"] == index.num_samples == sum(sizes.values())
-    redundant = sum(facts["redundant"] for facts in train_samples(out / "train").values())
+    redundant = sum(sample["redundant"] for sample in train_samples(out / "train").values())
     assert (meta["originals"], meta["copies"]) == (meta["pairs"] - redundant, redundant)
     if originals is not None:
         assert (meta["originals"], meta["copies"]) == (originals, copies)
@@ -101,20 +101,20 @@ def test_webdataset_reads_the_training_shards(digits: Path) -> None:
 @pytest.mark.parametrize("kind", ["digits", "scenes"])
 def test_copies_look_like_their_origin_and_share_its_label(request: pytest.FixtureRequest, kind: str) -> None:
     samples = train_samples(request.getfixturevalue(kind) / "train")
-    copies = [facts for facts in samples.values() if facts["redundant"]]
-    changes = {facts["change"].split()[0] for facts in copies}
+    copies = [sample for sample in samples.values() if sample["redundant"]]
+    changes = {sample["change"].split()[0] for sample in copies}
     assert changes == {"jpeg", "shift", "brightness"}
-    for facts in samples.values():
-        origin = samples[facts["origin"]]
-        assert not origin["redundant"] and origin["label"] == facts["label"]
-        assert facts["redundant"] == (facts["origin"] != facts["key"])
-        if facts["change"].split()[0] == "jpeg":
-            assert np.abs(facts["pixels"] - origin["pixels"]).mean() < 6
-        if facts["change"].startswith("shift"):
-            _, dx, dy = facts["change"].split()
-            back = np.roll(facts["pixels"], (-int(dy), -int(dx)), (0, 1))
+    for sample in samples.values():
+        origin = samples[sample["origin"]]
+        assert not origin["redundant"] and origin["label"] == sample["label"]
+        assert sample["redundant"] == (sample["origin"] != sample["key"])
+        if sample["change"].split()[0] == "jpeg":
+            assert np.abs(sample["pixels"] - origin["pixels"]).mean() < 6
+        if sample["change"].startswith("shift"):
+            _, dx, dy = sample["change"].split()
+            back = np.roll(sample["pixels"], (-int(dy), -int(dx)), (0, 1))
             assert np.abs(back - origin["pixels"]).mean() < 6
-    assert len({facts["caption"] for facts in samples.values() if facts["label"] == 3}) > 2
+    assert len({sample["caption"] for sample in samples.values() if sample["label"] == 3}) > 2
 
 
 def test_no_test_digit_is_among_the_training_pairs(digits: Path) -> None:
@@ -124,7 +124,7 @@ def test_no_test_digit_is_among_the_training_pairs(digits: Path) -> None:
     assert not {pixels for pixels, _ in test} & {pixels for pixels, _ in train}
     # The linear probe's images are the originals of the training pairs, nothing else.
     samples = train_samples(digits / "train").values()
-    exact = {facts["pixels"].astype(np.uint8).tobytes() for facts in samples if not facts["redundant"]}
+    exact = {sample["pixels"].astype(np.uint8).tobytes() for sample in samples if not sample["redundant"]}
     png = sum(pixels in exact for pixels, _ in train)
     assert png > 600  # about half of the originals are stored without loss
     assert not any(pixels in exact for pixels, _ in test)
