@@ -38,9 +38,8 @@ class ShardTable:
     """The samples of one tar, in tar order.
 
     Attributes:
-        keys: the key of every sample. members: int64 [n, 8]; `image`, `text`, `json` and `cls` are its columns as int64
-        [n, 2], offset and size in bytes,
-            -1 where absent.
+        keys: the key of every sample.
+        members: int64 [n, 8], offset and size in bytes of the image, text, json and cls member; -1 where absent.
     """
 
     keys: list[str]
@@ -53,14 +52,6 @@ class ShardTable:
     @property
     def text(self) -> np.ndarray:
         return self.members[:, 2:4]
-
-    @property
-    def json(self) -> np.ndarray:
-        return self.members[:, 4:6]
-
-    @property
-    def cls(self) -> np.ndarray:
-        return self.members[:, 6:8]
 
 
 def keys_sha256(keys: list[str]) -> str:
