@@ -31,16 +31,15 @@ from megacid.checkpoint import store
 from megacid.checkpoint.saver import Saver
 from megacid.config.schema import RunFile
 from megacid.data.batch import Batch, DataBudgetError
-from megacid.distributed.consensus import broadcast_json, fail_together
 from megacid.distributed.parallel import Parallel
 from megacid.errors import EXIT_STOPPED
 from megacid.failpoints import failpoint
 from megacid.training.cli import ERRORS_OF_ALL_RANKS, run_main
 from megacid.training.guard import Verdict
-from megacid.training.lifecycle import Lifecycle, RunLock
-from megacid.training.metrics import Metrics, setup_logging
+from megacid.training.lifecycle import Lifecycle
+from megacid.training.metrics import Metrics
 from megacid.training.reports import report_classes, report_step
-from megacid.training.resume import ResumeLossCheck, find_checkpoint
+from megacid.training.resume import ResumeLossCheck, open_run
 from megacid.training.schedule import learning_rate_share, peak_rates
 from megacid.training.state import StepOutput, TrainState, build_train_state, resume
 from megacid.training.watchdog import Watchdog
@@ -51,18 +50,14 @@ log = logging.getLogger("megacid")
 def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     """Train `run` to its end, or until a rank is asked to stop. Returns the exit code, the same on every rank."""
     config, directory = run.megacid.run, run.directory
-    with fail_together(parallel.group):
-        lock = RunLock(directory) if parallel.is_first else None
-        setup_logging(parallel.rank, directory)
-        start_from = find_checkpoint(run, args.resume) if parallel.is_first else None
-    start_from = broadcast_json(start_from, parallel.group)
+    lock, start_from = open_run(run, args.resume, parallel)
     if start_from is not None and store.read_manifest(Path(start_from))["step"] >= config.total_steps:
         log.info("already finished: %s has all %d steps", start_from, config.total_steps)
         return 0
     state = build_train_state(run, parallel)
     start = resume(state, start_from)
     saver = Saver(directory, keep_last=config.keep_last, group=parallel.group, background=config.save_in_background)
-    lifecycle = Lifecycle(parallel.group)
+    lifecycle = Lifecycle(parallel.group, stop_after=args.stop_after)
     watchdog = Watchdog(run, parallel, lifecycle)
     loss_check = ResumeLossCheck(directory, start if start_from else None, tolerance=1e-2 if run.bf16 else 1e-4)
     metrics = Metrics(run, parallel, start)
@@ -78,8 +73,6 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
         for step in range(start, config.total_steps):
             # The first step may compile kernels and open every shard.
             beat = partial(watchdog.beat, step=step, limit_s=config.save_timeout_s if step == start else None)
-            if step + 1 == args.stop_after:
-                lifecycle.request_stop()
             output, verdict = train_step(step, state, batches, metrics, beat, lifecycle)
             if verdict.failure is not None:
                 if step > max(start, saver.last_step):
@@ -87,8 +80,7 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
                 raise DataBudgetError(verdict.failure)
             if parallel.is_first:
                 loss_check.first_loss(step, verdict.loss)
-            if metrics.due(step):
-                report_step(step, state, output, verdict, metrics)
+            report_step(step, state, output, verdict, metrics)
             if config.check_every and (step + 1) % config.check_every == 0:
                 beat("check")
                 state.check_replicas(step)
@@ -137,7 +129,13 @@ def train_step(
     student_norm = engine.gradient_norm()
     head_norm_sq = head.grad_norm_sq() if head is not None else None
     verdict = state.guard.decide(
-        step, output.loss, student_norm, head_norm_sq, output.describe, failure=output.failure, stop=lifecycle.asked
+        step,
+        output.loss,
+        student_norm,
+        head_norm_sq,
+        output.describe,
+        failure=output.failure,
+        stop=lifecycle.asked_after(step),
     )
     beat("update")
     step_both(state, verdict, learning_rate_share(step, run.megacid.run.total_steps, run.megacid.schedule))

@@ -41,7 +41,7 @@ class _Save:
     """A save in progress on one rank."""
 
     step: int
-    facts: dict[str, Any]
+    fields: dict[str, Any]
     stage: Path | None = None
     error: str | None = None
     files: list[store.WrittenFile] = field(default_factory=list)
@@ -89,7 +89,7 @@ class Saver:
         engine: NamedState,
         rows: dict[str, RowState],
         row_range: tuple[int, int],
-        facts: dict[str, Any],
+        fields: dict[str, Any],
     ) -> None:
         """Write `root/step-...`. A save in progress is finished first. When a rank cannot write, all ranks only warn.
 
@@ -97,14 +97,14 @@ class Saver:
             step: number of steps done.
             rows: {"head": classifier, "optimizer": its optimizer}; empty without a classifier.
             row_range: [start, stop) of this rank's classes.
-            facts: further fields of the manifest, JSON-able.
+            fields: further fields of the manifest, JSON-able.
 
         Raises:
             SaveFailed: on every rank.
         """
         self.finish()
         began, me = time.perf_counter(), rank(self.group)
-        save = self._under_way = _Save(step, facts)
+        save = self._under_way = _Save(step, fields)
         self.last_step = step
         if me == 0:
             with save.local(me):
@@ -187,7 +187,7 @@ class Saver:
         try:
             if errors or save.stage is None:
                 raise OSError("; ".join(dict.fromkeys(errors)))
-            final = store.publish(self.root, save.stage, save.step, files, save.facts)
+            final = store.publish(self.root, save.stage, save.step, files, save.fields)
         except Exception as error:  # the other ranks wait for the outcome
             log.warning("could not save step %d, older checkpoints are kept: %s", save.step, _text(error))
             if save.stage is not None:

@@ -134,21 +134,21 @@ class CheckpointReader:
         return out
 
 
-def restore(directory: Path, engine: NamedState, rows: dict[str, RowState], facts: dict[str, Any]) -> int:
+def restore(directory: Path, engine: NamedState, rows: dict[str, RowState], identity: dict[str, int]) -> int:
     """Load a checkpoint into the engine and the class rows, and return its step. A collective.
 
     Args:
         rows: {"head": classifier, "optimizer": its optimizer}; empty without a classifier.
-        facts: num_classes and embed_dim of the run.
+        identity: num_classes and embed_dim of the run.
 
     Raises:
         UserError: names or shapes of checkpoint and run differ; nothing was changed.
     """
     reader = CheckpointReader(directory)
     for key in ("num_classes", "embed_dim"):
-        if reader.manifest.get(key) != facts.get(key):
+        if reader.manifest.get(key) != identity.get(key):
             raise UserError(
-                f"{directory} has {key} {reader.manifest.get(key)}, expected {facts.get(key)} as in this run: start "
+                f"{directory} has {key} {reader.manifest.get(key)}, expected {identity.get(key)} as in this run: start "
                 "another run, or correct data.labels"
             )
     updates = reader.manifest.get("updates")

@@ -72,7 +72,7 @@ _WRITE_BYTES = 1 << 24
 
 
 def write_tensors(
-    stage: Path, name: str, tensors: dict[str, Tensor], facts: dict[str, str] | None = None, *, step: int = 0
+    stage: Path, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, *, step: int = 0
 ) -> WrittenFile:
     """Write one safetensors file into the stage, fsync it, and hash the bytes handed to the disk.
 
@@ -82,10 +82,10 @@ def write_tensors(
     Args:
         stage: directory of the checkpoint to be.
         tensors: name -> tensor on any device.
-        facts: metadata of the file's header.
+        metadata: of the file's header.
         step: passed to the failpoints.
     """
-    header: dict[str, Any] = {} if facts is None else {"__metadata__": facts}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     end = 0
     # Wide types first, as the format asks for aligned tensors.
     ordered = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
@@ -124,12 +124,12 @@ def write_tensors(
     return WrittenFile(name, written, digest.hexdigest())
 
 
-def publish(root: Path, stage: Path, step: int, files: list[WrittenFile], facts: dict[str, Any]) -> Path:
+def publish(root: Path, stage: Path, step: int, files: list[WrittenFile], fields: dict[str, Any]) -> Path:
     """Write the manifest and rename the stage. Runs on rank 0 alone.
 
     Args:
         files: of all ranks.
-        facts: further fields of the manifest, JSON-able.
+        fields: further fields of the manifest, JSON-able.
 
     Returns:
         The published directory.
@@ -142,7 +142,7 @@ def publish(root: Path, stage: Path, step: int, files: list[WrittenFile], facts:
         if (size := path.stat().st_size) != file.bytes:
             raise OSError(f"{path} has {size} bytes, expected the {file.bytes} that were written")
     manifest = {
-        **facts,
+        **fields,
         "format": FORMAT_VERSION,
         "step": step,
         "files": [vars(file) for file in sorted(files, key=lambda f: f.name)],

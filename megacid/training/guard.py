@@ -97,15 +97,9 @@ class Guard:
         """
         bad = ~(torch.isfinite(loss.detach()) & torch.isfinite(student_norm))
         zero = student_norm.new_zeros(())
-        sums = torch.stack(
-            [
-                (head_norm_sq if head_norm_sq is not None else zero).double(),
-                bad.double(),
-                (zero + (failure is not None)).double(),
-                (zero + stop).double(),
-                loss.detach().double(),
-            ]
-        )
+        head_sum = head_norm_sq if head_norm_sq is not None else zero
+        parts = (head_sum, bad, zero + (failure is not None), zero + stop, loss.detach())
+        sums = torch.stack([part.double() for part in parts])
         all_reduce_sum(sums, self.group)
         *totals, own_norm = torch.cat([sums, student_norm.double().reshape(1)]).tolist()
         stopped, mean_loss = totals[_STOP] > 0, totals[_LOSS] / world_size(self.group)

@@ -51,8 +51,9 @@ class Lifecycle:
     Created just before the first step: until then there is nothing to save, and the signals end the process at once.
     """
 
-    def __init__(self, group: Group = None) -> None:
-        self.group, self.asked = group, False
+    def __init__(self, group: Group = None, stop_after: int = 0) -> None:
+        """stop_after: number of steps after which to stop as if asked by a signal; 0 for none."""
+        self.group, self.stop_after, self.asked = group, stop_after, False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
 
@@ -62,6 +63,11 @@ class Lifecycle:
     def request_stop(self) -> None:
         """Ask to stop after the current step. A second request changes nothing: a save in progress is finished."""
         self.asked = True
+
+    def asked_after(self, step: int) -> bool:
+        """Whether this rank was asked to stop after `step` (counted from 0)."""
+        self.asked = self.asked or step + 1 == self.stop_after
+        return self.asked
 
     def stop_requested(self) -> bool:
         """True on every rank when any rank was asked to stop. A collective."""

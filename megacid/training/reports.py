@@ -14,7 +14,12 @@ log = logging.getLogger("megacid")
 
 
 def report_step(step: int, state: TrainState, output: StepOutput, verdict: Verdict, metrics: Metrics) -> None:
-    """Log loss, terms, learning rate, gradient norm and the classifier's diagnostics of one step. A collective."""
+    """Log loss, terms, learning rate, gradient norm and the classifier's diagnostics of a step that is due.
+
+    A collective.
+    """
+    if not metrics.due(step):
+        return
     share = learning_rate_share(step, state.run.megacid.run.total_steps, state.run.megacid.schedule)
     diagnostics = state.head.metrics() if state.head is not None else {}
     scalars = {

@@ -1,4 +1,4 @@
-"""Selects the checkpoint to resume from and verifies that the loss continues."""
+"""Opens a run directory, selects the checkpoint to resume from, and verifies that the loss continues."""
 
 from __future__ import annotations
 
@@ -10,10 +10,27 @@ from pathlib import Path
 
 from megacid.checkpoint import store
 from megacid.config.schema import RunFile
+from megacid.distributed.consensus import broadcast_json, fail_together
+from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.storage.atomic import write_json_atomic
+from megacid.training.lifecycle import RunLock
+from megacid.training.metrics import setup_logging
 
 log = logging.getLogger("megacid")
+
+
+def open_run(run: RunFile, resume: str, parallel: Parallel) -> tuple[RunLock | None, str | None]:
+    """Lock the run directory, start logging to it, and find the checkpoint to resume from. A collective.
+
+    Returns:
+        (the lock, on rank 0; the checkpoint directory or None, on every rank).
+    """
+    with fail_together(parallel.group):
+        lock = RunLock(run.directory) if parallel.is_first else None
+        setup_logging(parallel.rank, run.directory)
+        start_from = find_checkpoint(run, resume) if parallel.is_first else None
+    return lock, broadcast_json(start_from, parallel.group)
 
 
 def find_checkpoint(run: RunFile, resume: str) -> str | None:
