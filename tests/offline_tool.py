@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -16,7 +17,8 @@ from offline_data import balance_args, cluster_args, embed_args, load_tool, resu
 
 from megacid import failpoints
 from megacid.errors import run_tool
-from megacid.offline.balance import deduplicate as balance_module
+from megacid.offline.balance import stage as balance_stage
+from megacid.offline.balance.context import BalanceContext
 
 KILLED = -int(signal.SIGKILL)
 REFERENCE = {"embed": "emb", "cluster": "clusters", "balance": "balance", "eval": "eval"}
@@ -43,7 +45,7 @@ def tool_rank(
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     sys.stdout = sys.stderr = file = open(f"{output}.{rank}", "w", buffering=1)  # noqa: SIM115
     logging.getLogger().handlers = [logging.StreamHandler(file)]
-    balance_module.PART_PAIRS = 40  # a few clusters of the toy data
+    balance_stage.BalanceContext = partial(BalanceContext, part_pairs=40)  # type: ignore[misc]  a few clusters each
     plan.install(rank)
     failpoints.hooks.update(hooks)
     tool = load_tool(name)

@@ -52,7 +52,7 @@ MODULES = _modules()
 
 
 def _imports(module: str) -> set[str]:
-    """Absolute names of a module's imports, also inside functions and for types; `from a import b` is a.b if a module."""
+    """Absolute names of all imports of a module, also of those inside functions and for types."""
     path, names = MODULES[module], set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

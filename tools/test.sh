@@ -8,7 +8,7 @@ bin=${VIRTUAL_ENV:-$PWD/.venv}/bin
 # One thread per process: the tests start several ranks on few cores. No accelerator unless asked for.
 export OMP_NUM_THREADS=1 DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} TF_CPP_MIN_LOG_LEVEL=3
 echo "test: ruff"
-"$bin/ruff" check . || { echo 'test: step "ruff" failed. remedy: .venv/bin/ruff check --fix .' >&2; exit 1; }
+"$bin/ruff" check . && "$bin/ruff" format --check --quiet . || { echo 'test: step "ruff" failed. remedy: .venv/bin/ruff check --fix . && .venv/bin/ruff format .' >&2; exit 1; }
 echo "test: mypy"
 "$bin/mypy" || { echo 'test: step "mypy" failed. remedy: correct the types named above' >&2; exit 1; }
 echo "test: mkdocs"

@@ -189,7 +189,7 @@ def run_stage(stage: Callable[[Parallel, StopRequest], None], out: Path, timeout
                         raise Stopped(code) from None
                     reason = str(error).strip().splitlines()[0][:200]
                     print(
-                        f"error: rank {rank} of {parallel.world} lost contact to another rank ({reason}); complete "
+                        f"error: rank {rank} of {parallel.world} lost contact with another rank ({reason}); complete "
                         "output is kept, run the same command again to continue",
                         file=sys.stderr,
                     )

@@ -4,8 +4,8 @@
     OUT/.work/          partial results of an unfinished stage
     OUT/meta.json       written last: its presence says that the stage is complete
 
-One rule for all tools: the same command continues an interrupted stage, and repairs or keeps a finished one. A directory
-that was started with other arguments or inputs is refused; nothing in it is touched.
+One rule for all tools: the same command continues an interrupted stage, and repairs or keeps a finished one. A
+directory that was started with other arguments or inputs is refused; nothing in it is touched.
 """
 
 from __future__ import annotations

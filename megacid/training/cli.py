@@ -111,7 +111,7 @@ def run_main(argv: list[str] | None, train: Callable[[RunFile, argparse.Namespac
             raise
         reason = str(error).strip().splitlines()[0]
         lost = RuntimeError(
-            f"rank {rank} lost contact to the other ranks ({reason}): one of them has ended or is late, see its own "
+            f"rank {rank} lost contact with the other ranks ({reason}): one of them has ended or is late, see its own "
             "message; run the same command again to continue"
         )
         return _fail(lost, EXIT_AGAIN, rank, everywhere=False)

@@ -103,7 +103,7 @@ def test_survivor_of_a_killed_rank_ends_with_one_line_and_the_next_run_gives_the
     survivor = 1 - fault.rank
     assert ends[survivor] == EXIT_AGAIN, pair.output[survivor]
     lines = [line for line in pair.output[survivor].splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and f"rank {survivor} of 2: another rank is gone" in lines[0]
+    assert len(lines) == 1 and f"rank {survivor} of 2 lost contact with another rank" in lines[0]
     assert "Traceback" not in pair.output[survivor]
     assert pair.fates(2) == [0, 0], pair.output
     pair.equals(stage / REFERENCE[name])
@@ -271,6 +271,9 @@ def test_labels_of_other_centroids_are_not_kept(stage: Path, tool: Callable[[str
     assert fresh.fates(1) == [0]
     assert mixed.fates(1, kill("cluster:labels", step=1)) == [KILLED]
     (mixed.out / "state.npz").unlink()
+    # Other centroids for the same arguments, as another version of a library may give.
+    settings = mixed.out / "settings.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"seed": 1}))
     assert mixed.fates(1, more=["--seed", 1]) == [0]
     mixed.equals(fresh.out)
 

@@ -96,7 +96,7 @@ def test_when_a_rank_is_killed_the_others_say_so_and_end(
         75 if r != 1 else -9 for r in range(world)
     ]
     said = capfd.readouterr().err
-    assert "error: rank 0 lost contact to the other ranks" in said and "Traceback" not in said
+    assert "error: rank 0 lost contact with the other ranks" in said and "Traceback" not in said
     if world == 2:
         goes_on_as_if_nothing_had_been(root, name)
 
@@ -202,7 +202,7 @@ def test_under_a_launcher_a_killed_rank_ends_the_job_and_leaves_nobody(
     job = start(launcher, file, kill("train:batch", rank=1, step=12))
     assert job.wait(timeout=120) != 0
     said = said_by(file).read_text()
-    assert "rank 0 lost contact to the other ranks" in said or "SIGTERM" in said or "-9" in said, said
+    assert "rank 0 lost contact with the other ranks" in said or "SIGTERM" in said or "-9" in said, said
     wait_until(lambda: not living(str(file)), "ranks were left behind", 35)
 
 

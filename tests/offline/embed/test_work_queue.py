@@ -82,7 +82,7 @@ def test_claims_of_a_killed_rank_are_taken_over(stage: Path, pair: Tool) -> None
     hooks = makers(pair) | rank_0_waits(pair, "text_emb/text_emb_00001.npy")
     assert pair.fates(2, kill("embed:text_written", rank=1, step=1), hooks=hooks, more=DYNAMIC) == [EXIT_AGAIN, KILLED]
     assert made(pair) == {0: 0, 1: 0, 2: 0}
-    assert "another rank is gone" in pair.output[0] and not (pair.out / "meta.json").exists()
+    assert "lost contact with another rank" in pair.output[0] and not (pair.out / "meta.json").exists()
     assert pair.fates(2, kill("embed:partition")) == [0, 0], "a complete partition was embedded again"
     pair.equals(stage / "emb")
 
