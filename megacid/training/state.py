@@ -124,7 +124,7 @@ def build_train_state(run: RunFile, parallel: Parallel) -> TrainState:
 
 
 def resume(state: TrainState, start_from: str | None) -> int:
-    """Load the checkpoint directory `start_from`, or record the settings of a new run. Returns the step to start at.
+    """Load the checkpoint directory `start_from`, record the settings of a new run or fork. Returns the first step.
 
     A collective.
     """
@@ -134,7 +134,7 @@ def resume(state: TrainState, start_from: str | None) -> int:
         start = restore(Path(start_from), state.engine, state.rows, state.identity)
         state.guard.load_state(store.read_manifest(Path(start_from))["guard"])
         log.info("resumed from %s", start_from)
-    elif state.parallel.is_first:
+    if state.parallel.is_first and not store.list_steps(state.run.directory):
         write_config(state.run, state.run.directory, state.parallel.world)
     barrier(state.parallel.group)
     return start
