@@ -27,7 +27,6 @@ from tqdm import tqdm
 import checkout  # noqa: F401  import paths of a plain checkout
 from megacid.data.index import load_index
 from megacid.data.order import KeyedPermutation, derive_key
-from megacid.data.synthetic import SceneMaker, altered, class_features
 from megacid.distributed.stopping import run_alone
 from megacid.errors import UserError, run_tool
 from megacid.failpoints import failpoint
@@ -35,6 +34,7 @@ from megacid.storage.atomic import write_json_atomic
 from megacid.storage.metadata import read_meta, write_meta
 from megacid.storage.npy import write_array, write_npy
 from megacid.storage.stage_directory import staged_folder
+from synthetic_data import SceneMaker, altered, class_features
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_CAPTIONS = (

@@ -11,8 +11,8 @@ from PIL import Image
 
 from megacid.data.decode import decode_image
 from megacid.data.index import ShardReader, load_index
-from megacid.data.synthetic import MAX_CLUSTERS, SHAPES, SceneMaker, class_features, hashed_normals
 from megacid.errors import UserError
+from synthetic_data import MAX_CLUSTERS, SHAPES, SceneMaker, class_features, hashed_normals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -195,7 +195,7 @@ def test_scene_clusters_differ_and_captions_say_what_is_drawn() -> None:
 
 def test_scene_shape_has_its_colour_and_place() -> None:
     maker = SceneMaker(MAX_CLUSTERS, 0.0, 48, seed=0)
-    from megacid.data.synthetic import COLOURS, PLACES
+    from synthetic_data import COLOURS, PLACES
 
     for number in range(80):
         scene = maker.scene(maker.cluster(number))
