@@ -295,4 +295,4 @@ def test_stages_of_different_shards_are_not_mixed(stage: Path, tmp_path: Path) -
     )
     assert str(tmp_path / "shards") in output and "other shards" in output
     output = run("cluster", "--embeddings", stage / "clusters", "--out", tmp_path / "c", "--k", 3, expect=2)
-    assert "expected a directory made by 'embed'" in output
+    assert "expected one made by 'embed'" in output
