@@ -85,8 +85,7 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
                 beat("check")
                 state.check_replicas(step)
             saver.poll()
-            stopped = verdict.stop
-            if stopped or (step + 1) % config.save_every == 0 or step + 1 == config.total_steps:
+            if (stopped := verdict.stop) or (step + 1) % config.save_every == 0 or step + 1 == config.total_steps:
                 save(step + 1)
                 report_classes(step, state, metrics)
                 stopped = lifecycle.stop_requested() or stopped
