@@ -19,7 +19,8 @@ from safetensors.torch import save as safetensors_bytes
 from megacid.checkpoint.state import load_student_tensors
 from megacid.checkpoint.store import newest_valid, step_name, verify
 from megacid.errors import UserError, one_line
-from megacid.models.clip import CONFIG_FILE, WEIGHTS_FILE, tokenizer_for
+from megacid.models.clip import WEIGHTS_FILE, tokenizer_for
+from megacid.models.local_dir import CONFIG_FILE
 from megacid.models.student import Student, build_student, clamp_logit_scale, open_clip_config, open_clip_tensors
 from megacid.storage.atomic import write_atomic, write_json_atomic
 from megacid.storage.metadata import write_meta

@@ -17,10 +17,10 @@ from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preproc
 from torch import nn
 
 from megacid.errors import UserError, one_line
+from megacid.models.local_dir import check_archive, read_local_config
 
 MODELS_DIR = Path(__file__).resolve().parent / "configs"
 LOCAL_DIR = "local-dir:"
-CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 Augment = Literal["none", "random_resized_crop"]
 Transform = Callable[[Any], torch.Tensor]  # PIL image -> [3, H, W] float32
@@ -69,33 +69,13 @@ def register_models(directory: Path | str | None = None) -> list[str]:
 def model_config(model: str) -> dict[str, Any]:
     """open_clip's `model_cfg` of an architecture name or `local-dir:PATH`. Raises UserError if it is unknown."""
     if model.startswith(LOCAL_DIR):
-        return _read_local_config(model)["model_cfg"]
+        return read_local_config(Path(model.removeprefix(LOCAL_DIR)))["model_cfg"]
     own = register_models()
-    config = open_clip.get_model_config(model)
+    config = None if ":" in model else open_clip.get_model_config(model)  # hf-hub: would take a configuration unchecked
     if config is None:
         raise UserError(
             f"model {model!r} is unknown, expected one from open_clip.list_models(), one of {own}, or {LOCAL_DIR}PATH"
         )
-    return config
-
-
-def _read_local_config(model: str) -> dict[str, Any]:
-    """The checked open_clip configuration of `local-dir:PATH`."""
-    directory = Path(model.removeprefix(LOCAL_DIR))
-    file = directory / CONFIG_FILE
-    if not file.is_file():
-        fault = f"{CONFIG_FILE} is missing" if directory.is_dir() else f"{directory} is not a directory"
-        raise UserError(f"{model}: {fault}: pass a directory written by tools/export.py or open_clip")
-    try:
-        config = json.loads(file.read_text())
-        complete = {"embed_dim", "vision_cfg", "text_cfg"} <= set(config["model_cfg"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        complete = False
-    if not complete:
-        raise UserError(f"{file} is not an open_clip configuration (incomplete 'model_cfg'): export again")
-    # Without weights open_clip only warns and continues with random ones.
-    if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in directory.iterdir()):
-        raise UserError(f"{directory} holds no weights, expected {WEIGHTS_FILE}: export again")
     return config
 
 
@@ -109,13 +89,17 @@ def preprocess_for(student: StudentFields) -> tuple[Transform, Tokenizer]:
 
 def tokenizer_for(student: StudentFields) -> Tokenizer:
     """The architecture's tokenizer. Raises UserError if the model is unknown or its tokenizer cannot be loaded."""
-    model_config(student.model)  # registers our names and rejects unknown ones: open_clip would use a default tokenizer
     return _tokenizer(student.model, student.context_length)
 
 
 def _tokenizer(model: str, context_length: int | None = None) -> Tokenizer:
+    # Registers our names and rejects unknown ones, for which open_clip would use a default tokenizer.
+    text_cfg = model_config(model)["text_cfg"]
+    options = {}
+    if model.startswith(LOCAL_DIR) and text_cfg.get("hf_tokenizer_name"):
+        options = {"trust_remote_code": False, "local_files_only": True}  # the first asks at the terminal by default
     try:
-        return open_clip.get_tokenizer(model, context_length=context_length)
+        return open_clip.get_tokenizer(model, context_length=context_length, **options)
     except Exception as error:  # transformers is missing, or its files are neither cached nor reachable
         raise UserError(
             f"the tokenizer of {model!r} cannot be loaded ({one_line(error)}): install transformers, or put its files "
@@ -138,7 +122,7 @@ def preprocess_cfg(student: StudentFields) -> PreprocessCfg:
     cfg = PreprocessCfg(size=student.image_size or model_config(student.model)["vision_cfg"]["image_size"])
     stored: dict[str, Any] = {}
     if student.model.startswith(LOCAL_DIR):
-        stored = _read_local_config(student.model).get("preprocess_cfg", {})
+        stored = read_local_config(Path(student.model.removeprefix(LOCAL_DIR))).get("preprocess_cfg", {})
     elif student.pretrained is not None:
         stored = open_clip.get_pretrained_cfg(student.model, student.pretrained) or {}
     return PreprocessCfg(**merge_preprocess_dict(cfg, {k: v for k, v in stored.items() if k != "size"}))
@@ -213,6 +197,7 @@ def check_pretrained(model: str, pretrained: str) -> None:
     """Raise UserError unless `pretrained` is a file or a tag of the architecture."""
     path = Path(pretrained)
     if path.is_file():
+        check_archive(path)
         return
     if path.is_dir():
         raise UserError(f"pretrained is {pretrained!r}, a directory: load it as model {LOCAL_DIR}{pretrained}")
