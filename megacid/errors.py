@@ -11,6 +11,8 @@
 from __future__ import annotations
 
 import difflib
+import logging
+import re
 import sys
 from collections.abc import Callable
 
@@ -32,11 +34,31 @@ def run_tool(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return EXIT_USER
     except KeyboardInterrupt:
         print("error: interrupted; complete output is kept, run the same command again to continue", file=sys.stderr)
         return 130
+
+
+# Without tab and newline. The characters beyond C1 reorder a line, end it, or cannot be encoded.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters as escapes, such as ESC as \\x1b: keys and captions may hold any."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+class LogFormatter(logging.Formatter):
+    """Formats log records with control characters, also the newlines of a message, as escapes."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  of the base class
+        record.message = record.message.replace("\n", "\\n")
+        return super().formatMessage(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def nearest(key: str, known: list[str]) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -28,11 +29,14 @@ import torch
 from torch import Tensor
 
 from megacid.failpoints import failpoint
-from megacid.storage.atomic import file_sha256, fsync_dir, write_atomic
+from megacid.storage.atomic import file_sha256, fsync_dir, read_bounded, write_atomic
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-_STEP = re.compile(r"step-([0-9]{8,})")
+_STEP = re.compile(r"step-([0-9]{8,15})")
+_MANIFEST_BYTES = 1 << 24
+_COUNTS = {"world": 1 << 24, "num_classes": 1 << 40, "embed_dim": 1 << 24, "samples_seen": 1 << 62}  # largest
+_GUARD_STEPS, _GUARD_LOSSES = 1000, 200  # kept by megacid.training.guard, at most
 
 
 @dataclass(frozen=True)
@@ -224,7 +228,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     data = None
     try:
         if _size_of_file(path) is not None:
-            data = path.read_bytes()
+            data = read_bounded(path, _MANIFEST_BYTES)
             manifest = json.loads(data)["manifest"]
             sealed = seal(manifest)
             version, step, files = manifest.get("format"), manifest.get("step"), manifest.get("files")
@@ -236,14 +240,42 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: its sha256 does not match its content")
     if version != FORMAT_VERSION:
         raise ValueError(f"{directory} has format {version!r}, expected {FORMAT_VERSION}")
-    if type(step) is not int or _step_of(directory) not in (None, step):
+    if not _is_count(step, 10**15) or _step_of(directory) not in (None, step):
         raise ValueError(f"{path} has step {step!r}, expected that of its directory {directory.name}")
     if not isinstance(files, list) or not files or not all(map(_is_file_entry, files)):
         raise ValueError(f"{path} lists entries that cannot be files of a checkpoint")
     names = [file["name"] for file in files]
     if len(set(names)) != len(names):
         raise ValueError(f"{path} lists a file twice")
+    largest = {**_COUNTS, "updates": step}
+    for key in largest.keys() & manifest.keys():
+        if not _is_count(manifest[key], largest[key]):
+            raise ValueError(
+                f"{path} has {key} {str(manifest[key])[:50]}, expected an integer from 0 to {largest[key]}"
+            )
+    if "guard" in manifest and not _is_guard_state(manifest["guard"], step):
+        raise ValueError(f"{path} has guard {str(manifest['guard'])[:100]}, which is not the state of the guard")
     return dict(manifest)
+
+
+def _is_count(value: Any, largest: int) -> bool:
+    return type(value) is int and 0 <= value <= largest
+
+
+def _is_guard_state(state: Any, step: int) -> bool:
+    """Whether `state` is what `Guard.state` returns after at most `step` steps."""
+    if not isinstance(state, dict) or state.keys() != {"skipped", "consecutive", "recent", "losses"}:
+        return False
+    recent, losses = state["recent"], state["losses"]
+    if not isinstance(recent, list) or not isinstance(losses, list):
+        return False
+    counts = [state["skipped"], state["consecutive"], *recent]
+    return (
+        len(recent) <= _GUARD_STEPS
+        and len(losses) <= _GUARD_LOSSES
+        and all(_is_count(count, step) for count in counts)
+        and all(type(loss) is float and math.isfinite(loss) for loss in losses)
+    )
 
 
 def _is_file_entry(entry: Any) -> bool:
@@ -252,12 +284,17 @@ def _is_file_entry(entry: Any) -> bool:
         return False
     name, size, digest = entry["name"], entry["bytes"], entry["sha256"]
     good_name = isinstance(name, str) and re.fullmatch(r"[\w][\w.-]*", name) is not None and name != MANIFEST
-    return good_name and type(size) is int and size >= 0 and isinstance(digest, str)
+    return good_name and _is_count(size, 1 << 62) and isinstance(digest, str)
 
 
-def verify(directory: Path, *, hashes: bool = True) -> dict[str, Any]:
-    """Check the size and, with `hashes`, the sha256 of every file. Returns the manifest. Raises ValueError."""
+def verify(directory: Path, *, hashes: bool = True, to_resume: bool = False) -> dict[str, Any]:
+    """Check the size and, with `hashes`, the sha256 of every file. Returns the manifest. Raises ValueError.
+
+    to_resume: whether the fields that training continues from must be there, not only those that export needs.
+    """
     manifest = read_manifest(directory)
+    if to_resume and (missing := [key for key in ("updates", "guard") if key not in manifest]):
+        raise ValueError(f"{directory / MANIFEST} has no {' and no '.join(missing)}")
     for file in manifest["files"]:
         path = directory / file["name"]
         try:
@@ -285,12 +322,12 @@ def _size_of_file(path: Path) -> int | None:
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
-def newest_valid(root: Path, *, hashes: bool = True) -> tuple[Path | None, list[str]]:
+def newest_valid(root: Path, *, hashes: bool = True, to_resume: bool = False) -> tuple[Path | None, list[str]]:
     """(directory of the newest checkpoint that verifies, or None; one message for each newer one that does not)."""
     problems: list[str] = []
     for _, path in reversed(list_steps(root)):
         try:
-            verify(path, hashes=hashes)
+            verify(path, hashes=hashes, to_resume=to_resume)
             return path, problems
         except ValueError as error:
             problems.append(str(error))

@@ -114,6 +114,8 @@ def load_run(path: str | Path, assignments: list[str] | None = None, *, world: i
         raise UserError(f"cannot read the run file {path} ({error.strerror}): correct --deepspeed_config") from None
     except UserError:
         raise
+    except OverflowError:  # hjson rounds a float to look for an integer
+        raise UserError(f"the run file {path} has a number that no float can hold, such as 1e400: correct it") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"the run file {path} is neither JSON nor Hjson: {str(error)[:300]}") from None
     if not isinstance(tree, dict):

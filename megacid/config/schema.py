@@ -14,7 +14,7 @@ class RunConfig:
     """Name, length, checkpoints and limits of the run."""
 
     name: str
-    """Name of the run. Its directory is `dir`/`name`."""
+    """Name of the run, without "/". Its directory is `dir`/`name`."""
     total_steps: int
     """Number of optimizer steps of the whole run, > 0."""
     dir: str = "runs"

@@ -28,6 +28,18 @@ _RANGES: tuple[tuple[list[str], Callable[[float], bool], str], ...] = (
     (_NOT_NEGATIVE, lambda v: v >= 0, ">= 0"),
     (_AT_MOST_ONE, lambda v: v <= 1, "<= 1"),
 )
+_LARGEST = {
+    **dict.fromkeys(
+        "run.total_steps run.save_every run.log_every run.check_every schedule.warmup_steps".split(), 10**12
+    ),
+    **dict.fromkeys("run.timeout_s run.save_timeout_s data.worker_timeout_s".split(), 10_000_000),
+    **dict.fromkeys("student.hidden student.embed_dim student.context_length data.labels_per_sample".split(), 65_536),
+    **dict.fromkeys("run.keep_last data.block_shards guard.max_consecutive_skips".split(), 10**9),
+    "student.image_size": 16_384,
+    "student.layers": 1024,
+    "data.workers": 1024,
+}
+_LARGEST_NUMBER = 3.4e38  # of fp32
 _DECODER_PIXELS = 89_478_485  # above this PIL warns of a decompression bomb
 
 
@@ -45,7 +57,12 @@ def check(block: MegacidConfig, defaults: dict[str, dict[str, Any]]) -> None:
             value = _value(block, path)
             if not in_range(value):
                 raise UserError(f'"megacid.{path}" is {value}, expected {expected}')
+    for path, largest in _LARGEST.items():
+        value = _value(block, path)
+        if value is not None and value > largest:
+            raise UserError(f'"megacid.{path}" is {value}, expected <= {largest}')
     loss, data, run = block.loss, block.data, block.run
+    _check_name(run.name)
     if data.max_image_pixels > _DECODER_PIXELS:
         raise UserError(
             f'"megacid.data.max_image_pixels" is {data.max_image_pixels}, expected <= {_DECODER_PIXELS}: the decoder '
@@ -64,6 +81,14 @@ def check(block: MegacidConfig, defaults: dict[str, dict[str, Any]]) -> None:
         raise UserError(f'"megacid.loss.temperature" is {loss.temperature}, expected >= 0.01, or null (learned)')
     _check_source(block, defaults)
     _check_terms(loss, data)
+
+
+def _check_name(name: str) -> None:
+    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable() or len(name.encode()) > 200:
+        raise UserError(
+            f'"megacid.run.name" is {name[:200]!r}, expected the name of one directory, at most 200 bytes without '
+            '"/": name its parent in run.dir'
+        )
 
 
 def _value(block: MegacidConfig, path: str) -> Any:
@@ -159,7 +184,8 @@ def check_numbers(tree: dict[str, Any]) -> None:
         if isinstance(value, dict | list):
             items = value.items() if isinstance(value, dict) else enumerate(value)
             left += [(f"{where}.{key}" if where else str(key), inner) for key, inner in items]
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f'"{where}" is {value:.3g}, expected a finite number')
+        elif isinstance(value, float) and not abs(value) <= _LARGEST_NUMBER:
+            expected = "a number that fp32 can hold" if math.isfinite(value) else "a finite number"
+            raise UserError(f'"{where}" is {value:.3g}, expected {expected}')
         elif isinstance(value, int) and abs(value) >= 2**63:
             raise UserError(f'"{where}" is an integer of {value.bit_length()} bits, expected one below 2^63')

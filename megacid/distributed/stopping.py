@@ -26,7 +26,7 @@ from megacid.distributed.collectives import barrier
 from megacid.distributed.consensus import fail_together, from_a_collective, gather_json
 from megacid.distributed.parallel import Parallel, launched, session
 from megacid.distributed.parent_process import set_parent_death_signal
-from megacid.errors import EXIT_AGAIN
+from megacid.errors import EXIT_AGAIN, LogFormatter
 
 Group = dist.ProcessGroup | None
 
@@ -170,7 +170,9 @@ def run_stage(stage: Callable[[Parallel, StopRequest], None], out: Path, timeout
     Returns:
         Exit code: 0, 128 + signal when asked to stop, EXIT_AGAIN when another rank has ended.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("megacid").setLevel(logging.INFO)
     if launched():  # without a launcher the parent is a shell, whose end must not end what nohup started
         set_parent_death_signal(signal.SIGTERM)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays, since numpy appends one to names without it.
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    if temporary.is_symlink():
+        temporary.unlink()
     try:
         yield temporary
         with open(temporary, "rb+") as handle:
@@ -61,6 +65,29 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """The content of a file. Raises OSError, and ValueError beyond `limit` bytes, before the rest is read."""
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it has more than {limit} bytes")
+    return data
+
+
+def open_owned(path: Path, flags: int = os.O_WRONLY | os.O_CREAT | os.O_APPEND) -> int:
+    """A descriptor of a file that only this program writes. Raises OSError for a link, a pipe or a device."""
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise OSError(errno.EINVAL, f"{path.name} is a link or a pipe, remove it") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"{path.name} is not a regular file, remove it")
+    return descriptor
 
 
 def read_json(path: Path) -> Any:

@@ -25,6 +25,7 @@ from megacid.errors import (
     EXIT_NOT_SAVED,
     EXIT_USER,
     UserError,
+    printable,
 )
 from megacid.training.dry_run import dry_run
 from megacid.training.guard import TooManySkips
@@ -122,5 +123,5 @@ def run_main(argv: list[str] | None, train: Callable[[RunFile, argparse.Namespac
 def _fail(error: Exception, code: int, rank: int, *, everywhere: bool) -> int:
     """Print the error as one line on stderr, on rank 0 alone when all ranks have the same one. Returns `code`."""
     if rank == 0 or not everywhere:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
     return code

@@ -13,7 +13,10 @@ from typing import IO
 from megacid.distributed.collectives import Group
 from megacid.distributed.consensus import any_rank
 from megacid.distributed.parallel import launched
-from megacid.errors import UserError
+from megacid.errors import UserError, printable
+from megacid.storage.atomic import open_owned
+
+_HOLDER = "process"
 
 
 class RunLock:
@@ -23,7 +26,9 @@ class RunLock:
         """Raises UserError when the directory cannot be created or another process holds the lock."""
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._file: IO[str] = open(directory / ".lock", "a+")  # noqa: SIM115  held for the life of the run
+            self._file: IO[str] = os.fdopen(
+                open_owned(directory / ".lock", os.O_RDWR | os.O_CREAT), "r+", errors="replace"
+            )
         except OSError as error:
             raise UserError(
                 f"cannot write to the run directory {directory} ({error.strerror}): correct run.dir or its permissions"
@@ -31,14 +36,15 @@ class RunLock:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
+            holder = printable(self._file.read(200).strip()) or "another process"
             raise UserError(
                 f"the run directory {directory} is in use by {holder}: wait for it, or choose another run.name"
             ) from None
+        if self._file.read(len(_HOLDER)) not in ("", _HOLDER):  # a hard link to a file of something else
+            raise UserError(f"{directory / '.lock'} was not written by a run: remove it")
         self._file.seek(0)
         self._file.truncate()
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.write(f"{_HOLDER} {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
 
     def release(self) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import time
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +16,32 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megacid.config.schema import RunFile
 from megacid.distributed.parallel import Parallel
-from megacid.storage.atomic import write_json_atomic
+from megacid.errors import LogFormatter, UserError
+from megacid.storage.atomic import open_owned, write_json_atomic
 
 log = logging.getLogger("megacid")
 _STATUS = Path("/proc/self/status")
+
+
+class _LogFile(logging.FileHandler):
+    """Appends to a file, and follows no link in its place."""
+
+    def _open(self) -> TextIOWrapper:
+        return os.fdopen(open_owned(Path(self.baseFilename)), "a")
 
 
 def setup_logging(rank: int, directory: Path | None) -> None:
     """Log to stderr on rank 0 and, with a directory, to its log.txt; other ranks log only warnings, with their rank."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if rank == 0 and directory is not None:
-        handlers.append(logging.FileHandler(directory / "log.txt"))
+        try:
+            handlers.append(_LogFile(directory / "log.txt"))
+        except OSError as error:
+            raise UserError(f"cannot write to {directory / 'log.txt'}: {error.strerror}") from None
     mark = "" if rank == 0 else f" [rank {rank}]"
-    logging.basicConfig(
-        format=f"%(asctime)s{mark} %(message)s",
-        datefmt="%H:%M:%S",
-        level=logging.WARNING,
-        handlers=handlers,
-        force=True,
-    )
+    for handler in handlers:
+        handler.setFormatter(LogFormatter(f"%(asctime)s{mark} %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
     # Only our own loggers: open_clip logs every step of building a model to the root logger.
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 

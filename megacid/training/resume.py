@@ -46,7 +46,7 @@ def find_checkpoint(run: RunFile, resume: str) -> str | None:
     directory = run.directory
     if resume not in ("auto", "never"):
         try:
-            store.verify(Path(resume))
+            store.verify(Path(resume), to_resume=True)
         except ValueError as error:
             raise UserError(f"--resume {resume}: {error}; name a valid step-... directory, or use auto") from None
         _go_back(directory, Path(resume))
@@ -58,7 +58,7 @@ def find_checkpoint(run: RunFile, resume: str) -> str | None:
             "run.name, or --resume auto"
         )
     store.remove_stages(directory)
-    newest, problems = store.newest_valid(directory)
+    newest, problems = store.newest_valid(directory, to_resume=True)
     for problem in problems:
         log.warning("skipped an invalid checkpoint: %s", problem)
     if existing and newest is None:

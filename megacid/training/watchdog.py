@@ -11,7 +11,6 @@ rank with the fewest beats is named.
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import socket
 import sys
@@ -26,7 +25,7 @@ from megacid.config.schema import RunFile
 from megacid.distributed.consensus import broadcast_json
 from megacid.distributed.parallel import Parallel
 from megacid.errors import EXIT_AGAIN
-from megacid.storage.atomic import write_json_atomic
+from megacid.storage.atomic import read_json, write_json_atomic
 from megacid.training.lifecycle import Launcher, Lifecycle
 
 _PATIENCE_S = 2.5  # for the reports of ranks whose limit ends a little later
@@ -85,8 +84,12 @@ class Watchdog:
 
     def _report(self, phase: str, step: int, beats: int) -> str | None:
         """Write this rank's stacks and report. Returns the verdict on the rank that prints it."""
+        if self.folder.is_symlink():
+            self.folder.unlink(missing_ok=True)
         self.folder.mkdir(exist_ok=True)
-        with open(self._file(self.rank, "txt"), "w") as file:
+        stacks = self._file(self.rank, "txt")
+        stacks.unlink(missing_ok=True)
+        with open(stacks, "x") as file:  # "x" follows no link
             file.write(f"rank {self.rank}, process {os.getpid()} on {socket.gethostname()}: {phase} of step {step}\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
@@ -110,11 +113,8 @@ class Watchdog:
     def _reports(self) -> dict[int, dict[str, Any]]:
         reports = {}
         for rank in range(self.world):
-            try:
-                report = json.loads(self._file(rank, "json").read_text())
-            except (OSError, ValueError):
-                continue
-            if report.get("token") == self.token:  # else it is of an earlier start
+            report = read_json(self._file(rank, "json"))
+            if isinstance(report, dict) and report.get("token") == self.token:  # else it is of an earlier start
                 reports[rank] = report
         return reports
 

@@ -15,6 +15,7 @@ from PIL import Image
 from megacid.data.decode import decode_image
 from megacid.data.index import ShardReader
 from megacid.distributed.stopping import Progress, no_progress
+from megacid.errors import printable
 from megacid.offline.balance.deduplicate import Decision
 from megacid.offline.balance.groups import PERCEPTUAL_SHARE, Group, Groups, perceptual_distance
 from megacid.offline.balance.inputs import SampleLocations
@@ -79,10 +80,10 @@ def group_rows(groups: list[Group], keep: np.ndarray, show: Show) -> str:
             image, key, caption = show(row)
             kind = "kept" if keep[row] else "removed"
             note = f"{distance:.4f}" if place else kind if keep[row] else "removed by the cap"
-            text = html.escape(caption, quote=True)
+            text = html.escape(printable(caption), quote=True)
             parts.append(
                 f'<figure><img class="{kind}" src="{_thumbnail(image)}" alt="{text}" title="{text}">'
-                f"<figcaption>{html.escape(key)}<br>{note}</figcaption></figure>"
+                f"<figcaption>{html.escape(printable(key))}<br>{note}</figcaption></figure>"
             )
         parts.append("</div>")
     return "".join(parts)

@@ -159,3 +159,17 @@ def test_page_escapes_what_comes_from_the_data() -> None:
     # A group of which the cap left nothing says so.
     assert "removed by the cap" in group_rows(Groups(REPRESENTATIVE, DISTANCE).semantic(0.4, 1, 9), ~keep & False, show)
     assert group_colour(-1) not in {group_colour(number) for number in range(8)}
+
+
+def test_control_characters_of_captions_and_keys_are_escapes_in_the_gallery() -> None:
+    codes = "\x1b\x07\x9b\0\r\u202e\udc9b"
+
+    def show(number: int) -> tuple[Image.Image, str, str]:
+        return Image.new("RGB", (8, 8)), f"key{codes}", f"caption{codes}<"
+
+    keep = np.array([True, False] + [False] * 8)
+    body = group_rows(Groups(REPRESENTATIVE, DISTANCE).semantic(0.4, 1, 9), keep, show)
+    shown = r"\x1b\x07\x9b\x00\r\u202e\udc9b"
+    assert f"key{shown}<br>" in body and f'title="caption{shown}&lt;"' in body and f'alt="caption{shown}&lt;"' in body
+    assert not any(code in body for code in codes)
+    body.encode()
