@@ -75,6 +75,7 @@ def embed(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> No
         index = load_index(args.shards) if parallel.is_first else None
     with fail_together(parallel.group):
         index = index or load_index(args.shards)
+        index.check_captions()
         precision = args.precision or ("bf16" if parallel.device.type == "cuda" else "fp32")
         clip = load_clip(args.model, args.pretrained, device=parallel.device, precision=precision)
         settings = {
@@ -120,15 +121,20 @@ def embed(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> No
 def estimate(
     index: ShardIndex, clip: LoadedClip, args: argparse.Namespace, total: int, precision: str, ranks: int
 ) -> str:
-    """One line with the amount of work and an estimate of its duration."""
-    decoding, model = embed_stage.seconds_per_sample(clip, index, args.batch_size)
-    decoding /= max(1, args.workers)
+    """The amount of work, an estimate of its duration where there is one, and samples that could not be decoded."""
+    speed = embed_stage.measure_speed(clip, index, args.batch_size)
+    shards = f"{len(index.names):,} shards, width {clip.embed_dim}, {precision}"
+    amount = f"{total:,} of {index.num_samples:,} pairs in {shards}"
+    if speed.model is None:
+        return f"{amount}: no estimate of the time, {speed.problem}"
+    decoding, model = speed.decoding / max(1, args.workers), speed.model
     # Workers decode while the model runs; without workers decoding and the model alternate.
     each = max(decoding, model) if args.workers else decoding + model
+    problem = f"\n  {speed.problem}" if speed.problem else ""
     return (
-        f"{total:,} of {index.num_samples:,} pairs in {len(index.names):,} shards, width {clip.embed_dim}, {precision}:"
-        f" about {each * total / ranks / 3600:.3g} h on {ranks} rank{'s' if ranks > 1 else ''} (per sample and rank: "
-        f"{1e3 * model:.3g} ms in the model, {1e3 * decoding:.3g} ms decoding with {args.workers} workers)"
+        f"{amount}: about {each * total / ranks / 3600:.3g} h on {ranks} rank{'s' if ranks > 1 else ''} (per sample "
+        f"and rank: {1e3 * model:.3g} ms in the model, {1e3 * decoding:.3g} ms decoding with {args.workers} workers)"
+        f"{problem}"
     )
 
 

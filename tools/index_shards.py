@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 import checkout  # noqa: F401  import paths of a plain checkout
 from megacid.data.index import load_index, verify_index
+from megacid.data.index_report import lost_samples, summary
+from megacid.data.tar_samples import LOST
 from megacid.errors import run_tool
 
 
@@ -27,7 +29,10 @@ def main(argv: list[str] | None = None) -> int:
         help="compare the sizes, sha256 and tables of all tars with the index; change nothing",
     )
     parser.add_argument(
-        "--allow-bad", action="store_true", help="use the intact samples of damaged tars instead of refusing them"
+        "--allow-bad",
+        action="store_true",
+        help="use the intact samples of damaged tars, and of shards that lose more than 5 %% of their samples, instead "
+        "of refusing them",
     )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -43,13 +48,13 @@ def main(argv: list[str] | None = None) -> int:
         else:
             index = load_index(args.shards, allow_bad=args.allow_bad, on_shard=on_shard)
     if args.verify:
-        print("\n".join(problems) or f"{args.shards}: all tars match the index")
+        print("\n".join(problems) or f"{args.shards}: all tars match the index; images were not decoded")
         return 1 if problems else 0
     size = sum(shard["bytes"] for shard in index.shards)
-    totals = f"{len(index.names)} shards, {index.num_samples:,} samples, {size:,} bytes"
+    totals = f"{len(index.names)} shards, {summary(index.shards)}, {size:,} bytes"
     print(f"{args.shards}: {totals}, digest {index.digest[:12]}")
-    for reason, count in sorted(index.dropped.items()):
-        print(f"  skipped: {count:,} ({reason})")
+    for reason in lost_samples(index.shards):
+        print(f"  {reason}: {LOST[reason]}")
     return 0
 
 

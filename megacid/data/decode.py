@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import struct
@@ -16,6 +17,14 @@ MAX_ASPECT = 200  # transforms resize the shorter side to a few hundred pixels: 
 MAX_TEXT_BYTES = 8 << 20  # of the text chunks of a PNG once inflated; the decoder alone would accept 64 MiB
 MAX_WORD = 1000  # the time of byte-pair encoding grows with the square of this: half a minute for 16,000
 _DEFLATE_RATIO = 1032  # the largest possible compression ratio
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
 
 
 class BadSample(Exception):  # noqa: N818  a fault of the data that the loader handles and counts
@@ -71,9 +80,15 @@ def decode_image(data: bytes, *, max_pixels: float = MAX_PIXELS, shard: str = ""
         raise BadSample(shard, key, f"{type(error).__name__}: {error}") from error
 
 
+def decode_text(data: bytes, errors: str = "strict") -> str:
+    """Decode UTF-8, or the encoding that a byte order mark names; the mark is no part of the text."""
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
+    return data.decode(encoding, errors=errors)
+
+
 def decode_caption(data: bytes, *, shard: str = "", key: str = "") -> str:
-    """Decode a UTF-8 caption, replacing invalid bytes and stripping whitespace. BadSample for an overlong word."""
-    caption = data.decode("utf-8", errors="replace").strip()
+    """Decode a caption, replacing invalid bytes and stripping whitespace. BadSample for an overlong word."""
+    caption = decode_text(data, "replace").strip()
     longest = max(map(len, caption.split()), default=0)
     if longest > MAX_WORD:
         raise BadSample(shard, key, f"a caption with a word of {longest} characters, more than {MAX_WORD}")

@@ -34,8 +34,9 @@ from megacid.data.index_files import (
     save_table,
     stored_entries,
 )
+from megacid.data.index_report import check_losses, loses_many, summary, unused_files
 from megacid.data.lru import LRUCache
-from megacid.data.tar_samples import COLUMN, Kind, scan_tar
+from megacid.data.tar_samples import COLUMN, LOST, Kind, other_format, scan_tar
 from megacid.errors import UserError
 from megacid.storage.atomic import file_sha256, read_json, write_json_atomic
 
@@ -83,6 +84,20 @@ class ShardIndex:
                 total[reason] = total.get(reason, 0) + count
         return total
 
+    @property
+    def without_text(self) -> int:
+        """Number of samples that have a class but no caption."""
+        return sum(shard["without_text"] for shard in self.shards)
+
+    def check_captions(self) -> None:
+        """Raise UserError when no sample has a caption, without which there are no pairs."""
+        if self.without_text == self.num_samples:
+            raise UserError(
+                f"{self.root} has {self.num_samples:,} samples with an image and a class (.cls) but none with a "
+                "caption (.txt), expected image-text pairs: add a .txt member to every sample; classes alone are for "
+                "tools/eval.py"
+            )
+
     def tar_path(self, shard: int) -> Path:
         return self.root / f"{self.names[shard]}.tar"
 
@@ -105,26 +120,26 @@ def load_index(
     Args:
         shards_dir: a directory with `*.tar`.
         verify: compare the sha256 of every tar (reads all data), not only its size.
-        allow_bad: use the samples before the damage of a damaged tar instead of refusing it; stored in the index.
+        allow_bad: use what can be used of damaged tars and of shards that lose more than 5 % of their samples, instead
+            of refusing them; stored in the index.
         on_shard: called as (done, total) while building.
 
     Raises:
-        UserError: no such directory, no tar, no sample, or a tar that is damaged or cannot be read.
+        UserError: no such directory, no tar, no sample, many lost samples, or a tar that is damaged or cannot be read.
     """
     root = _check_root(shards_dir)
-    tars = _tars(root)
+    tars, unused = _tars(root), unused_files(root)
     if not tars:
-        raise UserError(f"{root} has no .tar file: give the directory that img2dataset or tools/synthesize.py wrote")
+        unused = f" but {unused}" if unused else ": give the directory that img2dataset or tools/synthesize.py wrote"
+        raise UserError(f"{root} has no .tar file{unused}")
+    if unused:
+        log.warning("%s: not used: %s", root, unused)
     entries = None if verify else _load_entries(root, tars)
     if entries is not None:
         index = _assemble(root, entries, None)
+        check_losses(root, entries, allow_bad=True)  # decided when the index was written
     else:
         index = _build(root, tars, verify=verify, allow_bad=allow_bad, on_shard=on_shard)
-    if index.num_samples == 0:
-        raise UserError(
-            f"{root} has {len(tars)} tars but no complete sample: each needs an image and a .txt (or .cls) of the same "
-            "name"
-        )
     for entry in index.shards:
         if entry["damage"]:
             log.warning(
@@ -252,10 +267,10 @@ def _build(
         if on_shard:
             on_shard(number + 1, len(tars))
     index = _assemble(root, entries, in_memory)
+    check_losses(root, entries, allow_bad=allow_bad, writable=writable)
     if in_memory is None:
         write_json_atomic(folder / "index.json", {"version": VERSION, "digest": index.digest, "shards": entries})
-    dropped = ", ".join(f"{count} x {reason}" for reason, count in index.dropped.items()) or "nothing"
-    log.info("indexed %s: %d shards, %d samples, skipped: %s", root, len(tars), index.num_samples, dropped)
+    log.info("indexed %s: %d shards, %s", root, len(tars), summary(entries))
     return index
 
 
@@ -269,6 +284,10 @@ def _index_tar(path: Path, *, allow_bad: bool) -> tuple[dict[str, Any], ShardTab
     try:
         size = path.stat().st_size  # taken before reading: a tar that is still growing will not match the index
         scan = scan_tar(path)
+        if scan.damage and not scan.keys and (other := other_format(path)):
+            scan.damage = f"it is {other[0]}"
+            if not allow_bad:
+                raise UserError(f"{path} is {other[0]}, expected a plain tar, whose members have an offset: {other[1]}")
         if scan.damage and not allow_bad:
             raise UserError(
                 f"{path} is damaged ({scan.damage}) after {len(scan.keys)} intact samples: fetch it again, "
@@ -279,9 +298,6 @@ def _index_tar(path: Path, *, allow_bad: bool) -> tuple[dict[str, Any], ShardTab
         raise UserError(
             f"{path} cannot be read ({error.strerror}): correct its permissions, or fetch it again"
         ) from None
-    for reason, names in scan.dropped.items():
-        listed = ", ".join(names[:_LISTED]) + (" ..." if len(names) > _LISTED else "")
-        log.warning("%s: skipped %d (%s): %s", path.name, len(names), reason, listed)
     table = ShardTable(scan.keys, np.array(scan.members, np.int64).reshape(-1, 8))
     entry = {
         "name": path.name.removesuffix(".tar"),
@@ -294,6 +310,10 @@ def _index_tar(path: Path, *, allow_bad: bool) -> tuple[dict[str, Any], ShardTab
         "dropped_names": {reason: names[:_LISTED] for reason, names in scan.dropped.items()},
         "damage": scan.damage,
     }
+    for reason, names in scan.dropped.items():
+        listed = ", ".join(names[:_LISTED]) + (" ..." if len(names) > _LISTED else "")
+        rule = f"; {LOST[reason]}" if reason in LOST and loses_many([entry]) else ""
+        log.warning("%s: skipped %d (%s): %s%s", path.name, len(names), reason, listed, rule)
     return entry, table
 
 

@@ -4,8 +4,9 @@ The content of a batch is a pure function of the seed and the step. `SampleOrder
 to a sample and `Positions` assigns positions to steps, micro-batches and ranks, so neither the number of ranks nor that
 of workers changes a global batch, and resuming needs the step only. Random augmentation is seeded per sample.
 
-A bad sample (undecodable, without an embedding) is replaced by another one of its epoch, logged and counted. A run ends
-when the bad samples of a rank exceed its error budget.
+Samples without a caption, and those that the teacher could not embed, are left out from the start. A bad sample that is
+met later is replaced by another one of its epoch, logged and counted. A run ends when the bad samples of a rank exceed
+its error budget.
 """
 
 from __future__ import annotations
@@ -63,17 +64,30 @@ class PairStream:
 
     def __init__(self, index: ShardIndex, plan: Positions, options: PairOptions) -> None:
         self.index, self.plan, self.options = index, plan, options
-        self._usable_rows = UsableRows(index, options.keep)
-        counts = np.array([self._usable_rows.count(shard) for shard in range(len(index.names))], np.int64)
-        if counts.sum() < plan.global_batch:
+        index.check_captions()
+        self._usable_rows = UsableRows(index, options.keep, options.teacher)
+        counts = np.array([self._usable_rows.counts(shard) for shard in range(len(index.names))], np.int64)
+        usable, self._without_teacher = counts.sum(axis=0).tolist()
+        if usable < plan.global_batch:
             raise UserError(
-                f"{index.root} has {counts.sum()} usable samples of {index.num_samples}, expected at least one global "
-                f"batch of {plan.global_batch}: use a smaller batch or more data"
+                f"{index.root} has {usable} usable samples of {index.num_samples}{self._left_out()}, expected at least "
+                f"one global batch of {plan.global_batch}: use a smaller batch or more data"
             )
-        self.order = SampleOrder(counts, seed=options.seed, block_shards=options.block_shards)
+        self.order = SampleOrder(counts[:, 0], seed=options.seed, block_shards=options.block_shards)
         self.samples_read, self.bad_samples = 0, 0
         replacement_stride = _coprime(plan.global_batch, self.order.num_samples)
         self._pairs = Pairs(index, self.order, self._usable_rows, options, replacement_stride)
+
+    def _left_out(self) -> str:
+        """For messages: the samples that cannot be used, by reason."""
+        keep = self.options.keep
+        counts = {
+            "without a caption": self.index.without_text,
+            "not kept by data.keep": 0 if keep is None else self.index.num_samples - int(keep.counts.sum()),
+            "without a teacher embedding": self._without_teacher,
+        }
+        text = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+        return f" ({text})" if text else ""
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -144,7 +158,8 @@ class PairStream:
         statistics: dict[str, Any] = {
             "samples": self.index.num_samples,
             "kept": self.order.num_samples,
-            "without_text": sum(shard["without_text"] for shard in self.index.shards),
+            "without_text": self.index.without_text,
+            "without_teacher": self._without_teacher,
             "left_out_by_index": self.index.dropped,
             "shards": len(self.index.names),
             "shards_examined": len(shards),

@@ -196,24 +196,51 @@ class Pairs(Dataset[Any]):
 
 
 class UsableRows:
-    """Rows of a shard that are kept and have a text. A class because spawned workers cannot unpickle a closure."""
+    """Rows of a shard that are kept, have a text, and have an embedding where there is a teacher.
 
-    def __init__(self, index: ShardIndex, keep: KeepTable | None) -> None:
-        self.index, self.keep = index, keep
+    A class because spawned workers cannot unpickle a closure.
+    """
+
+    def __init__(self, index: ShardIndex, keep: KeepTable | None, teacher: TeacherTable | None = None) -> None:
+        self.index, self.keep, self.teacher = index, keep, teacher
         self._rows: LRUCache[np.ndarray] = LRUCache(64)
+        if keep is not None and teacher is not None and keep.embeddings == teacher.directory.resolve():
+            self.teacher = None  # tools/balance.py keeps no sample without an embedding
 
     def __call__(self, shard: int) -> np.ndarray:
-        """int64 rows of the tar, ascending."""
+        """int64 rows of the tar, ascending. UserError when the teacher's meta.json counts other failures."""
         return self._rows.get(shard, lambda: self._find(shard))
 
     def _find(self, shard: int) -> np.ndarray:
+        rows = with_text = self._rows_with_text(shard)
+        if self.teacher is not None and (failures := self.teacher.failures(shard)) != 0:
+            rows = with_text[self.teacher.has(shard, with_text)]
+            # The order of all samples was derived from that number.
+            if self._is_whole(shard) and failures is not None and len(rows) != len(with_text) - failures:
+                raise UserError(
+                    f"{self.teacher.directory}/meta.json counts {failures} samples of {self.index.names[shard]}.tar "
+                    f"without an embedding, its metadata {len(with_text) - len(rows)}: run tools/embed.py again"
+                )
+        return rows
+
+    def _rows_with_text(self, shard: int) -> np.ndarray:
         rows = np.arange(int(self.index.sizes[shard])) if self.keep is None else self.keep.kept(shard)
         if self.index.shards[shard]["without_text"]:
             rows = rows[self.index.table(shard).text[rows, 1] >= 0]
         return rows
 
-    def count(self, shard: int) -> int:
-        """Number of usable rows; opens the shard only when it has samples without text."""
+    def _is_whole(self, shard: int) -> bool:
+        """Whether all samples of the tar are kept and have a text."""
+        return self.keep is None and not self.index.shards[shard]["without_text"]
+
+    def counts(self, shard: int) -> tuple[int, int]:
+        """(usable rows, rows that only lack an embedding). Opens a shard only when its numbers are not recorded."""
         if self.index.shards[shard]["without_text"]:
-            return len(self(shard))
-        return int(self.index.sizes[shard] if self.keep is None else self.keep.counts[shard])
+            with_text = len(self._rows_with_text(shard))
+        else:
+            with_text = int(self.index.sizes[shard] if self.keep is None else self.keep.counts[shard])
+        failures = 0 if self.teacher is None else self.teacher.failures(shard)
+        if failures and not self._is_whole(shard):
+            failures = None
+        usable = len(self(shard)) if failures is None else with_text - failures
+        return usable, with_text - usable

@@ -84,6 +84,7 @@ class TeacherTable:
         self._text_files = _by_number(self.directory / "text_emb", "text_emb_*.npy")
         self._metadata_files = _by_number(self.directory / "metadata", "metadata_*.parquet")
         self._partitions = self._checked_partitions()
+        self._failures = self._checked_failures()
         self._empty = frozenset(self.meta.get("empty", ()))  # tars without files, because no sample could be embedded
         required = [self._image_files] + [self._text_files] * self.has_text
         missing = [
@@ -105,6 +106,27 @@ class TeacherTable:
                 f"shard: {_EMBED_AGAIN}"
             )
         return partitions
+
+    def _checked_failures(self) -> dict[str, int] | None:
+        failures = self.meta.get("failures_by_shard")
+        valid = isinstance(failures, dict) and all(isinstance(count, int) and count >= 0 for count in failures.values())
+        if failures is not None and not valid:
+            raise UserError(
+                f"{self.directory}/meta.json has failures_by_shard {str(failures)[:40]!r}, expected a number for every "
+                f"shard: {_EMBED_AGAIN}"
+            )
+        return failures
+
+    def failures(self, shard: int) -> int | None:
+        """Number of samples of a tar that `tools/embed.py` skipped, from meta.json; None when it does not say.
+
+        For shards that `tools/balance.py --reshard` copied only 0 is known: the copy may lack the skipped samples.
+        """
+        if self._failures is None:
+            return None
+        count = self._failures.get(self.index.names[shard], 0)
+        same = self.meta.get("shards_digest") == self.index.digest and count <= self.index.sizes[shard]
+        return count if same or not count else None
 
     def _open(self, shard: int) -> _TeacherShard:
         if self.index.names[shard] in self._empty:
@@ -213,11 +235,19 @@ class LabelTable:
 
 
 class KeepTable:
-    """Masks of the samples that `tools/balance.py` kept. `counts`: int64 [shards], kept samples per shard."""
+    """Masks of the samples that `tools/balance.py` kept.
+
+    Attributes:
+        counts: int64 [shards], kept samples per shard.
+        embeddings: the directory of the embeddings that they were chosen by; None when it is not recorded.
+    """
 
     def __init__(self, directory: str | Path, index: ShardIndex) -> None:
         self.directory, self.index = Path(directory), index
         self.meta = _checked_meta(directory, index, "balance")
+        source = self.meta.get("source")
+        embeddings = source.get("embeddings") if isinstance(source, dict) else None
+        self.embeddings = Path(embeddings) if isinstance(embeddings, str) else None
         self._shards: LRUCache[np.ndarray] = LRUCache(_OPEN_SHARDS)
         self.counts = np.array([np.count_nonzero(self._mask(shard)) for shard in range(len(index.names))], np.int64)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +22,32 @@ _KIND_OF_EXTENSION: dict[str, Kind] = {
     "json": "json",
     "cls": "cls",
 }
+# The reasons for which a sample is lost, with the rule that it breaks and the remedy.
+LOST = {
+    "key with a dot": "a key ends at the first dot of the file name, as in webdataset, so a1.b.jpg is member b.jpg of "
+    "sample a1: replace the other dots, such as a1_b.jpg",
+    "members not adjacent": "the members of a sample must follow each other in the tar, as in webdataset: write the "
+    "tar again in the order of its names, such as with tar --sort=name",
+    "sample without an image": f"a sample needs an image in a member named .{', .'.join(IMAGE_EXTENSIONS)}: add or "
+    "rename it",
+    "sample without a text": "a sample needs a caption in a .txt member of the same name, or a class in a .cls member "
+    "for tools/eval.py: add it",
+    "duplicate key": "keys must be unique in a tar: rename the members",
+    "sample at the cut": "the tar ends inside of the sample: fetch it again",
+}
+_APART = "member apart from its sample"  # the sample itself is used
+# Files that are given for a tar: first bytes, name, remedy.
+_OTHER_FORMATS = (
+    (b"\x1f\x8b", "gzip-compressed", "decompress it with gzip -dc"),
+    (b"BZh", "bzip2-compressed", "decompress it with bzip2 -dc"),
+    (b"\xfd7zXZ\0", "xz-compressed", "decompress it with xz -dc"),
+    (b"\x28\xb5\x2f\xfd", "zstd-compressed", "decompress it with zstd -dc"),
+    (b"\x04\x22\x4d\x18", "lz4-compressed", "decompress it with lz4 -dc"),
+    (b"PK\x03\x04", "a zip archive", "unpack it and write its files into a tar"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it and write its files into a tar"),
+    (b"PAR1", "a parquet file", "write its images and captions into tars, such as with img2dataset"),
+    (b"version https://git-lfs", "a pointer of Git LFS", "fetch the tar itself with git lfs pull"),
+)
 
 
 @dataclass
@@ -38,6 +67,7 @@ class TarScan:
     damage: str | None = None
     _seen: set[str] = field(default_factory=set)
     _kinds: set[Kind] = field(default_factory=set)  # of the samples so far
+    _incomplete: dict[str, set[Kind]] = field(default_factory=dict)  # kinds of groups that are no sample, by key
 
     def drop(self, reason: str, name: str) -> None:
         """Record a skipped member or sample."""
@@ -46,20 +76,33 @@ class TarScan:
 
     def add(self, group: MemberGroup) -> None:
         """Use a group as a sample, or drop it with a reason."""
-        if group.key in self._seen:
-            self.drop("duplicate key", group.key)
-        elif group.at_damage and not (self._kinds and self._kinds <= group.members.keys()):
+        for key in (dotted := group.dotted_keys()):
+            self.drop("key with a dot", key)
+        complete = "image" in group.members and bool({"text", "cls"} & group.members.keys())
+        if group.at_damage and not (complete and self._kinds and self._kinds <= group.members.keys()):
             # More members may have followed: keep it only when it has the kinds of the other samples.
-            self.drop("sample at the cut", group.key)
-        elif "image" not in group.members:
-            self.drop("sample without an image", group.key)
-        elif "text" not in group.members and "cls" not in group.members:
-            self.drop("sample without a text", group.key)
+            self.drop(_APART if group.key in self._seen else "sample at the cut", group.key)
+        elif not complete:
+            if not dotted or "image" in group.members:
+                self._incomplete.setdefault(group.key, set()).update(group.members)
+        elif group.key in self._seen:
+            self.drop("duplicate key", group.key)
         else:
             self._seen.add(group.key)
             self._kinds |= group.members.keys()
             self.keys.append(group.key)
             self.members.append([v for kind in COLUMN for v in group.members.get(kind, (-1, -1))])
+
+    def finish(self) -> None:
+        """Give every incomplete group its reason, once all groups are known."""
+        for key, kinds in self._incomplete.items():
+            if "image" not in kinds:
+                self.drop(_APART if key in self._seen else "sample without an image", key)
+            elif kinds & {"text", "cls"} and key not in self._seen:
+                self.drop("members not adjacent", key)
+            else:
+                self.drop("sample without a text", key)
+        self._incomplete.clear()
 
 
 @dataclass
@@ -70,6 +113,18 @@ class MemberGroup:
     members: dict[Kind, tuple[int, int]] = field(default_factory=dict)  # offset and size of the kinds that are read
     spans: list[tuple[int, int]] = field(default_factory=list)  # first byte and end of all members, with their headers
     at_damage: bool = False
+    dotted: dict[str, set[Kind]] = field(default_factory=dict)  # kinds of the members named KEY.NAME.EXT, by NAME
+
+    def dotted_keys(self) -> list[str]:
+        """The names that look like samples of their own with a dot in their key.
+
+        An image beside a complete sample, such as a.seg.png, is none; with a caption a.seg.txt it is.
+        """
+        if "image" in self.members:
+            names = [name for name, kinds in self.dotted.items() if "image" in kinds and len(kinds) > 1]
+        else:
+            names = [name for name, kinds in self.dotted.items() if "image" in kinds] or list(self.dotted)
+        return [f"{self.key}.{name}" for name in names]
 
 
 def member_groups(path: Path, scan: TarScan) -> Iterator[MemberGroup]:
@@ -88,6 +143,7 @@ def member_groups(path: Path, scan: TarScan) -> Iterator[MemberGroup]:
                 if (split := _accept(member, scan)) is None:
                     continue
                 kind = _KIND_OF_EXTENSION.get(split[1].lower())
+                name, dot, extension = split[1].rpartition(".")
                 if group is None or group.key != split[0] or kind in group.members:
                     if group is not None:
                         yield group
@@ -95,6 +151,8 @@ def member_groups(path: Path, scan: TarScan) -> Iterator[MemberGroup]:
                 group.spans.append((start, stop))
                 if kind is not None:
                     group.members[kind] = (member.offset, member.size)
+                elif dot and (dotted := _KIND_OF_EXTENSION.get(extension.lower(), "json")) != "json":
+                    group.dotted.setdefault(name, set()).add(dotted)
         except (TarDamage, OSError):
             if group is not None:
                 group.at_damage = True
@@ -114,7 +172,25 @@ def scan_tar(path: Path) -> TarScan:
             scan.add(group)
     except (TarDamage, OSError) as error:
         scan.damage = str(error)
+    scan.finish()
     return scan
+
+
+def other_format(path: Path) -> tuple[str, str] | None:
+    """(what the file is, remedy) when it is of a known kind that is no plain tar; None otherwise."""
+    with open(path, "rb") as file:
+        head = file.read(32)
+    return next(((name, remedy) for magic, name, remedy in _OTHER_FORMATS if head.startswith(magic)), None)
+
+
+def extensions(path: Path, limit: int = 1000) -> list[str]:
+    """The endings of the first `limit` members of a tar, the most frequent first."""
+    counts: Counter[str] = Counter()
+    with contextlib.suppress(TarDamage, OSError), open(path, "rb") as file:
+        for member in islice(members(file, os.fstat(file.fileno()).st_size), limit):
+            if not member.directory and is_safe(member.name):
+                counts[os.path.splitext(member.name)[1] or "no ending"] += 1
+    return [ending for ending, _ in counts.most_common(8)]
 
 
 def _accept(member: Member, scan: TarScan) -> tuple[str, str] | None:

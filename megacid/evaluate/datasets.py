@@ -1,12 +1,16 @@
 """Local classification sets in CLIP_benchmark's webdataset layout.
 
-    root/classnames.txt                          one class per line, line number = class id
+    root/classnames.txt                          one class per line, line number = class id; may have an empty name
     root/zeroshot_classification_templates.txt   one template per line, with `{c}` for the class name
     root/{train,test}/nshards.txt, 0.tar, 1.tar ...   members <key>.jpg|png|webp and <key>.cls
+
+Text files are UTF-8, or have a byte order mark. Only \\n and \\r\\n end a line: a name may hold other separators of
+Unicode, and splitting at them would shift the class ids.
 
 Shapes: B batch, N samples, H x W pixels.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +19,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from megacid.data.decode import BadSample, decode_image
+from megacid.data.decode import BadSample, decode_image, decode_text
 from megacid.data.index import ShardIndex, ShardReader, load_index
 from megacid.errors import UserError
 from megacid.models.clip import Transform
 
+log = logging.getLogger(__name__)
+
 Sample = tuple[torch.Tensor, int]
+_BLANK = " \t\r\n"  # str.strip() alone would also strip separators of Unicode
 
 
 @dataclass(frozen=True)
@@ -64,9 +71,9 @@ class Split(Dataset[Sample]):
             text = self.reader.read(shard, row, "cls")
         except BadSample as error:
             raise UserError(f"{where} cannot be evaluated ({error.reason}): repair or replace the tar") from error
-        if not text.strip().isdigit():
+        label = _integer(decode_text(text, "replace"))
+        if label is None:
             raise UserError(f"{where}: class is {text[:20]!r}, expected a class id such as 3 in the .cls member")
-        label = int(text)
         if label >= self.num_classes:
             raise UserError(
                 f"{where}: class id is {label}, expected 0 to {self.num_classes - 1} as classnames.txt names "
@@ -91,25 +98,58 @@ def load_benchmark(root: Path | str, name: str | None = None) -> Benchmark:
     if not root.is_dir():
         raise UserError(f"dataset root {root} is not a directory, expected CLIP_benchmark's webdataset layout")
     kind = root / "dataset_type.txt"
-    if kind.is_file() and kind.read_text().strip() != "classification":
-        raise UserError(f"{kind} says {kind.read_text().strip()!r}, expected 'classification': use another set")
+    if kind.is_file() and (value := _read_text(kind).strip(_BLANK)) != "classification":
+        raise UserError(f"{kind} says {value[:40]!r}, expected 'classification': use another set")
     classnames = _lines(root / "classnames.txt")
+    if unnamed := [number for number, line in enumerate(classnames) if not line]:
+        log.warning(
+            "%s: the classes %s have an empty name, which is used as it is",
+            root / "classnames.txt",
+            ", ".join(map(str, unnamed[:5])) + (" ..." if len(unnamed) > 5 else ""),
+        )
     templates = _lines(root / "zeroshot_classification_templates.txt")
-    for template in templates:
+    for number, template in enumerate(templates, 1):
         if "{c}" not in template:
-            raise UserError(f"{root}: template {template!r} lacks the placeholder {{c}} for the class name: add it")
+            raise UserError(
+                f"{root}/zeroshot_classification_templates.txt line {number} is {template!r}, expected the placeholder "
+                "{c} for the class name: add it"
+            )
     return Benchmark(root, name or root.resolve().name, classnames, templates)
 
 
+def _read_text(file: Path) -> str:
+    data = file.read_bytes()
+    try:
+        text = decode_text(data)
+    except UnicodeDecodeError as error:
+        line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
+        raise UserError(
+            f"{file} line {line} holds byte {byte:#04x}, expected UTF-8: convert the file, such as with "
+            "iconv -f latin1 -t utf-8"
+        ) from None
+    if "\0" in text:
+        raise UserError(
+            f"{file} holds a zero character, expected UTF-8: convert the file, such as with iconv -f utf-16le -t utf-8"
+        )
+    return text
+
+
 def _lines(file: Path) -> list[str]:
+    """The stripped lines, without empty ones at the end. UserError when there are none."""
     if not file.is_file():
         raise UserError(f"{file} is missing, expected CLIP_benchmark's webdataset layout: add it")
-    lines = file.read_text(encoding="utf-8").splitlines()
-    while lines and not lines[-1].strip():
+    lines = [line.strip(_BLANK) for line in _read_text(file).split("\n")]
+    while lines and not lines[-1]:
         lines.pop()
-    if not lines or not all(line.strip() for line in lines):
-        raise UserError(f"{file} has an empty line or no lines, expected one entry per line")
-    return [line.strip() for line in lines]
+    if not lines:
+        raise UserError(f"{file} has no lines, expected one entry per line: add them")
+    return lines
+
+
+def _integer(text: str) -> int | None:
+    """A number of at most 9 decimal digits; None for other text."""
+    digits = text.strip()
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 10 else None
 
 
 def _open_split(directory: Path) -> ShardIndex:
@@ -119,12 +159,11 @@ def _open_split(directory: Path) -> ShardIndex:
         )
     tars = [file.name for file in directory.glob("*.tar")]
     count = directory / "nshards.txt"
-    if not count.is_file() or not count.read_text().strip().isdigit():
+    expected = _integer(_read_text(count)) if count.is_file() else None
+    if expected is None:
         raise UserError(f"{count} is missing or not a number, expected the number of tars: it may be {len(tars)}")
-    if len(tars) != int(count.read_text()):
-        raise UserError(
-            f"{directory} holds {len(tars)} tars, {count} says {count.read_text().strip()}: download it again"
-        )
+    if len(tars) != expected:
+        raise UserError(f"{directory} holds {len(tars)} tars, {count} says {expected}: download it again")
     index = load_index(directory)
     if index.dropped:
         raise UserError(f"{directory} has incomplete samples ({index.dropped}): repair the tars")

@@ -27,6 +27,7 @@ from megacid.data.loader import BUDGET_FLOOR, PairStream
 from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
 from megacid.data.workers import start_worker
 from megacid.errors import UserError
+from megacid.storage.metadata import write_meta
 
 DAMAGED = {5, 17}  # global rows of the `damaged` fixture
 
@@ -171,8 +172,6 @@ def test_keep_labels_and_teacher_follow_the_sample(tmp_path: Path, index: ShardI
         save(tmp_path / "t" / "text_emb" / f"text_emb_{number:05d}.npy", emb + np.float16(0.5))
         write_parquet(tmp_path / "t" / "metadata" / f"metadata_{number:05d}.parquet", image_path=keys)
         n += size
-    from megacid.storage.metadata import write_meta
-
     write_meta(tmp_path / "k", "balance", {}, shards_digest=index.digest)
     write_meta(tmp_path / "c", "cluster", {}, shards_digest=index.digest, k=200)
     partitions = {name: number for number, name in enumerate(SIZES)}
@@ -199,7 +198,7 @@ def test_keep_labels_and_teacher_follow_the_sample(tmp_path: Path, index: ShardI
     assert statistics["labelled_share"] == pytest.approx(11 / 12)
 
 
-def test_a_sample_the_teacher_never_saw_is_replaced(tmp_path: Path) -> None:
+def test_a_sample_that_the_teacher_lacks_is_left_out_from_the_start(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     make_tar(tmp_path / "s" / "00000.tar", ["a", "b", "c"])
     make_tar(tmp_path / "s" / "00001.tar", ["d", "e"])
@@ -212,8 +211,101 @@ def test_a_sample_the_teacher_never_saw_is_replaced(tmp_path: Path) -> None:
     )  # fmt: skip
     assert batches.statistics()["teacher_share"] == 1.0  # b, which it lacks, is not kept
     without_keep = stream(index, **one_by_one, teacher=batches.options.teacher)
-    assert without_keep.statistics()["teacher_share"] == pytest.approx(4 / 5)
+    statistics = without_keep.statistics()
+    assert (statistics["kept"], statistics["without_teacher"], statistics["teacher_share"]) == (4, 1, 1.0)
     assert "not a readable" in (next(iter(batches)).failure or "")
+
+
+def teacher_without(folder: Path, index: ShardIndex, missing: set[int], **meta: object) -> TeacherTable:
+    """Embeddings of all samples of `write_shards` but some; `meta`: more fields of meta.json."""
+    row, empty = 0, []
+    for number, (name, size) in enumerate(SIZES.items()):
+        rows = [r for r in range(row, row + size) if r not in missing]
+        row += size
+        if not rows:
+            empty.append(name)
+            continue
+        emb = np.array([[r, 1] for r in rows], np.float16)
+        save(folder / "img_emb" / f"img_emb_{number:05d}.npy", emb)
+        save(folder / "text_emb" / f"text_emb_{number:05d}.npy", emb)
+        write_parquet(folder / "metadata" / f"metadata_{number:05d}.parquet", image_path=[f"k{r}" for r in rows])
+    partitions = {name: number for number, name in enumerate(SIZES)}
+    write_meta(folder, "embed", {}, shards_digest=index.digest, dim=2, partitions=partitions, empty=empty, **meta)
+    return TeacherTable(folder, index)
+
+
+def skipped_by_shard(missing: set[int]) -> dict[str, int]:
+    counts = {"00000": len(missing & {*range(9)}), "00001": len(missing & {*range(9, 16)})}
+    return {name: count for name, count in (counts | {"00002": len(missing & {*range(16, 24)})}).items() if count}
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["in meta.json", "not recorded"])
+@pytest.mark.parametrize("also", ["nothing", "keep", "without text"])
+@pytest.mark.parametrize("missing", [{3}, {0, 8, 9, 23}, {*range(9, 16)}, {*range(12)}], ids=len)
+def test_samples_that_embed_skipped_are_not_charged_to_the_error_budget(
+    tmp_path: Path, missing: set[int], also: str, recorded: bool
+) -> None:
+    usable, options = {*range(24)} - missing, {}
+    without_text = {1, 22} if also == "without text" else set()
+    index = write_shards(tmp_path / "shards", damaged=missing, without_text=without_text)
+    meta = {"failures_by_shard": skipped_by_shard(missing)} if recorded else {}
+    usable, lacking = usable - without_text, missing - without_text
+    if also == "keep":
+        usable, lacking = ({row for row in rows if row % 2} for rows in (usable, lacking))
+        for name, rows in zip(SIZES, (range(9), range(9, 16), range(16, 24))):
+            save(tmp_path / "k" / "keep" / f"{name}.npy", np.array([row % 2 == 1 for row in rows]))
+        write_meta(tmp_path / "k", "balance", {}, shards_digest=index.digest)
+        options["keep"] = KeepTable(tmp_path / "k", index)
+    teacher = teacher_without(tmp_path / "t", index, missing, **meta)
+    one_epoch = dict(global_batch=1, micro_batch=1, total_steps=len(usable))
+    batches = stream(index, **one_epoch, error_budget=0.0, teacher=teacher, **options)
+    seen = list(batches)
+    assert sorted(s for batch in seen for s in batch.sample_id.tolist()) == sorted(usable)
+    assert not any(batch.failure or batch.replaced for batch in seen)
+    statistics = batches.statistics()
+    assert (statistics["kept"], statistics["without_teacher"]) == (len(usable), len(lacking))
+
+
+def test_damage_met_while_training_is_still_charged_to_the_error_budget(tmp_path: Path) -> None:
+    index = write_shards(tmp_path / "shards", damaged={5})  # became unreadable after it was embedded
+    teacher = teacher_without(tmp_path / "t", index, {3, 4}, failures_by_shard={"00000": 2})
+    (failure,) = set(failures(stream(index, error_budget=0.0, teacher=teacher))) - {None}
+    assert re.search(r"bad samples .* 00000/k5: ", failure or "")
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"00000": 1}, "counts 1 samples of 00000.tar without an embedding, its metadata 2: run tools/embed.py again"),
+        ({}, "no teacher embedding"),
+    ],
+)
+def test_a_count_of_skipped_samples_that_is_wrong_is_a_failure(
+    tmp_path: Path, counts: dict[str, int], message: str
+) -> None:
+    index = write_shards(tmp_path / "shards")
+    teacher = teacher_without(tmp_path / "t", index, {3, 4}, failures_by_shard=counts)
+    assert message in failures_of(stream(index, error_budget=0.0, teacher=teacher))
+
+
+def failures_of(batches: PairStream) -> str:
+    return "; ".join(batch.failure for batch in batches if batch.failure)
+
+
+@pytest.mark.parametrize("counts", [["00000"], {"00000": "1"}, {"00000": -1}])
+def test_counts_of_skipped_samples_are_checked(tmp_path: Path, index: ShardIndex, counts: object) -> None:
+    with pytest.raises(UserError, match=r"has failures_by_shard .*, expected a number for every shard: run"):
+        teacher_without(tmp_path / "t", index, set(), failures_by_shard=counts)
+
+
+def test_too_few_usable_samples_name_what_is_missing(tmp_path: Path) -> None:
+    index = write_shards(tmp_path / "shards", without_text={0, 1, 2, 3})
+    counts = {"00000": 5 + 4, "00001": 7, "00002": 6}
+    teacher = teacher_without(tmp_path / "t", index, {*range(22)}, failures_by_shard=counts)
+    with pytest.raises(
+        UserError, match=r"2 usable samples of 24 \(4 without a caption, 18 without a teacher embedding\), expected"
+    ):
+        stream(index, teacher=teacher)
 
 
 def test_sizes_that_do_not_fit_are_user_errors(index: ShardIndex) -> None:

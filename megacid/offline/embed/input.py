@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megacid.data.decode import BadSample, decode_caption, decode_image
+from megacid.data.decode import BadSample, decode_caption, decode_image, decode_text
 from megacid.data.index import ShardIndex, ShardReader, read_sample_json
 from megacid.offline.embed.partitions import Failure, SampleInfo
 
@@ -69,7 +69,7 @@ class Pairs(Dataset[Batch]):
 
     def _read(self, shard: int, row: int, key: str) -> tuple[Tensor, SampleInfo]:
         data = self.reader.read(shard, row, "text")
-        data.decode("utf-8")  # fails on invalid bytes: replaced ones would end up in the metadata as text
+        decode_text(data)  # fails on invalid bytes: replaced ones would end up in the metadata as text
         caption = decode_caption(data)
         image = self.transform(decode_image(self.reader.read(shard, row, "image")))
         fields = read_sample_json(self.reader, shard, row)

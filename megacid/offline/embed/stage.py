@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
@@ -290,17 +289,34 @@ def _finish(stage: StageDirectory, index: ShardIndex, clip: LoadedClip, stats: l
     )
 
 
-def seconds_per_sample(clip: LoadedClip, index: ShardIndex, batch_size: int) -> tuple[float, float]:
-    """Seconds per sample of decoding (in one process) and of the model, measured on a small batch of the first
-    non-empty shard; NaN when none of it can be decoded."""
+class SpeedSample(NamedTuple):
+    """Seconds per sample on a small batch: decoding in one process, and the model; None when nothing was decoded.
+
+    problem: How many samples could not be decoded, with the first reason; None when all could.
+    """
+
+    decoding: float
+    model: float | None
+    problem: str | None
+
+
+def measure_speed(clip: LoadedClip, index: ShardIndex, batch_size: int) -> SpeedSample:
+    """Decode and embed a small batch of the first non-empty shard."""
     shard = int(np.flatnonzero(index.sizes)[0])
     start, count = int(index.starts[shard]), min(batch_size, 32, int(index.sizes[shard]))
     began = time.monotonic()
     batch = Pairs(index, clip.preprocess_eval, clip.tokenizer).__getitems__(list(range(start, start + count)))
     decoding = (time.monotonic() - began) / count
+    problem = None
+    if batch.failures:
+        first = batch.failures[0]
+        problem = (
+            f"{len(batch.failures)} of the first {count} samples of {index.names[shard]}.tar cannot be decoded, such "
+            f"as {first.key}: {first.reason}"
+        )
     if not batch.samples:
-        return math.nan, math.nan
+        return SpeedSample(decoding, None, problem)
     encode(clip, index, batch)  # the first call pays for lazy initialisation
     began = time.monotonic()
     encode(clip, index, batch)
-    return decoding, (time.monotonic() - began) / len(batch.samples)
+    return SpeedSample(decoding, (time.monotonic() - began) / len(batch.samples), problem)

@@ -1,0 +1,94 @@
+"""What an index leaves out: a summary, the refusal of shards that lose many samples, and files that are not used."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from megacid.data.tar_samples import LOST, extensions
+from megacid.errors import UserError
+
+MAX_LOST = 0.05  # share of the samples that may be lost without allow_bad
+_COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|zstd|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+_UNFINISHED = re.compile(r"\.tar(\.(part|partial|tmp|temp|download|crdownload|aria2|incomplete|\d+))?$", re.IGNORECASE)
+
+
+def lost_samples(entries: list[dict[str, Any]]) -> Counter[str]:
+    """Number of samples that the tars hold and the index does not use, by reason."""
+    counts: Counter[str] = Counter()
+    for entry in entries:
+        counts.update({reason: count for reason, count in entry["dropped"].items() if reason in LOST})
+    return counts
+
+
+def summary(entries: list[dict[str, Any]]) -> str:
+    """One line: how many samples are used, how many are not, and why."""
+    lost, others = lost_samples(entries), Counter[str]()
+    for entry in entries:
+        others.update({reason: count for reason, count in entry["dropped"].items() if reason not in LOST})
+    text = f"{sum(entry['samples'] for entry in entries):,} samples used, {lost.total():,} not used"
+    for name, counts in ((" ({})", lost), (", skipped members: {}", others)):
+        if counts:
+            text += name.format(", ".join(f"{count:,} x {reason}" for reason, count in counts.most_common()))
+    return text
+
+
+def loses_many(entries: list[dict[str, Any]]) -> bool:
+    """Whether more than 5 % of the samples are lost."""
+    lost = lost_samples(entries).total()
+    return lost > MAX_LOST * (lost + sum(entry["samples"] for entry in entries))
+
+
+def check_losses(root: Path, entries: list[dict[str, Any]], *, allow_bad: bool, writable: bool = True) -> None:
+    """Raise UserError when no sample can be used, or more than 5 % are lost and `allow_bad` is not given."""
+    lost, used = lost_samples(entries), sum(entry["samples"] for entry in entries)
+    if used and (allow_bad or not loses_many(entries)):
+        return
+    total = lost.total()
+    if used:
+        problem = f"{root}: {total:,} of {used + total:,} samples cannot be used, expected at most {MAX_LOST:.0%}"
+    else:
+        problem = f"{root} has {len(entries)} tars but no complete sample"
+    if not lost:
+        skipped = ", ".join(f"{count:,} x {reason}" for entry in entries for reason, count in entry["dropped"].items())
+        endings = ", ".join(extensions(root / f"{entries[0]['name']}.tar"))
+        raise UserError(
+            f"{problem} (members of {entries[0]['name']}.tar end in: {endings or 'there are none'}; skipped: "
+            f"{skipped or 'nothing'}): each sample needs an image and a .txt (or .cls) of the same name"
+        )
+    reason, count = lost.most_common(1)[0]
+    worst = max(entries, key=lambda entry: entry["dropped"].get(reason, 0))
+    names, tar = worst["dropped_names"].get(reason), f"{worst['name']}.tar"
+    example = names[0] if isinstance(names, list) and names else "one"
+    accept = f", or run tools/index_shards.py --allow-bad to use the other {used:,}"
+    raise UserError(
+        f"{problem}, {count:,} of them because of: {reason} (such as {example} in {tar}, whose members end in "
+        f"{', '.join(extensions(root / tar))}); {LOST[reason]}{accept if used else ''}"
+        f"{' in a writable folder of links to the tars' if used and not writable else ''}"
+    )
+
+
+def unused_files(root: Path) -> str:
+    """One line about shards in a form that is not read, next to the tars or in subfolders; "" when there are none."""
+    names = sorted(path.name for path in root.iterdir() if path.name[0] != ".")
+    compressed = [name for name in names if _COMPRESSED.search(name)]
+    unfinished = [name for name in names if _UNFINISHED.search(name) and not name.endswith(".tar")]
+    # Two levels only: a walk through a large tree would delay every start.
+    below = [path.relative_to(root) for pattern in ("*/*.tar", "*/*/*.tar") for path in root.glob(pattern)]
+    below = sorted(path for path in below if not any(part.startswith(".") for part in path.parts))
+    folders = sorted({str(path.parent) for path in below})
+    parts = []
+    if compressed:
+        parts.append(f"{len(compressed):,} compressed tars (such as {compressed[0]}): decompress them")
+    if unfinished:
+        parts.append(
+            f"{len(unfinished):,} files that do not end in .tar (such as {unfinished[0]}): complete or rename them"
+        )
+    if below:
+        parts.append(
+            f"{len(below):,} tars in {len(folders):,} subfolders (such as {folders[0]}): give that folder, or move its "
+            "tars up"
+        )
+    return "; ".join(parts)
