@@ -5,7 +5,7 @@
 70   the ranks have different settings, data or weights
 74   several checkpoints in a row could not be written
 75   a rank stalled, or another rank has ended: run the same command again
-130  Ctrl-C                             143  stopped by SIGTERM or SIGUSR1: run the same command again to continue
+130  stopped by Ctrl-C                  143  stopped by SIGTERM or SIGUSR1: run the same command again to continue
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 
 EXIT_USER, EXIT_NOT_FINITE, EXIT_DATA = 2, 65, 66
-EXIT_DISAGREE, EXIT_NOT_SAVED, EXIT_AGAIN, EXIT_STOPPED = 70, 74, 75, 143
+EXIT_DISAGREE, EXIT_NOT_SAVED, EXIT_AGAIN, EXIT_INTERRUPTED, EXIT_STOPPED = 70, 74, 75, 130, 143
 
 
 class UserError(ValueError):
@@ -38,7 +38,7 @@ def run_tool(main: Callable[[], int | None]) -> int:
         return EXIT_USER
     except KeyboardInterrupt:
         print("error: interrupted; complete output is kept, run the same command again to continue", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
 
 
 # Without tab and newline. The characters beyond C1 reorder a line, end it, or cannot be encoded.

@@ -32,7 +32,6 @@ from megacid.checkpoint.saver import Saver
 from megacid.config.schema import RunFile
 from megacid.data.batch import Batch, DataBudgetError
 from megacid.distributed.parallel import Parallel
-from megacid.errors import EXIT_STOPPED
 from megacid.failpoints import failpoint
 from megacid.training.cli import ERRORS_OF_ALL_RANKS, run_main
 from megacid.training.guard import Verdict
@@ -55,7 +54,7 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
         log.info("already finished: %s has all %d steps", start_from, config.total_steps)
         return 0
     state = build_train_state(run, parallel)
-    start = resume(state, start_from)
+    start = resume(state, start_from, going_back=args.resume not in ("auto", "never"))
     saver = Saver(directory, keep_last=config.keep_last, group=parallel.group, background=config.save_in_background)
     lifecycle = Lifecycle(parallel.group, stop_after=args.stop_after)
     watchdog = Watchdog(run, parallel, lifecycle)
@@ -104,7 +103,7 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
         lock.release()
     if stopped and step + 1 < config.total_steps:
         log.info("stopped after step %d as requested: run the same command again to continue", step + 1)
-        return EXIT_STOPPED
+        return lifecycle.exit_code()
     log.info("finished: %s", directory)
     return 0
 

@@ -1,41 +1,40 @@
-"""DeepSpeed's part of a run file: the keys it may have, and batch sizes that multiply up.
-
-DeepSpeed ignores unknown top-level keys: `"zero_optimisation"` would silently train without ZeRO.
-"""
+"""DeepSpeed's part of a run file: refused keys, rules between keys, and batch sizes that multiply up."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from megacid.errors import UserError, nearest
+from megacid.config.deepspeed_keys import OPTIMIZER_PARAMS, check_block, is_bf16
+from megacid.errors import UserError
 
-KNOWN_KEYS = set(
-    """
-    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer gradient_clipping
-    prescale_gradients gradient_predivide_factor gradient_allreduce_op bf16 fp16 torch_autocast
-    zero_optimization steps_per_print wall_clock_breakdown dump_state memory_breakdown communication_data_type
-    seq_parallel_communication_data_type activation_checkpointing flops_profiler comms_logger tensorboard wandb
-    csv_monitor comet aio data_types compile timers disable_allgather
-""".split()
+_NO_EFFECT = "this trainer or DeepSpeed 0.19 ignores it"
+_FP16 = (
+    'expected bf16 or fp32: the loss scale of fp16 cannot be shared with the classifier; use "bf16": {"enabled": true}'
 )
-_ZERO_KEYS = set(
-    """
-    stage contiguous_gradients reduce_scatter reduce_bucket_size allgather_partitions allgather_bucket_size
-    overlap_comm offload_param offload_optimizer sub_group_size stage3_max_live_parameters
-    stage3_max_reuse_distance stage3_prefetch_bucket_size stage3_param_persistence_threshold
-    stage3_model_persistence_threshold stage3_gather_16bit_weights_on_model_save
-    stage3_module_granularity_threshold round_robin_gradients zero_hpz_partition_size zero_quantized_weights
-    zero_quantized_gradients ignore_unused_parameters use_multi_rank_bucket_allreduce allgather_sequential
-    pipeline_loading_checkpoint log_trace_cache_warnings memory_efficient_linear
-""".split()
-)
-_REMOVED = set(
-    """
-    amp elasticity curriculum_learning sparse_gradients nebula sparse_attention progressive_layer_drop
-    compression_training quantize_training eigenvalue pld data_efficiency hybrid_engine checkpoint
-    load_universal_checkpoint scheduler autotuning
-""".split()
-)
+_QUANTIZED = "its kernels compute in fp16, and training is in bf16 or fp32"
+REFUSED = {
+    **dict.fromkeys(
+        """
+        elasticity curriculum_learning sparse_gradients nebula sparse_attention progressive_layer_drop
+        compression_training quantize_training eigenvalue pld data_efficiency hybrid_engine checkpoint
+        load_universal_checkpoint autotuning
+        """.split(),
+        _NO_EFFECT,
+    ),
+    "scheduler": "set megacid.schedule instead",
+    "amp": _FP16,
+    "apex": _FP16,
+    "compile": _NO_EFFECT,
+    "activation_checkpointing": "this trainer ignores it; set megacid.student.grad_checkpointing instead",
+    **dict.fromkeys(
+        ("tensorboard", "wandb", "csv_monitor", "comet"),
+        "DeepSpeed would log the learning rate alone; the metrics of a run are in its tensorboard/ folder",
+    ),
+    "zero_optimization.zero_quantized_weights": _QUANTIZED,
+    "zero_optimization.zero_quantized_gradients": _QUANTIZED,
+    "zero_optimization.zero_quantized_nontrainable_weights": _QUANTIZED,
+}
 
 
 def lint_deepspeed(config: dict[str, Any], world: int) -> dict[str, Any]:
@@ -51,54 +50,57 @@ def lint_deepspeed(config: dict[str, Any], world: int) -> dict[str, Any]:
     Raises:
         UserError: DeepSpeed would ignore or misread a key, or this trainer does not support its value.
     """
-    config = dict(config)
-    for key, value in config.items():
-        if key in _REMOVED:
-            why = "set megacid.schedule instead" if key == "scheduler" else "this trainer or DeepSpeed 0.19 ignores it"
-            raise UserError(f'DeepSpeed key "{key}" cannot be used, {why}: remove it')
-        if key not in KNOWN_KEYS:
-            close = nearest(key, sorted(KNOWN_KEYS | {"megacid"}))
-            raise UserError(f'unknown DeepSpeed key "{key}", DeepSpeed would silently ignore it: {close}')
-        if value == "auto":
-            raise UserError(f'DeepSpeed key "{key}" is "auto", which this trainer does not resolve: write the value')
+    zero = config.get("zero_optimization")
+    nested = {f"zero_optimization.{key}": value for key, value in zero.items()} if isinstance(zero, dict) else {}
+    for key in [*config, *nested]:
+        if key in REFUSED:
+            remedy = "" if REFUSED[key] == _FP16 else ": remove it"
+            raise UserError(f'DeepSpeed key "{key}" cannot be used, {REFUSED[key]}{remedy}')
+    optimizer = config.get("optimizer")
+    kind = optimizer.get("type", "AdamW") if isinstance(optimizer, dict) else "AdamW"
+    known = isinstance(kind, str) and kind in OPTIMIZER_PARAMS
+    if known:  # else the parameters cannot be known either
+        config = check_block(config, kind)
+    if not known or "type" not in config.get("optimizer", {}):
+        raise UserError(
+            f'"optimizer" is {json.dumps(optimizer)}, expected {{"type": "AdamW" | "apex_fused_adam" | '
+            '"apex_fused_lamb", "params": {"lr": ...}}'
+        )
     _check_precision_and_zero(config)
     if "gradient_clipping" not in config:
         raise UserError(
             '"gradient_clipping" is missing and its default differs between DeepSpeed versions: write it (1.0 is '
             "usual, 0.0 turns it off)"
         )
-    optimizer = config.get("optimizer")
-    if not isinstance(optimizer, dict) or optimizer.get("type") not in ("AdamW", "apex_fused_adam", "apex_fused_lamb"):
-        raise UserError(
-            f'"optimizer" is {optimizer!r}, expected {{"type": "AdamW" | "apex_fused_adam" | "apex_fused_lamb", '
-            '"params": {"lr": ...}}'
-        )
-    if "lr" not in optimizer.get("params", {}):
+    if "lr" not in config["optimizer"].get("params", {}):
         raise UserError('"optimizer.params.lr" is missing: write the peak learning rate of the student')
     return _complete_batches(config, world)
 
 
 def _check_precision_and_zero(config: dict[str, Any]) -> None:
-    """The ZeRO stage and its keys, the precision, and how gradients are reduced."""
-    zero = config.get("zero_optimization", {})
-    for key in zero:
-        if key not in _ZERO_KEYS:
-            raise UserError(f'unknown DeepSpeed key "zero_optimization.{key}": {nearest(key, sorted(_ZERO_KEYS))}')
-    stage = zero.get("stage", 0)
+    """The precision, which is fp32 or bf16, the ZeRO stage, and how gradients are reduced."""
+    stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f'"zero_optimization.stage" is {stage!r}, expected 0, 1, 2 or 3')
     if config.get("fp16", {}).get("enabled"):
-        raise UserError(
-            '"fp16" is enabled, expected bf16 or fp32: its loss scale cannot be shared with the classifier; use '
-            '"bf16": {"enabled": true}'
-        )
+        raise UserError(f'"fp16" is enabled, {_FP16}')
     bf16 = config.get("bf16", {}).get("enabled", False)
-    if bf16 and config.get("torch_autocast", {}).get("enabled"):
+    autocast = config.get("torch_autocast", {})
+    if bf16 and autocast.get("enabled"):
         raise UserError('"bf16" and "torch_autocast" are both enabled, DeepSpeed would ignore the second: remove one')
+    if autocast.get("enabled") and not is_bf16(autocast.get("dtype", "fp32")):
+        # Without a dtype torch takes fp16 on a GPU.
+        raise UserError(f'"torch_autocast.dtype" is {json.dumps(autocast.get("dtype"))}, expected "bf16"')
     if bf16 and stage == 0:
         raise UserError(
             '"bf16" with "zero_optimization.stage" 0 keeps fp32 weights that cannot be saved by name: use stage 1'
         )
+    for key in ("param_dtype", "grad_accum_dtype"):
+        data_type = config.get("data_types", {}).get(key)
+        if data_type is not None and is_bf16(data_type) and not bf16:
+            raise UserError(f'"data_types.{key}" is "{data_type}" but bf16 is not enabled: remove it, or enable bf16')
+    if bf16 and not is_bf16(config.get("data_types", {}).get("param_dtype", "bf16")):
+        raise UserError('"data_types.param_dtype" is fp32 but bf16 is enabled: remove one of the two')
     reduction = config.get("gradient_allreduce_op", "mean")
     if reduction not in ("mean", "sum"):
         raise UserError(f'"gradient_allreduce_op" is {reduction!r}, expected "mean" or "sum"')
@@ -110,7 +112,7 @@ def _complete_batches(config: dict[str, Any], world: int) -> dict[str, Any]:
     """Compute the missing ones of the three batch sizes."""
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     for name in names:
-        if name in config and (not isinstance(config[name], int) or isinstance(config[name], bool) or config[name] < 1):
+        if name in config and config[name] < 1:
             raise UserError(f'"{name}" is {config[name]!r}, expected an integer >= 1')
     total: int | None
     micro: int | None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import types
 import typing
 from pathlib import Path
@@ -20,7 +21,8 @@ from typing import Any, Literal
 
 import hjson
 
-from megacid.config.deepspeed import KNOWN_KEYS, lint_deepspeed
+from megacid.config.deepspeed import REFUSED, lint_deepspeed
+from megacid.config.deepspeed_keys import KNOWN_KEYS
 from megacid.config.renamed import rename_message
 from megacid.config.schema import MegacidConfig, RunFile, defaults
 from megacid.config.validation import check, check_numbers
@@ -78,7 +80,7 @@ def _apply_set(tree: dict[str, Any], assignment: str) -> None:
     *sections, key = path.removeprefix("megacid.").split(".")
     top = sections[0] if sections else key
     known = {item.name for item in dataclasses.fields(MegacidConfig)}
-    if top not in known and top not in KNOWN_KEYS:
+    if top not in known and top not in KNOWN_KEYS and top not in REFUSED:
         raise UserError(f"--set {assignment!r}: unknown section {top!r}: {nearest(top, sorted(known | KNOWN_KEYS))}")
     node = tree.setdefault("megacid", {}) if top in known else tree
     for section in sections:
@@ -86,6 +88,37 @@ def _apply_set(tree: dict[str, Any], assignment: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"--set {assignment!r}: {section!r} is a value, expected a block")
     node[key] = value
+
+
+_PATHS = {
+    "run": ["dir"],
+    "data": ["shards", "features", "teacher", "labels", "keep"],
+    "student": ["pretrained"],
+    "classifier": ["init"],
+}
+
+
+def expand_path(path: str, name: str) -> str:
+    """`path` with a leading ~ or ~user replaced by the home directory. UserError for a variable, which nobody expands.
+
+    Args:
+        name: of the setting or option, for the message.
+    """
+    expanded = os.path.expanduser(path)
+    if "$" in path or expanded.startswith("~"):
+        reason = "variables are not expanded" if "$" in path else "there is no such user"
+        raise UserError(f"{name} is {json.dumps(path)}, expected a path, and {reason}: write the whole path")
+    return expanded
+
+
+def _with_expanded_paths(block: MegacidConfig) -> MegacidConfig:
+    sections = {}
+    for section, names in _PATHS.items():
+        config = getattr(block, section)
+        paths = {name: path for name in names if (path := getattr(config, name)) is not None}
+        expanded = {name: expand_path(path, f'"megacid.{section}.{name}"') for name, path in paths.items()}
+        sections[section] = dataclasses.replace(config, **expanded)
+    return dataclasses.replace(block, **sections)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -130,6 +163,7 @@ def load_run(path: str | Path, assignments: list[str] | None = None, *, world: i
         )
     megacid: MegacidConfig = _build(MegacidConfig, block, "megacid")
     check(megacid, defaults())
+    megacid = _with_expanded_paths(megacid)
     run = RunFile(path, megacid, lint_deepspeed(tree, world))
     if megacid.classifier.weight_grad == "recomputed" and run.accumulation > 1:
         raise UserError(

@@ -18,7 +18,7 @@ class RunConfig:
     total_steps: int
     """Number of optimizer steps of the whole run, > 0."""
     dir: str = "runs"
-    """Parent directory of the run directory."""
+    """Parent directory of the run directory. A leading ~ is expanded in all paths; variables ($NAME) are refused."""
     seed: int = 0
     """Seed of initialisation, sample order, class sampling and augmentation, >= 0."""
     save_every: int = 1000

@@ -38,7 +38,7 @@ from megacid.data.index_report import check_losses, loses_many, summary, unused_
 from megacid.data.lru import LRUCache
 from megacid.data.tar_samples import COLUMN, LOST, Kind, other_format, scan_tar
 from megacid.errors import UserError
-from megacid.storage.atomic import file_sha256, read_json, write_json_atomic
+from megacid.storage.atomic import disk_errors, file_sha256, read_json, write_json_atomic
 
 log = logging.getLogger(__name__)
 
@@ -262,14 +262,16 @@ def _build(
             if in_memory is not None:
                 in_memory[number] = table
             else:
-                save_table(folder, entry, table)
+                with disk_errors(folder):
+                    save_table(folder, entry, table)
         entries.append(entry)
         if on_shard:
             on_shard(number + 1, len(tars))
     index = _assemble(root, entries, in_memory)
     check_losses(root, entries, allow_bad=allow_bad, writable=writable)
     if in_memory is None:
-        write_json_atomic(folder / "index.json", {"version": VERSION, "digest": index.digest, "shards": entries})
+        with disk_errors(folder):
+            write_json_atomic(folder / "index.json", {"version": VERSION, "digest": index.digest, "shards": entries})
     log.info("indexed %s: %d shards, %s", root, len(tars), summary(entries))
     return index
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -14,13 +15,14 @@ from megacid.config.load import load_run
 from megacid.config.schema import RunFile
 from megacid.data.batch import DataBudgetError
 from megacid.distributed import parallel as parallel_module
-from megacid.distributed.consensus import RanksDisagree, agree_on_mapping, from_a_collective
+from megacid.distributed.consensus import RanksDisagree, agree_on_mapping, fail_together, from_a_collective
 from megacid.distributed.parallel import Parallel
 from megacid.distributed.parent_process import set_parent_death_signal
 from megacid.errors import (
     EXIT_AGAIN,
     EXIT_DATA,
     EXIT_DISAGREE,
+    EXIT_INTERRUPTED,
     EXIT_NOT_FINITE,
     EXIT_NOT_SAVED,
     EXIT_USER,
@@ -29,7 +31,7 @@ from megacid.errors import (
 )
 from megacid.training.dry_run import dry_run
 from megacid.training.guard import TooManySkips
-from megacid.training.run_settings import settings_of_this_rank
+from megacid.training.run_settings import check_packages, settings_of_this_rank
 
 EXIT_CODES: dict[type[Exception], int] = {
     TooManySkips: EXIT_NOT_FINITE,
@@ -102,9 +104,14 @@ def run_main(argv: list[str] | None, train: Callable[[RunFile, argparse.Namespac
         timeout_s = max(limits.timeout_s, limits.save_timeout_s) + 60
         parallel = parallel_module.init(timeout_s, always=not args.dry_run)
         agree_on_mapping(settings_of_this_rank(run, world), "the run", parallel.group)
+        with fail_together(parallel.group):
+            check_packages()
         return dry_run(run, parallel) if args.dry_run else train(run, args, parallel)
     except UserError as error:
         return _fail(error, EXIT_USER, rank, everywhere=error.on_every_rank)
+    except KeyboardInterrupt:  # while the run was built; Lifecycle handles it from the first step on
+        message = "interrupted before the first step: run the same command again"
+        return _fail(message, EXIT_INTERRUPTED, rank, everywhere=True)
     except ERRORS_OF_ALL_RANKS as error:
         return _fail(error, EXIT_CODES[type(error)], rank, everywhere=True)
     except Exception as error:
@@ -120,8 +127,9 @@ def run_main(argv: list[str] | None, train: Callable[[RunFile, argparse.Namespac
         parallel_module.shutdown()
 
 
-def _fail(error: Exception, code: int, rank: int, *, everywhere: bool) -> int:
+def _fail(error: Exception | str, code: int, rank: int, *, everywhere: bool) -> int:
     """Print the error as one line on stderr, on rank 0 alone when all ranks have the same one. Returns `code`."""
     if rank == 0 or not everywhere:
-        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # stderr may be a file on the full disk
+            print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
     return code

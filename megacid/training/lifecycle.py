@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -13,10 +15,11 @@ from typing import IO
 from megacid.distributed.collectives import Group
 from megacid.distributed.consensus import any_rank
 from megacid.distributed.parallel import launched
-from megacid.errors import UserError, printable
+from megacid.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError, printable
 from megacid.storage.atomic import open_owned
 
 _HOLDER = "process"
+_FORWARDED_S = 2.0  # torchrun and DeepSpeed pass a Ctrl-C on to ranks that the terminal has signalled already
 
 
 class RunLock:
@@ -42,17 +45,18 @@ class RunLock:
             ) from None
         if self._file.read(len(_HOLDER)) not in ("", _HOLDER):  # a hard link to a file of something else
             raise UserError(f"{directory / '.lock'} was not written by a run: remove it")
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(f"{_HOLDER} {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without the name of its holder
+            os.ftruncate(self._file.fileno(), 0)
+            os.pwrite(self._file.fileno(), f"{_HOLDER} {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
     def release(self) -> None:
         self._file.close()
 
 
 class Lifecycle:
-    """Turns SIGTERM and SIGUSR1 into a flag, which the guard's all-reduce brings to all ranks at the same step.
+    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a flag, which the guard's all-reduce brings to all ranks at the same step.
+
+    A second Ctrl-C ends the process at once.
 
     Created just before the first step: until then there is nothing to save, and the signals end the process at once.
     """
@@ -60,11 +64,21 @@ class Lifecycle:
     def __init__(self, group: Group = None, stop_after: int = 0) -> None:
         """stop_after: number of steps after which to stop as if asked by a signal; 0 for none."""
         self.group, self.stop_after, self.asked = group, stop_after, False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        self._interrupted_s: float | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.request_stop()
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._interrupted_s is None:
+            self._interrupted_s = now
+            _say("interrupted: a checkpoint is saved after this step; press Ctrl-C again to end without it")
+        elif not launched() or now - self._interrupted_s > _FORWARDED_S:
+            _say("interrupted again: ended without a checkpoint of this step")
+            os._exit(EXIT_INTERRUPTED)
 
     def request_stop(self) -> None:
         """Ask to stop after the current step. A second request changes nothing: a save in progress is finished."""
@@ -78,6 +92,17 @@ class Lifecycle:
     def stop_requested(self) -> bool:
         """True on every rank when any rank was asked to stop. A collective."""
         return any_rank(self.asked, self.group)
+
+    def exit_code(self) -> int:
+        """The exit code of a stopped run, the same on every rank. A collective."""
+        return EXIT_INTERRUPTED if any_rank(self._interrupted_s is not None, self.group) else EXIT_STOPPED
+
+
+def _say(message: str) -> None:
+    """Print a line on rank 0's stderr from a signal handler, where print and logging may be interrupted themselves."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            os.write(2, f"{message}\n".encode())
 
 
 def _process(pid: int) -> tuple[int, str, str] | None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import resource
+import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -24,26 +29,41 @@ _STATUS = Path("/proc/self/status")
 
 
 class _LogFile(logging.FileHandler):
-    """Appends to a file, and follows no link in its place."""
+    """log.txt, which follows no link. Its first error is one warning, after which the run continues without it."""
 
     def _open(self) -> TextIOWrapper:
         return os.fdopen(open_owned(Path(self.baseFilename)), "a")
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  the name in logging
+        """Called when a line could not be written."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        logging.getLogger().removeHandler(self)
+        with contextlib.suppress(OSError, ValueError):
+            self.close()
+        log.warning("%s cannot be written any more (%s): the run continues without it", self.baseFilename, error)
 
 
 def setup_logging(rank: int, directory: Path | None) -> None:
     """Log to stderr on rank 0 and, with a directory, to its log.txt; other ranks log only warnings, with their rank."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
+    failure: OSError | None = None
     if rank == 0 and directory is not None:
         try:
             handlers.append(_LogFile(directory / "log.txt"))
         except OSError as error:
-            raise UserError(f"cannot write to {directory / 'log.txt'}: {error.strerror}") from None
+            if error.errno == errno.EINVAL:  # a link or a pipe
+                raise UserError(f"cannot write to {directory / 'log.txt'}: {error.strerror}") from None
+            failure = error
     mark = "" if rank == 0 else f" [rank {rank}]"
     for handler in handlers:
         handler.setFormatter(LogFormatter(f"%(asctime)s{mark} %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
     # Only our own loggers: open_clip logs every step of building a model to the root logger.
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    if failure is not None:
+        log.warning("log.txt cannot be written (%s): the run continues without it", failure)
 
 
 def _clock(seconds: float) -> str:
@@ -85,14 +105,33 @@ def _curve(folder: Path, step: int) -> SummaryWriter:
     return SummaryWriter(str(folder), purge_step=step)
 
 
+def _silence_writer_thread() -> None:
+    """Let tensorboard's thread end without a traceback on an error, which the next call of the writer raises."""
+    report = threading.excepthook
+
+    def excepthook(args: threading.ExceptHookArgs) -> None:
+        if "AsyncWriter" not in type(args.thread).__name__:
+            report(args)
+
+    threading.excepthook = excepthook
+
+
 class Metrics:
-    """Log lines, tensorboard and train_summary.json of a run. Rank 0 writes; the other ranks only measure time."""
+    """Log lines, tensorboard and train_summary.json of a run. Rank 0 writes; the other ranks only measure time.
+
+    The first error of tensorboard's files is one warning, after which the run continues without them.
+    """
 
     def __init__(self, run: RunFile, parallel: Parallel, start_step: int) -> None:
         config = run.megacid.run
         self.directory, self.world, self.global_batch = run.directory, parallel.world, run.global_batch
         self.total_steps, self.log_every = config.total_steps, config.log_every
-        self.writer = _curve(run.directory / "tensorboard", start_step + 1) if parallel.is_first else None
+        self.is_first = parallel.is_first
+        self.writer: SummaryWriter | None = None
+        if self.is_first:
+            _silence_writer_thread()
+            with self._without_errors():
+                self.writer = _curve(run.directory / "tensorboard", start_step + 1)
         self.began, self.start_step = time.perf_counter(), start_step
         self._last, self._last_step, self._data_s = self.began, start_step, 0.0
 
@@ -121,10 +160,9 @@ class Metrics:
             "train/peak_memory_mib": peak_memory_mib(),
         }
         wait, self._last, self._last_step, self._data_s = self._data_s / seconds, now, step + 1, 0.0
-        if self.writer is None:
+        if not self.is_first:
             return
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step + 1)
+        self._write_scalars(values, step)
         eta = (self.total_steps - step - 1) * (now - self.began) / (step + 1 - self.start_step)
         losses = "  ".join(f"{name} {float(value):.4f}" for name, value in terms.items())
         log.info(
@@ -135,26 +173,25 @@ class Metrics:
 
     def log_classes(self, step: int, stats: dict[str, float], hits: Tensor) -> None:
         """Log diagnostics over all class rows. hits: int64, number of classes with 0, 1, 2-3, 4-7, ... samples."""
-        if self.writer is None:
+        if not self.is_first:
             return
-        for name, value in stats.items():
-            self.writer.add_scalar(f"classes/{name}", value, step + 1)
+        self._write_scalars({f"classes/{name}": value for name, value in stats.items()}, step)
         # Bins by powers of two; tensorboard takes the right edge of each.
         edges = [0.5] + [2.0**i - 0.5 for i in range(1, len(hits))]
         counts = hits.tolist()
         middle = [0.0] + [1.5 * 2.0 ** (i - 1) for i in range(1, len(hits))]
-        self.writer.add_histogram_raw(
+        self._write(lambda writer: writer.add_histogram_raw(
             "classes/hits", min=0, max=edges[max((i for i, n in enumerate(counts) if n), default=0)], num=sum(counts),
             sum=sum(n * m for n, m in zip(counts, middle)), sum_squares=sum(n * m * m for n, m in zip(counts, middle)),
             bucket_limits=edges, bucket_counts=counts, global_step=step + 1,
-        )  # fmt: skip
+        ))  # fmt: skip
         log.info("classes: %s", "  ".join(f"{name} {value:.4g}" for name, value in stats.items()))
 
     def close(self, **fields: Any) -> None:
         """Write train_summary.json: seconds, samples/s and peak memory (MiB) of this start, and `fields`."""
-        if self.writer is None:
+        if not self.is_first:
             return
-        self.writer.close()
+        self._write(lambda writer: writer.close())
         seconds = time.perf_counter() - self.began
         summary = {
             "seconds": seconds,
@@ -162,4 +199,28 @@ class Metrics:
             "peak_memory_mib": peak_memory_mib(),
             **fields,
         }
-        write_json_atomic(self.directory / "train_summary.json", summary)
+        try:
+            write_json_atomic(self.directory / "train_summary.json", summary)
+        except OSError as error:
+            log.warning("train_summary.json cannot be written (%s)", error)
+
+    def _write_scalars(self, values: dict[str, float], step: int) -> None:
+        def write(writer: SummaryWriter) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step + 1)
+
+        self._write(write)
+
+    def _write(self, write: Callable[[SummaryWriter], object]) -> None:
+        if self.writer is not None:
+            with self._without_errors():
+                write(self.writer)
+
+    @contextlib.contextmanager
+    def _without_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # not only OSError: tensorboard has its own where tensorflow is installed
+            self.writer = None
+            folder = self.directory / "tensorboard"
+            log.warning("%s cannot be written any more (%s): the run continues without it", folder, error)

@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 from megacid.checkpoint import store
+from megacid.config.load import expand_path
 from megacid.config.schema import RunFile
 from megacid.distributed.consensus import broadcast_json, fail_together
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
-from megacid.storage.atomic import write_json_atomic
+from megacid.storage.atomic import disk_errors, write_json_atomic
 from megacid.training.lifecycle import RunLock
 from megacid.training.metrics import setup_logging
 
@@ -37,21 +38,25 @@ def find_checkpoint(run: RunFile, resume: str) -> str | None:
     """The checkpoint directory to resume from; None to start at step 0. Runs on rank 0 alone.
 
     Args:
-        resume: "auto" (the newest valid checkpoint), "never", or the path of a checkpoint directory. With a path, later
-            checkpoints of the run are moved aside.
+        resume: "auto" (the newest valid checkpoint), "never", or the path of a checkpoint directory.
 
     Raises:
         UserError: the run directory holds checkpoints that must not be overwritten, or none that is valid.
     """
     directory = run.directory
+    existing = store.list_steps(directory)
     if resume not in ("auto", "never"):
+        resume = expand_path(resume, "--resume")
         try:
             store.verify(Path(resume), to_resume=True)
         except ValueError as error:
             raise UserError(f"--resume {resume}: {error}; name a valid step-... directory, or use auto") from None
-        _go_back(directory, Path(resume))
+        if existing and Path(resume).resolve().parent != directory.resolve():
+            raise UserError(
+                f"--resume {resume} belongs to another run, and {directory} already has checkpoints up to step "
+                f"{existing[-1][0]}: choose another run.name"
+            )
         return resume
-    existing = store.list_steps(directory)
     if resume == "never" and existing:
         raise UserError(
             f"{directory} already has checkpoints up to step {existing[-1][0]} and --resume is never: choose another "
@@ -69,19 +74,16 @@ def find_checkpoint(run: RunFile, resume: str) -> str | None:
     return str(newest) if newest else None
 
 
-def _go_back(directory: Path, chosen: Path) -> None:
-    """Move later checkpoints of the run aside, since the next start would resume from them."""
-    existing = store.list_steps(directory)
-    if existing and chosen.resolve().parent != directory.resolve():
-        raise UserError(
-            f"--resume {chosen} belongs to another run, and {directory} already has checkpoints up to step "
-            f"{existing[-1][0]}: choose another run.name"
-        )
-    start = store.read_manifest(chosen)["step"]
-    for step, path in existing:
+def abandon_later_checkpoints(directory: Path, start: int) -> None:
+    """Move the checkpoints after step `start` aside, since the next start would resume from them. Rank 0 alone.
+
+    Call it when nothing can refuse the start any more: a refused --resume PATH leaves the run as it is.
+    """
+    for step, path in reversed(store.list_steps(directory)):
         if step > start:
             aside = path.with_name(f".abandoned-{path.name}-{time.time_ns():x}")
-            path.rename(aside)
+            with disk_errors(aside):
+                path.rename(aside)
             log.warning("going back to step %d: moved %s to %s, which may be removed", start, path, aside)
 
 

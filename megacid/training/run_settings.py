@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ MAY_CHANGE = (
     "steps_per_print", "wall_clock_breakdown", "flops_profiler", "comms_logger",
 )  # fmt: skip
 
+DEEPSPEED = ((0, 19, 6), (0, 20))  # the first version that works, the first that is not known to; as in pyproject.toml
+
 
 def flat(tree: Any, path: str = "") -> dict[str, Any]:
     """Nested settings as dotted path -> value."""
@@ -38,6 +41,18 @@ def settings_of_this_rank(run: RunFile, world: int) -> dict[str, Any]:
     """What must be equal on all ranks of one start: every setting, the number of ranks, the versions of packages."""
     packages = {f"version of {name}": version for name, version in versions().items()}
     return {**flat(run.resolved()), "number of ranks": world, **packages}
+
+
+def check_packages() -> None:
+    """Raise UserError when the installed DeepSpeed is one that the trainer does not work with."""
+    installed = versions().get("deepspeed", "none")
+    numbers = tuple(map(int, re.findall(r"\d+", installed)[:3]))
+    if not DEEPSPEED[0] <= numbers < DEEPSPEED[1]:
+        oldest, newest = (".".join(map(str, version)) for version in DEEPSPEED)
+        raise UserError(
+            f"DeepSpeed {installed} is installed, expected >= {oldest} and < {newest}, since older ones ignore "
+            f'"gradient_allreduce_op": pip install "deepspeed>={oldest},<{newest}"'
+        )
 
 
 def _code_version() -> str | None:

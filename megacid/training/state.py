@@ -14,14 +14,16 @@ from megacid.checkpoint.state import RowState, restore
 from megacid.classifier import PartialFC, RowAdamW, RowSGD
 from megacid.config.schema import RunFile
 from megacid.distributed.collectives import barrier
-from megacid.distributed.consensus import agree
+from megacid.distributed.consensus import agree, fail_together
 from megacid.distributed.parallel import Parallel
 from megacid.losses import Objective
 from megacid.models.feature_tower import FeatureTower
 from megacid.models.student import Student
+from megacid.storage.atomic import disk_errors
 from megacid.training.components import Data, build_components
 from megacid.training.guard import Guard
 from megacid.training.memory import report_memory
+from megacid.training.resume import abandon_later_checkpoints
 from megacid.training.run_settings import write_config
 from megacid.training.schedule import parameter_groups
 
@@ -123,18 +125,26 @@ def build_train_state(run: RunFile, parallel: Parallel) -> TrainState:
     )
 
 
-def resume(state: TrainState, start_from: str | None) -> int:
-    """Load the checkpoint directory `start_from`, record the settings of a new run or fork. Returns the first step.
+def resume(state: TrainState, start_from: str | None, *, going_back: bool) -> int:
+    """Load the checkpoint directory `start_from`, then change the run directory for this start. Returns the first step.
 
-    A collective.
+    The settings of a new run or fork are recorded. A collective.
+
+    Args:
+        going_back: whether to move later checkpoints aside, as --resume PATH does.
     """
-    start = 0
+    start, directory = 0, state.run.directory
     if start_from is not None:
         state.engine.materialise_state(state.student.image_shape, state.student.text_length, state.run.accumulation)
         start = restore(Path(start_from), state.engine, state.rows, state.identity)
         state.guard.load_state(store.read_manifest(Path(start_from))["guard"])
         log.info("resumed from %s", start_from)
-    if state.parallel.is_first and not store.list_steps(state.run.directory):
-        write_config(state.run, state.run.directory, state.parallel.world)
-    barrier(state.parallel.group)
+    barrier(state.parallel.group)  # until here any rank may still refuse the checkpoint
+    with fail_together(state.parallel.group):
+        if state.parallel.is_first:
+            if going_back:
+                abandon_later_checkpoints(directory, start)
+            if not store.list_steps(directory):
+                with disk_errors(directory / "config.json"):
+                    write_config(state.run, directory, state.parallel.world)
     return start

@@ -3,6 +3,8 @@ ranks have the same outcome, and training goes on until it would only pretend to
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import re
 import resource
@@ -14,7 +16,8 @@ import toy
 from faultplan import Fault, FaultPlan
 from harness import rank_fates
 
-import megacid.train  # noqa: F401  imported once here, inherited by forked ranks
+import megacid.train  # imported once here, inherited by forked ranks
+import megacid.training.metrics
 from megacid import failpoints
 from megacid.checkpoint import store
 
@@ -193,3 +196,92 @@ def test_training_goes_on_while_a_slow_disk_is_written_and_what_is_saved_is_the_
     assert seconds is not None and float(seconds[1]) >= 0.6
     assert published(run) == [3, 6, 9]
     same_bits(root, 2, run, 3, 6, 9)
+
+
+def on_a_disk_of_its_own(argv: list[str], run: str, full_at: str) -> int:
+    """A trainer whose run directory is a small disk, which is full from the failpoint `full_at` on."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    private = libc.unshare(0x00020000) or libc.mount(b"none", b"/", None, 0x44000, None)  # CLONE_NEWNS, MS_PRIVATE
+    if private or libc.mount(b"tmpfs", run.encode(), b"tmpfs", 0, b"size=4m"):
+        return NO_MOUNT
+
+    def fill() -> None:
+        logged = Path(run) / "log.txt"
+        if logged.exists():  # else further lines would fit on its last page
+            with open(logged, "ab") as file:
+                file.write(b"\n" * (-logged.stat().st_size % 4096))
+        with open(Path(run) / "filler", "ab", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    if full_at == "start":
+        fill()
+    else:
+        failpoints.hooks[full_at] = lambda step, **_: fill() if step == 4 else None
+    return toy.train_here(argv)
+
+
+NO_MOUNT = 99
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_that_fills_up_ends_the_run_by_its_saves_and_not_by_its_logs(
+    root: Path, background: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file, run = run_file(root, f"full{background}", run__save_every=1, run__save_in_background=background)
+    run.mkdir(parents=True)
+    fates = rank_fates(on_a_disk_of_its_own, 1, ["--deepspeed_config", str(file)], str(run), "train:batch")
+    if fates == [NO_MOUNT]:
+        pytest.skip("mounting a file system is not permitted")
+    said = capfd.readouterr().err
+    assert fates == [74], said
+    assert said.count("log.txt cannot be written any more") == 1
+    assert "Traceback" not in said and "Logging error" not in said and said.count("error: ") == 1
+
+
+def test_a_start_on_a_full_disk_is_one_error(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file, run = run_file(root, "full_start")
+    run.mkdir(parents=True)
+    fates = rank_fates(on_a_disk_of_its_own, 1, ["--deepspeed_config", str(file)], str(run), "start")
+    if fates == [NO_MOUNT]:
+        pytest.skip("mounting a file system is not permitted")
+    said = capfd.readouterr().err
+    assert fates == [2], said
+    assert "Traceback" not in said and "Logging error" not in said and said.count("error: ") == 1
+    assert "No space left on device" in said
+
+
+def with_failing_metrics(argv: list[str], what: str) -> int:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if what == "folder":
+        megacid.training.metrics.SummaryWriter = refuse  # type: ignore[misc, assignment]
+    elif what == "event":
+        RecordWriter.write = refuse
+    else:
+        megacid.training.metrics.write_json_atomic = refuse  # type: ignore[assignment]
+    return toy.train_here(argv)
+
+
+@pytest.mark.parametrize("what", ["folder", "event", "summary"])
+def test_metrics_that_cannot_be_written_are_one_warning_and_the_run_ends_well(
+    root: Path, what: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file, run = run_file(root, f"metrics_{what}", run__save_in_background=True)
+    assert rank_fates(with_failing_metrics, 2, ["--deepspeed_config", str(file)], what) == [0, 0]
+    said = capfd.readouterr().err
+    name = "train_summary.json" if what == "summary" else "tensorboard"
+    assert said.count("cannot be written") == 1 and f"{name} cannot be written" in said and "Traceback" not in said
+    assert published(run) == [EVERY, 2 * EVERY, STEPS]
+    same_bits(root, 2, run, EVERY, STEPS)
+
+
+def test_a_log_file_that_cannot_be_opened_is_a_warning(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file, run = run_file(root, "log_is_a_folder")
+    (run / "log.txt").mkdir(parents=True)
+    assert toy.train_toy(1, file) == [0]
+    said = capfd.readouterr().err
+    assert said.count("log.txt cannot be written") == 1 and "Traceback" not in said

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import toy
-from faultplan import Fault, FaultPlan, read_trace, trace
+from faultplan import Fault, FaultPlan, kill, read_trace, trace
 from harness import rank_fates
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -199,6 +199,35 @@ def test_a_run_that_is_sent_back_goes_on_from_there_also_at_the_next_start(
     assert toy.train_toy(1, other, "--stop-after", "1") == [143]
     assert toy.train_toy(1, other, *options) == [2]
     assert "belongs to another run" in capfd.readouterr().err
+
+
+REFUSED: dict[str, tuple[list[str], FaultPlan | None, list[int]]] = {
+    "another seed": (["--set", "run.seed=5"], None, [2, 2]),
+    "another width": (["--set", "student.embed_dim=16"], None, [2, 2]),
+    "another batch": (["--set", "train_batch_size=16"], None, [2, 2]),
+    "missing data": (["--set", "data.features=/nowhere"], None, [2, 2]),
+    "one rank fails": ([], FaultPlan(Fault("start:building", "os_error", rank=1)), [1, 1]),
+    "one rank is killed": ([], FaultPlan(kill("start:building", rank=1)), [75, -9]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_resume_from_a_path_changes_no_checkpoint_of_the_run(
+    root: Path, case: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options, plan, codes = REFUSED[case]
+    file, run = toy.run_file(root, "refused", **EVERY_STEP), root / "runs" / "refused"
+    if not run.exists():
+        assert toy.train_toy(2, file, "--stop-after", "6") == [143, 143]
+    ours = ("log.txt", ".lock")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name not in ours}
+    start = ("--resume", str(run / "step-00000002"))
+    assert toy.train_toy(2, file, *start, *options, plan=plan) == codes
+    if codes == [2, 2]:
+        assert "Traceback" not in capfd.readouterr().err
+    assert "going back" not in (run / "log.txt").read_text()
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name not in ours}
+    assert before == after and list(run.glob(".abandoned-*")) == []
 
 
 @pytest.mark.parametrize("how", ["a file", "no such place"])

@@ -113,6 +113,8 @@ def test_when_a_rank_is_killed_the_others_say_so_and_end(
             ("store:before_rename", 6, 6), ("store:after_rename", 6, 6),
         )),
         (signal.SIGUSR1, "train:batch", 7, 8), (signal.SIGUSR1, "store:mid_file", 6, 6),
+        (signal.SIGINT, "train:batch", 7, 8), (signal.SIGINT, "train:applied", 7, 9),
+        (signal.SIGINT, "store:mid_file", 6, 6),
     ],
 )  # fmt: skip
 def test_one_rank_that_is_asked_to_stop_stops_all_after_the_same_saved_step(
@@ -124,10 +126,10 @@ def test_one_rank_that_is_asked_to_stop_stops_all_after_the_same_saved_step(
     rank = 0 if failpoint.startswith("store:") else 1  # only rank 0 publishes
     again = Fault(failpoint, "signal", rank=rank, step=step, value=number)
     plan = FaultPlan(again, again, Fault("store:before_fsync", "signal", rank=0, step=saved, value=number))
-    assert toy.train_toy(2, file, plan=plan) == [143, 143]
+    assert toy.train_toy(2, file, plan=plan) == [130 if number == signal.SIGINT else 143] * 2
     assert max(path.name for path in (root / "runs" / name).glob("step-*")) == f"step-{saved:08d}"
     assert f"stopped after step {saved} as requested" in capfd.readouterr().err
-    if number == signal.SIGTERM:
+    if number != signal.SIGUSR1:
         goes_on_as_if_nothing_had_been(root, name)
 
 
@@ -142,16 +144,29 @@ def test_asked_to_stop_while_it_is_built_it_ends_at_once_for_there_is_nothing_to
     goes_on_as_if_nothing_had_been(root, "building")
 
 
+def test_ctrl_c_while_it_is_built_is_one_line_and_changes_nothing(
+    root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = toy.run_file(root, "interrupted_building")
+    plan = FaultPlan(Fault("start:building", "signal", value=signal.SIGINT))
+    assert toy.train_toy(1, file, plan=plan) == [130]
+    said = capfd.readouterr().err
+    assert said.count("error: interrupted before the first step") == 1 and "Traceback" not in said
+    assert list((root / "runs" / "interrupted_building").glob("step-*")) == []
+    goes_on_as_if_nothing_had_been(root, "interrupted_building")
+
+
 # ---- the real launchers ------------------------------------------------------------------------------------------
 
 
 def start(launcher: str, file: Path, *faults: Fault) -> subprocess.Popen[bytes]:
-    """Two ranks of the toy run under a launcher, in a process group of their own. What they say goes to a file: a pipe
-    that nobody reads would stop them."""
+    """Two ranks of the toy run under a launcher, or one under python, in a process group of their own. What they say
+    goes to a file: a pipe that nobody reads would stop them."""
     folder, port = Path(sys.executable).parent, str(free_port())
     words = {
         "deepspeed": [str(folder / "deepspeed"), "--num_gpus", "2", "--master_port", port],
         "torchrun": [str(folder / "torchrun"), "--nproc_per_node", "2", "--master_port", port],
+        "python": [sys.executable],
     }[launcher]
     environment = {**os.environ, "FAULT_PLAN": FaultPlan(*faults).to_json()}
     with open(said_by(file), "wb") as said:
@@ -224,6 +239,41 @@ def test_under_a_launcher_sigterm_saves_once_and_leaves_nobody(slow_run: tuple[P
     assert len(saved) == 1 and list(run.glob(".tmp-*")) == []
     assert toy.train_toy(2, file, "--stop-after", str(int(saved[0][5:]) + 1)) == [143, 143]
     assert f"resumed from {run / saved[0]}" in (run / "log.txt").read_text()
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("launcher", ["python", "deepspeed", "torchrun"])
+def test_ctrl_c_saves_once_and_leaves_nobody(slow_run: tuple[Path, Path], launcher: str) -> None:
+    """The terminal signals the whole process group, and the launchers pass the signal on."""
+    file, run = slow_run
+    job = start(launcher, file)
+    wait_until(lambda: at_step(run, 20), "step 20")
+    os.killpg(job.pid, signal.SIGINT)
+    code = job.wait(timeout=60)
+    wait_until(lambda: not living(str(file)), "ranks were left behind", 35)
+    saved = [path.name for path in run.glob("step-*")]
+    assert len(saved) == 1 and list(run.glob(".tmp-*")) == []
+    if launcher == "python":
+        assert code == 130 and "Traceback" not in said_by(file).read_text()
+    world = 1 if launcher == "python" else 2
+    assert toy.train_toy(world, file, "--stop-after", str(int(saved[0][5:]) + 1)) == [143] * world
+    assert f"resumed from {run / saved[0]}" in (run / "log.txt").read_text()
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("failpoint", ["train:batch", "store:before_fsync"])
+def test_a_second_ctrl_c_ends_it_at_once(slow_run: tuple[Path, Path], failpoint: str) -> None:
+    """Also while it saves, which leaves the earlier checkpoints as they are."""
+    file, run = slow_run
+    job = start("python", file, Fault(failpoint, "sleep", step=1000 if "store" in failpoint else 20, value=300))
+    slept = (lambda: list(run.glob(".tmp-step-*"))) if "store" in failpoint else (lambda: at_step(run, 20))
+    wait_until(slept, "the sleep")
+    job.send_signal(signal.SIGINT)
+    wait_until(lambda: "press Ctrl-C again" in said_by(file).read_text(), "the first is heard", 10)
+    assert job.poll() is None
+    job.send_signal(signal.SIGINT)
+    assert job.wait(timeout=5) == 130
+    assert "ended without a checkpoint" in said_by(file).read_text() and not list(run.glob("step-*"))
 
 
 @pytest.mark.launch

@@ -16,13 +16,14 @@ import torch
 from harness import run_ranks
 
 from megacid.config.deepspeed import lint_deepspeed
+from megacid.config.deepspeed_keys import ZERO_KEYS
 from megacid.config.load import load_run
 from megacid.config.renamed import RENAMED
 from megacid.config.schema import GuardConfig, ScheduleConfig
 from megacid.errors import UserError
 from megacid.training.guard import Guard, TooManySkips, Verdict
 from megacid.training.metrics import peak_memory_mib
-from megacid.training.run_settings import check_same_settings, flat, write_config
+from megacid.training.run_settings import check_packages, check_same_settings, flat, write_config
 from megacid.training.schedule import learning_rate_share, parameter_groups
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,6 +166,123 @@ def test_what_deepspeed_would_ignore_or_misread_is_an_error(keys: dict[str, Any]
     with pytest.raises(UserError) as error:
         lint_deepspeed({**OPTIMIZER, **keys}, 4)
     assert said in str(error.value)
+
+
+HALF = "training is in fp32 or bf16"
+REFUSED_BEFORE_DATA: dict[str, tuple[dict[str, Any], str]] = {
+    # fp16 by any door
+    "the block": ({"fp16": {"enabled": True}}, "expected bf16 or fp32"),
+    "text for the flag": ({"fp16": {"enabled": "true"}}, '"fp16.enabled" is "true", expected true or false'),
+    "a loss scale": ({"fp16": {"enabled": False, "loss_scale": 8}}, '"fp16.loss_scale" is unknown, or not supported'),
+    "autocast": ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, HALF),
+    "autocast by default": ({"torch_autocast": {"enabled": True}}, '"torch_autocast.dtype" is null, expected "bf16"'),
+    "autocast in capitals": ({"torch_autocast": {"enabled": True, "dtype": "FP16"}}, HALF),
+    "apex": ({"amp": {"enabled": True, "opt_level": "O1"}}, "expected bf16 or fp32"),
+    "gradients on the wire": ({"communication_data_type": "fp16"}, HALF),
+    "accumulated gradients": ({"data_types": {"grad_accum_dtype": "half"}}, HALF),
+    "parameters": ({"data_types": {"param_dtype": "torch.float16"}}, HALF),
+    "buffers": ({"data_types": {"buffer_dtype": "fp16"}}, HALF),
+    "parameters in bf16 alone": ({"data_types": {"param_dtype": "bf16"}}, "bf16 is not enabled"),
+    "quantized weights": ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "compute in fp16"),
+    # values that DeepSpeed would find out about after the student was built, or never
+    "zero as a flag": ({"zero_optimization": True}, 'is true, expected a block {...}: write {"stage": 1}'),
+    "zero as a number": ({"zero_optimization": 2}, 'is 2, expected a block {...}: write {"stage": 2}'),
+    "zero as text": ({"zero_optimization": "2"}, 'is "2", expected a block'),
+    "quoted batch": ({"train_batch_size": "8"}, 'is "8", expected an integer >= 0: remove the quotes'),
+    "quoted stage": ({"zero_optimization": {"stage": "1"}}, "expected an integer >= 0: remove the quotes"),
+    "quoted rate": ({"optimizer": {"type": "AdamW", "params": {"lr": "1e-4"}}}, "a number >= 0: remove the quotes"),
+    "quoted decay": ({"optimizer": {"type": "AdamW", "params": {"lr": 1, "betas": ["0.9", 0.9]}}}, "two numbers"),
+    "quoted clipping": ({"gradient_clipping": "1.0"}, "a number >= 0: remove the quotes"),
+    "quoted device": ({"zero_optimization": {"offload_optimizer": {"device": "gpu"}}}, '"none", "cpu" or "nvme"'),
+    "a fraction": ({"zero_optimization": {"stage3_prefetch_bucket_size": 15099494.4}}, "expected an integer >= 0"),
+    "negative": ({"gradient_clipping": -1}, '"gradient_clipping" is -1, expected a number >= 0'),
+    "auto": ({"bf16": {"enabled": "auto"}}, 'is "auto", which this trainer does not resolve'),
+    "auto for a block": ({"zero_optimization": "auto"}, 'is "auto", which this trainer does not resolve'),
+    "auto for a rate": ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, 'params.lr" is "auto"'),
+    "a mistyped parameter": (
+        {"optimizer": {"type": "AdamW", "params": {"lr": 1, "weight_decy": 0.1}}}, 'did you mean "weight_decay"?',
+    ),
+    "a parameter of another optimizer": (
+        {"optimizer": {"type": "AdamW", "params": {"lr": 1, "amsgrad": True}}}, '"optimizer.params.amsgrad" is unknown',
+    ),
+    "a key next to the parameters": (
+        {"optimizer": {"type": "AdamW", "params": {"lr": 1}, "weight_decay": 0.1}}, '"optimizer.weight_decay"',
+    ),
+    "no parameters": ({"optimizer": {"type": "AdamW"}}, '"optimizer.params.lr" is missing'),
+    "parameters as null": ({"optimizer": {"type": "AdamW", "params": None}}, '"optimizer.params.lr" is missing'),
+    "a list for the optimizer": ({"optimizer": [1]}, '"optimizer" is [1], expected a block'),
+    "a list for its type": ({"optimizer": {"type": ["AdamW"]}}, '"optimizer" is {"type": ["AdamW"]}'),
+    "null for a flag": ({"bf16": {"enabled": None}}, '"bf16.enabled" is null, expected true or false'),
+    "a number for a flag": ({"wall_clock_breakdown": 1}, "expected true or false"),
+    "beyond 64 bits": ({"zero_optimization": {"reduce_bucket_size": 1e300}}, "expected an integer >= 0"),
+    "a mistyped block": ({"optimiser": {}}, 'did you mean "optimizer"'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED_BEFORE_DATA)
+def test_a_value_that_deepspeed_cannot_use_is_one_line_before_data(case: str) -> None:
+    keys, message = REFUSED_BEFORE_DATA[case]
+    with pytest.raises(UserError) as error:
+        lint_deepspeed({"train_batch_size": 8, **OPTIMIZER, **keys}, 4)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"fp16": {"enabled": False}, "bf16": None},
+        {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+        {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp32"}},
+        {"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e8, "offload_param": None, "overlap_comm": None}},
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}}},
+        {"flops_profiler": {"enabled": True, "module_depth": -1}, "communication_data_type": "bf16"},
+    ],
+)
+def test_fp32_and_bf16_and_the_usual_keys_of_deepspeed_are_accepted(keys: dict[str, Any]) -> None:
+    checked = lint_deepspeed({"train_batch_size": 8, **OPTIMIZER, **keys}, 4)
+    zero = checked.get("zero_optimization", {})
+    assert zero.get("reduce_bucket_size") in (None, 500_000_000) and type(zero.get("reduce_bucket_size")) is not float
+    assert None not in (checked.get("bf16", {}), zero.get("offload_param", {}))
+
+
+def test_every_zero_key_of_a_run_file_is_one_of_the_installed_deepspeed() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    names = {alias for name, field in DeepSpeedZeroConfig.model_fields.items() for alias in (name, field.alias)}
+    assert {key for keys in ZERO_KEYS.values() for key in keys.split()} <= names
+
+
+@pytest.mark.parametrize(
+    ("installed", "works"),
+    [("0.19.6", True), ("0.19.10+abc", True), ("0.19.5", False), ("0.19", False), ("0.20.0", False), ("none", False)],
+)
+def test_a_deepspeed_that_would_ignore_a_key_is_refused_at_the_start(
+    installed: str, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert '"deepspeed>=0.19.6,<0.20"' in (ROOT / "pyproject.toml").read_text()
+    monkeypatch.setattr("megacid.training.run_settings.versions", lambda: {"deepspeed": installed})
+    if works:
+        check_packages()
+        return
+    with pytest.raises(UserError, match=rf"DeepSpeed {installed} is installed, expected >= 0\.19\.6 and < 0\.20"):
+        check_packages()
+
+
+PATHS = ["run.dir", "data.shards", "data.teacher", "data.labels", "data.keep", "student.pretrained", "classifier.init"]
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_home_directory_is_expanded_in_every_path_and_a_variable_is_refused(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/of-a-test")
+    file, (section, name) = ROOT / "configs" / "digits_cpu.json", key.split(".")
+    run = load_run(file, [f"{key}=~/x"], world=1)
+    assert getattr(getattr(run.megacid, section), name) == "/home/of-a-test/x"
+    variables, user = "variables are not expanded", "there is no such user"
+    for path, reason in (("$HOME/x", variables), ("a/${X}", variables), ("~nobody-here/x", user)):
+        with pytest.raises(UserError, match=f'"megacid.{key}" is .* expected a path, and .*{reason}'):
+            load_run(file, [f"{key}={path}"], world=1)
 
 
 def test_every_run_file_of_the_project_is_good() -> None:
