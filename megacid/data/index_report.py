@@ -17,22 +17,26 @@ _UNFINISHED = re.compile(r"\.tar(\.(part|partial|tmp|temp|download|crdownload|ar
 
 def lost_samples(entries: list[dict[str, Any]]) -> Counter[str]:
     """Number of samples that the tars hold and the index does not use, by reason."""
+    return _dropped(entries, lost=True)
+
+
+def _dropped(entries: list[dict[str, Any]], *, lost: bool) -> Counter[str]:
     counts: Counter[str] = Counter()
     for entry in entries:
-        counts.update({reason: count for reason, count in entry["dropped"].items() if reason in LOST})
+        counts.update({reason: count for reason, count in entry["dropped"].items() if (reason in LOST) == lost})
     return counts
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count:,} x {reason}" for reason, count in counts.most_common())
 
 
 def summary(entries: list[dict[str, Any]]) -> str:
     """One line: how many samples are used, how many are not, and why."""
-    lost, others = lost_samples(entries), Counter[str]()
-    for entry in entries:
-        others.update({reason: count for reason, count in entry["dropped"].items() if reason not in LOST})
+    lost, members = lost_samples(entries), _dropped(entries, lost=False)
     text = f"{sum(entry['samples'] for entry in entries):,} samples used, {lost.total():,} not used"
-    for name, counts in ((" ({})", lost), (", skipped members: {}", others)):
-        if counts:
-            text += name.format(", ".join(f"{count:,} x {reason}" for reason, count in counts.most_common()))
-    return text
+    text += f" ({_listed(lost)})" if lost else ""
+    return text + (f", skipped members: {_listed(members)}" if members else "")
 
 
 def loses_many(entries: list[dict[str, Any]]) -> bool:
@@ -52,7 +56,7 @@ def check_losses(root: Path, entries: list[dict[str, Any]], *, allow_bad: bool, 
     else:
         problem = f"{root} has {len(entries)} tars but no complete sample"
     if not lost:
-        skipped = ", ".join(f"{count:,} x {reason}" for entry in entries for reason, count in entry["dropped"].items())
+        skipped = _listed(_dropped(entries, lost=False))
         endings = ", ".join(extensions(root / f"{entries[0]['name']}.tar"))
         raise UserError(
             f"{problem} (members of {entries[0]['name']}.tar end in: {endings or 'there are none'}; skipped: "
@@ -64,7 +68,7 @@ def check_losses(root: Path, entries: list[dict[str, Any]], *, allow_bad: bool, 
     example = names[0] if isinstance(names, list) and names else "one"
     accept = f", or run tools/index_shards.py --allow-bad to use the other {used:,}"
     raise UserError(
-        f"{problem}, {count:,} of them because of: {reason} (such as {example} in {tar}, whose members end in "
+        f"{problem}, mostly because of: {reason} ({count:,} times, such as {example} in {tar}, whose members end in "
         f"{', '.join(extensions(root / tar))}); {LOST[reason]}{accept if used else ''}"
         f"{' in a writable folder of links to the tars' if used and not writable else ''}"
     )

@@ -28,14 +28,15 @@ LOST = {
     "sample a1: replace the other dots, such as a1_b.jpg",
     "members not adjacent": "the members of a sample must follow each other in the tar, as in webdataset: write the "
     "tar again in the order of its names, such as with tar --sort=name",
-    "sample without an image": f"a sample needs an image in a member named .{', .'.join(IMAGE_EXTENSIONS)}: add or "
-    "rename it",
-    "sample without a text": "a sample needs a caption in a .txt member of the same name, or a class in a .cls member "
-    "for tools/eval.py: add it",
+    "sample without an image": f"a sample needs an image in a member named .{', .'.join(IMAGE_EXTENSIONS)}, of the "
+    "same name and folder: add or rename it",
+    "sample without a text": "a sample needs a caption in a .txt member of the same name and folder, or a class in a "
+    ".cls member for tools/eval.py: add it",
     "duplicate key": "keys must be unique in a tar: rename the members",
     "sample at the cut": "the tar ends inside of the sample: fetch it again",
 }
-_APART = "member apart from its sample"  # the sample itself is used
+# Reasons that lose no sample.
+_APART, _OTHER = "member apart from its sample", "member of no sample"
 # Files that are given for a tar: first bytes, name, remedy.
 _OTHER_FORMATS = (
     (b"\x1f\x8b", "gzip-compressed", "decompress it with gzip -dc"),
@@ -83,7 +84,9 @@ class TarScan:
             # More members may have followed: keep it only when it has the kinds of the other samples.
             self.drop(_APART if group.key in self._seen else "sample at the cut", group.key)
         elif not complete:
-            if not dotted or "image" in group.members:
+            if not group.members and not dotted:
+                self.drop(_OTHER, group.key)
+            elif not dotted or "image" in group.members:
                 self._incomplete.setdefault(group.key, set()).update(group.members)
         elif group.key in self._seen:
             self.drop("duplicate key", group.key)
