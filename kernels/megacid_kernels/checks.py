@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megacid_kernels.loss_spec import LossSpec
+from megacid_kernels.loss_spec import LossSpec, check_scale
 
 
 def check_inputs(
@@ -53,6 +53,13 @@ def check_inputs(
         raise ValueError(f"max_rows is None on {spec.world} ranks: pass the largest number of rows of w on any rank")
     if spec.num_classes < w.shape[0]:
         raise ValueError(f"num_classes is {spec.num_classes}, expected >= {w.shape[0]}, the rows of w: count all ranks")
+
+
+def check_constants(scale: object, bias: Tensor | None) -> None:
+    """Raise ValueError for a scale or a bias that is to be trained: neither gets a gradient."""
+    check_scale(scale)
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        raise ValueError("bias requires grad, expected a constant, because it gets no gradient: pass bias.detach()")
 
 
 def check_label_values(target: Tensor, spec: LossSpec) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_group, _resolve_process_group
 
-from megacid_kernels.checks import check_label_values
+from megacid_kernels.checks import check_constants, check_label_values
 from megacid_kernels.discrimination import discrimination_with_gradients, linear_margin_discrimination
 from megacid_kernels.loss_spec import LossSpec, TargetMargin
 from megacid_kernels.margin import Margin
@@ -70,8 +70,8 @@ def linear_margin_cross_entropy(
     Raises:
         ValueError: an argument is out of range or does not fit the others.
     """
-    world = dist.get_world_size(group) if dist.is_initialized() else 1
-    if num_classes is None and world > 1:
+    check_constants(scale, bias)
+    if num_classes is None and (world := dist.get_world_size(group) if dist.is_initialized() else 1) > 1:
         raise ValueError(f"num_classes is None on {world} ranks: pass the number of classes of all ranks together")
     options: dict[str, Any] = {
         "num_classes": w.shape[0] if num_classes is None else num_classes, "class_start": class_start,

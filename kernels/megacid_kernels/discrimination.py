@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacid_kernels.checks import check_inputs, check_label_values
+from megacid_kernels.checks import check_constants, check_inputs, check_label_values
 from megacid_kernels.engines.dispatch import engine_for, resolve
 from megacid_kernels.engines.interface import EngineInputs
 from megacid_kernels.loss_spec import LossSpec
@@ -73,6 +73,7 @@ def linear_margin_discrimination(
         ValueError: wrong shapes, dtypes or devices; a label out of range (checked on the host only); a memory budget
             that is too small.
     """
+    check_constants(spec.scale, bias)
     check_label_values(target, spec)
     options = {"rows": rows, "teacher": teacher, "bias": bias}
     return Discrimination(*_InForward.apply(x, w, target, spec, options, torch.is_grad_enabled()))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from numbers import Real
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch.distributed as dist
 from torch import Tensor
@@ -25,6 +26,7 @@ class Distribution(NamedTuple):
     temperature: float
 
 
+@runtime_checkable
 class TargetMargin(Protocol):
     """A margin on the target class. `Margin` implements it."""
 
@@ -125,8 +127,12 @@ class LossSpec:
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise ValueError(f"scale is {self.scale}, expected a finite number > 0 such as 64")
+        check_scale(self.scale)
+        if self.margin is not None and (isinstance(self.margin, type) or not isinstance(self.margin, TargetMargin)):
+            raise ValueError(f"margin is {self.margin!r}, expected a Margin such as Margin.cosface(0.3), or None")
+        threshold = self.filter_threshold
+        if threshold is not None and not (isinstance(threshold, Real) and math.isfinite(threshold)):
+            raise ValueError(f"filter_threshold is {threshold!r}, expected a finite cosine such as 0.4, or None")
         check_budget(self.memory_budget_bytes)
         if self.num_classes < 1:
             raise ValueError(f"num_classes is {self.num_classes}, expected the classes of all ranks together")
@@ -188,6 +194,14 @@ class LossSpec:
         else:
             per_sample += 4 * labels * width
         return equal_chunk_size(batch, max(1, min(batch, int(budget / (per_sample * itemsize)))))
+
+
+def check_scale(scale: object) -> None:
+    """Raise ValueError unless the scale is a positive number. A tensor is refused: it would get no gradient."""
+    if isinstance(scale, Tensor):
+        raise ValueError("scale is a tensor, which gets no gradient, expected a number such as 64: pass its item()")
+    if not (isinstance(scale, Real) and math.isfinite(scale) and float(scale) > 0):
+        raise ValueError(f"scale is {scale!r}, expected a finite number > 0 such as 64")
 
 
 def equal_chunk_size(batch: int, limit: int) -> int:

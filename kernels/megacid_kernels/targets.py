@@ -58,11 +58,16 @@ def drop_repeated_labels(target_Gl: Tensor) -> Tensor:
 
 
 def target_of(x_bD: Tensor, w_blD: Tensor, own: Tensor, spec: LossSpec | None) -> Target:
-    """Target cosines from unit rows; spec None: no margin. sin = |x - w| |x + w| / 2 keeps its digits at cos = +-1."""
+    """Target cosines from unit rows; spec None: no margin. sin = |x - w| |x + w| / 2 keeps its digits at cos = +-1.
+
+    A zero row has the cosine 0 and the sine 1. The two lengths recognise it: the sum of their squares is 4 for unit
+    rows, 2 if one of them is zero, 0 if both are.
+    """
     x, sin = x_bD[:, None, :], None
     cos = torch.linalg.vecdot(x, w_blD)
     if spec is not None and spec.margin is not None:
-        sin = torch.linalg.vector_norm(x - w_blD, dim=2) * torch.linalg.vector_norm(x + w_blD, dim=2) / 2
+        apart, along = torch.linalg.vector_norm(x - w_blD, dim=2), torch.linalg.vector_norm(x + w_blD, dim=2)
+        sin = torch.where(apart.square() + along.square() < 3, 1.0, apart * along / 2)
     return with_margin(cos, sin, own, spec)
 
 

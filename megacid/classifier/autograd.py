@@ -26,7 +26,7 @@ class PartialFCFunction(torch.autograd.Function):
     """Passes the embedding gradient on to autograd and the row gradient to a callback.
 
     Args of `apply`: emb_BD; anchor, a scalar that requires grad, which gives a loss without a trainable student a
-    backward; compute(need_x); accumulate(forward gradients, gradient of the loss); factor of the embedding gradient.
+    backward; compute(); accumulate(forward gradients, gradient of the loss); factor of the embedding gradient.
     """
 
     @staticmethod
@@ -34,11 +34,11 @@ class PartialFCFunction(torch.autograd.Function):
         ctx: Any,
         emb_BD: Tensor,
         anchor: Tensor,
-        compute: Callable[[bool], ForwardGradients],
+        compute: Callable[[], ForwardGradients],
         accumulate: Callable[[ForwardGradients, Tensor], None],
         factor: int,
     ) -> tuple[Tensor, ...]:
-        forward = compute(ctx.needs_input_grad[0])
+        forward = compute()
         ctx.forward_gradients, ctx.accumulate, ctx.factor = forward, accumulate, factor
         ctx.mark_non_differentiable(*forward.gradients.result[1:])
         return tuple(forward.gradients.result)

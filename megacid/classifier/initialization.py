@@ -43,11 +43,11 @@ def random_rows(start: int, stop: int, width: int, seed: int) -> Tensor:
 
     The matrix depends only on `seed`, not on the number of ranks.
     """
-    rows = torch.empty(stop - start, width)
+    rows = torch.empty(stop - start, width, dtype=torch.float32)
     for block in range(start // _BLOCK, -(-stop // _BLOCK)):
         words = np.random.SeedSequence([seed & 0xFFFFFFFFFFFFFFFF, block]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(words[0]))
-        block_rows = torch.randn(_BLOCK, width, generator=generator) * _STD
+        block_rows = torch.randn(_BLOCK, width, generator=generator, dtype=torch.float32) * _STD
         first = block * _BLOCK
         low, high = max(start, first), min(stop, first + _BLOCK)
         rows[low - start : high - start] = block_rows[low - first : high - first]

@@ -9,6 +9,7 @@ the device and no label is used as an index, so an invalid label cannot make a k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,18 @@ from megacid.errors import UserError
 from megacid_kernels import Weights
 
 _ABOVE_ALL = torch.iinfo(torch.int64).max  # sorts behind every class id: marks entries to drop
-_HEADER = 3  # batch size, labels per sample, 1 for invalid input: precede the labels in a rank's message
+# Batch size, labels per sample, 1 for invalid input, and the two numbers of `InputKind` precede a rank's labels.
+_HEADER = 5
+_DTYPES = (None, torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_YES_NO = ("no", "yes")
+# (what must be the same on every rank, lowest bit of its code, number of bits, meaning of the codes, remedy)
+_AGREED: tuple[tuple[str, int, int, tuple[object, ...], str], ...] = (
+    ("dtype of the embeddings", 0, 3, _DTYPES, "cast them alike"),
+    ("dtype of the teacher embeddings", 3, 3, _DTYPES, "cast them alike"),
+    ("requires_grad of the embeddings", 6, 1, _YES_NO, "train or freeze the student on every rank"),
+    ("grad mode", 7, 1, _YES_NO, "use torch.no_grad on every rank or on none"),
+    ("training mode of the classifier", 8, 1, _YES_NO, "call train() or eval() on every rank"),
+)
 
 
 class GatheredLabels(NamedTuple):
@@ -40,10 +52,52 @@ class GatheredLabels(NamedTuple):
         None  # int64 local ids, sorted, unique: `rows` and `pending_rows`; None without either
     )
 
+    @torch.no_grad()
+    def count_hits_(self, hits_L: Tensor, class_start: int) -> None:
+        """Add the labels of the batch to the counts of the classes from class_start on."""
+        local = self.target_Gl.flatten() - class_start
+        own = (local >= 0) & (local < len(hits_L))  # -1 (no label) is below every shard
+        hits_L.index_add_(0, local.masked_fill(~own, 0), own.to(torch.int32))
+
     def log_q_bias(self, draw: Draw, class_start: int) -> Tensor:
         """[S] minus the log-probability that this step uses each row; 0 for the labels of the batch."""
         assert self.rows is not None and self.positive is not None
         return (-draw.log_q(self.rows + class_start)).masked_fill(self.positive, 0.0)
+
+
+class InputKind(NamedTuple):
+    """What the next collectives or the draw depend on, as two integers that must be equal on every rank."""
+
+    code: int = 0
+    step: int = 0
+
+    @classmethod
+    def of(cls, emb: Tensor, teacher: Tensor | None, *, training: bool, step: int) -> InputKind:
+        grad = torch.is_grad_enabled()
+        # A dtype without a code is an input error.
+        dtypes = [_DTYPES.index(x.dtype) if x is not None and x.dtype in _DTYPES else 0 for x in (emb, teacher)]
+        values = (*dtypes, emb.requires_grad and grad, grad, training)
+        code = sum(int(value) << low for value, (_, low, *_) in zip(values, _AGREED, strict=True))
+        return cls(code, step & ((1 << 62) - 1))
+
+
+_ANY_KIND = InputKind()
+
+
+def _find_disagreement(codes: list[int], steps: list[int]) -> str | None:
+    """The first difference between the ranks' `InputKind`s."""
+    for name, low, bits, meanings, remedy in _AGREED:
+        values = [meanings[code >> low & ((1 << bits) - 1)] for code in codes]
+        if message := _describe_difference(name, values, remedy):
+            return message
+    return _describe_difference("step", steps, "call set_step with the same number")
+
+
+def _describe_difference(name: str, values: Sequence[object], remedy: str) -> str | None:
+    other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+    if other is None:
+        return None
+    return f"{name}: {values[0]} on rank 0, {values[other]} on rank {other}, expected the same on every rank: {remedy}"
 
 
 def find_input_error(
@@ -53,6 +107,9 @@ def find_input_error(
     shape = tuple(emb.shape)
     if emb.ndim != 2 or emb.shape[1] != embed_dim:
         return f"embeddings have shape {shape}, expected [B, {embed_dim}]: build the head with the student's width"
+    for name, x in (("embeddings", emb), ("teacher embeddings", teacher)):
+        if x is not None and x.dtype not in _DTYPES:
+            return f"{name} are {x.dtype}, expected one of {_DTYPES[1:]}: cast them"
     if target.dtype != torch.int64 or target.ndim not in (1, 2) or target.shape[0] != len(emb):
         return (
             f"labels are {target.dtype} {tuple(target.shape)}, expected torch.int64 [{len(emb)}] or [{len(emb)}, l]: "
@@ -100,6 +157,7 @@ class LabelExchange:
         draw: Draw | None,
         device: torch.device,
         pending_rows: Tensor | None = None,
+        kind: InputKind = _ANY_KIND,
     ) -> GatheredLabels:
         """
         Args:
@@ -107,6 +165,7 @@ class LabelExchange:
             input_error: why this rank's input is invalid. It is raised on every rank, which avoids a deadlock.
             draw: random classes of the step; None uses every row.
             pending_rows: int64 local ids, sorted and unique, whose gradients will be added to those of this batch.
+            kind: must be the same on every rank, like the labels' number per sample.
 
         Raises:
             UserError: on every rank, for invalid input or labels on any rank.
@@ -115,7 +174,7 @@ class LabelExchange:
         if self._edges is None or self._edges.device != device:
             self._edges = torch.tensor(self.starts, device=device)
         while True:
-            table = self._gather(target_Bl, input_error, device)
+            table = self._gather(target_Bl, (int(input_error is not None), *kind), device)
             labels, first = _sort_unique(table[:, _HEADER:].flatten())
             count_before = torch.cat([first.new_zeros(1, dtype=torch.int64), first.cumsum(0)])
             edges = torch.searchsorted(labels, self._edges)
@@ -130,12 +189,13 @@ class LabelExchange:
                 numbers += [keep.sum()[None], keep_both.sum()[None]]
             values = torch.cat(numbers).tolist()  # the host synchronisation
             header, (lowest, highest, *counts) = values[: _HEADER * self.world], values[_HEADER * self.world :]
-            sizes, widths, invalid = (header[i::_HEADER] for i in range(_HEADER))
+            sizes, widths, invalid, *kinds = (header[i::_HEADER] for i in range(_HEADER))
             longest = max(size * width for size, width in zip(sizes, widths))
             if longest <= self._capacity or any(invalid):
                 break
             self._capacity = longest
-        self._check(input_error, widths, invalid, lowest, highest)
+        self._check_inputs(input_error, invalid, kinds)
+        self._check_labels(widths, lowest, highest)
         target_Gl = self._targets(target_Bl, table, sizes, widths[0])
         num_positive, most_positive, widest = counts[self.rank], max(counts[: self.world]), self.starts[1]
         if draw is None:
@@ -147,12 +207,12 @@ class LabelExchange:
         with_pending = None if pending_rows is None else self._compact(both, keep_both, counts[-1])
         return GatheredLabels(target_Gl, sizes, max_rows, num_positive, rows, positive, with_pending)
 
-    def _gather(self, target_Bl: Tensor, input_error: str | None, device: torch.device) -> Tensor:
+    def _gather(self, target_Bl: Tensor, numbers: tuple[int, ...], device: torch.device) -> Tensor:
         """int64 [W, _HEADER + capacity]: every rank's header and labels, padded with -1."""
         size, width = target_Bl.shape
         labels = target_Bl.flatten()[: self._capacity]
         # Filled on the device: copying a tensor made from host numbers would synchronise.
-        header = [labels.new_full((1,), number) for number in (size, width, int(input_error is not None))]
+        header = [labels.new_full((1,), number) for number in (size, width, *numbers)]
         message = torch.cat([*header, labels, labels.new_full((self._capacity - len(labels),), -1)])
         if self.world == 1:
             return message[None]
@@ -180,11 +240,16 @@ class LabelExchange:
         place = torch.where(keep, keep.cumsum(0) - 1, count)
         return ids.new_empty(count + 1).scatter_(0, place, ids)[:count] - self.start
 
-    def _check(self, input_error: str | None, widths: list[int], invalid: list[int], lowest: int, highest: int) -> None:
+    def _check_inputs(self, input_error: str | None, invalid: list[int], kinds: list[list[int]]) -> None:
         if input_error is not None:
             raise UserError(input_error)
         if any(invalid):
             raise UserError(f"rank {invalid.index(1)} has invalid input for the classifier: see that rank's message")
+        disagreement = _find_disagreement(*kinds)
+        if disagreement is not None:
+            raise UserError(disagreement)
+
+    def _check_labels(self, widths: list[int], lowest: int, highest: int) -> None:
         if len(set(widths)) > 1:
             raise UserError(f"Got {widths} labels per sample by rank, expected the same number on every rank")
         for value in (lowest, highest):

@@ -9,26 +9,32 @@ rows have their own gradient (`row_grad`) and optimizer (`RowAdamW`, `RowSGD`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megacid.classifier import misuse
 from megacid.classifier.autograd import ForwardGradients, PartialFCFunction
+from megacid.classifier.batch_metrics import batch_metrics
 from megacid.classifier.initialization import Init, load_rows, random_rows
-from megacid.classifier.label_exchange import GatheredLabels, LabelExchange, find_input_error
-from megacid.classifier.row_gradient import OnRowGradient, RecomputedRowGradient, StoredRowGradient
+from megacid.classifier.label_exchange import GatheredLabels, InputKind, LabelExchange, find_input_error
+from megacid.classifier.row_gradient import (
+    OnRowGradient,
+    RecomputedRowGradient,
+    RowGradient,
+    StoredRowGradient,
+    add_row_gradients,
+)
 from megacid.classifier.row_state import ReadRows, copy_rows, gather_state, reader_of
 from megacid.classifier.sampling import Draw, sample_dims
 from megacid.distributed.collectives import (
     GradReduction,
-    all_reduce_max,
-    all_reduce_sum,
     gather_plain,
     gradient_factor,
     rank,
@@ -52,6 +58,7 @@ class _Step(NamedTuple):
     bias_S: Tensor | None
     dims: Tensor | None  # the sampled feature dimensions
     pending_rows: Tensor | None  # rows whose gradients this step's are added to
+    need_x: bool
     need_row_grad: bool
 
 
@@ -64,6 +71,11 @@ class PartialFC(nn.Module):
 
     The weight is not trained by autograd: after the backward of a loss, `row_grad` holds the gradient of the used rows
     and a row optimizer applies it. A step synchronises host and device once, in `LabelExchange`.
+
+    After `eval()`, a forward uses all classes and all dimensions, counts no hits and leaves no row gradient; margin and
+    filter still apply. The rows stay fp32: casts such as `half()` and `to(dtype)` are ignored with a warning, because
+    updates of 16-bit rows round to nothing; embeddings may have any floating dtype. A deep copy shares the group. The
+    head must stand outside of DDP and FSDP, which would overwrite its rows with those of rank 0.
 
     Args:
         num_classes: classes of all ranks together, C.
@@ -125,12 +137,13 @@ class PartialFC(nn.Module):
     ):
         super().__init__()
         world = world_size(group)
-        _check_sizes(num_classes, embed_dim, world, {"sample_rate": sample_rate, "feature_rate": feature_rate})
+        misuse.refuse_wrappers(PartialFC)
+        misuse.check_sizes(num_classes, embed_dim, world, {"sample_rate": sample_rate, "feature_rate": feature_rate})
         self.num_classes, self.embed_dim, self.group, self.seed = num_classes, embed_dim, group, seed
         self.sample_rate, self.feature_rate, self.log_q = sample_rate, feature_rate, log_q
         self.class_start, self.class_stop = shard_range(num_classes, rank(group), world)
         self.num_local = self.class_stop - self.class_start
-        with _user_error():
+        with misuse.user_error():
             self._gradient_factor = gradient_factor(group, grad_reduction)
             self._spec = LossSpec(
                 num_classes, scale, margin or Margin.cosface(0.3), margin_grad, filter_threshold=filter_threshold,
@@ -143,14 +156,41 @@ class PartialFC(nn.Module):
         else:
             # A copy: training must not write into the caller's array.
             rows = load_rows(init, self.class_start, self.class_stop, (num_classes, embed_dim)).clone()
-        self.weight = nn.Parameter(rows.to(device), requires_grad=False)
-        with _user_error():
+        self.weight = nn.Parameter(rows.to(device, torch.float32), requires_grad=False)
+        with misuse.user_error():
             _ = self.fused
         self.hits: Tensor
         self.register_buffer("hits", torch.zeros(self.num_local, dtype=torch.int32, device=device))
         self.step = 0
-        self._row_grad: StoredRowGradient | RecomputedRowGradient | None = None
+        self._finished_step: int | None = -1  # None after a warning
+        self.rows_unread = True  # no row optimizer and no caller has read the row gradient yet
+        self._row_grad: RowGradient | None = None
         self._last: tuple[Discrimination, GatheredLabels] | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartialFC:
+        """`nn.Module.to` and its kind: moves the rows and keeps their dtype."""
+        super()._apply(misuse.keep_dtype(fn), recurse)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PartialFC:
+        """A copy that shares the process group, which cannot be copied, and has no row gradient."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        if self.group is not None:
+            memo[id(self.group)] = self.group
+        state = self.__dict__ | {"_row_grad": None, "_last": None}
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in state.items()})
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.group is not None:
+            raise UserError("a PartialFC with a process group cannot be pickled: save state_rows() or full_state()")
+        return self.__dict__ | {"_row_grad": None, "_last": None}
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        # DDP reads this name of the module that it wraps.
+        raise UserError(misuse.WRAPPED.format("DistributedDataParallel"))
 
     def extra_repr(self) -> str:
         return f"{self.num_classes} classes, here {self.class_start}..{self.class_stop}, width {self.embed_dim}"
@@ -161,12 +201,18 @@ class PartialFC(nn.Module):
         return resolve(self._spec.impl, self.weight.device, torch.float32) == "triton"
 
     def set_step(self, step: int) -> None:
-        """Set the optimizer step of the next batches.
+        """Set the optimizer step of the next batches; every step of a row optimizer then adds 1.
 
-        Sampling is a pure function of (seed, step): micro-batches of a step share their negatives, and a resumed run
-        draws the same classes.
+        Sampling is a pure function of (seed, step): micro-batches of a step share their negatives, and a run that
+        resumes with `set_step` draws the same classes. Without a row optimizer, call it in every step.
         """
         self.step = step
+
+    def finish_step(self) -> None:
+        """Move on to the next step, and warn once if this one was finished before. Row optimizers call it."""
+        if min(self.sample_rate, self.feature_rate) < 1:
+            self._finished_step = misuse.warn_same_step(self.step, self._finished_step)
+        self.step += 1
 
     def forward(self, emb_BD: Tensor, target_B: Tensor) -> Tensor:
         """Margin cross entropy over the labelled samples of the global batch. A collective.
@@ -200,50 +246,57 @@ class PartialFC(nn.Module):
         """
         weights = weights or Weights()
         teacher_BD = teacher_BD if weights.needs_teacher else None
-        input_error = find_input_error(emb_BD, target_B, teacher_BD, self.embed_dim, weights)
-        several = target_B.ndim == 2
-        target_Bl = target_B.new_empty(0, 1).long() if input_error else target_B if several else target_B[:, None]
-        draw = None
-        if self.sample_rate < 1:
+        train, need_x = (wanted and torch.is_grad_enabled() for wanted in (self.training, emb_BD.requires_grad))
+        draw = dims = None
+        if self.training and self.sample_rate < 1:
             draw = Draw.of_step(self.num_classes, self.sample_rate, seed=self.seed, step=self.step)
-        pending_rows = None if self._row_grad is None else self._row_grad.rows
-        labels = self._exchange(target_Bl, input_error, draw, self.weight.device, pending_rows)
-        dims = None
-        if self.feature_rate < 1:
+        pending_rows = self._row_grad.rows if train and self._row_grad is not None else None
+        labels = self._gather_labels(emb_BD, target_B, teacher_BD, weights, draw, pending_rows)
+        if self.training and self.feature_rate < 1:
             dims = sample_dims(self.embed_dim, self.feature_rate, seed=self.seed, step=self.step, device=emb_BD.device)
             emb_BD = emb_BD.index_select(1, dims)
             teacher_BD = teacher_BD.index_select(1, dims) if teacher_BD is not None else None
-        with _user_error():
+        with misuse.user_error():
             spec = replace(self._spec, weights=weights, max_rows=labels.max_rows)
-        train = torch.is_grad_enabled()
         step = _Step(
-            spec, labels, labels.target_Gl if several else labels.target_Gl[:, 0],
+            spec, labels, labels.target_Gl if target_B.ndim == 2 else labels.target_Gl[:, 0],
             emb_GD=gather_plain(emb_BD, self.group, sizes=labels.sizes),
             teacher_GD=None if teacher_BD is None else gather_plain(teacher_BD, self.group, sizes=labels.sizes),
             bias_S=labels.log_q_bias(draw, self.class_start) if draw is not None and self.log_q else None,
-            dims=dims, pending_rows=pending_rows, need_row_grad=train,
+            dims=dims, pending_rows=pending_rows, need_x=need_x, need_row_grad=train,
         )  # fmt: skip
         if train:
-            self._count_hits(labels)
-        anchor = torch.zeros((), device=emb_BD.device, requires_grad=train)
+            labels.count_hits_(self.hits, self.class_start)
+        anchor = torch.zeros((), dtype=torch.float32, device=emb_BD.device, requires_grad=train)
         compute, accumulate = partial(self._compute, step), partial(self._accumulate, step)
         out = Discrimination(*PartialFCFunction.apply(emb_BD, anchor, compute, accumulate, self._gradient_factor))
         self._last = (Discrimination(*(part.detach() for part in out)), labels)
         return out
 
-    @torch.no_grad()
-    def _count_hits(self, labels: GatheredLabels) -> None:
-        local = labels.target_Gl.flatten() - self.class_start
-        own = (local >= 0) & (local < self.num_local)  # -1 (no label) is below every shard
-        self.hits.index_add_(0, local.masked_fill(~own, 0), own.to(torch.int32))
+    def _gather_labels(
+        self,
+        emb_BD: Tensor,
+        target_B: Tensor,
+        teacher_BD: Tensor | None,
+        weights: Weights,
+        draw: Draw | None,
+        pending_rows: Tensor | None,
+    ) -> GatheredLabels:
+        input_error = find_input_error(emb_BD, target_B, teacher_BD, self.embed_dim, weights)
+        if self.weight.dtype != torch.float32:
+            input_error = f"the class rows are {self.weight.dtype}, expected torch.float32: do not replace head.weight"
+        several = target_B.ndim == 2
+        target_Bl = target_B.new_empty(0, 1).long() if input_error else target_B if several else target_B[:, None]
+        kind = InputKind.of(emb_BD, teacher_BD, training=self.training, step=self.step)
+        return self._exchange(target_Bl, input_error, draw, self.weight.device, pending_rows, kind)
 
-    def _compute(self, step: _Step, need_x: bool) -> ForwardGradients:
+    def _compute(self, step: _Step) -> ForwardGradients:
         rows, dims = step.labels.rows, step.dims
         w = self.weight.detach()
         if dims is not None:
             w = (w if rows is None else w.index_select(0, rows)).index_select(1, dims)
         scatter: list[Callable[[], Tensor]] = []
-        norm_sq = torch.zeros((), device=w.device)
+        norm_sq = torch.zeros((), dtype=torch.float32, device=w.device)
 
         # Runs during the last matrix products of the row gradient, on every rank.
         def start_scatter(grad_GD: Tensor) -> None:
@@ -254,7 +307,7 @@ class PartialFC(nn.Module):
 
         gradients = discrimination_with_gradients(
             step.emb_GD, w, step.target, step.spec, rows=rows, teacher=step.teacher_GD, bias=step.bias_S,
-            need_x=need_x, need_w=step.need_row_grad, overwrite_w=dims is not None,
+            need_x=step.need_x, need_w=step.need_row_grad, overwrite_w=dims is not None,
             gather=rows is not None and dims is None, on_grad_x=start_scatter,
             on_grad_slab=add_norm if self._spec.weight_grad == "recomputed" else None,
         )  # fmt: skip
@@ -262,33 +315,28 @@ class PartialFC(nn.Module):
 
     def _accumulate(self, step: _Step, forward: ForwardGradients, grad_loss: Tensor) -> None:
         """Add the row gradient of a loss to `row_grad`."""
+        if not step.need_row_grad:
+            return
+        misuse.warn_about_foreign_optimizers(self)
 
         def widen(grad: Tensor) -> Tensor:
             dims = step.dims
             return grad if dims is None else grad.new_zeros(len(grad), self.embed_dim).index_copy_(1, dims, grad)
 
-        all_rows = step.labels.rows is None
-        rows = torch.arange(self.num_local, device=grad_loss.device) if step.labels.rows is None else step.labels.rows
+        used = step.labels.rows
+        rows = torch.arange(self.num_local, device=grad_loss.device) if used is None else used
         each_slab, grad = forward.gradients.each_slab, forward.gradients.w
         if grad is not None:
             # In place: [S, D] is the largest tensor of the step.
-            new: StoredRowGradient | RecomputedRowGradient = StoredRowGradient(rows, widen(grad.mul_(grad_loss)))
+            new: RowGradient = StoredRowGradient(rows, widen(grad.mul_(grad_loss)))
         elif each_slab is not None:
             new = RecomputedRowGradient(rows, self.embed_dim, each_slab, forward.norm_sq, grad_loss.detach(), widen)
         else:
             return
         old = self._row_grad
-        if old is None:
-            self._row_grad = new
-        elif isinstance(old, RecomputedRowGradient) or isinstance(new, RecomputedRowGradient):
-            raise UserError(
-                'second backward of the classifier before zero_grad with weight_grad "recomputed", expected one: use '
-                'one micro-batch per step, or weight_grad "stored"'
-            )
-        else:
-            # With two forwards before the first backward, the exchange did not know the rows to add to.
-            known = step.labels.rows_with_pending if step.pending_rows is old.rows else None
-            self._row_grad = old.add(new, known, same_rows=all_rows)
+        # With two forwards before the first backward, the exchange did not know the rows to add to.
+        known = step.labels.rows_with_pending if old is not None and step.pending_rows is old.rows else None
+        self._row_grad = add_row_gradients(old, new, known, same_rows=used is None)
 
     def row_grad(self) -> tuple[Tensor, Tensor]:
         """Row gradient summed over the backwards since `zero_grad`, exact: without a factor of the number of ranks.
@@ -299,6 +347,7 @@ class PartialFC(nn.Module):
             Local row ids int64 [S], sorted and unique, and d loss / d weight[rows] fp32 [S, D]; S is 0 before the first
             backward.
         """
+        self.rows_unread = False
         if self._row_grad is None:
             none = torch.empty(0, dtype=torch.int64, device=self.weight.device)
             return none, self.weight.new_empty(0, self.embed_dim)
@@ -309,6 +358,7 @@ class PartialFC(nn.Module):
 
         `update` may change the weight of its rows.
         """
+        self.rows_unread = False
         if self._row_grad is not None:
             self._row_grad.for_each_part(update)
 
@@ -323,40 +373,8 @@ class PartialFC(nn.Module):
 
     @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:
-        """Metrics of the last batch: 0-d tensors, the same on every rank; {} before the first labels. A collective.
-
-        Returns:
-            target_cosine: mean cosine of the labelled samples to their class (with several labels: to all of them).
-            largest_negative: mean over the labelled samples of their largest cosine to a sampled negative.
-            accuracy: fraction of the labelled samples nearer to (one of) their classes than to every sampled negative.
-            sampled: rows used by all ranks together.
-            positive_share: fraction of these that are labels of the labels.
-            filtered: mean number of negatives per labelled sample that `filter_threshold` removed.
-        """
-        if self._last is None:
-            return {}
-        out, labels = self._last
-        present = labels.target_Gl >= 0
-        labelled = present.any(1)
-        count = labelled.sum().clamp_min(1)
-        cosine = out.target_cosine.view(present.shape)
-        largest = out.largest_negative.clone()
-        rows = self.num_local if labels.rows is None else len(labels.rows)
-        counts = torch.tensor([labels.num_positive, rows], dtype=torch.int64, device=largest.device)
-        sums = torch.cat([(out.removed * labelled).sum()[None], counts])
-        all_reduce_max(largest, self.group)
-        all_reduce_sum(sums, self.group)
-        best = cosine.masked_fill(~present, -torch.inf).amax(1)
-        # -inf: all negatives are filtered, or there are none.
-        seen = labelled & torch.isfinite(largest)
-        return {
-            "target_cosine": cosine.sum() / present.sum().clamp_min(1),
-            "largest_negative": largest.masked_fill(~seen, 0.0).sum() / seen.sum().clamp_min(1),
-            "accuracy": (labelled & (best > largest)).sum() / count,
-            "sampled": sums[2],
-            "positive_share": sums[1] / sums[2].clamp_min(1),
-            "filtered": sums[0] / count,
-        }
+        """Metrics of the last batch, see `batch_metrics`; {} before the first labels. A collective."""
+        return {} if self._last is None else batch_metrics(*self._last, self.num_local, self.group)
 
     def state_rows(self) -> dict[str, Tensor]:
         """This rank's rows for a checkpoint: {"weight": fp32 [L, D], "hits": int32 [L]}."""
@@ -374,25 +392,3 @@ class PartialFC(nn.Module):
         """Load this rank's rows of a `full_state`. Without "hits" they start at 0."""
         fresh = {"hits": torch.zeros(self.num_classes, dtype=torch.int32)}
         self.load_state_rows(reader_of({**fresh, **state}, self.num_classes))
-
-
-@contextmanager
-def _user_error() -> Iterator[None]:
-    """Raise the kernels' ValueError as a UserError."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def _check_sizes(num_classes: int, embed_dim: int, world: int, rates: dict[str, float]) -> None:
-    if not max(1, world) <= num_classes < 1 << 31:
-        raise UserError(
-            f"num_classes is {num_classes}, expected {max(1, world)} (one class per rank) to 2^31 - 1 (products of ids "
-            "must fit 64 bits): change it, or the number of ranks"
-        )
-    if embed_dim < 1:
-        raise UserError(f"embed_dim is {embed_dim}, expected >= 1: pass the width of the embeddings")
-    for name, rate in rates.items():
-        if not 0 < rate <= 1:
-            raise UserError(f"{name} is {rate}, expected a number in (0, 1]: 1 uses everything")

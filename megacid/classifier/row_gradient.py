@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megacid.errors import UserError
 from megacid_kernels import OnGradientSlab
 
 OnRowGradient = Callable[[Tensor, Tensor], object]  # (local row ids [n], gradient [n, D])
@@ -78,3 +79,20 @@ class RecomputedRowGradient:
 
     def _scaled(self, grad_nD: Tensor) -> Tensor:
         return self._widen(grad_nD).mul_(self._scale)
+
+
+RowGradient = StoredRowGradient | RecomputedRowGradient
+
+
+def add_row_gradients(
+    old: RowGradient | None, new: RowGradient, rows_U: Tensor | None, *, same_rows: bool
+) -> RowGradient:
+    """The sum of two micro-batches, see `StoredRowGradient.add`; old is None before the first."""
+    if old is None:
+        return new
+    if isinstance(old, RecomputedRowGradient) or isinstance(new, RecomputedRowGradient):
+        raise UserError(
+            'second backward of the classifier before zero_grad with weight_grad "recomputed", expected one: use one '
+            'micro-batch per step, or weight_grad "stored"'
+        )
+    return old.add(new, rows_U, same_rows=same_rows)

@@ -60,6 +60,7 @@ class RowOptimizer:
             if word not in known:
                 raise UserError(f"classifier {name} is {word!r}, expected {known[0]!r} or {known[1]!r}")
         self.head, self.lr, self.weight_decay = head, lr, weight_decay
+        head.rows_unread = False
         self.moments, self.lazy = moments, lazy
         self.updates = torch.zeros(head.num_local, dtype=torch.int32, device=head.weight.device)
         # The decay clock: steps, and the sum of log(1 - lr * weight_decay) over them; now, and per row at its last use.
@@ -94,7 +95,7 @@ class RowOptimizer:
     def step(self, grad_scale: float | Tensor = 1.0) -> None:
         """Update the rows of `head.row_grad()`. No host synchronisation.
 
-        With lazy = "decay" every call advances the decay clock, also one without rows.
+        Every call moves `head.step` on by one and, with lazy = "decay", the decay clock, also a call without rows.
 
         Args:
             grad_scale: factor of the gradients, from gradient clipping.
@@ -121,6 +122,7 @@ class RowOptimizer:
 
         if isinstance(self.head, PartialFC):
             self.head.for_each_row_grad(update)
+            self.head.finish_step()
         else:  # any object with rows and their gradients
             update(*self.head.row_grad())
         if self.lazy == "decay":
@@ -209,7 +211,17 @@ class RowOptimizer:
         return gather_state(self.state_rows(), self.head.group)
 
     def load_full_state(self, state: dict[str, Tensor]) -> None:
-        """Load this rank's rows of a `full_state`."""
+        """Load this rank's rows of a `full_state`.
+
+        Raises:
+            UserError: as `load_state_rows`; also for a state of lazy = "decay" where `lazy` is "none".
+        """
+        has, lazy = ("", "decay") if "missed_steps" in state else ("no ", "none")
+        if lazy != self.lazy and "updates" in state:
+            raise UserError(
+                f"the state has {has}'missed_steps', so it is of lazy {lazy!r}, expected {self.lazy!r}: make the "
+                f"optimizer with lazy={lazy!r}"
+            )
         self.load_state_rows(reader_of(state, self.head.num_classes))
 
 

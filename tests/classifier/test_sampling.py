@@ -17,6 +17,7 @@ from megacid.classifier.partial_fc import PartialFC
 from megacid.classifier.sampling import Draw, hash_ids, sample_dims
 from megacid.distributed.parallel import shard_range
 from megacid.errors import UserError
+from megacid_kernels import Weights
 
 
 @pytest.mark.parametrize(
@@ -184,8 +185,21 @@ def refused(kind: str) -> str:
         emb = torch.randn(2, 5)
     if kind == "several" and here:
         target = target[:, None].expand(2, 2)
+    if kind == "requires_grad" and here:
+        emb.requires_grad_()
+    if kind in ("float16", "bfloat16", "float64") and here:
+        emb = emb.to(getattr(torch, kind))
+    if kind == "integer" and here:
+        emb = emb.long()
+    if kind == "evaluation" and here:
+        head.eval()
+    if kind == "step" and here:
+        head.set_step(7)
+    teacher = emb.detach().double() if kind == "teacher" and here else emb.detach()
+    weights = Weights(1.0, 0.5) if kind == "teacher" else Weights()
     try:
-        head(emb, target)
+        with torch.set_grad_enabled(not (kind == "no_grad" and here)):
+            head.discriminate(emb, target, teacher_BD=teacher, weights=weights)
     except UserError as error:
         return str(error)
     return ""
@@ -198,6 +212,20 @@ def refused(kind: str) -> str:
         ("range", "label 40 is out of range", "label 40 is out of range"),
         ("width", "embeddings have shape (2, 5)", "rank 0 has invalid input"),
         ("several", "[2, 1, 1] labels per sample", "[2, 1, 1] labels per sample"),
+        ("integer", "embeddings are torch.int64", "rank 0 has invalid input"),
+        *(
+            (kind, message, message)
+            for kind, message in (
+                ("float16", "dtype of the embeddings: torch.float16 on rank 0, torch.float32 on rank 1"),
+                ("bfloat16", "dtype of the embeddings: torch.bfloat16 on rank 0, torch.float32 on rank 1"),
+                ("float64", "dtype of the embeddings: torch.float64 on rank 0, torch.float32 on rank 1"),
+                ("teacher", "dtype of the teacher embeddings: torch.float64 on rank 0, torch.float32 on rank 1"),
+                ("requires_grad", "requires_grad of the embeddings: yes on rank 0, no on rank 1"),
+                ("no_grad", "grad mode: no on rank 0, yes on rank 1"),
+                ("evaluation", "training mode of the classifier: no on rank 0, yes on rank 1"),
+                ("step", "step: 7 on rank 0, 0 on rank 1"),
+            )
+        ),
     ],
 )
 def test_bad_input_on_one_rank_is_an_error_on_all_without_a_deadlock(kind: str, mine: str, others: str) -> None:

@@ -93,6 +93,18 @@ def assert_near(got: Gradients, expected: Gradients, gate: float, what: str) -> 
 
 
 @on_devices
+@pytest.mark.parametrize("weight_grad", ["stored", "recomputed"])
+def test_zero_rows_under_an_angle_are_those_of_float64(weight_grad: str, device: str) -> None:
+    given = inputs(1, False)
+    x, w, target = (given[name] for name in ("x", "w", "target"))
+    assert x is not None and w is not None and target is not None
+    x[[0, 2]], w[target[[2, 3]].clamp_min(0)], target[3] = 0.0, 0.0, 7
+    exact = call(spec_of("alpha"), in_float64(given))
+    got = call(spec_of("alpha", impl="triton", weight_grad=weight_grad), given, device)
+    assert_near(got, exact, GATES["fp16"], "zero rows")
+
+
+@on_devices
 @pytest.mark.parametrize(
     ("name", "precision"),
     [*((name, "fp16") for name in TERMS), ("all at temperature 2", "bf16"), ("alpha, bias, filter", "fp32")],

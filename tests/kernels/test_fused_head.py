@@ -339,6 +339,24 @@ def test_target_cosines_and_sines_keep_their_digits(width: int, tile: Tile | Non
 
 
 @on_devices
+def test_target_sines_of_all_zero_rows_are_those_of_cosine_0(device: str) -> None:
+    x, w = numbers(4, 33, seed=1), numbers(4, 33, seed=2)
+    x[[0, 1]], w[[1, 2]] = 0.0, 0.0
+    slot, own = torch.arange(4)[:, None], torch.tensor([[True], [True], [True], [True]])
+    inverse = [torch.where(rows.norm(dim=1) > 0, 1 / rows.norm(dim=1), 0.0) for rows in (x, w)]
+
+    def cosines(own: Tensor) -> tuple[Tensor, Tensor]:
+        parts = (x, inverse[0], w, inverse[1], slot, slot, own)
+        cos, sin = target_cosines(*(part.to(device) for part in parts))
+        return cos.cpu(), sin.cpu()
+
+    cos, sin = cosines(own)
+    assert cos[:3].flatten().tolist() == [0.0] * 3 and sin[:3].flatten().tolist() == [1.0] * 3
+    torch.testing.assert_close(cos[3].square() + sin[3].square(), torch.ones(1))
+    assert not any(part.any() for part in cosines(~own)), "a label of another rank"
+
+
+@on_devices
 @pytest.mark.parametrize("scale", [30.0, 64.0, 100.0])
 def test_row_epilogue_is_the_softplus_of_float64(scale: float, device: str) -> None:
     shift = LossSpec(num_classes=10_000_000, scale=scale).shift()

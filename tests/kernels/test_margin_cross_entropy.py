@@ -96,6 +96,52 @@ def test_loss_and_gradients_equal_autograd_for_every_margin(
     assert (got[2][y < 0] == 0).all(), "an unlabelled sample must get exactly no gradient"
 
 
+@pytest.mark.parametrize("weight_grad", ["stored", "recomputed"])
+@pytest.mark.parametrize("margin", MARGINS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_all_zero_rows_follow_the_formula_at_cosine_0(margin: Margin, dtype: torch.dtype, weight_grad: str) -> None:
+    x, _, w, _ = (part.to(dtype).double() for part in make(8, 11, 24))
+    y = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7])
+    x[[0, 1]], w[[1, 2, 9]] = 0.0, 0.0  # a zero sample, both, a zero class, and a zero negative
+    unit_x, unit_w = (torch.nn.functional.normalize(rows, dim=1) for rows in (x, w))
+    cos = unit_x @ unit_w.T
+    target = cos.gather(1, y[:, None])
+    psi, _ = margin.target(target, (1 - target.square()).sqrt())
+    assert not target[:3].any()
+    expected = torch.nn.functional.cross_entropy(16 * cos.scatter(1, y[:, None], psi), y, reduction="none")
+    for sample in range(8):
+        xs, ws = x[[sample]].to(dtype).requires_grad_(), w.to(dtype).requires_grad_()
+        one = linear_margin_cross_entropy(
+            xs, ws, y[[sample]], margin=margin, scale=16.0, weight_grad=weight_grad, impl="torch"
+        )
+        one.backward()
+        torch.testing.assert_close(one.detach().double(), expected[sample], rtol=1e-5, atol=1e-5)
+        assert torch.isfinite(xs.grad).all() and torch.isfinite(ws.grad).all()
+        assert not ws.grad[[1, 2, 9]].any(), "a zero row has no direction to move"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"margin": 0.5}, "margin is 0.5, expected a Margin"),
+        ({"filter_threshold": math.nan}, "filter_threshold is nan"),
+        ({"scale": torch.tensor(64.0, requires_grad=True)}, "scale is a tensor"),
+        ({"scale": torch.tensor(64.0)}, "scale is a tensor"),
+        ({"bias": torch.zeros(11, requires_grad=True)}, "bias requires grad"),
+    ],
+)
+def test_what_gets_no_gradient_or_has_no_meaning_is_refused(options: dict, message: str) -> None:
+    x, _, w, y = make(4, 11, 24)
+    with pytest.raises(ValueError, match=message):
+        linear_margin_cross_entropy(x, w, y, **options)
+    bias = options.pop("bias", None)
+    with pytest.raises(ValueError, match=message):
+        linear_margin_discrimination(x, w, y, LossSpec(num_classes=11, **options), bias=bias)
+    if bias is not None:
+        with torch.no_grad():
+            linear_margin_cross_entropy(x, w, y, bias=bias)
+
+
 @pytest.mark.parametrize("scale", [30.0, 64.0, 100.0])
 @pytest.mark.parametrize("margin", MARGINS, ids=str)
 @pytest.mark.parametrize("shape", [(33, 101, 24), (1, 1, 5), (1, 97, 16), (17, 1, 3), (128, 1000, 64)], ids=str)

@@ -55,7 +55,11 @@ def target_cosines_kernel(
         products += x * w
         differences += (x - w) * (x - w)
         sums += (x + w) * (x + w)
-    sin = tl.sqrt_rn(tl.sum(differences, axis=1)) * tl.sqrt_rn(tl.sum(sums, axis=1)) * 0.5
+    apart = tl.sum(differences, axis=1)
+    along = tl.sum(sums, axis=1)
+    sin = tl.sqrt_rn(apart) * tl.sqrt_rn(along) * 0.5
+    # apart + along is 4 for unit rows, 2 if one of them is zero, 0 if both are: the sine at cosine 0.
+    sin = tl.where(own & (apart + along < 3.0), 1.0, sin)
     tl.store(cos_ptr + pair, tl.sum(products, axis=1), mask=inside)
     tl.store(sin_ptr + pair, sin, mask=inside)
 
@@ -82,7 +86,8 @@ def target_cosines(
         tile: None: `tile_of(D)`.
 
     Returns:
-        (cos, sin), fp32 [b, l], 0 where not own_bl. Neither is clipped: |cos| may exceed 1 by a rounding error.
+        (cos, sin), fp32 [b, l], 0 where not own_bl; 0 and 1 where a row is zero. Neither is clipped: |cos| may exceed 1
+        by a rounding error.
     """
     check_matrix("x", x_bD, (torch.float32,))
     width, shape = x_bD.shape[1], (len(x_bD), slot_bl.shape[-1])
