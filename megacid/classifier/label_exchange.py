@@ -86,6 +86,8 @@ _ANY_KIND = InputKind()
 
 def _find_disagreement(codes: list[int], steps: list[int]) -> str | None:
     """The first difference between the ranks' `InputKind`s."""
+    if len(set(codes)) == len(set(steps)) == 1:
+        return None
     for name, low, bits, meanings, remedy in _AGREED:
         values = [meanings[code >> low & ((1 << bits) - 1)] for code in codes]
         if message := _describe_difference(name, values, remedy):

@@ -81,13 +81,13 @@ def check_sizes(num_classes: int, embed_dim: int, world: int, rates: dict[str, f
 
 @cache
 def refuse_wrappers(head_type: type[nn.Module]) -> None:
-    """Raise UserError when DDP or FSDP later wraps a module with a head that it does not ignore, before it acts."""
+    """From now on, raise UserError when DDP or FSDP wraps a module with a head that it does not ignore."""
 
     def check(parent: nn.Module, _: str, child: nn.Module) -> None:
         wrapper = next((c.__name__ for c in type(parent).__mro__ if c.__name__ in _WRAPPERS), None)
         if wrapper is None:
             return
-        # Both read before the wrapper touches a tensor: names for DDP, modules for FSDP.
+        # DDP ignores names, FSDP modules. DDP registers the module before it overwrites a tensor.
         names = getattr(child, "_ddp_params_and_buffers_to_ignore", ())
         modules = getattr(parent, "_ignored_modules", ())
         for path, module in child.named_modules():

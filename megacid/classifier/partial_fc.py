@@ -287,7 +287,8 @@ class PartialFC(nn.Module):
             input_error = f"the class rows are {self.weight.dtype}, expected torch.float32: do not replace head.weight"
         several = target_B.ndim == 2
         target_Bl = target_B.new_empty(0, 1).long() if input_error else target_B if several else target_B[:, None]
-        kind = InputKind.of(emb_BD, teacher_BD, training=self.training, step=self.step)
+        samples = self.training and min(self.sample_rate, self.feature_rate) < 1
+        kind = InputKind.of(emb_BD, teacher_BD, training=self.training, step=self.step if samples else 0)
         return self._exchange(target_Bl, input_error, draw, self.weight.device, pending_rows, kind)
 
     def _compute(self, step: _Step) -> ForwardGradients:

@@ -233,6 +233,18 @@ def test_bad_input_on_one_rank_is_an_error_on_all_without_a_deadlock(kind: str, 
     assert mine in messages[0] and all(others in message for message in messages[1:])
 
 
+def with_own_steps(options: dict[str, Any], evaluation: bool) -> float:
+    head = PartialFC(40, 4, **options).train(not evaluation)
+    head.set_step(head.class_start)
+    return float(head(torch.ones(2, 4), torch.tensor([1, 30])).detach())
+
+
+def test_ranks_may_differ_in_a_step_number_that_nothing_depends_on() -> None:
+    for options, evaluation in (({}, False), ({"sample_rate": 0.2}, True)):
+        first, second = run_ranks(with_own_steps, 2, options, evaluation)
+        assert first == second
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
