@@ -101,6 +101,17 @@ def _check_precision_and_zero(config: dict[str, Any]) -> None:
             raise UserError(f'"data_types.{key}" is "{data_type}" but bf16 is not enabled: remove it, or enable bf16')
     if bf16 and not is_bf16(config.get("data_types", {}).get("param_dtype", "bf16")):
         raise UserError('"data_types.param_dtype" is fp32 but bf16 is enabled: remove one of the two')
+    if bf16 and stage == 1 and not is_bf16(config.get("data_types", {}).get("grad_accum_dtype", "bf16")):
+        raise UserError(
+            '"data_types.grad_accum_dtype" is fp32 with bf16 at "zero_optimization.stage" 1, where DeepSpeed does not '
+            "tell the gradient norm: use stage 2"
+        )
+    for key in ("offload_param", "offload_optimizer"):
+        offload = config.get("zero_optimization", {}).get(key, {})
+        if offload.get("device") == "nvme" and "nvme_path" not in offload:
+            raise UserError(
+                f'"zero_optimization.{key}.nvme_path" is missing: write the directory for the device "nvme"'
+            )
     reduction = config.get("gradient_allreduce_op", "mean")
     if reduction not in ("mean", "sum"):
         raise UserError(f'"gradient_allreduce_op" is {reduction!r}, expected "mean" or "sum"')
@@ -111,9 +122,6 @@ def _check_precision_and_zero(config: dict[str, Any]) -> None:
 def _complete_batches(config: dict[str, Any], world: int) -> dict[str, Any]:
     """Compute the missing ones of the three batch sizes."""
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    for name in names:
-        if name in config and config[name] < 1:
-            raise UserError(f'"{name}" is {config[name]!r}, expected an integer >= 1')
     total: int | None
     micro: int | None
     total, micro, accumulation = (config.get(name) for name in names)

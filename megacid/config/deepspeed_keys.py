@@ -14,10 +14,10 @@ from megacid.errors import UserError, nearest
 
 ZERO_KEYS = {
     "integer": """
-        stage reduce_bucket_size allgather_bucket_size sub_group_size stage3_max_live_parameters
-        stage3_max_reuse_distance stage3_prefetch_bucket_size stage3_param_persistence_threshold
-        stage3_model_persistence_threshold stage3_module_granularity_threshold zero_hpz_partition_size
+        stage stage3_max_live_parameters stage3_max_reuse_distance stage3_prefetch_bucket_size
+        stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_module_granularity_threshold
     """,
+    "integer above 0": "reduce_bucket_size allgather_bucket_size sub_group_size zero_hpz_partition_size",
     "flag": """
         contiguous_gradients reduce_scatter allgather_partitions stage3_gather_16bit_weights_on_model_save
         round_robin_gradients ignore_unused_parameters use_multi_rank_bucket_allreduce allgather_sequential
@@ -29,8 +29,11 @@ ZERO_KEYS = {
 # Block -> kind of value -> keys. "" is the run file itself; the keys of optimizer.params depend on the type.
 BLOCKS = {
     "": {
-        "integer": "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps steps_per_print",
-        "number": "gradient_clipping gradient_predivide_factor",
+        "integer above 0": """
+            train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps steps_per_print
+        """,
+        "number": "gradient_clipping",
+        "number above 0": "gradient_predivide_factor",
         "flag": "prescale_gradients wall_clock_breakdown dump_state memory_breakdown disable_allgather",
         "text": "gradient_allreduce_op",
         "data type": "communication_data_type seq_parallel_communication_data_type",
@@ -41,14 +44,14 @@ BLOCKS = {
     "optimizer": {"text": "type", "block": "params"},
     "bf16": {"flag": "enabled immediate_grad_update check_grad_overflow"},
     "fp16": {"flag": "enabled"},
-    "torch_autocast": {"flag": "enabled", "data type": "dtype", "list": "lower_precision_safe_modules"},
+    "torch_autocast": {"flag": "enabled", "data type": "dtype"},
     "data_types": {"data type": "grad_accum_dtype param_dtype buffer_dtype"},
     "zero_optimization": ZERO_KEYS,
     "zero_optimization.offload_param": {
         "device": "device", "text": "nvme_path", "integer": "buffer_count buffer_size max_in_cpu", "flag": "pin_memory",
     },
     "zero_optimization.offload_optimizer": {
-        "device": "device", "text": "nvme_path", "integer": "buffer_count", "number": "ratio",
+        "device": "device", "text": "nvme_path", "integer": "buffer_count", "fraction": "ratio",
         "flag": "pin_memory pipeline_read pipeline_write fast_init",
     },
     "flops_profiler": {
@@ -57,7 +60,8 @@ BLOCKS = {
     },
     "comms_logger": {"flag": "enabled prof_all verbose debug", "list": "prof_ops"},
     "aio": {
-        "integer": "block_size queue_depth intra_op_parallelism", "flag": "single_submit overlap_events use_gds",
+        "integer above 0": "block_size queue_depth intra_op_parallelism",
+        "flag": "single_submit overlap_events use_gds",
     },
     "timers": {"block": "throughput"},
     "timers.throughput": {"flag": "enabled synchronized"},
@@ -88,7 +92,10 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "flag or null": (lambda v: v is None or isinstance(v, bool), "true, false or null"),
     "integer": (_is_integer, "an integer >= 0"),
     "integer or -1": (lambda v: _is_integer(v) or v == -1, "an integer >= 0, or -1"),
+    "integer above 0": (lambda v: _is_integer(v) and v >= 1, "an integer >= 1"),
     "number": (_is_number, "a number >= 0"),
+    "fraction": (lambda v: _is_number(v) and v <= 1, "a number from 0 to 1"),
+    "number above 0": (lambda v: _is_number(v) and v > 0, "a number > 0"),
     "pair": (
         lambda v: isinstance(v, list) and len(v) == 2 and all(_is_number(x) and x < 1 for x in v),
         "a list of two numbers >= 0 and < 1",
@@ -118,7 +125,7 @@ def check_block(block: dict[str, Any], optimizer: str, path: str = "") -> dict[s
         path: of the block, dotted; "" for the run file.
 
     Returns:
-        The block without null blocks, and with integers where the file has floats such as 5e8.
+        The block without null blocks, with integers for floats such as 5e8 and the reverse where DeepSpeed needs them.
 
     Raises:
         UserError: a key is unknown, or a value is of another type than DeepSpeed expects.
@@ -140,7 +147,13 @@ def check_block(block: dict[str, Any], optimizer: str, path: str = "") -> dict[s
             raise UserError(_invalid_value(full, value, expected))
         if kind == "block":
             value = check_block(value, optimizer, full)
-        checked[key] = int(value) if kind.startswith("integer") else value
+        elif kind.startswith("integer"):
+            value = int(value)
+        elif kind.startswith("number"):
+            value = float(value)
+        elif kind == "pair":
+            value = [float(x) for x in value]
+        checked[key] = value
     return checked
 
 

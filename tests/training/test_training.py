@@ -188,7 +188,7 @@ REFUSED_BEFORE_DATA: dict[str, tuple[dict[str, Any], str]] = {
     "zero as a flag": ({"zero_optimization": True}, 'is true, expected a block {...}: write {"stage": 1}'),
     "zero as a number": ({"zero_optimization": 2}, 'is 2, expected a block {...}: write {"stage": 2}'),
     "zero as text": ({"zero_optimization": "2"}, 'is "2", expected a block'),
-    "quoted batch": ({"train_batch_size": "8"}, 'is "8", expected an integer >= 0: remove the quotes'),
+    "quoted batch": ({"train_batch_size": "8"}, 'is "8", expected an integer >= 1: remove the quotes'),
     "quoted stage": ({"zero_optimization": {"stage": "1"}}, "expected an integer >= 0: remove the quotes"),
     "quoted rate": ({"optimizer": {"type": "AdamW", "params": {"lr": "1e-4"}}}, "a number >= 0: remove the quotes"),
     "quoted decay": ({"optimizer": {"type": "AdamW", "params": {"lr": 1, "betas": ["0.9", 0.9]}}}, "two numbers"),
@@ -214,7 +214,16 @@ REFUSED_BEFORE_DATA: dict[str, tuple[dict[str, Any], str]] = {
     "a list for its type": ({"optimizer": {"type": ["AdamW"]}}, '"optimizer" is {"type": ["AdamW"]}'),
     "null for a flag": ({"bf16": {"enabled": None}}, '"bf16.enabled" is null, expected true or false'),
     "a number for a flag": ({"wall_clock_breakdown": 1}, "expected true or false"),
-    "beyond 64 bits": ({"zero_optimization": {"reduce_bucket_size": 1e300}}, "expected an integer >= 0"),
+    "no reports": ({"steps_per_print": 0}, '"steps_per_print" is 0, expected an integer >= 1'),
+    "an empty bucket": ({"zero_optimization": {"reduce_bucket_size": 0}}, "is 0, expected an integer >= 1"),
+    "division by zero": ({"gradient_predivide_factor": 0}, "is 0, expected a number > 0"),
+    "nvme without a place": ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "nvme_path"),
+    "bf16 accumulated in fp32": (
+        {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+        "use stage 2",
+    ),
+    "modules to import": ({"torch_autocast": {"lower_precision_safe_modules": ["os.system"]}}, "is unknown, or not"),
+    "beyond 64 bits": ({"zero_optimization": {"reduce_bucket_size": 1e300}}, "expected an integer >= 1"),
     "a mistyped block": ({"optimiser": {}}, 'did you mean "optimizer"'),
 }  # fmt: skip
 
@@ -243,6 +252,12 @@ def test_fp32_and_bf16_and_the_usual_keys_of_deepspeed_are_accepted(keys: dict[s
     zero = checked.get("zero_optimization", {})
     assert zero.get("reduce_bucket_size") in (None, 500_000_000) and type(zero.get("reduce_bucket_size")) is not float
     assert None not in (checked.get("bf16", {}), zero.get("offload_param", {}))
+
+
+def test_whole_numbers_for_rates_become_floats_as_torch_needs_them() -> None:
+    optimizer = {"type": "AdamW", "params": {"lr": 1, "betas": [0, 0.9], "eps": 0}}
+    params = lint_deepspeed({"train_batch_size": 8, **OPTIMIZER, "optimizer": optimizer}, 4)["optimizer"]["params"]
+    assert [type(x) for x in (params["lr"], params["eps"], *params["betas"])] == [float] * 4
 
 
 def test_every_zero_key_of_a_run_file_is_one_of_the_installed_deepspeed() -> None:
