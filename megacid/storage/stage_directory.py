@@ -3,6 +3,7 @@
     OUT/settings.json   the arguments and inputs that decide the result; written first
     OUT/.work/          partial results of an unfinished stage
     OUT/meta.json       written last: its presence says that the stage is complete
+    OUT/.lock           locked by the first rank while it writes, so a second tool on the same directory is refused
 
 One rule for all tools: the same command continues an interrupted stage, and repairs or keeps a finished one. A
 directory that was started with other arguments or inputs is refused; nothing in it is touched.
@@ -24,11 +25,12 @@ import numpy as np
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.storage.atomic import disk_errors, read_json, remove_temporary_files, write_json_atomic, write_text
+from megacid.storage.directory_lock import DirectoryLock
 from megacid.storage.metadata import read_meta, write_meta
 from megacid.storage.npy import read_array, write_array
 
 log = logging.getLogger(__name__)
-WORK = ".work"
+WORK, LOCK = ".work", ".lock"
 
 
 class StageDirectory:
@@ -53,6 +55,7 @@ class StageDirectory:
         self.path, self.made_by, self.arguments, self.notes = path, made_by, arguments, notes or {}
         self.command = command or f"tools/{made_by}.py"
         self.work = PartialResults(path, arguments)
+        self._lock: DirectoryLock | None = None
 
     def finished(self) -> dict[str, Any] | None:
         """meta.json of a finished stage; None where there is none, or a damaged one (with a warning).
@@ -64,8 +67,16 @@ class StageDirectory:
         return finished_meta(self.path, self.made_by)
 
     def begin(self) -> None:
-        """Make the directory, remove temporary files and meta.json, record the arguments. Raises as `finished`."""
-        stored = self._check()
+        """Make and lock the directory, remove temporary files and meta.json, record the arguments.
+
+        Raises:
+            UserError: as `finished`, or another process writes to the directory.
+        """
+        self._check()
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = DirectoryLock(self.path / LOCK, str(self.path), "take another output directory")
+        stored = self._check()  # another process may have finished in the meantime
         for name, value in self.notes.items():
             if stored and stored.get(name) != value:
                 log.warning(
@@ -73,7 +84,6 @@ class StageDirectory:
                     *(self.path, name, stored.get(name), value),
                 )
         with disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
             remove_temporary_files(self.path)
             settings = {"made_by": self.made_by, **self.arguments, **self.notes}
             write_json_atomic(self.path / "settings.json", stored or settings)
@@ -91,6 +101,8 @@ class StageDirectory:
             write_meta(self.path, self.made_by, source, **facts)
         failpoint(f"{self.made_by}:after_meta")
         self.remove_partial_results()
+        if self._lock is not None:
+            self._lock.release()
 
     def remove_partial_results(self) -> None:
         """Remove what only an unfinished stage needs."""
@@ -107,7 +119,7 @@ class StageDirectory:
                 raise UserError(f"{path} is damaged, expected the arguments of {self.command}: {remedy}")
             if (self.path / "meta.json").exists() and read_meta(self.path).get("made_by") == self.made_by:
                 raise UserError(f"{self.path} was written by an earlier version of {self.command}: {remedy}")
-            if self.path.is_dir() and any(not entry.name.startswith(".tmp-") for entry in self.path.iterdir()):
+            if self.path.is_dir() and any(not entry.name.startswith((".tmp-", LOCK)) for entry in self.path.iterdir()):
                 raise UserError(f"{self.path} is not empty and was not made by {self.command}: {remedy}")
             return None
         for name, value in {"made_by": self.made_by, **json.loads(json.dumps(self.arguments))}.items():
@@ -120,10 +132,14 @@ class StageDirectory:
 
 @contextlib.contextmanager
 def staged_folder(out: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `out` that replaces `out` when the block ends without an error.
+    """Yield a hidden folder next to `out` that replaces `out` when the block ends without an error.
 
-    Removes the hidden folders of killed runs. Raises UserError when the disk is full or not writable.
+    Removes the hidden folders of killed runs. Raises UserError when the disk is full or not writable, or another
+    process is writing the same folder.
     """
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = DirectoryLock(out.with_name(f".{out.name}{LOCK}"), str(out), "take another output directory")
     for left in out.parent.glob(f".{out.name}.tmp-*"):
         with contextlib.suppress(ValueError, PermissionError):
             try:
@@ -142,6 +158,7 @@ def staged_folder(out: Path) -> Iterator[Path]:
             os.replace(stage, out)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+            lock.release()
 
 
 def finished_meta(out: Path, tool: str) -> dict[str, Any] | None:

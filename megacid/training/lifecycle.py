@@ -3,54 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from megacid.distributed.collectives import Group
 from megacid.distributed.consensus import any_rank
 from megacid.distributed.parallel import launched
-from megacid.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError, printable
-from megacid.storage.atomic import open_owned
+from megacid.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
+from megacid.storage.directory_lock import DirectoryLock
 
-_HOLDER = "process"
 _FORWARDED_S = 2.0  # torchrun and DeepSpeed pass a Ctrl-C on to ranks that the terminal has signalled already
 
 
-class RunLock:
-    """An exclusive lock on a run directory. The kernel releases it when the process ends for any reason."""
+class RunLock(DirectoryLock):
+    """An exclusive lock on a run directory."""
 
     def __init__(self, directory: Path) -> None:
         """Raises UserError when the directory cannot be created or another process holds the lock."""
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._file: IO[str] = os.fdopen(
-                open_owned(directory / ".lock", os.O_RDWR | os.O_CREAT), "r+", errors="replace"
-            )
+            super().__init__(directory / ".lock", f"the run directory {directory}", "choose another run.name")
         except OSError as error:
             raise UserError(
                 f"cannot write to the run directory {directory} ({error.strerror}): correct run.dir or its permissions"
             ) from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = printable(self._file.read(200).strip()) or "another process"
-            raise UserError(
-                f"the run directory {directory} is in use by {holder}: wait for it, or choose another run.name"
-            ) from None
-        if self._file.read(len(_HOLDER)) not in ("", _HOLDER):  # a hard link to a file of something else
-            raise UserError(f"{directory / '.lock'} was not written by a run: remove it")
-        with contextlib.suppress(OSError):  # on a full disk the lock holds without the name of its holder
-            os.ftruncate(self._file.fileno(), 0)
-            os.pwrite(self._file.fileno(), f"{_HOLDER} {os.getpid()} on {socket.gethostname()}".encode(), 0)
-
-    def release(self) -> None:
-        self._file.close()
 
 
 class Lifecycle:

@@ -71,11 +71,26 @@ def test_a_hard_link_for_the_lock_is_not_overwritten(run: Path) -> None:
     untouched(run)
 
 
+def refusal_in_another_process(run: Path) -> str:
+    reader, writer = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            RunLock(run)
+        except UserError as error:
+            os.write(writer, str(error).encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(pid, 0)
+    with open(reader) as file:
+        return file.read()
+
+
 def test_the_lock_of_an_earlier_start_is_taken_over(run: Path) -> None:
     for _ in range(2):
         lock = RunLock(run)
-        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
-            RunLock(run)
+        assert refusal_in_another_process(run).startswith(
+            f"the run directory {run} is in use by process {os.getpid()} on "
+        )
         lock.release()
 
 
