@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from megacid.errors import UserError
-from megacid.offline.balance.linking import UnitRows, cosine_bound
+from megacid.offline.balance.linking import UnitRows, near_pairs
 from megacid.offline.rows import Rows
 
 MOST_SHOWN = 500  # samples of a cluster that is drawn; all their pairs are computed
@@ -66,8 +66,8 @@ def cluster_process(
             "--cluster"
         )
     x_MD = UnitRows(image, rows, torch.device("cpu"))[:]
-    near = (x_MD @ x_MD.T > cosine_bound(threshold)).numpy()
-    a, b = np.nonzero(np.triu(near, 1))
+    a, b = near_pairs(x_MD, x_MD, threshold)
+    a, b = a[b > a], b[b > a]
     values = x_MD.double().numpy()
     values -= values.mean(0)
     u, s, _ = np.linalg.svd(values, full_matrices=False)

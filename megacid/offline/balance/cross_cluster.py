@@ -27,12 +27,11 @@ from torch import Tensor
 from megacid.failpoints import failpoint
 from megacid.offline.balance import linking
 from megacid.offline.balance.context import BalanceContext
-from megacid.offline.balance.linking import Link, LinkOptions, UnitRows, find, union, union_near
+from megacid.offline.balance.linking import ROUNDING, Link, LinkOptions, UnitRows, find, union, union_near
 from megacid.offline.nearest import pad_rows, tile_rows
 
 log = logging.getLogger(__name__)
 _SLACK = 4e-3  # rows were assigned as float16 of nearly length 1, and the products were rounded
-_ROUNDING = 1e-5  # of a product of two unit vectors in fp32
 _MANY_LINKS = 4096  # of one pair of clusters, from which removing duplicates at once saves memory
 CHUNK_ROWS = 1 << 16  # samples in one partial result of the candidates; a multiple of a tile
 
@@ -78,7 +77,7 @@ def candidate_clusters(context: BalanceContext, rows: np.ndarray, label: np.ndar
         for column in range(top):
             other = near_TM[:, column]
             normal = c_KD[own] - c_KD[other]
-            most = half_K[own] - half_K[other] + normal.norm(dim=1) * (threshold + _SLACK) + _ROUNDING
+            most = half_K[own] - half_K[other] + normal.norm(dim=1) * (threshold + _SLACK) + ROUNDING
             possible = ((normal * x_TD).sum(1) <= most) & (other != own)
             parts.append(np.stack([rows[which][possible.cpu().numpy()], other[possible].cpu().numpy()], axis=1))
     return np.concatenate(parts)

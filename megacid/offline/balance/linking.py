@@ -26,12 +26,55 @@ from megacid.offline.nearest import prepare
 from megacid.offline.rows import Rows
 
 Link = Literal["components", "greedy"]
+ROUNDING = 1e-5  # of a product of two unit vectors in fp32
+_EXACT_PAIRS = 4096  # distances computed at once: their rows take some 30 MB
 PANEL_BYTES = 1 << 29  # memory of two panels, including the copies made while one is read
 
 
-def cosine_bound(threshold: float) -> float:
-    """The cosine above which two unit vectors are nearer than the Euclidean distance `threshold`."""
-    return 1.0 - threshold * threshold / 2.0
+def near_pairs(x_BD: Tensor, y_ND: Tensor, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns, int64 each, of the pairs of unit vectors nearer than `threshold`, in row-major order.
+
+    |x - y| < t is x . y > 1 - t^2 / 2, but a rounded product cannot tell distances near 0 apart: pairs within its
+    rounding of the bound are decided by |x - y|^2.
+    """
+    cos_BN, bound = x_BD @ y_ND.T, 1.0 - threshold * threshold / 2.0
+    at = np.flatnonzero((cos_BN > bound - ROUNDING).cpu().numpy())  # faster than nonzero of a matrix
+    rows = at // len(y_ND)
+    columns = at - rows * len(y_ND)
+    cos = cos_BN.view(-1)[torch.from_numpy(at).to(cos_BN.device)].cpu().numpy()
+    near = cos > bound + ROUNDING
+    unsure = np.flatnonzero(~near)
+    if len(unsure):
+        near[unsure] = _squared_distances(x_BD, y_ND, rows[unsure], columns[unsure]) < threshold * threshold
+    return rows[near], columns[near]
+
+
+def _squared_distances(x_BD: Tensor, y_ND: Tensor, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """|x - y|^2 of pairs of rows, float64 [pairs], of the rows normalised in float64."""
+    # Every pair of many copies of one image is in question: each pair of different rows is computed once.
+    x_number, x_first = _distinct(x_BD, rows)
+    y_number, y_first = _distinct(y_ND, columns)
+    pair, place = np.unique(x_number * len(y_first) + y_number, return_inverse=True)
+    a, b = x_first[pair // len(y_first)], y_first[pair % len(y_first)]
+    out = np.empty(len(pair))
+    for low in range(0, len(pair), _EXACT_PAIRS):
+        part = slice(low, low + _EXACT_PAIRS)
+        x, y = (
+            torch.nn.functional.normalize(side[torch.from_numpy(which[part]).to(side.device)].double(), dim=1)
+            for side, which in ((x_BD, a), (y_ND, b))
+        )
+        out[part] = (x - y).pow(2).sum(1).cpu().numpy()
+    return out[place]
+
+
+def _distinct(x_BD: Tensor, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(number of the distinct row, int64 [pairs]; a row of each number, int64) of some rows that may be bit-equal."""
+    which, place = np.unique(rows, return_inverse=True)
+    values = x_BD[torch.from_numpy(which).to(x_BD.device)].cpu().numpy()
+    _, first, number = np.unique(
+        values.view(np.dtype((np.void, values.strides[0])))[:, 0], return_index=True, return_inverse=True
+    )
+    return number[place], which[first]
 
 
 def panel_rows(dim: int, block: int, budget: int | None = None) -> int:
@@ -54,10 +97,7 @@ class LinkOptions:
 
     def near(self, x_BD: Tensor, y_ND: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns, int64 each, of the linked pairs of two blocks, in row-major order."""
-        near_BN = (x_BD @ y_ND.T > cosine_bound(self.threshold)).cpu().numpy()
-        at = np.flatnonzero(near_BN)  # faster than nonzero of a matrix
-        rows = at // near_BN.shape[1]
-        return rows, at - rows * near_BN.shape[1]
+        return near_pairs(x_BD, y_ND, self.threshold)
 
 
 class UnitRows:

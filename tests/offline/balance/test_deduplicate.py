@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from balance_data import brute_components, brute_greedy, decided, unit_rows
+from balance_data import brute_components, brute_greedy, decided, labelled, unit_rows
 from harness import run_ranks
 
 from megacid.errors import UserError
 from megacid.offline.balance import within_cluster
 from megacid.offline.balance.clusters import group_by_cluster
 from megacid.offline.balance.context import BalanceSettings, part_bounds
-from megacid.offline.balance.linking import LinkOptions, representatives
+from megacid.offline.balance.linking import LinkOptions, near_pairs, representatives
 from megacid.offline.balance.report import planted_report, power_histogram, subset_array
 from megacid.offline.rows import ArrayRows
 from megacid.storage.stage_directory import PartialResults
@@ -213,3 +213,55 @@ def test_histogram_of_sizes() -> None:
 def test_settings_are_checked(change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         BalanceSettings(**change)
+
+
+def exact_near(x: np.ndarray, threshold: float) -> np.ndarray:
+    x = x.astype(np.float64)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    return np.linalg.norm(x[:, None] - x[None], axis=2) < threshold
+
+
+@pytest.mark.parametrize("link", ["components", "greedy"])
+@pytest.mark.parametrize("threshold", [1e-6, 1e-4, 3e-4, 1e-3, 4e-3])
+@pytest.mark.parametrize(("dim", "block"), [(768, 64), (512, 1000), (17, 7)])
+def test_bit_identical_copies_are_found_at_a_threshold_near_zero(
+    link: str, threshold: float, dim: int, block: int
+) -> None:
+    x = unit_rows(40, dim, 3).numpy().astype(np.float16)
+    copies = np.concatenate([np.repeat(x[:1], 200, axis=0), np.repeat(x[1:20], 3, axis=0), x[20:]])
+    copies = copies[np.random.default_rng(0).permutation(len(copies))]
+    rows = ArrayRows(copies)
+    label = np.zeros(len(copies), np.int32)
+    decision = decided(
+        rows, group_by_cluster(label, np.arange(len(copies)), 1), BalanceSettings(threshold=threshold, link=link)
+    )
+    _, first, group = np.unique(copies, axis=0, return_index=True, return_inverse=True)
+    np.testing.assert_array_equal(decision.representative, first[group.reshape(-1)])
+
+
+@pytest.mark.parametrize("threshold", [2e-4, 1e-3, 3e-3, 0.01, 0.3, 2.0])
+def test_near_pairs_equal_float64_distances_of_the_rows(threshold: float) -> None:
+    rng = np.random.default_rng(2)
+    base = unit_rows(30, 64, 4).numpy()
+    noise = rng.standard_normal((10, 30, 64)) * threshold * rng.uniform(0, 0.2, (10, 30, 1))
+    x = torch.nn.functional.normalize(torch.from_numpy((base + noise).reshape(-1, 64)).float(), dim=1)
+    near = np.zeros((300, 300), bool)
+    near[near_pairs(x, x, threshold)] = True
+    expected = exact_near(x.numpy(), threshold)
+    np.testing.assert_array_equal(near, expected)
+    assert expected.sum() > 300
+
+
+def test_copies_in_neighbouring_clusters_are_found_at_a_threshold_near_zero() -> None:
+    x = unit_rows(200, 256, 7).numpy().astype(np.float16)
+    copies = np.concatenate([x, x])
+    label, centroids = labelled(x.astype(np.float16), 6)
+    label = np.concatenate([label, label])
+    # Copies on both sides of a border: the second centroid is the nearest one, moved by less than a row's rounding.
+    centroids = np.concatenate([centroids, centroids + 1e-6])
+    label[200:] += 6
+    clusters = group_by_cluster(label, np.arange(400), 12)
+    for link in ("components", "greedy"):
+        settings = BalanceSettings(threshold=1e-4, neighbor_clusters=1, link=link)
+        decision = decided(ArrayRows(copies), clusters, settings, centroids=centroids)
+        np.testing.assert_array_equal(decision.representative, np.tile(np.arange(200), 2))
