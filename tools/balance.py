@@ -23,13 +23,13 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
-from tqdm import tqdm
-
 import checkout  # noqa: F401  import paths of a plain checkout
+from argtypes import ToolParser, natural, positive, real, seed_number, share_of_all
 from megacid.data.index import load_index
 from megacid.distributed.parallel import Parallel, accept_launcher_arguments
+from megacid.distributed.progress import progress_bar
 from megacid.distributed.stopping import Progress, StartProgress, StopRequest, run_stage
-from megacid.errors import UserError, run_tool
+from megacid.errors import run_tool
 from megacid.offline.balance.context import BalanceSettings
 from megacid.offline.balance.reshard import reshard
 from megacid.offline.balance.stage import balance
@@ -39,7 +39,7 @@ COLLECTIVE_TIMEOUT_S = 7200.0  # clusters are divided by an estimate of their co
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     add = parser.add_argument
     add("--embeddings", required=True, type=Path, metavar="DIR", help="directory written by tools/embed.py")
     add("--clusters", required=True, type=Path, metavar="DIR", help="directory written by tools/cluster.py")
@@ -47,10 +47,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--shards", type=Path, metavar="DIR", help="the tars (default: where tools/embed.py read them)")
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument(
-        "--target-keep", type=float, metavar="SHARE", help="share of samples to keep; searches the threshold"
+        "--target-keep", type=share_of_all, metavar="SHARE", help="share of samples to keep; searches the threshold"
     )
     goal.add_argument(
-        "--threshold", type=float, help="Euclidean distance of normalised embeddings below which a pair is linked"
+        "--threshold", type=real(0, 2), help="Euclidean distance of unit embeddings below which a pair is linked"
     )
     add(
         "--link",
@@ -66,24 +66,24 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="which sample of a group is kept: nearest to the centroid (default), farthest from it, any, or the one "
         "with the best image-text cosine",
     )
-    add("--cap", type=int, metavar="N", help="samples kept per cluster, at most (default: no limit)")
+    add("--cap", type=positive, metavar="N", help="samples kept per cluster, at most (default: no limit)")
     add(
         "--neighbor-clusters",
-        type=int,
+        type=natural,
         default=0,
         metavar="M",
         help="also compare every sample with the M other clusters whose centroids are nearest to it: copies can lie on "
         "both sides of a border (default 0; 4 finds nearly all)",
     )
-    add("--seed", type=int, default=0, help="of --keep random and of the threshold search (default 0)")
+    add("--seed", type=seed_number, default=0, help="of --keep random and of the threshold search (default 0)")
     add(
         "--search-rows",
-        type=int,
+        type=positive,
         default=200_000,
         metavar="N",
         help="samples, in whole clusters, on which --target-keep searches the threshold (default 200000)",
     )
-    add("--block", type=int, default=1024, metavar="N", help="rows of one block of pairwise products (default 1024)")
+    add("--block", type=positive, default=1024, metavar="N", help="rows of one block of products (default 1024)")
     add(
         "--reshard",
         type=Path,
@@ -91,22 +91,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="also copy the kept samples to new tars in DIR, with sizes.json; the embeddings and labels of the whole "
         "set can be used with them",
     )
-    add("--gallery-groups", type=int, default=40, metavar="N", help="groups shown in gallery.html (default 40)")
+    add("--gallery-groups", type=natural, default=40, metavar="N", help="groups shown in gallery.html (default 40)")
     accept_launcher_arguments(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    if args.gallery_groups < 0:
-        raise UserError(f"--gallery-groups is {args.gallery_groups}, expected 0 or more")
     settings = BalanceSettings(**{field.name: getattr(args, field.name) for field in fields(BalanceSettings)})
     return run_stage(lambda parallel, stop: run(args, settings, parallel, stop), args.out, COLLECTIVE_TIMEOUT_S)
 
 
 @contextmanager
-def progress_bar(name: str, unit: str, parallel: Parallel, stop: StopRequest) -> Iterator[StartProgress]:
-    with tqdm(unit=unit, desc=name, disable=not parallel.is_first, unit_scale=True) as bar:
+def report_progress(name: str, unit: str, parallel: Parallel, stop: StopRequest) -> Iterator[StartProgress]:
+    with progress_bar(name, unit, enabled=parallel.is_first) as bar:
 
         def start_progress(total: int) -> Progress:
             bar.reset(-(-total // parallel.world))
@@ -116,7 +114,7 @@ def progress_bar(name: str, unit: str, parallel: Parallel, stop: StopRequest) ->
 
 
 def run(args: argparse.Namespace, settings: BalanceSettings, parallel: Parallel, stop: StopRequest) -> None:
-    with progress_bar("balance", "row", parallel, stop) as start:
+    with report_progress("balance", "row", parallel, stop) as start:
         balance(
             args.embeddings,
             args.clusters,
@@ -129,7 +127,7 @@ def run(args: argparse.Namespace, settings: BalanceSettings, parallel: Parallel,
         )
     if args.reshard is not None:
         shards = args.shards or read_meta(args.out, expect="balance")["source"]["shards"]
-        with progress_bar("reshard", "sample", parallel, stop) as start:
+        with report_progress("reshard", "sample", parallel, stop) as start:
             meta = reshard(args.out, load_index(shards), args.reshard, parallel, start_progress=start)
         if parallel.is_first:
             print(f"{args.reshard}: {meta['kept']:,} samples in {len(meta['bytes']):,} tars")

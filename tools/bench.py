@@ -23,6 +23,7 @@ import sys
 import torch
 
 import checkout  # noqa: F401  import paths of a plain checkout
+from argtypes import ToolParser
 from benchmarks.suite import Suite, add_shared_arguments, describe_machine, print_comparison, print_limits, read_report
 from megacid.errors import UserError, run_tool
 from megacid.storage.atomic import write_json_atomic
@@ -43,20 +44,18 @@ MODULES = {
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Suite]:
     """(arguments, suite). Only the chosen suite is imported: some need packages that others do not."""
-    only_suite = argparse.ArgumentParser(add_help=False)
+    only_suite = ToolParser(add_help=False)
     only_suite.add_argument("--suite", choices=tuple(MODULES))
     name = only_suite.parse_known_args(argv)[0].suite
     suite = importlib.import_module(f"benchmarks.{MODULES[name]}") if name else None
     text = __doc__ if suite is None else f"{__doc__}\n{name}: {suite.HELP}"
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=text)
     parser.add_argument("--suite", required=True, choices=tuple(MODULES))
     add_shared_arguments(parser)
     if suite is not None:
         suite.add_arguments(parser)
     args = parser.parse_args(argv)
     assert suite is not None  # --suite is required
-    if args.threads < 1:
-        raise UserError(f"--threads is {args.threads}, expected at least 1: leave it out for the default")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but torch finds no GPU: use --device cpu, or a torch with CUDA")
     if args.device == "cuda" and args.clock == "cpu":

@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import checkout  # noqa: F401  import paths of a plain checkout
+from argtypes import ToolParser
 from megacid.checkpoint import store
 from megacid.checkpoint.state import CheckpointReader
 from megacid.classifier.initialization import load_rows, shape_of
+from megacid.distributed.progress import progress_bar
 from megacid.errors import UserError, run_tool
 from megacid.evaluate.export import checkpoint_of
 from megacid.storage.atomic import atomic_path
@@ -105,7 +106,7 @@ def write_rows(out: Path, shape: tuple[int, int], read: Callable[[int, int], np.
     """Write the float32 [C, D] rows that read(start, stop) returns to the .npy file `out`, atomically."""
     if out.suffix != ".npy":
         raise UserError(f"--out is {out}, expected a name that ends in .npy")
-    with atomic_path(out) as temporary, tqdm(total=shape[0], unit="class") as bar:
+    with atomic_path(out) as temporary, progress_bar(out.name, "class", shape[0]) as bar:
         rows = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
         for start in range(0, shape[0], BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, shape[0])
@@ -132,7 +133,7 @@ def import_(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, call, text in (
         ("list", list_, "verify and list every checkpoint of a run; exit code 1 when one is invalid"),

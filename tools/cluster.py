@@ -15,12 +15,13 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import checkout  # noqa: F401  import paths of a plain checkout
+from argtypes import ToolParser, natural, positive, real, seed_number
 from megacid.distributed.consensus import fail_together
 from megacid.distributed.parallel import Parallel, accept_launcher_arguments
+from megacid.distributed.progress import progress_bar
 from megacid.distributed.stopping import StopRequest, run_stage
 from megacid.errors import run_tool
 from megacid.offline.cluster.cost import describe_cost
@@ -33,11 +34,12 @@ PLUS_PLUS_K = 4096  # up to this many clusters a flat k-means++ takes no longer 
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--embeddings", required=True, type=Path, help="directory written by tools/embed.py")
-    parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="directory to write or continue")
+    parser = ToolParser(description=__doc__)
+    add = parser.add_argument
+    add("--embeddings", required=True, type=Path, help="directory written by tools/embed.py")
+    add("--out", required=True, type=Path, metavar="OUT", help="directory to write or continue")
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--k", type=int, help="number of clusters")
+    task.add_argument("--k", type=positive, help="number of clusters")
     task.add_argument(
         "--assign-only",
         type=Path,
@@ -45,51 +47,47 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="assign labels from the centroids of this finished directory; of the options below only --backend and "
         "--top-labels apply",
     )
-    parser.add_argument("--iterations", type=int, default=20, help="hierarchical: of each level (default 20)")
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=0.0,
-        help="stop when the objective improves by less than this fraction (default 0: never)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default 0)")
-    parser.add_argument(
+    add("--iterations", type=positive, default=20, help="hierarchical: of each level (default 20)")
+    tolerance = "stop when the objective improves by less than this fraction (default 0: never)"
+    add("--tolerance", type=real(0, 1, without=(1,)), default=0.0, help=tolerance)
+    add("--seed", type=seed_number, default=0, help="seed of all random choices (default 0)")
+    add(
         "--method",
         choices=("flat", "hierarchical"),
         default="flat",
         help="flat (default): one k-means over all rows; hierarchical: about sqrt(k) coarse clusters, k-means inside "
         "each, then --refine",
     )
-    parser.add_argument("--refine", type=int, default=2, help="hierarchical: final iterations over all k (default 2)")
-    parser.add_argument(
+    add("--refine", type=natural, default=2, help="hierarchical: final iterations over all k (default 2)")
+    add(
         "--refine-cells",
-        type=int,
+        type=natural,
         default=8,
         help="hierarchical: in a --refine iteration a row is compared with the centroids of this many nearest coarse "
         "clusters (default 8; 0: with all k, as slow as a flat iteration); labels are always chosen among all k",
     )
-    parser.add_argument("--metric", choices=("cosine", "euclidean"), default="cosine", help="default: cosine")
-    parser.add_argument(
+    add("--metric", choices=("cosine", "euclidean"), default="cosine", help="default: cosine")
+    add(
         "--init",
         choices=("random", "k-means++"),
         help="initial centroids; k-means++ takes k steps on a sample of 32 k rows (default: k-means++, but random for "
         f"flat clusterings of more than {PLUS_PLUS_K:,} clusters)",
     )
-    parser.add_argument(
+    add(
         "--train-sample",
-        type=int,
+        type=positive,
         metavar="ROWS",
         help="train on a random sample of this many rows (default: all rows); all rows get labels",
     )
-    parser.add_argument(
+    add(
         "--backend",
         choices=("auto", "torch", "faiss", "triton"),
         default="auto",
         help="implementation of the nearest-centroid search; auto (default): triton on a GPU; on the CPU faiss, if "
         "installed and the embeddings have 128 columns or more; else torch",
     )
-    parser.add_argument("--memory-gb", type=float, default=4.0, help="memory bound of one rank (default 4)")
-    parser.add_argument("--top-labels", type=int, default=1, help="labels per sample: label, label_1, ... (default 1)")
+    add("--memory-gb", type=real(0, 1e6, without=(0,)), default=4.0, help="memory bound of one rank (default 4)")
+    add("--top-labels", type=positive, default=1, help="labels per sample: label, label_1, ... (default 1)")
     accept_launcher_arguments(parser)
     return parser.parse_args(argv)
 
@@ -120,7 +118,7 @@ def run(args: argparse.Namespace, settings: KMeansSettings | None, parallel: Par
         else:
             logging.getLogger("megacid").setLevel(logging.WARNING)
     with (
-        tqdm(unit="row", desc="cluster", disable=not parallel.is_first, unit_scale=True) as bar,
+        progress_bar("cluster", "row", enabled=parallel.is_first) as bar,
         logging_redirect_tqdm(),
     ):
 

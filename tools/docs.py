@@ -9,7 +9,6 @@
 the students. It needs matplotlib.
 """
 
-import argparse
 import ast
 import json
 import re
@@ -23,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
 
 from PIL import Image
 
+from argtypes import ToolParser
 from megacid.errors import UserError, run_tool
 from megacid.storage.atomic import write_atomic
 
@@ -219,7 +219,7 @@ def from_demo(demo: Path, root: Path) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit 1 when docs/configuration.md is stale")
     parser.add_argument("--demo", type=Path, help="output directory of tools/demo.sh")
     args = parser.parse_args(argv)

@@ -17,14 +17,14 @@ import os
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 import checkout  # noqa: F401  import paths of a plain checkout
+from argtypes import ToolParser, natural, positive
 from megacid.data.index import ShardIndex, load_index
 from megacid.distributed.consensus import agree, fail_together
 from megacid.distributed.parallel import Parallel, accept_launcher_arguments
+from megacid.distributed.progress import progress_bar
 from megacid.distributed.stopping import Progress, StopRequest, run_stage
-from megacid.errors import UserError, run_tool
+from megacid.errors import run_tool
 from megacid.models.clip import LoadedClip, load_clip
 from megacid.offline.embed import stage as embed_stage
 
@@ -33,18 +33,20 @@ COLLECTIVE_TIMEOUT_S = 86400.0  # with --sharding static the first rank to finis
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--shards", required=True, help="directory with *.tar")
     parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="directory to write or continue")
     parser.add_argument("--model", required=True, help="open_clip name, or local-dir:PATH")
     parser.add_argument("--pretrained", help="open_clip tag or weights file; not with local-dir")
-    parser.add_argument("--batch-size", type=int, default=256, help="samples per forward pass and rank (default 256)")
+    parser.add_argument(
+        "--batch-size", type=positive, default=256, help="samples per forward pass and rank (default 256)"
+    )
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), help="arithmetic of the teacher (default: bf16 on a GPU, else fp32)"
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=natural,
         default=min(8, os.cpu_count() or 1),
         help="decoding processes per rank (default: number of cores, at most 8); 0: decode in the main process",
     )
@@ -61,11 +63,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    if args.batch_size < 1 or args.workers < 0:
-        raise UserError(
-            f"--batch-size is {args.batch_size} and --workers {args.workers}, expected at least 1 and at least 0: "
-            "correct them"
-        )
     return run_stage(lambda parallel, stop: embed(args, parallel, stop), args.out, COLLECTIVE_TIMEOUT_S)
 
 
@@ -87,14 +84,8 @@ def embed(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> No
             "shards_digest": index.digest,
         }
     agree(str(settings), "shards and model", parallel.group)
-    with tqdm(
-        unit="sample",
-        desc="embed",
-        disable=not parallel.is_first,
-        unit_scale=True,
-        smoothing=0,  # progress of other ranks arrives in bursts
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    ) as bar:
+    # Progress of other ranks arrives in bursts, hence the average rate.
+    with progress_bar("embed", "sample", enabled=parallel.is_first, smoothing=0) as bar:
 
         def start_progress(total: int) -> Progress:
             if parallel.is_first and total:

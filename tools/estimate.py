@@ -14,6 +14,7 @@ import sys
 import torch
 
 import checkout  # noqa: F401  import paths of a plain checkout
+from argtypes import ToolParser, positive
 from megacid.config.load import load_run
 from megacid.config.schema import RunFile
 from megacid.distributed.parallel import init
@@ -24,7 +25,7 @@ from megacid.training.metrics import resident_memory_mib
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument(
         "--deepspeed_config", "--deepspeed-config", required=True, metavar="RUN.json", help="the run file"
     )
@@ -36,11 +37,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="override one value of the run file; may be repeated",
     )
     parser.add_argument(
-        "--ranks", type=int, nargs="+", default=[1], help="numbers of ranks to estimate for (default: 1)"
+        "--ranks", type=positive, nargs="+", default=[1], help="numbers of ranks to estimate for (default: 1)"
     )
-    parser.add_argument("--num-classes", type=int, help="number of classes, instead of reading it from the data")
-    parser.add_argument("--embed-dim", type=int, help="embedding width, instead of reading it from the teacher")
-    parser.add_argument("--feature-dim", type=int, help="feature width, instead of reading it from the features")
+    parser.add_argument("--num-classes", type=positive, help="number of classes, instead of reading it from the data")
+    parser.add_argument("--embed-dim", type=positive, help="embedding width, instead of reading it from the teacher")
+    parser.add_argument("--feature-dim", type=positive, help="feature width, instead of reading it from the features")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
@@ -63,8 +64,6 @@ def describe_data(run: RunFile, args: argparse.Namespace) -> Data:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    if min(args.ranks) < 1:
-        raise UserError(f"--ranks is {args.ranks}, expected values >= 1")
     runs = {ranks: load_run(args.deepspeed_config, args.set, world=ranks) for ranks in args.ranks}
     first = load_run(args.deepspeed_config, args.set, world=1)  # one process reads the data
     data = describe_data(first, args)

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import checkout  # noqa: F401  import paths of a plain checkout
+from argtypes import ToolParser, natural, positive
 from megacid.data.features import FeatureSet
+from megacid.distributed.progress import progress_bar
 from megacid.distributed.stopping import run_alone
 from megacid.errors import UserError, run_tool
 from megacid.evaluate.datasets import Benchmark, load_benchmark
@@ -42,12 +43,14 @@ TASKS = {"zero_shot": "zeroshot_classification", "linear_probe": "linear_probe"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="open_clip architecture, or local-dir:PATH")
     which.add_argument("--run", type=Path, help="run directory written by train.py")
     parser.add_argument("--pretrained", help="tag or file of the weights, for --model NAME")
-    parser.add_argument("--step", type=int, help="step of the checkpoint, for --run (default: the newest valid one)")
+    parser.add_argument(
+        "--step", type=natural, help="step of the checkpoint, for --run (default: the newest valid one)"
+    )
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--dataset-root", type=Path, help="directory with classnames.txt, train/, test/")
     data.add_argument("--features", type=Path, help="features directory, for --run")
@@ -56,11 +59,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--tasks",
         help="comma-separated (default: all): zero_shot, linear_probe; with --features head, nearest_class_mean",
     )
-    parser.add_argument("--limit", type=int, help="use only the first LIMIT test rows, for --features")
+    parser.add_argument("--limit", type=positive, help="use only the first LIMIT test rows, for --features")
     parser.add_argument("--out", type=Path, required=True, help="directory for the JSON files")
-    parser.add_argument("--batch-size", type=int, default=256, help="images per forward (default: 256)")
+    parser.add_argument("--batch-size", type=positive, default=256, help="images per forward (default: 256)")
     parser.add_argument(
-        "--workers", type=int, default=0, help="processes that decode images (default: 0, decode in the main process)"
+        "--workers",
+        type=natural,
+        default=0,
+        help="processes that decode images (default: 0, decode in the main process)",
     )
     parser.add_argument(
         "--precision", default="fp32", help="fp32 (default), bf16 or fp16, for --model; --run uses fp32"
@@ -73,15 +79,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.features and not args.run:
         raise UserError(f"--features is {args.features} without --run, expected both: add --run DIRECTORY")
-    if args.limit is not None and (not args.features or args.limit < 1):
-        raise UserError(f"--limit is {args.limit}, expected >= 1 together with --features")
+    if args.limit is not None and not args.features:
+        raise UserError(f"--limit is {args.limit} without --features, expected both: add --features DIRECTORY")
     known = FEATURE_TASKS if args.features else tuple(TASKS)
     args.tasks = [task.strip() for task in args.tasks.split(",")] if args.tasks else None
     for task in args.tasks or ():
         if task not in known:
             raise UserError(f"--tasks has {task!r}, expected some of {', '.join(known)}")
-    if args.batch_size < 1 or args.workers < 0:
-        raise UserError(f"--batch-size is {args.batch_size}, expected >= 1; --workers is {args.workers}, expected >= 0")
     if args.run and (args.pretrained or args.precision != "fp32"):
         raise UserError(
             "--pretrained and --precision apply to --model only, a --run has its own fp32 weights: leave them out"
@@ -141,7 +145,7 @@ def evaluate_features(args: argparse.Namespace) -> int:
         embedded = rows + (train.num_rows if task == "nearest_class_mean" else 0)
         flop = 2.0 * (embedded * parameters + rows * test.classes * trained.tower.embed_dim)
         print(f"{task}: {embedded:,} rows to embed, {rows:,} x {test.classes:,} products, {flop:.3g} flop")
-        with tqdm(total=test.classes, unit="class", desc=task) as bar:
+        with progress_bar(task, "class", test.classes) as bar:
             metrics = accuracy(task, trained, args.features, limit=args.limit, progress=bar.update)
         result = {"dataset": name, "model": "feature-mlp", "pretrained": run, "task": task, "metrics": metrics}
         file = write_result(args.out, [name, run, task], {**result, "language": "en"})

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import checkout  # noqa: F401  import paths of a plain checkout
+from argtypes import ToolParser
 from megacid.distributed.stopping import run_alone
 from megacid.errors import UserError, run_tool
 from megacid.evaluate.export import export_student, student_from_run
@@ -27,7 +28,7 @@ def parse_step(text: str) -> int | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run directory written by train.py")
     parser.add_argument(
         "--step", default="latest", help="step of the checkpoint (default: latest, the newest valid one)"

@@ -15,13 +15,14 @@ import sys
 from pathlib import Path
 
 import checkout  # noqa: F401  import paths of a plain checkout
+from argtypes import ToolParser, integer, natural, positive, real
 from megacid.distributed.stopping import run_alone
 from megacid.errors import UserError, run_tool
 from megacid.offline.balance.figures import Choice, make_figures, read_balanced
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--demo", type=Path, metavar="DIR", help="directory written by tools/demo.sh")
     source.add_argument("--balance", type=Path, metavar="DIR", help="directory written by tools/balance.py")
@@ -32,18 +33,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--shards", type=Path, metavar="DIR", help="the tars (default: those that tools/balance.py read)"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="directory to write")
-    parser.add_argument("--groups", type=int, default=9, metavar="N", help="groups in (a) and in (b) (default 9)")
-    parser.add_argument("--members", type=int, default=6, metavar="N", help="images per group, at most (default 6)")
+    parser.add_argument("--groups", type=positive, default=9, metavar="N", help="groups in (a) and in (b) (default 9)")
+    parser.add_argument(
+        "--members", type=integer(2), default=6, metavar="N", help="images per group, at most (default 6)"
+    )
     parser.add_argument(
         "--perceptual",
-        type=float,
+        type=real(0, 2),
         metavar="DISTANCE",
         help="(a) shows groups whose removed images are all nearer than this to the kept one, (b) the others (default: "
         "half the threshold)",
     )
     parser.add_argument(
         "--cluster",
-        type=int,
+        type=natural,
         metavar="NUMBER",
         help="cluster of (c) (default: one of median size among those with at least two groups)",
     )

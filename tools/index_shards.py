@@ -7,21 +7,20 @@
 Training builds a missing index itself.
 """
 
-import argparse
 import logging
 import sys
 
-from tqdm import tqdm
-
 import checkout  # noqa: F401  import paths of a plain checkout
+from argtypes import ToolParser
 from megacid.data.index import load_index, verify_index
 from megacid.data.index_report import lost_samples, summary
 from megacid.data.tar_samples import LOST
+from megacid.distributed.progress import progress_bar
 from megacid.errors import run_tool
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("shards", help="directory with *.tar")
     parser.add_argument(
         "--verify",
@@ -37,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    with tqdm(unit="tar", desc="verify" if args.verify else "index") as bar:
+    with progress_bar("verify" if args.verify else "index", "tar") as bar:
 
         def on_shard(done: int, total: int) -> None:
             bar.total = total

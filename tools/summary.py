@@ -6,7 +6,6 @@
 Reads the evaluation's JSON files, the train_summary.json of each run, the balance report and the stage times.
 """
 
-import argparse
 import json
 import sys
 from datetime import datetime, timezone
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401  import paths of a plain checkout
+from argtypes import ToolParser
 from megacid.errors import UserError, run_tool
 from megacid.storage.atomic import write_json_atomic
 from megacid.storage.metadata import machine, versions
@@ -62,7 +62,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--demo", type=Path, required=True, help="output directory of tools/demo.sh")
     demo = parser.parse_args().demo
     runs = {name: run_results(demo, name) for name in RUNS}

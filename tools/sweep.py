@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import checkout
+from argtypes import ToolParser, integer, positive, seed_number, share_of_all
 from megacid.config.load import load_run
 from megacid.config.schema import RunFile
 from megacid.data.features import FeatureSet
+from megacid.distributed.progress import progress_bar
 from megacid.errors import UserError, run_tool
 from megacid.evaluate.features import accuracy, tasks_for, trained_tower, untrained_accuracy
 from megacid.offline.cluster.features import cluster_features
@@ -56,17 +57,19 @@ class Point:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--deepspeed_config", "--deepspeed-config", required=True, metavar="RUN.json")
     parser.add_argument("--features", type=Path, help="directory of features (default: data.features of the run file)")
-    parser.add_argument("--rates", type=float, nargs="+", default=[], metavar="R", help="sampling rates, above 0 to 1")
-    parser.add_argument("--clusters", type=int, nargs="+", default=[], metavar="K", help="numbers of clusters")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run per seed (default: 0)")
     parser.add_argument(
-        "--ranks", type=int, default=1, help="GPUs per run; above 1 starts deepspeed --num_gpus (default 1)"
+        "--rates", type=share_of_all, nargs="+", default=[], metavar="R", help="sampling rates, above 0 to 1"
     )
-    parser.add_argument("--iterations", type=int, default=10, help="k-means iterations (default 10)")
-    parser.add_argument("--limit", type=int, help="evaluate on the first LIMIT test rows (default: all)")
+    parser.add_argument("--clusters", type=integer(2), nargs="+", default=[], metavar="K", help="numbers of clusters")
+    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0], help="one run per seed (default: 0)")
+    parser.add_argument(
+        "--ranks", type=positive, default=1, help="GPUs per run; above 1 starts deepspeed --num_gpus (default 1)"
+    )
+    parser.add_argument("--iterations", type=positive, default=10, help="k-means iterations (default 10)")
+    parser.add_argument("--limit", type=positive, help="evaluate on the first LIMIT test rows (default: all)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value of the run file"
     )
@@ -74,18 +77,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.rates and not args.clusters:
         raise UserError("neither --rates nor --clusters is given: name the values to compare")
-    for rate in args.rates:
-        if not 0 < rate <= 1:
-            raise UserError(f"--rates has {rate:g}, expected values above 0 and up to 1")
-    for name, value, least in (
-        ("--clusters", min(args.clusters, default=2), 2),
-        ("--ranks", args.ranks, 1),
-        ("--seeds", min(args.seeds), 0),
-        ("--iterations", args.iterations, 1),
-        ("--limit", args.limit if args.limit is not None else 1, 1),
-    ):
-        if value < least:
-            raise UserError(f"{name} has {value}, expected {least} or more")
     for assignment in args.set:
         key = assignment.partition("=")[0].removeprefix("megacid.")
         if key in OWN_KEYS:
@@ -301,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
         for seed in sorted(set(args.seeds))
     ]
     results = []
-    with tqdm(total=len(points), unit="run") as bar:
+    with progress_bar("sweep", "run", len(points)) as bar:
         for point in points:
             bar.set_description(point.name)
             where = features

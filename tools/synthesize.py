@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 import checkout  # noqa: F401  import paths of a plain checkout
+from argtypes import ToolParser, integer, natural, positive, real, seed_number
 from megacid.data.index import load_index
 from megacid.data.order import KeyedPermutation, derive_key
+from megacid.distributed.progress import progress_bar
 from megacid.distributed.stopping import run_alone
 from megacid.errors import UserError, run_tool
 from megacid.failpoints import failpoint
@@ -81,7 +82,7 @@ def write_train(folder: Path, samples: Iterator[Sample], place: Any, shard_sizes
     folder.mkdir(parents=True)
     key = lambda number: "{:05d}{:04d}".format(*place(number))  # noqa: E731
     counts = {"pairs": 0, "originals": 0, "copies": 0}
-    bar = tqdm(total=sum(shard_sizes), unit="pair", desc="train")
+    bar = progress_bar("train", "pair", sum(shard_sizes))
     for shard, size in enumerate(shard_sizes):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for _ in range(size):
@@ -278,7 +279,7 @@ def write_features(folder: Path, args: argparse.Namespace, per_class: int, first
     total = args.classes * per_class
     order = KeyedPermutation(total, derive_key(args.seed, 23, first_sample))
     step = max(1, CHUNK_VALUES // args.dim)
-    with tqdm(total=total, unit="row", desc=desc) as bar:
+    with progress_bar(desc, "row", total) as bar:
         for number, start in enumerate(range(0, total, args.rows_per_file)):
             rows = min(args.rows_per_file, total - start)
             name = folder / "features" / f"features_{number:05d}.npy"
@@ -306,37 +307,7 @@ def make_features(args: argparse.Namespace, stage: Path) -> dict[str, Any]:
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"got {text}, expected a share of at least 0 and below 1")
-    return value
-
-
-def natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"got {text}, expected at least 0")
-    return value
-
-
-def positive(text: str) -> int:
-    if natural(text) == 0:
-        raise argparse.ArgumentTypeError("got 0, expected at least 1")
-    return natural(text)
-
-
-def shard_size(text: str) -> int:
-    if positive(text) > 10_000:
-        raise argparse.ArgumentTypeError(f"got {text}, expected at most 10000: a key has four digits for the row")
-    return positive(text)
-
-
-def length(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"got {text}, expected a finite number of at least 0")
-    return value
+share, length = real(0, 1, without=(1,)), real(0, 1000)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -347,14 +318,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     kinds = parser.add_subparsers(required=True, dest="kind")
 
     def kind(name: str, make: Any, text: str) -> argparse.ArgumentParser:
         sub = kinds.add_parser(name, help=text, description=text, formatter_class=HelpFormatter)
         sub.add_argument("--out", type=Path, required=True, help="output directory")
         sub.add_argument("--force", action="store_true", help="replace an earlier output of this tool")
-        sub.add_argument("--seed", type=int, default=0, help="determines all random choices")
+        sub.add_argument("--seed", type=seed_number, default=0, help="determines all random choices")
         sub.set_defaults(make=make)
         return sub
 
@@ -368,7 +339,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     scenes.add_argument("--clusters", type=positive, default=1000, help="number of different scenes, at most 10368")
     scenes.add_argument("--duplicates", type=share, default=0.4, help="share of copies among the training pairs")
     scenes.add_argument("--size", type=positive, default=64, help="side of the images in pixels")
-    scenes.add_argument("--samples-per-shard", type=shard_size, default=1000, help="pairs in one tar, at most 10000")
+    scenes.add_argument(
+        "--samples-per-shard", type=integer(1, 10_000), default=1000, help="pairs in one tar, at most 10000"
+    )
     scenes.add_argument("--test-share", type=share, default=0.05, help="number of test images as a share of --num")
 
     features = kind(

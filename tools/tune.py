@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import checkout  # noqa: F401  import paths of a plain checkout
+from argtypes import ToolParser, positive
 from benchmarks import measure, tile_search
 from benchmarks.suite import Row, print_table
 from megacid.errors import UserError, run_tool
@@ -34,14 +35,14 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--out", type=Path, metavar="TABLE.json", help="file to write the table to")
     parser.add_argument("--list", action="store_true", help="list the candidates without measuring")
     parser.add_argument(
         "--architecture", choices=tuple(tile_search.SHARED_BYTES), default="sm_90", help="of the GPU that --list is for"
     )
     parser.add_argument(
-        "--widths", type=int, nargs="+", default=[512, 768, 1024], help="embedding widths (default 512 768 1024)"
+        "--widths", type=positive, nargs="+", default=[512, 768, 1024], help="embedding widths (default 512 768 1024)"
     )
     parser.add_argument(
         "--dtypes",
@@ -50,12 +51,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=["float16", "bfloat16"],
         help="of the unit rows (default float16 bfloat16)",
     )
-    parser.add_argument("--samples", type=int, default=8192, help="batch size (default 8192)")
-    parser.add_argument("--classes", type=int, default=131_072, help="class rows (default 131072)")
+    parser.add_argument("--samples", type=positive, default=8192, help="batch size (default 8192)")
+    parser.add_argument("--classes", type=positive, default=131_072, help="class rows (default 131072)")
     args = parser.parse_args(argv)
-    for name, value in (("widths", min(args.widths)), ("samples", args.samples), ("classes", args.classes)):
-        if value < 1:
-            raise UserError(f"--{name} is {value}, expected at least 1: leave it out for the default")
     if not args.list:
         if args.out is None:
             raise UserError("--out is missing, expected a file for the table: add --out table.json, or --list")

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from megacid.data.decode import BadSample, decode_image, decode_text
 from megacid.data.index import ShardIndex, ShardReader, load_index
+from megacid.distributed.progress import progress_bar
 from megacid.errors import UserError
 from megacid.models.clip import Transform
 
@@ -84,9 +84,9 @@ class Split(Dataset[Sample]):
     def batches(
         self, batch_size: int, *, workers: int = 0, describe: str = ""
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches (image [B, 3, H, W], label [B] int64) in the order of the tars, with a progress bar on a terminal."""
+        """Batches (image [B, 3, H, W], label [B] int64) in the order of the tars, with a progress bar."""
         loader: DataLoader[Sample] = DataLoader(self, batch_size=batch_size, num_workers=workers)
-        with tqdm(total=len(self), unit="img", desc=describe, disable=None) as bar:
+        with progress_bar(describe, "img", len(self)) as bar:
             for image, label in loader:
                 yield image, label
                 bar.update(len(label))

@@ -164,7 +164,7 @@ def test_a_sweep_is_kept_and_resumed_and_ends_in_table_and_plot(root: Path) -> N
     ("options", "message"),
     [
         ([], "neither --rates nor --clusters is given"),
-        (["--rates", 1.5], "--rates has 1.5, expected values above 0 and up to 1"),
+        (["--rates", 1.5], "--rates is 1.5, expected a finite number, above 0 and at most 1"),
         (["--rates", 0.5, "--set", "run.seed=3"], "the sweep sets run.seed itself"),
         (["--rates", 0.5, "--set", "classifier.m3=-1"], '"megacid.classifier.m3" is -1.0'),
         (["--clusters", 100_000], "k is 100000 but there are only 640 rows"),

@@ -177,7 +177,7 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("value", ["1", "-0.1", "nan", "x"])
 def test_shares_are_checked(tmp_path: Path, value: str) -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match=f"--redundancy is {value}, expected a finite number, 0 or more and below 1"):
         run("digits", "--out", tmp_path / "d", "--redundancy", value)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from argtypes import positive
 from benchmarks import measure
 from benchmarks.suite import Limit, Report, Row, make_report, parse_sizes, print_table
 from megacid.errors import UserError
@@ -154,7 +155,9 @@ def attempt(name: str, data: Data) -> tuple[Row, Find | None]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", metavar="b,K,D", help="rows,centroids,width of every case")
-    parser.add_argument("--repeats", type=int, default=_REPEATS, help="timed calls in each of three rounds (default 7)")
+    parser.add_argument(
+        "--repeats", type=positive, default=_REPEATS, help="timed calls in each of three rounds (default 7)"
+    )
 
 
 def run(args: argparse.Namespace) -> Report:

@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from argtypes import natural, positive, real, seed_number
 from benchmarks.anonymous_memory import PeakAnonymous, anonymous_bytes
 from benchmarks.measure import ask_process
-from benchmarks.suite import Limit, Report, Row, clock_of, make_report
+from benchmarks.suite import Limit, Report, Row, check_k, clock_of, make_report
 from benchmarks.synthetic_folders import EMBEDDING_META, samples_of_parts, write_embeddings, write_tars
 from megacid.data.index import load_index
 from megacid.distributed.parallel import Parallel
@@ -48,25 +49,26 @@ ALONE = Parallel(rank=0, world=1, local_rank=0, device=torch.device("cpu"), grou
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", type=int, default=1_000_000, help="samples")
-    parser.add_argument("--dim", type=int, default=256, help="embedding width")
-    parser.add_argument("--k", type=int, default=4096, help="clusters")
-    parser.add_argument("--tars", type=int, default=100, help="tars of the samples")
-    parser.add_argument("--threshold", type=float, default=0.35, help="as in tools/balance.py")
+    parser.add_argument("--rows", type=positive, default=1_000_000, help="samples")
+    parser.add_argument("--dim", type=positive, default=256, help="embedding width")
+    parser.add_argument("--k", type=positive, default=4096, help="clusters")
+    parser.add_argument("--tars", type=positive, default=100, help="tars of the samples")
+    parser.add_argument("--threshold", type=real(0, 2), default=0.35, help="as in tools/balance.py")
     parser.add_argument(
-        "--neighbor-clusters", type=int, nargs="*", default=[0, 4], help="as in tools/balance.py; a run for each"
+        "--neighbor-clusters", type=natural, nargs="*", default=[0, 4], help="as in tools/balance.py; a run for each"
     )
     parser.add_argument("--link", choices=("components", "greedy"), default="components", help="as in tools/balance.py")
     parser.add_argument(
-        "--large", type=int, default=0, help="also run one cluster with this many members (the limit is for 300000)"
+        "--large", type=natural, default=0, help="also run one cluster with this many members (the limit is for 300000)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the data")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the data")
     parser.add_argument("--folder", type=Path, help="folder for the data (default: the temporary folder)")
 
 
 def run(args: argparse.Namespace) -> Report:
     if args.device != "cpu":
         raise UserError(f"--device is {args.device}, expected cpu: this suite runs on the CPU")
+    check_k(args.k, args.rows)
     rows = _stages(args, args.rows, args.k, args.neighbor_clusters) if args.neighbor_clusters else []
     if args.large:
         rows += _stages(args, args.large, 1, [0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 
+from argtypes import real
 from benchmarks import cost_model, head_gpu, training_step
 from benchmarks.suite import Limit, Report, make_report
 from megacid.errors import UserError
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu.add_argument(
         "--geometry", choices=("trained", "init"), help="how close embeddings are to their classes (default trained)"
     )
-    gpu.add_argument("--budget-gib", type=float, help="memory of a chunk of 16-bit logits (default 20)")
+    gpu.add_argument("--budget-gib", type=real(0, without=(0,)), help="memory of a chunk of 16-bit logits (default 20)")
 
 
 def run(args: argparse.Namespace) -> Report:

@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from argtypes import positive, real, seed_number
 from benchmarks.anonymous_memory import PeakAnonymous, anonymous_bytes
 from benchmarks.kmeans_quality import fit, labels, tree
 from benchmarks.measure import ask_process
-from benchmarks.suite import Limit, Report, Row, clock_of, make_report
+from benchmarks.suite import Limit, Report, Row, check_k, clock_of, make_report
 from benchmarks.synthetic_folders import write_embeddings
 from megacid.distributed.stopping import no_progress
 from megacid.errors import UserError
@@ -48,15 +49,20 @@ CPU = torch.device("cpu")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the iteration")
-    parser.add_argument("--fit-rows", type=int, default=1_000_000, help="rows of the fit")
-    parser.add_argument("--dim", type=int, default=256, help="embedding width")
-    parser.add_argument("--k", type=int, default=4096, help="centroids")
-    parser.add_argument("--iterations", type=int, default=10, help="iterations of the fit")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of the iteration")
-    parser.add_argument("--seed", type=int, default=0, help="of the rows and of the fits")
+    parser.add_argument("--rows", type=positive, default=1_000_000, help="rows of the iteration")
+    parser.add_argument("--fit-rows", type=positive, default=1_000_000, help="rows of the fit")
+    parser.add_argument("--dim", type=positive, default=256, help="embedding width")
+    parser.add_argument("--k", type=positive, default=4096, help="centroids")
+    parser.add_argument("--iterations", type=positive, default=10, help="iterations of the fit")
+    parser.add_argument("--rounds", type=positive, default=5, help="turns of the iteration")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the rows and of the fits")
     parser.add_argument("--memory", action="store_true", help="measure only the memory of a fit from disk")
-    parser.add_argument("--memory-gb", type=float, default=0.5, help="memory limit; ten times as much data is written")
+    parser.add_argument(
+        "--memory-gb",
+        type=real(0, 1e6, without=(0,)),
+        default=0.5,
+        help="memory limit; ten times as much data is written",
+    )
     parser.add_argument("--method", choices=("flat", "hierarchical"), default="flat", help="fit of --memory")
     parser.add_argument("--folder", type=Path, help="folder for the data of --memory (default: the temporary folder)")
 
@@ -66,6 +72,8 @@ def run(args: argparse.Namespace) -> Report:
         raise UserError(
             f"--device is {args.device}, expected cpu: faiss-cpu needs it; --suite assignment measures a GPU"
         )
+    if not args.memory:
+        check_k(args.k, min(args.rows, args.fit_rows))
     return make_report(args, [_memory(args)] if args.memory else [*_iteration(args), *_fits(args)])
 
 

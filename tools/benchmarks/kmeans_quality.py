@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.suite import Limit, Report, Row, clock_of, make_report
+from argtypes import natural, positive, seed_number
+from benchmarks.suite import Limit, Report, Row, check_k, clock_of, make_report
 from megacid.errors import UserError
 from megacid.offline.cluster.hierarchical import two_level
 from megacid.offline.cluster.kmeans import kmeans
@@ -38,26 +39,28 @@ _CHUNK = 1 << 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", type=int, default=100_000, help="rows of the data")
-    parser.add_argument("--dim", type=int, default=64, help="embedding width")
-    parser.add_argument("--k", type=int, nargs="+", help="centroids (default levels: 1024, planted: 30 100 200 300)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the data and the fit, a run for each")
-    parser.add_argument("--iterations", type=int, default=20, help="iterations of every fit")
-    parser.add_argument("--refine", type=int, default=2, help="final iterations of a two-level fit over all centroids")
-    parser.add_argument("--refine-cells", type=int, default=8, help="cells that such an iteration searches per row")
+    parser.add_argument("--rows", type=positive, default=100_000, help="rows of the data")
+    parser.add_argument("--dim", type=positive, default=64, help="embedding width")
+    parser.add_argument(
+        "--k", type=positive, nargs="+", help="centroids (default levels: 1024, planted: 30 100 200 300)"
+    )
+    parser.add_argument(
+        "--seeds", type=seed_number, nargs="+", default=[0], help="of the data and the fit, a run for each"
+    )
+    parser.add_argument("--iterations", type=positive, default=20, help="iterations of every fit")
+    parser.add_argument(
+        "--refine", type=natural, default=2, help="final iterations of a two-level fit over all centroids"
+    )
+    parser.add_argument("--refine-cells", type=natural, default=8, help="cells that such an iteration searches per row")
     parser.add_argument("--data", choices=("tree", "uniform"), default="tree", help="data of levels")
     parser.add_argument("--exact", action="store_true", help="levels: also refine over all cells")
 
 
 def run(args: argparse.Namespace) -> Report:
-    for name in ("rows", "dim", "iterations"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}, expected at least 1")
-    if args.suite == "planted":
-        return make_report(
-            args, [row for seed in args.seeds for k in args.k or [30, 100, 200, 300] for row in _planted(args, k, seed)]
-        )
-    return make_report(args, [row for seed in args.seeds for k in args.k or [1024] for row in _levels(args, k, seed)])
+    all_k = args.k or ([30, 100, 200, 300] if args.suite == "planted" else [1024])
+    check_k(max(all_k), args.rows)
+    measure = _planted if args.suite == "planted" else _levels
+    return make_report(args, [row for seed in args.seeds for k in all_k for row in measure(args, k, seed)])
 
 
 def check(report: Report) -> list[Limit]:

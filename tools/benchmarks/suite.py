@@ -30,6 +30,7 @@ from typing import Any, Protocol
 
 import torch
 
+from argtypes import positive
 from megacid.errors import UserError
 from megacid.storage.metadata import machine
 
@@ -77,7 +78,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="OUT.json", help="write all measurements to this file")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print the ratios to an earlier --json file")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a limit of the suite is not met")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: all cores)")
+    parser.add_argument(
+        "--threads", type=positive, default=os.cpu_count() or 1, help="CPU threads (default: all cores)"
+    )
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="wall time, or CPU time of this process"
     )
@@ -87,6 +90,12 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: cuda if there is a GPU",
     )
+
+
+def check_k(k: int, rows: int) -> None:
+    """UserError when there are more clusters than rows."""
+    if k > rows:
+        raise UserError(f"--k is {k:,} for {rows:,} rows, expected at most one cluster per row: lower --k")
 
 
 def clock_of(args: argparse.Namespace) -> Callable[[], float]:

@@ -12,6 +12,7 @@ import itertools
 
 import torch
 
+from argtypes import positive
 from benchmarks.classifier_providers import PROVIDERS, Shape, check_accuracy
 from benchmarks.classifier_timing import compare, measure_shape
 from benchmarks.measure import format_ms, format_value
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", nargs="+", metavar="C,D,B,r", help="classes,width,batch,sampling rate of every case"
     )
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="timed calls of each provider (default 7)")
+    parser.add_argument("--repeats", type=positive, default=REPEATS, help="timed calls of each provider (default 7)")
 
 
 def shapes_of(args: argparse.Namespace, default: list[Shape]) -> list[Shape]:
