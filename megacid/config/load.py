@@ -28,6 +28,8 @@ from megacid.config.schema import MegacidConfig, RunFile, defaults
 from megacid.config.validation import check, check_numbers
 from megacid.errors import UserError, nearest
 
+_RUN_FILE_CHARACTERS = 1 << 20
+
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """`value` as the type `hint`; UserError with the key, the value and what was expected."""
@@ -142,7 +144,11 @@ def load_run(path: str | Path, assignments: list[str] | None = None, *, world: i
     """
     path = Path(path)
     try:
-        tree = hjson.loads(path.read_text(), object_pairs_hook=_no_duplicates)
+        with open(path) as file:
+            text = file.read(_RUN_FILE_CHARACTERS + 1)
+        if len(text) > _RUN_FILE_CHARACTERS:
+            raise UserError(f"the run file {path} has more than {_RUN_FILE_CHARACTERS} characters: correct its path")
+        tree = hjson.loads(text, object_pairs_hook=_no_duplicates)
     except OSError as error:
         raise UserError(f"cannot read the run file {path} ({error.strerror}): correct --deepspeed_config") from None
     except UserError:

@@ -22,7 +22,7 @@ from megacid.errors import UserError, one_line
 from megacid.models.clip import WEIGHTS_FILE, tokenizer_for
 from megacid.models.local_dir import CONFIG_FILE
 from megacid.models.student import Student, build_student, clamp_logit_scale, open_clip_config, open_clip_tensors
-from megacid.storage.atomic import write_atomic, write_json_atomic
+from megacid.storage.atomic import SETTINGS_BYTES, read_bounded, write_atomic, write_json_atomic
 from megacid.storage.metadata import write_meta
 
 
@@ -55,7 +55,7 @@ def student_from_run(run: Path | str, step: int | None = None) -> tuple[Student,
 def read_run_block(run: Path) -> dict[str, Any]:
     """The "megacid" block of a run's resolved configuration. Raises UserError if `run` is not a run directory."""
     try:
-        block: dict[str, Any] = json.loads((run / "config.json").read_text())["resolved"]["megacid"]
+        block: dict[str, Any] = json.loads(read_bounded(run / "config.json", SETTINGS_BYTES))["resolved"]["megacid"]
         block["student"]["model"], block["student"]["embed_dim"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         message = f"{run} is not a run directory (config.json: {error!r}): pass one that train.py wrote"

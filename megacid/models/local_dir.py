@@ -21,7 +21,7 @@ from megacid.errors import UserError
 CONFIG_FILE = "open_clip_config.json"
 _CONFIG_BYTES = 1 << 24
 _WEIGHTS = (".safetensors", ".bin", ".pth")
-_CODE = (".py", ".pyc", ".pyd", ".pyx", ".so", ".dll", ".dylib")
+_CODE = (".py", ".pkl", ".pickle", ".pyc", ".pyd", ".pyx", ".so", ".dll", ".dylib")
 _MAX_NUMBER = 2**24  # above the largest vocabulary
 
 

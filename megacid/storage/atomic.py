@@ -15,6 +15,9 @@ from typing import Any
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
 
+SETTINGS_BYTES = 1 << 24  # largest JSON file of a run's settings that is read
+JSON_BYTES = 1 << 30  # of any: metadata may list every shard
+
 
 def fsync_dir(path: Path) -> None:
     """Make renames inside `path` durable."""
@@ -68,8 +71,8 @@ def file_sha256(path: Path) -> str:
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """The content of a file. Raises OSError, and ValueError beyond `limit` bytes, before the rest is read."""
-    with open(path, "rb") as file:
+    """The content of a file; a pipe is empty. Raises OSError, and ValueError beyond `limit` bytes."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"it has more than {limit} bytes")
@@ -91,9 +94,9 @@ def open_owned(path: Path, flags: int = os.O_WRONLY | os.O_CREAT | os.O_APPEND) 
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value of a file; None when it is missing, unreadable or not JSON."""
+    """The JSON value of a file; None when it is missing, unreadable, not JSON or has more than 1 GiB."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(read_bounded(path, JSON_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megacid.errors import UserError
-from megacid.storage.atomic import write_json_atomic
+from megacid.storage.atomic import JSON_BYTES, read_bounded, write_json_atomic
 
 _EARLIER_FIELDS = {"balance": "across"}  # by tool: a field that only earlier versions wrote, in another layout
 
@@ -51,7 +51,7 @@ def read_meta(directory: str | Path, expect: str | None = None) -> dict[str, Any
             f"there is no directory {directory}, expected the output of {tool}: run {tool} first, or correct the path"
         )
     try:
-        meta = json.loads((directory / "meta.json").read_text())
+        meta = json.loads(read_bounded(directory / "meta.json", JSON_BYTES))
     except FileNotFoundError:
         raise UserError(
             f"{directory} has no meta.json, so the stage that writes it did not finish: run {tool} again with the same "

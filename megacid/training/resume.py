@@ -14,7 +14,7 @@ from megacid.config.schema import RunFile
 from megacid.distributed.consensus import broadcast_json, fail_together
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
-from megacid.storage.atomic import disk_errors, write_json_atomic
+from megacid.storage.atomic import SETTINGS_BYTES, disk_errors, read_bounded, write_json_atomic
 from megacid.training.lifecycle import RunLock
 from megacid.training.metrics import setup_logging
 
@@ -100,7 +100,7 @@ class ResumeLossCheck:
         self._expected: float | None = None
         if resumed_at is not None:
             try:
-                before = json.loads(self._file.read_text())
+                before = json.loads(read_bounded(self._file, SETTINGS_BYTES))
                 self._expected = float(before["loss"]) if before["step"] == resumed_at else None
             except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 pass  # the run ended before that step: there is nothing to compare with

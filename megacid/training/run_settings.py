@@ -11,7 +11,7 @@ from typing import Any
 from megacid.config.renamed import with_new_keys
 from megacid.config.schema import RunFile, defaults
 from megacid.errors import UserError
-from megacid.storage.atomic import write_json_atomic
+from megacid.storage.atomic import SETTINGS_BYTES, read_bounded, write_json_atomic
 from megacid.storage.metadata import versions
 
 # Settings that change no result, such as where files are written and how the global batch is split; and the guard's.
@@ -65,7 +65,7 @@ def _code_version() -> str | None:
 def check_same_settings(run: RunFile, directory: Path) -> None:
     """Raise UserError with the differences when `directory` was started with settings that give other results."""
     try:
-        resolved = json.loads((directory / "config.json").read_text())["resolved"]
+        resolved = json.loads(read_bounded(directory / "config.json", SETTINGS_BYTES))["resolved"]
         before = with_new_keys(flat({**resolved}))
     except FileNotFoundError:
         return

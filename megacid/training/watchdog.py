@@ -10,6 +10,7 @@ rank with the fewest beats is named.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import socket
@@ -85,7 +86,8 @@ class Watchdog:
     def _report(self, phase: str, step: int, beats: int) -> str | None:
         """Write this rank's stacks and report. Returns the verdict on the rank that prints it."""
         if self.folder.is_symlink():
-            self.folder.unlink(missing_ok=True)
+            with contextlib.suppress(IsADirectoryError):  # another rank replaced it first
+                self.folder.unlink(missing_ok=True)
         self.folder.mkdir(exist_ok=True)
         stacks = self._file(self.rank, "txt")
         stacks.unlink(missing_ok=True)

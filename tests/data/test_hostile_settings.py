@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,10 @@ def test_sizes_that_no_machine_has_are_refused(tmp_path: Path, assignment: str) 
 def test_usual_numbers_stay(tmp_path: Path, number: str) -> None:
     assert load(tmp_path, f"optimizer.params.lr={number}").deepspeed["optimizer"]["params"]["lr"] == float(number)
     assert load(tmp_path, f"classifier.scale={number}").megacid.classifier.scale == float(number)
+
+
+def test_a_run_file_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "run.json").touch()
+    os.truncate(tmp_path / "run.json", 40 << 30)
+    with pytest.raises(UserError, match=r"run\.json has more than"):
+        load_run(tmp_path / "run.json", world=1)

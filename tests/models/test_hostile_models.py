@@ -113,7 +113,7 @@ def test_a_configuration_cannot_run_code_or_lead_elsewhere(tmp_path: Path, close
     refused(model_dir(tmp_path / "model", change), "open_clip_config.json", key)
 
 
-@pytest.mark.parametrize("name", ["tokenization.py", "evil.PY", "evil.so", "__init__.pyc"])
+@pytest.mark.parametrize("name", ["tokenization.py", "evil.PY", "evil.so", "vocab.pkl", "__init__.pyc"])
 def test_a_model_directory_with_code_is_refused(tmp_path: Path, closed: None, name: str) -> None:
     folder = model_dir(tmp_path / "model")
     (folder / name).write_text("raise SystemExit")

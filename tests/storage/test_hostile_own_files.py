@@ -6,6 +6,7 @@ Inputs from others: `tests/data/test_hostile_*.py`.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -61,6 +62,27 @@ def test_a_file_of_settings_that_is_none_is_one_sentence(tmp_path: Path, reader:
     (tmp_path / name).write_bytes(SHAPES[shape])
     with pytest.raises(UserError):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("plant", ["40 GB", "a pipe"])
+@pytest.mark.parametrize("reader", READERS)
+def test_a_file_of_settings_without_end_is_refused_before_it_is_read(tmp_path: Path, reader: str, plant: str) -> None:
+    name, read = READERS[reader]
+    os.mkfifo(tmp_path / name) if plant == "a pipe" else (tmp_path / name).touch()
+    if plant == "40 GB":
+        os.truncate(tmp_path / name, 40 << 30)
+    with pytest.raises(UserError):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("plant", ["40 GB", "a pipe"])
+def test_a_stored_loss_without_end_is_done_without(tmp_path: Path, plant: str) -> None:
+    file = tmp_path / "next_loss.json"
+    os.mkfifo(file) if plant == "a pipe" else file.touch()
+    if plant == "40 GB":
+        os.truncate(file, 40 << 30)
+    ResumeLossCheck(tmp_path, 3, tolerance=1e-3).first_loss(3, 1.0)
+    assert json.loads(file.read_text())["loss"] == 1.0
 
 
 @pytest.mark.parametrize("shape", [*BOMBS, "text"])
