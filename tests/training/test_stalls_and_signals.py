@@ -17,6 +17,8 @@ import toy
 from faultplan import Fault, FaultPlan, kill
 from harness import free_port, living
 
+from megacid.training.lifecycle import Lifecycle
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -142,6 +144,31 @@ def test_asked_to_stop_while_it_is_built_it_ends_at_once_for_there_is_nothing_to
     assert toy.train_toy(2, file, "--stop-after", "7") == [143, 143]
     assert toy.train_toy(2, file, plan=plan) == [75, -signal.SIGTERM]
     goes_on_as_if_nothing_had_been(root, "building")
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_ctrl_c_that_a_launcher_passes_on_is_no_second_one(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "1") if launched else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    now = time.monotonic()
+    try:
+        lifecycle = Lifecycle()
+        for later_s, ends in ((0.0, False), (0.1, not launched), (3.0, True)):
+            monkeypatch.setattr(time, "monotonic", lambda later_s=later_s: now + later_s)
+            if not ends:
+                os.kill(os.getpid(), signal.SIGINT)
+                continue
+            with pytest.raises(SystemExit) as ended:
+                os.kill(os.getpid(), signal.SIGINT)
+            assert ended.value.code == 130
+        assert lifecycle.exit_code() == 130
+        assert Lifecycle().exit_code() == 143
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
 
 
 def test_ctrl_c_while_it_is_built_is_one_line_and_changes_nothing(
