@@ -71,6 +71,7 @@ class BalanceContext:
     alone: bool = False  # this rank does all of the work, without communication
     partial: PartialResults | None = None  # where finished parts are kept
     progress: Progress = no_progress
+    prefix: str = ""  # of the names of partial results
     part_pairs: int = 1 << 28  # pairs of samples in one partial result: seconds to minutes of work
 
     def __post_init__(self) -> None:
@@ -92,11 +93,11 @@ class BalanceContext:
 
     def load(self, name: str, shape: tuple[int | None, ...]) -> np.ndarray | None:
         """The integers that `save` stored; None when they are missing or damaged."""
-        return self.partial.array(name, shape, "i") if self.partial else None
+        return self.partial.array(self.prefix + name, shape, "i") if self.partial else None
 
     def save(self, name: str, array: np.ndarray) -> None:
         if self.partial:
-            self.partial.save_array(name, array)
+            self.partial.save_array(self.prefix + name, array)
 
     def stop_together(self) -> AbstractContextManager[None]:
         """All ranks leave the block together when one of them fails or is stopped. A collective unless `alone`."""

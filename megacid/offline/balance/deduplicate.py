@@ -9,7 +9,8 @@ Legend: n samples with an embedding, in order of the embedding partitions.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,14 @@ from megacid.distributed.stopping import Progress, no_progress
 from megacid.offline.balance.context import BalanceContext, Keep
 from megacid.offline.balance.cross_cluster import find_candidates, link_neighbors
 from megacid.offline.balance.linking import check_unit
-from megacid.offline.balance.threshold_search import Curve, search_threshold
+from megacid.offline.balance.threshold_search import (
+    MAX_PASSES,
+    SHARE_TOLERANCE,
+    Curve,
+    explain_share,
+    next_threshold,
+    search_threshold,
+)
 from megacid.offline.balance.within_cluster import link_clusters
 from megacid.offline.nearest import prepare
 from megacid.offline.random_streams import RandomStream
@@ -93,6 +101,46 @@ def decide(context: BalanceContext) -> Decision:
     sizes = clusters.sizes.astype(np.float64)
     flop = (sizes**2).sum() * context.rows.dim
     log.info("%d clusters, the largest has %d samples, at most %.3g flop", len(sizes), sizes.max(initial=0), flop)
+    if settings.target_keep is None:
+        return _link(context, threshold, curve, searched)
+    return _link_to_target(context, threshold, curve, searched)
+
+
+def _link_to_target(context: BalanceContext, threshold: float, curve: Curve, searched: int) -> Decision:
+    """Repeats the passes over all samples until the share kept is the target, or as near as it gets. A collective."""
+    target = context.settings.target_keep
+    assert target is not None
+    tolerance = max(SHARE_TOLERANCE, 0.5 / max(context.rows.num_rows, 1))
+    passes: Curve = []
+    best: Decision | None = None
+    following: float | None = threshold
+    while following is not None and len(passes) < MAX_PASSES:
+        decision = _link(context, following, curve, searched)
+        passes.append((following, float(decision.keep.mean())))
+        if best is None or abs(passes[-1][1] - target) < abs(float(best.keep.mean()) - target):
+            best = decision
+        if abs(passes[-1][1] - target) <= tolerance:
+            return best
+        if searched == context.rows.num_rows:  # the search has tried all thresholds on all samples
+            break
+        log.info("threshold %.5f keeps %.2f %% of all samples, the target is %.2f %%: searching on", following,
+                 100 * passes[-1][1], 100 * target)  # fmt: skip
+        following = next_threshold(target, passes, curve)
+        # The name of a pass is in those of its partial results; the progress counts the rows of the first pass only.
+        context = replace(context, prefix=f"pass-{len(passes)}-", progress=partial(_poll, context.progress))
+    assert best is not None
+    if context.rank == 0:
+        log.warning("%s", explain_share(target, passes if len(passes) > 1 else curve))
+    return best
+
+
+def _poll(progress: Progress, rows: int) -> None:
+    progress(0)
+
+
+def _link(context: BalanceContext, threshold: float, curve: Curve, searched: int) -> Decision:
+    """The passes over all samples at one threshold. A collective."""
+    settings, clusters = context.settings, context.clusters
     first_pass = representative = link_clusters(context, threshold)
     if context.assigner is not None and threshold > 0:
         rows = clusters.rows

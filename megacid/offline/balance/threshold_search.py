@@ -1,5 +1,7 @@
 """Searches the threshold that keeps a given share of the samples, on a sample of whole clusters.
 
+What the sample says is corrected on all samples: `next_threshold` follows the exact shares of whole passes.
+
 The share kept falls as the threshold grows, so the threshold is bracketed and the bracket is narrowed until the share
 is within half a sample of the target. Without the second pass, clusters are sampled one by one. With it, whole
 neighbourhoods of clusters are sampled, because a sample has to be compared with the clusters next to its own; some of
@@ -26,6 +28,8 @@ from megacid.offline.rows import SubsetRows
 
 # Clusters sampled together: few enough that the default 200,000 samples, at 400 per cluster in LAION, are many places.
 NEIGHBOURHOOD = 32
+SHARE_TOLERANCE = 1e-3  # of the share kept of all samples
+MAX_PASSES = 16  # over all samples, until their share is within the tolerance
 _RESOLUTION = 1e-5  # width of the bracket at which the search stops
 Curve = list[tuple[float, float]]  # (threshold, share kept), by threshold
 
@@ -135,3 +139,49 @@ def bisect_threshold(target: float, count: int, share: Callable[[float], float])
         low, high = (point, high) if point[1] > target else (low, point)
     best = min(curve, key=lambda point: (abs(point[1] - target), point[0]))
     return best[0], sorted(curve)
+
+
+def next_threshold(target: float, passes: Curve, curve: Curve) -> float | None:
+    """The threshold of the next pass over all samples; None when no other one can be nearer to the target.
+
+    Args:
+        passes: (threshold, exact share kept) of the passes so far, in their order; at least one.
+        curve: of the search on a sample, which tells the slope.
+    """
+    low = max((point for point in passes if point[1] > target), default=None)
+    high = min((point for point in passes if point[1] <= target), default=None)
+    if low and high:
+        if high[0] - low[0] <= _RESOLUTION:
+            return None
+        # Interpolation alone creeps where one end of the bracket is far away.
+        part = min(max((low[1] - target) / (low[1] - high[1]), 0.05), 0.95) if len(passes) % 2 == 0 else 0.5
+        return low[0] + part * (high[0] - low[0])
+    at, kept = passes[-1]
+    if at == (FARTHEST if kept > target else 0.0):
+        return None
+    if len(passes) == 1:
+        thresholds, shares = np.array(sorted(curve)).T
+        shifted = target - kept + np.interp(at, thresholds, shares)
+        out = float(np.clip(np.interp(shifted, shares[::-1], thresholds[::-1]), at / 2, min(2 * at, FARTHEST)))
+        if (out > at) == (kept > target) and out != at:
+            return out
+    if kept > target:
+        return min(max(2 * at, 0.01), FARTHEST)
+    return at / 2 if len(passes) < MAX_PASSES // 2 else 0.0
+
+
+def explain_share(target: float, points: Curve) -> str:
+    """One line that says why no point has the target share."""
+    share = min(points, key=lambda point: abs(point[1] - target))[1]
+    low = max((point for point in points if point[1] > target), default=None)
+    high = min((point for point in points if point[1] <= target), default=None)
+    if low and high:
+        cause = (
+            f"threshold {low[0]:.5f} keeps {low[1]:.2%} and {high[0]:.5f} keeps {high[1]:.2%}, because many pairs have "
+            "nearly the same distance"
+        )
+    elif high:
+        cause = "fewer links keep no more, because of --cap"
+    else:
+        cause = "more links remove no more, because samples are linked inside clusters: use fewer clusters or --cap"
+    return f"{share:.2%} of the samples are kept, --target-keep is {target:.2%}: {cause}"

@@ -1,5 +1,6 @@
 """The search of a threshold that counts with the second pass across clusters, against decisions at given thresholds."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,16 @@ from harness import run_ranks
 
 from megacid.errors import UserError
 from megacid.offline.balance.clusters import Clusters, group_by_cluster
-from megacid.offline.balance.context import BalanceSettings
-from megacid.offline.balance.threshold_search import NEIGHBOURHOOD, bisect_threshold, sample_clusters
+from megacid.offline.balance.context import BalanceContext, BalanceSettings
+from megacid.offline.balance.threshold_search import (
+    MAX_PASSES,
+    NEIGHBOURHOOD,
+    SHARE_TOLERANCE,
+    bisect_threshold,
+    next_threshold,
+    sample_clusters,
+    search_threshold,
+)
 from megacid.offline.nearest import Assigner, prepare
 from megacid.offline.rows import ArrayRows
 from megacid.storage.stage_directory import PartialResults
@@ -67,8 +76,11 @@ def test_ranks_and_an_interrupted_search_give_the_same_bits(tmp_path: Path) -> N
 def test_sample_of_neighbourhoods_speaks_for_all_clusters() -> None:
     rows, clusters, centroids = data(12_000, 400, 6)
     settings = BalanceSettings(target_keep=0.6, neighbor_clusters=4, search_rows=3000)
-    decision = decided(rows, clusters, settings, centroids=centroids)
-    assert 3000 <= decision.searched_rows < 3400
+    assigner = Assigner(prepare(centroids, "cosine", CPU), "cosine", CPU)
+    threshold, _, searched = search_threshold(BalanceContext(rows, clusters, settings, CPU, assigner))
+    assert 3000 <= searched < 3400
+    given = BalanceSettings(threshold=threshold, neighbor_clusters=4)
+    decision = decided(rows, clusters, given, centroids=centroids)
     share = decision.removed_across_clusters / len(decision.keep)
     assert share > 0.05
     # Without the scale from the borders inside of the sample to all of them it would be off by half of that share.
@@ -109,3 +121,67 @@ def test_search_takes_few_steps_on_a_smooth_curve_and_finds_a_step() -> None:
     threshold, curve = bisect_threshold(0.5, 1000, lambda at: 1.0 if at < 0.3 else 0.1)
     assert threshold == pytest.approx(0.3, abs=2e-5) and threshold >= 0.3  # 0.1 is nearer to 0.5 than 1.0 is
     assert curve == sorted(curve) and curve[0] == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("target", "link", "neighbors"), [(0.9, "components", 4), (0.563, "greedy", 0), (0.3, "components", 0)]
+)
+def test_share_of_all_samples_is_within_a_tenth_of_a_point(target: float, link: str, neighbors: int) -> None:
+    rows, clusters, centroids = data(12_000, 400, 6)
+    settings = BalanceSettings(target_keep=target, link=link, neighbor_clusters=neighbors, search_rows=600)
+    decision = decided(rows, clusters, settings, centroids=centroids)
+    assert decision.searched_rows < 1000
+    assert decision.keep.mean() == pytest.approx(target, abs=SHARE_TOLERANCE)
+
+
+def test_passes_over_all_samples_give_the_same_bits_on_ranks_and_after_an_interruption(tmp_path: Path) -> None:
+    rows, clusters, centroids = data(12_000, 400, 6)
+    settings = BalanceSettings(target_keep=0.563, neighbor_clusters=4, search_rows=600)
+    whole = decided(rows, clusters, settings, centroids=centroids)
+    work = PartialResults(tmp_path, {})
+    work.begin()
+    first = decided(rows, clusters, settings, centroids=centroids, partial=work, part_pairs=200_000)
+    names = {path.name.partition("links")[0] for path in work.folder.glob("*links-*.npy")}
+    assert {"", "pass-1-"} <= names  # more than one pass was needed
+    for path in sorted(work.folder.glob("pass-1-*.npy"))[::2]:
+        path.unlink()
+    again = decided(rows, clusters, settings, centroids=centroids, partial=work, part_pairs=200_000)
+    two = run_ranks(decided, 2, rows, clusters, settings, centroids)
+    for other in (first, again, *two):
+        assert other.threshold == whole.threshold
+        np.testing.assert_array_equal(other.representative, whole.representative)
+        np.testing.assert_array_equal(other.keep, whole.keep)
+
+
+def test_a_share_that_no_threshold_keeps_is_explained_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    copies = np.repeat(unit_rows(100, 4, 1).numpy().astype(np.float16), 4, axis=0)
+    label = np.repeat(np.arange(100), 4).astype(np.int32)
+    clusters = group_by_cluster(label, np.zeros(400), 100)
+    for settings, cause in (
+        ({"target_keep": 0.1}, "25.00% of the samples are kept, --target-keep is 10.00%: more links remove no more"),
+        ({"target_keep": 0.6}, r"because many pairs have nearly the same distance"),
+        ({"target_keep": 0.9, "cap": 2}, "50.00% of the samples are kept, .*: fewer links keep no more, because of"),
+    ):
+        for search_rows in (100, 10**6):
+            caplog.clear()
+            decided(ArrayRows(copies), clusters, BalanceSettings(**settings, search_rows=search_rows))
+            assert len(caplog.records) == 1 and "\n" not in caplog.text.strip()
+            caplog_text = caplog.records[0].getMessage()
+            with pytest.raises(UserError, match=cause):
+                raise UserError(caplog_text)
+
+
+@pytest.mark.parametrize("bend", [0.02, 0.05, 0.1])
+@pytest.mark.parametrize("place", [0.2, 0.31, 0.37, 0.6])
+@pytest.mark.parametrize("target", [0.05, 0.563, 0.95])
+def test_a_few_passes_correct_a_sample_that_misleads(target: float, place: float, bend: float) -> None:
+    def kept(at: float, place: float, bend: float) -> float:
+        return float(1 / (1 + (at / place) ** (place / bend)))
+
+    curve = [(float(at), kept(float(at), 0.3, 0.03)) for at in np.linspace(0, 2, 60)]
+    passes = [(0.3, kept(0.3, place, bend))]
+    while abs(passes[-1][1] - target) > SHARE_TOLERANCE:
+        following = next_threshold(target, passes, curve)
+        assert following is not None and len(passes) < MAX_PASSES
+        passes.append((following, kept(following, place, bend)))
