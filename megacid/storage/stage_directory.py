@@ -105,7 +105,12 @@ class StageDirectory:
             self._lock.release()
 
     def remove_partial_results(self) -> None:
-        """Remove what only an unfinished stage needs."""
+        """Remove what only an unfinished stage needs, also the lock file of a killed process."""
+        if self._lock is None and (self.path / LOCK).exists():
+            try:
+                DirectoryLock(self.path / LOCK, str(self.path), "take another output directory").release()
+            except (UserError, OSError):  # another process writes to the directory, or nobody can
+                return
         self.work.remove()
         remove_temporary_files(self.path)
 

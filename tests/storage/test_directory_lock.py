@@ -76,6 +76,17 @@ def test_a_finished_stage_leaves_no_lock_file(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "new", "settings.json"]
 
 
+def test_the_lock_file_of_a_process_killed_after_meta_json_is_removed(tmp_path: Path) -> None:
+    begun(tmp_path).commit({})
+    pid = forked(lambda: DirectoryLock(tmp_path / ".lock", "out", "take another"))
+    finished = StageDirectory(tmp_path, "balance", {"k": 4})
+    finished.remove_partial_results()
+    assert (tmp_path / ".lock").exists()  # its holder is alive
+    ended(pid)
+    finished.remove_partial_results()
+    assert not (tmp_path / ".lock").exists()
+
+
 def test_a_failed_stage_can_be_run_again_in_the_same_process(tmp_path: Path) -> None:
     failed = begun(tmp_path)
     begun(tmp_path).commit({})

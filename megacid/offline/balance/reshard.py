@@ -64,8 +64,8 @@ def reshard(
         if out.resolve() == index.root.resolve():
             raise UserError(f"--reshard is {out}, the directory of the shards: give it another, empty directory")
         done = parallel.is_first and _complete(stage)
-        if parallel.is_first and not done:
-            stage.begin()
+        if parallel.is_first:
+            (stage.remove_partial_results if done else stage.begin)()
     if broadcast_json(done, parallel.group):
         log.info("%s is complete", out)
         return read_meta(out)

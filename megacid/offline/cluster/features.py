@@ -52,6 +52,7 @@ def cluster_features(
     }
     stage = StageDirectory(out, "sweep", arguments)
     if (meta := stage.finished()) is not None:
+        stage.remove_partial_results()
         return meta
     stage.begin()
     device = torch.device(device)
