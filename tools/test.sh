@@ -13,9 +13,9 @@ echo "test: mypy"
 "$bin/mypy" || { echo 'test: step "mypy" failed. remedy: correct the types named above' >&2; exit 1; }
 echo "test: mkdocs"
 NO_MKDOCS_2_WARNING=1 "$bin/mkdocs" build --strict --quiet || { echo 'test: step "mkdocs" failed. remedy: correct the pages named above' >&2; exit 1; }
-# Many tests wait for ranks, time limits or disks: one worker more than there are cores. Each begins with a run of files, so
+# Many tests wait for ranks, time limits or disks: two workers more than there are cores. Each begins with a run of files, so
 # that their fixtures are made once.
 cores=$(env -u OMP_NUM_THREADS nproc)
-workers=$((cores < 8 ? cores + 1 : 8))
+workers=$((cores < 6 ? cores + 2 : 8))
 echo "test: pytest, $workers workers (about 11 minutes on 2 cores)"
 exec "$bin/python" -m pytest -n $workers --dist worksteal --durations=15 "$@"
