@@ -130,3 +130,14 @@ def keep_dir(folder: Path, digest: str) -> Path:
     save(folder / "keep" / "00001.npy", np.array([False, False]))
     write_meta(folder, "balance", {}, shards_digest=digest, kept=2, total=5)
     return folder
+
+
+def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def gradient(width: int = 40, height: int = 24) -> Image.Image:
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    return Image.fromarray(np.stack([x * 6, y * 10, x + y], axis=2).astype(np.uint8))

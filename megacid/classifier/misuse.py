@@ -99,7 +99,7 @@ def refuse_wrappers(head_type: type[nn.Module]) -> None:
 
 
 def warn_about_foreign_optimizers(head: _Head) -> None:
-    """Warn once if a torch optimizer with the head's weight steps while nobody reads the row gradient."""
+    """Warn once if a torch optimizer with the head's weight steps and the row gradient is not read."""
     if head.rows_unread:
         _unread_heads().add(head)
 

@@ -246,7 +246,7 @@ class PartialFC(nn.Module):
         """
         weights = weights or Weights()
         teacher_BD = teacher_BD if weights.needs_teacher else None
-        train, need_x = (wanted and torch.is_grad_enabled() for wanted in (self.training, emb_BD.requires_grad))
+        train, need_x = (needed and torch.is_grad_enabled() for needed in (self.training, emb_BD.requires_grad))
         draw = dims = None
         if self.training and self.sample_rate < 1:
             draw = Draw.of_step(self.num_classes, self.sample_rate, seed=self.seed, step=self.step)

@@ -101,7 +101,7 @@ _PATHS = {
 
 
 def expand_path(path: str, name: str) -> str:
-    """`path` with a leading ~ or ~user replaced by the home directory. UserError for a variable, which nobody expands.
+    """`path` with a leading ~ or ~user replaced by the home directory. UserError for a variable, which is not expanded.
 
     Args:
         name: of the setting or option, for the message.

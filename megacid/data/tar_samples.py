@@ -121,7 +121,7 @@ class MemberGroup:
     def dotted_keys(self) -> list[str]:
         """The names that look like samples of their own with a dot in their key.
 
-        An image beside a complete sample, such as a.seg.png, is none; with a caption a.seg.txt it is.
+        An extra image of a complete sample, such as a.seg.png, is none; with a caption a.seg.txt it is.
         """
         if "image" in self.members:
             names = [name for name, kinds in self.dotted.items() if "image" in kinds and len(kinds) > 1]

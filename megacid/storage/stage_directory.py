@@ -109,7 +109,7 @@ class StageDirectory:
         if self._lock is None and (self.path / LOCK).exists():
             try:
                 DirectoryLock(self.path / LOCK, str(self.path), "take another output directory").release()
-            except (UserError, OSError):  # another process writes to the directory, or nobody can
+            except (UserError, OSError):  # another process writes to the directory, or it is read-only
                 return
         self.work.remove()
         remove_temporary_files(self.path)

@@ -1,22 +1,11 @@
 import copy
-import io
 
 import numpy as np
 import pytest
+from pair_data import encoded, gradient
 from PIL import Image
 
 from megacid.data.decode import BadSample, decode_image
-
-
-def encoded(image: Image.Image, form: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
-
-
-def gradient(width: int = 40, height: int = 24) -> Image.Image:
-    x, y = np.meshgrid(np.arange(width), np.arange(height))
-    return Image.fromarray(np.stack([x * 6, y * 10, x + y], axis=2).astype(np.uint8))
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])

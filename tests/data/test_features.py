@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile_data import RUN
 from pair_data import PLAN
 
 from megacid.config.load import load_run
@@ -197,19 +198,6 @@ def test_every_parameter_of_the_tower_gets_a_gradient_and_the_output_is_normalis
 
 
 # ---- the run file ------------------------------------------------------------------------------------------------
-
-RUN: dict[str, Any] = {
-    "train_batch_size": 8,
-    "gradient_clipping": 1.0,
-    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-    "megacid": {
-        "run": {"name": "x", "total_steps": 2},
-        "student": {"model": "feature-mlp", "embed_dim": 8},
-        "data": {"features": "somewhere"},
-        "loss": {"cluster": 1.0},
-        "classifier": {"init": "random"},
-    },
-}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import struct
@@ -14,22 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pair_data import peak_mib, picture, put, same, stream, transform
+from pair_data import encoded, gradient, peak_mib, picture, put, same, stream, transform
 from PIL import Image, PngImagePlugin
 
 from megacid.data.decode import BadSample, decode_caption, decode_image
 from megacid.data.index import ShardIndex, load_index
-
-
-def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
-
-
-def gradient(width: int = 40, height: int = 24) -> Image.Image:
-    x, y = np.meshgrid(np.arange(width), np.arange(height))
-    return Image.fromarray(np.stack([x * 6, y * 10, x + y], axis=2).astype(np.uint8))
 
 
 def pixels(image: Image.Image) -> np.ndarray:
