@@ -26,7 +26,7 @@ from megacid.data.batch import Batch, Positions
 from megacid.data.memmap import MappedRows, take_rows
 from megacid.data.order import SampleOrder
 from megacid.errors import UserError
-from megacid.storage.metadata import read_meta
+from megacid.storage.metadata import read_meta, size_field
 from megacid.storage.npy import load_npy
 
 Split = Literal["train", "test"]
@@ -83,11 +83,7 @@ class FeatureSet(MappedRows):
                 "give the output of tools/synthesize.py features"
             )
         for name in {"classes", "dim", "true_classes"} & meta.keys():
-            value = meta[name]
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
-                raise UserError(
-                    f"{self.directory}/meta.json has {name} {str(value)[:40]!r}, expected an integer above 0: {_AGAIN}"
-                )
+            size_field(meta, self.directory, name, _AGAIN)
         return meta
 
     def take_labels(self, rows: np.ndarray) -> np.ndarray:

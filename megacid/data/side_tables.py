@@ -17,7 +17,7 @@ from megacid.data.index import ShardIndex
 from megacid.data.lru import LRUCache
 from megacid.data.memmap import gather_rows
 from megacid.errors import UserError
-from megacid.storage.metadata import read_meta
+from megacid.storage.metadata import read_meta, size_field
 from megacid.storage.npy import load_npy
 from megacid.storage.parquet import join_by_key, key_column, label_column, read_parquet
 
@@ -49,17 +49,6 @@ def _copied_from(index: ShardIndex) -> str:
     return index.digest
 
 
-def _positive(meta: dict[str, Any], directory: Path, name: str) -> int:
-    """An integer field of meta.json, at least 1."""
-    value = meta.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
-        raise UserError(
-            f"{directory}/meta.json has {name} {str(value)[:40]!r}, expected an integer above 0: "
-            f"run tools/{meta['made_by']}.py again"
-        )
-    return value
-
-
 class _TeacherShard(NamedTuple):
     row_of: np.ndarray  # int64 [n]: row in the partition of each sample of the tar, -1 for none
     image: np.ndarray  # float16 [rows, d], memory-mapped
@@ -77,7 +66,7 @@ class TeacherTable:
     def __init__(self, directory: str | Path, index: ShardIndex) -> None:
         self.directory, self.index = Path(directory), index
         self.meta = _checked_meta(directory, index, "embed")
-        self.dim = _positive(self.meta, self.directory, "dim")
+        self.dim = size_field(self.meta, self.directory, "dim", _EMBED_AGAIN)
         self.has_text = (self.directory / "text_emb").is_dir()
         # Writers of this layout pad the numbers to different widths, so files are found by number.
         self._image_files = _by_number(self.directory / "img_emb", "img_emb_*.npy")
@@ -196,7 +185,7 @@ class LabelTable:
     def __init__(self, directory: str | Path, index: ShardIndex, labels_per_sample: int | None = None) -> None:
         self.directory, self.index = Path(directory), index
         self.meta = _checked_meta(directory, index, "cluster")
-        self.num_classes = _positive(self.meta, self.directory, "k")
+        self.num_classes = size_field(self.meta, self.directory, "k", _CLUSTER_AGAIN)
         self._shards: LRUCache[np.ndarray] = LRUCache(_OPEN_SHARDS)
         self._limit = labels_per_sample
         # None: the first shard decides for all.

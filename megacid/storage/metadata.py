@@ -70,3 +70,11 @@ def read_meta(directory: str | Path, expect: str | None = None) -> dict[str, Any
     if _EARLIER_FIELDS.get(expect or "") in meta:
         raise UserError(f"{directory} was written by an earlier version of megacid: delete it and run {tool} again")
     return dict(meta)
+
+
+def size_field(meta: dict[str, Any], directory: Path, name: str, remedy: str) -> int:
+    """A size in `directory`'s meta.json. Raises UserError unless it is an integer from 1 to 2^31 - 1."""
+    value = meta.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+        raise UserError(f"{directory}/meta.json has {name} {str(value)[:40]!r}, expected an integer above 0: {remedy}")
+    return value
