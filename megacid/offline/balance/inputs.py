@@ -30,7 +30,7 @@ class BalanceInputs:
     index: ShardIndex
     clusters: Path  # the folder of the labels
     label: np.ndarray  # int32 [n], the cluster of each sample, -1 for none
-    score: np.ndarray  # float16 [n], similarity to its centroid
+    score: np.ndarray  # float32 (older folders: float16) [n], similarity to its centroid
     k: int
 
     @property

@@ -79,7 +79,7 @@ def _write_labels(
     path: Path, keys: list[str], labels: np.ndarray, score: np.ndarray, centroids: str, value: float
 ) -> None:
     columns = {"key": pa.array(keys, pa.string()), "label": pa.array(labels[:, 0], pa.int32())}
-    columns["score"] = pa.array(score.astype(np.float16), pa.float16())
+    columns["score"] = pa.array(score, pa.float32())
     columns |= {f"label_{i}": pa.array(labels[:, i], pa.int32()) for i in range(1, labels.shape[1])}
     table = pa.table(columns).replace_schema_metadata({_CENTROIDS: centroids, _SIMILARITY: value.hex()})
     with writing(path) as temporary:
@@ -92,7 +92,9 @@ def _read_labels(path: Path, keys: list[str], top: int, centroids: str) -> tuple
     try:
         table = read_parquet(path, "")
         metadata = table.schema.metadata or {}
-        fits = table.num_columns == 2 + top and table["key"].to_pylist() == keys
+        # Earlier versions wrote float16 scores, in which the order of preference has ties.
+        fits = table.num_columns == 2 + top and table["score"].type == pa.float32()
+        fits = fits and table["key"].to_pylist() == keys
         if not fits or metadata.get(_CENTROIDS) != centroids.encode():
             return None
         return table["label"].to_numpy(), float.fromhex(metadata[_SIMILARITY].decode())

@@ -18,7 +18,8 @@ def read_labels(clusters: Path, rows: EmbeddingRows) -> tuple[np.ndarray, np.nda
     """Labels of the rows of an embedding folder, joined by key.
 
     Returns:
-        (label int32 [n], cosine to the nearest centroid float16 [n], k).
+        (label int32 [n], cosine to the nearest centroid [n], k). The cosine is float32, or float16 in folders that an
+        earlier version has written.
 
     Raises:
         UserError: The two folders were made from different shards or teachers, or a label file is damaged.
@@ -36,7 +37,7 @@ def read_labels(clusters: Path, rows: EmbeddingRows) -> tuple[np.ndarray, np.nda
             )
     k = int(meta["k"])
     remedy = f"run tools/cluster.py on {rows.directory} again"
-    label, score = np.full(rows.num_rows, -1, np.int32), np.zeros(rows.num_rows, np.float16)
+    label, scores = np.full(rows.num_rows, -1, np.int32), []
     for partition, stem in enumerate(rows.stems):
         path = clusters / "labels" / f"{stem}.parquet"
         table = read_parquet(path, remedy, ["key", "label", "score"])
@@ -44,8 +45,11 @@ def read_labels(clusters: Path, rows: EmbeddingRows) -> tuple[np.ndarray, np.nda
         where = slice(int(rows.starts[partition]), int(rows.starts[partition + 1]))
         at = join_by_key(rows.keys(partition), keys, path, remedy, require_all=True)
         label[where] = label_column(table, "label", keys, k, path, remedy)[at]
-        score[where] = table["score"].to_numpy()[at]
-    return label, score, k
+        score = table["score"].to_numpy()
+        if score.dtype.kind != "f" or not np.isfinite(score).all():
+            raise UserError(f"{path} has {score.dtype} scores, expected finite floating point numbers: {remedy}")
+        scores.append(score[at])
+    return label, np.concatenate(scores), k
 
 
 def read_centroids(clusters: Path, dim: int) -> tuple[np.ndarray, Metric]:

@@ -12,7 +12,8 @@ from harness import run_ranks
 from megacid.errors import UserError
 from megacid.offline.balance import within_cluster
 from megacid.offline.balance.clusters import group_by_cluster
-from megacid.offline.balance.context import BalanceSettings, part_bounds
+from megacid.offline.balance.context import BalanceSettings, Keep, part_bounds
+from megacid.offline.balance.deduplicate import preference
 from megacid.offline.balance.linking import LinkOptions, near_pairs, representatives
 from megacid.offline.balance.report import planted_report, power_histogram, subset_array
 from megacid.offline.rows import ArrayRows
@@ -51,6 +52,17 @@ def test_a_cluster_of_copies_needs_one_row_of_blocks(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.Tensor, "__matmul__", counted)
     assert (representatives(unit_rows(1).repeat(200, 1), LinkOptions(0.1, "components", 10)) == 0).all()
     assert products == 20
+
+
+@pytest.mark.parametrize(("keep", "first"), [("nearest", [2, 1, 0]), ("farthest", [0, 1, 2])])
+def test_scores_that_are_equal_in_fp16_decide_which_sample_is_kept(keep: Keep, first: list[int]) -> None:
+    score = np.array([0.9003, 0.9004, 0.9005], np.float32)
+    assert len(np.unique(score.astype(np.float16))) == 1
+    rows = ArrayRows(unit_rows(1).repeat(3, 1).numpy())
+    clusters = group_by_cluster(np.zeros(3, np.int32), preference(keep, score, 0, rows, None), 1)
+    assert clusters.members(0).tolist() == first
+    decision = decided(rows, clusters, BalanceSettings(threshold=0.1, keep=keep))
+    assert decision.representative.tolist() == [first[0]] * 3
 
 
 def test_cap_keeps_the_most_preferred() -> None:

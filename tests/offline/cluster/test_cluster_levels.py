@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from faultplan import Fault, kill
 from offline_data import results, run, write_embeddings
 from offline_tool import KILLED, Tool
 
-from megacid.errors import EXIT_AGAIN
+from megacid.errors import EXIT_AGAIN, UserError
+from megacid.offline.cluster.results import read_labels
+from megacid.offline.rows import EmbeddingRows
 from megacid.storage.metadata import read_meta
 
 Make = Callable[[str, str], Tool]
@@ -186,3 +191,53 @@ def test_invalid_arguments_are_refused(stage: Path, tmp_path: Path) -> None:
     assert "centroids.npy is missing" in run("cluster", *new, "--out", tmp_path / "o", "--assign-only", bare, expect=2)
     changed = [value if value != 3 else 2 for value in from_finished(stage, "from_finished")]
     assert "labels_per_sample 3, this run has 2" in run("cluster", *changed, expect=2)
+
+
+# ---- scores ------------------------------------------------------------------------------------------------------
+
+
+def half_scores(path: Path) -> None:
+    """Rewrites a label file as an earlier version wrote it."""
+    table = pq.read_table(path)
+    half = pa.array(table["score"].to_numpy().astype(np.float16), pa.float16())
+    pq.write_table(table.set_column(2, "score", half), path)
+
+
+def test_scores_are_fp32_so_that_the_order_of_preference_has_no_ties(stage: Path) -> None:
+    label, score, _ = read_labels(stage / "levels", EmbeddingRows(stage / "emb"))
+    x = np.concatenate([np.load(path) for path in sorted((stage / "emb" / "img_emb").iterdir())]).astype(np.float64)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    centroids = np.load(stage / "levels" / "centroids.npy").astype(np.float64)
+    exact = (x * centroids[label]).sum(1) / np.linalg.norm(centroids, axis=1)[label]
+    assert score.dtype == np.float32
+    np.testing.assert_allclose(score, exact, rtol=0, atol=3e-7)
+    # What this is about: these samples have many ties in fp16.
+    assert len(np.unique(score)) > 2400 and len(np.unique(score.astype(np.float16))) < 1000
+
+
+def test_folders_with_fp16_scores_stay_readable_and_half_written_ones_are_not_mixed(stage: Path, make: Make) -> None:
+    rows, old = EmbeddingRows(stage / "emb"), stage / "old"
+    shutil.copytree(stage / "levels", old)
+    expected = read_labels(old, rows)[1].astype(np.float16)
+    for path in (old / "labels").iterdir():
+        half_scores(path)
+    score = read_labels(old, rows)[1]
+    # The same type as before: the digest of the labels is one of the arguments of a finished balance.
+    assert score.dtype == np.float16
+    np.testing.assert_array_equal(score, expected)
+    one = make("from_finished", "half")
+    assert one.fates(1, kill("cluster:labels", step=0)) == [KILLED]
+    half_scores(one.out / "labels" / "00000.parquet")
+    assert one.fates(1) == [0], one.output
+    one.equals(stage / "from_finished")
+
+
+@pytest.mark.parametrize("values", [["a", "b"], [0.5, math.nan], [1, 2], [0.5, None]])
+def test_scores_that_are_no_numbers_are_refused_with_the_file(tmp_path: Path, values: list[object]) -> None:
+    embeddings = write_embeddings(tmp_path / "emb", rows(2, 1), 1)
+    run("cluster", "--embeddings", embeddings, "--out", tmp_path / "out", "--k", 1)
+    path = tmp_path / "out" / "labels" / "00000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(2, "score", pa.array(values)), path)
+    with pytest.raises(UserError, match=r"00000\.parquet has .* scores, expected finite floating point numbers"):
+        read_labels(tmp_path / "out", EmbeddingRows(embeddings))
