@@ -9,13 +9,13 @@
 the students. It needs matplotlib.
 """
 
-import ast
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
@@ -23,10 +23,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
 from PIL import Image
 
 from argtypes import ToolParser
+from megacid.config.fields import Needs, Section
+from megacid.config.schema import MegacidConfig
 from megacid.errors import UserError, run_tool
 from megacid.storage.atomic import write_atomic
 
-SCHEMA = ROOT / "megacid" / "config" / "schema.py"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 FIGURES = {  # name of a figure of tools/figures.py -> caption
     "fig2a_perceptual": "Perceptual redundancy: a kept picture and the near-copies removed for it",
@@ -54,57 +55,37 @@ CURVES = {  # TensorBoard tag -> title of the panel
 # ---- docs/configuration.md ---------------------------------------------------------------------------------------
 
 
-class Field(NamedTuple):
-    key: str
-    type: str
-    default: str
-    description: str
+def _type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+    """A type as a reader of a run file would name it, with its range."""
+    base, *inner = get_args(annotation) if get_origin(annotation) is Annotated else [annotation]
+    limits = [limit for item in (*inner, *metadata) for limit in getattr(item, "metadata", [item])]
+    signs = [("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")]
+    bounds = [f"{sign} {getattr(limit, name):.15g}" for name, sign in signs for limit in limits if hasattr(limit, name)]
+    origin, members = get_origin(base), get_args(base)
+    if origin in (Union, UnionType):
+        text = " or ".join(map(_type, members))
+    elif origin is Literal:
+        text = ", ".join(f"`{json.dumps(member)}`" for member in members)
+    elif origin is tuple:
+        text = f"list of {len(members)} numbers{_type(members[0]).removeprefix('number')}"
+    else:
+        text = {str: "string", bool: "true or false", int: "integer", float: "number", NoneType: "null"}[base]
+    return ", ".join([text, *bounds])
 
 
-def _text(annotation: ast.expr) -> str:
-    """A type as a reader of a run file would name it."""
-    if isinstance(annotation, ast.BinOp):  # X | None
-        return f"{_text(annotation.left)} or {_text(annotation.right)}"
-    if isinstance(annotation, ast.Subscript):
-        name = ast.unparse(annotation.value)
-        members = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
-        if name == "Literal":
-            return ", ".join(f"`{json.dumps(ast.literal_eval(member))}`" for member in members)
-        if name == "tuple":
-            return f"list of {len(members)} numbers"
-    names = {"str": "string", "bool": "true or false", "int": "integer", "float": "number", "None": "null"}
-    return names[ast.unparse(annotation)]
-
-
-def _fields(section: ast.ClassDef) -> Iterator[Field]:
-    for node, after in zip(section.body, section.body[1:]):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            if not (isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)):
-                raise UserError(f"{section.name}.{node.target.id} has no description: add a string below the field")
-            default = "required"
-            if node.value is not None:
-                value = ast.literal_eval(node.value)
-                default = f"`{json.dumps(list(value) if isinstance(value, tuple) else value)}`"
-            yield Field(node.target.id, _text(node.annotation), default, " ".join(str(after.value.value).split()))
-
-
-def sections(source: str) -> dict[str, list[Field]]:
-    """Section of the "megacid" block -> its fields, in the order of the schema."""
-    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-    found = {}
-    for node in classes["MegacidConfig"].body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            found[node.target.id] = list(_fields(classes[ast.unparse(node.annotation)]))
-    return found
-
-
-def configuration_tables(source: str) -> str:
+def configuration_tables(block: type[Section]) -> str:
+    """One table of the fields of each section."""
     lines: list[str] = []
-    for section, fields in sections(source).items():
+    for section, schema in block.model_fields.items():
         lines += [f"### {section}", "", "| key | type | default | description |", "|---|---|---|---|"]
-        for field in fields:
-            description = field.description.replace("|", "\\|")
-            lines.append(f"| `{section}.{field.key}` | {field.type} | {field.default} | {description} |")
+        for key, field in schema.annotation.model_fields.items():
+            if field.description is None:
+                raise UserError(f"{section}.{key} has no description: add a string below the field")
+            default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+            needs = [f"Only with {item.condition}." for item in field.metadata if isinstance(item, Needs)]
+            description = " ".join([*field.description.split(), *needs]).replace("|", "\\|")
+            kind = _type(field.annotation, field.metadata)
+            lines.append(f"| `{section}.{key}` | {kind} | {default} | {description} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -117,8 +98,8 @@ def between(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda match: f"{match[1]}\n{content.strip()}\n\n{match[2]}", text)
 
 
-def configuration_page(page: str, source: str) -> str:
-    return between(page, "generated by tools/docs.py", configuration_tables(source))
+def configuration_page(page: str, block: type[Section] = MegacidConfig) -> str:
+    return between(page, "generated by tools/docs.py", configuration_tables(block))
 
 
 # ---- --demo ------------------------------------------------------------------------------------------------------
@@ -228,13 +209,13 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{path.relative_to(ROOT)}  {path.stat().st_size:,} bytes")
         return 0
     page = CONFIGURATION.read_text()
-    fresh = configuration_page(page, SCHEMA.read_text())
+    fresh = configuration_page(page)
     if args.check:
         if page != fresh:
             print("docs/configuration.md is stale: run python tools/docs.py", file=sys.stderr)
         return int(page != fresh)
     write_atomic(CONFIGURATION, fresh.encode())
-    print(f"{CONFIGURATION.relative_to(ROOT)}: {len(sections(SCHEMA.read_text()))} sections")
+    print(f"{CONFIGURATION.relative_to(ROOT)}: {len(MegacidConfig.model_fields)} sections")
     return 0
 
 

@@ -11,65 +11,28 @@ An unknown key is an error in both parts: `schema.py` defines the keys of the bl
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
-import types
-import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import hjson
+from pydantic import ValidationError
 
 from megacid.config.deepspeed import REFUSED, lint_deepspeed
 from megacid.config.deepspeed_keys import KNOWN_KEYS
-from megacid.config.renamed import rename_message
-from megacid.config.schema import MegacidConfig, RunFile, defaults
-from megacid.config.validation import check, check_numbers
+from megacid.config.fields import expanded_path
+from megacid.config.messages import check_numbers, user_error
+from megacid.config.schema import SECTIONS, MegacidConfig, RunFile
 from megacid.errors import UserError, nearest
 
 _RUN_FILE_CHARACTERS = 1 << 20
 
 
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`; UserError with the key, the value and what was expected."""
-    origin, choices = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where)
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _convert(value, next(c for c in choices if c is not type(None)), where)
-    if origin is Literal:
-        if value not in choices:
-            raise UserError(f'"{where}" is {value!r}, expected one of {", ".join(map(repr, choices))}')
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)) or len(value) != len(choices):
-            raise UserError(f'"{where}" is {value!r}, expected a list of {len(choices)} numbers')
-        return tuple(_convert(v, c, where) for v, c in zip(value, choices))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise UserError(f'"{where}" is {value!r} ({type(value).__name__}), expected {hint.__name__}')
-    return value
-
-
-def _build(cls: type, values: Any, where: str) -> Any:
-    if not isinstance(values, dict):
-        raise UserError(f'"{where}" is {values!r}, expected a block {{...}}')
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in hints:
-            renamed = rename_message(f"{where}.{key}", values[key])
-            raise UserError(renamed or f'unknown key "{where}.{key}": {nearest(key, list(hints))}')
-    for item in dataclasses.fields(cls):
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if required and item.name not in values:
-            raise UserError(f'"{where}.{item.name}" is missing, it has no default: add it to the run file')
-    return cls(**{key: _convert(value, hints[key], f"{where}.{key}") for key, value in values.items()})
-
-
 def _apply_set(tree: dict[str, Any], assignment: str) -> None:
-    """Apply one `--set section.key=value` to the "megacid" block or to DeepSpeed's keys. Values are JSON, else text."""
+    """Apply one `--set section.key=value` to the "megacid" block or to DeepSpeed's keys; null removes the key.
+
+    Values are JSON, else text.
+    """
     path, sign, text = assignment.partition("=")
     if not sign or not path:
         raise UserError(
@@ -81,23 +44,18 @@ def _apply_set(tree: dict[str, Any], assignment: str) -> None:
         value = text
     *sections, key = path.removeprefix("megacid.").split(".")
     top = sections[0] if sections else key
-    known = {item.name for item in dataclasses.fields(MegacidConfig)}
-    if top not in known and top not in KNOWN_KEYS and top not in REFUSED:
-        raise UserError(f"--set {assignment!r}: unknown section {top!r}: {nearest(top, sorted(known | KNOWN_KEYS))}")
-    node = tree.setdefault("megacid", {}) if top in known else tree
+    if top not in {*SECTIONS, *KNOWN_KEYS, *REFUSED}:
+        near = nearest(top, sorted({*SECTIONS, *KNOWN_KEYS}))
+        raise UserError(f"--set {assignment!r}: unknown section {top!r}: {near}")
+    node = tree.setdefault("megacid", {}) if top in SECTIONS else tree
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
             raise UserError(f"--set {assignment!r}: {section!r} is a value, expected a block")
-    node[key] = value
-
-
-_PATHS = {
-    "run": ["dir"],
-    "data": ["shards", "features", "teacher", "labels", "keep"],
-    "student": ["pretrained"],
-    "classifier": ["init"],
-}
+    if value is None:
+        node.pop(key, None)
+    else:
+        node[key] = value
 
 
 def expand_path(path: str, name: str) -> str:
@@ -106,21 +64,10 @@ def expand_path(path: str, name: str) -> str:
     Args:
         name: of the setting or option, for the message.
     """
-    expanded = os.path.expanduser(path)
-    if "$" in path or expanded.startswith("~"):
-        reason = "variables are not expanded" if "$" in path else "there is no such user"
-        raise UserError(f"{name} is {json.dumps(path)}, expected a path, and {reason}: write the whole path")
-    return expanded
-
-
-def _with_expanded_paths(block: MegacidConfig) -> MegacidConfig:
-    sections = {}
-    for section, names in _PATHS.items():
-        config = getattr(block, section)
-        paths = {name: path for name in names if (path := getattr(config, name)) is not None}
-        expanded = {name: expand_path(path, f'"megacid.{section}.{name}"') for name, path in paths.items()}
-        sections[section] = dataclasses.replace(config, **expanded)
-    return dataclasses.replace(block, **sections)
+    try:
+        return expanded_path(path)
+    except ValueError as error:
+        raise UserError(f"{name} is {json.dumps(path)}, expected {error}") from None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -167,9 +114,10 @@ def load_run(path: str | Path, assignments: list[str] | None = None, *, world: i
         raise UserError(
             f'the run file {path} has no "megacid" block, expected one next to DeepSpeed\'s keys: see configs/'
         )
-    megacid: MegacidConfig = _build(MegacidConfig, block, "megacid")
-    check(megacid, defaults())
-    megacid = _with_expanded_paths(megacid)
+    try:
+        megacid = MegacidConfig.model_validate(block)
+    except ValidationError as error:
+        raise user_error(error, MegacidConfig, "megacid") from None
     run = RunFile(path, megacid, lint_deepspeed(tree, world))
     if megacid.classifier.weight_grad == "recomputed" and run.accumulation > 1:
         raise UserError(

@@ -1,208 +1,313 @@
-"""The run file as frozen dataclasses. The text below each field is its documentation in docs/configuration.md."""
+"""The run file as pydantic models. The text below each field is its documentation in docs/configuration.md."""
 
 from __future__ import annotations
 
 import dataclasses
-import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from megacid.config.fields import (
+    Beta,
+    Count,
+    DirectoryName,
+    FilePath,
+    Fraction,
+    FractionAboveZero,
+    Needs,
+    Seconds,
+    Section,
+    Steps,
+    Weight,
+    Width,
+    as_tuple,
+)
+from megacid.errors import UserError
+
+FEATURE_TOWER = "feature-mlp"
+WithShards = Needs("data.shards", lambda block: block.data.shards is not None)
+WithFeatures = Needs("data.features", lambda block: block.data.features is not None)
 
 
-@dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Section):
     """Name, length, checkpoints and limits of the run."""
 
-    name: str
+    name: DirectoryName
     """Name of the run, without "/". Its directory is `dir`/`name`."""
-    total_steps: int
-    """Number of optimizer steps of the whole run, > 0."""
-    dir: str = "runs"
+    total_steps: Steps
+    """Number of optimizer steps of the whole run."""
+    dir: FilePath = "runs"
     """Parent directory of the run directory. A leading ~ is expanded in all paths; variables ($NAME) are refused."""
-    seed: int = 0
-    """Seed of initialisation, sample order, class sampling and augmentation, >= 0."""
-    save_every: int = 1000
-    """Steps between checkpoints, > 0. The last step is always saved."""
-    keep_last: int = 2
-    """Number of newest checkpoints to keep, >= 2, since a crash may damage the newest one."""
-    log_every: int = 10
-    """Steps between log lines and tensorboard points, > 0."""
-    timeout_s: float = 600.0
-    """Seconds without progress after which the watchdog names the stalled rank and ends the run, > 0."""
-    save_timeout_s: float = 1800.0
-    """The same limit in seconds for the first step and while a checkpoint is saved, > 0."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of initialisation, sample order, class sampling and augmentation."""
+    save_every: Steps = 1000
+    """Steps between checkpoints. The last step is always saved."""
+    keep_last: Annotated[int, Field(ge=2, le=10**9)] = 2
+    """Number of newest checkpoints to keep, at least 2, since a crash may damage the newest one."""
+    log_every: Steps = 10
+    """Steps between log lines and tensorboard points."""
+    timeout_s: Seconds = 600.0
+    """Seconds without progress after which the watchdog names the stalled rank and ends the run."""
+    save_timeout_s: Seconds = 1800.0
+    """The same limit in seconds for the first step and while a checkpoint is saved."""
     save_in_background: bool = False
     """Write checkpoints while training continues. Needs host memory for a copy of each rank's part; same guarantees."""
-    check_every: int = 200
-    """Steps between checks that all ranks are at the same step with the same student, >= 0; 0: never."""
+    check_every: Annotated[int, Field(ge=0, le=10**12)] = 200
+    """Steps between checks that all ranks are at the same step with the same student; 0: never."""
 
 
-@dataclass(frozen=True)
-class StudentConfig:
+class StudentConfig(Section):
     """The model that is trained."""
 
     model: str
     """An open_clip model name, a model of megacid/models/configs, or "feature-mlp", an MLP over data.features."""
-    embed_dim: int | None = None
+    embed_dim: Width | None = None
     """Width of the joint embedding; null: the teacher's, without a teacher the model's own. Required by feature-mlp."""
-    image_size: int | None = None
+    image_size: Annotated[Annotated[int, Field(gt=0, le=16_384)] | None, WithShards] = None
     """Side of the square input image in pixels; null: the model's own."""
-    context_length: int | None = None
+    context_length: Annotated[Width | None, WithShards] = None
     """Number of text tokens; null: the model's own."""
-    pretrained: str | None = None
+    pretrained: Annotated[FilePath | None, WithShards] = None
     """Initial weights: an open_clip tag or a local checkpoint; null: random."""
-    grad_checkpointing: bool = False
+    grad_checkpointing: Annotated[bool, WithShards] = False
     """Recompute activations in the backward pass: less memory, more time."""
-    hidden: int = 512
-    """Width of the hidden layers of feature-mlp, > 0."""
-    layers: int = 2
-    """Number of hidden layers of feature-mlp, >= 0."""
+    hidden: Annotated[Width, WithFeatures] = 512
+    """Width of the hidden layers of feature-mlp."""
+    layers: Annotated[int, Field(ge=0, le=1024), WithFeatures] = 2
+    """Number of hidden layers of feature-mlp."""
 
 
-@dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     """Training data and the outputs of the offline tools."""
 
-    shards: str | None = None
+    shards: FilePath | None = None
     """Directory of .tar shards in img2dataset's or webdataset's layout. Set exactly one of shards and features."""
-    features: str | None = None
+    features: FilePath | None = None
     """Directory of labelled feature vectors, as tools/synthesize.py features writes it. Set this or shards."""
-    teacher: str | None = None
+    teacher: Annotated[FilePath | None, WithShards] = None
     """Output of tools/embed.py. Required by loss.instance, loss.mse, and by loss.cluster with beta or gamma."""
-    labels: str | None = None
+    labels: Annotated[FilePath | None, WithShards] = None
     """Output of tools/cluster.py. Required by loss.cluster on shards."""
-    labels_per_sample: int = 1
-    """Number of nearest clusters that label a sample, > 0: 1 is CLIP-CID, more is MLCD (cluster.py --top-labels)."""
-    keep: str | None = None
+    labels_per_sample: Annotated[Width, WithShards] = 1
+    """Number of nearest clusters that label a sample: 1 is CLIP-CID, more is MLCD (cluster.py --top-labels)."""
+    keep: Annotated[FilePath | None, WithShards] = None
     """Output of tools/balance.py; null: every sample is used."""
-    augment: Literal["none", "random_resized_crop"] = "none"
+    augment: Annotated[Literal["none", "random_resized_crop"], WithShards] = "none"
     """Image augmentation, seeded per sample."""
-    workers: int = 0
-    """Number of loader processes per rank, >= 0; 0 decodes in the training process."""
-    worker_timeout_s: float = 120.0
-    """Seconds without a batch from a loader process after which the run ends with an error, > 0."""
-    block_shards: int = 16
-    """Number of shards or feature files shuffled together, > 0. More mixes better, fewer reads more locally."""
-    error_budget: float = 0.001
-    """Fraction of undecodable samples above which the run ends, 0 to 1."""
-    max_image_pixels: int = 64_000_000
-    """Images with more pixels are skipped before they are decoded, > 0 and at most 89478485."""
+    workers: Annotated[int, Field(ge=0, le=1024), WithShards] = 0
+    """Number of loader processes per rank; 0 decodes in the training process."""
+    worker_timeout_s: Annotated[Seconds, WithShards] = 120.0
+    """Seconds without a batch from a loader process after which the run ends with an error."""
+    block_shards: Count = 16
+    """Number of shards or feature files shuffled together. More mixes better, fewer reads more locally."""
+    error_budget: Annotated[Fraction, WithShards] = 0.001
+    """Fraction of undecodable samples above which the run ends."""
+    max_image_pixels: Annotated[int, Field(gt=0, le=89_478_485), WithShards] = 64_000_000
+    """Images with more pixels are skipped before they are decoded; the decoder itself refuses more than 89478485."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        if (self.shards is None) == (self.features is None):
+            both = "both null" if self.shards is None else f"both set ({self.shards!r}, {self.features!r})"
+            raise UserError(
+                f'"megacid.data.shards" and "megacid.data.features" are {both}, expected exactly one: name the '
+                "directory of the shards or of the feature vectors, and write null for the other"
+            )
+        return self
 
 
-@dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Section):
     """Weights of the loss terms. A term of weight 0 is not computed."""
 
-    contrastive: float = 0.0
-    """Weight of CLIP's contrastive loss between the student's images and texts, >= 0."""
-    instance: float = 0.0
-    """Weight of instance discrimination distillation, >= 0."""
-    cluster: float = 0.0
-    """Weight (lambda) of cluster discrimination distillation, >= 0."""
-    mse: float = 0.0
-    """Weight of the squared distance of student and teacher embeddings, of images and texts, >= 0."""
-    alpha: float = 1.0
-    """Inside cluster: weight of the cross-entropy of the student and the label, >= 0."""
-    beta: float = 0.0
-    """Inside cluster: weight of the cross-entropy of the teacher's embedding and the label, >= 0. [assumed]"""
-    gamma: float = 0.0
-    """Inside cluster: weight of KL(teacher || student), >= 0. [assumed]"""
-    cluster_temperature: float = 1.0
-    """Inside cluster: temperature of the KL, > 0. [assumed]"""
-    temperature: float | None = None
-    """Fixed temperature of the contrastive and instance losses, >= 0.01; null: learned, 1/temperature <= 100."""
+    contrastive: Annotated[Weight, WithShards] = 0.0
+    """Weight of CLIP's contrastive loss between the student's images and texts."""
+    instance: Annotated[Weight, WithShards] = 0.0
+    """Weight of instance discrimination distillation."""
+    cluster: Weight = 0.0
+    """Weight (lambda) of cluster discrimination distillation."""
+    mse: Annotated[Weight, WithShards] = 0.0
+    """Weight of the squared distance of student and teacher embeddings, of images and texts."""
+    alpha: Weight = 1.0
+    """Inside cluster: weight of the cross-entropy of the student and the label."""
+    beta: Annotated[Weight, WithShards] = 0.0
+    """Inside cluster: weight of the cross-entropy of the teacher's embedding and the label. [assumed]"""
+    gamma: Annotated[Weight, WithShards] = 0.0
+    """Inside cluster: weight of KL(teacher || student). [assumed]"""
+    cluster_temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Inside cluster: temperature of the KL. [assumed]"""
+    temperature: Annotated[float, Field(ge=0.01)] | None = None
+    """Fixed temperature of the contrastive and instance losses; null: learned, 1/temperature <= 100."""
+
+    @model_validator(mode="after")
+    def _one_term(self) -> LossConfig:
+        if not (self.contrastive or self.instance or self.cluster or self.mse):
+            raise UserError(
+                'every weight in "megacid.loss" is 0: set at least one of contrastive, instance, cluster and mse '
+                "above 0"
+            )
+        if self.cluster and not (self.alpha or self.beta or self.gamma):
+            raise UserError(
+                f'"megacid.loss.cluster" is {self.cluster} but alpha, beta and gamma are all 0: set one of them above '
+                "0, or cluster to 0"
+            )
+        return self
 
 
-@dataclass(frozen=True)
-class ClassifierConfig:
+class ClassifierConfig(Section):
     """The class-sharded margin classifier of loss.cluster, and its optimizer."""
 
-    sample_rate: float = 0.1
-    """Fraction of each rank's classes sampled per step, above 0, up to 1. Positive classes are always included."""
-    m1: float = 1.0
-    """SphereFace factor of the margin cos(m1 * theta + m2) - m3 on the target class, >= 1."""
-    m2: float = 0.0
-    """ArcFace angle of the margin in radians, >= 0."""
-    m3: float = 0.3
-    """CosFace offset of the margin, >= 0."""
+    sample_rate: FractionAboveZero = 0.1
+    """Fraction of each rank's classes sampled per step. Positive classes are always included."""
+    m1: Annotated[float, Field(ge=1)] = 1.0
+    """SphereFace factor of the margin cos(m1 * theta + m2) - m3 on the target class."""
+    m2: Annotated[float, Field(ge=0)] = 0.0
+    """ArcFace angle of the margin in radians."""
+    m3: Annotated[float, Field(ge=0)] = 0.3
+    """CosFace offset of the margin."""
     margin_grad: Literal["exact", "straight_through"] = "exact"
     """Derivative of the margin: exact, or 1 (straight_through) as in insightface's ArcFace."""
-    scale: float = 64.0
-    """Logit scale s, > 0."""
-    feature_rate: float = 1.0
-    """Fraction of the embedding's dimensions used per step (UNICOM), above 0, up to 1."""
+    scale: Annotated[float, Field(gt=0)] = 64.0
+    """Logit scale s."""
+    feature_rate: FractionAboveZero = 1.0
+    """Fraction of the embedding's dimensions used per step (UNICOM)."""
     filter_threshold: float | None = None
     """Negatives with a larger cosine are left out of the denominator; null: none."""
     log_q: bool = False
     """Weight sampled negatives by 1 / their probability, which makes the softmax denominator unbiased."""
     weight_grad: Literal["stored", "recomputed"] = "stored"
     """Gradient of the class rows: stored, or recomputed in slabs (less memory, twice the arithmetic)."""
-    init: str = "centroids"
+    init: FilePath = "centroids"
     """Initial rows: centroids (of data.labels), random (N(0, 0.01)), or the path of a .npy or .safetensors file or of a
     directory of per-rank insightface checkpoints."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Row-sparse optimizer of the class rows."""
-    lr: float | None = None
+    lr: Annotated[float, Field(ge=0)] | None = None
     """Peak learning rate of the class rows; null: the student's."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(as_tuple)] = (0.9, 0.98)
     """AdamW's decay rates of the first and second moment."""
-    eps: float = 1e-8
+    eps: Annotated[float, Field(ge=0)] = 1e-8
     """AdamW's epsilon."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD's momentum."""
-    weight_decay: float = 0.05
-    """Weight decay of the rows that a step updates, >= 0; decoupled in AdamW."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Weight decay of the rows that a step updates; decoupled in AdamW."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """Storage of the row optimizer's moments. bf16 halves their memory and uses stochastic rounding."""
     lazy: Literal["none", "decay"] = "none"
     """What a row catches up on when it is sampled again: nothing, or the decays of the steps between."""
 
 
-@dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Section):
     """Learning rates of student and classifier, as fractions of their peaks."""
 
-    warmup_steps: int = 0
-    """Steps of linear warm-up, >= 0 and fewer than run.total_steps."""
+    warmup_steps: Annotated[int, Field(ge=0, le=10**12)] = 0
+    """Steps of linear warm-up, fewer than run.total_steps."""
     kind: Literal["cosine", "constant"] = "cosine"
     """Learning rate after the warm-up: cosine decay to final_share, or constant."""
-    final_share: float = 0.0
-    """Fraction of the peak learning rate at the end of the cosine, 0 to 1."""
+    final_share: Fraction = 0.0
+    """Fraction of the peak learning rate at the end of the cosine."""
 
 
-@dataclass(frozen=True)
-class GuardConfig:
+class GuardConfig(Section):
     """When steps are skipped, and when the run ends because of them."""
 
-    max_consecutive_skips: int = 5
-    """Number of skipped steps in a row at which the run ends, > 0."""
-    max_skipped_share: float = 0.01
-    """Fraction of the last 1000 steps that may be skipped before the run ends, 0 to 1."""
+    max_consecutive_skips: Count = 5
+    """Number of skipped steps in a row at which the run ends."""
+    max_skipped_share: Fraction = 0.01
+    """Fraction of the last 1000 steps that may be skipped before the run ends."""
     spike: Literal["off", "skip", "lower", "abort"] = "off"
     """Reaction to a loss spike: none, skip the step, multiply its gradients by 0.1 (lower), or end the run (abort)."""
-    spike_deviations: float = 10.0
-    """A spike is a loss above the median of the last 200 by this many median absolute deviations, > 0."""
+    spike_deviations: Annotated[float, Field(gt=0)] = 10.0
+    """A spike is a loss above the median of the last 200 by this many median absolute deviations."""
 
 
-@dataclass(frozen=True)
-class MegacidConfig:
+class MegacidConfig(Section):
     """The "megacid" block of a run file."""
 
     run: RunConfig
     student: StudentConfig
     data: DataConfig
     loss: LossConfig
-    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
+    classifier: ClassifierConfig = ClassifierConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    guard: GuardConfig = GuardConfig()
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> MegacidConfig:
+        loss, data, student, schedule = self.loss, self.data, self.student, self.schedule
+        if schedule.warmup_steps >= self.run.total_steps:
+            raise UserError(
+                f'"megacid.schedule.warmup_steps" is {schedule.warmup_steps}, expected fewer than run.total_steps, '
+                f"{self.run.total_steps}"
+            )
+        source = "shards" if data.features is None else "features"
+        if (source == "features") != (student.model == FEATURE_TOWER):
+            remedy = f'"{FEATURE_TOWER}"' if source == "features" else "an open_clip model, or set data.features"
+            raise UserError(f'"megacid.student.model" is {student.model!r} but the data are {source}: write {remedy}')
+        self._every_setting_has_an_effect()
+        if source == "features":
+            self._features_are_classified()
+        if loss.cluster and loss.gamma and data.labels_per_sample > 1:
+            raise UserError(
+                f'"megacid.data.labels_per_sample" is {data.labels_per_sample} and "megacid.loss.gamma" is '
+                f"{loss.gamma}, expected one label for the KL: set labels_per_sample to 1, or gamma to 0"
+            )
+        terms = {
+            "instance": loss.instance,
+            "mse": loss.mse,
+            "cluster (beta, gamma)": loss.cluster and (loss.beta or loss.gamma),
+        }
+        needs_teacher = [name for name, weight in terms.items() if weight]
+        if needs_teacher and data.teacher is None:
+            raise UserError(
+                f'"megacid.data.teacher" is null but the term {needs_teacher[0]} needs teacher embeddings: name the '
+                "output of tools/embed.py"
+            )
+        if loss.cluster and data.labels is None and data.features is None:
+            raise UserError(
+                '"megacid.data.labels" is null but the term cluster needs labels: name the output of tools/cluster.py'
+            )
+        return self
+
+    def _every_setting_has_an_effect(self) -> None:
+        for section, block in self:
+            for name, field in type(block).model_fields.items():
+                value = getattr(block, name)
+                for need in field.metadata:
+                    if value != field.default and isinstance(need, Needs) and not need.holds(self):
+                        path = f"{section}.{name}"
+                        raise UserError(
+                            f'"megacid.{path}" is {value!r}, which has no effect without {need.condition}: remove it, '
+                            f"or pass --set {path}=null"
+                        )
+
+    def _features_are_classified(self) -> None:
+        if self.student.embed_dim is None:
+            raise UserError(
+                f'"megacid.student.embed_dim" is null, expected the width of {FEATURE_TOWER}: write for example 512'
+            )
+        if not self.loss.cluster:
+            raise UserError(
+                f'"megacid.loss.cluster" is {self.loss.cluster}, expected > 0: features train no other term than '
+                "cluster"
+            )
+        if self.classifier.init == "centroids":
+            raise UserError(
+                '"megacid.classifier.init" is "centroids" but data.features has none: write "random", or the path of '
+                "a .npy file"
+            )
+
+
+SECTIONS: dict[str, type[Section]] = {name: field.annotation for name, field in MegacidConfig.model_fields.items()}  # type: ignore[misc]
 
 
 def defaults() -> dict[str, dict[str, Any]]:
     """section -> field -> default, for the fields that have one."""
-    sections = typing.get_type_hints(MegacidConfig)
     return {
-        name: {f.name: f.default for f in dataclasses.fields(section) if f.default is not dataclasses.MISSING}
-        for name, section in sections.items()
+        name: {key: field.default for key, field in section.model_fields.items() if not field.is_required()}
+        for name, section in SECTIONS.items()
     }
 
 
@@ -248,9 +353,9 @@ class RunFile:
 
     def with_embed_dim(self, embed_dim: int) -> RunFile:
         """The same run with the student's width filled in."""
-        student = dataclasses.replace(self.megacid.student, embed_dim=embed_dim)
-        return dataclasses.replace(self, megacid=dataclasses.replace(self.megacid, student=student))
+        student = self.megacid.student.model_copy(update={"embed_dim": embed_dim})
+        return dataclasses.replace(self, megacid=self.megacid.model_copy(update={"student": student}))
 
     def resolved(self) -> dict[str, Any]:
         """The run file with every default filled in, as JSON-able values."""
-        return {**self.deepspeed, "megacid": dataclasses.asdict(self.megacid)}
+        return {**self.deepspeed, "megacid": self.megacid.model_dump()}
