@@ -4,6 +4,7 @@
     tools/balance.py --embeddings teacher --clusters clusters --out balance --target-keep 0.563
     tools/balance.py --embeddings teacher --clusters clusters --out balance --threshold 0.35 --keep caption
     tools/balance.py --embeddings teacher --clusters clusters --out balance --threshold 0.1 --neighbor-clusters 4
+    tools/balance.py --embeddings teacher --clusters clusters --out balance --eps 0.05 --link semdedup --keep farthest
     torchrun --nproc_per_node 8 tools/balance.py ...       (or deepspeed): ranks divide the clusters
 
 Writes, for every tar, keep/<tar>.npy (bool, one value per sample) and representative/<tar>.npy (int64, the sample kept
@@ -17,6 +18,7 @@ The same command continues an interrupted run; an OUT made with other arguments 
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,12 +54,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     goal.add_argument(
         "--threshold", type=real(0, 2), help="Euclidean distance of unit embeddings below which a pair is linked"
     )
+    goal.add_argument(
+        "--eps", type=real(0, 2), help="link pairs of a cosine above 1 - EPS, as in SemDeDup: --threshold sqrt(2 EPS)"
+    )
     add(
         "--link",
-        choices=("components", "greedy"),
+        choices=("components", "greedy", "semdedup"),
         default="components",
         help="components (default): connected components of the links; greedy: keep a sample unless it is linked to "
-        "a preferred one that is kept",
+        "a preferred one that is kept; semdedup: unless it is linked to a preferred one, kept or removed",
     )
     add(
         "--keep",
@@ -98,6 +103,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    if args.eps is not None:
+        args.threshold = math.sqrt(2 * args.eps)  # |x - y|^2 = 2 - 2 cosine
     settings = BalanceSettings(**{field.name: getattr(args, field.name) for field in fields(BalanceSettings)})
     return run_stage(lambda parallel, stop: run(args, settings, parallel, stop), args.out, COLLECTIVE_TIMEOUT_S)
 
@@ -139,7 +146,7 @@ def print_report(args: argparse.Namespace, report: dict) -> None:
     target = f" (target {args.target_keep:.2%})" if args.target_keep is not None else ""
     print(
         f"{args.out}: {report['kept']:,} of {report['total']:,} samples kept, {report['share_kept']:.2%}{target}, "
-        f"threshold {report['threshold']:.5f}"
+        f"threshold {report['threshold']:.5f} (cosine above {report['cosine']:.5f})"
     )
     if args.target_keep is not None:
         part = " (a sample of the clusters)" if report["searched_samples"] < report["total"] else ""

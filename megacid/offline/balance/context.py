@@ -53,6 +53,11 @@ class BalanceSettings:
             raise UserError(f"--cap is {self.cap}, expected at least 1 sample per cluster")
         if self.neighbor_clusters < 0:
             raise UserError(f"--neighbor-clusters is {self.neighbor_clusters}, expected 0 (none) or more")
+        if self.link == "semdedup" and self.neighbor_clusters:
+            raise UserError(
+                f"--neighbor-clusters is {self.neighbor_clusters}, expected 0 with --link semdedup, which compares "
+                "samples of one cluster: take --link greedy or components"
+            )
         for name, rows in (("search-rows", self.search_rows), ("block", self.block)):
             if rows < 1:
                 raise UserError(f"--{name} is {rows}, expected at least 1")

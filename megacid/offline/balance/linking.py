@@ -2,7 +2,9 @@
 
 Components: the groups are the connected components of the links, found by union-find; blocks whose rows are already
 in one component are skipped. Greedy keep: samples are visited in order of preference; one is kept unless it is linked
-to a sample that was kept before, which then becomes its representative.
+to a sample that was kept before, which then becomes its representative. SemDeDup (Abbas et al., 2023): a sample is
+removed when it is linked to any preferred one, kept or removed; its representative is found along such links. For the
+same links, components keep a subset of what SemDeDup keeps, and SemDeDup a subset of what greedy keep keeps.
 
 The M x M matrix of distances is never materialised, only B x B blocks. A cluster that is larger than a panel is not
 held in memory either: two panels of rows are, and panels are read again when they are needed. `representative[i]` is
@@ -25,7 +27,7 @@ from megacid.errors import UserError
 from megacid.offline.nearest import prepare
 from megacid.offline.rows import Rows
 
-Link = Literal["components", "greedy"]
+Link = Literal["components", "greedy", "semdedup"]
 ROUNDING = 1e-5  # of a product of two unit vectors in fp32
 _EXACT_PAIRS = 4096  # distances computed at once: their rows take some 30 MB
 PANEL_BYTES = 1 << 29  # memory of two panels, including the copies made while one is read
@@ -207,51 +209,59 @@ def _components(x_MD: Tensor | UnitRows, options: LinkOptions) -> np.ndarray:
 
 
 def _greedy(x_MD: Tensor | UnitRows, options: LinkOptions) -> np.ndarray:
+    """Greedy keep and SemDeDup's rule, which differ in the earlier rows that count: kept ones, or all."""
     m, panel, block = len(x_MD), options.panel or len(x_MD), options.block
     representative = np.arange(m, dtype=np.int64)
+
+    def counting(rows: np.ndarray) -> np.ndarray:
+        return rows if options.link == "semdedup" else rows[representative[rows] == rows]
+
     for p in range(0, m, panel):
         x_PD = x_MD[p : p + panel]
-        # Kept rows of earlier panels come first, so a row gets the first near kept row, as if rows came one at a time.
+        # Rows of earlier panels come first, so a row follows the first near row that counts, as if rows came singly.
         for q in range(0, p, panel):
-            kept = q + np.flatnonzero(representative[q : q + panel] == np.arange(q, q + panel))
-            k_KD = x_MD[kept]
+            earlier = counting(np.arange(q, q + panel))
+            y_ND = x_MD[earlier]
             for i in range(0, len(x_PD), block):
                 options.progress(0)
-                _follow(representative, x_PD[i : i + block], p + i, k_KD, kept, options)
-            del k_KD
-        kept = np.empty(0, np.int64)
+                _follow(representative, x_PD[i : i + block], p + i, y_ND, earlier, options)
+            del y_ND
+        before = np.empty(0, np.int64)
         for i in range(0, len(x_PD), block):
             options.progress(0)
             x_BD, first = x_PD[i : i + block], p + i
             rows = np.arange(first, first + len(x_BD))
-            for j in range(0, len(kept), block):
-                earlier = kept[j : j + block]
+            for j in range(0, len(before), block):
+                earlier = before[j : j + block]
                 at = torch.from_numpy(earlier - p).to(x_PD.device)
                 _follow(representative, x_BD, first, x_PD[at], earlier, options)
             _greedy_block(representative, x_BD, first, options)
-            kept = np.concatenate([kept, rows[representative[rows] == rows]])
-    return representative
+            before = np.concatenate([before, counting(rows)])
+    return find(representative, np.arange(m))
 
 
 def _greedy_block(representative: np.ndarray, x_BD: Tensor, first: int, options: LinkOptions) -> None:
-    """The greedy choice among the rows first, first + 1, ... of one block that have no representative yet."""
+    """The choice among the rows first, first + 1, ... of one block that are still their own representative."""
     a, b = options.near(x_BD, x_BD)
     later = b > a
     a, b = a[later], b[later]
     starts = np.searchsorted(a, np.arange(len(x_BD) + 1))
     for r in np.unique(a):
-        if representative[first + r] == first + r:
+        if options.link == "semdedup" or representative[first + r] == first + r:
             follow = first + b[starts[r] : starts[r + 1]]
             follow = follow[representative[follow] == follow]
             representative[follow] = first + r
 
 
 def _follow(
-    representative: np.ndarray, x_BD: Tensor, first: int, k_KD: Tensor, kept: np.ndarray, options: LinkOptions
+    representative: np.ndarray, x_BD: Tensor, first: int, y_ND: Tensor, earlier: np.ndarray, options: LinkOptions
 ) -> None:
-    """Rows first, first + 1, ... (x_BD) that are still their own follow the first near row of the kept ones (k_KD)."""
-    for j in range(0, len(kept), options.block):
-        a, b = options.near(x_BD, k_KD[j : j + options.block])
+    """Rows first, first + 1, ... (x_BD) that are still their own follow the first near row of `earlier` (y_ND)."""
+    own = np.arange(first, first + len(x_BD))
+    for j in range(0, len(earlier), options.block):
+        if not (representative[own] == own).any():
+            return
+        a, b = options.near(x_BD, y_ND[j : j + options.block])
         row, at = np.unique(a, return_index=True)  # the first hit of each row has the smallest column
         free = representative[first + row] == first + row
-        representative[first + row[free]] = kept[j + b[at[free]]]
+        representative[first + row[free]] = earlier[j + b[at[free]]]
