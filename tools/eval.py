@@ -103,20 +103,18 @@ def load(args: argparse.Namespace) -> LoadedClip:
 
 
 def evaluate(task: str, clip: LoadedClip, benchmark: Benchmark, args: argparse.Namespace) -> dict[str, Any]:
-    """One result in CLIP_benchmark's schema; the linear probe adds its protocol."""
-    extra: dict[str, Any] = {}
+    """One result in CLIP_benchmark's schema, with its names of the metrics."""
     if task == "zero_shot":
-        predictions = zero_shot(clip, benchmark, batch_size=args.batch_size, workers=args.workers)
+        metrics = zero_shot(clip, benchmark, batch_size=args.batch_size, workers=args.workers).metrics()
     else:
-        predictions, extra["probe"] = linear_probe(clip, benchmark, batch_size=args.batch_size, workers=args.workers)
+        metrics = linear_probe(clip, benchmark, batch_size=args.batch_size, workers=args.workers)
     return {
         "dataset": benchmark.name,
         "model": clip.name,
         "pretrained": clip.pretrained,
         "task": TASKS[task],
-        "metrics": predictions.metrics(),
+        "metrics": metrics,
         "language": "en",
-        **extra,
     }
 
 
@@ -167,9 +165,10 @@ def evaluate_images(args: argparse.Namespace) -> int:
         result = evaluate(task, clip, benchmark, args)
         weights = [] if clip.pretrained.startswith(LOCAL_DIR) else [clip.pretrained]  # the model's name tells
         file = write_result(args.out, [benchmark.name, clip.name, *weights, result["task"]], result)
-        rows.append((task, *(f"{result['metrics'][key]:.4f}" for key in rows[0][1:4]), str(file)))
-        if not result.get("probe", {}).get("converged", True):
-            print(f"note: the fit has not converged after {result['probe']['iterations']} iterations")
+        metrics, prefix = result["metrics"], "lp_" if task == "linear_probe" else ""
+        rows.append((task, *(f"{metrics[prefix + key]:.4f}" for key in rows[0][1:4]), str(file)))
+        if not metrics.get("converged", True):
+            print(f"note: the fit has not converged after {metrics['iterations']} iterations")
     print(f"{benchmark.name}: {benchmark.num_classes} classes; {clip.name}, {clip.pretrained}")
     for row in rows:
         print(f"{row[0]:14}{row[1]:>8}{row[2]:>8}{row[3]:>23}  {row[4]}")

@@ -39,11 +39,10 @@ def run_results(demo: Path, name: str) -> dict[str, Any]:
     trained, config = read(demo / name / "train_summary.json"), read(demo / name / "config.json")["resolved"]
     scores: dict[str, float] = {}
     for path in sorted((demo / name / "eval").glob("*.json")):
-        result = read(path)
-        scores[result["task"]] = result["metrics"]["acc1"]
+        scores |= read(path)["metrics"]
     return {
-        "zero_shot_top1": scores["zeroshot_classification"],
-        "linear_probe_top1": scores["linear_probe"],
+        "zero_shot_top1": scores["acc1"],
+        "linear_probe_top1": scores["lp_acc1"],
         "train_seconds": trained["seconds"],
         "samples_per_second": trained["samples_per_second"],
         "steps": trained["steps"],

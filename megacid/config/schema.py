@@ -50,6 +50,8 @@ class RunConfig(Section):
     """Steps between log lines and tensorboard points."""
     timeout_s: Seconds = 600.0
     """Seconds without progress after which the watchdog names the stalled rank and ends the run."""
+    start_timeout_s: Seconds = 600.0
+    """Seconds to wait for all ranks to start. A line every 30 s names those that are missing."""
     save_timeout_s: Seconds = 1800.0
     """The same limit in seconds for the first step and while a checkpoint is saved."""
     save_in_background: bool = False

@@ -16,6 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megacid.distributed.rendezvous import START_TIMEOUT_S, rendezvous
 from megacid.errors import UserError
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -73,15 +74,18 @@ def local_device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def init(timeout_s: float = DEFAULT_TIMEOUT_S, *, always: bool = False) -> Parallel:
+def init(
+    timeout_s: float = DEFAULT_TIMEOUT_S, *, start_timeout_s: float = START_TIMEOUT_S, always: bool = False
+) -> Parallel:
     """Join the launcher's process group: nccl on GPUs, gloo on CPUs.
 
     Args:
         timeout_s: seconds after which a collective that a rank does not join is an error.
+        start_timeout_s: seconds to wait for all ranks to start.
         always: create a group of one rank when there is no launcher, which the DeepSpeed engine needs.
 
     Raises:
-        UserError: the rendezvous port is in use, or an environment variable is invalid.
+        UserError: a rank does not start, the rendezvous port is in use, or an environment variable is invalid.
     """
     rank, world = _environment_int("RANK", 0), _environment_int("WORLD_SIZE", 1)
     local_rank = _environment_int("LOCAL_RANK", rank)
@@ -89,23 +93,15 @@ def init(timeout_s: float = DEFAULT_TIMEOUT_S, *, always: bool = False) -> Paral
     if not launched() and not always:
         return Parallel(0, 1, 0, device, None)
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        try:
-            if launched():
-                dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
-            else:
-                # A single rank needs no port, so none can be in use.
-                dist.init_process_group(
-                    backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout_s)
-                )
-        except (dist.DistNetworkError, RuntimeError) as error:
-            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-                raise UserError(
-                    f"port {os.environ.get('MASTER_PORT')} is in use on this host, expected a free one for the "
-                    f"rendezvous at {address}: choose another with --master_port"
-                ) from None
-            raise
+        # A single rank needs no port, so none can be in use.
+        store = rendezvous(rank, world, start_timeout_s) if launched() else dist.HashStore()
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=timeout_s),
+        )
     return Parallel(rank, world, local_rank, device, dist.group.WORLD)
 
 

@@ -102,7 +102,7 @@ def run_main(argv: list[str] | None, train: Callable[[RunFile, argparse.Namespac
         limits = run.megacid.run
         # The watchdog reports a stall first; the collectives' own timeout covers a watchdog that cannot.
         timeout_s = max(limits.timeout_s, limits.save_timeout_s) + 60
-        parallel = parallel_module.init(timeout_s, always=not args.dry_run)
+        parallel = parallel_module.init(timeout_s, start_timeout_s=limits.start_timeout_s, always=not args.dry_run)
         agree_on_mapping(settings_of_this_rank(run, world), "the run", parallel.group)
         with fail_together(parallel.group):
             check_packages()

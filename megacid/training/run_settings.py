@@ -17,7 +17,8 @@ from megacid.storage.metadata import versions
 # Settings that change no result, such as where files are written and how the global batch is split; and the guard's.
 MAY_CHANGE = (
     "megacid.run.dir", "megacid.run.save_every", "megacid.run.keep_last", "megacid.run.log_every",
-    "megacid.run.timeout_s", "megacid.run.save_timeout_s", "megacid.run.save_in_background", "megacid.run.check_every",
+    "megacid.run.timeout_s", "megacid.run.save_timeout_s", "megacid.run.start_timeout_s",
+    "megacid.run.save_in_background", "megacid.run.check_every",
     "megacid.data.workers", "megacid.data.worker_timeout_s", "megacid.data.error_budget",
     "megacid.student.grad_checkpointing", "megacid.guard", "train_micro_batch_size_per_gpu", "zero_optimization",
     "steps_per_print", "wall_clock_breakdown", "flops_profiler", "comms_logger",
