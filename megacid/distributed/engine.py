@@ -19,9 +19,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.utils.cpp_extension
 from torch import Tensor, nn
 
 from megacid.config.schema import RunFile
+from megacid.distributed.consensus import fail_together
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 
@@ -68,6 +70,24 @@ def _apex_optimizer(kind: str) -> type[torch.optim.Optimizer]:
     return {"apex_fused_adam": optimizers.FusedAdam, "apex_fused_lamb": optimizers.FusedLAMB}[kind]
 
 
+def adamw_params(params: dict[str, Any], device: str) -> dict[str, Any]:
+    """AdamW's parameters for DeepSpeed on a device type: PyTorch's implementation, fused on a GPU.
+
+    DeepSpeed's own default is FusedAdam (DeepSpeedCPUAdam with offload), a C++ extension that it compiles at the first
+    start. Most GPU hosts have no compiler, so "torch_adam": false asks for it.
+    """
+    if params.get("torch_adam", True):
+        return {**params, "torch_adam": True, **({"fused": True} if device == "cuda" else {})}
+    if device == "cpu":
+        raise UserError('"optimizer.params.torch_adam" is false, which needs a GPU: remove it')
+    if torch.utils.cpp_extension.CUDA_HOME is None:
+        raise UserError(
+            '"optimizer.params.torch_adam" is false but the CUDA compiler nvcc, which builds FusedAdam, was not found: '
+            "remove the key to use PyTorch's fused AdamW, or set CUDA_HOME"
+        )
+    return params
+
+
 class Engine:
     """The student's forward, backward and step under ZeRO 0, 1, 2 or 3.
 
@@ -86,13 +106,13 @@ class Engine:
         config.setdefault("steps_per_print", 1 << 40)
         kind, params = config["optimizer"]["type"], config["optimizer"]["params"]
         optimizer = None
-        if kind != "AdamW":
-            options = {key: value for key, value in params.items() if key != "torch_adam"}
-            optimizer = _apex_optimizer(kind)(groups, **options)
-            del config["optimizer"]
-            config["zero_allow_untested_optimizer"] = True
-        elif parallel.device.type == "cpu":
-            params["torch_adam"] = True
+        with fail_together(parallel.group):  # the hosts may have different packages and compilers
+            if kind == "AdamW":
+                config["optimizer"]["params"] = adamw_params(params, parallel.device.type)
+            else:
+                optimizer = _apex_optimizer(kind)(groups, **params)
+                del config["optimizer"]
+                config["zero_allow_untested_optimizer"] = True
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=student, optimizer=optimizer, model_parameters=None if optimizer else groups, config=config
         )

@@ -30,7 +30,7 @@ def start(folder: Path, ranks: list[tuple[int, int]], timeout_s: float = 20.0, l
         if (pid := os.fork()) == 0:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            sys.stderr = (folder / f"{number}.err").open("w")  # noqa: SIM115
+            sys.stderr = (folder / f"{number}.err").open("w")
             _join(folder / f"{number}.txt", timeout_s, late_s if number + 1 == len(ranks) else 0.0)
         pids.append(pid)
     for pid in pids:
