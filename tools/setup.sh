@@ -34,7 +34,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
     # DS_BUILD_OPS=0: DeepSpeed's C++ and CUDA operators are not needed and must not ask for a compiler.
     DS_BUILD_OPS=0 timed "install megacid and what it needs (about 6 GB, 2 to 5 minutes)" \
         "check the network, the free disk (8 GB) and the messages above; then run this script again" \
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root[demo,dev]"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root[demo,dev,faiss]"
     timed "import torch, deepspeed, open_clip and faiss" "remove $venv and run this script again" \
         "$venv/bin/python" -W ignore -c 'import torch, faiss, open_clip, deepspeed, megacid, megacid_kernels'
     printf '%s' "$want" >"$stamp"

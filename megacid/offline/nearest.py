@@ -9,6 +9,7 @@ Legend: T rows of one tile, K clusters, D width, L nearest centroids.
 from __future__ import annotations
 
 import importlib.util
+from importlib import metadata
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -188,10 +189,11 @@ def pad_rows(x_BD: Tensor, rows: int) -> Tensor:
 def check_backend(backend: str) -> None:
     if backend not in get_args(Backend):
         raise UserError(f"backend is {backend!r}, expected one of {', '.join(get_args(Backend))}: correct --backend")
-    if backend == "faiss":
-        try:
-            import faiss  # noqa: F401
-        except ImportError:
-            raise UserError(
-                "backend is 'faiss' but faiss is not installed: pip install faiss-cpu, or take --backend torch"
-            ) from None
+    builds = sorted(set(metadata.packages_distributions().get("faiss", ())))
+    if backend == "faiss" and not builds:
+        raise UserError("backend is 'faiss' but faiss is not installed: pip install faiss-cpu, or take --backend torch")
+    if backend in ("auto", "faiss") and len(builds) > 1:
+        raise UserError(
+            f"{' and '.join(builds)} are both installed, expected one build of faiss, since their files overwrite each "
+            f"other: pip uninstall {' '.join(builds)}, then install one of them"
+        )

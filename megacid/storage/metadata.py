@@ -20,7 +20,8 @@ _EARLIER_FIELDS = {"balance": "across"}  # by tool: a field that only earlier ve
 def versions() -> dict[str, str]:
     """Versions of the installed packages that results depend on."""
     installed = {}
-    for name in ("megacid", "torch", "deepspeed", "open_clip_torch", "webdataset", "triton", "numpy", "faiss-cpu"):
+    names = "megacid torch deepspeed open_clip_torch webdataset triton numpy faiss-cpu faiss-gpu-cuvs"
+    for name in names.split():
         with contextlib.suppress(metadata.PackageNotFoundError):
             installed[name] = metadata.version(name)
     return installed
