@@ -34,6 +34,26 @@ def rendezvous(rank: int, world: int, timeout_s: float) -> dist.Store:
     """
     if not 0 <= rank < world:
         raise UserError(f"RANK is {rank} and WORLD_SIZE {world}, expected 0 <= RANK < WORLD_SIZE: correct the launch")
+    store = _connect(rank, world, timeout_s)
+    if store.add(f"rank/{rank}", 1) > 1:
+        store.set(_OUTCOME, f"two processes are rank {rank} of {world}, expected one: give every process its own RANK")
+    if (of_first := store.compare_set("world", "", str(world)).decode()) != str(world):
+        store.set(_OUTCOME, f"WORLD_SIZE is {world} on rank {rank} and {of_first} on another, expected the same on all")
+    if rank == 0:
+        store.set(_OUTCOME, _wait_for_all(store, world, timeout_s))
+    store.wait([_OUTCOME], timedelta(seconds=timeout_s + _REPORT_EVERY_S))
+    if message := store.get(_OUTCOME).decode():
+        store.add("readers", 1)
+        if rank == 0:
+            _let_others_read(store, world)
+        failure = UserError(message)
+        failure.on_every_rank = True
+        raise failure
+    return store
+
+
+def _connect(rank: int, world: int, timeout_s: float) -> dist.Store:
+    """The store at the launcher's address, hosted by rank 0 or by torchrun."""
     host, port = _address()
     # torchrun hosts the store itself and keeps it over restarts, so each attempt has its own keys.
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -67,22 +87,7 @@ def rendezvous(rank: int, world: int, timeout_s: float) -> dist.Store:
         ) from None
     finally:
         late.cancel()
-    store = dist.PrefixStore(f"megacid/{attempt}", tcp_store)
-    if store.add(f"rank/{rank}", 1) > 1:
-        store.set(_OUTCOME, f"two processes are rank {rank} of {world}, expected one: give every process its own RANK")
-    if (of_first := store.compare_set("world", "", str(world)).decode()) != str(world):
-        store.set(_OUTCOME, f"WORLD_SIZE is {world} on rank {rank} and {of_first} on another, expected the same on all")
-    if rank == 0:
-        store.set(_OUTCOME, _wait_for_all(store, world, timeout_s))
-    store.wait([_OUTCOME], timedelta(seconds=timeout_s + _REPORT_EVERY_S))
-    if message := store.get(_OUTCOME).decode():
-        store.add("readers", 1)
-        if rank == 0:
-            _let_others_read(store, world)
-        error = UserError(message)
-        error.on_every_rank = True
-        raise error
-    return store
+    return dist.PrefixStore(f"megacid/{attempt}", tcp_store)
 
 
 def _address() -> tuple[str, int]:
