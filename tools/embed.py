@@ -25,7 +25,7 @@ from megacid.distributed.parallel import Parallel, accept_launcher_arguments
 from megacid.distributed.progress import progress_bar
 from megacid.distributed.stopping import Progress, StopRequest, run_stage
 from megacid.errors import run_tool
-from megacid.models.clip import LoadedClip, load_clip
+from megacid.models.clip import LoadedClip, check_weights, load_clip
 from megacid.offline.embed import stage as embed_stage
 
 SHOWN = 10  # shards with skipped samples, and skipped samples, that are printed
@@ -36,8 +36,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
     parser.add_argument("--shards", required=True, help="directory with *.tar")
     parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="directory to write or continue")
-    parser.add_argument("--model", required=True, help="open_clip name, or local-dir:PATH")
-    parser.add_argument("--pretrained", help="open_clip tag or weights file; not with local-dir")
+    parser.add_argument("--model", required=True, help="open_clip name, local-dir:PATH, or hf-hub:ORG/NAME")
+    parser.add_argument("--pretrained", help="open_clip tag or weights file of an open_clip name")
     parser.add_argument(
         "--batch-size", type=positive, default=256, help="samples per forward pass and rank (default 256)"
     )
@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 def embed(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> None:
     # The first rank builds a missing index before the others load it.
     with fail_together(parallel.group):
+        check_weights(args.model, args.pretrained)
         index = load_index(args.shards) if parallel.is_first else None
     with fail_together(parallel.group):
         index = index or load_index(args.shards)

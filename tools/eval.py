@@ -35,7 +35,8 @@ from megacid.evaluate.features import accuracy, tasks_for, trained_tower
 from megacid.evaluate.linear_probe import linear_probe
 from megacid.evaluate.zero_shot import zero_shot
 from megacid.failpoints import failpoint
-from megacid.models.clip import LOCAL_DIR, LoadedClip, load_clip
+from megacid.models.clip import LoadedClip, load_clip
+from megacid.models.hub import has_own_weights
 from megacid.models.student import loaded_student
 from megacid.storage.atomic import disk_errors, write_json_atomic
 
@@ -45,7 +46,7 @@ TASKS = {"zero_shot": "zeroshot_classification", "linear_probe": "linear_probe"}
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", help="open_clip architecture, or local-dir:PATH")
+    which.add_argument("--model", help="open_clip architecture, local-dir:PATH, or hf-hub:ORG/NAME")
     which.add_argument("--run", type=Path, help="run directory written by train.py")
     parser.add_argument("--pretrained", help="tag or file of the weights, for --model NAME")
     parser.add_argument(
@@ -163,7 +164,7 @@ def evaluate_images(args: argparse.Namespace) -> int:
     rows = [("task", "acc1", "acc5", "mean_per_class_recall", "file")]
     for task in args.tasks or TASKS:
         result = evaluate(task, clip, benchmark, args)
-        weights = [] if clip.pretrained.startswith(LOCAL_DIR) else [clip.pretrained]  # the model's name tells
+        weights = [] if has_own_weights(clip.pretrained) else [clip.pretrained]  # the model's name tells
         file = write_result(args.out, [benchmark.name, clip.name, *weights, result["task"]], result)
         metrics, prefix = result["metrics"], "lp_" if task == "linear_probe" else ""
         rows.append((task, *(f"{metrics[prefix + key]:.4f}" for key in rows[0][1:4]), str(file)))

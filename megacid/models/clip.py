@@ -17,10 +17,11 @@ from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preproc
 from torch import nn
 
 from megacid.errors import UserError, one_line
+from megacid.models.activations import check_activation
+from megacid.models.hub import HF_HUB, LOCAL_DIR, display_name, has_own_weights, model_directory
 from megacid.models.local_dir import check_archive, read_local_config
 
 MODELS_DIR = Path(__file__).resolve().parent / "configs"
-LOCAL_DIR = "local-dir:"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 Augment = Literal["none", "random_resized_crop"]
 Transform = Callable[[Any], torch.Tensor]  # PIL image -> [3, H, W] float32
@@ -67,16 +68,23 @@ def register_models(directory: Path | str | None = None) -> list[str]:
 
 
 def model_config(model: str) -> dict[str, Any]:
-    """open_clip's `model_cfg` of an architecture name or `local-dir:PATH`. Raises UserError if it is unknown."""
-    if model.startswith(LOCAL_DIR):
-        return read_local_config(Path(model.removeprefix(LOCAL_DIR)))["model_cfg"]
+    """open_clip's `model_cfg` of an architecture or a model directory. Raises UserError if it is unknown."""
+    if (directory := model_directory(model)) is not None:
+        return read_local_config(directory)["model_cfg"]
     own = register_models()
-    config = None if ":" in model else open_clip.get_model_config(model)  # hf-hub: would take a configuration unchecked
+    config = None if ":" in model else open_clip.get_model_config(model)
     if config is None:
         raise UserError(
-            f"model {model!r} is unknown, expected one from open_clip.list_models(), one of {own}, or {LOCAL_DIR}PATH"
+            f"model {model!r} is unknown, expected one from open_clip.list_models(), one of {own}, {LOCAL_DIR}PATH, or "
+            f"{HF_HUB}ORG/NAME"
         )
     return config
+
+
+def _open_clip_name(model: str) -> str:
+    """The name by which open_clip finds a model that `model_config` has checked: it must not fetch any by itself."""
+    directory = model_directory(model)
+    return model if directory is None else f"{LOCAL_DIR}{directory}"
 
 
 # ---- preprocessing ---------------------------------------------------------------------------------------------------
@@ -96,10 +104,10 @@ def _tokenizer(model: str, context_length: int | None = None) -> Tokenizer:
     # Registers our names and rejects unknown ones, for which open_clip would use a default tokenizer.
     text_cfg = model_config(model)["text_cfg"]
     options = {}
-    if model.startswith(LOCAL_DIR) and text_cfg.get("hf_tokenizer_name"):
+    if has_own_weights(model) and text_cfg.get("hf_tokenizer_name"):
         options = {"trust_remote_code": False, "local_files_only": True}  # the first asks at the terminal by default
     try:
-        return open_clip.get_tokenizer(model, context_length=context_length, **options)
+        return open_clip.get_tokenizer(_open_clip_name(model), context_length=context_length, **options)
     except Exception as error:  # transformers is missing, or its files are neither cached nor reachable
         raise UserError(
             f"the tokenizer of {model!r} cannot be loaded ({one_line(error)}): install transformers, or put its files "
@@ -121,8 +129,8 @@ def preprocess_cfg(student: StudentFields) -> PreprocessCfg:
     """Mean, standard deviation and size, as open_clip attaches them to the model."""
     cfg = PreprocessCfg(size=student.image_size or model_config(student.model)["vision_cfg"]["image_size"])
     stored: dict[str, Any] = {}
-    if student.model.startswith(LOCAL_DIR):
-        stored = read_local_config(Path(student.model.removeprefix(LOCAL_DIR))).get("preprocess_cfg", {})
+    if (directory := model_directory(student.model)) is not None:
+        stored = read_local_config(directory).get("preprocess_cfg", {})
     elif student.pretrained is not None:
         stored = open_clip.get_pretrained_cfg(student.model, student.pretrained) or {}
     return PreprocessCfg(**merge_preprocess_dict(cfg, {k: v for k, v in stored.items() if k != "size"}))
@@ -162,23 +170,19 @@ def load_clip(
     """Load a CLIP with its weights. Pickled code never runs (weights_only).
 
     Args:
-        model: open_clip architecture, or `local-dir:PATH`, which has its own weights.
+        model: open_clip architecture; `local-dir:PATH` or `hf-hub:ORG/NAME`, which have their own weights.
         pretrained: tag or weights file (.pt, .safetensors) of an architecture.
         precision: "fp32", "bf16" or "fp16".
 
     Raises:
-        UserError: a missing file, directory or tag, weights of another architecture, or no weights.
+        UserError: a missing file, directory or tag, weights of another architecture or activation, or no weights.
     """
     if precision not in ("fp32", "bf16", "fp16"):
         raise UserError(f"precision is {precision!r}, expected 'fp32', 'bf16' or 'fp16'")
     config = model_config(model)
-    is_local = model.startswith(LOCAL_DIR)
-    if is_local and pretrained is not None:
-        raise UserError(f"pretrained is {pretrained!r}, but {model} has its own weights: leave pretrained out")
-    if not is_local:
-        if pretrained is None:
-            raise UserError(f"model {model!r} needs weights: pass a pretrained tag or file, or use {LOCAL_DIR}PATH")
-        check_pretrained(model, pretrained)
+    check_weights(model, pretrained)
+    if pretrained is None and not has_own_weights(model):
+        raise UserError(f"model {model!r} needs weights: pass a pretrained tag or file, or use {LOCAL_DIR}PATH")
     clip = create_model(model, pretrained, precision=precision, device=device, pretrained_text=False)
     clip.eval().requires_grad_(False)
     return LoadedClip(
@@ -186,23 +190,28 @@ def load_clip(
         preprocess_eval=image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False),
         tokenizer=_tokenizer(model),
         embed_dim=int(config["embed_dim"]),
-        name=Path(model.removeprefix(LOCAL_DIR)).resolve().name if is_local else model,
+        name=display_name(model),
         pretrained=pretrained or model,
         device=torch.device(device),
         dtype=open_clip.get_input_dtype(precision) or torch.float32,
     )
 
 
-def check_pretrained(model: str, pretrained: str) -> None:
-    """Raise UserError unless `pretrained` is a file or a tag of the architecture."""
-    path = Path(pretrained)
-    if path.is_file():
-        check_archive(path)
+def check_weights(model: str, pretrained: str | None) -> None:
+    """Raise UserError unless the model is known and `pretrained` is None, or a file or tag with its activation."""
+    quick_gelu = bool(model_config(model).get("quick_gelu", False))
+    if pretrained is None:
         return
+    if has_own_weights(model):
+        raise UserError(f"pretrained is {pretrained!r}, but {model} has its own weights: leave pretrained out")
+    path = Path(pretrained)
     if path.is_dir():
         raise UserError(f"pretrained is {pretrained!r}, a directory: load it as model {LOCAL_DIR}{pretrained}")
+    if path.is_file():
+        check_archive(path)
     tags = open_clip.list_pretrained_tags_by_model(model)
-    if pretrained not in tags:
+    check_activation(model, pretrained, quick_gelu=quick_gelu)
+    if not path.is_file() and pretrained not in tags:
         raise UserError(
             f"pretrained is {pretrained!r}, expected a file or a tag of {model!r}: its tags are "
             f"{', '.join(tags) if tags else '(none)'}"
@@ -215,7 +224,7 @@ def create_model(model: str, pretrained: str | None, **options: Any) -> Any:
     Raises:
         UserError: in place of open_clip's various exceptions for weights that do not fit.
     """
-    wants_random = pretrained is None and not model.startswith(LOCAL_DIR)
+    wants_random = pretrained is None and not has_own_weights(model)
 
     def keep(record: logging.LogRecord) -> bool:
         return not (wants_random and record.getMessage().startswith("No pretrained weights loaded"))
@@ -223,7 +232,7 @@ def create_model(model: str, pretrained: str | None, **options: Any) -> Any:
     root = logging.getLogger()  # open_clip logs there
     root.addFilter(keep)
     try:
-        return open_clip.create_model(model, pretrained, **options)
+        return open_clip.create_model(_open_clip_name(model), pretrained, **options)
     except Exception as error:  # loading a file that is no checkpoint can raise nearly any exception
         raise UserError(
             f"cannot build {model!r} with weights {pretrained!r}: {one_line(error)}; check that the file is complete "

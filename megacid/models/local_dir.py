@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import open_clip
+
 from megacid.errors import UserError
 
 CONFIG_FILE = "open_clip_config.json"
@@ -120,13 +122,14 @@ def read_local_config(directory: Path) -> dict[str, Any]:
         fault = f"{CONFIG_FILE} is missing" if directory.is_dir() else f"{directory} is not a directory"
         raise UserError(f"local-dir:{directory}: {fault}: pass a directory written by tools/export.py or open_clip")
     weights = _check_files(directory)
-    config = _read_json(file)
+    config = read_json(file)
     model = config.get("model_cfg") if isinstance(config, dict) else None
     if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model.keys():
         raise UserError(f"{file} is not an open_clip configuration (incomplete 'model_cfg'): export again")
     if not weights:  # open_clip would only warn and continue with random ones
         raise UserError(f"{directory} holds no weights, expected open_clip_model.safetensors: export again")
     _check_keys(file, "model_cfg", model, _MODEL)
+    _refuse_text_tower_by_name(directory, model)
     for section in _SECTIONS.keys() & model.keys():
         _check_keys(file, section, model[section], _SECTIONS[section])
     preprocess = config.setdefault("preprocess_cfg", {})
@@ -156,7 +159,8 @@ def check_archive(path: Path) -> None:
         )
 
 
-def _read_json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
+    """The content of a JSON file of bounded size. Raises UserError."""
     try:
         with open(file, "rb") as handle:
             data = handle.read(_CONFIG_BYTES + 1)
@@ -191,16 +195,34 @@ def _check_keys(file: Path, section: str, values: dict[str, Any], kinds: dict[st
             raise UserError(f"{file}: {section} has the key {key!r}, which a model directory must not set: remove it")
         if kinds[key](value) or (value is None and key not in (*_SECTIONS, "embed_dim")):
             continue
-        if key == "hf_model_name":
-            expected = "which transformers would load from elsewhere: pass the architecture's name and a weights file"
-        else:
-            expected = "expected a plain value without paths, names of a model hub or options that run code: correct it"
-        raise UserError(f"{file}: {section}.{key} is {str(value)[:100]!r}, {expected}")
+        raise UserError(
+            f"{file}: {section}.{key} is {str(value)[:100]!r}, expected a plain value without paths, names of a model "
+            "hub or options that run code: correct it"
+        )
+
+
+def _refuse_text_tower_by_name(directory: Path, model: dict[str, Any]) -> None:
+    name = model["text_cfg"].get("hf_model_name")
+    if not name:
+        return
+    towers = ("vision_cfg", "text_cfg", "embed_dim")
+    configs = ((known, open_clip.get_model_config(known)) for known in open_clip.list_models())
+    same = [known for known, config in configs if all(config[key] == model[key] for key in towers)]
+    if same:
+        remedy = f'use the model "{same[0]}" and the file of weights in this directory as pretrained'
+    else:
+        remedy = (
+            "pass an architecture of open_clip and a weights file; a run of megacid is evaluated with eval.py --run"
+        )
+    raise UserError(
+        f"{directory / CONFIG_FILE}: text_cfg.hf_model_name is {str(name)[:100]!r}, which transformers would load from "
+        f"elsewhere: {remedy}"
+    )
 
 
 def _check_tokenizer_file(file: Path) -> None:
     """No code, no tokenizer class that reads more than its vocabulary, no file elsewhere."""
-    left = [_read_json(file)]
+    left = [read_json(file)]
     while left:
         node = left.pop()
         left += node if isinstance(node, list) else node.values() if isinstance(node, dict) else ()

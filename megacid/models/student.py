@@ -15,7 +15,7 @@ from megacid.errors import UserError
 from megacid.models.clip import (
     LoadedClip,
     StudentSpec,
-    check_pretrained,
+    check_weights,
     create_model,
     model_config,
     preprocess_cfg,
@@ -136,8 +136,7 @@ def build_student(
     for name, value in (("embed_dim", embed_dim), ("image_size", image_size), ("context_length", context_length)):
         if value is not None and value < 1:
             raise UserError(f"student {name} is {value}, expected >= 1")
-    if pretrained is not None:
-        check_pretrained(model, pretrained)
+    check_weights(model, pretrained)
     overrides = {} if embed_dim is None else {"embed_dim": embed_dim}
     with torch.random.fork_rng(devices=[]):  # the CPU generator alone: the weights must not depend on the machine
         torch.manual_seed(seed)

@@ -31,6 +31,7 @@ from megacid.distributed.stopping import Progress, StartProgress, no_progress, s
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.models.clip import LoadedClip
+from megacid.models.hub import model_directory
 from megacid.offline.embed.input import Batch, Pairs, as_is
 from megacid.offline.embed.partitions import Partition, failures_if_complete, partition_files
 from megacid.offline.embed.work_queue import Sharding, WorkQueue, create_queue
@@ -148,8 +149,7 @@ class _ShardEmbedder:
 
 def weights_digest(model: str, pretrained: str | None) -> str:
     """sha256 of local weight files, which detects changed weights under the same name; "tag:NAME" for a tag."""
-    folder = Path(model.removeprefix("local-dir:"))
-    if model.startswith("local-dir:"):
+    if (folder := model_directory(model)) is not None:
         paths = sorted(
             path
             for path in folder.iterdir()
