@@ -49,7 +49,7 @@ log = logging.getLogger("megacid")
 def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     """Train `run` to its end, or until a rank is asked to stop. Returns the exit code, the same on every rank."""
     config, directory = run.megacid.run, run.directory
-    lock, start_from = open_run(run, args.resume, parallel)
+    lock, start_from = open_run(run, args.resume, args.fork, parallel)
     if start_from is not None and store.read_manifest(Path(start_from))["step"] >= config.total_steps:
         log.info("already finished: %s has all %d steps", start_from, config.total_steps)
         return 0

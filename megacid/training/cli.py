@@ -57,10 +57,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
         help="override one value of the run file, for example classifier.sample_rate=0.2; may be repeated",
     )  # fmt: skip
-    parser.add_argument(
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
         "--resume", default="auto", metavar="auto|never|PATH",
         help="where to start: the newest valid checkpoint of the run (auto, the default), step 0 (never; refused when "
-        "the run has checkpoints), or the checkpoint directory PATH",
+        "the run has checkpoints), or the checkpoint directory PATH of this run, moving later ones aside",
+    )  # fmt: skip
+    start.add_argument(
+        "--fork", metavar="PATH",
+        help="start a new run from the checkpoint directory PATH of another run, with other settings if you like; the "
+        "same command again continues the new run",
     )  # fmt: skip
     parser.add_argument(
         "--stop-after", type=int, default=0, metavar="STEP",

@@ -17,12 +17,13 @@ from megacid.errors import UserError
 from megacid.storage.atomic import SETTINGS_BYTES, disk_errors, read_bounded, write_json_atomic
 from megacid.training.lifecycle import RunLock
 from megacid.training.metrics import setup_logging
+from megacid.training.run_settings import read_config
 
 log = logging.getLogger("megacid")
 
 
-def open_run(run: RunFile, resume: str, parallel: Parallel) -> tuple[RunLock | None, str | None]:
-    """Lock the run directory, start logging to it, and find the checkpoint to resume from. A collective.
+def open_run(run: RunFile, resume: str, fork: str | None, parallel: Parallel) -> tuple[RunLock | None, str | None]:
+    """Lock the run directory, start logging to it, and find the checkpoint to start from. A collective.
 
     Returns:
         (the lock, on rank 0; the checkpoint directory or None, on every rank).
@@ -30,43 +31,81 @@ def open_run(run: RunFile, resume: str, parallel: Parallel) -> tuple[RunLock | N
     with fail_together(parallel.group):
         lock = RunLock(run.directory) if parallel.is_first else None
         setup_logging(parallel.rank, run.directory)
-        start_from = find_checkpoint(run, resume) if parallel.is_first else None
+        start_from = find_checkpoint(run, resume, fork) if parallel.is_first else None
     return lock, broadcast_json(start_from, parallel.group)
 
 
-def find_checkpoint(run: RunFile, resume: str) -> str | None:
-    """The checkpoint directory to resume from; None to start at step 0. Runs on rank 0 alone.
+def find_checkpoint(run: RunFile, resume: str, fork: str | None = None) -> str | None:
+    """The checkpoint directory to start from; None to start at step 0. Runs on rank 0 alone.
 
     Args:
-        resume: "auto" (the newest valid checkpoint), "never", or the path of a checkpoint directory.
+        resume: "auto" (the newest valid checkpoint), "never", or the path of a checkpoint directory of this run.
+        fork: the path of a checkpoint directory of another run, where this run starts while it has no checkpoint.
 
     Raises:
         UserError: the run directory holds checkpoints that must not be overwritten, or none that is valid.
     """
     directory = run.directory
     existing = store.list_steps(directory)
-    if resume not in ("auto", "never"):
-        resume = expand_path(resume, "--resume")
-        try:
-            store.verify(Path(resume), to_resume=True)
-        except ValueError as error:
-            raise UserError(f"--resume {resume}: {error}; name a valid step-... directory, or use auto") from None
-        if existing and Path(resume).resolve().parent != directory.resolve():
+    origin = (read_config(directory) or {}).get("fork_of")
+    if fork is not None:
+        if existing:
+            _check_same_fork(fork, origin, directory)
+            return _newest(directory)
+        checkpoint = _named(fork, "--fork")
+        if (step := store.read_manifest(Path(checkpoint))["step"]) >= run.megacid.run.total_steps:
             raise UserError(
-                f"--resume {resume} belongs to another run, and {directory} already has checkpoints up to step "
-                f"{existing[-1][0]}: choose another run.name"
+                f"--fork {checkpoint} is at step {step} and run.total_steps is {run.megacid.run.total_steps}, expected "
+                "more steps: raise run.total_steps"
             )
-        return resume
+        return checkpoint
+    if resume not in ("auto", "never"):
+        checkpoint = _named(resume, "--resume")
+        if Path(checkpoint).resolve().parent != directory.resolve():
+            raise UserError(
+                f"--resume {resume} belongs to another run than {directory}: start a new run from it with --fork "
+                f"{resume} and another run.name"
+            )
+        return checkpoint
     if resume == "never" and existing:
         raise UserError(
             f"{directory} already has checkpoints up to step {existing[-1][0]} and --resume is never: choose another "
             "run.name, or --resume auto"
         )
+    if not existing and origin is not None:
+        raise UserError(
+            f"{directory} is a fork of {origin} without a checkpoint of its own yet: repeat --fork {origin}, or choose "
+            "another run.name"
+        )
+    return _newest(directory)
+
+
+def _named(path: str, option: str) -> str:
+    """The valid checkpoint directory that a command-line option names."""
+    path = expand_path(path, option)
+    try:
+        store.verify(Path(path), to_resume=True)
+    except ValueError as error:
+        raise UserError(f"{option} {path}: {error}; name a valid step-... directory") from None
+    return path
+
+
+def _check_same_fork(fork: str, origin: str | None, directory: Path) -> None:
+    """Raise UserError unless the run in `directory`, which has checkpoints, began with this --fork."""
+    if origin is None or Path(expand_path(fork, "--fork")).resolve() != Path(origin):
+        raise UserError(
+            f"{directory} already has checkpoints and {'is no fork' if origin is None else f'is a fork of {origin}'}, "
+            f"expected a new run for --fork {fork}: choose another run.name, or leave out --fork to continue"
+        )
+
+
+def _newest(directory: Path) -> str | None:
+    """The newest valid checkpoint of a run directory; None when it has none at all."""
     store.remove_stages(directory)
     newest, problems = store.newest_valid(directory, to_resume=True)
     for problem in problems:
         log.warning("skipped an invalid checkpoint: %s", problem)
-    if existing and newest is None:
+    if newest is None and (existing := store.list_steps(directory)):
         raise UserError(
             f"none of the {len(existing)} checkpoints in {directory} is valid ({problems[0]}): restore one, or choose "
             "another run.name"

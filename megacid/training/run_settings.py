@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import subprocess
 from pathlib import Path
@@ -14,9 +15,11 @@ from megacid.errors import UserError
 from megacid.storage.atomic import SETTINGS_BYTES, read_bounded, write_json_atomic
 from megacid.storage.metadata import versions
 
+log = logging.getLogger("megacid")
+
 # Settings that change no result, such as where files are written and how the global batch is split; and the guard's.
 MAY_CHANGE = (
-    "megacid.run.dir", "megacid.run.save_every", "megacid.run.keep_last", "megacid.run.log_every",
+    "megacid.run.dir", "megacid.run.name", "megacid.run.save_every", "megacid.run.keep_last", "megacid.run.log_every",
     "megacid.run.timeout_s", "megacid.run.save_timeout_s", "megacid.run.start_timeout_s",
     "megacid.run.save_in_background", "megacid.run.check_every",
     "megacid.data.workers", "megacid.data.worker_timeout_s", "megacid.data.error_budget",
@@ -63,32 +66,53 @@ def _code_version() -> str | None:
     return git.stdout.strip() or None
 
 
-def check_same_settings(run: RunFile, directory: Path) -> None:
-    """Raise UserError with the differences when `directory` was started with settings that give other results."""
+def read_config(directory: Path) -> dict[str, Any] | None:
+    """The config.json of a run directory; None without one. Raises UserError when it cannot be read."""
+    path = directory / "config.json"
     try:
-        resolved = json.loads(read_bounded(directory / "config.json", SETTINGS_BYTES))["resolved"]
-        before = with_new_keys(flat({**resolved}))
+        config = json.loads(read_bounded(path, SETTINGS_BYTES))
+        flat({**config["resolved"]})
     except FileNotFoundError:
-        return
+        return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{directory / 'config.json'} cannot be read: restore it, or choose another run.name") from None
+        raise UserError(f"{path} cannot be read: restore it, or choose another run.name") from None
+    return dict(config)
+
+
+def changed_settings(run: RunFile, config: dict[str, Any]) -> list[str]:
+    """The settings that change a result and differ from those in `config`, each as "key: before -> now"."""
     # A setting that did not exist when the run was started had the value that is its default now.
-    before = flat({"megacid": defaults()}) | before
+    before = flat({"megacid": defaults()}) | with_new_keys(flat({**config["resolved"]}))
     now = flat(run.resolved())
-    changed = [
+    return [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
     ]
-    if changed:
+
+
+def check_same_settings(run: RunFile, directory: Path) -> None:
+    """Raise UserError with the differences when `directory` was started with settings that give other results."""
+    config = read_config(directory)
+    if config is not None and (changed := changed_settings(run, config)):
         raise UserError(
             f"{directory} was started with other settings ({'; '.join(changed)}): use them again, or choose another "
             "run.name"
         )
 
 
-def write_config(run: RunFile, directory: Path, world: int) -> None:
-    """Record the settings of a new run, and what it was started with, in config.json."""
+def write_config(run: RunFile, directory: Path, world: int, fork_of: Path | None) -> None:
+    """Record the settings of a new run, and what it was started with, in config.json.
+
+    Args:
+        fork_of: the checkpoint of another run that a fork starts from.
+    """
+    origin = {}
+    if fork_of is not None:
+        parent = read_config(fork_of.parent)
+        changed = None if parent is None else changed_settings(run, parent)
+        origin = {"fork_of": str(fork_of.resolve()), "changed": changed}
+        log.info("fork of %s; changed settings: %s", fork_of, "unknown" if changed is None else changed or "none")
     write_json_atomic(
         directory / "config.json",
         {
@@ -97,5 +121,6 @@ def write_config(run: RunFile, directory: Path, world: int) -> None:
             "world": world,
             "versions": versions(),
             "commit": _code_version(),
+            **origin,
         },
     )

@@ -146,5 +146,6 @@ def resume(state: TrainState, start_from: str | None, *, going_back: bool) -> in
                 abandon_later_checkpoints(directory, start)
             if not store.list_steps(directory):
                 with disk_errors(directory / "config.json"):
-                    write_config(state.run, directory, state.parallel.world)
+                    fork_of = None if start_from is None else Path(start_from)
+                    write_config(state.run, directory, state.parallel.world, fork_of)
     return start

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import random
 import signal
@@ -40,20 +39,6 @@ def losses(run: Path) -> list[tuple[int, str]]:
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     return [(event.step, repr(event.value)) for event in events.Scalars("train/loss")]
-
-
-def test_a_fork_continues_from_another_run_and_records_its_own_settings(root: Path) -> None:
-    origin = toy.run_file(root, "origin")
-    assert toy.train_toy(1, origin, "--stop-after", "6") == [143]
-    start = root / "runs" / "origin" / "step-00000006"
-    fork = toy.run_file(root, "fork", schedule__warmup_steps=5, run__total_steps=12)
-    assert toy.train_toy(1, fork, "--resume", str(start), "--stop-after", "9") == [143]
-    config = json.loads((root / "runs" / "fork" / "config.json").read_text())["resolved"]["megacid"]
-    assert (config["schedule"]["warmup_steps"], config["student"]["embed_dim"]) == (5, 32)
-    assert [step for step, _ in losses(root / "runs" / "fork")] == list(range(7, 10))
-    # From here on it is a run of its own: other settings are refused, the same ones continue it.
-    assert toy.train_toy(1, fork, "--set", "schedule.warmup_steps=4") == [2]
-    assert toy.train_toy(1, fork) == [0]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
