@@ -43,6 +43,8 @@ evaluate() { # evaluate NAME: export with open_clip's formats, then test what wa
     alone tools/export.py --run "$out/$1" --out "$out/$1/export" --name "$1" &&
         alone tools/eval.py --model "local-dir:$out/$1/export" --dataset-root data/digits/test --dataset-name digits --tasks zero_shot,linear_probe --out "$out/$1/eval"
 }
+# Without the cluster term its settings have no effect, which is an error: null removes them from the run file.
+no_cluster=(--set loss.cluster=0 --set loss.beta=null --set loss.gamma=null --set data.labels=null --set classifier=null)
 again="read the message above, then run tools/demo.sh again: it goes on where it stopped"
 
 stage data "1,797 digits as image-text pairs with redundant copies, and a held-out test split" "$again" \
@@ -59,9 +61,9 @@ stage balance "semantic balance inside clusters and across their borders: keep 5
 stage figures "what was called redundant, one cluster step by step, cluster sizes: Figure 2 of the paper" "$again" \
     alone tools/figures.py --demo $out --out $out/figures
 stage student_plain "student without a teacher (contrastive loss)" "$again" \
-    train_student student_plain configs/digits_cpu.json --set loss.contrastive=1 --set loss.instance=0 --set loss.cluster=0 --set student.embed_dim=128
+    train_student student_plain configs/digits_cpu.json "${no_cluster[@]}" --set loss.contrastive=1 --set loss.instance=0 --set data.teacher=null --set student.embed_dim=128
 stage student_instance "student with instance distillation" "$again" \
-    train_student student_instance configs/digits_cpu.json --set loss.cluster=0
+    train_student student_instance configs/digits_cpu.json "${no_cluster[@]}"
 stage student_cluster "student with instance + cluster distillation: the method" "$again" \
     train_student student_cluster configs/digits_cpu.json
 stage student_balanced "the same on the balanced data" "$again" \

@@ -21,9 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
 
 from PIL import Image
+from pydantic.fields import FieldInfo
 
 from argtypes import ToolParser
-from megacid.config.fields import Needs, Section
+from megacid.config.conditions import Needs
+from megacid.config.fields import Section
 from megacid.config.schema import MegacidConfig
 from megacid.errors import UserError, run_tool
 from megacid.storage.atomic import write_atomic
@@ -73,17 +75,24 @@ def _type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     return ", ".join([text, *bounds])
 
 
+def _only_with(field: FieldInfo) -> list[str]:
+    needs = " and ".join(item.condition for item in field.metadata if isinstance(item, Needs))
+    return [f"Only with {needs}."] if needs else []
+
+
 def configuration_tables(block: type[Section]) -> str:
     """One table of the fields of each section."""
     lines: list[str] = []
     for section, schema in block.model_fields.items():
-        lines += [f"### {section}", "", "| key | type | default | description |", "|---|---|---|---|"]
+        lines += [f"### {section}", ""]
+        for sentence in _only_with(schema):
+            lines += [sentence, ""]
+        lines += ["| key | type | default | description |", "|---|---|---|---|"]
         for key, field in schema.annotation.model_fields.items():
             if field.description is None:
                 raise UserError(f"{section}.{key} has no description: add a string below the field")
             default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
-            needs = [f"Only with {item.condition}." for item in field.metadata if isinstance(item, Needs)]
-            description = " ".join([*field.description.split(), *needs]).replace("|", "\\|")
+            description = " ".join([*field.description.split(), *_only_with(field)]).replace("|", "\\|")
             kind = _type(field.annotation, field.metadata)
             lines.append(f"| `{section}.{key}` | {kind} | {default} | {description} |")
         lines.append("")

@@ -88,7 +88,11 @@ def assignments(args: argparse.Namespace, point: Point, features: Path) -> list[
     """Overrides of the run file for this point."""
     own = [f"run.name={json.dumps(point.name)}", f"run.dir={json.dumps(str(args.out))}", f"run.seed={point.seed}"]
     own.append(f"data.features={json.dumps(str(features))}")
-    return [*args.set, *own, *([f"classifier.sample_rate={point.value}"] if point.axis == "rate" else [])]
+    if point.axis == "rate":
+        own.append(f"classifier.sample_rate={point.value}")
+        if point.value == 1:  # these have no effect when every class is used, which is an error
+            own += ["classifier.log_q=null", "classifier.lazy=null"]
+    return [*args.set, *own]
 
 
 # ---- one point ------------------------------------------------------------------------------------------------------

@@ -1,24 +1,11 @@
-"""What the fields of the run file are made of: types with their ranges, and conditions under which a key counts."""
+"""The types of the run file's fields, with their ranges."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-
-
-class Needs:
-    """Annotates a field, or a section, that has no effect unless a condition on other settings holds.
-
-    Args:
-        condition: for messages and documentation, such as "loss.cluster > 0".
-        holds: the same as a function of the "megacid" block.
-    """
-
-    def __init__(self, condition: str, holds: Callable[[Any], bool]) -> None:
-        self.condition, self.holds = condition, holds
 
 
 def expanded_path(path: str) -> str:

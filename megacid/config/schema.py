@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from megacid.config import conditions as when
+from megacid.config.conditions import check_effects, terms_with_teacher
 from megacid.config.fields import (
     Beta,
     Count,
@@ -16,7 +19,6 @@ from megacid.config.fields import (
     FilePath,
     Fraction,
     FractionAboveZero,
-    Needs,
     Seconds,
     Section,
     Steps,
@@ -27,8 +29,6 @@ from megacid.config.fields import (
 from megacid.errors import UserError
 
 FEATURE_TOWER = "feature-mlp"
-WithShards = Needs("data.shards", lambda block: block.data.shards is not None)
-WithFeatures = Needs("data.features", lambda block: block.data.features is not None)
 
 
 class RunConfig(Section):
@@ -67,17 +67,17 @@ class StudentConfig(Section):
     """An open_clip model name, a model of megacid/models/configs, or "feature-mlp", an MLP over data.features."""
     embed_dim: Width | None = None
     """Width of the joint embedding; null: the teacher's, without a teacher the model's own. Required by feature-mlp."""
-    image_size: Annotated[Annotated[int, Field(gt=0, le=16_384)] | None, WithShards] = None
+    image_size: Annotated[Annotated[int, Field(gt=0, le=16_384)] | None, when.Shards] = None
     """Side of the square input image in pixels; null: the model's own."""
-    context_length: Annotated[Width | None, WithShards] = None
+    context_length: Annotated[Width | None, when.Shards] = None
     """Number of text tokens; null: the model's own."""
-    pretrained: Annotated[FilePath | None, WithShards] = None
+    pretrained: Annotated[FilePath | None, when.Shards] = None
     """Initial weights: an open_clip tag or a local checkpoint; null: random."""
-    grad_checkpointing: Annotated[bool, WithShards] = False
+    grad_checkpointing: Annotated[bool, when.Shards] = False
     """Recompute activations in the backward pass: less memory, more time."""
-    hidden: Annotated[Width, WithFeatures] = 512
+    hidden: Annotated[Width, when.Features, when.HiddenLayers] = 512
     """Width of the hidden layers of feature-mlp."""
-    layers: Annotated[int, Field(ge=0, le=1024), WithFeatures] = 2
+    layers: Annotated[int, Field(ge=0, le=1024), when.Features] = 2
     """Number of hidden layers of feature-mlp."""
 
 
@@ -88,25 +88,25 @@ class DataConfig(Section):
     """Directory of .tar shards in img2dataset's or webdataset's layout. Set exactly one of shards and features."""
     features: FilePath | None = None
     """Directory of labelled feature vectors, as tools/synthesize.py features writes it. Set this or shards."""
-    teacher: Annotated[FilePath | None, WithShards] = None
+    teacher: Annotated[FilePath | None, when.Shards, when.TeacherTerm] = None
     """Output of tools/embed.py. Required by loss.instance, loss.mse, and by loss.cluster with beta or gamma."""
-    labels: Annotated[FilePath | None, WithShards] = None
+    labels: Annotated[FilePath | None, when.Shards, when.ClusterTerm] = None
     """Output of tools/cluster.py. Required by loss.cluster on shards."""
-    labels_per_sample: Annotated[Width, WithShards] = 1
+    labels_per_sample: Annotated[Width, when.Shards, when.ClusterTerm] = 1
     """Number of nearest clusters that label a sample: 1 is CLIP-CID, more is MLCD (cluster.py --top-labels)."""
-    keep: Annotated[FilePath | None, WithShards] = None
+    keep: Annotated[FilePath | None, when.Shards] = None
     """Output of tools/balance.py; null: every sample is used."""
-    augment: Annotated[Literal["none", "random_resized_crop"], WithShards] = "none"
+    augment: Annotated[Literal["none", "random_resized_crop"], when.Shards] = "none"
     """Image augmentation, seeded per sample."""
-    workers: Annotated[int, Field(ge=0, le=1024), WithShards] = 0
+    workers: Annotated[int, Field(ge=0, le=1024), when.Shards] = 0
     """Number of loader processes per rank; 0 decodes in the training process."""
-    worker_timeout_s: Annotated[Seconds, WithShards] = 120.0
+    worker_timeout_s: Annotated[Seconds, when.Shards, when.Workers] = 120.0
     """Seconds without a batch from a loader process after which the run ends with an error."""
     block_shards: Count = 16
     """Number of shards or feature files shuffled together. More mixes better, fewer reads more locally."""
-    error_budget: Annotated[Fraction, WithShards] = 0.001
+    error_budget: Annotated[Fraction, when.Shards] = 0.001
     """Fraction of undecodable samples above which the run ends."""
-    max_image_pixels: Annotated[int, Field(gt=0, le=89_478_485), WithShards] = 64_000_000
+    max_image_pixels: Annotated[int, Field(gt=0, le=89_478_485), when.Shards] = 64_000_000
     """Images with more pixels are skipped before they are decoded; the decoder itself refuses more than 89478485."""
 
     @model_validator(mode="after")
@@ -123,23 +123,23 @@ class DataConfig(Section):
 class LossConfig(Section):
     """Weights of the loss terms. A term of weight 0 is not computed."""
 
-    contrastive: Annotated[Weight, WithShards] = 0.0
+    contrastive: Annotated[Weight, when.Shards] = 0.0
     """Weight of CLIP's contrastive loss between the student's images and texts."""
-    instance: Annotated[Weight, WithShards] = 0.0
+    instance: Annotated[Weight, when.Shards] = 0.0
     """Weight of instance discrimination distillation."""
     cluster: Weight = 0.0
     """Weight (lambda) of cluster discrimination distillation."""
-    mse: Annotated[Weight, WithShards] = 0.0
+    mse: Annotated[Weight, when.Shards] = 0.0
     """Weight of the squared distance of student and teacher embeddings, of images and texts."""
-    alpha: Weight = 1.0
+    alpha: Annotated[Weight, when.ClusterTerm] = 1.0
     """Inside cluster: weight of the cross-entropy of the student and the label."""
-    beta: Annotated[Weight, WithShards] = 0.0
+    beta: Annotated[Weight, when.Shards, when.ClusterTerm] = 0.0
     """Inside cluster: weight of the cross-entropy of the teacher's embedding and the label. [assumed]"""
-    gamma: Annotated[Weight, WithShards] = 0.0
+    gamma: Annotated[Weight, when.Shards, when.ClusterTerm] = 0.0
     """Inside cluster: weight of KL(teacher || student). [assumed]"""
-    cluster_temperature: Annotated[float, Field(gt=0)] = 1.0
+    cluster_temperature: Annotated[float, Field(gt=0), when.ClusterTerm, when.KL] = 1.0
     """Inside cluster: temperature of the KL. [assumed]"""
-    temperature: Annotated[float, Field(ge=0.01)] | None = None
+    temperature: Annotated[Annotated[float, Field(ge=0.01)] | None, when.ContrastiveTerm] = None
     """Fixed temperature of the contrastive and instance losses; null: learned, 1/temperature <= 100."""
 
     @model_validator(mode="after")
@@ -162,13 +162,13 @@ class ClassifierConfig(Section):
 
     sample_rate: FractionAboveZero = 0.1
     """Fraction of each rank's classes sampled per step. Positive classes are always included."""
-    m1: Annotated[float, Field(ge=1)] = 1.0
+    m1: Annotated[float, Field(ge=1), when.StudentLogits] = 1.0
     """SphereFace factor of the margin cos(m1 * theta + m2) - m3 on the target class."""
-    m2: Annotated[float, Field(ge=0)] = 0.0
+    m2: Annotated[float, Field(ge=0, lt=math.pi), when.StudentLogits] = 0.0
     """ArcFace angle of the margin in radians."""
-    m3: Annotated[float, Field(ge=0)] = 0.3
+    m3: Annotated[float, Field(ge=0), when.StudentLogits] = 0.3
     """CosFace offset of the margin."""
-    margin_grad: Literal["exact", "straight_through"] = "exact"
+    margin_grad: Annotated[Literal["exact", "straight_through"], when.StudentLogits, when.AngularMargin] = "exact"
     """Derivative of the margin: exact, or 1 (straight_through) as in insightface's ArcFace."""
     scale: Annotated[float, Field(gt=0)] = 64.0
     """Logit scale s."""
@@ -176,7 +176,7 @@ class ClassifierConfig(Section):
     """Fraction of the embedding's dimensions used per step (UNICOM)."""
     filter_threshold: float | None = None
     """Negatives with a larger cosine are left out of the denominator; null: none."""
-    log_q: bool = False
+    log_q: Annotated[bool, when.Sampling] = False
     """Weight sampled negatives by 1 / their probability, which makes the softmax denominator unbiased."""
     weight_grad: Literal["stored", "recomputed"] = "stored"
     """Gradient of the class rows: stored, or recomputed in slabs (less memory, twice the arithmetic)."""
@@ -187,17 +187,17 @@ class ClassifierConfig(Section):
     """Row-sparse optimizer of the class rows."""
     lr: Annotated[float, Field(ge=0)] | None = None
     """Peak learning rate of the class rows; null: the student's."""
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(as_tuple)] = (0.9, 0.98)
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(as_tuple), when.AdamW] = (0.9, 0.98)
     """AdamW's decay rates of the first and second moment."""
-    eps: Annotated[float, Field(ge=0)] = 1e-8
+    eps: Annotated[float, Field(gt=0), when.AdamW] = 1e-8
     """AdamW's epsilon."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Annotated[Beta, when.SGD] = 0.9
     """SGD's momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     """Weight decay of the rows that a step updates; decoupled in AdamW."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """Storage of the row optimizer's moments. bf16 halves their memory and uses stochastic rounding."""
-    lazy: Literal["none", "decay"] = "none"
+    lazy: Annotated[Literal["none", "decay"], when.Sampling] = "none"
     """What a row catches up on when it is sampled again: nothing, or the decays of the steps between."""
 
 
@@ -208,7 +208,7 @@ class ScheduleConfig(Section):
     """Steps of linear warm-up, fewer than run.total_steps."""
     kind: Literal["cosine", "constant"] = "cosine"
     """Learning rate after the warm-up: cosine decay to final_share, or constant."""
-    final_share: Fraction = 0.0
+    final_share: Annotated[Fraction, when.Cosine] = 0.0
     """Fraction of the peak learning rate at the end of the cosine."""
 
 
@@ -221,7 +221,7 @@ class GuardConfig(Section):
     """Fraction of the last 1000 steps that may be skipped before the run ends."""
     spike: Literal["off", "skip", "lower", "abort"] = "off"
     """Reaction to a loss spike: none, skip the step, multiply its gradients by 0.1 (lower), or end the run (abort)."""
-    spike_deviations: Annotated[float, Field(gt=0)] = 10.0
+    spike_deviations: Annotated[float, Field(gt=0), when.Spikes] = 10.0
     """A spike is a loss above the median of the last 200 by this many median absolute deviations."""
 
 
@@ -232,7 +232,7 @@ class MegacidConfig(Section):
     student: StudentConfig
     data: DataConfig
     loss: LossConfig
-    classifier: ClassifierConfig = ClassifierConfig()
+    classifier: Annotated[ClassifierConfig, when.ClusterTerm] = ClassifierConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     guard: GuardConfig = GuardConfig()
 
@@ -248,7 +248,7 @@ class MegacidConfig(Section):
         if (source == "features") != (student.model == FEATURE_TOWER):
             remedy = f'"{FEATURE_TOWER}"' if source == "features" else "an open_clip model, or set data.features"
             raise UserError(f'"megacid.student.model" is {student.model!r} but the data are {source}: write {remedy}')
-        self._every_setting_has_an_effect()
+        check_effects(self)
         if source == "features":
             self._features_are_classified()
         if loss.cluster and loss.gamma and data.labels_per_sample > 1:
@@ -256,12 +256,7 @@ class MegacidConfig(Section):
                 f'"megacid.data.labels_per_sample" is {data.labels_per_sample} and "megacid.loss.gamma" is '
                 f"{loss.gamma}, expected one label for the KL: set labels_per_sample to 1, or gamma to 0"
             )
-        terms = {
-            "instance": loss.instance,
-            "mse": loss.mse,
-            "cluster (beta, gamma)": loss.cluster and (loss.beta or loss.gamma),
-        }
-        needs_teacher = [name for name, weight in terms.items() if weight]
+        needs_teacher = terms_with_teacher(loss)
         if needs_teacher and data.teacher is None:
             raise UserError(
                 f'"megacid.data.teacher" is null but the term {needs_teacher[0]} needs teacher embeddings: name the '
@@ -272,18 +267,6 @@ class MegacidConfig(Section):
                 '"megacid.data.labels" is null but the term cluster needs labels: name the output of tools/cluster.py'
             )
         return self
-
-    def _every_setting_has_an_effect(self) -> None:
-        for section, block in self:
-            for name, field in type(block).model_fields.items():
-                value = getattr(block, name)
-                for need in field.metadata:
-                    if value != field.default and isinstance(need, Needs) and not need.holds(self):
-                        path = f"{section}.{name}"
-                        raise UserError(
-                            f'"megacid.{path}" is {value!r}, which has no effect without {need.condition}: remove it, '
-                            f"or pass --set {path}=null"
-                        )
 
     def _features_are_classified(self) -> None:
         if self.student.embed_dim is None:

@@ -7,10 +7,12 @@ import logging
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from megacid.config.conditions import ineffective
 from megacid.config.renamed import with_new_keys
-from megacid.config.schema import RunFile, defaults
+from megacid.config.schema import SECTIONS, MegacidConfig, RunFile, defaults
 from megacid.errors import UserError
 from megacid.storage.atomic import SETTINGS_BYTES, read_bounded, write_json_atomic
 from megacid.storage.metadata import versions
@@ -47,6 +49,18 @@ def settings_of_this_rank(run: RunFile, world: int) -> dict[str, Any]:
     return {**flat(run.resolved()), "number of ranks": world, **packages}
 
 
+def without_ineffective(settings: dict[str, Any]) -> dict[str, Any]:
+    """Flat settings of a run with the defaults for settings that have no effect."""
+    sections = {name: SimpleNamespace() for name in SECTIONS}
+    for path, value in settings.items():
+        block, section, key = [*path.split("."), "", ""][:3]
+        if block == "megacid" and section in sections:
+            setattr(sections[section], key, tuple(value) if isinstance(value, list) else value)
+    found = ineffective(MegacidConfig, SimpleNamespace(**sections))
+    reset = [f"megacid.{setting.section}.{setting.key}" for setting in found]
+    return settings | {path: flat({"megacid": defaults()})[path] for path in reset}
+
+
 def check_packages() -> None:
     """Raise UserError when the installed DeepSpeed is one that the trainer does not work with."""
     installed = versions().get("deepspeed", "none")
@@ -66,12 +80,18 @@ def _code_version() -> str | None:
     return git.stdout.strip() or None
 
 
+def _recorded_settings(config: dict[str, Any]) -> dict[str, Any]:
+    # A setting that did not exist when the run was started had the value that is its default now, and one without
+    # effect may be removed: earlier versions accepted it.
+    return without_ineffective(flat({"megacid": defaults()}) | with_new_keys(flat({**config["resolved"]})))
+
+
 def read_config(directory: Path) -> dict[str, Any] | None:
     """The config.json of a run directory; None without one. Raises UserError when it cannot be read."""
     path = directory / "config.json"
     try:
         config = json.loads(read_bounded(path, SETTINGS_BYTES))
-        flat({**config["resolved"]})
+        _recorded_settings(config)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -81,8 +101,7 @@ def read_config(directory: Path) -> dict[str, Any] | None:
 
 def changed_settings(run: RunFile, config: dict[str, Any]) -> list[str]:
     """The settings that change a result and differ from those in `config`, each as "key: before -> now"."""
-    # A setting that did not exist when the run was started had the value that is its default now.
-    before = flat({"megacid": defaults()}) | with_new_keys(flat({**config["resolved"]}))
+    before = _recorded_settings(config)
     now = flat(run.resolved())
     return [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"

@@ -1,0 +1,103 @@
+"""Conditions under which a setting has an effect. `schema.py` names them beside its fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+from megacid.errors import UserError
+
+
+class Needs:
+    """Annotates a field, or a section, that has no effect unless a condition on other settings holds.
+
+    Args:
+        condition: for messages and documentation, such as "loss.cluster > 0".
+        holds: the same as a function of the "megacid" block.
+    """
+
+    def __init__(self, condition: str, holds: Callable[[Any], Any]) -> None:
+        self.condition, self.holds = condition, holds
+
+
+def terms_with_teacher(loss: Any) -> list[str]:
+    """Names of the terms that read teacher embeddings, for a "loss" block."""
+    terms = {
+        "instance": loss.instance,
+        "mse": loss.mse,
+        "cluster (beta, gamma)": loss.cluster and (loss.beta or loss.gamma),
+    }
+    return [name for name, weight in terms.items() if weight]
+
+
+Shards = Needs("data.shards", lambda block: block.data.shards is not None)
+Features = Needs("data.features", lambda block: block.data.features is not None)
+HiddenLayers = Needs("student.layers > 0", lambda block: block.student.layers)
+Workers = Needs("data.workers > 0", lambda block: block.data.workers)
+TeacherTerm = Needs(
+    "a term that reads it (loss.instance, loss.mse, or loss.cluster with beta or gamma)",
+    lambda block: terms_with_teacher(block.loss),
+)
+ContrastiveTerm = Needs(
+    "loss.contrastive or loss.instance > 0", lambda block: block.loss.contrastive or block.loss.instance
+)
+ClusterTerm = Needs("loss.cluster > 0", lambda block: block.loss.cluster)
+KL = Needs("loss.gamma > 0", lambda block: block.loss.gamma)
+StudentLogits = Needs("loss.alpha or loss.gamma > 0", lambda block: block.loss.alpha or block.loss.gamma)
+AngularMargin = Needs(
+    "classifier.m1 > 1 or classifier.m2 > 0", lambda block: block.classifier.m1 > 1 or block.classifier.m2
+)
+Sampling = Needs("classifier.sample_rate < 1", lambda block: block.classifier.sample_rate < 1)
+AdamW = Needs('classifier.optimizer "adamw"', lambda block: block.classifier.optimizer == "adamw")
+SGD = Needs('classifier.optimizer "sgd"', lambda block: block.classifier.optimizer == "sgd")
+Cosine = Needs('schedule.kind "cosine"', lambda block: block.schedule.kind == "cosine")
+Spikes = Needs('a guard.spike other than "off"', lambda block: block.guard.spike != "off")
+
+
+class Ineffective(NamedTuple):
+    """A setting without effect; `remove` is the dotted path of the key, or the section, to remove."""
+
+    section: str
+    key: str
+    remove: str
+    condition: str
+
+
+def ineffective(model: type[BaseModel], block: Any) -> list[Ineffective]:
+    """Settings that differ from their defaults and have no effect with the other settings of the block.
+
+    Args:
+        model: of the "megacid" block.
+        block: the block, or any object with its attributes.
+    """
+    found = []
+    for section, outer in model.model_fields.items():
+        assert isinstance(outer.annotation, type) and issubclass(outer.annotation, BaseModel)
+        for key, field in outer.annotation.model_fields.items():
+            if field.is_required() or getattr(getattr(block, section), key) == field.default:
+                continue
+            needs = [(section, need) for need in outer.metadata] + [
+                (f"{section}.{key}", need) for need in field.metadata
+            ]
+            missing = [pair for pair in needs if isinstance(pair[1], Needs) and not pair[1].holds(block)]
+            if missing:
+                remove, need = missing[0]
+                found.append(Ineffective(section, key, remove, need.condition))
+    return found
+
+
+def check_effects(block: BaseModel) -> None:
+    """Raise UserError when a setting of the "megacid" block has no effect; it names all of them."""
+    found = ineffective(type(block), block)
+    if not found:
+        return
+    section, key, _, condition = found[0]
+    value = getattr(getattr(block, section), key)
+    remove = list(dict.fromkeys(setting.remove for setting in found))
+    rest = f" (nor have {', '.join(remove[1:])})" if remove[1:] else ""
+    raise UserError(
+        f'"megacid.{section}.{key}" is {value!r}, which has no effect without {condition}{rest}: remove '
+        f"{'them' if rest else 'it'}, or pass {' '.join(f'--set {path}=null' for path in remove)}"
+    )

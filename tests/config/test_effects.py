@@ -1,0 +1,175 @@
+"""Every key of the "megacid" block changes the settings of a run, or is refused with the reason why it cannot."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import toy
+from faultplan import Fault, FaultPlan
+from harness import run_ranks
+
+from megacid.config.conditions import Needs, ineffective
+from megacid.config.load import load_run
+from megacid.config.schema import SECTIONS, MegacidConfig
+from megacid.errors import UserError
+from megacid.training import cli
+from megacid.training.run_settings import check_same_settings, write_config
+
+ROOT = Path(__file__).resolve().parents[2]
+DIGITS = ROOT / "configs" / "digits_cpu.json"
+NO_CLUSTER = "loss.cluster=0 loss.beta=null loss.gamma=null data.labels=null classifier=null"
+
+# What is set for nothing -> what the message says would make it count. All on configs/digits_cpu.json.
+FOR_NOTHING = {
+    "student.hidden=64": "without data.features",
+    "data.worker_timeout_s=60": "without data.workers > 0",
+    "loss.cluster_temperature=2 loss.gamma=0": "without loss.gamma > 0",
+    "loss.temperature=0.07 loss.instance=0 data.labels=x": "without loss.contrastive or loss.instance > 0",
+    "classifier.margin_grad=straight_through": "without classifier.m1 > 1 or classifier.m2 > 0",
+    "classifier.log_q=true classifier.sample_rate=1": "without classifier.sample_rate < 1",
+    "classifier.lazy=decay classifier.sample_rate=1": "without classifier.sample_rate < 1",
+    "classifier.betas=[0.9,0.99] classifier.optimizer=sgd": 'without classifier.optimizer "adamw"',
+    "classifier.eps=1e-6 classifier.optimizer=sgd": 'without classifier.optimizer "adamw"',
+    "classifier.momentum=0.8": 'without classifier.optimizer "sgd"',
+    "classifier.m2=0.3 loss.alpha=0 loss.gamma=0": "without loss.alpha or loss.gamma > 0",
+    "schedule.final_share=0.1 schedule.kind=constant": 'without schedule.kind "cosine"',
+    "guard.spike_deviations=5": 'without a guard.spike other than "off"',
+    "loss.cluster=0 loss.gamma=null loss.beta=null classifier=null": "without loss.cluster > 0",
+    "loss.cluster=0 loss.gamma=null loss.beta=null data.labels=null": "without loss.cluster > 0",
+    f"{NO_CLUSTER} loss.alpha=2": "without loss.cluster > 0",
+    f"{NO_CLUSTER} loss.instance=0 loss.contrastive=1": "without a term that reads it (loss.instance, loss.mse, or",
+}
+
+
+@pytest.mark.parametrize("changes", FOR_NOTHING)
+def test_a_setting_without_effect_is_refused_with_what_would_make_it_count(changes: str) -> None:
+    with pytest.raises(UserError, match="which has no effect") as error:
+        load_run(DIGITS, changes.split(), world=1)
+    assert FOR_NOTHING[changes] in str(error.value) and "\n" not in str(error.value)
+    # What the message says to pass is enough, and the run is the same without the setting.
+    remedy = shlex.split(str(error.value).rpartition("or pass ")[2].replace("--set ", ""))
+    load_run(DIGITS, [*changes.split(), *remedy], world=1)
+
+
+def test_one_message_names_everything_that_an_ablation_has_to_remove() -> None:
+    with pytest.raises(UserError) as error:
+        load_run(DIGITS, ["loss.cluster=0"], world=1)
+    said = str(error.value)
+    assert said.endswith("--set data.labels=null --set loss.beta=null --set loss.gamma=null --set classifier=null")
+    run = load_run(DIGITS, ["loss.cluster=0", *(word for word in NO_CLUSTER.split())], world=1)
+    assert run.megacid.classifier == SECTIONS["classifier"]() and run.megacid.data.labels is None
+
+
+def test_a_value_that_is_the_default_is_accepted() -> None:
+    load_run(
+        DIGITS, [*NO_CLUSTER.split(), "loss.alpha=1.0", "classifier.scale=64", "guard.spike_deviations=10"], world=1
+    )
+
+
+def test_null_removes_a_key_of_either_half_and_only_from_the_command_line() -> None:
+    assert "bf16" not in load_run(DIGITS, ["bf16.enabled=true", "bf16=null"], world=1).deepspeed
+    assert load_run(DIGITS, ["loss.gamma=null"], world=1).megacid.loss.gamma == 0
+    with pytest.raises(UserError, match=r'"megacid.student.model" is missing'):
+        load_run(DIGITS, ["student.model=null"], world=1)
+
+
+def test_a_run_begun_with_settings_without_effect_goes_on_without_them(tmp_path: Path) -> None:
+    """Earlier versions accepted them."""
+    run = load_run(DIGITS, NO_CLUSTER.split(), world=1)
+    write_config(run, tmp_path, 1, None)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    block = saved["resolved"]["megacid"]
+    block["loss"]["gamma"], block["data"]["labels"], block["classifier"]["scale"] = 1.0, "clusters", 32.0
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    check_same_settings(run, tmp_path)
+    block["loss"]["instance"] = 2.0
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"other settings \(megacid\.loss\.instance: 2\.0 -> 1\.0\)"):
+        check_same_settings(run, tmp_path)
+
+
+# ---- every key -----------------------------------------------------------------------------------------------------
+
+FIELDS = [(section, name) for section, model in SECTIONS.items() for name in model.model_fields]
+
+
+def others(section: str, name: str, value: Any) -> list[Any]:
+    """Other valid values of a field that has this one."""
+    kind = SECTIONS[section].model_fields[name].annotation
+    if get_origin(kind) is Literal:
+        return [word for word in get_args(kind) if word != value]
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, tuple):
+        return [[0.5, 0.5]]
+    if isinstance(value, int):
+        return [value + 1]
+    if isinstance(value, float):
+        return [value / 2 + 0.125, 0.5]
+    return [3, "other"]  # of a number or of a path that is null; the other one is refused for its type
+
+
+@pytest.mark.parametrize("source", ["shards", "features"])
+@pytest.mark.parametrize(("section", "name"), FIELDS, ids=lambda part: part)
+def test_every_key_changes_the_settings_or_is_refused_with_a_reason(
+    tmp_path: Path, source: str, section: str, name: str
+) -> None:
+    file = DIGITS if source == "shards" else toy.run_file(tmp_path, "toy")
+    base = load_run(file, world=1)
+    value = getattr(getattr(base.megacid, section), name)
+    for other in others(section, name, value):
+        if other == value:
+            continue
+        try:
+            run = load_run(file, [f"{section}.{name}={json.dumps(other)}"], world=1)
+        except UserError as error:
+            assert f"{section}.{name}" in str(error) or name in str(error), error
+            assert "\n" not in str(error)
+            continue
+        assert run.resolved() != base.resolved()
+        assert ineffective(MegacidConfig, run.megacid) == []
+
+
+def _train_and_record(file: str) -> list[tuple[str, str]]:
+    """Train; the settings that were read after the run file was checked, as (section, key)."""
+    read: set[tuple[str, str]] = set()
+
+    def recorder(section: str, keys: set[str]) -> Any:
+        def get(self: Any, name: str) -> Any:
+            if name in keys:
+                read.add((section, name))
+            return object.__getattribute__(self, name)
+
+        return get
+
+    for section, model in SECTIONS.items():
+        model.__getattribute__ = recorder(section, set(model.model_fields))  # type: ignore[method-assign]
+    load = cli.load_run
+
+    def load_and_forget(*args: Any, **options: Any) -> Any:
+        run = load(*args, **options)
+        read.clear()
+        return run
+
+    cli.load_run = load_and_forget
+    bad_step = FaultPlan(Fault("train:batch", "nan_batch", rank=0, step=22))
+    assert toy.train_here(["--deepspeed_config", file], bad_step.to_json()) == 0
+    return sorted(read)
+
+
+def test_the_trainer_reads_every_key_that_a_run_on_features_may_set(tmp_path: Path) -> None:
+    """A key that nothing reads has no effect, whatever its conditions say."""
+    toy.write_features(tmp_path / "features")
+    file = toy.run_file(tmp_path, "read", guard__spike="skip")
+    (read,) = run_ranks(_train_and_record, 1, str(file), timeout_s=120)
+    block = load_run(file, world=1).megacid
+    unread = set()
+    for section, name in FIELDS:
+        needs = [need for need in SECTIONS[section].model_fields[name].metadata if isinstance(need, Needs)]
+        if all(need.holds(block) for need in needs) and (section, name) not in read:
+            unread.add((section, name))
+    assert unread == {("data", "shards")}  # the other source
