@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megacid.errors import UserError
 from megacid_kernels.engines.dispatch import resolve
+from megacid_kernels.rows import unit_rows
 
 Metric = Literal["cosine", "euclidean"]
 Backend = Literal["auto", "torch", "faiss", "triton"]
@@ -176,7 +177,10 @@ def prepare(block: np.ndarray, metric: Metric, device: torch.device) -> Tensor:
     # np.array copies: rows come from read-only memory maps.
     dtype = np.float16 if block.dtype == np.float16 else np.float32
     x_BD = torch.from_numpy(np.array(block, dtype=dtype)).to(device).float()
-    return torch.nn.functional.normalize(x_BD, dim=1) if metric == "cosine" else x_BD
+    if metric != "cosine":
+        return x_BD
+    # The squares of float16's numbers are in range.
+    return torch.nn.functional.normalize(x_BD, dim=1) if dtype == np.float16 else unit_rows(x_BD)
 
 
 def pad_rows(x_BD: Tensor, rows: int) -> Tensor:
