@@ -8,6 +8,7 @@ Legend: T rows of one tile, K clusters, D width, L nearest centroids.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from importlib import metadata
 from typing import Any, Literal, get_args
@@ -190,10 +191,16 @@ def pad_rows(x_BD: Tensor, rows: int) -> Tensor:
     return torch.cat([x_BD, x_BD.new_zeros(rows - len(x_BD), x_BD.shape[1])])
 
 
+@functools.cache
+def _faiss_builds() -> list[str]:
+    """The installed distributions of faiss. Cached: it reads the files of all packages, for some 20 ms."""
+    return sorted(set(metadata.packages_distributions().get("faiss", ())))
+
+
 def check_backend(backend: str) -> None:
     if backend not in get_args(Backend):
         raise UserError(f"backend is {backend!r}, expected one of {', '.join(get_args(Backend))}: correct --backend")
-    builds = sorted(set(metadata.packages_distributions().get("faiss", ())))
+    builds = _faiss_builds()
     if backend == "faiss" and not builds:
         raise UserError("backend is 'faiss' but faiss is not installed: pip install faiss-cpu, or take --backend torch")
     if backend in ("auto", "faiss") and len(builds) > 1:
