@@ -1,6 +1,6 @@
 """The student in a DeepSpeed engine: forward, backward, gradient norm, step or skip, and its state by name.
 
-The only module that imports deepspeed. The classifier stays outside of the engine, since DeepSpeed would overwrite
+The only module that runs deepspeed. The classifier stays outside of the engine, since DeepSpeed would overwrite
 every class shard with rank 0's. To step both optimizers as one, the student's gradient norm is read *before* the step,
 the trainer decides once, and `step` applies exactly the clipping factor that it gets.
 """
