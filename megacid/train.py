@@ -34,6 +34,7 @@ from megacid.data.batch import Batch, DataBudgetError
 from megacid.distributed.parallel import Parallel
 from megacid.failpoints import failpoint
 from megacid.training.cli import ERRORS_OF_ALL_RANKS, run_main
+from megacid.training.gradient_cache import GradientCache
 from megacid.training.guard import Verdict
 from megacid.training.lifecycle import Lifecycle
 from megacid.training.metrics import Metrics
@@ -144,33 +145,73 @@ def train_step(
 def accumulate(
     step: int, state: TrainState, batches: Iterator[Batch], metrics: Metrics, beat: Callable[[str], None]
 ) -> StepOutput:
-    """Forward and backward of the micro-batches of one step; the gradients stay in the engine and the classifier."""
-    engine, accumulation, micro_batches = state.engine, state.run.accumulation, []
+    """Forward and backward of the micro-batches of one step; the gradients stay in the engine and the classifier.
+
+    Loss and gradients are those of the whole batch of the step, however it is divided into micro-batches.
+    """
+    if state.head is not None:
+        state.head.set_step(step)
+    if state.run.accumulation == 1 or state.objective.is_mean_over_samples:
+        return accumulate_directly(step, state, batches, metrics, beat)
+    return accumulate_with_gradient_cache(step, state, batches, metrics, beat)
+
+
+def accumulate_directly(
+    step: int, state: TrainState, batches: Iterator[Batch], metrics: Metrics, beat: Callable[[str], None]
+) -> StepOutput:
+    """One forward and backward per micro-batch; the step's loss is their mean."""
+    accumulation, losses, all_terms, micro_batches, finite = state.run.accumulation, [], [], [], []
     for micro in range(accumulation):
-        beat("data")
-        began = time.perf_counter()
-        batch = next(batches).to(engine.device)
-        metrics.waited_for_data(time.perf_counter() - began)
-        failpoint("train:batch", step=step, batch=batch)
-        if state.head is not None:
-            state.head.set_step(step)  # micro-batches share their negatives, so a step samples the same number of rows
+        batch = next_batch(step, state, batches, metrics, beat)
         beat("forward")
-        out = engine(batch.image, batch.text)
-        loss, terms = state.objective(out, batch)
+        on_device = batch.to(state.engine.device)
+        out = state.embed(step, micro, on_device)
+        loss, terms = state.objective(out, on_device)
         beat("backward")
-        engine.backward(loss)
+        state.engine.backward(loss / accumulation)
         if micro + 1 < accumulation:
-            engine.micro_step()
-        finite = torch.isfinite(out.image.detach()).all(dim=-1)
-        micro_batches.append((loss.detach(), terms, batch.sample_id, finite, batch.failure))
-    losses, all_terms, sample_ids, finites, failures = zip(*micro_batches)
-    return StepOutput(
-        torch.stack(losses).mean(),
-        {name: sum(terms[name] for terms in all_terms) / accumulation for name in all_terms[0]},
-        torch.cat(sample_ids).tolist(),
-        torch.cat(finites),
-        next(filter(None, failures), None),
-    )
+            state.engine.micro_step()
+        losses.append(loss.detach())
+        all_terms.append(terms)
+        micro_batches.append(batch)
+        finite.append(torch.isfinite(out.image.detach()).all(dim=-1))
+    means = {name: torch.stack([terms[name] for terms in all_terms]).mean() for name in all_terms[0]}
+    return StepOutput.of(torch.stack(losses).mean(), means, micro_batches, torch.cat(finite))
+
+
+def accumulate_with_gradient_cache(
+    step: int, state: TrainState, batches: Iterator[Batch], metrics: Metrics, beat: Callable[[str], None]
+) -> StepOutput:
+    """The objective once on the embeddings of all micro-batches, then the backward of each; see `GradientCache`."""
+    accumulation, cache = state.run.accumulation, GradientCache()
+    for micro in range(accumulation):
+        batch = next_batch(step, state, batches, metrics, beat)
+        beat("forward")
+        with torch.set_grad_enabled(micro + 1 == accumulation):  # the last graph is kept, which saves a forward
+            out = state.embed(step, micro, batch)
+        cache.add(batch, out)
+    beat("objective")
+    loss, terms = cache.differentiate(state.objective)
+    for micro in reversed(range(accumulation)):
+        beat("backward")
+        if micro + 1 < accumulation:
+            out = state.embed(step, micro, cache.batches[micro])
+        state.engine.backward(cache.surrogate(micro, out))
+        if micro > 0:
+            state.engine.micro_step()
+    return StepOutput.of(loss, terms, cache.batches, torch.isfinite(cache.image).all(dim=-1))
+
+
+def next_batch(
+    step: int, state: TrainState, batches: Iterator[Batch], metrics: Metrics, beat: Callable[[str], None]
+) -> Batch:
+    """Wait for the next micro-batch, which stays on the host."""
+    beat("data")
+    began = time.perf_counter()
+    batch = next(batches)
+    metrics.waited_for_data(time.perf_counter() - began)
+    failpoint("train:batch", step=step, batch=batch)
+    return batch
 
 
 def step_both(state: TrainState, verdict: Verdict, rate_share: float) -> None:

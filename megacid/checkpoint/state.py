@@ -6,7 +6,8 @@
                                    metadata
     manifest.json                  step, number of classes, and name, size and sha256 of every file
 
-Random generators have no state to save: sample order, augmentation and class sampling are functions of seed and step.
+Random generators have no state to save: sample order, augmentation, class sampling and dropout are functions of seed
+and step.
 """
 
 from __future__ import annotations

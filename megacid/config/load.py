@@ -18,8 +18,8 @@ from typing import Any
 import hjson
 from pydantic import ValidationError
 
-from megacid.config.deepspeed import lint_deepspeed
-from megacid.config.deepspeed_keys import REFUSED, DeepSpeedKeys
+from megacid.config.deepspeed import REFUSED, lint_deepspeed
+from megacid.config.deepspeed_keys import KNOWN_KEYS
 from megacid.config.fields import expanded_path
 from megacid.config.messages import check_numbers, user_error
 from megacid.config.schema import SECTIONS, MegacidConfig, RunFile
@@ -44,9 +44,8 @@ def _apply_set(tree: dict[str, Any], assignment: str) -> None:
         value = text
     *sections, key = path.removeprefix("megacid.").split(".")
     top = sections[0] if sections else key
-    known = [*SECTIONS, *DeepSpeedKeys.model_fields]
-    if top not in {*known, *REFUSED}:
-        near = nearest(top, sorted(known))
+    if top not in {*SECTIONS, *KNOWN_KEYS, *REFUSED}:
+        near = nearest(top, sorted({*SECTIONS, *KNOWN_KEYS}))
         raise UserError(f"--set {assignment!r}: unknown section {top!r}: {near}")
     node = tree.setdefault("megacid", {}) if top in SECTIONS else tree
     for section in sections:
@@ -119,10 +118,4 @@ def load_run(path: str | Path, assignments: list[str] | None = None, *, world: i
         megacid = MegacidConfig.model_validate(block)
     except ValidationError as error:
         raise user_error(error, MegacidConfig, "megacid") from None
-    run = RunFile(path, megacid, lint_deepspeed(tree, world))
-    if megacid.classifier.weight_grad == "recomputed" and run.accumulation > 1:
-        raise UserError(
-            f'"megacid.classifier.weight_grad" is "recomputed" with {run.accumulation} micro-batches per step, '
-            'expected 1: a recomputed gradient cannot be accumulated; set it to "stored", or raise the micro-batch'
-        )
-    return run
+    return RunFile(path, megacid, lint_deepspeed(tree, world))

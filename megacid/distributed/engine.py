@@ -1,6 +1,6 @@
 """The student in a DeepSpeed engine: forward, backward, gradient norm, step or skip, and its state by name.
 
-The only module that runs deepspeed. The classifier stays outside of the engine, since DeepSpeed would overwrite
+The only module that imports deepspeed. The classifier stays outside of the engine, since DeepSpeed would overwrite
 every class shard with rank 0's. To step both optimizers as one, the student's gradient norm is read *before* the step,
 the trainer decides once, and `step` applies exactly the clipping factor that it gets.
 """
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.utils.cpp_extension
 from torch import Tensor, nn
 
 from megacid.config.schema import RunFile
@@ -79,9 +80,7 @@ def adamw_params(params: dict[str, Any], device: str) -> dict[str, Any]:
         return {**params, "torch_adam": True, **({"fused": True} if device == "cuda" else {})}
     if device == "cpu":
         raise UserError('"optimizer.params.torch_adam" is false, which needs a GPU: remove it')
-    from torch.utils.cpp_extension import CUDA_HOME  # warns on a host without a GPU
-
-    if CUDA_HOME is None:
+    if torch.utils.cpp_extension.CUDA_HOME is None:
         raise UserError(
             '"optimizer.params.torch_adam" is false but the CUDA compiler nvcc, which builds FusedAdam, was not found: '
             "remove the key to use PyTorch's fused AdamW, or set CUDA_HOME"
@@ -126,13 +125,22 @@ class Engine:
     def module(self) -> nn.Module:
         return self.engine.module
 
-    def __call__(self, image: Tensor, text: Tensor) -> Any:
-        """image [B, 3, H, W] or features [B, d], text int64 [B, T] -> the student's fp32 output."""
-        return self.engine(image.to(self.dtype), text)
+    def __call__(self, image: Tensor, text: Tensor, seed: int) -> Any:
+        """image [B, 3, H, W] or features [B, d], text int64 [B, T] -> the student's fp32 output.
+
+        seed: of the random numbers that the student draws, such as those of dropout.
+        """
+        on_gpu = self.device.type == "cuda"
+        image, text = (x.to(self.device, non_blocking=True) for x in (image, text))
+        with torch.random.fork_rng(devices=[self.device] if on_gpu else []):
+            torch.random.default_generator.manual_seed(seed)
+            if on_gpu:
+                torch.cuda.manual_seed(seed)
+            return self.engine(image.to(self.dtype), text)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of loss / gradient_accumulation_steps; the last backward reduces them."""
-        self.engine.backward(loss)
+        """Add the gradients of a micro-batch's share of the loss; the last backward of a step reduces them."""
+        self.engine.backward(loss, scale_wrt_gas=False)
 
     @property
     def at_boundary(self) -> bool:
@@ -261,6 +269,7 @@ class Engine:
             out = self(
                 torch.zeros(1, *image_shape, device=self.device),
                 torch.zeros(1, text_length, dtype=torch.int64, device=self.device),
+                seed=0,
             )
             self.backward(sum((value.sum() * 0.0 for value in out), torch.zeros((), device=self.device)))
             if not self.at_boundary:

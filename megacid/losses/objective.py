@@ -114,6 +114,15 @@ class Objective:
         loss = torch.stack([w[name] * value for name, value in values.items()]).sum()
         return loss, {name: value.detach() for name, value in values.items()} | details
 
+    @property
+    def is_mean_over_samples(self) -> bool:
+        """Whether the objective of a batch is the mean of the objectives of its equal parts.
+
+        True for mse alone. Contrastive terms compare samples; the cluster term is a mean over the labelled samples,
+        whose number varies, and draws classes for the labels of the batch.
+        """
+        return not any(weight > 0 for name, weight in self.weights.items() if name != "mse")
+
     def _logit_scale(self, out: StudentOutput) -> Tensor:
         if self.temperature is None:
             return out.logit_scale

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from megacid.checkpoint import store
 from megacid.classifier import Margin, PartialFC, RowAdamW, RowSGD
 from megacid.config.schema import RunFile
@@ -73,6 +76,7 @@ def build_components(run: RunFile, parallel: Parallel) -> Components:
     data = open_data(run, parallel)
     with fail_together(parallel.group):
         student = make_student(run, data)
+        refuse_batch_norm(student, run)
         run = run.with_embed_dim(student.embed_dim)
         # Each rank looks for checkpoints itself: ranks that see different files must not skip a collective over it.
         if store.list_steps(run.directory):
@@ -183,6 +187,17 @@ def make_student(run: RunFile, data: Data) -> Student | FeatureTower:
         seed=run.megacid.run.seed,
         grad_checkpointing=config.grad_checkpointing,
     )
+
+
+def refuse_batch_norm(student: nn.Module, run: RunFile) -> None:
+    """Raise UserError for a student whose embedding of a sample depends on how a step is divided into micro-batches."""
+    layer = next((name for name, module in student.named_modules() if isinstance(module, _BatchNorm)), None)
+    if layer is not None and run.accumulation > 1:
+        raise UserError(
+            f'"gradient_accumulation_steps" is {run.accumulation}, expected 1 for student {run.megacid.student.model}, '
+            f"which has batch normalisation ({layer}): its statistics would be those of a micro-batch; raise "
+            "train_micro_batch_size_per_gpu, use more ranks, or choose a student without it, such as ViT-B-32"
+        )
 
 
 def make_classifier(

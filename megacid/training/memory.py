@@ -36,7 +36,7 @@ def memory_estimate(
         # Adam's two moments, and under bf16 the fp32 master copy (DeepSpeed keeps one in fp32 too when it partitions).
         "student optimizer": parameters * 4 * (3 if run.bf16 or run.zero_stage else 2) * share[0],
     }
-    gathered = run.micro_batch * world
+    gathered = run.global_batch
     if num_classes:
         sizes |= _classifier(run, num_classes, embed_dim, world, gathered, device)
     sizes["embeddings"] = gathered * embed_dim * 4 * 6
@@ -74,7 +74,7 @@ def _classifier(
         return stored | {"a slab: rows, logits, gradient": min(spec.budget_bytes(device), whole)}
     chunk = spec.samples_per_chunk(gathered, rows, used, run.megacid.data.labels_per_sample, itemsize, device)
     gradients = rows * used * 4
-    if used < embed_dim or run.accumulation > 1:  # the gradient over all dimensions; the sum of the micro-batches
+    if used < embed_dim:  # the gradient over all dimensions
         gradients += rows * embed_dim * 4
     return stored | {
         "sampled rows": rows * used * 4,

@@ -25,7 +25,8 @@ MAY_CHANGE = (
     "megacid.run.timeout_s", "megacid.run.save_timeout_s", "megacid.run.start_timeout_s",
     "megacid.run.save_in_background", "megacid.run.check_every",
     "megacid.data.workers", "megacid.data.worker_timeout_s", "megacid.data.error_budget",
-    "megacid.student.grad_checkpointing", "megacid.guard", "train_micro_batch_size_per_gpu", "zero_optimization",
+    "megacid.student.grad_checkpointing", "megacid.guard", "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps", "zero_optimization",
     "steps_per_print", "wall_clock_breakdown", "flops_profiler", "comms_logger",
 )  # fmt: skip
 
@@ -120,7 +121,7 @@ def check_same_settings(run: RunFile, directory: Path) -> None:
         )
 
 
-def write_config(run: RunFile, directory: Path, world: int, fork_of: Path | None = None) -> None:
+def write_config(run: RunFile, directory: Path, world: int, fork_of: Path | None) -> None:
     """Record the settings of a new run, and what it was started with, in config.json.
 
     Args:

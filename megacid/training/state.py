@@ -13,12 +13,14 @@ from megacid.checkpoint import store
 from megacid.checkpoint.state import RowState, restore
 from megacid.classifier import PartialFC, RowAdamW, RowSGD
 from megacid.config.schema import RunFile
+from megacid.data.batch import Batch
+from megacid.data.order import derive_key
 from megacid.distributed.collectives import barrier
 from megacid.distributed.consensus import agree, fail_together
 from megacid.distributed.parallel import Parallel
 from megacid.losses import Objective
 from megacid.models.feature_tower import FeatureTower
-from megacid.models.student import Student
+from megacid.models.student import Student, StudentOutput
 from megacid.storage.atomic import disk_errors
 from megacid.training.components import Data, build_components
 from megacid.training.guard import Guard
@@ -64,6 +66,14 @@ class TrainState:
         """[start, stop) of this rank's classes."""
         return (self.head.class_start, self.head.class_stop) if self.head else (0, 0)
 
+    def embed(self, step: int, micro: int, batch: Batch) -> StudentOutput:
+        """Forward of a micro-batch. Random operations of the student, such as dropout, depend only on the run's seed,
+        step, micro-batch and rank, so a second forward and a resumed run repeat them."""
+        out: StudentOutput = self.engine(
+            batch.image, batch.text, seed=derive_key(self.run.megacid.run.seed, step, micro, self.parallel.rank)
+        )
+        return out
+
     def manifest(self, step: int) -> dict[str, Any]:
         """Fields of the manifest of a checkpoint after `step` steps."""
         return {
@@ -85,10 +95,10 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Result of the micro-batches of one step on this rank.
+    """Result of one step on this rank.
 
-    loss, terms: 0-d means over the micro-batches. finite: bool, one for each of sample_ids: whether its embedding is
-    finite. failure: why the data of this rank end the run.
+    loss, terms: 0-d, of the whole batch. finite: bool, one for each of sample_ids: whether its embedding is finite.
+    failure: why the data of this rank end the run.
     """
 
     loss: torch.Tensor
@@ -96,6 +106,15 @@ class StepOutput:
     sample_ids: list[int]
     finite: torch.Tensor
     failure: str | None
+
+    @classmethod
+    def of(
+        cls, loss: torch.Tensor, terms: dict[str, torch.Tensor], micro_batches: list[Batch], finite: torch.Tensor
+    ) -> StepOutput:
+        """The result with the sample ids and the first failure of the micro-batches."""
+        sample_ids = torch.cat([batch.sample_id for batch in micro_batches]).tolist()
+        failure = next((batch.failure for batch in micro_batches if batch.failure), None)
+        return cls(loss, terms, sample_ids, finite, failure)
 
     def describe(self) -> tuple[bool, str]:
         """For the guard's warnings: whether an embedding of this rank is non-finite; terms and samples as text."""

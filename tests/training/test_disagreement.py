@@ -85,7 +85,6 @@ def test_what_may_change_is_named_by_settings_that_exist() -> None:
         ("train_batch_size", 16),
         ("gradient_clipping", 2.0),
         ("bf16", {"enabled": True}),
-        ("gradient_accumulation_steps", 2),
     ],
 )
 def test_settings_of_deepspeed_that_change_a_result_are_refused(

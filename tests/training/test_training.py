@@ -15,6 +15,8 @@ import pytest
 import torch
 from harness import run_ranks
 
+from megacid.config.deepspeed import lint_deepspeed
+from megacid.config.deepspeed_keys import ZERO_KEYS
 from megacid.config.load import load_run
 from megacid.config.renamed import RENAMED
 from megacid.config.schema import GuardConfig, ScheduleConfig
@@ -122,6 +124,147 @@ def test_a_spike_is_judged_by_median_and_deviation_and_the_state_travels(policy:
         policy
     ]
     assert guard.skipped == (policy == "skip")
+
+
+OPTIMIZER: dict[str, Any] = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, "gradient_clipping": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "world", "want"),
+    [
+        ({"train_batch_size": 64}, 4, (64, 16, 1)),
+        ({"train_micro_batch_size_per_gpu": 8}, 4, (32, 8, 1)),
+        ({"train_batch_size": 64, "train_micro_batch_size_per_gpu": 8}, 2, (64, 8, 4)),
+        ({"train_batch_size": 64, "gradient_accumulation_steps": 2}, 4, (64, 8, 2)),
+    ],
+)
+def test_two_batch_sizes_give_the_third(given: dict[str, int], world: int, want: tuple[int, int, int]) -> None:
+    done = lint_deepspeed({**OPTIMIZER, **given}, world)
+    assert (
+        done["train_batch_size"],
+        done["train_micro_batch_size_per_gpu"],
+        done["gradient_accumulation_steps"],
+    ) == want
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"train_batch_size": 10}, "numbers of ranks that divide it: 1, 2, 5, 10"),
+        ({"train_batch_size": 8, "zero_optimisation": {"stage": 1}}, 'did you mean "zero_optimization"'),
+        ({"train_batch_size": 8, "amp": {"enabled": False}}, '"amp" cannot be used'),
+        ({"train_batch_size": 8, "bf16": {"enabled": True}}, "use stage 1"),
+        (
+            {"train_batch_size": 8, "gradient_allreduce_op": "sum", "zero_optimization": {"stage": 3}},
+            "does not exist at ZeRO stage 3",
+        ),
+        ({"train_batch_size": 8, "optimizer": {"type": "Lion"}}, '"optimizer" is'),
+        ({"train_batch_size": "8"}, "expected an integer"),
+    ],
+)
+def test_what_deepspeed_would_ignore_or_misread_is_an_error(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        lint_deepspeed({**OPTIMIZER, **keys}, 4)
+    assert said in str(error.value)
+
+
+HALF = "training is in fp32 or bf16"
+REFUSED_BEFORE_DATA: dict[str, tuple[dict[str, Any], str]] = {
+    # fp16 by any door
+    "the block": ({"fp16": {"enabled": True}}, "expected bf16 or fp32"),
+    "text for the flag": ({"fp16": {"enabled": "true"}}, '"fp16.enabled" is "true", expected true or false'),
+    "a loss scale": ({"fp16": {"enabled": False, "loss_scale": 8}}, '"fp16.loss_scale" is unknown, or not supported'),
+    "autocast": ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, HALF),
+    "autocast by default": ({"torch_autocast": {"enabled": True}}, '"torch_autocast.dtype" is null, expected "bf16"'),
+    "autocast in capitals": ({"torch_autocast": {"enabled": True, "dtype": "FP16"}}, HALF),
+    "apex": ({"amp": {"enabled": True, "opt_level": "O1"}}, "expected bf16 or fp32"),
+    "gradients on the wire": ({"communication_data_type": "fp16"}, HALF),
+    "accumulated gradients": ({"data_types": {"grad_accum_dtype": "half"}}, HALF),
+    "parameters": ({"data_types": {"param_dtype": "torch.float16"}}, HALF),
+    "buffers": ({"data_types": {"buffer_dtype": "fp16"}}, HALF),
+    "parameters in bf16 alone": ({"data_types": {"param_dtype": "bf16"}}, "bf16 is not enabled"),
+    "quantized weights": ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "compute in fp16"),
+    # values that DeepSpeed would find out about after the student was built, or never
+    "zero as a flag": ({"zero_optimization": True}, 'is true, expected a block {...}: write {"stage": 1}'),
+    "zero as a number": ({"zero_optimization": 2}, 'is 2, expected a block {...}: write {"stage": 2}'),
+    "zero as text": ({"zero_optimization": "2"}, 'is "2", expected a block'),
+    "quoted batch": ({"train_batch_size": "8"}, 'is "8", expected an integer >= 1: remove the quotes'),
+    "quoted stage": ({"zero_optimization": {"stage": "1"}}, "expected an integer >= 0: remove the quotes"),
+    "quoted rate": ({"optimizer": {"type": "AdamW", "params": {"lr": "1e-4"}}}, "a number >= 0: remove the quotes"),
+    "quoted decay": ({"optimizer": {"type": "AdamW", "params": {"lr": 1, "betas": ["0.9", 0.9]}}}, "two numbers"),
+    "quoted clipping": ({"gradient_clipping": "1.0"}, "a number >= 0: remove the quotes"),
+    "quoted device": ({"zero_optimization": {"offload_optimizer": {"device": "gpu"}}}, '"none", "cpu" or "nvme"'),
+    "a fraction": ({"zero_optimization": {"stage3_prefetch_bucket_size": 15099494.4}}, "expected an integer >= 0"),
+    "negative": ({"gradient_clipping": -1}, '"gradient_clipping" is -1, expected a number >= 0'),
+    "auto": ({"bf16": {"enabled": "auto"}}, 'is "auto", which this trainer does not resolve'),
+    "auto for a block": ({"zero_optimization": "auto"}, 'is "auto", which this trainer does not resolve'),
+    "auto for a rate": ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, 'params.lr" is "auto"'),
+    "a mistyped parameter": (
+        {"optimizer": {"type": "AdamW", "params": {"lr": 1, "weight_decy": 0.1}}}, 'did you mean "weight_decay"?',
+    ),
+    "a parameter of another optimizer": (
+        {"optimizer": {"type": "AdamW", "params": {"lr": 1, "amsgrad": True}}}, '"optimizer.params.amsgrad" is unknown',
+    ),
+    "a key next to the parameters": (
+        {"optimizer": {"type": "AdamW", "params": {"lr": 1}, "weight_decay": 0.1}}, '"optimizer.weight_decay"',
+    ),
+    "no parameters": ({"optimizer": {"type": "AdamW"}}, '"optimizer.params.lr" is missing'),
+    "parameters as null": ({"optimizer": {"type": "AdamW", "params": None}}, '"optimizer.params.lr" is missing'),
+    "a list for the optimizer": ({"optimizer": [1]}, '"optimizer" is [1], expected a block'),
+    "a list for its type": ({"optimizer": {"type": ["AdamW"]}}, '"optimizer" is {"type": ["AdamW"]}'),
+    "null for a flag": ({"bf16": {"enabled": None}}, '"bf16.enabled" is null, expected true or false'),
+    "a number for a flag": ({"wall_clock_breakdown": 1}, "expected true or false"),
+    "no reports": ({"steps_per_print": 0}, '"steps_per_print" is 0, expected an integer >= 1'),
+    "an empty bucket": ({"zero_optimization": {"reduce_bucket_size": 0}}, "is 0, expected an integer >= 1"),
+    "division by zero": ({"gradient_predivide_factor": 0}, "is 0, expected a number > 0"),
+    "nvme without a place": ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "nvme_path"),
+    "bf16 accumulated in fp32": (
+        {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+        "use stage 2",
+    ),
+    "modules to import": ({"torch_autocast": {"lower_precision_safe_modules": ["os.system"]}}, "is unknown, or not"),
+    "beyond 64 bits": ({"zero_optimization": {"reduce_bucket_size": 1e300}}, "expected an integer >= 1"),
+    "a mistyped block": ({"optimiser": {}}, 'did you mean "optimizer"'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED_BEFORE_DATA)
+def test_a_value_that_deepspeed_cannot_use_is_one_line_before_data(case: str) -> None:
+    keys, message = REFUSED_BEFORE_DATA[case]
+    with pytest.raises(UserError) as error:
+        lint_deepspeed({"train_batch_size": 8, **OPTIMIZER, **keys}, 4)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"fp16": {"enabled": False}, "bf16": None},
+        {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+        {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp32"}},
+        {"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e8, "offload_param": None, "overlap_comm": None}},
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}}},
+        {"flops_profiler": {"enabled": True, "module_depth": -1}, "communication_data_type": "bf16"},
+    ],
+)
+def test_fp32_and_bf16_and_the_usual_keys_of_deepspeed_are_accepted(keys: dict[str, Any]) -> None:
+    checked = lint_deepspeed({"train_batch_size": 8, **OPTIMIZER, **keys}, 4)
+    zero = checked.get("zero_optimization", {})
+    assert zero.get("reduce_bucket_size") in (None, 500_000_000) and type(zero.get("reduce_bucket_size")) is not float
+    assert None not in (checked.get("bf16", {}), zero.get("offload_param", {}))
+
+
+def test_whole_numbers_for_rates_become_floats_as_torch_needs_them() -> None:
+    optimizer = {"type": "AdamW", "params": {"lr": 1, "betas": [0, 0.9], "eps": 0}}
+    params = lint_deepspeed({"train_batch_size": 8, **OPTIMIZER, "optimizer": optimizer}, 4)["optimizer"]["params"]
+    assert [type(x) for x in (params["lr"], params["eps"], *params["betas"])] == [float] * 4
+
+
+def test_every_zero_key_of_a_run_file_is_one_of_the_installed_deepspeed() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    names = {alias for name, field in DeepSpeedZeroConfig.model_fields.items() for alias in (name, field.alias)}
+    assert {key for keys in ZERO_KEYS.values() for key in keys.split()} <= names
 
 
 @pytest.mark.parametrize(
