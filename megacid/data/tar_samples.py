@@ -11,9 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+from megacid.data.decode import FORMATS, OTHER_EXTENSIONS
 from megacid.data.tar_headers import Member, TarDamage, is_safe, members
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 Kind = Literal["image", "text", "json", "cls"]
 COLUMN: dict[Kind, int] = {"image": 0, "text": 2, "json": 4, "cls": 6}
 _KIND_OF_EXTENSION: dict[str, Kind] = {
@@ -30,6 +31,11 @@ LOST = {
     "tar again in the order of its names, such as with tar --sort=name",
     "sample without an image": f"a sample needs an image in a member named .{', .'.join(IMAGE_EXTENSIONS)}, of the "
     "same name and folder: add or rename it",
+    **{
+        f"sample without an image but with a .{extension}, which is not decoded": "convert these files to JPEG, PNG or "
+        "WebP, and write them as members named .jpg, .png or .webp"
+        for extension in OTHER_EXTENSIONS
+    },
     "sample without a text": "a sample needs a caption in a .txt member of the same name and folder, or a class in a "
     ".cls member for tools/eval.py: add it",
     "duplicate key": "keys must be unique in a tar: rename the members",
@@ -69,6 +75,7 @@ class TarScan:
     _seen: set[str] = field(default_factory=set)
     _kinds: set[Kind] = field(default_factory=set)  # of the samples so far
     _incomplete: dict[str, set[Kind]] = field(default_factory=dict)  # kinds of groups that are no sample, by key
+    _not_decoded: dict[str, str] = field(default_factory=dict)  # extension of their other images, by key
 
     def drop(self, reason: str, name: str) -> None:
         """Record a skipped member or sample."""
@@ -88,6 +95,8 @@ class TarScan:
                 self.drop(_OTHER, group.key)
             elif not dotted or "image" in group.members:
                 self._incomplete.setdefault(group.key, set()).update(group.members)
+                if group.not_decoded:
+                    self._not_decoded[group.key] = group.not_decoded
         elif group.key in self._seen:
             self.drop("duplicate key", group.key)
         else:
@@ -100,7 +109,8 @@ class TarScan:
         """Give every incomplete group its reason, once all groups are known."""
         for key, kinds in self._incomplete.items():
             if "image" not in kinds:
-                self.drop(_APART if key in self._seen else "sample without an image", key)
+                other = f" but with a .{ext}, which is not decoded" if (ext := self._not_decoded.get(key)) else ""
+                self.drop(_APART if key in self._seen else f"sample without an image{other}", key)
             elif kinds & {"text", "cls"} and key not in self._seen:
                 self.drop("members not adjacent", key)
             else:
@@ -116,6 +126,8 @@ class MemberGroup:
     members: dict[Kind, tuple[int, int]] = field(default_factory=dict)  # offset and size of the kinds that are read
     spans: list[tuple[int, int]] = field(default_factory=list)  # first byte and end of all members, with their headers
     at_damage: bool = False
+    image: str = ""  # extension of the image
+    not_decoded: str = ""  # extension of an image in another format
     dotted: dict[str, set[Kind]] = field(default_factory=dict)  # kinds of the members named KEY.NAME.EXT, by NAME
 
     def dotted_keys(self) -> list[str]:
@@ -145,8 +157,15 @@ def member_groups(path: Path, scan: TarScan) -> Iterator[MemberGroup]:
                 start, stop = stop, member.stop
                 if (split := _accept(member, scan)) is None:
                     continue
-                kind = _KIND_OF_EXTENSION.get(split[1].lower())
+                ending = split[1].lower()
+                kind = _KIND_OF_EXTENSION.get(ending)
                 name, dot, extension = split[1].rpartition(".")
+                if group is not None and group.key == split[0] and kind == "image" and group.image not in ("", ending):
+                    # Of several images the one whose extension comes first in the list is used.
+                    if IMAGE_EXTENSIONS.index(ending) < IMAGE_EXTENSIONS.index(group.image):
+                        del group.members["image"]
+                    else:
+                        kind = None
                 if group is None or group.key != split[0] or kind in group.members:
                     if group is not None:
                         yield group
@@ -154,6 +173,10 @@ def member_groups(path: Path, scan: TarScan) -> Iterator[MemberGroup]:
                 group.spans.append((start, stop))
                 if kind is not None:
                     group.members[kind] = (member.offset, member.size)
+                    if kind == "image":
+                        group.image = ending
+                elif ending in OTHER_EXTENSIONS:
+                    group.not_decoded = ending
                 elif dot and (dotted := _KIND_OF_EXTENSION.get(extension.lower(), "json")) != "json":
                     group.dotted.setdefault(name, set()).add(dotted)
         except (TarDamage, OSError):

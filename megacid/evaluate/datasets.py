@@ -2,7 +2,7 @@
 
     root/classnames.txt                          one class per line, line number = class id; may have an empty name
     root/zeroshot_classification_templates.txt   one template per line, with `{c}` for the class name
-    root/{train,test}/nshards.txt, 0.tar, 1.tar ...   members <key>.jpg|png|webp and <key>.cls
+    root/{train,test}/nshards.txt, 0.tar, 1.tar ...   members <key>.jpg, or another image, and <key>.cls
 
 Text files are UTF-8, or have a byte order mark. Only \\n and \\r\\n end a line: a name may hold other separators of
 Unicode, and splitting at them would shift the class ids.

@@ -37,7 +37,7 @@ DOTTED = {
     "folders": pairs([f"v1.0/{i}.5" for i in range(6)]),
     "unequal dots": [name for i in range(6) for name in (f"k{i}.v2.jpg", f"k{i}.txt")],
     "classes": pairs([f"{i}.b" for i in range(6)], ("png", "cls")),
-    "without images": pairs([f"{i}.b" for i in range(6)], ("jfif", "txt")),
+    "without images": pairs([f"{i}.b" for i in range(6)], ("heic", "txt")),
     "beside complete samples": pairs([f"k{i}{dot}" for i in range(6) for dot in ("", ".2")]),
 }
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import base64
 import html
 import io
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from megacid.data.decode import decode_image
+from megacid.data.decode import BadSample, decode_image, decode_text
 from megacid.data.index import ShardReader
 from megacid.distributed.stopping import Progress, no_progress
 from megacid.errors import printable
 from megacid.offline.balance.deduplicate import Decision
 from megacid.offline.balance.groups import PERCEPTUAL_SHARE, Group, Groups, perceptual_distance
 from megacid.offline.balance.inputs import SampleLocations
+
+log = logging.getLogger(__name__)
 
 KEPT, REMOVED = "#0072B2", "#D55E00"  # safe for colour-blind readers (Okabe and Ito, 2008)
 Show = Callable[[int], tuple[Image.Image, str, str]]  # embedding row -> (image, key, caption)
@@ -34,16 +37,44 @@ _STYLE = (
 
 @contextmanager
 def image_reader(locations: SampleLocations, progress: Progress = no_progress) -> Iterator[Show]:
-    """Yields a function that reads a sample. progress: called with 0 for every image."""
+    """Yields a function that reads a sample, with a placeholder for an image that cannot be read.
+
+    One warning at the end counts them and names the first. progress: called with 0 for every image.
+    """
+    bad: dict[int, BadSample] = {}
     with closing(ShardReader(locations.index)) as reader:
 
         def show(number: int) -> tuple[Image.Image, str, str]:
             progress(0)
             shard, row = int(locations.shard[number]), int(locations.row[number])
-            caption = reader.read(shard, row, "text").decode("utf-8", "replace")
-            return decode_image(reader.read(shard, row, "image")), reader.index.table(shard).keys[row], caption
+            name, key = reader.index.names[shard], reader.index.table(shard).keys[row]
+            image, caption = _placeholder(), ""
+            try:
+                image = decode_image(reader.read(shard, row, "image"), shard=name, key=key)
+                caption = decode_text(reader.read(shard, row, "text"), "replace")
+            except BadSample as error:
+                bad[number] = error
+            return image, key, caption
 
         yield show
+    if bad:
+        first = next(iter(bad.values()))
+        log.warning(
+            "%d samples that were embedded cannot be read now and are shown as grey squares; the first is %s: compare "
+            "the tars with tools/index_shards.py --verify %s, or fetch them again",
+            len(bad),
+            first,
+            locations.index.root,
+        )
+
+
+def _placeholder() -> Image.Image:
+    """A grey square with a cross."""
+    image = Image.new("RGB", (96, 96), "#dddddd")
+    draw = ImageDraw.Draw(image)
+    draw.line((8, 8, 88, 88), fill="#999999", width=3)
+    draw.line((8, 88, 88, 8), fill="#999999", width=3)
+    return image
 
 
 def gallery_page(groups: Groups, decision: Decision, report: dict[str, Any], count: int, show: Show) -> str:
