@@ -36,7 +36,10 @@ ROOMS: dict[str, set[str]] = {
     "megacid": {"classifier"},
 }
 LEAVES = {"megacid.errors", "megacid.failpoints"}
-ONLY_HERE = {"deepspeed": "megacid.distributed.engine", "hjson": "megacid.config.load"}
+ONLY_HERE = {
+    "deepspeed": {"megacid.distributed.engine", "megacid.config.deepspeed_keys"},
+    "hjson": {"megacid.config.load"},
+}
 
 
 def _modules() -> dict[str, Path]:
@@ -85,7 +88,7 @@ def test_module_imports_only_what_stands_below_its_room(module: str) -> None:
             assert _room(name) in _below(room), f"{module} imports {name}"
         assert top not in ("tools", "tests", "benchmarks"), f"{module} imports {name}"
         if top in ONLY_HERE:
-            assert module == ONLY_HERE[top], f"{module} imports {top}"
+            assert module in ONLY_HERE[top], f"{module} imports {top}"
 
 
 def test_a_room_imports_every_room_that_its_row_names() -> None:

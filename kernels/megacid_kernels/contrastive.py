@@ -25,6 +25,7 @@ from megacid_kernels.engines.candidates import Candidates, TorchCandidates
 from megacid_kernels.engines.dispatch import resolve
 from megacid_kernels.epilogue import divide_by_z, one_label
 from megacid_kernels.loss_spec import check_budget, equal_chunk_size
+from megacid_kernels.rows import scaled
 
 DEFAULT_BUDGET_BYTES = 1 << 28
 
@@ -64,7 +65,7 @@ class _Contrastive(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [None if g is None else (g * grad_loss).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
+        grads = [None if g is None else scaled(g, grad_loss, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
         return *grads, None, None, None, None
 
 

@@ -3,7 +3,8 @@
 Legend: G gathered batch, D width, S rows of w on this rank, l labels per sample.
 
 An operator takes tensors and plain values, so the margin is passed as its numbers and the group by its name. The loss
-is the last operator: forward computes its gradients as further results, and backward scales them.
+is the last operator: forward computes its gradients as further results, in the dtype of the loss, and backward scales
+them and rounds them to the dtypes of the inputs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from megacid_kernels.checks import check_constants, check_label_values
 from megacid_kernels.discrimination import discrimination_with_gradients, linear_margin_discrimination
 from megacid_kernels.loss_spec import LossSpec, TargetMargin
 from megacid_kernels.margin import Margin
+from megacid_kernels.rows import scaled
 
 _NAME = "megacid_kernels::linear_margin_cross_entropy"
 _ARGUMENTS = """Tensor x, Tensor w, Tensor target, Tensor? rows, Tensor? bias, float m1, float m2, float m3,
@@ -113,26 +115,30 @@ def _operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     spec = LossSpec(margin=margin, group=_group_of(options.pop("group")), **options)
     check_label_values(target, spec)
     grads = discrimination_with_gradients(x, w, target, spec, **tensors)
-    grad_x, grad_w = (x.new_empty(0) if grad is None else grad for grad in (grads.x, grads.w))
-    return grads.result.loss, grad_x, grad_w
+    loss = grads.result.loss
+    grad_x, grad_w = (loss.new_empty(0) if grad is None else grad for grad in (grads.x, grads.w))
+    return loss, grad_x, grad_w
 
 
 @_operator.register_fake
 def _(x: Tensor, w: Tensor, target: Tensor, *values: Any) -> tuple[Tensor, Tensor, Tensor]:
     need_x, need_w = values[-2:]
     dtype = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
-    grads = [like.new_empty(like.shape if needed else 0) for like, needed in ((x, need_x), (w, need_w))]
-    return x.new_empty((), dtype=dtype), grads[0], grads[1]
+    grad_x, grad_w = (
+        like.new_empty(like.shape if needed else 0, dtype=dtype) for like, needed in ((x, need_x), (w, need_w))
+    )
+    return x.new_empty((), dtype=dtype), grad_x, grad_w
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.needed = inputs[-2:]
+    ctx.dtypes = [x.dtype if needed else None for x, needed in zip(inputs[:2], inputs[-2:])]
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
 
 
 def _scale(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = [grad * grad_loss.to(grad.dtype) if needed else None for grad, needed in zip(ctx.saved_tensors, ctx.needed)]
+    pairs = zip(ctx.saved_tensors, ctx.dtypes)
+    grads = [None if dtype is None else scaled(grad, grad_loss, dtype) for grad, dtype in pairs]
     return *grads, *(None for _ in range(len(_NAMES) - 2))
 
 

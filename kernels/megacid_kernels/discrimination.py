@@ -15,6 +15,7 @@ from megacid_kernels.engines.dispatch import engine_for, resolve
 from megacid_kernels.engines.interface import EngineInputs
 from megacid_kernels.loss_spec import LossSpec
 from megacid_kernels.plan import plan_chunks, plan_slabs
+from megacid_kernels.rows import scaled
 from megacid_kernels.schedule import Batch, Discrimination, Gradients, LossComputation, OnGradientSlab, OnGradX
 
 
@@ -28,12 +29,13 @@ class _InForward(torch.autograd.Function):
         need_x, need_w = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         grads = discrimination_with_gradients(x, w, target, spec, **options, need_x=need_x, need_w=need_w)
         ctx.save_for_backward(grads.x, grads.w)
+        ctx.dtypes = x.dtype, w.dtype
         ctx.mark_non_differentiable(*grads.result[1:])
         return tuple(grads.result)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors]
+        grads = [None if g is None else scaled(g, grad_loss, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
         return grads[0], grads[1], None, None, None, None
 
 
@@ -49,8 +51,9 @@ def linear_margin_discrimination(
 ) -> Discrimination:
     """Weighted sum of margin cross entropy, teacher cross entropy and KL, with classes sharded over ranks.
 
-    See `Weights` for the formula. bf16 and fp16 inputs are computed in float32, float64
-    inputs in float64. Memory: the [chunk, S] matrices within `spec.memory_budget_bytes`, and both gradients.
+    See `Weights` for the formula. bf16 and fp16 inputs are computed in float32, float64 inputs in float64. Memory: the
+    [chunk, S] matrices within `spec.memory_budget_bytes`, and both gradients. Gradients keep the computation's dtype
+    until backward has multiplied them by the gradient of the loss, so that a loss scale is exact for 16-bit inputs.
 
     The gradient of w is exact. The gradient of x is THIS SHARD'S PARTIAL SUM: sum it over the ranks, as the backward of
     `megacid.distributed.collectives.gather_rows` does. Without a labelled sample, loss and gradients are 0. A labelled
@@ -134,8 +137,4 @@ def discrimination_with_gradients(
         grads = computation.compute(need_x, need_w, on_grad_x, on_grad_slab if need_w else None)
         if target.ndim == 1:
             grads = grads._replace(result=grads.result._replace(target_cosine=grads.result.target_cosine[:, 0]))
-        return grads._replace(
-            x=None if grads.x is None else grads.x.to(x.dtype),
-            w=None if grads.w is None else grads.w.to(w.dtype),
-            each_slab=computation.each_slab if plan.kind == "recomputed" else None,
-        )
+        return grads._replace(each_slab=computation.each_slab if plan.kind == "recomputed" else None)

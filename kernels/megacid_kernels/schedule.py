@@ -65,8 +65,8 @@ class Gradients(NamedTuple):
 
     Attributes:
         result: the detached loss and statistics.
-        x: [G, D] this shard's partial sum of the gradient of x, in the dtype of x; None if not requested.
-        w: [S, D] gradient of w, in the dtype of w; None if not requested or passed to `on_grad_slab`.
+        x: [G, D] this shard's partial sum of the gradient of x, float32 (float64); None if not requested.
+        w: [S, D] gradient of w, float32 (float64); None if not requested or passed to `on_grad_slab`.
         each_slab: with weight_grad "recomputed", a function that calls take(start, stop, slab) for every slab of the
             gradient of w again, with the same bits. It reads the rows of a slab when its turn comes, so rows of earlier
             slabs may have changed by then. None otherwise.

@@ -18,7 +18,7 @@ class ForwardGradients(NamedTuple):
     """Loss and gradients from forward."""
 
     gradients: Gradients
-    x: Tensor | None  # [B, D] gradient of this rank's embeddings, summed over the ranks
+    x: Tensor | None  # [B, D] float32 (float64), gradient of this rank's embeddings, summed over the ranks
     norm_sq: Tensor  # 0-d fp32, squared norm of the row gradient with weight_grad "recomputed", else 0
 
 
@@ -39,7 +39,7 @@ class PartialFCFunction(torch.autograd.Function):
         factor: int,
     ) -> tuple[Tensor, ...]:
         forward = compute()
-        ctx.forward_gradients, ctx.accumulate, ctx.factor = forward, accumulate, factor
+        ctx.forward_gradients, ctx.accumulate, ctx.factor, ctx.dtype = forward, accumulate, factor, emb_BD.dtype
         ctx.mark_non_differentiable(*forward.gradients.result[1:])
         return tuple(forward.gradients.result)
 
@@ -49,4 +49,6 @@ class PartialFCFunction(torch.autograd.Function):
         if forward is None:
             raise RuntimeError("second backward through one loss of PartialFC, expected one: compute the loss again")
         ctx.accumulate(forward, grad_loss)
-        return None if forward.x is None else forward.x * grad_loss * ctx.factor, None, None, None, None
+        # Rounded to the dtype of the embeddings after a loss scale, not before.
+        grad = None if forward.x is None else (forward.x * grad_loss * ctx.factor).to(ctx.dtype)
+        return grad, None, None, None, None

@@ -301,7 +301,7 @@ class PartialFC(nn.Module):
 
         # Runs during the last matrix products of the row gradient, on every rank.
         def start_scatter(grad_GD: Tensor) -> None:
-            scatter.append(start_reduce_scatter_rows(grad_GD.to(step.emb_GD.dtype), step.labels.sizes, self.group))
+            scatter.append(start_reduce_scatter_rows(grad_GD, step.labels.sizes, self.group))
 
         def add_norm(start: int, stop: int, grad_nD: Tensor) -> None:
             norm_sq.add_(grad_nD.square().sum())
@@ -329,7 +329,7 @@ class PartialFC(nn.Module):
         each_slab, grad = forward.gradients.each_slab, forward.gradients.w
         if grad is not None:
             # In place: [S, D] is the largest tensor of the step.
-            new: RowGradient = StoredRowGradient(rows, widen(grad.mul_(grad_loss)))
+            new: RowGradient = StoredRowGradient(rows, widen(grad.mul_(grad_loss)).float())
         elif each_slab is not None:
             new = RecomputedRowGradient(rows, self.embed_dim, each_slab, forward.norm_sq, grad_loss.detach(), widen)
         else:

@@ -5,36 +5,20 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megacid.config.deepspeed_keys import OPTIMIZER_PARAMS, check_block, is_bf16
-from megacid.errors import UserError
+from pydantic import ValidationError
 
-_NO_EFFECT = "this trainer or DeepSpeed 0.19 ignores it"
-_FP16 = (
-    'expected bf16 or fp32: the loss scale of fp16 cannot be shared with the classifier; use "bf16": {"enabled": true}'
+from megacid.config.deepspeed_keys import (
+    FP16,
+    OPTIMIZER_PARAMS,
+    DeepSpeedKeys,
+    check_zero,
+    is_bf16,
+    refused_keys,
+    strict_model,
+    without_effect,
 )
-_QUANTIZED = "its kernels compute in fp16, and training is in bf16 or fp32"
-REFUSED = {
-    **dict.fromkeys(
-        """
-        elasticity curriculum_learning sparse_gradients nebula sparse_attention progressive_layer_drop
-        compression_training quantize_training eigenvalue pld data_efficiency hybrid_engine checkpoint
-        load_universal_checkpoint autotuning
-        """.split(),
-        _NO_EFFECT,
-    ),
-    "scheduler": "set megacid.schedule instead",
-    "amp": _FP16,
-    "apex": _FP16,
-    "compile": _NO_EFFECT,
-    "activation_checkpointing": "this trainer ignores it; set megacid.student.grad_checkpointing instead",
-    **dict.fromkeys(
-        ("tensorboard", "wandb", "csv_monitor", "comet"),
-        "DeepSpeed would log the learning rate alone; the metrics of a run are in its tensorboard/ folder",
-    ),
-    "zero_optimization.zero_quantized_weights": _QUANTIZED,
-    "zero_optimization.zero_quantized_gradients": _QUANTIZED,
-    "zero_optimization.zero_quantized_nontrainable_weights": _QUANTIZED,
-}
+from megacid.config.messages import unknown_key, user_error
+from megacid.errors import UserError
 
 
 def lint_deepspeed(config: dict[str, Any], world: int) -> dict[str, Any]:
@@ -50,40 +34,67 @@ def lint_deepspeed(config: dict[str, Any], world: int) -> dict[str, Any]:
     Raises:
         UserError: DeepSpeed would ignore or misread a key, or this trainer does not support its value.
     """
-    zero = config.get("zero_optimization")
-    nested = {f"zero_optimization.{key}": value for key, value in zero.items()} if isinstance(zero, dict) else {}
-    for key in [*config, *nested]:
-        if key in REFUSED:
-            remedy = "" if REFUSED[key] == _FP16 else ": remove it"
-            raise UserError(f'DeepSpeed key "{key}" cannot be used, {REFUSED[key]}{remedy}')
+    _check_keys(config)
     optimizer = config.get("optimizer")
-    kind = optimizer.get("type", "AdamW") if isinstance(optimizer, dict) else "AdamW"
-    known = isinstance(kind, str) and kind in OPTIMIZER_PARAMS
-    if known:  # else the parameters cannot be known either
-        config = check_block(config, kind)
-    if not known or "type" not in config.get("optimizer", {}):
+    kind = optimizer.get("type") if isinstance(optimizer, dict) else None
+    if not isinstance(kind, str) or kind not in OPTIMIZER_PARAMS:
         raise UserError(
             f'"optimizer" is {json.dumps(optimizer)}, expected {{"type": "AdamW" | "apex_fused_adam" | '
             '"apex_fused_lamb", "params": {"lr": ...}}'
         )
-    _check_precision_and_zero(config)
-    if "gradient_clipping" not in config:
+    if config.get("gradient_clipping") is None:
         raise UserError(
             '"gradient_clipping" is missing and its default differs between DeepSpeed versions: write it (1.0 is '
             "usual, 0.0 turns it off)"
         )
-    if "lr" not in config["optimizer"].get("params", {}):
-        raise UserError('"optimizer.params.lr" is missing: write the peak learning rate of the student')
+    assert isinstance(optimizer, dict)
+    if optimizer.get("params") is None:
+        config = {**config, "optimizer": {**optimizer, "params": {}}}
+    model = strict_model(kind)
+    try:
+        # As JSON, in which DeepSpeed's enumerations and paths are texts.
+        checked = model.model_validate_json(json.dumps(_with_integers(config)))
+    except ValidationError as error:
+        raise user_error(error, model) from None
+    config = checked.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
+    _check_precision_and_zero(config)
+    if found := without_effect(checked):
+        raise UserError(f'"{found[0]}" has no effect without {found[1]}: remove it, or pass --set {found[0]}=null')
+    check_zero(config.get("zero_optimization", {}))
     return _complete_batches(config, world)
+
+
+def _check_keys(config: dict[str, Any]) -> None:
+    """Refuse unknown keys of the file itself, and wherever they are keys that the trainer does not drive."""
+    refused = refused_keys()
+    left: list[tuple[str, Any]] = [("", config)]
+    while left:
+        path, block = left.pop()
+        for key, value in block.items():
+            full = f"{path}.{key}" if path else str(key)
+            if full in refused:
+                remedy = "" if refused[full] == FP16 else ": remove it"
+                raise UserError(f'DeepSpeed key "{full}" cannot be used, {refused[full]}{remedy}')
+            if not path and key not in DeepSpeedKeys.model_fields:
+                raise UserError(unknown_key(full, list(DeepSpeedKeys.model_fields)))
+            if isinstance(value, dict):
+                left.append((full, value))
+
+
+def _with_integers(value: Any) -> Any:
+    """The same tree with integers for floats such as 5e8."""
+    if isinstance(value, dict):
+        return {key: _with_integers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_integers(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
 
 
 def _check_precision_and_zero(config: dict[str, Any]) -> None:
     """The precision, which is fp32 or bf16, the ZeRO stage, and how gradients are reduced."""
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f'"zero_optimization.stage" is {stage!r}, expected 0, 1, 2 or 3')
     if config.get("fp16", {}).get("enabled"):
-        raise UserError(f'"fp16" is enabled, {_FP16}')
+        raise UserError(f'"fp16" is enabled, {FP16}')
     bf16 = config.get("bf16", {}).get("enabled", False)
     autocast = config.get("torch_autocast", {})
     if bf16 and autocast.get("enabled"):
@@ -112,11 +123,14 @@ def _check_precision_and_zero(config: dict[str, Any]) -> None:
             raise UserError(
                 f'"zero_optimization.{key}.nvme_path" is missing: write the directory for the device "nvme"'
             )
-    reduction = config.get("gradient_allreduce_op", "mean")
-    if reduction not in ("mean", "sum"):
-        raise UserError(f'"gradient_allreduce_op" is {reduction!r}, expected "mean" or "sum"')
-    if reduction == "sum" and stage == 3:
+    if config.get("gradient_allreduce_op") == "sum" and stage == 3:
         raise UserError('"gradient_allreduce_op" is "sum", which does not exist at ZeRO stage 3: use "mean"')
+    for key, usual in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
+        if stage >= 2 and config.get(key, usual) != usual:
+            raise UserError(
+                f'"{key}" is {json.dumps(config[key])} at ZeRO stage {stage}, where DeepSpeed does not support it: '
+                "remove it, or use stage 1"
+            )
 
 
 def _complete_batches(config: dict[str, Any], world: int) -> dict[str, Any]:

@@ -1,172 +1,328 @@
-"""The DeepSpeed keys that a run file may have, and a strict check of their values, all the way down.
+"""The DeepSpeed keys that a run file may have: strict copies of DeepSpeed's own models, and ours where it has none.
 
-DeepSpeed ignores unknown top-level keys, reads some blocks without a check, and checks others only after the student
-was built.
+DeepSpeed ignores unknown top-level keys, reads some blocks without a check, converts texts to numbers, and finds other
+mistakes only after the student was built.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 import json
-from collections.abc import Callable
-from typing import Any
+import os
+import types
+import typing
+from enum import Enum
+from typing import Annotated, Any, Literal
 
-from megacid.errors import UserError, nearest
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic.fields import FieldInfo
 
-ZERO_KEYS = {
-    "integer": """
-        stage stage3_max_live_parameters stage3_max_reuse_distance stage3_prefetch_bucket_size
-        stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_module_granularity_threshold
+from megacid.config.fields import Beta
+from megacid.errors import UserError
+
+FP16 = (
+    'expected bf16 or fp32: the loss scale of fp16 cannot be shared with the classifier; use "bf16": {"enabled": true}'
+)
+# Reason -> keys of the installed DeepSpeed that the trainer does not drive. Those it has removed it lists itself.
+_REASONS = {
+    FP16: "amp apex",
+    "set megacid.schedule instead": "scheduler",
+    "set megacid.student.grad_checkpointing instead": "activation_checkpointing",
+    "the trainer does not compile the engine": "compile",
+    "DeepSpeed would log the learning rate alone; the metrics of a run are in its tensorboard/ folder": """
+        tensorboard wandb csv_monitor comet
     """,
-    "integer above 0": "reduce_bucket_size allgather_bucket_size sub_group_size zero_hpz_partition_size",
-    "flag": """
-        contiguous_gradients reduce_scatter allgather_partitions stage3_gather_16bit_weights_on_model_save
-        round_robin_gradients ignore_unused_parameters use_multi_rank_bucket_allreduce allgather_sequential
-        pipeline_loading_checkpoint log_trace_cache_warnings memory_efficient_linear
+    "it is for DeepSpeed's checkpoints, and the trainer writes its own": """
+        checkpoint load_universal_checkpoint datastates_config zero_optimization.load_from_fp32_weights
+        zero_optimization.elastic_checkpoint zero_optimization.pipeline_loading_checkpoint
+        zero_optimization.stage3_gather_16bit_weights_on_model_save
     """,
-    "flag or null": "overlap_comm",
-    "block": "offload_param offload_optimizer",
+    "the trainer has its own loader": "data_efficiency dataloader_drop_last",
+    "the student is trained with data parallelism alone": """
+        tensor_parallel expert_parallel pipeline sequence_parallel_size seq_parallel_communication_data_type
+        use_data_before_expert_parallelism zero_optimization.leaf_module
+    """,
+    "it is for inference": "hybrid_engine weight_quantization",
+    "it starts runs through the launcher's option --autotuning": "autotuning",
+    "the trainer sets it": "log_level zero_allow_untested_optimizer",
+    'the trainer chooses the implementation by "optimizer.type"': """
+        zero_force_ds_cpu_optimizer optimizer.params.foreach optimizer.params.fused optimizer.params.capturable
+        optimizer.params.differentiable
+    """,
+    "a checkpoint has two moments per parameter": "optimizer.params.amsgrad",
+    "the loss is minimised": "optimizer.params.maximize",
+    "the trainer needs DeepSpeed's own count of the micro-batches": "managed_gradient_accumulation",
+    "DeepSpeed reads it nowhere": "disable_allgather zero_optimization.allgather_partitions",
+    "it only makes DeepSpeed warn about sizes": "vocabulary_size",
+    "checkpoints have fp32 weights and moments": "bf16.bf16_master_weights_and_grads bf16.bf16_optimizer_states",
+    "it is for fp32 gradients at ZeRO stage 1, where DeepSpeed does not tell their norm": "bf16.immediate_grad_update",
+    "it imports modules by name": "torch_autocast.lower_precision_safe_modules",
+    "the student has no such modules": "data_types.keep_in_fp32_modules",
+    "its kernels compute in fp16, and training is in bf16 or fp32": """
+        zero_optimization.zero_quantized_weights zero_optimization.zero_quantized_gradients
+        zero_optimization.zero_quantized_nontrainable_weights
+    """,
+    "it updates parameters apart from the step that student and classifier share": """
+        zero_optimization.zenflow zero_optimization.offload_optimizer.super_offload
+        zero_optimization.offload_optimizer.cpuadam_cores_perc
+    """,
+    "DeepSpeed has removed it": "zero_optimization.legacy_stage1",
+    "the trainer clips and skips steps by this norm": "zero_optimization.compute_grad_norm",
+    "it is for the optimizer Muon": "zero_optimization.save_muon_momentum_buffer_in_memory optimizer.legacy_fusion",
 }
-# Block -> kind of value -> keys. "" is the run file itself; the keys of optimizer.params depend on the type.
-BLOCKS = {
-    "": {
-        "integer above 0": """
-            train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps steps_per_print
-        """,
-        "number": "gradient_clipping",
-        "number above 0": "gradient_predivide_factor",
-        "flag": "prescale_gradients wall_clock_breakdown dump_state memory_breakdown disable_allgather",
-        "text": "gradient_allreduce_op",
-        "data type": "communication_data_type seq_parallel_communication_data_type",
-        "block": """
-            optimizer bf16 fp16 torch_autocast data_types zero_optimization flops_profiler comms_logger aio timers
-        """,
-    },
-    "optimizer": {"text": "type", "block": "params"},
-    "bf16": {"flag": "enabled immediate_grad_update check_grad_overflow"},
-    "fp16": {"flag": "enabled"},
-    "torch_autocast": {"flag": "enabled", "data type": "dtype"},
-    "data_types": {"data type": "grad_accum_dtype param_dtype buffer_dtype"},
-    "zero_optimization": ZERO_KEYS,
-    "zero_optimization.offload_param": {
-        "device": "device", "text": "nvme_path", "integer": "buffer_count buffer_size max_in_cpu", "flag": "pin_memory",
-    },
-    "zero_optimization.offload_optimizer": {
-        "device": "device", "text": "nvme_path", "integer": "buffer_count", "fraction": "ratio",
-        "flag": "pin_memory pipeline_read pipeline_write fast_init",
-    },
-    "flops_profiler": {
-        "flag": "enabled detailed", "number": "recompute_fwd_factor", "integer": "profile_step top_modules",
-        "integer or -1": "module_depth", "text": "output_file",
-    },
-    "comms_logger": {"flag": "enabled prof_all verbose debug", "list": "prof_ops"},
-    "aio": {
-        "integer above 0": "block_size queue_depth intra_op_parallelism",
-        "flag": "single_submit overlap_events use_gds",
-    },
-    "timers": {"block": "throughput"},
-    "timers.throughput": {"flag": "enabled synchronized"},
-}  # fmt: skip
-_ADAM = {"number": "lr eps weight_decay", "pair": "betas"}
-OPTIMIZER_PARAMS = {
-    "AdamW": _ADAM | {"flag": "torch_adam"},
-    "apex_fused_adam": _ADAM | {"flag": "bias_correction adam_w_mode"},
-    "apex_fused_lamb": {
-        "number": "lr eps weight_decay max_grad_norm", "pair": "betas",
-        "flag": "bias_correction adam_w_mode grad_averaging use_nvlamb",
-    },
-}  # fmt: skip
-KNOWN_KEYS = {key for keys in BLOCKS[""].values() for key in keys.split()}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
-
-
-def _is_integer(value: Any) -> bool:
-    return _is_number(value) and value < 2**63 and value == int(value)  # 5e8 is a float to the reader
-
-
-_FP32, _BF16 = {"fp32", "float32", "float", "torch.float32"}, {"bf16", "bfloat16", "torch.bfloat16"}
-_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "flag": (lambda v: isinstance(v, bool), "true or false"),
-    "flag or null": (lambda v: v is None or isinstance(v, bool), "true, false or null"),
-    "integer": (_is_integer, "an integer >= 0"),
-    "integer or -1": (lambda v: _is_integer(v) or v == -1, "an integer >= 0, or -1"),
-    "integer above 0": (lambda v: _is_integer(v) and v >= 1, "an integer >= 1"),
-    "number": (_is_number, "a number >= 0"),
-    "fraction": (lambda v: _is_number(v) and v <= 1, "a number from 0 to 1"),
-    "number above 0": (lambda v: _is_number(v) and v > 0, "a number > 0"),
-    "pair": (
-        lambda v: isinstance(v, list) and len(v) == 2 and all(_is_number(x) and x < 1 for x in v),
-        "a list of two numbers >= 0 and < 1",
-    ),
-    "text": (lambda v: isinstance(v, str), "text"),
-    "list": (lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v), "a list of texts"),
-    "device": (lambda v: v in ("none", "cpu", "nvme"), '"none", "cpu" or "nvme"'),
-    "data type": (
-        lambda v: isinstance(v, str) and v in _FP32 | _BF16,
-        '"fp32" or "bf16", since training is in fp32 or bf16: the loss scale of fp16 cannot be shared with the '
-        "classifier",
-    ),
-    "block": (lambda v: isinstance(v, dict), "a block {...}"),
-}
+REFUSED = {key: reason for reason, keys in _REASONS.items() for key in keys.split()}
+_FP32_NAMES, _BF16_NAMES = {"fp32", "float32", "float", "torch.float32"}, {"bf16", "bfloat16", "torch.bfloat16"}
 
 
 def is_bf16(data_type: str) -> bool:
     """Whether a checked data type is bf16; else it is fp32."""
-    return data_type in _BF16
+    return data_type in _BF16_NAMES
 
 
-def check_block(block: dict[str, Any], optimizer: str, path: str = "") -> dict[str, Any]:
-    """Check the keys and values of one block and of the blocks in it.
+def _data_type(name: str) -> str:
+    if name not in _FP32_NAMES | _BF16_NAMES:
+        raise ValueError(
+            '"fp32" or "bf16", since training is in fp32 or bf16: the loss scale of fp16 cannot be shared with the '
+            "classifier"
+        )
+    return name
+
+
+DataType = Annotated[str, AfterValidator(_data_type)]
+NotNegative = Annotated[float, Field(ge=0)]
+CountAboveZero = Annotated[int, Field(gt=0)]
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class _Adam(_Block):
+    lr: NotNegative
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: NotNegative = 1e-8
+    weight_decay: NotNegative = 0.0
+
+
+class _AdamW(_Adam):
+    torch_adam: bool = True
+
+
+class _ApexAdam(_Adam):
+    bias_correction: bool = True
+    adam_w_mode: bool = True
+
+
+class _ApexLamb(_ApexAdam):
+    max_grad_norm: NotNegative = 1.0
+    grad_averaging: bool = True
+    use_nvlamb: bool = False
+
+
+OPTIMIZER_PARAMS: dict[str, type[BaseModel]] = {
+    "AdamW": _AdamW, "apex_fused_adam": _ApexAdam, "apex_fused_lamb": _ApexLamb,
+}  # fmt: skip
+
+
+class _Fp16(_Block):
+    enabled: bool = False
+
+
+class _Autocast(_Block):
+    enabled: bool = False
+    dtype: DataType | None = None
+
+
+class _DataTypes(_Block):
+    grad_accum_dtype: DataType | None = None
+    param_dtype: DataType | None = None
+    buffer_dtype: DataType | None = None
+
+
+class _FlopsProfiler(_Block):
+    enabled: bool = False
+    recompute_fwd_factor: NotNegative = 0.0
+    profile_step: Annotated[int, Field(ge=0)] = 1
+    module_depth: Annotated[int, Field(ge=-1)] = -1
+    top_modules: Annotated[int, Field(ge=0)] = 1
+    detailed: bool = True
+    output_file: str | None = None
+
+
+class _Aio(_Block):
+    block_size: CountAboveZero = 1048576
+    queue_depth: CountAboveZero = 8
+    intra_op_parallelism: CountAboveZero = 1
+    single_submit: bool = False
+    overlap_events: bool = True
+    use_gds: bool = False
+
+
+class DeepSpeedKeys(_Block):
+    """The run file without its "megacid" block. `strict_model` has the types of the blocks that are Any here."""
+
+    train_batch_size: CountAboveZero | None = None
+    train_micro_batch_size_per_gpu: CountAboveZero | None = None
+    gradient_accumulation_steps: CountAboveZero | None = None
+    gradient_clipping: NotNegative
+    steps_per_print: CountAboveZero | None = None
+    gradient_predivide_factor: Annotated[float, Field(gt=0)] = 1.0
+    prescale_gradients: bool = False
+    gradient_allreduce_op: Literal["mean", "sum"] = "mean"
+    communication_data_type: DataType | None = None
+    wall_clock_breakdown: bool = False
+    memory_breakdown: bool = False
+    dump_state: bool = False
+    optimizer: Any = None
+    zero_optimization: Any = None
+    bf16: Any = None
+    fp16: _Fp16 | None = None
+    torch_autocast: _Autocast | None = None
+    data_types: _DataTypes | None = None
+    flops_profiler: _FlopsProfiler | None = None
+    comms_logger: Any = None
+    timers: Any = None
+    aio: _Aio | None = None
+
+
+def _import_deepspeed() -> None:
+    # As in distributed/engine.py: an import must not build C++ extensions.
+    os.environ.setdefault("DS_BUILD_OPS", "0")
+    import deepspeed  # noqa: F401
+
+
+def _strict(annotation: Any) -> Any:
+    """A type of DeepSpeed's configuration with strict models, which convert nothing, in place of DeepSpeed's."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.Union[tuple(map(_strict, typing.get_args(annotation)))]  # noqa: UP007  made at run time
+    if inspect.isclass(annotation) and issubclass(annotation, Enum):
+        return Literal[tuple(dict.fromkeys(member.value for member in annotation))]
+    if not (inspect.isclass(annotation) and issubclass(annotation, BaseModel)):
+        return annotation
+    fields: Any = {
+        name: (_strict(field.annotation), copy.copy(field))
+        for name, field in annotation.model_fields.items()
+        if not _replacement(field)
+    }
+    return create_model(annotation.__name__, __base__=_Block, **fields)
+
+
+@functools.cache
+def strict_model(optimizer: str) -> type[DeepSpeedKeys]:
+    """The model of all keys, with DeepSpeed's own models of its blocks. optimizer: a key of OPTIMIZER_PARAMS."""
+    _import_deepspeed()
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+
+    throughput: Any = _strict(DeepSpeedThroughputTimerConfig)
+    timers: Any = create_model("Timers", __base__=_Block, throughput=(throughput | None, None))
+    params = OPTIMIZER_PARAMS[optimizer]
+    kind = create_model("Optimizer", __base__=_Block, type=(str, ...), params=(params, ...))
+    return create_model(
+        "DeepSpeedKeys",
+        __base__=DeepSpeedKeys,
+        optimizer=(kind, ...),
+        zero_optimization=(_strict(DeepSpeedZeroConfig) | None, None),
+        bf16=(_strict(DeepSpeedBF16Config) | None, None),
+        comms_logger=(_strict(CommsLoggerConfig) | None, None),
+        timers=(timers | None, None),
+    )
+
+
+def _replacement(field: FieldInfo) -> Any:
+    """The key that replaces a deprecated one; None for others."""
+    extra = field.json_schema_extra
+    return extra.get("new_param") if isinstance(extra, dict) and extra.get("deprecated") else None
+
+
+@functools.cache
+def refused_keys() -> dict[str, str]:
+    """Dotted key -> why it cannot be used: `REFUSED`, and what the installed DeepSpeed removed or replaced."""
+    _import_deepspeed()
+    import deepspeed.runtime.config as theirs
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    top, zero = (getattr(theirs, f"_REMOVED_{part}_CONFIG_KEYS", {}) for part in ("TOP_LEVEL", "ZERO"))
+    replaced = {key: new for key, field in DeepSpeedZeroConfig.model_fields.items() if (new := _replacement(field))}
+    return {
+        **dict.fromkeys([*top, *(f"zero_optimization.{key}" for key in zero)], "DeepSpeed has removed it"),
+        **{f"zero_optimization.{key}": f"DeepSpeed has replaced it by {new}" for key, new in replaced.items()},
+        **REFUSED,
+    }
+
+
+def check_zero(block: dict[str, Any]) -> None:
+    """Raise UserError for values that DeepSpeed refuses together."""
+    _import_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**block)
+    except ValidationError as error:
+        said = error.errors()[0]["msg"]
+        raise UserError(f'"zero_optimization" is {json.dumps(block)}, which DeepSpeed refuses: {said}') from None
+
+
+# ---- keys that need others -------------------------------------------------------------------------------------------
+
+_STAGES = {  # keys of zero_optimization that not every stage above 0 reads; those named stage3_... need stage 3
+    **dict.fromkeys(
+        """
+        offload_param sub_group_size zero_hpz_partition_size memory_efficient_linear override_module_apply
+        log_trace_cache_warnings enable_sanity_checks
+        """.split(),
+        "3",
+    ),
+    **dict.fromkeys(
+        "round_robin_gradients use_multi_rank_bucket_allreduce parameter_alignment allgather_bucket_size".split(),
+        "1 or 2",
+    ),
+    "ignore_unused_parameters": "2",
+}
+
+
+def without_effect(keys: Any) -> tuple[str, str] | None:
+    """The first key that changes nothing with the other keys, as (dotted path, what it needs); None if all do.
 
     Args:
-        optimizer: a key of OPTIMIZER_PARAMS.
-        path: of the block, dotted; "" for the run file.
-
-    Returns:
-        The block without null blocks, with integers for floats such as 5e8 and the reverse where DeepSpeed needs them.
-
-    Raises:
-        UserError: a key is unknown, or a value is of another type than DeepSpeed expects.
+        keys: of `strict_model`.
     """
-    kinds = OPTIMIZER_PARAMS[optimizer] if path == "optimizer.params" else BLOCKS[path]
-    kind_of = {key: kind for kind, keys in kinds.items() for key in keys.split()}
-    checked = {}
-    for key, value in block.items():
-        full = f"{path}.{key}" if path else key
-        if key not in kind_of:
-            raise UserError(
-                f'DeepSpeed key "{full}" is unknown, or not supported by this trainer: {nearest(key, sorted(kind_of))}'
-            )
-        kind = kind_of[key]
-        if value is None and kind == "block":
-            continue
-        is_valid, expected = _KINDS[kind]
-        if not is_valid(value):
-            raise UserError(_invalid_value(full, value, expected))
-        if kind == "block":
-            value = check_block(value, optimizer, full)
-        elif kind.startswith("integer"):
-            value = int(value)
-        elif kind.startswith("number"):
-            value = float(value)
-        elif kind == "pair":
-            value = [float(x) for x in value]
-        checked[key] = value
-    return checked
+    zero, stage = keys.zero_optimization, int(keys.zero_optimization.stage if keys.zero_optimization else 0)
+    needs: list[tuple[str, str, bool]] = []  # key, condition, whether it holds
+    for key in _changed(zero):
+        stages = "3" if key.startswith("stage3_") else _STAGES.get(key, "1, 2 or 3")
+        needs.append((f"zero_optimization.{key}", f"zero_optimization.stage {stages}", str(stage) in stages))
+    blocks = {
+        "bf16": keys.bf16, "torch_autocast": keys.torch_autocast, "flops_profiler": keys.flops_profiler,
+        "comms_logger": keys.comms_logger, "timers.throughput": keys.timers and keys.timers.throughput,
+    }  # fmt: skip
+    for path, block in blocks.items():
+        needs += [(f"{path}.{key}", f"{path}.enabled", block.enabled) for key in _changed(block)]
+    to_nvme = False
+    offloads: dict[str, Any] = {name: getattr(zero, name, None) for name in ("offload_param", "offload_optimizer")}
+    for path, block in offloads.items():
+        for key in _changed(block):
+            devices = "cpu or nvme" if key in ("pin_memory", "ratio") else "nvme"
+            path_of_block = f"zero_optimization.{path}"
+            needs.append((f"{path_of_block}.{key}", f"{path_of_block}.device {devices}", block.device in devices))
+        to_nvme = to_nvme or (block is not None and block.device == "nvme")
+    if _changed(keys.aio):
+        needs.append(("aio", "zero_optimization.offload_optimizer or offload_param with device nvme", to_nvme))
+    if "prof_ops" in _changed(keys.comms_logger):
+        needs.append(("comms_logger.prof_ops", "comms_logger.prof_all false", not keys.comms_logger.prof_all))
+    if "gradient_predivide_factor" in _changed(keys):
+        needs.append(("gradient_predivide_factor", "prescale_gradients false", not keys.prescale_gradients))
+    return next(((key, condition) for key, condition, holds in needs if not holds), None)
 
 
-def _invalid_value(key: str, value: Any, expected: str) -> str:
-    if value == "auto":
-        return f'DeepSpeed key "{key}" is "auto", which this trainer does not resolve: write the value'
-    message = f'"{key}" is {json.dumps(value)}, expected {expected}'
-    if key == "zero_optimization" and value in (1, 2, 3):
-        return f'{message}: write {{"stage": {int(value)}}}'
-    if isinstance(value, str) and "text" not in expected:
-        try:
-            unquoted = json.loads(value)
-        except (ValueError, RecursionError):
-            return message
-        return f"{message}: remove the quotes" if isinstance(unquoted, int | float) else message
-    return message
+def _changed(block: Any) -> list[str]:
+    """Keys of a block, as a run file names them, that differ from their defaults, but those that turn it on or off."""
+    if block is None:
+        return []
+    fields, switches = type(block).model_fields, ("enabled", "stage", "device")
+    changed = [name for name in block.model_fields_set if getattr(block, name) != fields[name].default]
+    return [fields[name].alias or name for name in changed if name not in switches]

@@ -18,8 +18,8 @@ from typing import Any
 import hjson
 from pydantic import ValidationError
 
-from megacid.config.deepspeed import REFUSED, lint_deepspeed
-from megacid.config.deepspeed_keys import KNOWN_KEYS
+from megacid.config.deepspeed import lint_deepspeed
+from megacid.config.deepspeed_keys import REFUSED, DeepSpeedKeys
 from megacid.config.fields import expanded_path
 from megacid.config.messages import check_numbers, user_error
 from megacid.config.schema import SECTIONS, MegacidConfig, RunFile
@@ -44,8 +44,9 @@ def _apply_set(tree: dict[str, Any], assignment: str) -> None:
         value = text
     *sections, key = path.removeprefix("megacid.").split(".")
     top = sections[0] if sections else key
-    if top not in {*SECTIONS, *KNOWN_KEYS, *REFUSED}:
-        near = nearest(top, sorted({*SECTIONS, *KNOWN_KEYS}))
+    known = [*SECTIONS, *DeepSpeedKeys.model_fields]
+    if top not in {*known, *REFUSED}:
+        near = nearest(top, sorted(known))
         raise UserError(f"--set {assignment!r}: unknown section {top!r}: {near}")
     node = tree.setdefault("megacid", {}) if top in SECTIONS else tree
     for section in sections:

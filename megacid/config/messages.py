@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -13,9 +13,13 @@ from megacid.config.renamed import rename_message
 from megacid.errors import UserError, nearest
 
 _LARGEST_NUMBER = 3.4e38  # of fp32
+_DEEPEST = 30  # levels of blocks and lists
 _TYPES = {
-    "int_type": "int", "float_type": "float", "string_type": "str", "bool_type": "bool", "string_unicode": "Unicode",
-    "list_type": "a list",
+    "int_type": "an integer", "float_type": "a number", "string_type": "text", "bool_type": "true or false",
+    "list_type": "a list", "path_type": "a path", "string_unicode": "text without lone surrogates",
+    "json_invalid": "text without lone surrogates", "tuple_type": "a list of 2 numbers",
+    "too_long": "a list of 2 numbers", "too_short": "a list of 2 numbers", "model_type": "a block {...}",
+    "model_attributes_type": "a block {...}", "dict_type": "a block {...}",
 }  # fmt: skip
 _LIMITS = {
     "greater_than": ("> {gt}", "raise it"), "greater_than_equal": (">= {ge}", "raise it"),
@@ -23,47 +27,58 @@ _LIMITS = {
 }  # fmt: skip
 
 
-def user_error(error: ValidationError, model: type[BaseModel], path: str) -> UserError:
+def unknown_key(key: str, known: list[str]) -> str:
+    """The message for a key that a block does not have. key: dotted; known: keys of the block."""
+    near = nearest(key.rpartition(".")[2], known)
+    if key.startswith("megacid."):
+        return f'unknown key "{key}": {near}'
+    return f'DeepSpeed key "{key}" is unknown, or not supported by this trainer: {near}'
+
+
+def user_error(error: ValidationError, model: type[BaseModel], path: str = "") -> UserError:
     """The first of pydantic's errors as one line, unknown keys before the others.
 
     Args:
         model: the model that was to be built.
-        path: dotted key of its block.
+        path: dotted key of its block; "" for the run file.
     """
     details = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    key = ".".join([path, *map(str, details["loc"])])
-    if details["type"] == "extra_forbidden":
-        for name in details["loc"][:-1]:
-            model = model.model_fields[str(name)].annotation  # type: ignore[assignment]
-        near = nearest(str(details["loc"][-1]), list(model.model_fields))
-        return UserError(rename_message(key, details["input"]) or f'unknown key "{key}": {near}')
-    if details["type"] == "missing":
+    kind, value, names = details["type"], details["input"], [str(name) for name in details["loc"]]
+    key = ".".join([path, *names] if path else names)
+    if kind == "extra_forbidden":
+        for name in names[:-1]:
+            model = _block(model.model_fields[name].annotation)
+        known = [field.alias or name for name, field in model.model_fields.items()]
+        return UserError(rename_message(key, value) or unknown_key(key, known))
+    if kind == "missing":
         return UserError(f'"{key}" is missing, it has no default: add it to the run file')
-    if details["type"] == "value_error" and isinstance(details["ctx"]["error"], UserError):
+    if kind == "value_error" and isinstance(details["ctx"]["error"], UserError):
         return details["ctx"]["error"]
-    return UserError(f'"{key}" is {_shown(details)}, expected {_expected(details)}')
+    if value == "auto":
+        return UserError(f'"{key}" is "auto", which this trainer does not resolve: write the value')
+    message = f'"{key}" is {json.dumps(value, default=str)[:200]}, expected {_expected(details)}'
+    if key == "zero_optimization" and value in (True, 2, 3):
+        message += f': write {{"stage": {int(value)}}}'
+    return UserError(message)
 
 
-def _shown(details: ErrorDetails) -> str:
-    value = details["input"]
-    kind = f" ({type(value).__name__})" if details["type"] in _TYPES else ""
-    return f"{repr(value)[:200]}{kind}"
+def _block(annotation: Any) -> type[BaseModel]:
+    """The model in an annotation such as Model | None."""
+    models = [annotation, *get_args(annotation)]
+    return next(model for model in models if isinstance(model, type) and issubclass(model, BaseModel))
 
 
 def _expected(details: ErrorDetails) -> str:
-    kind, context, value = details["type"], details.get("ctx", {}), details["input"]
+    kind, context = details["type"], details.get("ctx", {})
     if kind in _LIMITS:
         limit, remedy = _LIMITS[kind]
         return f"{limit.format(**{name: f'{bound:.15g}' for name, bound in context.items()})}: {remedy}"
-    if kind in _TYPES:
-        return f"{_TYPES[kind]}{': remove the quotes' if _is_quoted_number(value) else ''}"
     if kind == "literal_error":
-        return f"one of {context['expected'].replace(' or ', ', ')}"
-    if kind in ("model_type", "dict_type"):
-        return "a block {...}"
-    if kind in ("tuple_type", "too_long", "too_short"):
-        return "a list of 2 numbers"
-    return str(context["error"]) if kind == "value_error" else details["msg"]
+        return str(context["expected"]).replace("'", '"')
+    if kind == "value_error":
+        return str(context["error"])
+    quoted = kind in ("int_type", "float_type") and _is_quoted_number(details["input"])
+    return f"{_TYPES.get(kind, details['msg'])}{': remove the quotes' if quoted else ''}"
 
 
 def _is_quoted_number(value: Any) -> bool:
@@ -74,13 +89,15 @@ def _is_quoted_number(value: Any) -> bool:
 
 
 def check_numbers(tree: dict[str, Any]) -> None:
-    """Raise UserError for NaN, infinity and integers beyond 64 bits, which the JSON reader accepts."""
-    left: list[tuple[str, Any]] = [("", tree)]
+    """Raise UserError for NaN, infinity, integers beyond 64 bits and deep nesting, which the JSON reader accepts."""
+    left: list[tuple[str, Any, int]] = [("", tree, 0)]
     while left:
-        where, value = left.pop()
+        where, value, depth = left.pop()
+        if depth > _DEEPEST:
+            raise UserError(f'"{where[:60]}..." is more than {_DEEPEST} blocks and lists deep, expected at most 4')
         if isinstance(value, dict | list):
             items = value.items() if isinstance(value, dict) else enumerate(value)
-            left += [(f"{where}.{key}" if where else str(key), inner) for key, inner in items]
+            left += [(f"{where}.{key}" if where else str(key), inner, depth + 1) for key, inner in items]
         elif isinstance(value, float) and not abs(value) <= _LARGEST_NUMBER:
             expected = "a number that fp32 can hold" if math.isfinite(value) else "a finite number"
             raise UserError(f'"{where}" is {value:.3g}, expected {expected}')

@@ -1,6 +1,6 @@
 """The student in a DeepSpeed engine: forward, backward, gradient norm, step or skip, and its state by name.
 
-The only module that imports deepspeed. The classifier stays outside of the engine, since DeepSpeed would overwrite
+The only module that runs deepspeed. The classifier stays outside of the engine, since DeepSpeed would overwrite
 every class shard with rank 0's. To step both optimizers as one, the student's gradient norm is read *before* the step,
 the trainer decides once, and `step` applies exactly the clipping factor that it gets.
 """
@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.utils.cpp_extension
 from torch import Tensor, nn
 
 from megacid.config.schema import RunFile
@@ -80,7 +79,9 @@ def adamw_params(params: dict[str, Any], device: str) -> dict[str, Any]:
         return {**params, "torch_adam": True, **({"fused": True} if device == "cuda" else {})}
     if device == "cpu":
         raise UserError('"optimizer.params.torch_adam" is false, which needs a GPU: remove it')
-    if torch.utils.cpp_extension.CUDA_HOME is None:
+    from torch.utils.cpp_extension import CUDA_HOME  # warns on a host without a GPU
+
+    if CUDA_HOME is None:
         raise UserError(
             '"optimizer.params.torch_adam" is false but the CUDA compiler nvcc, which builds FusedAdam, was not found: '
             "remove the key to use PyTorch's fused AdamW, or set CUDA_HOME"

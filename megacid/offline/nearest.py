@@ -8,6 +8,7 @@ Legend: T rows of one tile, K clusters, D width, L nearest centroids.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from importlib import metadata
 from typing import Any, Literal, get_args
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from megacid.errors import UserError
 from megacid_kernels.engines.dispatch import resolve
+from megacid_kernels.rows import unit_rows
 
 Metric = Literal["cosine", "euclidean"]
 Backend = Literal["auto", "torch", "faiss", "triton"]
@@ -176,7 +178,10 @@ def prepare(block: np.ndarray, metric: Metric, device: torch.device) -> Tensor:
     # np.array copies: rows come from read-only memory maps.
     dtype = np.float16 if block.dtype == np.float16 else np.float32
     x_BD = torch.from_numpy(np.array(block, dtype=dtype)).to(device).float()
-    return torch.nn.functional.normalize(x_BD, dim=1) if metric == "cosine" else x_BD
+    if metric != "cosine":
+        return x_BD
+    # The squares of float16's numbers are in range.
+    return torch.nn.functional.normalize(x_BD, dim=1) if dtype == np.float16 else unit_rows(x_BD)
 
 
 def pad_rows(x_BD: Tensor, rows: int) -> Tensor:
@@ -186,10 +191,16 @@ def pad_rows(x_BD: Tensor, rows: int) -> Tensor:
     return torch.cat([x_BD, x_BD.new_zeros(rows - len(x_BD), x_BD.shape[1])])
 
 
+@functools.cache
+def _faiss_builds() -> list[str]:
+    """The installed distributions of faiss. Cached: it reads the files of all packages, for some 20 ms."""
+    return sorted(set(metadata.packages_distributions().get("faiss", ())))
+
+
 def check_backend(backend: str) -> None:
     if backend not in get_args(Backend):
         raise UserError(f"backend is {backend!r}, expected one of {', '.join(get_args(Backend))}: correct --backend")
-    builds = sorted(set(metadata.packages_distributions().get("faiss", ())))
+    builds = _faiss_builds()
     if backend == "faiss" and not builds:
         raise UserError("backend is 'faiss' but faiss is not installed: pip install faiss-cpu, or take --backend torch")
     if backend in ("auto", "faiss") and len(builds) > 1:

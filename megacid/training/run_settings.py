@@ -121,7 +121,7 @@ def check_same_settings(run: RunFile, directory: Path) -> None:
         )
 
 
-def write_config(run: RunFile, directory: Path, world: int, fork_of: Path | None) -> None:
+def write_config(run: RunFile, directory: Path, world: int, fork_of: Path | None = None) -> None:
     """Record the settings of a new run, and what it was started with, in config.json.
 
     Args:

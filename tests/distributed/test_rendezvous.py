@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 from pathlib import Path
@@ -11,15 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from harness import free_port
 
 from megacid.distributed import parallel, rendezvous
 from megacid.errors import UserError
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def start(folder: Path, ranks: list[tuple[int, int]], timeout_s: float = 20.0, late_s: float = 0.0) -> list[str]:

@@ -193,7 +193,7 @@ BAD = {
     "unknown key": (["--set", "classifier.sample_rat=0.1"], 'did you mean "sample_rate"'),
     "mistyped DeepSpeed key": (["--set", "train_batch_sise=8"], 'did you mean "train_batch_size"'),
     "mistyped ZeRO key": (["--set", "zero_optimization.stag=1"], 'did you mean "stage"'),
-    "wrong type": (["--set", "run.total_steps=many"], "'many' (str), expected int"),
+    "wrong type": (["--set", "run.total_steps=many"], '"many", expected an integer'),
     "out of range": (["--set", "classifier.sample_rate=1.5"], "is 1.5, expected <= 1"),
     "batches": (["--set", "train_micro_batch_size_per_gpu=5"], "expected train_batch_size 16"),
     "fp16": (["--set", 'fp16={"enabled": true}'], "expected bf16 or fp32"),

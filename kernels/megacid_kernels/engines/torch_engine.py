@@ -4,7 +4,8 @@ Legend: b samples, l labels per sample, D width, S rows of w on this rank, n row
 
 It makes no second copy [n, D] of the class rows: rows that may be overwritten are normalised in place. Other rows stay
 as they are; their norms divide the cosines instead, and later the exponentials (after they are summed), which puts the
-norms into both gradient products.
+norms into both gradient products. Where norms are extreme, a CPU copies the rows after all; elsewhere, where looking
+would synchronise, their exponentials may overflow, which makes gradients inf or NaN.
 """
 
 from __future__ import annotations
@@ -17,31 +18,28 @@ from megacid_kernels.epilogue import Coefficients, epilogue
 from megacid_kernels.loss_spec import Distribution, LossSpec, Source
 from megacid_kernels.plan import ChunkNeeds, SlabNeeds
 from megacid_kernels.row_statistics import RowStatistics
+from megacid_kernels.rows import inverse_norms, row_blocks
 from megacid_kernels.targets import Labels, Target, target_of
 
-_CPU_BLOCK_BYTES = 1 << 20  # elementwise work on [S, D] stays in a core's cache
-_DEVICE_BLOCK_BYTES = 1 << 28  # bounds the temporaries
+_MAX_NORM = 2.0**20  # of class rows that stay as they are, and the inverse of the smallest
 
 
-def _row_blocks(x: Tensor) -> list[slice]:
-    """Blocks along dim 0 for elementwise work with small temporaries."""
-    size = _CPU_BLOCK_BYTES if x.device.type == "cpu" else _DEVICE_BLOCK_BYTES
-    step = max(1, size // max(1, x.shape[1] * x.element_size()))
-    return [slice(start, start + step) for start in range(0, len(x), step)]
-
-
-def _inverse_norms(x: Tensor) -> Tensor:
-    """1 / |x| of every row, [..., 1]; 0 for a zero row, which thus stays zero and gets no gradient."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.where(norm > torch.finfo(x.dtype).tiny, 1 / norm, torch.zeros_like(norm))
+def _have_extremes(inverse: Tensor) -> bool:
+    """Whether products of exponentials and these norms may leave the range of float32."""
+    return bool(((inverse > _MAX_NORM) | ((inverse < 1 / _MAX_NORM) & (inverse > 0))).any())
 
 
 class TorchBlock:
     def __init__(self, spec: LossSpec, w_nD: Tensor, bias_n: Tensor | None, overwrite: bool):
         self.spec, self.bias = spec, bias_n
-        self.inverse = _inverse_norms(w_nD)
-        self.w = w_nD.mul_(self.inverse) if overwrite else w_nD
-        self.column_scale = None if overwrite else self.inverse[:, 0]  # [n] factors for the columns of matrices [b, n]
+        self.inverse = inverse_norms(w_nD)
+        self.w, self.column_scale = w_nD, None
+        if overwrite:
+            w_nD.mul_(self.inverse)
+        elif w_nD.device.type == "cpu" and _have_extremes(self.inverse):
+            self.w = w_nD * self.inverse
+        else:
+            self.column_scale = self.inverse[:, 0]  # [n] factors for the columns of matrices [b, n]
 
     def unit_rows(self, slot: Tensor) -> Tensor:
         """[..., D]"""
@@ -113,7 +111,7 @@ class TorchBlock:
                 _add_rows_(grad_nD, slot, tangent if scale is None else tangent.mul_(scale[slot][:, None]))
 
     def norm_backward_(self, grad_nD: Tensor) -> Tensor:
-        for rows in _row_blocks(grad_nD):
+        for rows in row_blocks(grad_nD):
             part, w, inverse = grad_nD[rows], self.w[rows], self.inverse[rows]
             along = torch.linalg.vecdot(w, part)[:, None]
             if self.column_scale is None:
@@ -132,7 +130,7 @@ class TorchEngine:
         self._whole: TorchBlock | None = None
 
     def samples(self, x_GD: Tensor) -> Samples:
-        inverse = _inverse_norms(x_GD)
+        inverse = inverse_norms(x_GD)
         unit = x_GD * inverse
         return Samples(x_GD, inverse, unit, unit)
 
@@ -155,7 +153,7 @@ class TorchEngine:
         if not self.num_rows:
             return torch.zeros(*slot.shape, w.shape[1], dtype=self._dtype, device=slot.device)
         rows = w[slot if gather is None else gather[slot]].to(self._dtype)
-        return rows * _inverse_norms(rows)
+        return rows * inverse_norms(rows)
 
     def target(self, samples: Samples, labels: Labels, margin: bool) -> Target:
         spec = self._inputs.spec if margin else None

@@ -84,14 +84,6 @@ def block_columns(start, inside, D: tl.constexpr, BLOCK: tl.constexpr):
     return column, mask
 
 
-@triton.jit
-def inverse_norm(sum_of_squares):
-    """1 / |w|; 0 for a zero row, which therefore stays zero and gets no gradient."""
-    nonzero = sum_of_squares > 0.0
-    norm = tl.sqrt_rn(tl.where(nonzero, sum_of_squares, 1.0))
-    return tl.where(nonzero, tl.div_rn(tl.full(norm.shape, 1.0, tl.float32), norm), 0.0)
-
-
 # Triton reads TRITON_INTERPRET when it decorates a kernel: the type of a decorated function tells what it read.
 INTERPRET = not isinstance(cast, triton.JITFunction)
 

@@ -2,9 +2,10 @@
 
 Legend: L rows in memory, S rows of this step, D width.
 
-Grid: one program per `tile.rows` rows. Per row it reads w once (D fp32; twice where D exceeds one block of 4096
+Grid: one program per `tile.rows` rows. Per row it reads w once (D fp32; three times where D exceeds one block of 4096
 columns) and writes the unit row in each output dtype and 1 / |w| in fp32. A row's sum of squares is one program's, in
-the order of its columns.
+the order of its columns. The row's largest number gives the power of two that keeps the squares in range: other rows
+keep their bits.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -21,13 +22,29 @@ from megacid_kernels.fused.launch import (
     cast,
     check_matrix,
     check_rows,
-    inverse_norm,
     launch,
     program_slots,
     tile_of,
 )
 
 UNIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def power_of_two_for(largest):
+    """2^-e, a normal number, for the exponent e of `largest` >= 0; 2^127 for 0 and subnormal numbers."""
+    exponent = tl.minimum(largest.to(tl.int32, bitcast=True) >> 23, 253)
+    return ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def inverse_norm(scaled_squares, scale):
+    """1 / |w| from the sum of (w scale)^2; 0 for a row shorter than 2^-126, the smallest normal number, which stays as
+    it is and gets no gradient."""
+    norm = tl.sqrt_rn(scaled_squares)
+    nonzero = norm > scale * 1.1754943508222875e-38
+    inverse = tl.div_rn(tl.full(norm.shape, 1.0, tl.float32), tl.where(nonzero, norm, 1.0))
+    return tl.where(nonzero, inverse * scale, 0.0)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -47,14 +64,19 @@ def unit_rows_kernel(
 ):
     slot, inside, source = program_slots(rows_ptr, num_rows, HAS_ROWS, ROWS)
     w_row, row = source[:, None] * D, slot[:, None] * D
+    largest = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, D, BLOCK):
+        column, mask = block_columns(start, inside, D, BLOCK)
+        largest = tl.maximum(largest, tl.abs(tl.load(w_ptr + w_row + column, mask=mask, other=0.0)))
+    scale = power_of_two_for(tl.max(largest, axis=1))
     squares = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, D, BLOCK):
         column, mask = block_columns(start, inside, D, BLOCK)
-        w = tl.load(w_ptr + w_row + column, mask=mask, other=0.0)
+        w = tl.load(w_ptr + w_row + column, mask=mask, other=0.0) * scale[:, None]
         squares += w * w
-    inverse = inverse_norm(tl.sum(squares, axis=1))
-    # Where D is one block both loops vanish and the compiler merges this load with the one above; a store in between
-    # would prevent that.
+    inverse = inverse_norm(tl.sum(squares, axis=1), scale)
+    # Where D is one block the loops vanish and the compiler merges this load with those above; a store in between would
+    # prevent that.
     for start in range(0, D, BLOCK):
         column, mask = block_columns(start, inside, D, BLOCK)
         w = tl.load(w_ptr + w_row + column, mask=mask, other=0.0)
@@ -82,7 +104,7 @@ def unit_rows(
 
     Returns:
         A matrix [S, D] per dtype, then 1 / |w[rows]|, fp32 [S]. A zero row stays zero and has inverse 0; so does one
-        whose squared length underflows (|w| < 1e-23).
+        shorter than 1.2e-38, the smallest normal number.
     """
     check_matrix("w", w_LD, (torch.float32,))
     num_rows = check_rows(rows_S, len(w_LD), w_LD)
