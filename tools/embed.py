@@ -3,6 +3,7 @@
 
     tools/embed.py --shards data/digits/train --out data/digits/teacher --model local-dir:exports/teacher
     tools/embed.py --shards laion --out teacher --model ViT-bigG-14 --pretrained laion2b_s39b_b160k
+    tools/embed.py --shards laion --out teacher --model ViT-L-14 --pretrained openai --adopt clip_retrieval_output
     torchrun --nproc_per_node 8 tools/embed.py ...       (or deepspeed): ranks divide the shards
 
 Writes clip-retrieval's layout, which embedding-reader and autofaiss also read, one file of each kind per tar:
@@ -26,7 +27,9 @@ from megacid.distributed.progress import progress_bar
 from megacid.distributed.stopping import Progress, StopRequest, run_stage
 from megacid.errors import run_tool
 from megacid.models.clip import LoadedClip, check_weights, load_clip
+from megacid.offline.embed import adopt as adopting
 from megacid.offline.embed import stage as embed_stage
+from megacid.offline.embed.foreign import open_foreign
 
 SHOWN = 10  # shards with skipped samples, and skipped samples, that are printed
 COLLECTIVE_TIMEOUT_S = 86400.0  # with --sharding static the first rank to finish waits for the last one
@@ -57,6 +60,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="dynamic (default): a rank that is done takes over shards that no rank has started; needs file locks that "
         "work between nodes. static: shard number modulo number of ranks. Both write the same files",
     )
+    parser.add_argument(
+        "--adopt",
+        type=Path,
+        metavar="FOLDER",
+        help="take the embeddings of this folder of clip-retrieval or DataComp instead of computing them; --model and "
+        "--pretrained name their teacher, --batch-size and the options after it do not apply",
+    )
+    parser.add_argument(
+        "--arrays",
+        metavar="NAME",
+        help="of the .npz files of --adopt: take NAME_img and NAME_txt (default: the only pair)",
+    )
     accept_launcher_arguments(parser)
     return parser.parse_args(argv)
 
@@ -69,11 +84,16 @@ def main(argv: list[str] | None = None) -> int:
 def embed(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> None:
     # The first rank builds a missing index before the others load it.
     with fail_together(parallel.group):
-        check_weights(args.model, args.pretrained)
+        if args.adopt is None:
+            check_weights(args.model, args.pretrained)
         index = load_index(args.shards) if parallel.is_first else None
     with fail_together(parallel.group):
         index = index or load_index(args.shards)
         index.check_captions()
+    if args.adopt is not None:
+        adopt_folder(args, index, parallel, stop)
+        return
+    with fail_together(parallel.group):
         precision = args.precision or ("bf16" if parallel.device.type == "cuda" else "fp32")
         clip = load_clip(args.model, args.pretrained, device=parallel.device, precision=precision)
         settings = {
@@ -108,6 +128,24 @@ def embed(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> No
         stats = bar.format_dict
     if parallel.is_first:
         print_result(args.out, meta, int(stats.get("n", 0)), float(stats.get("elapsed", 0)), parallel.world)
+
+
+def adopt_folder(args: argparse.Namespace, index: ShardIndex, parallel: Parallel, stop: StopRequest) -> None:
+    with fail_together(parallel.group):
+        folder = open_foreign(args.adopt, args.arrays)
+        settings = adopting.settings_of(folder, index, args.model, args.pretrained)
+    agree(str(settings), "shards and embeddings", parallel.group)
+    with progress_bar("adopt", "sample", enabled=parallel.is_first) as bar:
+
+        def start_progress(total: int) -> Progress:
+            bar.reset(-(-total // parallel.world))
+            return stop.polling(bar.update)
+
+        meta = adopting.adopt(index, folder, args.out, parallel, settings=settings, start_progress=start_progress)
+    if parallel.is_first:
+        print_result(args.out, meta, 0, 0, parallel.world)
+        adopted = meta["adopted"]
+        print(f"  {adopted['rows']:,} rows of {args.adopt}, {adopted['surplus']:,} of them in no tar")
 
 
 def estimate(

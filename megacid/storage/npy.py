@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO, NamedTuple
 
 import numpy as np
 
-from megacid.errors import UserError
+from megacid.errors import UserError, one_line
 from megacid.storage.atomic import writing
+
+NPZ_BYTES = 1 << 34  # of one array of an .npz archive, which is read into memory
 
 
 def load_npy(path: Path, remedy: str) -> np.ndarray:
@@ -27,6 +31,60 @@ def load_npy(path: Path, remedy: str) -> np.ndarray:
         array.close()
         raise UserError(f"{path} is not a readable .npy array (it is an .npz archive): {remedy}")
     return array
+
+
+class NpzHeader(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def npz_headers(path: Path, remedy: str) -> dict[str, NpzHeader]:
+    """Shape and dtype of every array of an .npz archive, without reading the arrays.
+
+    Raises UserError, ending with `remedy`, when it is no such archive, or an array is pickled, is larger than NPZ_BYTES
+    or is not as large as its header says.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".npy")]
+            return {name.removesuffix(".npy"): _checked_header(archive, name) for name in names}
+    except Exception as error:  # as in load_npy, and the errors of damaged archives
+        raise _unreadable_npz(path, error, remedy) from None
+
+
+def load_npz(path: Path, name: str, remedy: str) -> np.ndarray:
+    """One array of an .npz archive, in memory. Raises UserError as `npz_headers`, also when its checksum is wrong."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _checked_header(archive, f"{name}.npy")
+            with archive.open(f"{name}.npy") as file:
+                return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+    except Exception as error:
+        raise _unreadable_npz(path, error, remedy) from None
+
+
+def _checked_header(archive: zipfile.ZipFile, name: str) -> NpzHeader:
+    with archive.open(name) as file:
+        header, begin = _read_header(file), file.tell()
+    size, stored = math.prod(header.shape) * header.dtype.itemsize, archive.getinfo(name).file_size - begin
+    if header.dtype.hasobject:
+        raise ValueError(f"{name} holds pickled objects")
+    if size != stored or size > NPZ_BYTES:
+        raise ValueError(
+            f"{name} of shape {header.shape} needs {size} bytes, has {stored}, at most {NPZ_BYTES} allowed"
+        )
+    return header
+
+
+def _read_header(file: IO[bytes]) -> NpzHeader:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return NpzHeader(shape, dtype)
+
+
+def _unreadable_npz(path: Path, error: Exception, remedy: str) -> UserError:
+    return UserError(f"{path} is not a readable .npz archive ({one_line(error)}): {remedy}")
 
 
 def write_npy(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...], blocks: Iterable[np.ndarray]) -> None:

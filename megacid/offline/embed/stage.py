@@ -208,7 +208,7 @@ def embed(
         if parallel.is_first:
             stage.begin()
     with stop_together(group):
-        missing = [shard for shard in mine if _failed_keys(index, out, shard, clip.embed_dim) is None]
+        missing = [shard for shard in mine if failed_keys(index, out, shard, clip.embed_dim) is None]
     done = np.ones(shards, np.bool_)
     done[[shard for shards_of_rank in gather_json(missing, group) for shard in shards_of_rank]] = False
     total = int(index.sizes[~done].sum())
@@ -231,29 +231,29 @@ def embed(
         embedder.progress(queue.note_total(samples))
         # On a network file system the files of other ranks may not be visible here yet, so each rank checks its own.
         checked = sorted({*mine}.difference(missing).union(embedder.written))
-        stats = _verify(index, out, checked, clip.embed_dim)
+        stats = verify(index, out, checked, clip.embed_dim)
     all_stats = gather_json(stats, group)
     with stop_together(group):
         if parallel.is_first:
-            _finish(stage, index, clip, all_stats)
+            finish(stage, index, all_stats)
             failpoint("embed:done")
     barrier(group)
     return read_meta(out, expect="embed")
 
 
-def _failed_keys(index: ShardIndex, out: Path, shard: int, dim: int) -> list[str] | None:
+def failed_keys(index: ShardIndex, out: Path, shard: int, dim: int) -> list[str] | None:
     """Keys of the samples that a complete partition skips; None when the partition is not complete."""
     files = partition_files(out, shard, len(index.names))
     failures = failures_if_complete(files, index.names[shard], index.table(shard).keys, dim)
     return None if failures is None else [failure.key for failure in failures]
 
 
-def _verify(index: ShardIndex, out: Path, shards: list[int], dim: int) -> dict[str, Any]:
+def verify(index: ShardIndex, out: Path, shards: list[int], dim: int) -> dict[str, Any]:
     """Read partitions back: number of skipped samples by shard, names of the first."""
     by_shard: dict[str, int] = {}
     named: list[str] = []
     for shard in shards:
-        failed = _failed_keys(index, out, shard, dim)
+        failed = failed_keys(index, out, shard, dim)
         if failed is None:
             raise UserError(
                 f"{partition_files(out, shard, len(index.names)).image} or a file of its partition is not readable "
@@ -266,7 +266,14 @@ def _verify(index: ShardIndex, out: Path, shards: list[int], dim: int) -> dict[s
     return {"by_shard": by_shard, "named": named}
 
 
-def _finish(stage: StageDirectory, index: ShardIndex, clip: LoadedClip, stats: list[dict[str, Any]]) -> None:
+def finish(
+    stage: StageDirectory,
+    index: ShardIndex,
+    stats: list[dict[str, Any]],
+    source: dict[str, str] | None = None,
+    **facts: Any,
+) -> None:
+    """Writes meta.json on one rank. stats: of `verify` on every rank; source, facts: added to it."""
     by_shard = {stem: count for part in stats for stem, count in part["by_shard"].items()}
     failed = sum(by_shard.values())
     if failed == index.num_samples:
@@ -277,15 +284,15 @@ def _finish(stage: StageDirectory, index: ShardIndex, clip: LoadedClip, stats: l
     named = sorted({name for part in stats for name in part["named"]})
     empty = [stem for stem, size in zip(index.names, index.sizes) if by_shard.get(stem, 0) == size]
     stage.commit(
-        {"shards": str(index.root.resolve())},
-        **{name: stage.arguments[name] for name in ("model", "pretrained", "precision", "weights")},
-        dim=clip.embed_dim,
+        {"shards": str(index.root.resolve())} | (source or {}),
+        **{name: stage.arguments[name] for name in ("model", "pretrained", "precision", "weights", "dim")},
         partitions={stem: number for number, stem in enumerate(index.names)},
         empty=sorted(empty),
         shards_digest=index.digest,
         num_samples=index.num_samples - failed,
         failures={"count": failed, "named": named[:_NAMED]},
         failures_by_shard=dict(sorted(by_shard.items())),
+        **facts,
     )
 
 
