@@ -39,7 +39,7 @@ def lint_deepspeed(config: dict[str, Any], world: int) -> dict[str, Any]:
     kind = optimizer.get("type") if isinstance(optimizer, dict) else None
     if not isinstance(kind, str) or kind not in OPTIMIZER_PARAMS:
         raise UserError(
-            f'"optimizer" is {json.dumps(optimizer)}, expected {{"type": "AdamW" | "apex_fused_adam" | '
+            f'"optimizer" is {json.dumps(optimizer)[:200]}, expected {{"type": "AdamW" | "apex_fused_adam" | '
             '"apex_fused_lamb", "params": {"lr": ...}}'
         )
     if config.get("gradient_clipping") is None:

@@ -21,9 +21,9 @@ from pydantic import ValidationError
 from megacid.config.deepspeed import lint_deepspeed
 from megacid.config.deepspeed_keys import REFUSED, DeepSpeedKeys
 from megacid.config.fields import expanded_path
-from megacid.config.messages import check_numbers, user_error
+from megacid.config.messages import check_tree, user_error
 from megacid.config.schema import SECTIONS, MegacidConfig, RunFile
-from megacid.errors import UserError, nearest
+from megacid.errors import UserError, nearest, one_line
 
 _RUN_FILE_CHARACTERS = 1 << 20
 
@@ -34,10 +34,9 @@ def _apply_set(tree: dict[str, Any], assignment: str) -> None:
     Values are JSON, else text.
     """
     path, sign, text = assignment.partition("=")
+    shown = f"--set {assignment[:200]!r}"
     if not sign or not path:
-        raise UserError(
-            f"--set {assignment!r}: expected section.key=value, for example --set classifier.sample_rate=0.2"
-        )
+        raise UserError(f"{shown}: expected section.key=value, for example --set classifier.sample_rate=0.2")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):  # the type of the field decides
@@ -47,12 +46,12 @@ def _apply_set(tree: dict[str, Any], assignment: str) -> None:
     known = [*SECTIONS, *DeepSpeedKeys.model_fields]
     if top not in {*known, *REFUSED}:
         near = nearest(top, sorted(known))
-        raise UserError(f"--set {assignment!r}: unknown section {top!r}: {near}")
+        raise UserError(f"{shown}: unknown section {top[:100]!r}: {near}")
     node = tree.setdefault("megacid", {}) if top in SECTIONS else tree
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise UserError(f"--set {assignment!r}: {section!r} is a value, expected a block")
+            raise UserError(f"{shown}: {section[:100]!r} is a value, expected a block")
     if value is None:
         node.pop(key, None)
     else:
@@ -75,7 +74,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for key, value in pairs:
         if key in seen:
-            raise UserError(f'key "{key}" is written twice in one block of the run file: keep one')
+            raise UserError(f"key {json.dumps(key)[:200]} is written twice in one block of the run file: keep one")
         seen[key] = value
     return seen
 
@@ -104,12 +103,12 @@ def load_run(path: str | Path, assignments: list[str] | None = None, *, world: i
     except OverflowError:  # hjson rounds a float to look for an integer
         raise UserError(f"the run file {path} has a number that no float can hold, such as 1e400: correct it") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"the run file {path} is neither JSON nor Hjson: {str(error)[:300]}") from None
+        raise UserError(f"the run file {path} is neither JSON nor Hjson: {one_line(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"the run file {path} holds {type(tree).__name__}, expected a block {{...}}")
     for assignment in assignments or []:
         _apply_set(tree, assignment)
-    check_numbers(tree)
+    check_tree(tree)
     block = tree.pop("megacid", None)
     if block is None:
         raise UserError(

@@ -14,6 +14,7 @@ from megacid.errors import UserError, nearest
 
 _LARGEST_NUMBER = 3.4e38  # of fp32
 _DEEPEST = 30  # levels of blocks and lists
+_LONGEST_KEY, _LONGEST_TEXT = 100, 4096  # the second is Linux's longest path
 _TYPES = {
     "int_type": "an integer", "float_type": "a number", "string_type": "text", "bool_type": "true or false",
     "list_type": "a list", "path_type": "a path", "string_unicode": "text without lone surrogates",
@@ -88,16 +89,28 @@ def _is_quoted_number(value: Any) -> bool:
         return False
 
 
-def check_numbers(tree: dict[str, Any]) -> None:
-    """Raise UserError for NaN, infinity, integers beyond 64 bits and deep nesting, which the JSON reader accepts."""
+def check_tree(tree: dict[str, Any]) -> None:
+    """Raise UserError for what JSON readers accept and no run file needs.
+
+    These are NaN, infinity, integers beyond 64 bits, deep nesting, and keys and texts that no message can show.
+    """
     left: list[tuple[str, Any, int]] = [("", tree, 0)]
     while left:
         where, value, depth = left.pop()
         if depth > _DEEPEST:
             raise UserError(f'"{where[:60]}..." is more than {_DEEPEST} blocks and lists deep, expected at most 4')
-        if isinstance(value, dict | list):
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            left += [(f"{where}.{key}" if where else str(key), inner, depth + 1) for key, inner in items]
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if not key.isprintable() or len(key) > _LONGEST_KEY:
+                    expected = f"printable text of at most {_LONGEST_KEY} characters"
+                    raise UserError(
+                        f"the key {json.dumps(key[:_LONGEST_KEY])} is none, expected {expected}: correct it"
+                    )
+                left.append((f"{where}.{key}" if where else key, inner, depth + 1))
+        elif isinstance(value, list):
+            left += [(f"{where}.{number}", inner, depth + 1) for number, inner in enumerate(value)]
+        elif isinstance(value, str) and len(value) > _LONGEST_TEXT:
+            raise UserError(f'"{where}" is a text of {len(value)} characters, expected at most {_LONGEST_TEXT}')
         elif isinstance(value, float) and not abs(value) <= _LARGEST_NUMBER:
             expected = "a number that fp32 can hold" if math.isfinite(value) else "a finite number"
             raise UserError(f'"{where}" is {value:.3g}, expected {expected}')

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel
 
 from megacid.config.deepspeed import lint_deepspeed
 from megacid.config.deepspeed_keys import OPTIMIZER_PARAMS, REFUSED, DeepSpeedKeys, refused_keys, strict_model
@@ -273,3 +275,76 @@ def test_gradient_scaling_that_fails_in_the_engine_is_refused_before_it() -> Non
             lint(**{key: value}, zero_optimization={"stage": 2})
     with pytest.raises(UserError, match=r"DeepSpeed refuses: .*Partial offloading"):
         lint(**_zero("offload_optimizer", {"device": "cpu", "ratio": 0.5}))
+
+
+# ---- every key ---------------------------------------------------------------------------------------------------
+
+
+def leaves(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key of every value, and the type of the value."""
+    for name, field in model.model_fields.items():
+        kinds = [kind for kind in (field.annotation, *typing.get_args(field.annotation)) if inspect.isclass(kind)]
+        blocks = [kind for kind in kinds if issubclass(kind, BaseModel)]
+        key = f"{path}{field.alias or name}"
+        if blocks:
+            yield from leaves(blocks[0], f"{key}.")
+        else:
+            yield key, field.annotation
+
+
+def at(key: str, value: Any, tree: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the tree with a value at a dotted key."""
+    name, _, rest = key.partition(".")
+    return {**tree, name: at(rest, value, tree.get(name, {})) if rest else value}
+
+
+NVME = {"device": "nvme", "nvme_path": "/nvme"}
+BASES: list[dict[str, Any]] = [{}, *({"zero_optimization": {"stage": stage}} for stage in (1, 2, 3))]
+BASES += [
+    {"zero_optimization": {"stage": 3, "offload_param": NVME, "offload_optimizer": NVME}},
+    {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
+    *({name: {"enabled": True}} for name in ("flops_profiler", "comms_logger")),
+    {"comms_logger": {"enabled": True, "prof_all": False}},
+    {"torch_autocast": {"enabled": True, "dtype": "bf16"}},
+    *({"optimizer": {"type": kind, "params": {"lr": 1e-3}}} for kind in OPTIMIZER_PARAMS),
+]
+
+
+def test_every_key_changes_what_deepspeed_gets_or_is_refused_with_a_reason() -> None:
+    keys = {key for kind in OPTIMIZER_PARAMS for key, _ in leaves(strict_model(kind))}
+    values = [
+        True,
+        False,
+        0,
+        1,
+        2,
+        3,
+        16,
+        0.5,
+        "bf16",
+        "bfloat16",
+        "fp32",
+        "sum",
+        "cpu",
+        "nvme",
+        "text",
+        ["all_reduce"],
+        [0.5, 0.6],
+    ]
+    never = set()
+    for key in keys - {"optimizer.type"}:
+        accepted = 0
+        for base in BASES:
+            plain = lint(**base)
+            for value in values:
+                tree = at(key, value, {"train_batch_size": 8, **OPTIMIZER, **base})
+                try:
+                    got = lint_deepspeed(tree, 4)
+                except UserError as error:
+                    assert "\n" not in str(error)
+                    continue
+                accepted += got != plain
+        if not accepted:
+            never.add(key)
+    # Refused by name: the keys that DeepSpeed has and the trainer does not drive.
+    assert {key for key in never if not any(f"{key}.".startswith(f"{name}.") for name in REFUSED)} == set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from hostile_data import RUN
 
 from megacid.config.load import load_run
+from megacid.config.schema import SECTIONS
 from megacid.errors import UserError
 
 
@@ -71,6 +73,38 @@ def test_sizes_that_no_machine_has_are_refused(tmp_path: Path, assignment: str) 
 def test_usual_numbers_stay(tmp_path: Path, number: str) -> None:
     assert load(tmp_path, f"optimizer.params.lr={number}").deepspeed["optimizer"]["params"]["lr"] == float(number)
     assert load(tmp_path, f"classifier.scale={number}").megacid.classifier.scale == float(number)
+
+
+NUMBERS = [
+    (section, name)
+    for section, model in SECTIONS.items()
+    for name, field in model.model_fields.items()
+    if re.search(r"\b(int|float)\b", repr(field.annotation)) and "str" not in repr(field.annotation)
+]
+
+
+assert len(NUMBERS) > 35
+
+
+@pytest.mark.parametrize(("section", "name"), NUMBERS, ids=lambda part: part)
+def test_numbers_in_quotes_booleans_and_lists_for_numbers_are_refused(tmp_path: Path, section: str, name: str) -> None:
+    for text in ('"1"', "true", "[1]", "{}"):
+        refused(tmp_path, rf'"megacid\.{section}\.{name}.* is .*expected', f"{section}.{name}={text}")
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_booleans_lists_and_texts_for_blocks_are_refused(tmp_path: Path, section: str) -> None:
+    for text in ("true", "[]", "1", "on"):
+        refused(tmp_path, rf'"megacid\.{section}" is .*expected a block', f"{section}={text}")
+
+
+PATHS = ["run.dir", "data.features", "data.shards", "data.teacher", "data.labels", "data.keep", "classifier.init"]
+
+
+@pytest.mark.parametrize("path", ['""', '"  "', '"a\\u0000b"', "7", "true", "[]", "{}", "$HOME/x", "~nobody-here/x"])
+def test_what_is_no_path_is_refused(tmp_path: Path, path: str) -> None:
+    for key in PATHS:
+        refused(tmp_path, rf'"megacid\.{key}" is .*, expected (text|a path)', f"{key}={path}")
 
 
 def test_a_run_file_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path) -> None:
