@@ -55,4 +55,5 @@ def real(least: float = 0.0, most: float = math.inf, *, without: tuple[float, ..
 
 
 natural, positive, seed_number = integer(0), integer(1), integer(0, 2**63 - 1)
+share = real(0, 1)
 share_of_all = real(0, 1, without=(0,))  # above 0 and up to 1

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import checkout  # noqa: F401  import paths of a plain checkout
 from argtypes import ToolParser, natural, positive, real, seed_number, share_of_all
+from megacid.data.captions import recorded_caption
 from megacid.data.index import load_index
 from megacid.distributed.parallel import Parallel, accept_launcher_arguments
 from megacid.distributed.progress import progress_bar
@@ -46,7 +47,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--embeddings", required=True, type=Path, metavar="DIR", help="directory written by tools/embed.py")
     add("--clusters", required=True, type=Path, metavar="DIR", help="directory written by tools/cluster.py")
     add("--out", required=True, type=Path, metavar="OUT", help="directory to write or continue")
-    add("--shards", type=Path, metavar="DIR", help="the tars (default: where tools/embed.py read them)")
+    add("--shards", metavar="TARS", help="directory, braces, glob or .tar (default: where tools/embed.py read them)")
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument(
         "--target-keep", type=share_of_all, metavar="SHARE", help="share of samples to keep; searches the threshold"
@@ -135,7 +136,8 @@ def run(args: argparse.Namespace, settings: BalanceSettings, parallel: Parallel,
     if args.reshard is not None:
         shards = args.shards or read_meta(args.out, expect="balance")["source"]["shards"]
         with report_progress("reshard", "sample", parallel, stop) as start:
-            meta = reshard(args.out, load_index(shards), args.reshard, parallel, start_progress=start)
+            index = load_index(shards, caption=recorded_caption(read_meta(args.embeddings, expect="embed")))
+            meta = reshard(args.out, index, args.reshard, parallel, start_progress=start)
         if parallel.is_first:
             print(f"{args.reshard}: {meta['kept']:,} samples in {len(meta['bytes']):,} tars")
     if parallel.is_first:

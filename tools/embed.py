@@ -16,11 +16,13 @@ The same command continues an interrupted run; a finished or started OUT made wi
 import argparse
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser, natural, positive
+from argtypes import ToolParser, natural, positive, share
 from megacid.data.index import ShardIndex, load_index
+from megacid.data.index_report import MAX_LOST, listed, percent, summary
 from megacid.distributed.consensus import agree, fail_together
 from megacid.distributed.parallel import Parallel, accept_launcher_arguments
 from megacid.distributed.progress import progress_bar
@@ -37,10 +39,29 @@ COLLECTIVE_TIMEOUT_S = 86400.0  # with --sharding static the first rank to finis
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
-    parser.add_argument("--shards", required=True, help="directory with *.tar")
+    parser.add_argument(
+        "--shards",
+        required=True,
+        nargs="+",
+        metavar="TARS",
+        help="directory with *.tar, .tar files, or a quoted glob or brace pattern",
+    )
+    parser.add_argument(
+        "--caption",
+        default="txt",
+        metavar="SOURCE",
+        help="where captions are: txt (default), the ending of another text member, or json:FIELD of the .json member",
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="directory to write or continue")
     parser.add_argument("--model", required=True, help="open_clip name, local-dir:PATH, or hf-hub:ORG/NAME")
     parser.add_argument("--pretrained", help="open_clip tag or weights file of an open_clip name")
+    parser.add_argument(
+        "--max-lost",
+        type=share,
+        default=MAX_LOST,
+        metavar="SHARE",
+        help="share of the samples that may be skipped; more end the tool with an error (default 0.05)",
+    )
     parser.add_argument(
         "--batch-size", type=positive, default=256, help="samples per forward pass and rank (default 256)"
     )
@@ -81,14 +102,18 @@ def main(argv: list[str] | None = None) -> int:
     return run_stage(lambda parallel, stop: embed(args, parallel, stop), args.out, COLLECTIVE_TIMEOUT_S)
 
 
+def load(args: argparse.Namespace) -> ShardIndex:
+    return load_index("::".join(args.shards), caption=args.caption, max_lost=args.max_lost)
+
+
 def embed(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> None:
     # The first rank builds a missing index before the others load it.
     with fail_together(parallel.group):
         if args.adopt is None:
             check_weights(args.model, args.pretrained)
-        index = load_index(args.shards) if parallel.is_first else None
+        index = load(args) if parallel.is_first else None
     with fail_together(parallel.group):
-        index = index or load_index(args.shards)
+        index = index or load(args)
         index.check_captions()
     if args.adopt is not None:
         adopt_folder(args, index, parallel, stop)
@@ -103,6 +128,7 @@ def embed(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> No
             "weights": embed_stage.weights_digest(args.model, args.pretrained),
             "dim": clip.embed_dim,
             "shards_digest": index.digest,
+            **index.caption.setting,
         }
     agree(str(settings), "shards and model", parallel.group)
     # Progress of other ranks arrives in bursts, hence the average rate.
@@ -123,11 +149,16 @@ def embed(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> No
             batch_size=args.batch_size,
             workers=args.workers,
             sharding=args.sharding,
+            max_lost=args.max_lost,
             start_progress=start_progress,
         )
         stats = bar.format_dict
     if parallel.is_first:
-        print_result(args.out, meta, int(stats.get("n", 0)), float(stats.get("elapsed", 0)), parallel.world)
+        print_result(args, index, meta)
+        if done := int(stats.get("n", 0)):
+            seconds = float(stats.get("elapsed", 0))
+            speed = f"{done / seconds:,.1f} samples/s on {parallel.world} ranks"
+            print(f"  this run: {done:,} samples in {seconds:,.0f} s, {speed}")
 
 
 def adopt_folder(args: argparse.Namespace, index: ShardIndex, parallel: Parallel, stop: StopRequest) -> None:
@@ -141,9 +172,14 @@ def adopt_folder(args: argparse.Namespace, index: ShardIndex, parallel: Parallel
             bar.reset(-(-total // parallel.world))
             return stop.polling(bar.update)
 
-        meta = adopting.adopt(index, folder, args.out, parallel, settings=settings, start_progress=start_progress)
+        meta = adopting.adopt(
+            *(index, folder, args.out, parallel),
+            settings=settings,
+            max_lost=args.max_lost,
+            start_progress=start_progress,
+        )
     if parallel.is_first:
-        print_result(args.out, meta, 0, 0, parallel.world)
+        print_result(args, index, meta)
         adopted = meta["adopted"]
         print(f"  {adopted['rows']:,} rows of {args.adopt}, {adopted['surplus']:,} of them in no tar")
 
@@ -168,11 +204,12 @@ def estimate(
     )
 
 
-def print_result(out: Path, meta: dict, done: int, seconds: float, ranks: int) -> None:
-    failed, by_shard = meta["failures"], meta["failures_by_shard"]
-    print(f"{out}: {meta['num_samples']:,} samples embedded, {failed['count']:,} skipped")
-    if done:
-        print(f"  this run: {done:,} samples in {seconds:,.0f} s, {done / seconds:,.1f} samples/s on {ranks} ranks")
+def print_result(args: argparse.Namespace, index: ShardIndex, meta: dict) -> None:
+    out, failed, by_shard = args.out, meta["failures"], meta["failures_by_shard"]
+    reasons = f" ({listed(Counter(meta['failures_by_reason']))})" if failed["count"] else ""
+    limit = f"at most {percent(args.max_lost)} may be"
+    print(f"{out}: {meta['num_samples']:,} samples embedded, {failed['count']:,} skipped{reasons}; {limit}")
+    print(f"  the index of the shards: {summary(index.shards)}")
     if by_shard:
         worst = sorted(by_shard, key=by_shard.__getitem__, reverse=True)[:SHOWN]
         counts = ", ".join(f"{stem}: {by_shard[stem]:,}" for stem in worst)

@@ -1,41 +1,66 @@
 #!/usr/bin/env python3
-"""Index a folder of tar shards for random access by the loader, or verify an existing index.
+"""Index tar shards for random access by the loader, or verify an existing index.
 
     tools/index_shards.py data/digits/train
     tools/index_shards.py data/digits/train --verify      # hash every tar; exit code 1 when something differs
+    tools/index_shards.py 'cc12m/{00000..01242}.tar' --caption json:caption
 
 Training builds a missing index itself.
 """
 
+import argparse
 import logging
 import sys
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser
+from argtypes import ToolParser, share
 from megacid.data.index import load_index, verify_index
-from megacid.data.index_report import lost_samples, summary
-from megacid.data.tar_samples import LOST
+from megacid.data.index_report import MAX_LOST, lost_samples, lost_share, percent, summary
+from megacid.data.tar_samples import remedy
 from megacid.distributed.progress import progress_bar
 from megacid.errors import run_tool
 
 
-def main(argv: list[str] | None = None) -> int:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
-    parser.add_argument("shards", help="directory with *.tar")
+    parser.add_argument("shards", nargs="+", help="directory with *.tar, .tar files, or a quoted glob or brace pattern")
+    parser.add_argument(
+        "--caption",
+        default="txt",
+        metavar="SOURCE",
+        help="where captions are: txt (default), the ending of another text member, or json:FIELD of the .json member",
+    )
+    parser.add_argument(
+        "--keep-blank-captions",
+        action="store_true",
+        help='use samples whose caption is empty, or a missing value in print such as "nan", instead of leaving them '
+        "out; stored in the index, so embedding and training follow",
+    )
     parser.add_argument(
         "--verify",
         action="store_true",
         help="compare the sizes, sha256 and tables of all tars with the index; change nothing",
     )
     parser.add_argument(
+        "--max-lost",
+        type=share,
+        default=MAX_LOST,
+        metavar="SHARE",
+        help="share of the samples that may be lost; more end the tool with an error (default 0.05)",
+    )
+    parser.add_argument(
         "--allow-bad",
         action="store_true",
-        help="use the intact samples of damaged tars, and of shards that lose more than 5 %% of their samples, instead "
-        "of refusing them",
+        help="use the intact samples of damaged tars instead of refusing them, whatever share of the samples is lost",
     )
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
+    shards = "::".join(args.shards)
     with progress_bar("verify" if args.verify else "index", "tar") as bar:
 
         def on_shard(done: int, total: int) -> None:
@@ -43,17 +68,26 @@ def main(argv: list[str] | None = None) -> int:
             bar.update(done - bar.n)
 
         if args.verify:
-            problems = verify_index(args.shards, on_shard)
+            problems = verify_index(shards, on_shard, caption=args.caption)
         else:
-            index = load_index(args.shards, allow_bad=args.allow_bad, on_shard=on_shard)
+            index = load_index(
+                shards,
+                caption=args.caption,
+                keep_blank=args.keep_blank_captions or None,
+                allow_bad=args.allow_bad,
+                max_lost=args.max_lost,
+                on_shard=on_shard,
+            )
     if args.verify:
-        print("\n".join(problems) or f"{args.shards}: all tars match the index; images were not decoded")
+        print("\n".join(problems) or f"{shards[:200]}: all tars match the index; images were not decoded")
         return 1 if problems else 0
     size = sum(shard["bytes"] for shard in index.shards)
     totals = f"{len(index.names)} shards, {summary(index.shards)}, {size:,} bytes"
-    print(f"{args.shards}: {totals}, digest {index.digest[:12]}")
+    max_lost = 1.0 if args.allow_bad else args.max_lost
+    accepted = ", more were accepted before" if lost_share(index.shards) > max_lost else ""
+    print(f"{index.paths}: {totals}, digest {index.digest[:12]}; at most {percent(max_lost)} may be lost{accepted}")
     for reason in lost_samples(index.shards):
-        print(f"  {reason}: {LOST[reason]}")
+        print(f"  {reason}: {remedy(reason, index.caption)}")
     return 0
 
 

@@ -31,9 +31,15 @@ def as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value  # JSON has no tuples
 
 
+def _joined(value: Any) -> Any:
+    """A list of paths as one text, which the shards' reader splits."""
+    return "::".join(value) if isinstance(value, list) and value and all(isinstance(v, str) for v in value) else value
+
+
 # A validator's ValueError ends the message `"KEY" is VALUE, expected ...`.
 DirectoryName = Annotated[str, BeforeValidator(_directory_name)]
 FilePath = Annotated[str, AfterValidator(expanded_path)]
+FilePaths = Annotated[FilePath, BeforeValidator(_joined)]
 Steps = Annotated[int, Field(gt=0, le=10**12)]
 Seconds = Annotated[float, Field(gt=0, le=10_000_000)]
 Width = Annotated[int, Field(gt=0, le=65_536)]

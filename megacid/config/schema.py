@@ -17,6 +17,7 @@ from megacid.config.fields import (
     Count,
     DirectoryName,
     FilePath,
+    FilePaths,
     Fraction,
     FractionAboveZero,
     Seconds,
@@ -84,8 +85,11 @@ class StudentConfig(Section):
 class DataConfig(Section):
     """Training data and the outputs of the offline tools."""
 
-    shards: FilePath | None = None
-    """Directory of .tar shards in img2dataset's or webdataset's layout. Set exactly one of shards and features."""
+    shards: FilePaths | None = None
+    """Tar shards in img2dataset's or webdataset's layout: a directory, a brace pattern, a glob, a .tar file, or several
+    of them as a list or joined by `::`. Set exactly one of shards and features."""
+    caption: Annotated[str, when.Shards] = "txt"
+    """Where the captions are: `txt`, the ending of another text member, or `json:FIELD`. As for tools/embed.py."""
     features: FilePath | None = None
     """Directory of labelled feature vectors, as tools/synthesize.py features writes it. Set this or shards."""
     teacher: Annotated[FilePath | None, when.Shards, when.TeacherTerm] = None

@@ -8,7 +8,8 @@ Layout (no pickle):
 
 The index is built on first use and rebuilt for each tar whose size has changed. `index.json` is written last. A sample
 is a sequence of neighbouring regular members that share the name up to the first dot of the basename, as in webdataset;
-it never spans tars.
+it never spans tars. Captions that are not in .txt members have an index of their own (`CaptionSource.index_folder`),
+whose column `text` is the member that holds the caption.
 """
 
 from __future__ import annotations
@@ -23,48 +24,59 @@ from typing import Any
 
 import numpy as np
 
-from megacid.data.decode import BadSample
+from megacid.data.captions import CaptionError, CaptionSource
+from megacid.data.decode import BadSample, decode_caption, decode_text
 from megacid.data.index_files import (
-    VERSION,
     ShardTable,
-    content_digest,
-    is_entry,
+    entries_digest,
     keys_sha256,
     load_table,
+    matches,
+    reusable_entry,
+    save_entries,
     save_table,
     stored_entries,
 )
-from megacid.data.index_report import check_losses, loses_many, summary, unused_files
+from megacid.data.index_report import MAX_LOST, check_losses, lost_share, summary, unused_files
 from megacid.data.lru import LRUCache
-from megacid.data.tar_samples import COLUMN, LOST, Kind, other_format, scan_tar
+from megacid.data.shard_paths import ShardPaths, find_shards
+from megacid.data.tar_samples import COLUMN, LOST, Kind, other_format, remedy, scan_tar
 from megacid.errors import UserError
-from megacid.storage.atomic import disk_errors, file_sha256, read_json, write_json_atomic
+from megacid.storage.atomic import disk_errors, file_sha256
 
 log = logging.getLogger(__name__)
 
 _LISTED = 20  # dropped samples that are listed by name; the others are only counted
-_MAX_TEXT_BYTES = 1 << 16  # a caption has a few hundred
+_MAX_CLASS_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """An indexed folder of shards.
+    """Indexed shards.
 
     Attributes:
+        paths: the tars.
+        caption: where their captions are.
         names: tar stems, sorted.
         sizes: int64 [shards], samples per shard.
         digest: sha256 of the content (tar names and keys).
         shards: the entry of each tar in index.json.
-        in_memory: tables by shard number when the index could not be written; None reads them from disk.
+        in_memory: by shard number, the tables that could not be written; the others are read from disk.
     """
 
-    root: Path
+    paths: ShardPaths
+    caption: CaptionSource
     names: list[str]
     sizes: np.ndarray
     digest: str
     shards: list[dict[str, Any]]
-    in_memory: dict[int, ShardTable] | None = None
+    in_memory: dict[int, ShardTable]
     _tables: LRUCache[ShardTable] = field(default_factory=lambda: LRUCache(64), repr=False)
+
+    @property
+    def root(self) -> Path:
+        """The directory of the shards, or the one above all of them."""
+        return self.paths.root
 
     @property
     def num_samples(self) -> int:
@@ -94,52 +106,67 @@ class ShardIndex:
         if self.without_text == self.num_samples:
             raise UserError(
                 f"{self.root} has {self.num_samples:,} samples with an image and a class (.cls) but none with a "
-                "caption (.txt), expected image-text pairs: add a .txt member to every sample; classes alone are for "
-                "tools/eval.py"
+                f"caption (.{self.caption.ending}), expected image-text pairs: add a .{self.caption.ending} member to "
+                "every sample; classes alone are for tools/eval.py"
             )
 
     def tar_path(self, shard: int) -> Path:
-        return self.root / f"{self.names[shard]}.tar"
+        return self.paths.tars[shard]
 
     def table(self, shard: int) -> ShardTable:
         """The samples of shard number `shard`; the 64 most recently used tables stay in memory."""
-        if self.in_memory is not None:
+        if shard in self.in_memory:
             return self.in_memory[shard]
-        return self._tables.get(shard, lambda: load_table(self.root / "index", self.shards[shard]))
+        folder = self.tar_path(shard).parent / self.caption.index_folder
+        return self._tables.get(shard, lambda: load_table(folder, self.shards[shard]))
 
 
 def load_index(
-    shards_dir: str | Path,
+    shards: str | Path,
     *,
+    caption: str = "txt",
+    keep_blank: bool | None = None,
     verify: bool = False,
     allow_bad: bool = False,
+    max_lost: float = MAX_LOST,
     on_shard: Callable[[int, int], None] | None = None,
 ) -> ShardIndex:
-    """Load the index of a folder of tars; build or repair it when it is missing or does not match the tars.
+    """Load the index of some tars; build or repair it when it is missing or does not match the tars.
 
     Args:
-        shards_dir: a directory with `*.tar`.
+        shards: a directory with `*.tar`, or what else `find_shards` accepts.
+        caption: where the captions are, see `CaptionSource`.
+        keep_blank: use blank captions instead of leaving them out; stored in the index. None: as stored for shards that
+            have not changed, else False.
         verify: compare the sha256 of every tar (reads all data), not only its size.
-        allow_bad: use what can be used of damaged tars and of shards that lose more than 5 % of their samples, instead
-            of refusing them; stored in the index.
+        allow_bad: use what can be used of damaged tars, and any share of the samples, instead of refusing them; stored
+            in the index.
+        max_lost: share of the samples that may be lost; stored in the index.
         on_shard: called as (done, total) while building.
 
     Raises:
         UserError: no such directory, no tar, no sample, many lost samples, or a tar that is damaged or cannot be read.
     """
-    root = _check_root(shards_dir)
-    tars, unused = _tars(root), unused_files(root)
-    if not tars:
+    source, paths = CaptionSource.parse(caption), find_shards(shards)
+    unused = unused_files(paths.directory) if paths.directory else ""
+    if not paths.tars:
         unused = f" but {unused}" if unused else ": give the directory that img2dataset or tools/synthesize.py wrote"
-        raise UserError(f"{root} has no .tar file{unused}")
+        raise UserError(f"{paths} has no .tar file{unused}")
     if unused:
-        log.warning("%s: not used: %s", root, unused)
-    entries = None if verify else _load_entries(root, tars)
+        log.warning("%s: not used: %s", paths, unused)
+    entries = None if verify else _load_entries(paths, source, keep_blank)
     if entries is not None:
-        index = _assemble(root, entries, None)
-        check_losses(root, entries, allow_bad=True)  # decided when the index was written
+        index = _assemble(paths, source, entries, {})
+        check_losses(paths, entries, source)  # the share was judged when the index was written
     else:
-        index = _build(root, tars, verify=verify, allow_bad=allow_bad, on_shard=on_shard)
+        index = _build(
+            *(paths, source),
+            keep_blank=bool(keep_blank),
+            verify=verify,
+            allow_bad=allow_bad,
+            max_lost=1.0 if allow_bad else max_lost,
+            on_shard=on_shard,
+        )
     for entry in index.shards:
         if entry["damage"]:
             log.warning(
@@ -148,16 +175,21 @@ def load_index(
     return index
 
 
-def verify_index(shards_dir: str | Path, on_shard: Callable[[int, int], None] | None = None) -> list[str]:
+def verify_index(
+    shards: str | Path, on_shard: Callable[[int, int], None] | None = None, *, caption: str = "txt"
+) -> list[str]:
     """Hash every tar and compare it with the stored index. Returns one sentence per mismatch; changes nothing."""
-    root = _check_root(shards_dir)
-    stored = stored_entries(root)
-    if stored is None:
-        return [f"{root}/index/index.json is missing or unreadable"]
-    on_disk = {path.name.removesuffix(".tar") for path in _tars(root)}
-    problems = [f"{name}.tar is not in the index" for name in sorted(on_disk - {entry["name"] for entry in stored})]
-    for done, entry in enumerate(stored, 1):
-        path = root / f"{entry['name']}.tar"
+    source, paths = CaptionSource.parse(caption), find_shards(shards)
+    stored: dict[Path, dict[str, Any]] = {}
+    for folder in paths.folders:
+        entries = stored_entries(folder / source.index_folder)
+        if entries is None:
+            return [f"{folder / source.index_folder}/index.json is missing or unreadable"]
+        stored |= {folder / f"{entry['name']}.tar": entry for entry in entries}
+    problems = [f"{path.name} is not in the index" for path in paths.tars if path not in stored]
+    if paths.directory is None:
+        stored = {path: entry for path, entry in stored.items() if path in paths.tars}
+    for done, (path, entry) in enumerate(stored.items(), 1):
         if not path.is_file():
             problems.append(f"{path.name} is in the index but not on disk")
         elif path.stat().st_size != entry["bytes"]:
@@ -166,7 +198,7 @@ def verify_index(shards_dir: str | Path, on_shard: Callable[[int, int], None] | 
             problems.append(f"{path.name} has the right size but another sha256")
         else:
             try:
-                load_table(root / "index", entry)
+                load_table(path.parent / source.index_folder, entry)
             except UserError as error:
                 problems.append(str(error))
         if on_shard:
@@ -190,13 +222,14 @@ class ShardReader:
         """One member of one sample.
 
         Raises:
-            BadSample: the member is absent or too large (`max_member_bytes`; 64 KiB for text and cls), or the file is
+            BadSample: the member is absent or too large (`max_member_bytes`; less for text and cls), or the file is
                 shorter than the index says.
         """
         table = self.index.table(shard)
         column = COLUMN[kind]
         offset, size = (int(v) for v in table.members[row, column : column + 2])
-        limit = min(self.max_member_bytes, _MAX_TEXT_BYTES) if kind in ("text", "cls") else self.max_member_bytes
+        limits = {"text": self.index.caption.max_bytes, "cls": _MAX_CLASS_BYTES}
+        limit = min(self.max_member_bytes, limits.get(kind, self.max_member_bytes))
         if size < 0 or size > limit:
             reason = f"no {kind} member" if size < 0 else f"{kind} of {size} bytes, more than {limit}"
             raise BadSample(self.index.names[shard], table.keys[row], reason)
@@ -211,6 +244,26 @@ class ShardReader:
             )
         return data
 
+    def caption(self, shard: int, row: int, *, strict: bool = False) -> str:
+        """The caption of one sample, stripped.
+
+        Args:
+            strict: refuse bytes that are not UTF-8 instead of replacing them.
+
+        Raises:
+            BadSample: it cannot be read, or has an overlong word.
+        """
+        name, key = self.index.names[shard], self.index.table(shard).keys[row]
+        try:
+            data = self.index.caption.extract(self.read(shard, row, "text"))
+            if strict:
+                decode_text(data)
+        except CaptionError as error:
+            raise BadSample(name, key, str(error)) from error
+        except UnicodeDecodeError as error:
+            raise BadSample(name, key, f"caption is not UTF-8: {error.reason}") from error
+        return decode_caption(data, shard=name, key=key)
+
     def close(self) -> None:
         self._open.clear()
 
@@ -218,74 +271,84 @@ class ShardReader:
 # ---- building --------------------------------------------------------------------------------------------
 
 
-def _check_root(shards_dir: str | Path) -> Path:
-    text = str(shards_dir)
-    if "://" in text or text.startswith("pipe:") or "$" in text:
-        raise UserError(f"shards is {text!r}, expected a plain local directory: mount or download the data first")
-    if not Path(text).is_dir():
-        raise UserError(f"shards directory {text} does not exist: make one with img2dataset or tools/synthesize.py")
-    return Path(text)
+def _load_entries(paths: ShardPaths, caption: CaptionSource, keep_blank: bool | None) -> list[dict[str, Any]] | None:
+    """The stored entries when they match the files on disk; None when the index has to be (partly) rebuilt."""
+    stored: dict[Path, dict[str, Any]] = {}
+    for folder in paths.folders:
+        if (entries := stored_entries(folder / caption.index_folder)) is None:
+            return None
+        stored |= {folder / f"{entry['name']}.tar": entry for entry in entries}
+    found = [stored[tar] for tar in paths.tars if tar in stored and matches(stored[tar], tar, keep_blank)]
+    if len(found) < len(paths.tars) or (paths.directory and len(stored) > len(found)):
+        log.warning(
+            "the index of %s does not match its tars (added, removed or changed) or the decision on blank captions: "
+            "rebuilding it where needed",
+            paths,
+        )
+        return None
+    return found
 
 
-def _tars(root: Path) -> list[Path]:
-    """The shards, sorted. UserError for one that is not a file: skipping it would silently train on less data."""
-    tars = sorted(path for path in root.iterdir() if path.name.endswith(".tar") and path.name[0] != ".")
-    for path in tars:
-        if not path.is_file():
-            kind = "a broken link" if path.is_symlink() and not path.exists() else "not a regular file"
-            raise UserError(f"{path} is {kind}, expected a tar: restore it, or move it out of {root}")
-    return tars
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(exist_ok=True)
+        return os.access(folder, os.W_OK)
+    except OSError:
+        return False
 
 
 def _build(
-    root: Path, tars: list[Path], *, verify: bool, allow_bad: bool, on_shard: Callable[[int, int], None] | None
+    paths: ShardPaths,
+    caption: CaptionSource,
+    *,
+    keep_blank: bool,
+    verify: bool,
+    allow_bad: bool,
+    max_lost: float,
+    on_shard: Callable[[int, int], None] | None,
 ) -> ShardIndex:
-    folder = root / "index"
-    in_memory: dict[int, ShardTable] | None = None
-    try:
-        folder.mkdir(exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
+    writable = {folder: _is_writable(folder / caption.index_folder) for folder in paths.folders}
+    for folder in (folder for folder, ok in writable.items() if not ok):
         log.warning(
-            "%s cannot be written: the index of %d tars stays in memory and is built again at every start",
-            folder,
-            len(tars),
+            "%s cannot be written: the index of its tars stays in memory and is built again at every start",
+            folder / caption.index_folder,
         )
-        in_memory = {}
-    entries = []
-    for number, path in enumerate(tars):
-        entry = _reusable_entry(folder, path, verify=verify, allow_bad=allow_bad)
-        if entry is None or in_memory is not None:
-            entry, table = _index_tar(path, allow_bad=allow_bad)
-            if in_memory is not None:
-                in_memory[number] = table
-            else:
+    entries: list[dict[str, Any]] = []
+    in_memory: dict[int, ShardTable] = {}
+    for number, path in enumerate(paths.tars):
+        folder = path.parent / caption.index_folder
+        entry = reusable_entry(folder, path, verify=verify, allow_bad=allow_bad, keep_blank=keep_blank)
+        if entry is None or not writable[path.parent]:
+            entry, table = _index_tar(path, caption, keep_blank=keep_blank, allow_bad=allow_bad)
+            if writable[path.parent]:
                 with disk_errors(folder):
                     save_table(folder, entry, table)
+            else:
+                in_memory[number] = table
         entries.append(entry)
         if on_shard:
-            on_shard(number + 1, len(tars))
-    index = _assemble(root, entries, in_memory)
-    check_losses(root, entries, allow_bad=allow_bad, writable=writable)
-    if in_memory is None:
-        with disk_errors(folder):
-            write_json_atomic(folder / "index.json", {"version": VERSION, "digest": index.digest, "shards": entries})
-    log.info("indexed %s: %d shards, %s", root, len(tars), summary(entries))
-    return index
+            on_shard(number + 1, len(paths.tars))
+    check_losses(paths, entries, caption, max_lost=max_lost, writable=all(writable.values()))
+    for folder in (folder for folder, ok in writable.items() if ok):
+        here = [entry for entry, tar in zip(entries, paths.tars) if tar.parent == folder]
+        save_entries(folder / caption.index_folder, here, whole=paths.directory is not None)
+    log.info("indexed %s: %d shards, %s", paths, len(entries), summary(entries))
+    return _assemble(paths, caption, entries, in_memory)
 
 
-def _assemble(root: Path, entries: list[dict[str, Any]], in_memory: dict[int, ShardTable] | None) -> ShardIndex:
-    digest = content_digest((entry["name"], entry["keys_sha256"]) for entry in entries)
-    sizes = np.array([entry["samples"] for entry in entries], np.int64)
-    return ShardIndex(root, [entry["name"] for entry in entries], sizes, digest, entries, in_memory)
+def _assemble(
+    paths: ShardPaths, caption: CaptionSource, entries: list[dict[str, Any]], in_memory: dict[int, ShardTable]
+) -> ShardIndex:
+    names, sizes = [entry["name"] for entry in entries], np.array([entry["samples"] for entry in entries], np.int64)
+    return ShardIndex(paths, caption, names, sizes, entries_digest(entries), entries, in_memory)
 
 
-def _index_tar(path: Path, *, allow_bad: bool) -> tuple[dict[str, Any], ShardTable]:
+def _index_tar(
+    path: Path, caption: CaptionSource, *, keep_blank: bool, allow_bad: bool
+) -> tuple[dict[str, Any], ShardTable]:
     try:
         size = path.stat().st_size  # taken before reading: a tar that is still growing will not match the index
-        scan = scan_tar(path)
+        scan = scan_tar(path, caption, keep_blank=keep_blank)
         if scan.damage and not scan.keys and (other := other_format(path)):
             scan.damage = f"it is {other[0]}"
             if not allow_bad:
@@ -306,6 +369,8 @@ def _index_tar(path: Path, *, allow_bad: bool) -> tuple[dict[str, Any], ShardTab
         "bytes": size,
         "samples": len(scan.keys),
         "without_text": int((table.text[:, 1] < 0).sum()),
+        "blank": scan.blank,
+        "blank_kept": keep_blank,
         "sha256": digest,
         "keys_sha256": keys_sha256(scan.keys),
         "dropped": {reason: len(names) for reason, names in scan.dropped.items()},
@@ -314,48 +379,9 @@ def _index_tar(path: Path, *, allow_bad: bool) -> tuple[dict[str, Any], ShardTab
     }
     for reason, names in scan.dropped.items():
         listed = ", ".join(names[:_LISTED]) + (" ..." if len(names) > _LISTED else "")
-        rule = f"; {LOST[reason]}" if reason in LOST and loses_many([entry]) else ""
+        rule = f"; {remedy(reason, caption)}" if reason in LOST and lost_share([entry]) > MAX_LOST else ""
         log.warning("%s: skipped %d (%s): %s%s", path.name, len(names), reason, listed, rule)
     return entry, table
-
-
-# ---- on disk ---------------------------------------------------------------------------------------------
-
-
-def _load_entries(root: Path, tars: list[Path]) -> list[dict[str, Any]] | None:
-    """The stored entries when they match the files on disk; None when the index has to be (partly) rebuilt."""
-    entries = stored_entries(root)
-    if entries is None:
-        return None
-    if [(entry["name"], entry["bytes"]) for entry in entries] != [
-        (p.name.removesuffix(".tar"), p.stat().st_size) for p in tars
-    ]:
-        log.warning(
-            "the index of %s does not match its tars (added, removed or changed): rebuilding it where needed", root
-        )
-        return None
-    return entries
-
-
-def _reusable_entry(folder: Path, path: Path, *, verify: bool, allow_bad: bool) -> dict[str, Any] | None:
-    """The entry that an earlier, perhaps interrupted, run stored for this tar, when it still matches."""
-    name = path.name.removesuffix(".tar")
-    stored = read_json(folder / f"{name}.keys.json")
-    if not isinstance(stored, dict) or stored.get("version") != VERSION:
-        return None
-    entry: dict[str, Any] = stored.get("entry", {})
-    if not is_entry(entry) or entry["name"] != name:
-        return None
-    if entry["bytes"] != path.stat().st_size or (entry["damage"] and not allow_bad):
-        return None
-    if verify and entry["sha256"] != file_sha256(path):
-        log.warning("%s has the right size but another sha256: indexing it again", path)
-        return None
-    try:
-        load_table(folder, entry)
-    except UserError:
-        return None
-    return entry
 
 
 def read_sample_json(reader: ShardReader, shard: int, row: int) -> dict[str, Any]:

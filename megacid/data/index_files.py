@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,19 @@ from typing import Any
 import numpy as np
 
 from megacid.errors import UserError
-from megacid.storage.atomic import atomic_path, read_json, write_json_atomic
+from megacid.storage.atomic import atomic_path, disk_errors, file_sha256, read_json, write_json_atomic
 from megacid.storage.npy import load_npy, write_npy
 
-VERSION = 1
+log = logging.getLogger(__name__)
+
+VERSION = 2  # 1: before captions were read
 _ENTRY: dict[str, type | tuple[type, ...]] = {
     "name": str,
     "bytes": int,
     "samples": int,
     "without_text": int,
+    "blank": int,
+    "blank_kept": bool,
     "sha256": str,
     "keys_sha256": str,
     "dropped": dict,
@@ -66,6 +71,11 @@ def content_digest(shards: Iterable[tuple[str, str]]) -> str:
     return digest.hexdigest()
 
 
+def entries_digest(entries: list[dict[str, Any]]) -> str:
+    """`content_digest` of the entries of some tars."""
+    return content_digest((entry["name"], entry["keys_sha256"]) for entry in entries)
+
+
 def is_entry(entry: Any) -> bool:
     """Whether a stored entry of a tar has all fields, of the right types."""
     return (
@@ -76,13 +86,52 @@ def is_entry(entry: Any) -> bool:
     )
 
 
-def stored_entries(root: Path) -> list[dict[str, Any]] | None:
+def stored_entries(folder: Path) -> list[dict[str, Any]] | None:
     """The entries of index.json; None when it is missing, damaged or of another version."""
-    stored = read_json(root / "index" / "index.json")
+    stored = read_json(folder / "index.json")
     if not isinstance(stored, dict) or stored.get("version") != VERSION:
         return None
     entries = stored.get("shards")
     return entries if isinstance(entries, list) and all(map(is_entry, entries)) else None
+
+
+def matches(entry: dict[str, Any], path: Path, keep_blank: bool | None) -> bool:
+    """Whether an entry is of a tar with this name and size, and of the same decision on blank captions.
+
+    keep_blank: None: whichever decision was stored.
+    """
+    decided = keep_blank is None or not entry["blank"] or entry["blank_kept"] == keep_blank
+    return decided and entry["name"] == path.name.removesuffix(".tar") and entry["bytes"] == path.stat().st_size
+
+
+def reusable_entry(
+    folder: Path, path: Path, *, verify: bool, allow_bad: bool, keep_blank: bool
+) -> dict[str, Any] | None:
+    """The entry that an earlier, perhaps interrupted, run stored for this tar, when it still matches."""
+    stored = read_json(folder / f"{path.name.removesuffix('.tar')}.keys.json")
+    if not isinstance(stored, dict) or stored.get("version") != VERSION:
+        return None
+    entry: dict[str, Any] = stored.get("entry", {})
+    if not is_entry(entry) or not matches(entry, path, keep_blank) or (entry["damage"] and not allow_bad):
+        return None
+    if verify and entry["sha256"] != file_sha256(path):
+        log.warning("%s has the right size but another sha256: indexing it again", path)
+        return None
+    try:
+        load_table(folder, entry)
+    except UserError:
+        return None
+    return entry
+
+
+def save_entries(folder: Path, entries: list[dict[str, Any]], *, whole: bool) -> None:
+    """Write index.json, which completes an index. whole: they are all of the directory; otherwise stored ones stay."""
+    by_name = {entry["name"]: entry for entry in ([] if whole else stored_entries(folder) or []) + entries}
+    shards = [by_name[name] for name in sorted(by_name, key=lambda name: f"{name}.tar")]
+    with disk_errors(folder):
+        write_json_atomic(
+            folder / "index.json", {"version": VERSION, "digest": entries_digest(shards), "shards": shards}
+        )
 
 
 def save_table(folder: Path, entry: dict[str, Any], table: ShardTable) -> None:

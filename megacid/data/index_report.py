@@ -7,10 +7,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from megacid.data.tar_samples import LOST, extensions
+from megacid.data.captions import CaptionSource
+from megacid.data.shard_paths import ShardPaths
+from megacid.data.tar_samples import LOST, extensions, remedy
 from megacid.errors import UserError
 
-MAX_LOST = 0.05  # share of the samples that may be lost without allow_bad
+MAX_LOST = 0.05  # share of the samples that may be lost, unless the user sets another
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|zstd|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _UNFINISHED = re.compile(r"\.tar(\.(part|partial|tmp|temp|download|crdownload|aria2|incomplete|\d+))?$", re.IGNORECASE)
 
@@ -27,51 +29,65 @@ def _dropped(entries: list[dict[str, Any]], *, lost: bool) -> Counter[str]:
     return counts
 
 
-def _listed(counts: Counter[str]) -> str:
-    return ", ".join(f"{count:,} x {reason}" for reason, count in counts.most_common())
+def listed(counts: Counter[str]) -> str:
+    """The most frequent reasons with their counts."""
+    return ", ".join(f"{count:,} x {reason}" for reason, count in counts.most_common(10))
 
 
 def summary(entries: list[dict[str, Any]]) -> str:
     """One line: how many samples are used, how many are not, and why."""
     lost, members = lost_samples(entries), _dropped(entries, lost=False)
-    text = f"{sum(entry['samples'] for entry in entries):,} samples used, {lost.total():,} not used"
-    text += f" ({_listed(lost)})" if lost else ""
-    return text + (f", skipped members: {_listed(members)}" if members else "")
+    used, without_text = (sum(entry[name] for entry in entries) for name in ("samples", "without_text"))
+    text = f"{used:,} samples used, {lost.total():,} not used"
+    text += f" ({listed(lost)})" if lost else ""
+    text += f", {without_text:,} of them with a class but no caption" if without_text else ""
+    return text + (f", skipped members: {listed(members)}" if members else "")
 
 
-def loses_many(entries: list[dict[str, Any]]) -> bool:
-    """Whether more than 5 % of the samples are lost."""
+def lost_share(entries: list[dict[str, Any]]) -> float:
+    """The share of the samples that are lost."""
     lost = lost_samples(entries).total()
-    return lost > MAX_LOST * (lost + sum(entry["samples"] for entry in entries))
+    return lost / max(1, lost + sum(entry["samples"] for entry in entries))
 
 
-def check_losses(root: Path, entries: list[dict[str, Any]], *, allow_bad: bool, writable: bool = True) -> None:
-    """Raise UserError when no sample can be used, or more than 5 % are lost and `allow_bad` is not given."""
+def check_losses(
+    paths: ShardPaths,
+    entries: list[dict[str, Any]],
+    caption: CaptionSource,
+    *,
+    max_lost: float = 1.0,
+    writable: bool = True,
+) -> None:
+    """Raise UserError when no sample can be used, or a larger share than `max_lost` is lost."""
     lost, used = lost_samples(entries), sum(entry["samples"] for entry in entries)
-    if used and (allow_bad or not loses_many(entries)):
+    if used and lost_share(entries) <= max_lost:
         return
     total = lost.total()
     if used:
-        problem = f"{root}: {total:,} of {used + total:,} samples cannot be used, expected at most {MAX_LOST:.0%}"
+        problem = f"{paths}: {total:,} of {used + total:,} samples cannot be used, expected at most {percent(max_lost)}"
     else:
-        problem = f"{root} has {len(entries)} tars but no complete sample"
+        problem = f"{paths} has {len(entries)} tars but no complete sample"
     if not lost:
-        skipped = _listed(_dropped(entries, lost=False))
-        endings = ", ".join(extensions(root / f"{entries[0]['name']}.tar"))
+        skipped = listed(_dropped(entries, lost=False))
+        endings = ", ".join(extensions(paths.tars[0]))
         raise UserError(
-            f"{problem} (members of {entries[0]['name']}.tar end in: {endings or 'there are none'}; skipped: "
-            f"{skipped or 'nothing'}): each sample needs an image and a .txt (or .cls) of the same name"
+            f"{problem} (members of {paths.tars[0].name} end in: {endings or 'there are none'}; skipped: "
+            f"{skipped or 'nothing'}): each sample needs an image and a .{caption.ending} (or .cls) of the same name"
         )
     reason, count = lost.most_common(1)[0]
-    worst = max(entries, key=lambda entry: entry["dropped"].get(reason, 0))
-    names, tar = worst["dropped_names"].get(reason), f"{worst['name']}.tar"
+    worst, tar = max(zip(entries, paths.tars), key=lambda pair: pair[0]["dropped"].get(reason, 0))
+    names = worst["dropped_names"].get(reason)
     example = names[0] if isinstance(names, list) and names else "one"
     accept = f", or run tools/index_shards.py --allow-bad to use the other {used:,}"
     raise UserError(
-        f"{problem}, mostly because of: {reason} ({count:,} times, such as {example} in {tar}, whose members end in "
-        f"{', '.join(extensions(root / tar))}); {LOST[reason]}{accept if used else ''}"
+        f"{problem}, mostly because of: {reason} ({count:,} times, such as {example} in {tar.name}, whose members end "
+        f"in {', '.join(extensions(tar))}); {remedy(reason, caption)}{accept if used else ''}"
         f"{' in a writable folder of links to the tars' if used and not writable else ''}"
     )
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.4g}%"
 
 
 def unused_files(root: Path) -> str:

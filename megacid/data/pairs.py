@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megacid.data.batch import Batch
-from megacid.data.decode import MAX_PIXELS, BadSample, decode_caption, decode_image
+from megacid.data.decode import MAX_PIXELS, BadSample, decode_image
 from megacid.data.index import ShardIndex, ShardReader
 from megacid.data.lru import LRUCache
 from megacid.data.order import SampleOrder, derive_key
@@ -156,7 +156,7 @@ class Pairs(Dataset[Any]):
             raise BadSample(name, key, "no teacher embedding")
         data = self.reader.read(shard, row, "image")
         image = decode_image(data, max_pixels=self.options.max_image_pixels, shard=name, key=key)
-        caption = decode_caption(self.reader.read(shard, row, "text"), shard=name, key=key)
+        caption = self.reader.caption(shard, row)
         seed = derive_key(self.options.seed, epoch, int(self.starts[shard]) + row) >> 1
         return self._transform(image, seed), caption
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megacid.data.captions import recorded_caption
 from megacid.data.decode import BadSample
 from megacid.data.index import ShardIndex
 from megacid.data.lru import LRUCache
@@ -30,6 +31,11 @@ _EMBED_AGAIN, _CLUSTER_AGAIN, _BALANCE_AGAIN = (
 def _checked_meta(directory: str | Path, index: ShardIndex, made_by: str) -> dict[str, Any]:
     """meta.json of a stage. UserError when it was made from other shards than these or those they are a copy of."""
     meta = read_meta(directory, expect=made_by)
+    if made_by == "embed" and (caption := recorded_caption(meta)) != index.caption.spec:
+        raise UserError(
+            f"{directory} was made from the captions in {caption!r}, this run reads them from {index.caption.spec!r}: "
+            f'set data.caption to "{caption}", or run tools/embed.py with --caption {index.caption.spec}'
+        )
     # Copied samples keep their tar names and keys, so embeddings and labels can be joined; masks of rows cannot.
     accepted = [index.digest] if made_by == "balance" else [index.digest, _copied_from(index)]
     if meta.get("shards_digest") not in accepted:

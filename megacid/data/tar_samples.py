@@ -9,20 +9,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
-from megacid.data.decode import FORMATS, OTHER_EXTENSIONS
+from megacid.data.captions import BAD_JSON, BLANK, NO_FIELD, NOT_A_TEXT, CaptionError, CaptionSource, is_blank
+from megacid.data.decode import FORMATS, OTHER_EXTENSIONS, decode_text
 from megacid.data.tar_headers import Member, TarDamage, is_safe, members
+from megacid.errors import UserError
 
 IMAGE_EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 Kind = Literal["image", "text", "json", "cls"]
 COLUMN: dict[Kind, int] = {"image": 0, "text": 2, "json": 4, "cls": 6}
-_KIND_OF_EXTENSION: dict[str, Kind] = {
-    **dict.fromkeys(IMAGE_EXTENSIONS, "image"),
-    "txt": "text",
-    "json": "json",
-    "cls": "cls",
-}
+_KIND_OF_EXTENSION: dict[str, Kind] = {**dict.fromkeys(IMAGE_EXTENSIONS, "image"), "json": "json", "cls": "cls"}
+TXT = CaptionSource()
 # The reasons for which a sample is lost, with the rule that it breaks and the remedy.
 LOST = {
     "key with a dot": "a key ends at the first dot of the file name, as in webdataset, so a1.b.jpg is member b.jpg of "
@@ -37,7 +35,13 @@ LOST = {
         for extension in OTHER_EXTENSIONS
     },
     "sample without a text": "a sample needs a caption in a .txt member of the same name and folder, or a class in a "
-    ".cls member for tools/eval.py: add it",
+    ".cls member for tools/eval.py: add it, or name where the captions are with --caption (data.caption in a run "
+    "file), such as json:caption",
+    BLANK: "empty captions, and those that are a missing value in print, such as nan, None or null, are left out: "
+    "correct them, or keep them with tools/index_shards.py --keep-blank-captions",
+    NOT_A_TEXT: "the field must hold one text: name another field, or the element of a list, such as json:captions.0",
+    NO_FIELD: "every .json needs the field that --caption (data.caption in a run file) names: correct its name",
+    BAD_JSON: "the .json with the caption is damaged, or larger than 1 MiB: write it again",
     "duplicate key": "keys must be unique in a tar: rename the members",
     "sample at the cut": "the tar ends inside of the sample: fetch it again",
 }
@@ -57,20 +61,30 @@ _OTHER_FORMATS = (
 )
 
 
+def remedy(reason: str, caption: CaptionSource) -> str:
+    """The rule that a lost sample breaks, and what to do."""
+    return LOST[reason].replace(".txt", f".{caption.ending}")
+
+
 @dataclass
 class TarScan:
     """The samples of one tar, and what was skipped.
 
     Attributes:
+        keep_blank: whether blank captions are used.
         keys: the key of every sample, in tar order.
         members: for every sample the 8 columns of `ShardTable.members`.
         dropped: names of the skipped members and samples by reason.
+        blank: number of blank captions.
         damage: the reason why the tar could not be read to its end; None for an intact tar.
     """
 
+    caption: CaptionSource = TXT
+    keep_blank: bool = False
     keys: list[str] = field(default_factory=list)
     members: list[list[int]] = field(default_factory=list)
     dropped: dict[str, list[str]] = field(default_factory=dict)
+    blank: int = 0
     damage: str | None = None
     _seen: set[str] = field(default_factory=set)
     _kinds: set[Kind] = field(default_factory=set)  # of the samples so far
@@ -82,10 +96,16 @@ class TarScan:
         # Escaped: a name that is not UTF-8 could not be logged or stored.
         self.dropped.setdefault(reason, []).append(name if is_safe(name) else repr(name)[1:-1])
 
-    def add(self, group: MemberGroup) -> None:
-        """Use a group as a sample, or drop it with a reason."""
+    def add(self, group: MemberGroup, file: BinaryIO) -> None:
+        """Use a group as a sample, or drop it with a reason. file: the tar, to read the caption from."""
         for key in (dotted := group.dotted_keys()):
             self.drop("key with a dot", key)
+        if group.key not in self._seen and (problem := self._caption_problem(group, file)):
+            del group.members["text"]
+            if "cls" not in group.members:  # a class makes it a sample nevertheless
+                self._seen.add(group.key)
+                self.drop(problem, group.key)
+                return
         complete = "image" in group.members and bool({"text", "cls"} & group.members.keys())
         if group.at_damage and not (complete and self._kinds and self._kinds <= group.members.keys()):
             # More members may have followed: keep it only when it has the kinds of the other samples.
@@ -104,6 +124,21 @@ class TarScan:
             self._kinds |= group.members.keys()
             self.keys.append(group.key)
             self.members.append([v for kind in COLUMN for v in group.members.get(kind, (-1, -1))])
+
+    def _caption_problem(self, group: MemberGroup, file: BinaryIO) -> str | None:
+        """The reason why the caption of an image cannot be used; None for a good one, and where there is none."""
+        if not {"image", "text"} <= group.members.keys():
+            return None
+        offset, size = group.members["text"]
+        if size > self.caption.max_bytes:
+            return BAD_JSON if self.caption.field else None  # the reader refuses a text of that size
+        try:
+            text = self.caption.extract(os.pread(file.fileno(), size, offset))
+        except CaptionError as error:
+            return str(error)
+        blank = is_blank(decode_text(text, "replace"))
+        self.blank += blank
+        return BLANK if blank and not self.keep_blank else None
 
     def finish(self) -> None:
         """Give every incomplete group its reason, once all groups are known."""
@@ -150,6 +185,7 @@ def member_groups(path: Path, scan: TarScan) -> Iterator[MemberGroup]:
         TarDamage: the tar is damaged; raised after the group that was cut.
     """
     group: MemberGroup | None = None
+    kinds = _kinds(scan.caption)
     with open(path, "rb") as file:
         try:
             stop = 0
@@ -158,7 +194,7 @@ def member_groups(path: Path, scan: TarScan) -> Iterator[MemberGroup]:
                 if (split := _accept(member, scan)) is None:
                     continue
                 ending = split[1].lower()
-                kind = _KIND_OF_EXTENSION.get(ending)
+                kind = kinds.get(ending)
                 name, dot, extension = split[1].rpartition(".")
                 if group is not None and group.key == split[0] and kind == "image" and group.image not in ("", ending):
                     # Of several images the one whose extension comes first in the list is used.
@@ -175,9 +211,11 @@ def member_groups(path: Path, scan: TarScan) -> Iterator[MemberGroup]:
                     group.members[kind] = (member.offset, member.size)
                     if kind == "image":
                         group.image = ending
+                    elif kind == "json" and scan.caption.field:
+                        group.members["text"] = group.members["json"]
                 elif ending in OTHER_EXTENSIONS:
                     group.not_decoded = ending
-                elif dot and (dotted := _KIND_OF_EXTENSION.get(extension.lower(), "json")) != "json":
+                elif dot and (dotted := kinds.get(extension.lower(), "json")) != "json":
                     group.dotted.setdefault(name, set()).add(dotted)
         except (TarDamage, OSError):
             if group is not None:
@@ -188,16 +226,29 @@ def member_groups(path: Path, scan: TarScan) -> Iterator[MemberGroup]:
         yield group
 
 
-def scan_tar(path: Path) -> TarScan:
-    """Read the headers of a tar and group its members into samples. Raises OSError when it cannot be opened."""
-    scan = TarScan()
-    with open(path, "rb"):
-        pass
-    try:
-        for group in member_groups(path, scan):
-            scan.add(group)
-    except (TarDamage, OSError) as error:
-        scan.damage = str(error)
+def _kinds(caption: CaptionSource) -> dict[str, Kind]:
+    """The kind of a member by its ending."""
+    if _KIND_OF_EXTENSION.get(caption.ending, "json") != "json":
+        raise UserError(
+            f"caption is {caption.spec!r}, which is the ending of images, expected one of members with text: correct it"
+        )
+    return {caption.ending: "text", **_KIND_OF_EXTENSION}
+
+
+def scan_tar(path: Path, caption: CaptionSource = TXT, *, keep_blank: bool = False) -> TarScan:
+    """Read the headers and captions of a tar and group its members into samples.
+
+    Raises:
+        OSError: it cannot be opened.
+        UserError: the caption source names images.
+    """
+    scan = TarScan(caption, keep_blank)
+    with open(path, "rb") as file:
+        try:
+            for group in member_groups(path, scan):
+                scan.add(group, file)
+        except (TarDamage, OSError) as error:
+            scan.damage = str(error)
     scan.finish()
     return scan
 

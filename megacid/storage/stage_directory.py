@@ -127,10 +127,12 @@ class StageDirectory:
             if self.path.is_dir() and any(not entry.name.startswith((".tmp-", LOCK)) for entry in self.path.iterdir()):
                 raise UserError(f"{self.path} is not empty and was not made by {self.command}: {remedy}")
             return None
-        for name, value in {"made_by": self.made_by, **json.loads(json.dumps(self.arguments))}.items():
-            if stored.get(name) != value:
+        expected = {"made_by": self.made_by, **json.loads(json.dumps(self.arguments))}
+        for name in dict.fromkeys([*expected, *stored]):
+            if name not in self.notes and stored.get(name) != expected.get(name):
                 raise UserError(
-                    f"{self.path} was made with {name} {stored.get(name)!r}, this run has {value!r}: {remedy}"
+                    f"{self.path} was made with {name} {stored.get(name)!r}, this run has {expected.get(name)!r}: "
+                    f"{remedy}"
                 )
         return stored
 

@@ -128,9 +128,9 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
     config, loss = run.megacid.data, run.megacid.loss
     with fail_together(parallel.group):
         if parallel.is_first:
-            load_index(shards)  # makes a missing index, once
+            load_index(shards, caption=config.caption)  # makes a missing index, once
     with fail_together(parallel.group):
-        index = load_index(shards)
+        index = load_index(shards, caption=config.caption)
     agree(index.digest, f"the content of {shards}", parallel.group)
     needs_teacher = loss.instance or loss.mse or (loss.cluster and (loss.beta or loss.gamma))
     teacher, labels, keep = None, None, None

@@ -46,7 +46,7 @@ def test_grouping_agrees_with_webdataset(tmp_path: Path) -> None:
 def test_second_load_uses_the_stored_index_and_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_tar(tmp_path / "00000.tar", ["a", "b"])
     first = load_index(tmp_path)
-    monkeypatch.setattr("megacid.data.index.scan_tar", lambda path: pytest.fail("scanned again"))
+    monkeypatch.setattr("megacid.data.index.scan_tar", lambda *_, **__: pytest.fail("scanned again"))
     second = load_index(tmp_path)
     assert second.digest == first.digest and second.table(0).keys == ["a", "b"]
     assert np.array_equal(second.table(0).members, first.table(0).members)
@@ -61,7 +61,9 @@ def test_only_the_changed_tar_is_scanned_again(tmp_path: Path, monkeypatch: pyte
     make_tar(tmp_path / "00001.tar", ["b", *(f"c{i}" for i in range(20))])
     scanned = []
     real = module.scan_tar
-    monkeypatch.setattr(module, "scan_tar", lambda path: scanned.append(path.name) or real(path))
+    monkeypatch.setattr(
+        module, "scan_tar", lambda path, *args, **kwargs: scanned.append(path.name) or real(path, *args, **kwargs)
+    )
     new = load_index(tmp_path)
     assert scanned == ["00001.tar"] and new.sizes.tolist() == [1, 21] and new.digest != old.digest
     make_tar(tmp_path / "00002.tar", ["z"])

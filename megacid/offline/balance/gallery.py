@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from megacid.data.decode import BadSample, decode_image, decode_text
+from megacid.data.decode import BadSample, decode_image
 from megacid.data.index import ShardReader
 from megacid.distributed.stopping import Progress, no_progress
 from megacid.errors import printable
@@ -51,7 +51,7 @@ def image_reader(locations: SampleLocations, progress: Progress = no_progress) -
             image, caption = _placeholder(), ""
             try:
                 image = decode_image(reader.read(shard, row, "image"), shard=name, key=key)
-                caption = decode_text(reader.read(shard, row, "text"), "replace")
+                caption = reader.caption(shard, row)
             except BadSample as error:
                 bad[number] = error
             return image, key, caption

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megacid.data.captions import recorded_caption
 from megacid.data.index import ShardIndex, ShardReader, load_index, read_sample_json
 from megacid.distributed.stopping import Progress, no_progress
 from megacid.errors import UserError
@@ -35,9 +36,9 @@ class BalanceInputs:
 
     @property
     def source(self) -> dict[str, str]:
-        """The absolute paths of the inputs."""
-        folders = {"embeddings": self.rows.directory, "clusters": self.clusters, "shards": self.index.root}
-        return {name: str(folder.resolve()) for name, folder in folders.items()}
+        """The inputs, with absolute paths."""
+        folders = {"embeddings": self.rows.directory, "clusters": self.clusters}
+        return {name: str(folder.resolve()) for name, folder in folders.items()} | {"shards": self.index.paths.source}
 
     def labels_digest(self) -> str:
         """sha256 of the labels and scores of all samples."""
@@ -52,7 +53,7 @@ class BalanceInputs:
         remedy = f"run tools/embed.py again for {self.rows.directory}"
         for partition, stem in enumerate(self.rows.stems):
             where = slice(int(self.rows.starts[partition]), int(self.rows.starts[partition + 1]))
-            keys, tar = self.index.table(number[stem]).keys, self.index.root / f"{stem}.tar"
+            keys, tar = self.index.table(number[stem]).keys, self.index.tar_path(number[stem])
             shard[where] = number[stem]
             row[where] = join_by_key(self.rows.keys(partition), keys, tar, remedy, require_all=True)
         return SampleLocations(self.index, shard, row)
@@ -84,12 +85,12 @@ class SampleLocations:
                 yield self.index.table(shard).keys[row], read_sample_json(reader, shard, row)
 
 
-def read_inputs(embeddings: Path, clusters: Path, shards: Path | None = None) -> BalanceInputs:
+def read_inputs(embeddings: Path, clusters: Path, shards: str | Path | None = None) -> BalanceInputs:
     """Reads and checks the inputs.
 
     Args:
         embeddings, clusters: folders written by tools/embed.py and tools/cluster.py.
-        shards: folder of tars; None: the one recorded by tools/embed.py.
+        shards: the tars; None: the one recorded by tools/embed.py.
 
     Raises:
         UserError: an input is damaged, or they do not belong together.
@@ -97,7 +98,7 @@ def read_inputs(embeddings: Path, clusters: Path, shards: Path | None = None) ->
     rows = EmbeddingRows(embeddings)
     label, score, k = read_labels(clusters, rows)
     folder = shards or rows.meta["source"]["shards"]
-    index = load_index(folder)
+    index = load_index(folder, caption=recorded_caption(rows.meta))
     if index.digest != rows.meta["shards_digest"]:
         raise UserError(
             f"{embeddings} was made from other shards than {folder}: give the shards it was made from with --shards, "

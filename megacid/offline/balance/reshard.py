@@ -61,7 +61,7 @@ def reshard(
     arguments = {"shards_digest": index.digest, "keep": _masks_digest(keep, len(index.names))}
     stage = StageDirectory(out, "reshard", arguments, command="tools/balance.py --reshard")
     with stop_together(parallel.group):
-        if out.resolve() == index.root.resolve():
+        if out.resolve() in [folder.resolve() for folder in index.paths.folders]:
             raise UserError(f"--reshard is {out}, the directory of the shards: give it another, empty directory")
         done = parallel.is_first and _complete(stage)
         if parallel.is_first:
@@ -101,7 +101,7 @@ def copy_rows(index: ShardIndex, shard: int, rows: np.ndarray, target: Path, pro
     copied = 0
     # A group of members that the index skipped (no image, a repeated key) has no row.
     with contextlib.suppress(TarDamage), _reading(source):
-        for group in member_groups(source, TarScan()):
+        for group in member_groups(source, TarScan(index.caption)):
             row = row_at.get(group.members.get("image", (-1, -1))[0])
             if row is None or table.keys[row] != group.key:
                 continue
@@ -175,7 +175,7 @@ def _finish(stage: StageDirectory, balance: Path, index: ShardIndex, keep: KeepT
     with disk_errors(out):
         write_json_atomic(out / "sizes.json", {f"{index.names[s]}.tar": int(keep.counts[s]) for s in written})
     stage.commit(
-        {"shards": str(index.root.resolve()), "balance": str(balance.resolve())},
+        {"shards": index.paths.source, "balance": str(balance.resolve())},
         shards_digest=index.digest,
         digest=content_digest(zip(names, hashes)),
         kept=int(keep.counts.sum()),

@@ -39,7 +39,7 @@ def balance(
     settings: BalanceSettings,
     parallel: Parallel,
     *,
-    shards: Path | None = None,
+    shards: str | Path | None = None,
     gallery_groups: int = 40,
     start_progress: StartProgress = lambda total: no_progress,
 ) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def balance(
     Args:
         embeddings, clusters: folders written by tools/embed.py and tools/cluster.py.
         out: the folder to write.
-        shards: folder of tars; None: the one recorded by tools/embed.py.
+        shards: the tars; None: the one recorded by tools/embed.py.
         gallery_groups: groups shown in gallery.html.
         start_progress: when the function it returns raises Stopped, all ranks stop.
 

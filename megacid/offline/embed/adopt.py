@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from megacid.data.index import ShardIndex, ShardReader, read_sample_json
-from megacid.data.index_report import MAX_LOST
+from megacid.data.index_report import MAX_LOST, percent
 from megacid.distributed.collectives import all_reduce_sum, barrier
 from megacid.distributed.consensus import gather_json
 from megacid.distributed.parallel import Parallel
@@ -29,7 +29,7 @@ from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.offline.embed.foreign import ForeignFolder, Modality
 from megacid.offline.embed.partitions import Failure, Partition, partition_files
-from megacid.offline.embed.stage import failed_keys, finish, verify
+from megacid.offline.embed.stage import failures_of, finish, verify
 from megacid.offline.rows import find_invalid_row
 from megacid.storage.metadata import read_meta
 from megacid.storage.stage_directory import StageDirectory
@@ -47,6 +47,7 @@ def settings_of(folder: ForeignFolder, index: ShardIndex, model: str, pretrained
         "weights": f"adopted:{folder.digest()}",
         "dim": folder.dim,
         "shards_digest": index.digest,
+        **index.caption.setting,
     }
 
 
@@ -57,17 +58,19 @@ def adopt(
     parallel: Parallel,
     *,
     settings: dict[str, Any],
+    max_lost: float = MAX_LOST,
     start_progress: StartProgress = lambda total: no_progress,
 ) -> dict[str, Any]:
     """Writes a teacher folder from `folder`; returns its meta.json. A collective.
 
     Args:
         settings: Of `settings_of`; compared with those of a started folder.
+        max_lost: Share of the samples that may lack an embedding.
         start_progress: Called with the samples of all tars; returns the `Progress` that counts them.
 
     Raises:
-        UserError: A key is there twice, more than 5 % of the samples have no embedding, or an embedding is zero or
-            not finite. Nothing is written for wrong keys.
+        UserError: A key is there twice, more than that share of the samples has no embedding, or an embedding is zero
+            or not finite. Nothing is written for wrong keys.
     """
     group = parallel.group
     progress = start_progress(index.num_samples)
@@ -80,7 +83,7 @@ def adopt(
             used += torch.from_numpy(np.bincount(rows[rows >= 0], minlength=len(used)).astype(np.int32))
     all_reduce_sum(used, group)
     with stop_together(group):
-        surplus = _check_matches(index, folder, used)
+        surplus = _check_matches(index, folder, used, max_lost)
     stage = StageDirectory(out, "embed", settings)
     with stop_together(group):
         if parallel.is_first:
@@ -88,7 +91,7 @@ def adopt(
     scaled = 0
     with stop_together(group):
         for shard, rows in rows_of.items():
-            if failed_keys(index, out, shard, folder.dim) is None:
+            if failures_of(index, out, shard, folder.dim) is None:
                 scaled += _write(index, folder, out, shard, rows)
                 failpoint("adopt:partition", step=shard)
             progress(len(rows))
@@ -101,7 +104,7 @@ def adopt(
             if scaled:
                 log.info("%d embeddings of %s were not of length 1 and are normalised", scaled, folder.path)
             adopted = {"rows": folder.num_rows, "surplus": surplus, "key": folder.key}
-            finish(stage, index, all_stats, {"adopted": str(folder.path.resolve())}, adopted=adopted)
+            finish(stage, index, all_stats, max_lost, {"adopted": str(folder.path.resolve())}, adopted=adopted)
     barrier(group)
     return read_meta(out, expect="embed")
 
@@ -158,7 +161,7 @@ def _digests(keys: Iterable[str | None]) -> np.ndarray:
     return np.array(digests, "S16")
 
 
-def _check_matches(index: ShardIndex, folder: ForeignFolder, used: torch.Tensor) -> int:
+def _check_matches(index: ShardIndex, folder: ForeignFolder, used: torch.Tensor, max_lost: float) -> int:
     """Number of rows of the folder that belong to no sample. used: int32 [n], how often each row was matched.
 
     Raises:
@@ -180,11 +183,11 @@ def _check_matches(index: ShardIndex, folder: ForeignFolder, used: torch.Tensor)
             "one .npz per tar may tars repeat keys"
         )
     missing = total - matched
-    if missing > MAX_LOST * total:
+    if missing > max_lost * total:
         raise UserError(
             f"{missing:,} of {total:,} samples of {index.root} have no embedding in {folder.path} (of whose "
-            f"{folder.num_rows:,} rows {folder.num_rows - matched:,} are in no tar), expected at most {MAX_LOST:.0%}: "
-            "embed the others, or give the shards that were embedded"
+            f"{folder.num_rows:,} rows {folder.num_rows - matched:,} are in no tar), expected at most "
+            f"{percent(max_lost)}: embed the others, give the shards that were embedded, or raise --max-lost"
         )
     return folder.num_rows - matched
 

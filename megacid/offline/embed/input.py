@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megacid.data.decode import BadSample, decode_caption, decode_image, decode_text
+from megacid.data.decode import BadSample, decode_image
 from megacid.data.index import ShardIndex, ShardReader, read_sample_json
 from megacid.offline.embed.partitions import Failure, SampleInfo
 
@@ -56,8 +56,6 @@ class Pairs(Dataset[Batch]):
                 image, info = self._read(shard, row, keys[row])
             except BadSample as error:
                 batch.failures.append(Failure(keys[row], error.reason))
-            except UnicodeDecodeError as error:
-                batch.failures.append(Failure(keys[row], f"caption is not UTF-8: {error.reason}"))
             else:
                 images.append(image)
                 batch.samples.append(info)
@@ -68,9 +66,7 @@ class Pairs(Dataset[Batch]):
         return batch._replace(image=torch.stack(images), text=self.tokenizer(captions))
 
     def _read(self, shard: int, row: int, key: str) -> tuple[Tensor, SampleInfo]:
-        data = self.reader.read(shard, row, "text")
-        decode_text(data)  # fails on invalid bytes: replaced ones would end up in the metadata as text
-        caption = decode_caption(data)
+        caption = self.reader.caption(shard, row, strict=True)  # replaced bytes would end up in the metadata as text
         image = self.transform(decode_image(self.reader.read(shard, row, "image")))
         fields = read_sample_json(self.reader, shard, row)
         return image, SampleInfo(key, caption, _encodable(fields.get("uid")), _encodable(fields.get("url")))

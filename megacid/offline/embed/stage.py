@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -23,6 +25,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
 from megacid.data.index import ShardIndex
+from megacid.data.index_report import MAX_LOST, listed, percent
 from megacid.data.workers import worker_start
 from megacid.distributed.collectives import barrier
 from megacid.distributed.consensus import gather_json
@@ -33,7 +36,7 @@ from megacid.failpoints import failpoint
 from megacid.models.clip import LoadedClip
 from megacid.models.hub import model_directory
 from megacid.offline.embed.input import Batch, Pairs, as_is
-from megacid.offline.embed.partitions import Partition, failures_if_complete, partition_files
+from megacid.offline.embed.partitions import Failure, Partition, failures_if_complete, partition_files
 from megacid.offline.embed.work_queue import Sharding, WorkQueue, create_queue
 from megacid.storage.metadata import read_meta
 from megacid.storage.stage_directory import WORK, StageDirectory
@@ -41,6 +44,7 @@ from megacid.storage.stage_directory import WORK, StageDirectory
 log = logging.getLogger(__name__)
 _NAMED = 100  # skipped samples that meta.json lists by name; the failures tables list all
 _LOGGED = 20  # skipped samples that each rank logs individually; after that every hundredth
+_NUMBER = re.compile(r"\d+")  # reasons that differ in numbers are counted together
 _POLL_S = 1.0  # interval between checks for shards that other ranks have abandoned
 
 
@@ -189,6 +193,7 @@ def embed(
     batch_size: int,
     workers: int,
     sharding: Sharding = "dynamic",
+    max_lost: float = MAX_LOST,
     start_progress: StartProgress = lambda total: no_progress,
 ) -> dict[str, Any]:
     """Embed the missing shards and write meta.json, whose content is returned.
@@ -199,29 +204,28 @@ def embed(
         settings: The model, precision and weights; recorded, and compared with those of a started folder.
         sharding: "static" assigns shard s to rank s % world. "dynamic" starts the same way; a rank that is done then
             takes over shards that no rank has started and those of ranks that died.
+        max_lost: Share of the samples that may be skipped. Above it meta.json is not written; the partitions stay.
         start_progress: Called with the samples to embed on all ranks; returns the `Progress` that counts them.
     """
-    group, path = parallel.group, out / WORK / "queue"
+    group = parallel.group
     stage = StageDirectory(out, "embed", settings, notes={"batch_size": batch_size})
     shards, mine = len(index.names), range(parallel.rank, len(index.names), parallel.world)
     with stop_together(group):
         if parallel.is_first:
+            if stage.finished() is not None:
+                max_lost = 1.0  # it was accepted when the stage was finished
             stage.begin()
     with stop_together(group):
-        missing = [shard for shard in mine if failed_keys(index, out, shard, clip.embed_dim) is None]
+        missing = [shard for shard in mine if failures_of(index, out, shard, clip.embed_dim) is None]
     done = np.ones(shards, np.bool_)
     done[[shard for shards_of_rank in gather_json(missing, group) for shard in shards_of_rank]] = False
     total = int(index.sizes[~done].sum())
     with stop_together(group):
         if parallel.is_first:
             need = _check_space(out, total, clip.embed_dim)
-            create_queue(path, done, parallel.world)
+            create_queue(_queue_file(out), done, parallel.world)
             log.info("%d of %d shards to do, %d samples, %.3f GB to write", (~done).sum(), shards, total, need / 1e9)
-    with stop_together(group):
-        queue = WorkQueue(path, shards, parallel, sharding)
-    if queue.sharding == "dynamic" and not queue.locks_are_shared(group):
-        log.warning("%s is on a file system without locks between the ranks: using --sharding static", out)
-        queue.sharding = "static"
+    queue = _open_queue(out, shards, parallel, sharding)
     # The queue is the inner block: a failing rank releases its claims before it waits for the other ranks.
     with stop_together(group), queue:
         embedder = _ShardEmbedder(index, clip, out, batch_size, workers, start_progress(total))
@@ -235,63 +239,93 @@ def embed(
     all_stats = gather_json(stats, group)
     with stop_together(group):
         if parallel.is_first:
-            finish(stage, index, all_stats)
+            finish(stage, index, all_stats, max_lost)
             failpoint("embed:done")
     barrier(group)
     return read_meta(out, expect="embed")
 
 
-def failed_keys(index: ShardIndex, out: Path, shard: int, dim: int) -> list[str] | None:
-    """Keys of the samples that a complete partition skips; None when the partition is not complete."""
+def _queue_file(out: Path) -> Path:
+    return out / WORK / "queue"
+
+
+def _open_queue(out: Path, shards: int, parallel: Parallel, sharding: Sharding) -> WorkQueue:
+    """The queue that the first rank created. A collective."""
+    with stop_together(parallel.group):
+        queue = WorkQueue(_queue_file(out), shards, parallel, sharding)
+    if queue.sharding == "dynamic" and not queue.locks_are_shared(parallel.group):
+        log.warning("%s is on a file system without locks between the ranks: using --sharding static", out)
+        queue.sharding = "static"
+    return queue
+
+
+def failures_of(index: ShardIndex, out: Path, shard: int, dim: int) -> list[Failure] | None:
+    """The samples that a complete partition skips; None when the partition is not complete."""
     files = partition_files(out, shard, len(index.names))
-    failures = failures_if_complete(files, index.names[shard], index.table(shard).keys, dim)
-    return None if failures is None else [failure.key for failure in failures]
+    return failures_if_complete(files, index.names[shard], index.table(shard).keys, dim)
 
 
 def verify(index: ShardIndex, out: Path, shards: list[int], dim: int) -> dict[str, Any]:
-    """Read partitions back: number of skipped samples by shard, names of the first."""
+    """Read partitions back: number of skipped samples by shard and by reason, names of the first."""
     by_shard: dict[str, int] = {}
+    by_reason: Counter[str] = Counter()
     named: list[str] = []
     for shard in shards:
-        failed = failed_keys(index, out, shard, dim)
-        if failed is None:
+        failures = failures_of(index, out, shard, dim)
+        if failures is None:
             raise UserError(
                 f"{partition_files(out, shard, len(index.names)).image} or a file of its partition is not readable "
                 "after it was written: check the disk and run the same command again"
             )
         stem = index.names[shard]
-        if failed:
-            by_shard[stem] = len(failed)
-        named += [f"{stem}/{key}" for key in failed[: _NAMED - len(named)]]
-    return {"by_shard": by_shard, "named": named}
+        if failures:
+            by_shard[stem] = len(failures)
+        by_reason.update(_NUMBER.sub("N", failure.reason) for failure in failures)
+        named += [f"{stem}/{failure.key}" for failure in failures[: _NAMED - len(named)]]
+    return {"by_shard": by_shard, "by_reason": dict(by_reason.most_common(_NAMED)), "named": named}
+
+
+def _check_failures(index: ShardIndex, out: Path, by_reason: Counter[str], failed: int, max_lost: float) -> None:
+    """Raise UserError when no sample, or fewer than 1 - `max_lost` of them, could be embedded."""
+    if failed == index.num_samples:
+        raise UserError(
+            f"none of the {index.num_samples} samples of {index.root} could be embedded: check the images and "
+            f"captions, the reasons are in {out / 'failures'}"
+        )
+    if failed > max_lost * index.num_samples:
+        raise UserError(
+            f"{failed:,} of {index.num_samples:,} samples of {index.root} could not be embedded, expected at most "
+            f"{percent(max_lost)}: {listed(by_reason)}; see {out / 'failures'}, and repair the shards, or run the same "
+            "command with --max-lost 1 to go on without these samples"
+        )
 
 
 def finish(
     stage: StageDirectory,
     index: ShardIndex,
     stats: list[dict[str, Any]],
+    max_lost: float,
     source: dict[str, str] | None = None,
     **facts: Any,
 ) -> None:
     """Writes meta.json on one rank. stats: of `verify` on every rank; source, facts: added to it."""
     by_shard = {stem: count for part in stats for stem, count in part["by_shard"].items()}
+    by_reason = sum((Counter(part["by_reason"]) for part in stats), Counter[str]())
     failed = sum(by_shard.values())
-    if failed == index.num_samples:
-        raise UserError(
-            f"none of the {index.num_samples} samples of {index.root} could be embedded: check the images and "
-            f"captions, the reasons are in {stage.path / 'failures'}"
-        )
+    _check_failures(index, stage.path, by_reason, failed, max_lost)
     named = sorted({name for part in stats for name in part["named"]})
     empty = [stem for stem, size in zip(index.names, index.sizes) if by_shard.get(stem, 0) == size]
     stage.commit(
-        {"shards": str(index.root.resolve())} | (source or {}),
+        {"shards": index.paths.source} | (source or {}),
         **{name: stage.arguments[name] for name in ("model", "pretrained", "precision", "weights", "dim")},
         partitions={stem: number for number, stem in enumerate(index.names)},
         empty=sorted(empty),
         shards_digest=index.digest,
+        caption=index.caption.spec,
         num_samples=index.num_samples - failed,
         failures={"count": failed, "named": named[:_NAMED]},
         failures_by_shard=dict(sorted(by_shard.items())),
+        failures_by_reason=dict(by_reason.most_common(_NAMED)),
         **facts,
     )
 

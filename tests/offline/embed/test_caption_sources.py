@@ -1,0 +1,157 @@
+"""tools/embed.py and the tools after it on captions that are not in .txt members, and on shards named by patterns."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from offline_data import balance_args, cluster_args, embed_args, run, save_model, write_shards
+
+from megacid.config.load import load_run
+from megacid.data.index import ShardReader, load_index
+from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
+from megacid.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("captions") / "model", 0)
+
+
+@pytest.fixture
+def stage(model: Path, tmp_path: Path) -> Path:
+    """Three tars of 12 samples; the captions are a field of the json, and every .txt says something else."""
+    write_shards(tmp_path / "shards")
+    for tar in (tmp_path / "shards").glob("*.tar"):
+        with tarfile.open(tar) as file:
+            members = [(m.name, file.extractfile(m).read()) for m in file.getmembers()]  # type: ignore[union-attr]
+        with tarfile.open(tar, "w") as file:
+            for name, data in members:
+                if name.endswith(".json"):
+                    data = json.dumps({**json.loads(data), "alt": f"alt of {name[:9]}"}).encode()
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                file.addfile(info, io.BytesIO(data))
+    (tmp_path / "model").symlink_to(model)
+    return tmp_path
+
+
+def test_json_captions_go_through_every_tool(stage: Path) -> None:
+    source = ["--caption", "json:alt"]
+    assert "36 samples used, 0 not used" in run("index_shards", stage / "shards", *source)
+    output = run("embed", *embed_args(stage), *source)
+    assert re.search(r"35 samples embedded, 1 skipped \(1 x not a readable .* image\); at most 5% may be", output)
+    assert "the index of the shards: 36 samples used, 0 not used" in output
+    captions = pq.read_table(stage / "emb" / "metadata" / "metadata_00001.parquet")["caption"].to_pylist()
+    assert captions[0] == "alt of 000010000" and not (stage / "shards" / "index").exists()
+    meta = json.loads((stage / "emb" / "meta.json").read_text())
+    assert meta["caption"] == "json:alt" and list(meta["failures_by_reason"].values()) == [1]
+    run("cluster", *cluster_args(stage))
+    copy = stage / "kept"
+    run("balance", *balance_args(stage, "balance", "--threshold", 0.003, "--reshard", copy))
+    assert "alt of 0000" in (stage / "balance" / "gallery.html").read_text()
+    for folder in (stage / "shards", copy):
+        index = load_index(folder, caption="json:alt")
+        assert TeacherTable(stage / "emb", index).has(0, np.arange(2)).all()
+        assert (LabelTable(stage / "clusters", index).rows(0, np.arange(2)) >= 0).all()
+        assert ShardReader(index).caption(0, 0) == "alt of 000000000"
+    assert KeepTable(stage / "balance", load_index(stage / "shards", caption="json:alt")).counts.sum() > 0
+    with pytest.raises(UserError, match="captions in 'json:alt', this run reads them from 'txt'"):
+        TeacherTable(stage / "emb", load_index(copy))
+
+
+@pytest.mark.parametrize(("first", "second"), [("txt", "json:alt"), ("json:alt", "txt"), ("json:alt", "json:uid")])
+def test_one_output_is_not_continued_with_other_captions(stage: Path, first: str, second: str) -> None:
+    run("embed", *embed_args(stage), "--caption", first)
+    before = (stage / "emb" / "meta.json").read_bytes()
+    output = run("embed", *embed_args(stage), "--caption", second, expect=2)
+    shown = [None if source == "txt" else source for source in (first, second)]
+    assert f"was made with caption {shown[0]!r}, this run has {shown[1]!r}" in output
+    assert (stage / "emb" / "meta.json").read_bytes() == before
+
+
+def test_an_output_of_an_earlier_version_is_continued(stage: Path) -> None:
+    run("embed", *embed_args(stage))
+    settings = json.loads((stage / "emb" / "settings.json").read_text())
+    assert "caption" not in settings  # earlier versions recorded none
+    assert "0 of 3 shards to do" in run("embed", *embed_args(stage), "--caption", ".txt")
+
+
+def spoil(stage: Path, count: int) -> None:
+    """Make the first images of the first tar unreadable."""
+    path = stage / "shards" / "00000.tar"
+    data = path.read_bytes()
+    for _ in range(count):
+        data = data.replace(b"\x89PNG", b"nope", 1)
+    path.write_bytes(data)
+
+
+def test_embedding_ends_with_an_error_when_many_samples_are_skipped(stage: Path) -> None:
+    spoil(stage, 11)
+    output = run("embed", *embed_args(stage), expect=2)
+    assert (
+        "12 of 36 samples of" in output and "could not be embedded, expected at most 5%: 12 x not a readable" in output
+    )
+    assert output.rstrip().splitlines()[-1].startswith("error: ") and "--max-lost 1" in output
+    assert not (stage / "emb" / "meta.json").exists()
+    output = run("embed", *embed_args(stage), "--max-lost", 0.4)  # the embeddings that are there are not made again
+    assert (
+        "0 of 3 shards to do" in output and "24 samples embedded, 12 skipped" in output and "at most 40% may" in output
+    )
+    run("embed", *embed_args(stage))  # a finished stage was accepted
+    assert json.loads((stage / "emb" / "meta.json").read_text())["num_samples"] == 24
+
+
+@pytest.mark.parametrize("share", ["1.5", "-1", "nan", "x"])
+def test_a_share_that_is_none_is_one_line(stage: Path, share: str) -> None:
+    for tool in ("index_shards", "embed"):
+        where = embed_args(stage) if tool == "embed" else [stage / "shards"]
+        assert "--max-lost is" in run(tool, *where, f"--max-lost={share}", expect=2)
+
+
+def test_embed_and_balance_take_patterns_and_remember_where_the_shards_are(
+    stage: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    run("embed", *embed_args(stage))
+    args = embed_args(stage, "emb2")
+    monkeypatch.chdir(stage)
+    run("embed", *args[2:], "--shards", "shards/{00000..00002}.tar")
+    source = json.loads((stage / "emb2" / "meta.json").read_text())["source"]["shards"]
+    assert os.path.isabs(source) and source.endswith("shards/{00000..00002}.tar")
+    for kind in ("img_emb", "text_emb"):
+        for number in range(3):
+            a, b = (stage / out / kind / f"{kind}_{number:05d}.npy" for out in ("emb", "emb2"))
+            assert a.read_bytes() == b.read_bytes()
+    run("cluster", *cluster_args(stage, emb="emb2"))
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    emb = ["--embeddings", stage / "emb2", "--clusters", stage / "clusters"]
+    run("balance", *emb, "--out", stage / "b", "--threshold", 0.003)
+    assert KeepTable(stage / "b", load_index(stage / "shards")).counts.sum() > 0
+    # Another spelling of the same shards is the same content.
+    run("embed", *args[2:], "--shards", *sorted((stage / "shards").glob("*.tar")))
+
+
+def test_a_list_of_shards_in_a_run_file_is_joined(tmp_path: Path) -> None:
+    def load(shards: object) -> str | None:
+        block = {
+            "run": {"name": "x", "total_steps": 2},
+            "student": {"model": "digits-student"},
+            "data": {"shards": shards, "caption": "json:alt"},
+            "loss": {"contrastive": 1.0},
+        }
+        tree = {"train_batch_size": 8, "gradient_clipping": 1.0, "megacid": block,
+                "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}  # fmt: skip
+        (tmp_path / "run.json").write_text(json.dumps(tree))
+        return load_run(tmp_path / "run.json", world=1).megacid.data.shards
+
+    assert load(["a/{0..3}.tar", "b"]) == load("a/{0..3}.tar::b") == "a/{0..3}.tar::b"
+    for wrong in ([], [1], ["a", None], {"a": 1}):
+        with pytest.raises(UserError, match=r'"megacid.data.shards" is .*, expected text'):
+            load(wrong)
