@@ -123,6 +123,14 @@ def _check_precision_and_zero(config: dict[str, Any]) -> None:
             raise UserError(
                 f'"zero_optimization.{key}.nvme_path" is missing: write the directory for the device "nvme"'
             )
+        if offload.get("device") == "nvme" and stage < 3:
+            raise UserError(
+                f'"zero_optimization.{key}.device" is "nvme" at ZeRO stage {stage}, where DeepSpeed offloads to the '
+                'CPU at most: write "cpu", or use stage 3'
+            )
+    for key in ("allgather_bucket_size", "sub_group_size", "zero_hpz_partition_size"):
+        if config.get("zero_optimization", {}).get(key) == 0:
+            raise UserError(f'"zero_optimization.{key}" is 0, expected > 0: raise it')
     if config.get("gradient_allreduce_op") == "sum" and stage == 3:
         raise UserError('"gradient_allreduce_op" is "sum", which does not exist at ZeRO stage 3: use "mean"')
     for key, usual in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
@@ -153,7 +161,7 @@ def _complete_batches(config: dict[str, Any], world: int) -> dict[str, Any]:
         accumulation = total // (micro * world)
     accumulation = accumulation or 1
     if micro * accumulation * world != total:
-        divisors = [w for w in range(1, total + 1) if total % w == 0]
+        divisors = [w for w in range(1, min(total, 100_000) + 1) if total % w == 0]
         shown = ", ".join(map(str, divisors[:12])) + (", ..." if len(divisors) > 12 else "")
         raise UserError(
             f"the batch sizes do not multiply up: train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps "

@@ -42,24 +42,25 @@ _REASONS = {
     "the trainer has its own loader": "data_efficiency dataloader_drop_last",
     "the student is trained with data parallelism alone": """
         tensor_parallel expert_parallel pipeline sequence_parallel_size seq_parallel_communication_data_type
-        use_data_before_expert_parallelism zero_optimization.leaf_module
+        use_data_before_expert_parallelism
     """,
-    "it is for inference": "hybrid_engine weight_quantization",
+    "it is for mixtures of experts": "zero_optimization.leaf_module",
+    "it is for inference, during or after training": "hybrid_engine weight_quantization",
     "it starts runs through the launcher's option --autotuning": "autotuning",
     "the trainer sets it": "log_level zero_allow_untested_optimizer",
-    'the trainer chooses the implementation by "optimizer.type"': """
+    "the trainer chooses the implementation of the optimizer": """
         zero_force_ds_cpu_optimizer optimizer.params.foreach optimizer.params.fused optimizer.params.capturable
         optimizer.params.differentiable
     """,
     "a checkpoint has two moments per parameter": "optimizer.params.amsgrad",
     "the loss is minimised": "optimizer.params.maximize",
     "the trainer needs DeepSpeed's own count of the micro-batches": "managed_gradient_accumulation",
-    "DeepSpeed reads it nowhere": "disable_allgather zero_optimization.allgather_partitions",
+    "DeepSpeed reads it nowhere": "disable_allgather optimizer.legacy_fusion zero_optimization.allgather_partitions",
     "it only makes DeepSpeed warn about sizes": "vocabulary_size",
     "checkpoints have fp32 weights and moments": "bf16.bf16_master_weights_and_grads bf16.bf16_optimizer_states",
     "it is for fp32 gradients at ZeRO stage 1, where DeepSpeed does not tell their norm": "bf16.immediate_grad_update",
     "it imports modules by name": "torch_autocast.lower_precision_safe_modules",
-    "the student has no such modules": "data_types.keep_in_fp32_modules",
+    "set data_types.buffer_dtype instead": "data_types.keep_in_fp32_modules",
     "its kernels compute in fp16, and training is in bf16 or fp32": """
         zero_optimization.zero_quantized_weights zero_optimization.zero_quantized_gradients
         zero_optimization.zero_quantized_nontrainable_weights
@@ -70,7 +71,7 @@ _REASONS = {
     """,
     "DeepSpeed has removed it": "zero_optimization.legacy_stage1",
     "the trainer clips and skips steps by this norm": "zero_optimization.compute_grad_norm",
-    "it is for the optimizer Muon": "zero_optimization.save_muon_momentum_buffer_in_memory optimizer.legacy_fusion",
+    "it is for the optimizer Muon": "zero_optimization.save_muon_momentum_buffer_in_memory",
 }
 REFUSED = {key: reason for reason, keys in _REASONS.items() for key in keys.split()}
 _FP32_NAMES, _BF16_NAMES = {"fp32", "float32", "float", "torch.float32"}, {"bf16", "bfloat16", "torch.bfloat16"}
@@ -302,15 +303,15 @@ def without_effect(keys: Any) -> tuple[str, str] | None:
     }  # fmt: skip
     for path, block in blocks.items():
         needs += [(f"{path}.{key}", f"{path}.enabled", block.enabled) for key in _changed(block)]
-    to_nvme = False
-    offloads: dict[str, Any] = {name: getattr(zero, name, None) for name in ("offload_param", "offload_optimizer")}
+    offloads: dict[str, Any] = {
+        f"zero_optimization.{name}": getattr(zero, name, None) for name in ("offload_param", "offload_optimizer")
+    }
     for path, block in offloads.items():
         for key in _changed(block):
             devices = "cpu or nvme" if key in ("pin_memory", "ratio") else "nvme"
-            path_of_block = f"zero_optimization.{path}"
-            needs.append((f"{path_of_block}.{key}", f"{path_of_block}.device {devices}", block.device in devices))
-        to_nvme = to_nvme or (block is not None and block.device == "nvme")
+            needs.append((f"{path}.{key}", f"{path}.device {devices}", block.device in devices))
     if _changed(keys.aio):
+        to_nvme = any(block.device == "nvme" for block in offloads.values() if block is not None)
         needs.append(("aio", "zero_optimization.offload_optimizer or offload_param with device nvme", to_nvme))
     if "prof_ops" in _changed(keys.comms_logger):
         needs.append(("comms_logger.prof_ops", "comms_logger.prof_all false", not keys.comms_logger.prof_all))

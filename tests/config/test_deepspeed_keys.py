@@ -118,6 +118,14 @@ REFUSED_BEFORE_DATA: dict[str, tuple[dict[str, Any], str]] = {
         "use stage 2",
     ),
     "modules to import": ({"torch_autocast": {"lower_precision_safe_modules": ["os.system"]}}, "modules by name"),
+    "an empty group": ({"zero_optimization": {"stage": 3, "sub_group_size": 0}}, "is 0, expected > 0: raise it"),
+    "nvme at stage 2": (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}},
+        "where DeepSpeed offloads to the CPU",
+    ),
+    "a batch of which nobody counts the divisors": (
+        {"train_batch_size": 2**62 - 1, "train_micro_batch_size_per_gpu": 2}, "numbers of ranks that divide it: 1, ",
+    ),
     "beyond 64 bits": ({"zero_optimization": {"reduce_bucket_size": 1e300}}, "expected an integer"),
     "a mistyped block": ({"optimiser": {}}, 'did you mean "optimizer"'),
 }  # fmt: skip
@@ -168,7 +176,7 @@ def _zero(key: str, value: Any) -> dict[str, Any]:
 
 KNOWN_TO_DEEPSPEED: dict[str, tuple[dict[str, Any], str]] = {
     "zenflow": (_zero("zenflow", {"topk_ratio": 0.1}), "apart from the step that student and classifier share"),
-    "leaf modules": (_zero("leaf_module", {"classes": ["x"]}), "with data parallelism alone"),
+    "leaf modules": (_zero("leaf_module", {"classes": ["x"]}), "it is for mixtures of experts"),
     "untested optimizers": ({"zero_allow_untested_optimizer": True}, "the trainer sets it"),
     "its checkpoints": (_zero("load_from_fp32_weights", False), "the trainer writes its own"),
     "16-bit weights for its checkpoints": (
