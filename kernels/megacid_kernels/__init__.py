@@ -1,5 +1,6 @@
 """Class-parallel margin softmax: the operators of the megacid classifier. Needs torch only; see ../README.md."""
 
+from megacid_kernels.affinity import affinity_cross_entropy
 from megacid_kernels.contrastive import contrastive_cross_entropy
 from megacid_kernels.cross_entropy import linear_margin_cross_entropy
 from megacid_kernels.discrimination import discrimination_with_gradients, linear_margin_discrimination
@@ -16,6 +17,7 @@ __all__ = [
     "OnGradientSlab",
     "TargetMargin",
     "Weights",
+    "affinity_cross_entropy",
     "contrastive_cross_entropy",
     "discrimination_with_gradients",
     "linear_margin_cross_entropy",

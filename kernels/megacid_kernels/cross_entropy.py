@@ -26,7 +26,7 @@ _NAME = "megacid_kernels::linear_margin_cross_entropy"
 _ARGUMENTS = """Tensor x, Tensor w, Tensor target, Tensor? rows, Tensor? bias, float m1, float m2, float m3,
     bool easy_margin, str margin_grad, float scale, float? filter_threshold, SymInt num_classes, SymInt class_start,
     SymInt? max_rows, str reduction, str group, str impl, str weight_grad, str precision, int? memory_budget_bytes,
-    bool need_x, bool need_w""".replace("\n", " ")
+    str labels_loss, bool need_x, bool need_w""".replace("\n", " ")
 _NAMES = [argument.split()[-1] for argument in _ARGUMENTS.split(",")]
 
 
@@ -50,6 +50,7 @@ def linear_margin_cross_entropy(
     filter_threshold: float | None = None,
     bias: Tensor | None = None,
     precision: str = "auto",
+    labels_loss: Literal["mlcd", "mean"] = "mlcd",
 ) -> Tensor:
     """Margin cross entropy of cosine logits, CE(scale * psi_y(cos(x, w)), y), with classes sharded over `group`.
 
@@ -79,7 +80,7 @@ def linear_margin_cross_entropy(
         "num_classes": w.shape[0] if num_classes is None else num_classes, "class_start": class_start,
         "max_rows": max_rows, "scale": scale, "margin_grad": margin_grad, "filter_threshold": filter_threshold,
         "reduction": reduction, "impl": impl, "weight_grad": weight_grad, "precision": precision,
-        "memory_budget_bytes": memory_budget_bytes,
+        "memory_budget_bytes": memory_budget_bytes, "labels_loss": labels_loss,
     }  # fmt: skip
     if margin is not None and not isinstance(margin, Margin):
         spec = LossSpec(**options, margin=margin, group=group)

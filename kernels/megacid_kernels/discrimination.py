@@ -63,8 +63,8 @@ def linear_margin_discrimination(
         x: [G, D] floating point, embeddings of the gathered batch, identical on every rank of `spec.group`; any norm.
         w: [S, D] floating point, this rank's class rows (its whole shard, or a sample of it); any norm, S may be 0.
         target: [G] int64 global class ids; -1 marks an unlabelled sample, which is left out of every term. Or [G, l]
-            labels per sample, -1 for none: then alpha and beta weigh MLCD's ln(1 + sum_labels exp(-z)) +
-            ln(1 + sum_negatives exp(z)) (An et al., ECCV 2024) instead of the cross entropy; gamma must be 0.
+            labels per sample, -1 for none: then alpha and beta weigh `spec.labels_loss` instead of the cross entropy;
+            gamma must be 0.
         spec: the loss.
         rows: [S] int64, sorted: w[j] is class `spec.class_start + rows[j]`; None: rows 0 .. S-1.
         teacher: [G, D] floating point, stored embeddings, required if beta or gamma > 0; receives no gradient.

@@ -23,6 +23,7 @@ class Coefficients(NamedTuple):
     teacher_target: Tensor | None  # [b, l] d loss / d target cosine of the teacher
     student: dict[Distribution, Tensor]  # [b] d loss / d student cosine, divided by the exponential
     teacher: dict[Distribution, Tensor]  # [b] d loss / d teacher cosine, divided by the exponential
+    student_negative: Tensor | None = None  # [b, l] d loss / d student cosine of labels as negatives of other labels
 
 
 class SoftmaxLoss(NamedTuple):
@@ -33,6 +34,7 @@ class SoftmaxLoss(NamedTuple):
     log_z: (
         Tensor  # [b] -ln(d loss / d logit of a negative, divided by its exponential): ln Z - kappa for a single label
     )
+    as_negative: Tensor | None = None  # [b, l] d loss / d logit of each label as a negative of the other labels
 
 
 def divide_by_z(factor: Tensor, log_z: Tensor) -> Tensor:
@@ -60,6 +62,22 @@ def _several_labels(negatives: Tensor, logit: Tensor, present: Tensor, shift: fl
     return SoftmaxLoss(loss, torch.exp(negated - positive[:, None]), log_z)
 
 
+def _mean_over_labels(negatives: Tensor, logit: Tensor, plain: Tensor, present: Tensor, shift: float) -> SoftmaxLoss:
+    """Mean over the labels of their cross entropies, each with the other labels as negatives. plain: [b, l] logits
+    without margin, which labels have as negatives."""
+    absent, count = ~present, present.sum(1, keepdim=True).clamp_min(1).to(logit.dtype)
+    target, other = logit - shift, (plain - shift).masked_fill(absent, -torch.inf)
+    itself = torch.eye(present.shape[1], dtype=torch.bool, device=present.device)
+    of_others = other[:, None, :].masked_fill(itself, -torch.inf)  # [b, label, negative]
+    log_n = torch.logaddexp(of_others.logsumexp(2), negatives.log()[:, None])
+    d, log_z = log_n - target, torch.logaddexp(log_n, target)
+    loss = torch.logaddexp(d, torch.zeros_like(d)).masked_fill(absent, 0.0)
+    residual = torch.sigmoid(d).masked_fill(absent, 0.0)
+    as_negative = torch.exp(of_others - log_z[:, :, None]).masked_fill(absent[:, :, None], 0.0).sum(1)
+    inverse = (-log_z).masked_fill(absent, -torch.inf).logsumexp(1) - count[:, 0].log()
+    return SoftmaxLoss(loss.sum(1) / count[:, 0], residual / count, -inverse, as_negative / count)
+
+
 def epilogue(spec: LossSpec, stats: RowStatistics, present: Tensor, share: Tensor) -> Coefficients:
     """Losses and coefficients from `stats` of all ranks.
 
@@ -67,7 +85,7 @@ def epilogue(spec: LossSpec, stats: RowStatistics, present: Tensor, share: Tenso
     """
     w, s = spec.weights, spec.scale
     raw, teacher_target = [torch.zeros_like(share) for _ in range(3)], None
-    student_target = torch.zeros_like(present, dtype=share.dtype)
+    student_target, student_negative = torch.zeros_like(present, dtype=share.dtype), None
     student: dict[Distribution, Tensor] = {}
     teacher: dict[Distribution, Tensor] = {}
 
@@ -78,18 +96,24 @@ def epilogue(spec: LossSpec, stats: RowStatistics, present: Tensor, share: Tenso
         shift, negatives = spec.shift(distribution.temperature), stats.sums[distribution]
         if present.shape[1] == 1:
             return one_label(negatives, logit, shift)
-        return _several_labels(negatives, logit, present, shift)
+        if spec.labels_loss == "mlcd":
+            return _several_labels(negatives, logit, present, shift)
+        plain = stats.cos if distribution.source == "student" else cosine
+        assert plain is not None
+        return _mean_over_labels(negatives, logit, plain * (s / distribution.temperature), present, shift)
 
     if w.alpha > 0:
         plain = Distribution("student", 1.0)
         ce, factor = softmax(plain), share * (w.alpha * s)
         raw[0], student[plain] = ce.loss, divide_by_z(factor, ce.log_z)
         student_target = student_target - factor[:, None] * ce.residual
+        student_negative = None if ce.as_negative is None else factor[:, None] * ce.as_negative
     if w.beta > 0:
         plain = Distribution("teacher", 1.0)
         ce, factor = softmax(plain), share * (w.beta * s)
         raw[1], teacher[plain] = ce.loss, divide_by_z(factor, ce.log_z)
-        teacher_target = -factor[:, None] * ce.residual
+        residual = ce.residual if ce.as_negative is None else ce.residual - ce.as_negative
+        teacher_target = -factor[:, None] * residual
     if w.gamma > 0:
         assert stats.gap is not None and stats.psi is not None and stats.teacher_cos is not None
         soft_scale = s / w.temperature
@@ -102,4 +126,4 @@ def epilogue(spec: LossSpec, stats: RowStatistics, present: Tensor, share: Tenso
         student[of_student] = student.get(of_student, 0) + divide_by_z(factor, p_student.log_z)
         student[of_teacher] = -divide_by_z(factor, p_teacher.log_z)
         student_target = student_target + factor[:, None] * (p_teacher.residual - p_student.residual)
-    return Coefficients(torch.stack(raw), student_target, teacher_target, student, teacher)
+    return Coefficients(torch.stack(raw), student_target, teacher_target, student, teacher, student_negative)

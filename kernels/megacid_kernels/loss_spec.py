@@ -82,6 +82,10 @@ class LossSpec:
         scale: logit scale s, > 0.
         margin: margin on the target class; None: no margin.
         margin_grad: "exact", or "straight_through", which replaces d psi / d cos by 1.
+        labels_loss: of several labels per sample: "mlcd" is ln(1 + sum_labels exp(-z)) + ln(1 + sum_negatives exp(z))
+            (An et al., ECCV 2024); "mean" is the mean over a sample's labels of its cross entropies, in which the other
+            labels are negatives without margin, bias or filter (as in OneVision-Encoder's released code). Both cost the
+            same.
         weights: weights of the loss terms.
         filter_threshold: negatives with a larger student cosine leave all denominators of that sample; None: none do.
         class_start: global id of the first class of this rank's shard.
@@ -115,6 +119,7 @@ class LossSpec:
     weight_grad: str = "auto"
     precision: str = "auto"
     memory_budget_bytes: int | None = None
+    labels_loss: Literal["mlcd", "mean"] = "mlcd"
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -123,6 +128,7 @@ class LossSpec:
             ("precision", ("auto", "fp16", "bf16", "fp32")),
             ("margin_grad", ("exact", "straight_through")),
             ("reduction", ("mean", "sum")),
+            ("labels_loss", ("mlcd", "mean")),
         ):
             value = getattr(self, name)
             if value not in known:

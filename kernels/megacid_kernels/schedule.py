@@ -16,6 +16,7 @@ gradient products and no second pass over [b, S] is needed. With E_j = exp(z_j -
 
     one label     CE = softplus(d), 1 - P_y = sigmoid(d), d = ln n + kappa - z_y     (no cancellation as P_y -> 1)
     several       ln(1 + sum_i exp(-z_i)) + ln(1 + n exp(kappa)), i over the labels  (MLCD, An et al., ECCV 2024)
+    their mean    1/l sum_i CE_i with n_i = n + sum_{k != i} exp(z_k - kappa), k over the other labels
     KL            sum_j pT_j (zT_j - zS_j) + ln ZS - ln ZT      dKL/dzS_j = pS_j - pT_j
 
 The labels' classes are never part of E: their cosines come from full-precision rows, and their gradient is a sparse
@@ -161,6 +162,8 @@ class SampleChunk:
         if self._student_target is not None:
             # dpsi is 0 where another rank owns the class.
             coefficient = rows.student_target * self._student_target.dpsi
+            if rows.student_negative is not None:
+                coefficient += rows.student_negative * self.labels.own
             self._target_grads.append(TargetGradient(coefficient, self._student_target.cos, self.student))
         if self.teacher is not None and self._teacher_target is not None and rows.teacher_target is not None:
             coefficient = rows.teacher_target * self.labels.own

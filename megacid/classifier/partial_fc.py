@@ -102,6 +102,7 @@ class PartialFC(nn.Module):
             guard's decision. A step takes 12 instead of 6 G S D FLOP, and one backward per step is allowed.
         precision: of Triton's products: "fp16" (the default of "auto"), "bf16", "fp32"; see `megacid_kernels.LossSpec`.
         memory_budget_bytes: of the [chunk, S] matrices; None is 1 GiB, on a CPU 64 MiB or half of the row gradient.
+        labels_loss: of several labels per sample, "mlcd" or "mean"; see `megacid_kernels.LossSpec`.
         device: of the weight; None is the default device.
 
     Attributes:
@@ -133,6 +134,7 @@ class PartialFC(nn.Module):
         weight_grad: str = "auto",
         precision: str = "auto",
         memory_budget_bytes: int | None = None,
+        labels_loss: Literal["mlcd", "mean"] = "mlcd",
         device: torch.device | str | None = None,
     ):
         super().__init__()
@@ -148,7 +150,7 @@ class PartialFC(nn.Module):
             self._spec = LossSpec(
                 num_classes, scale, margin or Margin.cosface(0.3), margin_grad, filter_threshold=filter_threshold,
                 class_start=self.class_start, reduction=reduction, group=group, impl=impl, weight_grad=weight_grad,
-                precision=precision, memory_budget_bytes=memory_budget_bytes,
+                precision=precision, memory_budget_bytes=memory_budget_bytes, labels_loss=labels_loss,
             )  # fmt: skip
         self._exchange = LabelExchange(num_classes, group)
         if init is None:
@@ -220,7 +222,7 @@ class PartialFC(nn.Module):
         Args:
             emb_BD: [B, D] local embeddings, normalised or not. B may differ between ranks and may be 0.
             target_B: int64 [B] global class ids, -1 = unlabelled, on the host or the device. With [B, l], several
-                labels per sample (-1 = none), the loss is multi-label cluster discrimination (MLCD, ECCV 2024).
+                labels per sample (-1 = none), the loss is `labels_loss`.
 
         Returns:
             The loss, 0-d, the same on every rank.

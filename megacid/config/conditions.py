@@ -27,6 +27,7 @@ def terms_with_teacher(loss: Any) -> list[str]:
     terms = {
         "instance": loss.instance,
         "mse": loss.mse,
+        "affinity": loss.affinity,
         "cluster (beta, gamma)": loss.cluster and (loss.beta or loss.gamma),
     }
     return [name for name, weight in terms.items() if weight]
@@ -37,14 +38,17 @@ Features = Needs("data.features", lambda block: block.data.features is not None)
 HiddenLayers = Needs("student.layers > 0", lambda block: block.student.layers)
 Workers = Needs("data.workers > 0", lambda block: block.data.workers)
 TeacherTerm = Needs(
-    "a term that reads it (loss.instance, loss.mse, or loss.cluster with beta or gamma)",
+    "a term that reads it (loss.instance, loss.mse, loss.affinity, or loss.cluster with beta or gamma)",
     lambda block: terms_with_teacher(block.loss),
 )
 ContrastiveTerm = Needs(
-    "loss.contrastive or loss.instance > 0", lambda block: block.loss.contrastive or block.loss.instance
+    "loss.contrastive or loss.instance or loss.affinity > 0",
+    lambda block: block.loss.contrastive or block.loss.instance or block.loss.affinity,
 )
+AffinityTerm = Needs("loss.affinity > 0", lambda block: block.loss.affinity)
 ClusterTerm = Needs("loss.cluster > 0", lambda block: block.loss.cluster)
 KL = Needs("loss.gamma > 0", lambda block: block.loss.gamma)
+SeveralLabels = Needs("data.labels_per_sample > 1", lambda block: block.data.labels_per_sample > 1)
 StudentLogits = Needs("loss.alpha or loss.gamma > 0", lambda block: block.loss.alpha or block.loss.gamma)
 AngularMargin = Needs(
     "classifier.m1 > 1 or classifier.m2 > 0", lambda block: block.classifier.m1 > 1 or block.classifier.m2

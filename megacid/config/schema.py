@@ -93,7 +93,7 @@ class DataConfig(Section):
     features: FilePath | None = None
     """Directory of labelled feature vectors, as tools/synthesize.py features writes it. Set this or shards."""
     teacher: Annotated[FilePath | None, when.Shards, when.TeacherTerm] = None
-    """Output of tools/embed.py. Required by loss.instance, loss.mse, and by loss.cluster with beta or gamma."""
+    """Output of tools/embed.py. Required by loss.instance, .mse, .affinity, and .cluster with beta or gamma."""
     labels: Annotated[FilePath | None, when.Shards, when.ClusterTerm] = None
     """Output of tools/cluster.py. Required by loss.cluster on shards."""
     labels_per_sample: Annotated[Width, when.Shards, when.ClusterTerm] = 1
@@ -135,6 +135,8 @@ class LossConfig(Section):
     """Weight (lambda) of cluster discrimination distillation."""
     mse: Annotated[Weight, when.Shards] = 0.0
     """Weight of the squared distance of student and teacher embeddings, of images and texts."""
+    affinity: Annotated[Weight, when.Shards] = 0.0
+    """Weight of the cross-entropy of the student's image-text similarities under the teacher's (DistillClipLoss)."""
     alpha: Annotated[Weight, when.ClusterTerm] = 1.0
     """Inside cluster: weight of the cross-entropy of the student and the label."""
     beta: Annotated[Weight, when.Shards, when.ClusterTerm] = 0.0
@@ -144,14 +146,16 @@ class LossConfig(Section):
     cluster_temperature: Annotated[float, Field(gt=0), when.ClusterTerm, when.KL] = 1.0
     """Inside cluster: temperature of the KL. [assumed]"""
     temperature: Annotated[Annotated[float, Field(ge=0.01)] | None, when.ContrastiveTerm] = None
-    """Fixed temperature of the contrastive and instance losses; null: learned, 1/temperature <= 100."""
+    """Fixed temperature of the student's similarities; null: learned, 1/temperature <= 100."""
+    affinity_temperature: Annotated[float, Field(ge=0.001), when.AffinityTerm] = 0.01
+    """Inside affinity: temperature of the teacher's similarities, which OpenCLIP's models learn down to 0.01."""
 
     @model_validator(mode="after")
     def _one_term(self) -> LossConfig:
-        if not (self.contrastive or self.instance or self.cluster or self.mse):
+        if not (self.contrastive or self.instance or self.cluster or self.mse or self.affinity):
             raise UserError(
-                'every weight in "megacid.loss" is 0: set at least one of contrastive, instance, cluster and mse '
-                "above 0"
+                'every weight in "megacid.loss" is 0: set at least one of contrastive, instance, cluster, mse '
+                "and affinity above 0"
             )
         if self.cluster and not (self.alpha or self.beta or self.gamma):
             raise UserError(
@@ -182,6 +186,8 @@ class ClassifierConfig(Section):
     """Negatives with a larger cosine are left out of the denominator; null: none."""
     log_q: Annotated[bool, when.Sampling] = False
     """Weight sampled negatives by 1 / their probability, which makes the softmax denominator unbiased."""
+    labels_loss: Annotated[Literal["mlcd", "mean"], when.SeveralLabels] = "mlcd"
+    """Loss of several labels per sample: MLCD's, or the mean of their softmax losses with the others as negatives."""
     weight_grad: Literal["stored", "recomputed"] = "stored"
     """Gradient of the class rows: stored, or recomputed in slabs (less memory, twice the arithmetic)."""
     init: FilePath = "centroids"

@@ -1,7 +1,7 @@
 """The loss terms and their weighted sum."""
 
 from megacid.losses.cluster import ClusterDistillation
-from megacid.losses.instance import contrastive_loss, feature_mse, instance_loss
+from megacid.losses.instance import affinity_loss, contrastive_loss, feature_mse, instance_loss
 from megacid.losses.objective import Objective
 
-__all__ = ["ClusterDistillation", "Objective", "contrastive_loss", "feature_mse", "instance_loss"]
+__all__ = ["ClusterDistillation", "Objective", "affinity_loss", "contrastive_loss", "feature_mse", "instance_loss"]

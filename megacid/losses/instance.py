@@ -24,7 +24,7 @@ from megacid.distributed.collectives import (
     sum_over_ranks,
 )
 from megacid.errors import UserError
-from megacid_kernels import contrastive_cross_entropy
+from megacid_kernels import affinity_cross_entropy, contrastive_cross_entropy
 
 Group = dist.ProcessGroup | None
 
@@ -50,13 +50,20 @@ def _mean_of_pairs(
     grad_reduction: GradReduction,
 ) -> Tensor:
     """Half the sum of NCE(a -> b) over the pairs (a_GD, b_GD), each a mean over the gathered batch."""
-    me, total = rank(group), max(1, sum(sizes))
-    start = sum(sizes[:me])
-    own = slice(start, start + sizes[me])
-    # The scale is a replicated parameter: the engine sums or averages its gradient over the ranks.
-    scale = scale_gradient(_at_least_fp32(logit_scale), gradient_factor(group, grad_reduction))
-    parts = [contrastive_cross_entropy(a[own], b, scale, start) for a, b in pairs]
-    return sum_over_ranks(torch.stack(parts).sum() / (2 * total), group)
+    own, scale = _own_rows(sizes, group), _replicated(logit_scale, group, grad_reduction)
+    parts = [contrastive_cross_entropy(a[own], b, scale, own.start) for a, b in pairs]
+    return sum_over_ranks(torch.stack(parts).sum() / (2 * max(1, sum(sizes))), group)
+
+
+def _own_rows(sizes: list[int], group: Group) -> slice:
+    """This rank's rows of the gathered batch."""
+    start = sum(sizes[: rank(group)])
+    return slice(start, start + sizes[rank(group)])
+
+
+def _replicated(logit_scale: Tensor, group: Group, grad_reduction: GradReduction) -> Tensor:
+    """The scale is a replicated parameter: the engine sums or averages its gradient over the ranks."""
+    return scale_gradient(_at_least_fp32(logit_scale), gradient_factor(group, grad_reduction))
 
 
 def instance_loss(
@@ -97,6 +104,38 @@ def contrastive_loss(
     v_S, sizes = gather_rows(_at_least_fp32(image_S), group, grad_reduction=grad_reduction)
     t_S, _ = gather_rows(_at_least_fp32(text_S), group, grad_reduction=grad_reduction)
     return _mean_of_pairs([(v_S, t_S), (t_S, v_S)], logit_scale, sizes, group, grad_reduction)
+
+
+def affinity_loss(
+    image_S: Tensor,
+    text_S: Tensor,
+    image_T: Tensor,
+    text_T: Tensor,
+    logit_scale: Tensor,
+    teacher_scale: float,
+    group: Group = None,
+    grad_reduction: GradReduction = "mean",
+) -> Tensor:
+    """The distillation term of open_clip's DistillClipLoss, 0-d. A collective; batch sizes may differ or be 0.
+
+        CE(a, b) = -1/G sum_i sum_j softmax_j(teacher_scale aT_i . bT_j) ln softmax_j(logit_scale aS_i . bS_j)
+        1/2 [CE(v, t) + CE(t, v)]
+
+    Its gradient is that of the KL divergence. The other arguments are those of `instance_loss`.
+
+    Args:
+        teacher_scale: 1 / temperature of the teacher's similarities, constant.
+    """
+    _check_shapes(image_S, text_S=text_S, image_T=image_T, text_T=text_T)
+    v_S, sizes = gather_rows(_at_least_fp32(image_S), group, grad_reduction=grad_reduction)
+    t_S, _ = gather_rows(_at_least_fp32(text_S), group, grad_reduction=grad_reduction)
+    v_T, t_T = gather_plain(_at_least_fp32(image_T), group), gather_plain(_at_least_fp32(text_T), group)
+    own, scale = _own_rows(sizes, group), _replicated(logit_scale, group, grad_reduction)
+    parts = [
+        affinity_cross_entropy(a_S[own], b_S, scale, a_T[own], b_T, teacher_scale)
+        for a_S, b_S, a_T, b_T in ((v_S, t_S, v_T, t_T), (t_S, v_S, t_T, v_T))
+    ]
+    return sum_over_ranks(torch.stack(parts).sum() / (2 * max(1, sum(sizes))), group)
 
 
 def feature_mse(

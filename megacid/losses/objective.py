@@ -12,7 +12,7 @@ from torch import Tensor
 from megacid.distributed.collectives import GradReduction
 from megacid.errors import UserError
 from megacid.losses.cluster import ClusterDistillation
-from megacid.losses.instance import contrastive_loss, feature_mse, instance_loss
+from megacid.losses.instance import affinity_loss, contrastive_loss, feature_mse, instance_loss
 
 
 class StudentOutput(Protocol):
@@ -38,15 +38,19 @@ class TargetBatch(Protocol):
 
 
 class Objective:
-    """instance * L_instance + cluster * L_cluster + contrastive * L_CLIP + mse * (|vS - vT|^2 + |tS - tT|^2).
+    """instance * L_instance + cluster * L_cluster + contrastive * L_CLIP + affinity * L_affinity
+    + mse * (|vS - vT|^2 + |tS - tT|^2).
 
     Args:
-        instance: weight of `instance_loss`, like contrastive (`contrastive_loss`) and mse (`feature_mse`).
+        instance: weight of `instance_loss`, like contrastive (`contrastive_loss`), affinity (`affinity_loss`) and mse
+            (`feature_mse`).
         cluster: weight of `cluster_loss`, the method's lambda.
         cluster_loss: holds the classifier; needed if cluster > 0.
         group: ranks of the global batch; None is the default group.
         grad_reduction: how the engine combines gradients over ranks.
-        temperature: fixed temperature of the contrastive terms; None uses the student's learned logit_scale.
+        temperature: fixed temperature of the student's similarities; None uses its learned logit_scale.
+        affinity_temperature: of the teacher's similarities in `affinity_loss`. Stored embeddings come without the
+            teacher's own; OpenCLIP's models end at 0.01, their bound.
 
     Raises:
         UserError: a value out of range, all weights 0, or a cluster weight without `cluster_loss`.
@@ -59,19 +63,25 @@ class Objective:
         cluster: float = 1.0,
         contrastive: float = 0.0,
         mse: float = 0.0,
+        affinity: float = 0.0,
         cluster_loss: ClusterDistillation | None = None,
         group: dist.ProcessGroup | None = None,
         grad_reduction: GradReduction = "mean",
         temperature: float | None = None,
+        affinity_temperature: float = 0.01,
     ):
-        self.weights = {"instance": instance, "cluster": cluster, "contrastive": contrastive, "mse": mse}
+        self.weights = {
+            "instance": instance, "cluster": cluster, "contrastive": contrastive, "mse": mse, "affinity": affinity,
+        }  # fmt: skip
         for name, value in self.weights.items():
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(
                     f"weight of the {name} term is {value}, expected a finite number >= 0: 0 leaves the term out"
                 )
         if not any(self.weights.values()):
-            raise UserError("all loss weights are 0, expected one > 0: set instance, cluster, contrastive or mse")
+            raise UserError(
+                "all loss weights are 0, expected one > 0: set instance, cluster, contrastive, mse or affinity"
+            )
         if cluster > 0 and cluster_loss is None:
             raise UserError(
                 f"weight of the cluster term is {cluster}, expected 0 without a classifier: "
@@ -79,7 +89,10 @@ class Objective:
             )
         if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
             raise UserError(f"temperature is {temperature}, expected > 0, or null for the learned temperature")
+        if not (math.isfinite(affinity_temperature) and affinity_temperature > 0):
+            raise UserError(f"affinity_temperature is {affinity_temperature}, expected > 0: 0.01 is usual")
         self.cluster_loss, self.temperature = cluster_loss, temperature
+        self.affinity_scale = 1 / affinity_temperature
         self.group, self.grad_reduction = group, grad_reduction
 
     def __call__(self, out: StudentOutput, batch: TargetBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -87,7 +100,7 @@ class Objective:
 
         Returns:
             The loss, 0-d, and the computed terms among instance, cluster, cluster/student_ce, cluster/teacher_ce,
-            cluster/kl, contrastive, mse: 0-d, detached, without their weights. The same on every rank.
+            cluster/kl, contrastive, mse, affinity: 0-d, detached, without their weights. The same on every rank.
 
         Raises:
             UserError: the batch lacks a field that a term needs.
@@ -111,6 +124,9 @@ class Objective:
         if w["mse"] > 0:
             image, text = _require(batch, "mse", "teacher_image"), _require(batch, "mse", "teacher_text")
             values["mse"] = feature_mse(out.image, image, *common) + feature_mse(out.text, text, *common)
+        if w["affinity"] > 0:
+            image, text = _require(batch, "affinity", "teacher_image"), _require(batch, "affinity", "teacher_text")
+            values["affinity"] = affinity_loss(out.image, out.text, image, text, scale, self.affinity_scale, *common)
         loss = torch.stack([w[name] * value for name, value in values.items()]).sum()
         return loss, {name: value.detach() for name, value in values.items()} | details
 

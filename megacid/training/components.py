@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from megacid.checkpoint import store
 from megacid.classifier import Margin, PartialFC, RowAdamW, RowSGD
+from megacid.config.conditions import terms_with_teacher
 from megacid.config.schema import RunFile
 from megacid.data.batch import Batch, Positions
 from megacid.data.features import FeatureSet, FeatureStream
@@ -132,10 +133,9 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
     with fail_together(parallel.group):
         index = load_index(shards, caption=config.caption)
     agree(index.digest, f"the content of {shards}", parallel.group)
-    needs_teacher = loss.instance or loss.mse or (loss.cluster and (loss.beta or loss.gamma))
     teacher, labels, keep = None, None, None
     with fail_together(parallel.group):
-        if config.teacher and needs_teacher:
+        if config.teacher and terms_with_teacher(loss):
             teacher = TeacherTable(config.teacher, index)
         if config.labels and loss.cluster:
             labels = LabelTable(config.labels, index, config.labels_per_sample)
@@ -222,6 +222,7 @@ def make_classifier(
         filter_threshold=config.filter_threshold,
         log_q=config.log_q,
         weight_grad=config.weight_grad,
+        labels_loss=config.labels_loss,
         device=parallel.device,
     )
     common: dict[str, Any] = {
@@ -245,8 +246,10 @@ def make_objective(run: RunFile, head: PartialFC | None, parallel: Parallel) -> 
         cluster=loss.cluster,
         contrastive=loss.contrastive,
         mse=loss.mse,
+        affinity=loss.affinity,
         cluster_loss=cluster,
         group=parallel.group,
         grad_reduction=run.grad_reduction,
         temperature=loss.temperature,
+        affinity_temperature=loss.affinity_temperature,
     )

@@ -65,6 +65,7 @@ OPTIONS: list[tuple[str, dict[str, Any], Weights, int]] = [
     ("dims", {"feature_rate": 0.5, "sample_rate": 0.5}, Weights(), 1),
     ("three", {"sample_rate": 0.5, "margin": Margin.cosface(0.2)}, Weights(0.8, 0.5, 1.5, 2.0), 1),
     ("mlcd", {"sample_rate": 0.5, "margin": Margin.cosface(0.2)}, Weights(1.0, 0.5), 3),
+    ("mean", {"sample_rate": 0.5, "log_q": True, "labels_loss": "mean"}, Weights(1.0, 0.5), 3),
 ]
 
 

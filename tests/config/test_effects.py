@@ -28,10 +28,12 @@ FOR_NOTHING = {
     "student.hidden=64": "without data.features",
     "data.worker_timeout_s=60": "without data.workers > 0",
     "loss.cluster_temperature=2 loss.gamma=0": "without loss.gamma > 0",
-    "loss.temperature=0.07 loss.instance=0 data.labels=x": "without loss.contrastive or loss.instance > 0",
+    "loss.temperature=0.07 loss.instance=0 data.labels=x": "without loss.contrastive or loss.instance or loss.affinity",
     "classifier.margin_grad=straight_through": "without classifier.m1 > 1 or classifier.m2 > 0",
     "classifier.log_q=true classifier.sample_rate=1": "without classifier.sample_rate < 1",
     "classifier.lazy=decay classifier.sample_rate=1": "without classifier.sample_rate < 1",
+    "classifier.labels_loss=mean": "without data.labels_per_sample > 1",
+    "loss.affinity_temperature=0.02": "without loss.affinity > 0",
     "classifier.betas=[0.9,0.99] classifier.optimizer=sgd": 'without classifier.optimizer "adamw"',
     "classifier.eps=1e-6 classifier.optimizer=sgd": 'without classifier.optimizer "adamw"',
     "classifier.momentum=0.8": 'without classifier.optimizer "sgd"',
@@ -41,7 +43,7 @@ FOR_NOTHING = {
     "loss.cluster=0 loss.gamma=null loss.beta=null classifier=null": "without loss.cluster > 0",
     "loss.cluster=0 loss.gamma=null loss.beta=null data.labels=null": "without loss.cluster > 0",
     f"{NO_CLUSTER} loss.alpha=2": "without loss.cluster > 0",
-    f"{NO_CLUSTER} loss.instance=0 loss.contrastive=1": "without a term that reads it (loss.instance, loss.mse, or",
+    f"{NO_CLUSTER} loss.instance=0 loss.contrastive=1": "without a term that reads it (loss.instance, loss.mse, loss",
 }
 
 

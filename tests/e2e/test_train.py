@@ -127,6 +127,11 @@ def test_several_labels_per_sample_train_and_need_labels_that_were_written(
     run_train(2, file, *options)
     curve = losses(pipeline.root / "runs" / "mlcd")
     assert len(curve) == 30 and curve[30] < 0.9 * curve[1]
+    mean = {"data__labels_per_sample": 3, "loss__gamma": 0.0, "classifier__labels_loss": "mean", "loss__affinity": 0.5}
+    for world in (1, 2):
+        run_train(world, pipeline.run_file(f"mean{world}", data__labels=str(clusters), **mean))
+    curves = [losses(pipeline.root / "runs" / name) for name in ("mean1", "mean2")]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5) and curves[0][2] != pytest.approx(curve[2], rel=1e-2)
     one = pipeline.run_file("one", data__labels=str(clusters), loss__gamma=0.0)  # the nearest of the three alone
     run_train(1, one, "--stop-after", "1", expect=143)
     for name, changes, said in (

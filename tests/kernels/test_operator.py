@@ -37,6 +37,7 @@ def arguments(*, need_x: bool, need_w: bool, **changes: Any) -> tuple[Any, ...]:
         "m1": 1.0, "m2": 0.4, "m3": 0.1, "easy_margin": False, "margin_grad": "exact", "scale": 16.0,
         "filter_threshold": None, "num_classes": 14, "class_start": 0, "max_rows": None, "reduction": "mean",
         "group": "", "impl": "auto", "weight_grad": "auto", "precision": "auto", "memory_budget_bytes": None,
+        "labels_loss": "mlcd",
         "need_x": need_x, "need_w": need_w,
     }  # fmt: skip
     return tuple((values | changes).values())

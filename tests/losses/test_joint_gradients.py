@@ -68,8 +68,9 @@ def step(grad_reduction: str, weights: dict[str, float]) -> dict[str, Any]:
         {"instance": 0.0, "cluster": 1.0},
         {"instance": 1.0, "cluster": 0.0},
         {"instance": 0.0, "cluster": 0.0, "mse": 1.0},
+        {"instance": 0.0, "cluster": 0.0, "affinity": 1.0, "affinity_temperature": 0.2},
     ],
-    ids=["all", "cluster", "instance", "mse"],
+    ids=["all", "cluster", "instance", "mse", "affinity"],
 )
 def test_a_shared_student_gets_the_gradient_of_one_process(
     world: int, grad_reduction: str, weights: dict[str, float]

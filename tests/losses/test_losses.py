@@ -92,6 +92,7 @@ def test_plain_classification_needs_labels_only() -> None:
         ({"instance": 0.0, "cluster": 1.0}, "teacher_image"),
         ({"instance": 0.0, "cluster": 0.0, "mse": 1.0}, "teacher_image"),
         ({"instance": 0.0, "cluster": 0.0, "mse": 1.0}, "teacher_text"),
+        ({"instance": 0.0, "cluster": 0.0, "affinity": 1.0}, "teacher_text"),
     ],
 )
 def test_a_missing_input_names_its_term_and_field(weights: dict[str, float], missing: str) -> None:
