@@ -64,8 +64,7 @@ def linear_margin_cross_entropy(
         target: [G] int64 global class ids, -1 for unlabelled samples; or [G, l], see `linear_margin_discrimination`.
         rows: [S] int64, sorted: w[j] is class class_start + rows[j]; None: rows 0 .. S-1.
         bias: [S] floating point, added to a class's logit where it is a negative.
-        num_classes: classes of all ranks together; required and equal on every rank if there are several.
-        max_rows: largest number of rows of w on any rank; the same.
+        num_classes, max_rows: classes of all ranks, and the most rows of w on one; required on several, and equal.
 
     Returns:
         The 0-d loss, the same on every rank. The gradient of w is exact; that of x is this shard's partial sum.

@@ -54,18 +54,14 @@ def discrimination_reference(
     def logits(cosine: Tensor, temperature: float = 1.0) -> Tensor:
         return (scale / temperature * cosine + offset).masked_fill(removed, -torch.inf)
 
-    def each_loss(changed: Tensor, plain: Tensor) -> Tensor:
-        if target.shape[1] > 1 and labels_loss == "mean":
-            return _mean_over_labels(logits(changed), logits(plain), is_label)
-        return _each_loss(logits(changed), is_label, target.shape[1])
-
+    kind = "one" if target.shape[1] == 1 else labels_loss
     if weights.alpha > 0:
-        raw[0] = reduce(each_loss(psi, cos))
+        raw[0] = reduce(_each_loss(kind, logits(psi), logits(cos), is_label))
     if teacher is not None and weights.needs_teacher:
         unit_t = teacher[keep].detach()
         cos_t = unit_t / unit_t.norm(dim=1, keepdim=True) @ unit_w.T
         if weights.beta > 0:
-            raw[1] = reduce(each_loss(cos_t, cos_t))
+            raw[1] = reduce(_each_loss(kind, logits(cos_t), logits(cos_t), is_label))
         if weights.gamma > 0:
             log_t = logits(cos_t.detach(), weights.temperature).log_softmax(1)
             log_s = logits(psi, weights.temperature).log_softmax(1)
@@ -82,18 +78,16 @@ def _with_margin(cos: Tensor, unit_x: Tensor, unit_w: Tensor, is_label: Tensor, 
     return cos.index_put((at_x, at_w), margin.target((x * w).sum(1), sin)[0])
 
 
-def _each_loss(z: Tensor, is_label: Tensor, labels: int) -> Tensor:
-    if labels == 1:
+def _each_loss(kind: str, z: Tensor, plain: Tensor, is_label: Tensor) -> Tensor:
+    """[b]; plain: the logits without margin, as which the other labels are negatives in "mean"."""
+    if kind == "one":
         return -z.log_softmax(1)[is_label]
+    if kind == "mean":
+        means = []
+        for row, plain_row, labels in zip(z, plain, is_label):
+            each = [plain_row.index_put((y,), row[y]).log_softmax(0)[y] for y in labels.nonzero()[:, 0]]
+            means.append(-torch.stack(each).mean())
+        return torch.stack(means)
     one = z.new_zeros(len(z), 1)  # exp(0), the 1 in both logarithms
     positive = torch.cat([one, (-z).masked_fill(~is_label, -torch.inf)], 1).logsumexp(1)
     return positive + torch.cat([one, z.masked_fill(is_label, -torch.inf)], 1).logsumexp(1)
-
-
-def _mean_over_labels(z: Tensor, plain: Tensor, is_label: Tensor) -> Tensor:
-    """One softmax per label: its own logit has the margin, those of the other labels do not."""
-    means = []
-    for row, plain_row, labels in zip(z, plain, is_label):
-        each = [plain_row.index_put((y,), row[y]).log_softmax(0)[y] for y in labels.nonzero()[:, 0]]
-        means.append(-torch.stack(each).mean())
-    return torch.stack(means)
