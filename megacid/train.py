@@ -77,13 +77,14 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
             if verdict.failure is not None:
                 if step > max(start, saver.last_step):
                     save(step)  # the data are at fault, not the steps before
-                raise DataBudgetError(verdict.failure)
+                if not (stopped := verdict.stop):  # a signal to the process group ends the loader workers, too
+                    raise DataBudgetError(verdict.failure)
+                step -= 1
+                break
             if parallel.is_first:
                 loss_check.first_loss(step, verdict.loss)
             report_step(step, state, output, verdict, metrics)
-            if config.check_every and (step + 1) % config.check_every == 0:
-                beat("check")
-                state.check_replicas(step)
+            check_replicas(step, state, beat)
             saver.poll()
             if (stopped := verdict.stop) or (step + 1) % config.save_every == 0 or step + 1 == config.total_steps:
                 save(step + 1)
@@ -103,8 +104,7 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     if lock is not None:
         lock.release()
     if stopped and step + 1 < config.total_steps:
-        log.info("stopped after step %d as requested: run the same command again to continue", step + 1)
-        return lifecycle.exit_code()
+        return lifecycle.stopped_after(step)
     log.info("finished: %s", directory)
     return 0
 
@@ -140,6 +140,14 @@ def train_step(
     step_both(state, verdict, learning_rate_share(step, run.megacid.run.total_steps, run.megacid.schedule))
     failpoint("train:applied", step=step, engine=engine, head=head, verdict=verdict, sample_ids=output.sample_ids)
     return output, verdict
+
+
+def check_replicas(step: int, state: TrainState, beat: Callable[[str], None]) -> None:
+    """Compare the ranks' weights after every run.check_every steps."""
+    every = state.run.megacid.run.check_every
+    if every and (step + 1) % every == 0:
+        beat("check")
+        state.check_replicas(step)
 
 
 def accumulate(

@@ -126,7 +126,9 @@ class PairStream:
         try:
             yield from watched(loader, len(self.plan), self.options.worker_timeout_s)
         except WorkersLost as lost:
-            yield f"rank {self.plan.rank}: {lost}"
+            reading = self._pairs.being_read()
+            samples = f"; the workers were reading {reading}: if it happens there again, remove it" if reading else ""
+            yield f"rank {self.plan.rank}: {lost}{samples}"
 
     def _dummy(self, size: int, failure: str) -> Batch:
         batch = self._pairs.dummy(size, failure)

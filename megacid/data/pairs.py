@@ -5,16 +5,18 @@ Shapes: b micro-batch, T tokens, Dt teacher width, l labels per sample.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from megacid.data.batch import Batch
 from megacid.data.decode import MAX_PIXELS, BadSample, decode_image
@@ -83,6 +85,17 @@ class Pairs(Dataset[Any]):
         self.teacher, self.labels = options.teacher, options.labels
         self.reader = ShardReader(index)
         self.starts = index.starts
+        # Shard and row that each worker is reading, row -1 for none: in shared memory, for messages about lost workers.
+        self._reading = RawArray("q", [-1] * 2 * max(1, options.workers))
+
+    def being_read(self) -> str:
+        """The samples that the workers are reading, as text; "" for none."""
+        names = []
+        for shard, row in zip(self._reading[::2], self._reading[1::2]):
+            if row >= 0:
+                with contextlib.suppress(UserError):  # this process may not have read that table before
+                    names.append(f"{self.index.names[shard]}/{self.index.table(shard).keys[row]}")
+        return ", ".join(names)
 
     def __getitems__(self, positions: list[int]) -> Batch | str:
         """The batch, or the reason why the run has to stop (an exception would lose its text between processes)."""
@@ -90,6 +103,13 @@ class Pairs(Dataset[Any]):
             return self._batch(positions)
         except (UserError, OSError) as error:  # a side table, opened only now, is damaged or was cut
             return str(error)
+        finally:
+            self._note(-1, -1)
+
+    def _note(self, shard: int, row: int) -> None:
+        worker = get_worker_info()
+        slot = 0 if worker is None else 2 * worker.id
+        self._reading[slot : slot + 2] = (shard, row)
 
     def _batch(self, positions: list[int]) -> Batch | str:
         located = list(zip(*(part.tolist() for part in self.order.locate_many(np.array(positions, np.int64)))))
@@ -151,6 +171,7 @@ class Pairs(Dataset[Any]):
         return epoch * self.order.num_samples + (offset + attempt * self.replacement_stride) % self.order.num_samples
 
     def _read(self, epoch: int, shard: int, row: int) -> tuple[Tensor, str]:
+        self._note(shard, row)
         name, key = self.index.names[shard], self.index.table(shard).keys[row]
         if self.teacher is not None and not self.teacher.has(shard, np.array([row])).all():
             raise BadSample(name, key, "no teacher embedding")

@@ -153,6 +153,10 @@ def _dead(workers: list[BaseProcess], within_s: float = 0.0) -> str | None:
     for process in workers:
         if (code := process.exitcode) is not None:
             cause = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+            if code == -signal.SIGTERM:
+                return f"loader worker {process.pid} {cause}: send signals to the ranks only, not to their workers"
+            if code in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGFPE, -signal.SIGILL):
+                return f"loader worker {process.pid} {cause}, which is a fault of a library that it uses"
             resource = "shared memory (/dev/shm)" if code == -signal.SIGBUS else "memory"
             return (
                 f"loader worker {process.pid} {cause}, usually because the machine or container ran out of {resource}: "

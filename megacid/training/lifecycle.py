@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import time
@@ -14,6 +15,8 @@ from megacid.distributed.consensus import any_rank
 from megacid.distributed.parallel import launched
 from megacid.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from megacid.storage.directory_lock import DirectoryLock
+
+log = logging.getLogger(__name__)
 
 _FORWARDED_S = 2.0  # torchrun and DeepSpeed pass a Ctrl-C on to ranks that the terminal has signalled already
 
@@ -72,8 +75,9 @@ class Lifecycle:
         """True on every rank when any rank was asked to stop. A collective."""
         return any_rank(self.asked, self.group)
 
-    def exit_code(self) -> int:
-        """The exit code of a stopped run, the same on every rank. A collective."""
+    def stopped_after(self, step: int) -> int:
+        """Log that the run has stopped after `step`. Returns its exit code, the same on every rank. A collective."""
+        log.info("stopped after step %d as requested: run the same command again to continue", step + 1)
         return EXIT_INTERRUPTED if any_rank(self._interrupted_s is not None, self.group) else EXIT_STOPPED
 
 

@@ -20,9 +20,11 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from megacid.config.schema import RunFile
+from megacid.data.decode import decode_image
 from megacid.distributed.consensus import broadcast_json
 from megacid.distributed.parallel import Parallel
 from megacid.errors import EXIT_AGAIN
@@ -129,7 +131,15 @@ class Watchdog:
         waiting = any(_waits(stack) for stack in stacks.values())
         stack: Sequence[traceback.FrameSummary] = stacks.get(self._main, [])
         own = [entry for entry in stack if f"{os.sep}torch{os.sep}" not in entry.filename] or list(stack)
-        return (f"{own[-1].filename}:{own[-1].lineno} {own[-1].name}" if own else "an unknown place"), waiting
+        where = f"{own[-1].filename}:{own[-1].lineno} {own[-1].name}" if own else "an unknown place"
+        return where + decoded_sample(frames.get(self._main)), waiting
+
+
+def decoded_sample(frame: FrameType | None) -> str:
+    """For messages: the sample whose image is being decoded in this frame or one of its callers; "" for none."""
+    while frame is not None and frame.f_code is not decode_image.__code__:
+        frame = frame.f_back
+    return "" if frame is None else f", decoding {frame.f_locals['shard']}/{frame.f_locals['key']}"
 
 
 def _waits(stack: Sequence[traceback.FrameSummary]) -> bool:

@@ -305,7 +305,7 @@ def test_a_shard_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "shards" / "index" / "index.json").unlink()
     (tmp_path / "shards" / "index" / "00001.keys.json").unlink()
 
-    def denied(path: Path) -> None:  # the permission itself would not stop root
+    def denied(path: Path, *_: object, **__: object) -> None:  # the permission itself would not stop root
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("megacid.data.index.scan_tar", denied)

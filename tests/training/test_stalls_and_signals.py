@@ -164,8 +164,8 @@ def test_a_ctrl_c_that_a_launcher_passes_on_is_no_second_one(launched: bool, mon
             with pytest.raises(SystemExit) as ended:
                 os.kill(os.getpid(), signal.SIGINT)
             assert ended.value.code == 130
-        assert lifecycle.exit_code() == 130
-        assert Lifecycle().exit_code() == 143
+        assert lifecycle.stopped_after(0) == 130
+        assert Lifecycle().stopped_after(0) == 143
     finally:
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)
