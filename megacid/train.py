@@ -228,7 +228,7 @@ def step_both(state: TrainState, verdict: Verdict, rate_share: float) -> None:
     if verdict.apply:
         state.engine.step(lr=rate_share * student_rate, clip_scale=verdict.clip_scale)
         if state.row_optimizer is not None:
-            state.row_optimizer.lr = rate_share * row_rate
+            state.row_optimizer.group["lr"] = rate_share * row_rate
             state.row_optimizer.step(grad_scale=verdict.clip_scale)
     else:
         state.engine.skip()

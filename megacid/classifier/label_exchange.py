@@ -9,7 +9,9 @@ the device and no label is used as an index, so an invalid label cannot make a k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -18,13 +20,14 @@ from torch import Tensor
 
 from megacid.classifier.sampling import Draw
 from megacid.distributed.collectives import all_gather_single, rank, world_size
+from megacid.distributed.consensus import gather_json
 from megacid.distributed.parallel import shard_range
 from megacid.errors import UserError
 from megacid_kernels import Weights
 
 _ABOVE_ALL = torch.iinfo(torch.int64).max  # sorts behind every class id: marks entries to drop
-# Batch size, labels per sample, 1 for invalid input, and the two numbers of `InputKind` precede a rank's labels.
-_HEADER = 5
+# Batch size, labels per sample, 1 for invalid input, and the three numbers of `InputKind` precede a rank's labels.
+_HEADER = 6
 _DTYPES = (None, torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _YES_NO = ("no", "yes")
 # (what must be the same on every rank, lowest bit of its code, number of bits, meaning of the codes, remedy)
@@ -66,31 +69,43 @@ class GatheredLabels(NamedTuple):
 
 
 class InputKind(NamedTuple):
-    """What the next collectives or the draw depend on, as two integers that must be equal on every rank."""
+    """What the next collectives, the draw or the loss depend on, as integers that must be equal on every rank."""
 
     code: int = 0
     step: int = 0
+    digest: int = 0
+    settings: Mapping[str, object] = MappingProxyType({})  # whose digest it is
 
     @classmethod
-    def of(cls, emb: Tensor, teacher: Tensor | None, *, training: bool, step: int) -> InputKind:
+    def of(
+        cls, emb: Tensor, teacher: Tensor | None, *, training: bool, step: int, settings: Mapping[str, object]
+    ) -> InputKind:
         grad = torch.is_grad_enabled()
         # A dtype without a code is an input error.
         dtypes = [_DTYPES.index(x.dtype) if x is not None and x.dtype in _DTYPES else 0 for x in (emb, teacher)]
         values = (*dtypes, emb.requires_grad and grad, grad, training)
         code = sum(int(value) << low for value, (_, low, *_) in zip(values, _AGREED, strict=True))
-        return cls(code, step & ((1 << 62) - 1))
+        digest = hashlib.blake2b(repr(settings).encode(), digest_size=7).digest()
+        return cls(code, step & ((1 << 62) - 1), int.from_bytes(digest, "little"), settings)
 
 
 _ANY_KIND = InputKind()
 
 
-def _find_disagreement(codes: list[int], steps: list[int]) -> str | None:
-    """The first difference between the ranks' `InputKind`s."""
-    if len(set(codes)) == len(set(steps)) == 1:
+def _find_disagreement(
+    kinds: list[list[int]], settings: Mapping[str, object], group: dist.ProcessGroup | None
+) -> str | None:
+    """The first difference between the ranks' `InputKind`s. A collective if there is one."""
+    codes, steps, digests = kinds
+    if len(set(codes)) == len(set(steps)) == len(set(digests)) == 1:
         return None
     for name, low, bits, meanings, remedy in _AGREED:
         values = [meanings[code >> low & ((1 << bits) - 1)] for code in codes]
         if message := _describe_difference(name, values, remedy):
+            return message
+    everyones = gather_json({name: str(value) for name, value in settings.items()}, group)
+    for name in settings:
+        if message := _describe_difference(name, [one.get(name) for one in everyones], "pass the same value"):
             return message
     return _describe_difference("step", steps, "call set_step with the same number")
 
@@ -176,7 +191,7 @@ class LabelExchange:
         if self._edges is None or self._edges.device != device:
             self._edges = torch.tensor(self.starts, device=device)
         while True:
-            table = self._gather(target_Bl, (int(input_error is not None), *kind), device)
+            table = self._gather(target_Bl, (int(input_error is not None), *kind[:3]), device)
             labels, first = _sort_unique(table[:, _HEADER:].flatten())
             count_before = torch.cat([first.new_zeros(1, dtype=torch.int64), first.cumsum(0)])
             edges = torch.searchsorted(labels, self._edges)
@@ -196,7 +211,7 @@ class LabelExchange:
             if longest <= self._capacity or any(invalid):
                 break
             self._capacity = longest
-        self._check_inputs(input_error, invalid, kinds)
+        self._check_inputs(input_error, invalid, kinds, kind.settings)
         self._check_labels(widths, lowest, highest)
         target_Gl = self._targets(target_Bl, table, sizes, widths[0])
         num_positive, most_positive, widest = counts[self.rank], max(counts[: self.world]), self.starts[1]
@@ -242,12 +257,14 @@ class LabelExchange:
         place = torch.where(keep, keep.cumsum(0) - 1, count)
         return ids.new_empty(count + 1).scatter_(0, place, ids)[:count] - self.start
 
-    def _check_inputs(self, input_error: str | None, invalid: list[int], kinds: list[list[int]]) -> None:
+    def _check_inputs(
+        self, input_error: str | None, invalid: list[int], kinds: list[list[int]], settings: Mapping[str, object]
+    ) -> None:
         if input_error is not None:
             raise UserError(input_error)
         if any(invalid):
             raise UserError(f"rank {invalid.index(1)} has invalid input for the classifier: see that rank's message")
-        disagreement = _find_disagreement(*kinds)
+        disagreement = _find_disagreement(kinds, settings, self.group)
         if disagreement is not None:
             raise UserError(disagreement)
 

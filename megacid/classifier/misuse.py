@@ -17,9 +17,15 @@ from megacid.errors import UserError
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 WRAPPED = (
-    "PartialFC is inside {}, which would overwrite the class rows of every rank with those of rank 0: wrap the student "
-    "alone, and keep the head outside with its own RowAdamW or RowSGD"
+    "PartialFC is inside {}, which takes the class rows of the ranks for copies of one tensor, expected outside: wrap "
+    "the student alone, and train the head with its own RowAdamW or RowSGD"
 )
+
+
+def refuse_sharded(value: object) -> None:
+    """Raise UserError for the tensors by which `fully_shard` replaces the parameters of a module."""
+    if any(kind.__name__ == "DTensor" for kind in type(value).__mro__):
+        raise UserError(WRAPPED.format("fully_shard"))
 
 
 def keep_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -9,40 +9,35 @@ rows have their own gradient (`row_grad`) and optimizer (`RowAdamW`, `RowSGD`).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megacid.classifier import misuse
 from megacid.classifier.autograd import ForwardGradients, PartialFCFunction
 from megacid.classifier.batch_metrics import batch_metrics
-from megacid.classifier.initialization import Init, load_rows, random_rows
+from megacid.classifier.class_rows import ClassRows
+from megacid.classifier.initialization import Init
 from megacid.classifier.label_exchange import GatheredLabels, InputKind, LabelExchange, find_input_error
 from megacid.classifier.row_gradient import (
-    OnRowGradient,
     RecomputedRowGradient,
     RowGradient,
     StoredRowGradient,
     add_row_gradients,
 )
-from megacid.classifier.row_state import ReadRows, copy_rows, gather_state, reader_of
 from megacid.classifier.sampling import Draw, sample_dims
 from megacid.distributed.collectives import (
     GradReduction,
     gather_plain,
     gradient_factor,
-    rank,
     start_reduce_scatter_rows,
     world_size,
 )
-from megacid.distributed.parallel import shard_range
-from megacid.errors import UserError
 from megacid_kernels import Discrimination, LossSpec, Weights, discrimination_with_gradients, resolve
 from megacid_kernels.margin import Margin
 
@@ -62,7 +57,7 @@ class _Step(NamedTuple):
     need_row_grad: bool
 
 
-class PartialFC(nn.Module):
+class PartialFC(ClassRows):
     """Margin softmax over classes sharded by rank, with sampled negatives (Partial FC: An et al., CVPR 2022).
 
     For unit embeddings x and unit class rows w, the loss of a sample with label y is the cross entropy of the logits
@@ -75,7 +70,7 @@ class PartialFC(nn.Module):
     After `eval()`, a forward uses all classes and all dimensions, counts no hits and leaves no row gradient; margin and
     filter still apply. The rows stay fp32: casts such as `half()` and `to(dtype)` are ignored with a warning, because
     updates of 16-bit rows round to nothing; embeddings may have any floating dtype. A deep copy shares the group. The
-    head must stand outside of DDP and FSDP, which would overwrite its rows with those of rank 0.
+    head must stand outside of DDP, FSDP and DeepSpeed, which take the rows of the ranks for copies of one tensor.
 
     Args:
         num_classes: classes of all ranks together, C.
@@ -113,6 +108,8 @@ class PartialFC(nn.Module):
         UserError: an argument out of range, or an `init` that cannot be read or does not fit.
     """
 
+    _STEP_STATE = ("_row_grad", "_last")
+
     def __init__(
         self,
         num_classes: int,
@@ -137,14 +134,11 @@ class PartialFC(nn.Module):
         labels_loss: Literal["mlcd", "mean"] = "mlcd",
         device: torch.device | str | None = None,
     ):
-        super().__init__()
-        world = world_size(group)
         misuse.refuse_wrappers(PartialFC)
-        misuse.check_sizes(num_classes, embed_dim, world, {"sample_rate": sample_rate, "feature_rate": feature_rate})
-        self.num_classes, self.embed_dim, self.group, self.seed = num_classes, embed_dim, group, seed
+        rates = {"sample_rate": sample_rate, "feature_rate": feature_rate}
+        misuse.check_sizes(num_classes, embed_dim, world_size(group), rates)
+        super().__init__(num_classes, embed_dim, group=group, seed=seed, init=init, device=device)
         self.sample_rate, self.feature_rate, self.log_q = sample_rate, feature_rate, log_q
-        self.class_start, self.class_stop = shard_range(num_classes, rank(group), world)
-        self.num_local = self.class_stop - self.class_start
         with misuse.user_error():
             self._gradient_factor = gradient_factor(group, grad_reduction)
             self._spec = LossSpec(
@@ -152,47 +146,18 @@ class PartialFC(nn.Module):
                 class_start=self.class_start, reduction=reduction, group=group, impl=impl, weight_grad=weight_grad,
                 precision=precision, memory_budget_bytes=memory_budget_bytes, labels_loss=labels_loss,
             )  # fmt: skip
-        self._exchange = LabelExchange(num_classes, group)
-        if init is None:
-            rows = random_rows(self.class_start, self.class_stop, embed_dim, seed)
-        else:
-            # A copy: training must not write into the caller's array.
-            rows = load_rows(init, self.class_start, self.class_stop, (num_classes, embed_dim)).clone()
-        self.weight = nn.Parameter(rows.to(device, torch.float32), requires_grad=False)
-        with misuse.user_error():
             _ = self.fused
-        self.hits: Tensor
-        self.register_buffer("hits", torch.zeros(self.num_local, dtype=torch.int32, device=device))
+        self._exchange = LabelExchange(num_classes, group)
+        # What must be the same on every rank, besides the input.
+        self._settings: dict[str, object] = {
+            "num_classes": num_classes, "embed_dim": embed_dim, **rates, "log_q": log_q, "scale": scale,
+            "margin": self._spec.margin, "margin_grad": margin_grad, "filter_threshold": filter_threshold,
+            "reduction": reduction, "grad_reduction": grad_reduction, "labels_loss": labels_loss,
+            "seed": seed if min(rates.values()) < 1 else None,
+        }  # fmt: skip
         self.step = 0
         self._finished_step: int | None = -1  # None after a warning
-        self.rows_unread = True  # no row optimizer and no caller has read the row gradient yet
-        self._row_grad: RowGradient | None = None
         self._last: tuple[Discrimination, GatheredLabels] | None = None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartialFC:
-        """`nn.Module.to` and its kind: moves the rows and keeps their dtype."""
-        super()._apply(misuse.keep_dtype(fn), recurse)
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PartialFC:
-        """A copy that shares the process group, which cannot be copied, and has no row gradient."""
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        if self.group is not None:
-            memo[id(self.group)] = self.group
-        state = self.__dict__ | {"_row_grad": None, "_last": None}
-        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in state.items()})
-        return twin
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self.group is not None:
-            raise UserError("a PartialFC with a process group cannot be pickled: save state_rows() or full_state()")
-        return self.__dict__ | {"_row_grad": None, "_last": None}
-
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        # DDP reads this name of the module that it wraps.
-        raise UserError(misuse.WRAPPED.format("DistributedDataParallel"))
 
     def extra_repr(self) -> str:
         return f"{self.num_classes} classes, here {self.class_start}..{self.class_stop}, width {self.embed_dim}"
@@ -246,7 +211,13 @@ class PartialFC(nn.Module):
         Raises:
             UserError: on every rank, if the input of any rank is invalid.
         """
-        weights = weights or Weights()
+        # torch.compile would trace collectives and kernels for minutes and gain nothing.
+        run = self._discriminate_untraced if torch.compiler.is_compiling() else self._discriminate
+        return run(emb_BD, target_B, teacher_BD, weights or Weights())
+
+    def _discriminate(
+        self, emb_BD: Tensor, target_B: Tensor, teacher_BD: Tensor | None, weights: Weights
+    ) -> Discrimination:
         teacher_BD = teacher_BD if weights.needs_teacher else None
         train, need_x = (needed and torch.is_grad_enabled() for needed in (self.training, emb_BD.requires_grad))
         draw = dims = None
@@ -265,15 +236,20 @@ class PartialFC(nn.Module):
             emb_GD=gather_plain(emb_BD, self.group, sizes=labels.sizes),
             teacher_GD=None if teacher_BD is None else gather_plain(teacher_BD, self.group, sizes=labels.sizes),
             bias_S=labels.log_q_bias(draw, self.class_start) if draw is not None and self.log_q else None,
-            dims=dims, pending_rows=pending_rows, need_x=need_x, need_row_grad=train,
+            dims=dims, pending_rows=pending_rows, need_x=need_x,
+            need_row_grad=train and self.trainable,
         )  # fmt: skip
         if train:
             labels.count_hits_(self.hits, self.class_start)
+            misuse.warn_about_foreign_optimizers(self)
         anchor = torch.zeros((), dtype=torch.float32, device=emb_BD.device, requires_grad=train)
         compute, accumulate = partial(self._compute, step), partial(self._accumulate, step)
         out = Discrimination(*PartialFCFunction.apply(emb_BD, anchor, compute, accumulate, self._gradient_factor))
         self._last = (Discrimination(*(part.detach() for part in out)), labels)
         return out
+
+    # Like torch.compiler.disable, but imports torch._dynamo, which takes seconds, at the first call.
+    _discriminate_untraced = torch._disable_dynamo(_discriminate)
 
     def _gather_labels(
         self,
@@ -290,7 +266,10 @@ class PartialFC(nn.Module):
         several = target_B.ndim == 2
         target_Bl = target_B.new_empty(0, 1).long() if input_error else target_B if several else target_B[:, None]
         samples = self.training and min(self.sample_rate, self.feature_rate) < 1
-        kind = InputKind.of(emb_BD, teacher_BD, training=self.training, step=self.step if samples else 0)
+        kind = InputKind.of(
+            emb_BD, teacher_BD, training=self.training, step=self.step if samples else 0,
+            settings=self._settings | vars(weights),
+        )  # fmt: skip
         return self._exchange(target_Bl, input_error, draw, self.weight.device, pending_rows, kind)
 
     def _compute(self, step: _Step) -> ForwardGradients:
@@ -320,7 +299,6 @@ class PartialFC(nn.Module):
         """Add the row gradient of a loss to `row_grad`."""
         if not step.need_row_grad:
             return
-        misuse.warn_about_foreign_optimizers(self)
 
         def widen(grad: Tensor) -> Tensor:
             dims = step.dims
@@ -341,57 +319,7 @@ class PartialFC(nn.Module):
         known = step.labels.rows_with_pending if old is not None and step.pending_rows is old.rows else None
         self._row_grad = add_row_gradients(old, new, known, same_rows=used is None)
 
-    def row_grad(self) -> tuple[Tensor, Tensor]:
-        """Row gradient summed over the backwards since `zero_grad`, exact: without a factor of the number of ranks.
-
-        With weight_grad "recomputed" this call assembles the matrix; `for_each_row_grad` avoids that.
-
-        Returns:
-            Local row ids int64 [S], sorted and unique, and d loss / d weight[rows] fp32 [S, D]; S is 0 before the first
-            backward.
-        """
-        self.rows_unread = False
-        if self._row_grad is None:
-            none = torch.empty(0, dtype=torch.int64, device=self.weight.device)
-            return none, self.weight.new_empty(0, self.embed_dim)
-        return self._row_grad.rows, self._row_grad.matrix()
-
-    def for_each_row_grad(self, update: OnRowGradient) -> None:
-        """Call update(rows, gradient) for parts that cover `row_grad`: its slabs if recomputed, else all rows at once.
-
-        `update` may change the weight of its rows.
-        """
-        self.rows_unread = False
-        if self._row_grad is not None:
-            self._row_grad.for_each_part(update)
-
-    def grad_norm_sq(self) -> Tensor:
-        """Squared norm of this rank's row gradient, 0-d fp32. The classifier's is the sum over ranks."""
-        return self.weight.new_zeros(()) if self._row_grad is None else self._row_grad.norm_sq()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Discard the row gradient."""
-        super().zero_grad(set_to_none)
-        self._row_grad = None
-
     @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:
         """Metrics of the last batch, see `batch_metrics`; {} before the first labels. A collective."""
         return {} if self._last is None else batch_metrics(*self._last, self.num_local, self.group)
-
-    def state_rows(self) -> dict[str, Tensor]:
-        """This rank's rows for a checkpoint: {"weight": fp32 [L, D], "hits": int32 [L]}."""
-        return {"weight": self.weight.detach(), "hits": self.hits}
-
-    def load_state_rows(self, read: ReadRows) -> None:
-        """Load this rank's rows from read(name, start, stop), written by any number of ranks."""
-        copy_rows(self.state_rows(), read, self.class_start, self.class_stop)
-
-    def full_state(self) -> dict[str, Tensor]:
-        """`state_rows` of all ranks, [C, ...] on the host of every rank. A collective, for small classifiers."""
-        return gather_state(self.state_rows(), self.group)
-
-    def load_full_state(self, state: dict[str, Tensor]) -> None:
-        """Load this rank's rows of a `full_state`. Without "hits" they start at 0."""
-        fresh = {"hits": torch.zeros(self.num_classes, dtype=torch.int32)}
-        self.load_state_rows(reader_of({**fresh, **state}, self.num_classes))

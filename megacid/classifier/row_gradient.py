@@ -21,30 +21,48 @@ class StoredRowGradient:
 
     def __init__(self, rows_S: Tensor, grad_SD: Tensor):
         self.rows, self._grad = rows_S, grad_SD
+        self._sparse: Tensor | None = None
 
     def add(self, other: StoredRowGradient, rows_U: Tensor | None, *, same_rows: bool) -> StoredRowGradient:
         """The sum of two micro-batches. rows_U: the rows of both, if known; same_rows: both have the same rows."""
         if same_rows:
-            self._grad += other._grad
+            self.matrix().add_(other.matrix())
             return self
         if rows_U is None:
             rows_U = torch.unique(torch.cat([self.rows, other.rows]))  # synchronises with the device
         total = other._grad.new_zeros(len(rows_U), other._grad.shape[1])
         # Rows are unique within each part, so an element is the sum of two numbers: the same bits in any order.
-        total.index_add_(0, torch.searchsorted(rows_U, self.rows), self._grad)
-        total.index_add_(0, torch.searchsorted(rows_U, other.rows), other._grad)
+        total.index_add_(0, torch.searchsorted(rows_U, self.rows), self.matrix())
+        total.index_add_(0, torch.searchsorted(rows_U, other.rows), other.matrix())
         return StoredRowGradient(rows_U, total)
 
     def matrix(self) -> Tensor:
-        return self._grad
+        # An operation in place on a sparse tensor may give it other values.
+        return self._grad if self._sparse is None else self._sparse._values()
+
+    def sparse(self, num_rows: int) -> Tensor:
+        """The gradient as a sparse tensor [num_rows, D] on the same memory."""
+        if self._sparse is None:
+            size = num_rows, self._grad.shape[1]
+            # Without checks, which would synchronise with the device.
+            self._sparse = torch.sparse_coo_tensor(
+                self.rows[None], self._grad, size, check_invariants=False, is_coalesced=True
+            )
+        return self._sparse
+
+    def stored(self) -> StoredRowGradient:
+        return self
+
+    def scale_(self, factor: Tensor) -> None:
+        self.matrix().mul_(factor)
 
     def norm_sq(self) -> Tensor:
         if self._grad.device.type == "cpu":
-            return self._grad.square().sum()
-        return torch.linalg.vector_norm(self._grad).square()  # without a second [S, D]
+            return self.matrix().square().sum()
+        return torch.linalg.vector_norm(self.matrix()).square()  # without a second [S, D]
 
     def for_each_part(self, update: OnRowGradient) -> None:
-        update(self.rows, self._grad)
+        update(self.rows, self.matrix())
 
 
 class RecomputedRowGradient:
@@ -70,6 +88,12 @@ class RecomputedRowGradient:
         whole = self._norm_sq.new_empty(len(self.rows), self._width)
         self._each_slab(lambda start, stop, grad: whole[start:stop].copy_(self._scaled(grad)))
         return whole
+
+    def stored(self) -> StoredRowGradient:
+        return StoredRowGradient(self.rows, self.matrix())
+
+    def scale_(self, factor: Tensor) -> None:
+        self._scale = self._scale * factor
 
     def norm_sq(self) -> Tensor:
         return self._norm_sq * self._scale.square()

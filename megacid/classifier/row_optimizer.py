@@ -10,23 +10,24 @@ Legend: D width, L local classes, S rows used in this step, b rows of a block of
              are left out. Bias correction counts all steps.
 
 Until that next use, weight and moments do not change in a bit. The loss depends only on a row's direction, which a
-late weight decay does not change.
+late weight decay does not change. The betas and the momentum of missed steps are those of the next use.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from megacid.classifier.head_optimizer import HeadOptimizer, check_number
 from megacid.classifier.partial_fc import PartialFC
 from megacid.classifier.row_state import (
+    MissingRowsError,
     ReadRows,
     copy_rows,
-    gather_state,
-    reader_of,
     round_to_bf16,
     rounding_bits,
     rounding_keys,
@@ -46,35 +47,35 @@ _DECAY_UNIT = 1 << 44
 Factor = float | Tensor  # of every row, or one per row: fp32 [S, 1]
 
 
-class RowOptimizer:
-    """Base of the row optimizers: hyper-parameters, blocks of rows, state by global class id.
+class RowOptimizer(HeadOptimizer):
+    """Base of the row optimizers: blocks of rows, the decay clock, state by global class id."""
 
-    `lr` and `weight_decay` may be set at any time, for example by a schedule.
-    """
+    _OWN = ("head", "moments", "lazy", "_steps", "_decay")
+    _MOMENTS: tuple[str, ...] = ()  # names of the stored moments, one or two
 
-    def __init__(self, head: PartialFC, lr: float, weight_decay: float, moments: Moments, lazy: Lazy):
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"classifier {name} is {value}, expected a finite number >= 0")
+    def __init__(self, head: PartialFC, defaults: dict[str, Any], moments: Moments, lazy: Lazy):
         for name, word, known in (("moments", moments, ("fp32", "bf16")), ("lazy", lazy, ("none", "decay"))):
             if word not in known:
                 raise UserError(f"classifier {name} is {word!r}, expected {known[0]!r} or {known[1]!r}")
-        self.head, self.lr, self.weight_decay = head, lr, weight_decay
-        head.rows_unread = False
+        super().__init__(head, defaults)
         self.moments, self.lazy = moments, lazy
-        self.updates = torch.zeros(head.num_local, dtype=torch.int32, device=head.weight.device)
         # The decay clock: steps, and the sum of log(1 - lr * weight_decay) over them; now, and per row at its last use.
         self._steps = self._decay = 0
+        dtype = torch.bfloat16 if moments == "bf16" else torch.float32
+        updates = torch.zeros(head.num_local, dtype=torch.int32, device=head.weight.device)
+        state = self.rows_state
+        state |= {name: torch.zeros_like(head.weight, dtype=dtype) for name in self._MOMENTS} | {"updates": updates}
         if lazy == "decay":
-            self._last_steps = torch.zeros_like(self.updates)
-            self._last_decay = torch.zeros_like(self.updates, dtype=torch.int64)
+            state["last_steps"] = torch.zeros_like(updates)
+            state["last_decay"] = torch.zeros_like(updates, dtype=torch.int64)
 
-    def _zeros(self) -> Tensor:
-        return torch.zeros_like(self.head.weight, dtype=torch.bfloat16 if self.moments == "bf16" else torch.float32)
+    def check_group(self, group: dict[str, Any]) -> None:
+        for name in ("lr", "weight_decay"):
+            check_number(group, name, "a finite number >= 0")
 
     def _moments(self) -> dict[str, Tensor]:
-        """name -> [L, D], one or two tensors."""
-        raise NotImplementedError
+        """name -> [L, D]."""
+        return {name: self.rows_state[name] for name in self._MOMENTS}
 
     def _factors(self, count_S: Tensor, missed_S: Tensor | None, decay_S: Tensor | None) -> tuple[Factor, ...]:
         """Factors for `_update` from float64 [S]: count_S, the updates (lazy = "decay": steps) including this one; with
@@ -92,21 +93,35 @@ class RowOptimizer:
         raise NotImplementedError
 
     @torch.no_grad()
-    def step(self, grad_scale: float | Tensor = 1.0) -> None:
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float | Tensor] | None = None, *, grad_scale: float | Tensor = 1.0
+    ) -> float | Tensor | None:
         """Update the rows of `head.row_grad()`. No host synchronisation.
 
         Every call moves `head.step` on by one and, with lazy = "decay", the decay clock, also a call without rows.
 
         Args:
+            closure: computes the loss and its backward before the update.
             grad_scale: factor of the gradients, from gradient clipping.
 
+        Returns:
+            The loss of `closure`, None without one.
+
         Raises:
-            UserError: lr * weight_decay >= 1 with lazy = "decay", which would leave nothing of a weight.
+            UserError: a hyper-parameter out of range; lr * weight_decay >= 1 with lazy = "decay", which would leave
+                nothing of a weight.
         """
-        shrink = self.lr * self.weight_decay
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.follow_head()
+        self.check_group(self.group)
+        lr, weight_decay, last = self.group["lr"], self.group["weight_decay"], self.rows_state
+        shrink = lr * weight_decay
         if self.lazy == "decay" and not shrink < 1:
             raise UserError(
-                f"classifier lr * weight_decay is {self.lr} * {self.weight_decay} = {shrink}, expected less than 1 "
+                f"classifier lr * weight_decay is {lr} * {weight_decay} = {shrink}, expected less than 1 "
                 'with lazy "decay": lower one of them'
             )
         steps, decay = self._steps + 1, self._decay
@@ -117,8 +132,8 @@ class RowOptimizer:
             if len(rows_S):
                 self._step_rows(rows_S, grad_SD, grad_scale)
             if self.lazy == "decay":
-                self._last_steps.index_fill_(0, rows_S, steps)
-                self._last_decay.index_fill_(0, rows_S, decay)
+                last["last_steps"].index_fill_(0, rows_S, steps)
+                last["last_decay"].index_fill_(0, rows_S, decay)
 
         if isinstance(self.head, PartialFC):
             self.head.for_each_row_grad(update)
@@ -127,14 +142,16 @@ class RowOptimizer:
             update(*self.head.row_grad())
         if self.lazy == "decay":
             self._steps, self._decay = steps, decay
+        return loss
 
     def _step_rows(self, rows_S: Tensor, grad_SD: Tensor, grad_scale: float | Tensor) -> None:
-        count = self.updates[rows_S] + 1
+        state = self.rows_state
+        count = state["updates"][rows_S] + 1
         missed = pending_decay = None
         if self.lazy == "decay":
-            steps = self._steps - self._last_steps[rows_S]
+            steps = self._steps - state["last_steps"][rows_S]
             count += steps
-            missed, pending_decay = steps.double(), (self._decay - self._last_decay[rows_S]).double() / _DECAY_UNIT
+            missed, pending_decay = steps.double(), (self._decay - state["last_decay"][rows_S]).double() / _DECAY_UNIT
         factors = self._factors(count.double(), missed, pending_decay)
         keys = None
         if self.moments == "bf16":
@@ -146,7 +163,7 @@ class RowOptimizer:
             self._step_fused(grad_SD, factors, {"rows_S": selected, "grad_scale": grad_scale, "keys": keys})
         else:
             self._step_blocks(rows_S, grad_SD, grad_scale, factors, keys)
-        self.updates.index_copy_(0, rows_S, count)
+        state["updates"].index_copy_(0, rows_S, count)
 
     def _step_blocks(
         self,
@@ -181,48 +198,46 @@ class RowOptimizer:
             for state, moment in zip(stored, moments):
                 _write_rows(state, where, moment)
 
-    def zero_grad(self) -> None:
-        self.head.zero_grad()
-
     def state_rows(self) -> dict[str, Tensor]:
         """This rank's state for a checkpoint: the moments, fp32 or bf16 [L, D], and "updates" int32 [L]; with lazy =
         "decay" also "missed_steps" int32 [L] and "missed_decay" float64 [L], the log of the weight's pending factor."""
-        state = self._moments() | {"updates": self.updates}
+        live = self.rows_state
+        state = self._moments() | {"updates": live["updates"]}
         if self.lazy == "decay":
-            state["missed_steps"] = self._steps - self._last_steps
-            state["missed_decay"] = (self._decay - self._last_decay).double() / _DECAY_UNIT
+            state["missed_steps"] = self._steps - live["last_steps"]
+            state["missed_decay"] = (self._decay - live["last_decay"]).double() / _DECAY_UNIT
         return state
 
     def load_state_rows(self, read: ReadRows) -> None:
         """Load this rank's rows from read(name, start, stop), written by any number of ranks in any dtype.
 
+        Args:
+            read: raises KeyError or UserError for a name that the state lacks.
+
         Raises:
             UserError: a state of another optimizer, size or `lazy`.
         """
-        own = self.state_rows()
-        copy_rows(own, read, self.head.class_start, self.head.class_stop)
-        if self.lazy == "decay":
-            self._steps = self._decay = 0
-            self._last_steps = -own["missed_steps"]
-            self._last_decay = -(own["missed_decay"] * _DECAY_UNIT).round().long()
-
-    def full_state(self) -> dict[str, Tensor]:
-        """`state_rows` of all ranks: name -> [C, ...] on the host, on every rank. A collective."""
-        return gather_state(self.state_rows(), self.head.group)
-
-    def load_full_state(self, state: dict[str, Tensor]) -> None:
-        """Load this rank's rows of a `full_state`.
-
-        Raises:
-            UserError: as `load_state_rows`; also for a state of lazy = "decay" where `lazy` is "none".
-        """
-        has, lazy = ("", "decay") if "missed_steps" in state else ("no ", "none")
-        if lazy != self.lazy and "updates" in state:
+        has, lazy = ("", "decay") if self._has_decay(read) else ("no ", "none")
+        if lazy != self.lazy:
             raise UserError(
                 f"the state has {has}'missed_steps', so it is of lazy {lazy!r}, expected {self.lazy!r}: make the "
                 f"optimizer with lazy={lazy!r}"
             )
-        self.load_state_rows(reader_of(state, self.head.num_classes))
+        own = self.state_rows()
+        copy_rows(own, read, self.head.class_start, self.head.class_stop)
+        if self.lazy == "decay":
+            self._steps = self._decay = 0
+            self.rows_state["last_steps"] = -own["missed_steps"]
+            self.rows_state["last_decay"] = -(own["missed_decay"] * _DECAY_UNIT).round().long()
+
+    def _has_decay(self, read: ReadRows) -> bool:
+        try:
+            read("missed_steps", self.head.class_start, self.head.class_stop)
+        except (KeyError, MissingRowsError):
+            return False
+        except UserError:
+            return self.lazy == "decay"  # reading all rows reports it
+        return True
 
 
 def _block_rows(grad_SD: Tensor) -> int:
@@ -268,6 +283,8 @@ class RowAdamW(RowOptimizer):
         UserError: a value out of range.
     """
 
+    _MOMENTS = ("exp_avg", "exp_avg_sq")
+
     def __init__(
         self,
         head: PartialFC,
@@ -279,37 +296,39 @@ class RowAdamW(RowOptimizer):
         moments: Moments = "fp32",
         lazy: Lazy = "none",
     ):
-        super().__init__(head, lr, weight_decay, moments, lazy)
-        if not all(0 <= beta < 1 for beta in betas):
-            raise UserError(f"classifier betas are {betas}, expected two numbers in [0, 1)")
-        if not eps > 0:
-            raise UserError(f"classifier eps is {eps}, expected > 0: 1e-8 is usual")
-        self.betas, self.eps = betas, eps
-        self.exp_avg, self.exp_avg_sq = self._zeros(), self._zeros()
+        super().__init__(head, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, moments, lazy)
 
-    def _moments(self) -> dict[str, Tensor]:
-        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        try:
+            beta1, beta2 = map(float, group["betas"])
+        except (TypeError, ValueError):
+            beta1 = beta2 = math.nan
+        if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+            raise UserError(f"classifier betas are {group['betas']}, expected two numbers in [0, 1)")
+        group["betas"] = beta1, beta2
+        check_number(group, "eps", "> 0: 1e-8 is usual", low=math.ulp(0.0))
 
     def _factors(self, count_S: Tensor, missed_S: Tensor | None, decay_S: Tensor | None) -> tuple[Factor, ...]:
-        beta1, beta2 = self.betas
+        (beta1, beta2), lr = self.group["betas"], self.group["lr"]
         # float64, because 1 - beta ** n loses all but 4 digits in float32 for beta = 0.999.
         correct1, correct2 = 1 - beta1**count_S, (1 - beta2**count_S).sqrt()
         keep1: Factor = beta1
         keep2: Factor = beta2
-        shrink: Factor = 1 - self.lr * self.weight_decay
+        shrink: Factor = 1 - lr * self.group["weight_decay"]
         if missed_S is not None and decay_S is not None:
             keep1, keep2 = _column(beta1 ** (missed_S + 1)), _column(beta2 ** (missed_S + 1))
             shrink = _column(decay_S.exp() * shrink)
         # (m / c1) / (sqrt(v) / c2 + eps) with both corrections as factors per row: saves two passes over [b, D].
-        return keep1, keep2, shrink, _column(self.lr * correct2 / correct1), _column(self.eps * correct2)
+        return keep1, keep2, shrink, _column(lr * correct2 / correct1), _column(self.group["eps"] * correct2)
 
     def _update(
         self, weight_bD: Tensor, moments: list[Tensor], grad_bD: Tensor, spare_bD: Tensor, factors: tuple[Factor, ...]
     ) -> None:
-        mean, square = moments
+        (mean, square), (beta1, beta2) = moments, self.group["betas"]
         keep1, keep2, shrink, rate, eps = factors
-        mean.mul_(keep1).add_(grad_bD, alpha=1 - self.betas[0])
-        square.mul_(keep2).addcmul_(grad_bD, grad_bD, value=1 - self.betas[1])
+        mean.mul_(keep1).add_(grad_bD, alpha=1 - beta1)
+        square.mul_(keep2).addcmul_(grad_bD, grad_bD, value=1 - beta2)
         torch.sqrt(square, out=spare_bD).add_(eps)
         torch.div(mean, spare_bD, out=spare_bD)
         assert isinstance(rate, Tensor)
@@ -318,10 +337,10 @@ class RowAdamW(RowOptimizer):
     def _step_fused(self, grad_SD: Tensor, factors: tuple[Any, ...], options: dict[str, Any]) -> None:
         from megacid_kernels.fused import AdamWFactors, adamw_rows_  # needs triton
 
+        mean, square = self._moments().values()
         adamw_rows_(
-            self.head.weight, self.exp_avg, self.exp_avg_sq, grad_SD, AdamWFactors(*factors), betas=self.betas,
-            **options,
-        )  # fmt: skip
+            self.head.weight, mean, square, grad_SD, AdamWFactors(*factors), betas=self.group["betas"], **options
+        )
 
 
 class RowSGD(RowOptimizer):
@@ -339,6 +358,8 @@ class RowSGD(RowOptimizer):
         UserError: a value out of range.
     """
 
+    _MOMENTS = ("velocity",)
+
     def __init__(
         self,
         head: PartialFC,
@@ -349,19 +370,17 @@ class RowSGD(RowOptimizer):
         moments: Moments = "fp32",
         lazy: Lazy = "none",
     ):
-        super().__init__(head, lr, weight_decay, moments, lazy)
-        if not 0 <= momentum < 1:
-            raise UserError(f"classifier momentum is {momentum}, expected a number in [0, 1)")
-        self.momentum = momentum
-        self.velocity = self._zeros()
+        super().__init__(head, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, moments, lazy)
 
-    def _moments(self) -> dict[str, Tensor]:
-        return {"velocity": self.velocity}
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        check_number(group, "momentum", "a number in [0, 1)", high=1.0)
 
     def _factors(self, count_S: Tensor, missed_S: Tensor | None, decay_S: Tensor | None) -> tuple[Factor, ...]:
+        momentum = self.group["momentum"]
         if missed_S is None or decay_S is None:
-            return self.momentum, 1.0
-        return _column(self.momentum ** (missed_S + 1)), _column(decay_S.exp())
+            return momentum, 1.0
+        return _column(momentum ** (missed_S + 1)), _column(decay_S.exp())
 
     def _update(
         self, weight_bD: Tensor, moments: list[Tensor], grad_bD: Tensor, spare_bD: Tensor, factors: tuple[Factor, ...]
@@ -370,13 +389,11 @@ class RowSGD(RowOptimizer):
         keep, shrink = factors
         if isinstance(shrink, Tensor):
             weight_bD.mul_(shrink)
-        velocity.mul_(keep).add_(grad_bD).add_(weight_bD, alpha=self.weight_decay)
-        weight_bD.add_(velocity, alpha=-self.lr)
+        velocity.mul_(keep).add_(grad_bD).add_(weight_bD, alpha=self.group["weight_decay"])
+        weight_bD.add_(velocity, alpha=-self.group["lr"])
 
     def _step_fused(self, grad_SD: Tensor, factors: tuple[Any, ...], options: dict[str, Any]) -> None:
         from megacid_kernels.fused import SGDFactors, sgd_rows_  # needs triton
 
-        sgd_rows_(
-            self.head.weight, self.velocity, grad_SD, SGDFactors(*factors), lr=self.lr, weight_decay=self.weight_decay,
-            **options,
-        )  # fmt: skip
+        (velocity,), rates = self._moments().values(), {name: self.group[name] for name in ("lr", "weight_decay")}
+        sgd_rows_(self.head.weight, velocity, grad_SD, SGDFactors(*factors), **rates, **options)

@@ -6,6 +6,7 @@ Legend: D width, S rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,10 @@ from megacid.errors import UserError
 
 # read(name, start, stop) -> the rows of the global tensor `name`, [stop - start, ...], on any device.
 ReadRows = Callable[[str, int, int], Tensor]
+
+
+class MissingRowsError(UserError):
+    """A state has no rows of a name."""
 
 
 def copy_rows(own: Mapping[str, Tensor], read: ReadRows, start: int, stop: int) -> None:
@@ -34,22 +39,43 @@ def copy_rows(own: Mapping[str, Tensor], read: ReadRows, start: int, stop: int) 
             own[name].copy_(rows)
 
 
+class _Shard(Protocol):
+    class_start: int
+    class_stop: int
+    num_classes: int
+
+
+def rows_of_rank(name: str, rows: Tensor, start: int, shard: _Shard) -> Tensor:
+    """The rows of `shard` in a tensor of all classes, or in one of the same shard; start: the tensor's first class."""
+    stop = start + len(rows)
+    if stop - start == shard.num_classes:
+        return rows[shard.class_start : shard.class_stop]
+    if (start, stop) == (shard.class_start, shard.class_stop):
+        return rows
+    raise UserError(
+        f"the state has rows {start} to {stop - 1} of {name!r}, expected {shard.class_start} to {shard.class_stop - 1} "
+        f"or all {shard.num_classes}: load this rank's own state, or a full_state() if the number of ranks changed"
+    )
+
+
 def gather_state(own: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
     """All ranks' rows of every tensor: [num_classes, ...] on the host, on every rank. A collective."""
     return {name: gather_plain(rows, group).cpu() for name, rows in own.items()}
 
 
-def reader_of(state: Mapping[str, Tensor], num_classes: int) -> ReadRows:
-    """A reader of the rows of full tensors in memory."""
+def reader_of(state: Mapping[str, Tensor], num_rows: int, *, first: int = 0) -> ReadRows:
+    """A reader of the classes first to first + num_rows - 1 in memory."""
 
     def read(name: str, start: int, stop: int) -> Tensor:
         if name not in state:
-            raise UserError(f"the state has no {name!r}, only {sorted(state)}: load a state that this class wrote")
-        if len(state[name]) != num_classes:
-            raise UserError(
-                f"{name!r} has {len(state[name])} rows, expected {num_classes}: load a state of that many classes"
+            raise MissingRowsError(
+                f"the state has no {name!r}, only {sorted(state)}: load a state that this class wrote"
             )
-        return state[name][start:stop]
+        if len(state[name]) != num_rows:
+            raise UserError(
+                f"{name!r} has {len(state[name])} rows, expected {num_rows}: load a state of that many classes"
+            )
+        return state[name][start - first : stop - first]
 
     return read
 

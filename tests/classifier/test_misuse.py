@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -212,6 +213,32 @@ def test_no_alarm_when_somebody_trains_the_rows() -> None:
 
 def model_with_head() -> nn.ModuleDict:
     return nn.ModuleDict({"student": nn.Linear(WIDTH, WIDTH), "parts": nn.ModuleList([PartialFC(CLASSES, WIDTH)])})
+
+
+class Model(nn.ModuleDict):
+    def forward(self, x: Tensor) -> Tensor:
+        return self["student"](x)
+
+
+def fully_sharded(kind: str) -> tuple[str, bool]:
+    model = Model(model_with_head().items())
+    head = model["parts"][0]  # type: ignore[index]
+    before = head.weight.clone()
+    try:
+        if kind == "ignored":
+            fully_shard(model, ignored_params={head.weight})
+        else:
+            fully_shard({"alone": head, "parent": model, "student": model["student"]}[kind])
+        message = ""
+    except UserError as error:
+        message = str(error)
+    return message, torch.equal(head.weight, before)
+
+
+@pytest.mark.parametrize("kind", ["alone", "parent", "ignored", "student"])
+def test_a_head_inside_fully_shard_is_refused_before_its_rows_are_split(kind: str) -> None:
+    for message, unchanged in run_ranks(fully_sharded, 2, kind):
+        assert unchanged and ("inside fully_shard" in message) == (kind in ("alone", "parent")), message
 
 
 def wrapped(kind: str) -> tuple[str, bool]:

@@ -140,7 +140,7 @@ def train(
         (inputs, labels) = mine(x.roll(turn, 0), y.roll(turn, 0))
         loss = head(student(inputs), labels)
         loss.backward()
-        rows.lr = 0.02 / (1 + step)
+        rows.param_groups[0]["lr"] = 0.02 / (1 + step)
         rows.step()
         rows.zero_grad()
         with torch.no_grad():

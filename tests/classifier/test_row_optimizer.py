@@ -31,7 +31,7 @@ def dense_and_rows(kind: str, steps: int = 7) -> tuple[torch.Tensor, torch.Tenso
         ref = torch.optim.SGD([dense], lr=0.1, momentum=0.9, weight_decay=0.01)
     for step in range(steps):
         lr = 0.05 / (step + 1)
-        opt.lr = ref.param_groups[0]["lr"] = lr
+        opt.param_groups[0]["lr"] = ref.param_groups[0]["lr"] = lr
         x, y = torch.randn(9, 6, generator=g), torch.randint(0, 12, (9,), generator=g)
         head(x, y).backward()
         rows, grad = head.row_grad()
@@ -89,21 +89,21 @@ def test_bias_correction_counts_the_updates_of_each_row() -> None:
         head.set_step(step)
         head(torch.randn(1, 4), torch.tensor([1])).backward()
         rows, _ = head.row_grad()
-        first = rows[opt.updates[rows] == 0]
+        first = rows[opt.state_rows()["updates"][rows] == 0]
         before = head.weight[first].clone()
         opt.step()
         opt.zero_grad()
         torch.testing.assert_close(
             (head.weight[first] - before).abs(), torch.full_like(before, 0.01), rtol=1e-2, atol=0
         )
-    assert int(opt.updates[1]) == 30 and int(opt.updates.min()) < 10
+    assert int(opt.state_rows()["updates"][1]) == 30 and int(opt.state_rows()["updates"].min()) < 10
 
 
 def test_without_a_gradient_a_step_changes_nothing() -> None:
     head = PartialFC(5, 3)
     opt, before = RowAdamW(head), head.weight.clone()
     opt.step()
-    assert torch.equal(head.weight, before) and not opt.updates.any()
+    assert torch.equal(head.weight, before) and not opt.state_rows()["updates"].any()
     assert head.row_grad()[1].shape == (0, 3) and float(head.grad_norm_sq()) == 0
 
 
@@ -237,8 +237,8 @@ class Ranks:
     def step(self, rows: torch.Tensor, grad: torch.Tensor, lr: float, grad_scale: float | torch.Tensor = 1.0) -> None:
         for head, opt in zip(self.heads, self.opts):
             head.take(rows, grad)
-            opt.lr = lr
-            opt.step(grad_scale)
+            opt.param_groups[0]["lr"] = lr
+            opt.step(grad_scale=grad_scale)
 
     def rows(self) -> dict[str, torch.Tensor]:
         """Everything, by global row, as a checkpoint has it."""
@@ -415,8 +415,8 @@ def test_a_step_does_not_synchronise_with_the_device(make: Any, moments: str, la
             torch.empty(size, dtype=torch.int64, device="meta"),
             torch.empty(size, 4, device="meta"),
         )
-        opt.step(torch.empty((), device="meta"))
-        opt.step(0.5)
+        opt.step(grad_scale=torch.empty((), device="meta"))
+        opt.step(grad_scale=0.5)
 
 
 def test_bf16_moments_have_no_bias_where_rounding_to_nearest_stands_still() -> None:

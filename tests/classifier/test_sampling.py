@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import run_ranks
 from torch.overrides import TorchFunctionMode
 
-from megacid import RowAdamW, RowSGD
+from megacid import Margin, RowAdamW, RowSGD
 from megacid.classifier.label_exchange import GatheredLabels, LabelExchange
 from megacid.classifier.partial_fc import PartialFC
 from megacid.classifier.sampling import Draw, hash_ids, sample_dims
@@ -231,6 +232,36 @@ def refused(kind: str) -> str:
 def test_bad_input_on_one_rank_is_an_error_on_all_without_a_deadlock(kind: str, mine: str, others: str) -> None:
     messages = run_ranks(refused, 3, kind)
     assert mine in messages[0] and all(others in message for message in messages[1:])
+
+
+def with_other_settings(options: dict[str, Any], weights: dict[str, float], evaluation: bool) -> str:
+    other = dist.get_rank() == 1
+    head = PartialFC(40, 4, **{"sample_rate": 0.2, **(options if other else {})}).train(not evaluation)
+    emb = torch.randn(2, 4)
+    given = Weights(**{"beta": 0.5, **(weights if other else {})})
+    with pytest.raises(UserError) as error:
+        head.discriminate(emb, torch.tensor([1, 30]), teacher_BD=emb, weights=given)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "weights", "message"),
+    [
+        ({}, {"beta": 0.25}, "beta: 0.5 on rank 0, 0.25 on rank 1"),
+        ({}, {"gamma": 1e-9}, "gamma: 0.0 on rank 0, 1e-09 on rank 1"),
+        ({}, {"temperature": 2.0}, "temperature: 1.0 on rank 0, 2.0 on rank 1"),
+        ({"scale": 32.0}, {}, "scale: 64.0 on rank 0, 32.0 on rank 1"),
+        ({"margin": Margin.arcface(0.5)}, {}, "margin: Margin("),
+        ({"sample_rate": 0.3}, {}, "sample_rate: 0.2 on rank 0, 0.3 on rank 1"),
+        ({"seed": 1}, {}, "seed: 0 on rank 0, 1 on rank 1"),
+        ({"reduction": "sum"}, {}, "reduction: mean on rank 0, sum on rank 1"),
+    ],
+)
+def test_a_setting_that_differs_between_ranks_is_named_on_every_rank(
+    options: dict[str, Any], weights: dict[str, float], message: str
+) -> None:
+    first, *others = run_ranks(with_other_settings, 3, options, weights, "scale" in options)
+    assert first.startswith(message) and others == [first] * 2
 
 
 def with_own_steps(options: dict[str, Any], evaluation: bool) -> float:

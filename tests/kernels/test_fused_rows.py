@@ -200,15 +200,19 @@ def test_five_steps_are_those_of_the_row_optimizers(
         rows = some_rows(17, (6, 9, 4, 6, 17)[step], seed=step).to(device)
         g = numbers(len(rows), width, seed=10 + step).to(device)
         reference.head.next_row_grad = rows, g
-        reference.lr = 0.02 / (step + 1)
+        reference.group["lr"] = 0.02 / (step + 1)
         scale = torch.tensor(0.7, device=device)
         reference.step(grad_scale=scale)
-        keys = rounding_keys(rows + 1000, reference.updates[rows], width, seed=3) if moments == "bf16" else None
+        keys = (
+            rounding_keys(rows + 1000, reference.state_rows()["updates"][rows], width, seed=3)
+            if moments == "bf16"
+            else None
+        )
         shared: dict[str, Any] = {"rows_S": rows if step < 4 else None, "grad_scale": scale, "keys": keys}
         if kind is RowAdamW:
-            adamw_rows_(w, *mine, g, AdamWFactors(*reference.factors), betas=reference.betas, **shared)
+            adamw_rows_(w, *mine, g, AdamWFactors(*reference.factors), betas=reference.group["betas"], **shared)
         else:
-            sgd_rows_(w, *mine, g, SGDFactors(*reference.factors), lr=reference.lr, weight_decay=0.1, **shared)
+            sgd_rows_(w, *mine, g, SGDFactors(*reference.factors), lr=reference.group["lr"], weight_decay=0.1, **shared)
         torch.testing.assert_close(w, reference.head.weight, rtol=3e-6, atol=3e-6)
         for state, want in zip(mine, reference._moments().values()):
             if moments == "fp32":
