@@ -30,6 +30,8 @@ _REASONS = {
     FP16: "amp apex",
     "set megacid.schedule instead": "scheduler",
     "set megacid.student.grad_checkpointing instead": "activation_checkpointing",
+    "set megacid.run.log_every instead": "steps_per_print",
+    "the trainer silences DeepSpeed's log, which would show it": "dump_state comms_logger",
     "the trainer does not compile the engine": "compile",
     "DeepSpeed would log the learning rate alone; the metrics of a run are in its tensorboard/ folder": """
         tensorboard wandb csv_monitor comet
@@ -168,14 +170,12 @@ class DeepSpeedKeys(_Block):
     train_micro_batch_size_per_gpu: CountAboveZero | None = None
     gradient_accumulation_steps: CountAboveZero | None = None
     gradient_clipping: NotNegative
-    steps_per_print: CountAboveZero | None = None
     gradient_predivide_factor: Annotated[float, Field(gt=0)] = 1.0
     prescale_gradients: bool = False
     gradient_allreduce_op: Literal["mean", "sum"] = "mean"
     communication_data_type: DataType | None = None
     wall_clock_breakdown: bool = False
     memory_breakdown: bool = False
-    dump_state: bool = False
     optimizer: Any = None
     zero_optimization: Any = None
     bf16: Any = None
@@ -183,7 +183,6 @@ class DeepSpeedKeys(_Block):
     torch_autocast: _Autocast | None = None
     data_types: _DataTypes | None = None
     flops_profiler: _FlopsProfiler | None = None
-    comms_logger: Any = None
     timers: Any = None
     aio: _Aio | None = None
 
@@ -214,7 +213,6 @@ def _strict(annotation: Any) -> Any:
 def strict_model(optimizer: str) -> type[DeepSpeedKeys]:
     """The model of all keys, with DeepSpeed's own models of its blocks. optimizer: a key of OPTIMIZER_PARAMS."""
     _import_deepspeed()
-    from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
@@ -229,7 +227,6 @@ def strict_model(optimizer: str) -> type[DeepSpeedKeys]:
         optimizer=(kind, ...),
         zero_optimization=(_strict(DeepSpeedZeroConfig) | None, None),
         bf16=(_strict(DeepSpeedBF16Config) | None, None),
-        comms_logger=(_strict(CommsLoggerConfig) | None, None),
         timers=(timers | None, None),
     )
 
@@ -299,7 +296,7 @@ def without_effect(keys: Any) -> tuple[str, str] | None:
         needs.append((f"zero_optimization.{key}", f"zero_optimization.stage {stages}", str(stage) in stages))
     blocks = {
         "bf16": keys.bf16, "torch_autocast": keys.torch_autocast, "flops_profiler": keys.flops_profiler,
-        "comms_logger": keys.comms_logger, "timers.throughput": keys.timers and keys.timers.throughput,
+        "timers.throughput": keys.timers and keys.timers.throughput,
     }  # fmt: skip
     for path, block in blocks.items():
         needs += [(f"{path}.{key}", f"{path}.enabled", block.enabled) for key in _changed(block)]
@@ -313,8 +310,6 @@ def without_effect(keys: Any) -> tuple[str, str] | None:
     if _changed(keys.aio):
         to_nvme = any(block.device == "nvme" for block in offloads.values() if block is not None)
         needs.append(("aio", "zero_optimization.offload_optimizer or offload_param with device nvme", to_nvme))
-    if "prof_ops" in _changed(keys.comms_logger):
-        needs.append(("comms_logger.prof_ops", "comms_logger.prof_all false", not keys.comms_logger.prof_all))
     if "gradient_predivide_factor" in _changed(keys):
         needs.append(("gradient_predivide_factor", "prescale_gradients false", not keys.prescale_gradients))
     return next(((key, condition) for key, condition, holds in needs if not holds), None)

@@ -182,7 +182,7 @@ class ClassifierConfig(Section):
     """Logit scale s."""
     feature_rate: FractionAboveZero = 1.0
     """Fraction of the embedding's dimensions used per step (UNICOM)."""
-    filter_threshold: float | None = None
+    filter_threshold: Annotated[float, Field(ge=-1, lt=1)] | None = None
     """Negatives with a larger cosine are left out of the denominator; null: none."""
     log_q: Annotated[bool, when.Sampling] = False
     """Weight sampled negatives by 1 / their probability, which makes the softmax denominator unbiased."""

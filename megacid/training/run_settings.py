@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from megacid.config.conditions import ineffective
+from megacid.config.deepspeed_keys import REFUSED
 from megacid.config.renamed import with_new_keys
 from megacid.config.schema import SECTIONS, MegacidConfig, RunFile, defaults
 from megacid.errors import UserError
@@ -27,7 +28,7 @@ MAY_CHANGE = (
     "megacid.data.workers", "megacid.data.worker_timeout_s", "megacid.data.error_budget",
     "megacid.student.grad_checkpointing", "megacid.guard", "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps", "zero_optimization",
-    "steps_per_print", "wall_clock_breakdown", "flops_profiler", "comms_logger",
+    "wall_clock_breakdown", "flops_profiler",
 )  # fmt: skip
 
 DEEPSPEED = ((0, 19, 6), (0, 20))  # the first version that works, the first that is not known to; as in pyproject.toml
@@ -84,7 +85,8 @@ def _code_version() -> str | None:
 def _recorded_settings(config: dict[str, Any]) -> dict[str, Any]:
     # A setting that did not exist when the run was started had the value that is its default now, and one without
     # effect may be removed: earlier versions accepted it.
-    return without_ineffective(flat({"megacid": defaults()}) | with_new_keys(flat({**config["resolved"]})))
+    recorded = without_ineffective(flat({"megacid": defaults()}) | with_new_keys(flat({**config["resolved"]})))
+    return {key: value for key, value in recorded.items() if key not in REFUSED and key.split(".")[0] not in REFUSED}
 
 
 def read_config(directory: Path) -> dict[str, Any] | None:

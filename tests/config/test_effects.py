@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -85,6 +86,7 @@ def test_a_run_begun_with_settings_without_effect_goes_on_without_them(tmp_path:
     write_config(run, tmp_path, 1, None)
     saved = json.loads((tmp_path / "config.json").read_text())
     block = saved["resolved"]["megacid"]
+    saved["resolved"] |= {"steps_per_print": 10, "comms_logger": {"enabled": True}, "dump_state": True}
     block["loss"]["gamma"], block["data"]["labels"], block["classifier"]["scale"] = 1.0, "clusters", 32.0
     (tmp_path / "config.json").write_text(json.dumps(saved))
     check_same_settings(run, tmp_path)
@@ -175,3 +177,16 @@ def test_the_trainer_reads_every_key_that_a_run_on_features_may_set(tmp_path: Pa
         if all(need.holds(block) for need in needs) and (section, name) not in read:
             unread.add((section, name))
     assert unread == {("data", "shards")}  # the other source
+
+
+def test_the_runs_of_the_demo_have_no_setting_without_effect() -> None:
+    script = (ROOT / "tools" / "demo.sh").read_text()
+    no_cluster = re.search(r"^no_cluster=\((.*)\)$", script, re.MULTILINE)
+    assert no_cluster is not None
+    runs = re.findall(r"^    train(?:_student)? (\w+) (configs/\w+\.json)(.*)$", script, re.MULTILINE)
+    assert len(runs) == 5
+    for _, file, words in runs:
+        changes = words.replace('"${no_cluster[@]}"', no_cluster[1]).replace("$((teacher_steps / 5))", "1")
+        changes = changes.replace("$out/", "runs/demo/")
+        changes = shlex.split(changes.replace('"$teacher_steps"', "5"))[1::2]
+        load_run(ROOT / file, changes, world=2)

@@ -54,8 +54,9 @@ def mutated_files(draw: st.DrawFn) -> Any:
         kind = draw(st.sampled_from(["replace", "nudge", "nudge", "remove", "add", "wrap", "quote"]))
         key = draw(keys) if kind == "add" or not node else draw(st.sampled_from(sorted(node)))
         if kind == "nudge":  # a number to another one, which may well be valid
-            numbers = [name for name, value in node.items() if type(value) in (int, float)]
-            for key in numbers[:1]:
+            numbers = sorted(name for name, value in node.items() if type(value) in (int, float))
+            if numbers:
+                key = draw(st.sampled_from(numbers))
                 node[key] = draw(st.sampled_from([0, 1, node[key] * 2, node[key] / 4, -1]))
         elif kind == "remove":
             node.pop(key, None)
@@ -118,7 +119,7 @@ def test_a_random_run_file_is_a_run_or_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_twenty_thousand_random_run_files_are_runs_or_one_line(tmp_path: Path) -> None:
-    assert fuzz(20_000, tmp_path / "run.json") > 1000
+    assert fuzz(20_000, tmp_path / "run.json") > 500
 
 
 # ---- what a fuzzer rarely reaches --------------------------------------------------------------------------------
