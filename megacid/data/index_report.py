@@ -38,9 +38,8 @@ def summary(entries: list[dict[str, Any]]) -> str:
     """One line: how many samples are used, how many are not, and why."""
     lost, members = lost_samples(entries), _dropped(entries, lost=False)
     used, without_text = (sum(entry[name] for entry in entries) for name in ("samples", "without_text"))
-    text = f"{used:,} samples used, {lost.total():,} not used"
-    text += f" ({listed(lost)})" if lost else ""
-    text += f", {without_text:,} of them with a class but no caption" if without_text else ""
+    text = f"{used:,} samples used" + (f" ({without_text:,} with a class but no caption)" if without_text else "")
+    text += f", {lost.total():,} not used" + (f" ({listed(lost)})" if lost else "")
     return text + (f", skipped members: {listed(members)}" if members else "")
 
 
