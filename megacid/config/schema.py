@@ -65,7 +65,8 @@ class StudentConfig(Section):
     """The model that is trained."""
 
     model: str
-    """An open_clip model name, a model of megacid/models/configs, or "feature-mlp", an MLP over data.features."""
+    """An open_clip model name, a model of megacid/models/configs, a model directory with initial weights
+    (local-dir:PATH, hf-hub:ORG/NAME), or "feature-mlp", an MLP over data.features."""
     embed_dim: Width | None = None
     """Width of the joint embedding; null: the teacher's, without a teacher the model's own. Required by feature-mlp."""
     image_size: Annotated[Annotated[int, Field(gt=0, le=16_384)] | None, when.Shards] = None
@@ -74,6 +75,8 @@ class StudentConfig(Section):
     """Number of text tokens; null: the model's own."""
     pretrained: Annotated[FilePath | None, when.Shards] = None
     """Initial weights: an open_clip tag or a local checkpoint; null: random."""
+    projection: Annotated[bool, when.Shards] = False
+    """Add a linear projection to each tower that has none (SigLIP), which gives it the width embed_dim."""
     grad_checkpointing: Annotated[bool, when.Shards] = False
     """Recompute activations in the backward pass: less memory, more time."""
     hidden: Annotated[Width, when.Features, when.HiddenLayers] = 512

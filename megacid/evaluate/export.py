@@ -40,6 +40,7 @@ def student_from_run(run: Path | str, step: int | None = None) -> tuple[Student,
         embed_dim=block["embed_dim"],
         image_size=block.get("image_size"),
         context_length=block.get("context_length"),
+        projection=block.get("projection", False),
         seed=0,
     )
     # The weights come from the checkpoint, but the tag decides mean and standard deviation.

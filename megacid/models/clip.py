@@ -50,6 +50,7 @@ class StudentSpec:
     image_size: int | None = None
     context_length: int | None = None
     pretrained: str | None = None
+    projection: bool = False
 
 
 # ---- architectures ---------------------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ def create_model(model: str, pretrained: str | None, **options: Any) -> Any:
     Raises:
         UserError: in place of open_clip's various exceptions for weights that do not fit.
     """
-    wants_random = pretrained is None and not has_own_weights(model)
+    wants_random = not options.get("load_weights", pretrained is not None or has_own_weights(model))
 
     def keep(record: logging.LogRecord) -> bool:
         return not (wants_random and record.getMessage().startswith("No pretrained weights loaded"))
@@ -234,6 +235,8 @@ def create_model(model: str, pretrained: str | None, **options: Any) -> Any:
     try:
         return open_clip.create_model(_open_clip_name(model), pretrained, **options)
     except Exception as error:  # loading a file that is no checkpoint can raise nearly any exception
+        if wants_random:
+            raise UserError(f"cannot build {model!r} ({one_line(error)}): correct its configuration") from error
         raise UserError(
             f"cannot build {model!r} with weights {pretrained!r}: {one_line(error)}; check that the file is complete "
             "and of this architecture and embedding width"

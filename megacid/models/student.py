@@ -5,6 +5,7 @@ Shapes: B batch, D embedding, T context length, H x W pixels.
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,12 @@ class StudentOutput(NamedTuple):
     image: torch.Tensor  # [B, D] fp32, L2-normalised
     text: torch.Tensor  # [B, D] fp32, L2-normalised
     logit_scale: torch.Tensor  # 0-d fp32, min(exp(parameter), 100)
+
+
+def image_shape(config: dict[str, Any]) -> tuple[int, ...]:
+    """Shape of one image of a `model_cfg`: (3, H, W)."""
+    size = config["vision_cfg"]["image_size"]
+    return (3, *size) if isinstance(size, list) else (3, size, size)
 
 
 class _UpperBound(torch.autograd.Function):
@@ -81,8 +88,7 @@ class Student(nn.Module):
     @property
     def image_shape(self) -> tuple[int, ...]:
         """Shape of one image: (3, H, W)."""
-        side = self._model_config["vision_cfg"]["image_size"]
-        return (3, side, side)
+        return image_shape(self._model_config)
 
     @property
     def text_length(self) -> int:
@@ -108,6 +114,65 @@ def clamp_logit_scale(student: Student) -> None:
         student.clip.get_parameter("logit_scale").clamp_(max=math.log(MAX_LOGIT_SCALE))
 
 
+def student_config(spec: StudentSpec) -> dict[str, Any]:
+    """open_clip's `model_cfg` of a student: the architecture's with the overrides of `spec`.
+
+    Raises:
+        UserError: an unknown architecture, one that is not a two-tower CLIP, or a projection that has no effect.
+    """
+    config = model_config(spec.model)
+    if "multimodal_cfg" in config:
+        raise UserError(
+            f"model {spec.model!r} has a caption decoder, expected a two-tower CLIP: use one such as ViT-B-32"
+        )
+    image, text = config["vision_cfg"], config["text_cfg"]
+    overrides = (config, "embed_dim"), (image, "image_size"), (text, "context_length")
+    for section, name in overrides:
+        value = getattr(spec, name)
+        if value is not None and value < 1:
+            raise UserError(f"student {name} is {value}, expected >= 1")
+        if value is not None:
+            section[name] = value
+    if spec.projection:
+        without = ((image, "timm_proj"), (text, "proj_type"))
+        changed = [(section, name) for section, name in without if section.get(name) == "none"]
+        if not changed:
+            raise UserError(
+                f'"student.projection" is true, but both towers of {spec.model!r} have a projection to embed_dim: '
+                "remove it"
+            )
+        for section, name in changed:
+            section[name] = "linear"
+    return config
+
+
+def create_clip(spec: StudentSpec, config: dict[str, Any], *, seed: int, **options: Any) -> Any:
+    """The open_clip model of a student, without changing the global random generator.
+
+    Args:
+        config: `student_config(spec)`.
+        options: further ones of open_clip.create_model.
+    """
+    if spec.embed_dim is not None:
+        options["embed_dim"] = spec.embed_dim
+    if spec.projection:
+        # These replace the blocks in which open_clip turns off the weights of other sources.
+        options["vision_cfg"] = config["vision_cfg"] | {"timm_model_pretrained": False}
+        options["text_cfg"] = config["text_cfg"] | {"hf_model_pretrained": False}
+    with torch.random.fork_rng(devices=[]):  # the CPU generator alone: the weights must not depend on the machine
+        torch.manual_seed(seed)
+        return create_model(
+            spec.model,
+            spec.pretrained,
+            force_image_size=spec.image_size,
+            force_context_length=spec.context_length,
+            pretrained_text=False,
+            output_dict=True,
+            nonscalar_logit_scale=True,  # see `Student`; `open_clip_tensors` reverts it
+            **options,
+        )
+
+
 def build_student(
     model: str,
     *,
@@ -115,6 +180,7 @@ def build_student(
     image_size: int | None = None,
     context_length: int | None = None,
     pretrained: str | None = None,
+    projection: bool = False,
     seed: int,
     grad_checkpointing: bool = False,
 ) -> Student:
@@ -125,39 +191,19 @@ def build_student(
         embed_dim: the teacher's width; None is the architecture's own, also for image_size and context_length.
         pretrained: tag or file of the initial weights; None draws them from `seed` alone, without changing the global
             random generator.
+        projection: add a linear projection to each tower without one.
         grad_checkpointing: recompute activations in backward.
 
     Raises:
         UserError: an unknown architecture, one that is not a two-tower CLIP, or weights that do not fit.
     """
-    config = model_config(model)
-    if "multimodal_cfg" in config:
-        raise UserError(f"model {model!r} has a caption decoder, expected a two-tower CLIP: use one such as ViT-B-32")
-    for name, value in (("embed_dim", embed_dim), ("image_size", image_size), ("context_length", context_length)):
-        if value is not None and value < 1:
-            raise UserError(f"student {name} is {value}, expected >= 1")
+    spec = StudentSpec(model, embed_dim, image_size, context_length, pretrained, projection)
+    config = student_config(spec)
     check_weights(model, pretrained)
-    overrides = {} if embed_dim is None else {"embed_dim": embed_dim}
-    with torch.random.fork_rng(devices=[]):  # the CPU generator alone: the weights must not depend on the machine
-        torch.manual_seed(seed)
-        clip = create_model(
-            model,
-            pretrained,
-            force_image_size=image_size,
-            force_context_length=context_length,
-            pretrained_text=False,
-            output_dict=True,
-            nonscalar_logit_scale=True,  # see `Student`; `open_clip_tensors` reverts it
-            **overrides,
-        )
-    config |= overrides
-    if image_size is not None:
-        config["vision_cfg"]["image_size"] = image_size
-    if context_length is not None:
-        config["text_cfg"]["context_length"] = context_length
+    clip = create_clip(spec, config, seed=seed)
     if grad_checkpointing:
         clip.set_grad_checkpointing(True)
-    return Student(clip, StudentSpec(model, config["embed_dim"], image_size, context_length, pretrained), config)
+    return Student(clip, replace(spec, embed_dim=config["embed_dim"]), config)
 
 
 def loaded_student(student: Student, pretrained: str, device: torch.device | str = "cpu") -> LoadedClip:

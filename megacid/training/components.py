@@ -30,9 +30,11 @@ from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.losses import ClusterDistillation, Objective
-from megacid.models.clip import tokenizer_for, train_transform
+from megacid.models.clip import StudentSpec, tokenizer_for, train_transform
 from megacid.models.feature_tower import FeatureTower
 from megacid.models.student import Student, build_student
+from megacid.models.towers import check_towers
+from megacid.storage.metadata import read_meta, size_field
 from megacid.training.run_settings import check_same_settings
 from megacid.training.schedule import peak_rates
 
@@ -74,6 +76,8 @@ def build_components(run: RunFile, parallel: Parallel) -> Components:
 
     A collective. Every rank raises the same UserError or RanksDisagree.
     """
+    with fail_together(parallel.group):
+        check_student(run)  # before the data, which may take hours to index
     data = open_data(run, parallel)
     with fail_together(parallel.group):
         student = make_student(run, data)
@@ -164,29 +168,39 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
     )
 
 
+def check_student(run: RunFile) -> None:
+    """Raise UserError unless the student can be built with the teacher's width. Reads no data and builds no weights."""
+    config, teacher = run.megacid.student, run.megacid.data.teacher
+    if run.megacid.data.features is not None:
+        return
+    teacher_dim = None
+    if teacher and terms_with_teacher(run.megacid.loss):
+        meta = read_meta(teacher, "embed")
+        teacher_dim = size_field(meta, Path(teacher), "dim", "run tools/embed.py again into another directory")
+    check_towers(_student_spec(run, teacher_dim), grad_checkpointing=config.grad_checkpointing)
+
+
+def _student_spec(run: RunFile, teacher_dim: int | None) -> StudentSpec:
+    config = run.megacid.student
+    width = config.embed_dim or teacher_dim
+    if teacher_dim is not None and width != teacher_dim:
+        raise UserError(
+            f'"megacid.student.embed_dim" is {width}, expected {teacher_dim}, the width of the teacher in '
+            f"{run.megacid.data.teacher}: write null or {teacher_dim}"
+        )
+    return StudentSpec(
+        config.model, width, config.image_size, config.context_length, config.pretrained, config.projection
+    )
+
+
 def make_student(run: RunFile, data: Data) -> Student | FeatureTower:
     """The student, of the teacher's width, or a feature tower. Raises UserError when the widths differ."""
-    config = run.megacid.student
-    width = config.embed_dim or data.teacher_dim
-    if data.teacher_dim is not None and width != data.teacher_dim:
-        raise UserError(
-            f'"megacid.student.embed_dim" is {width}, expected {data.teacher_dim}, the width of the teacher in '
-            f"{run.megacid.data.teacher}: write null or {data.teacher_dim}"
-        )
+    config, seed = run.megacid.student, run.megacid.run.seed
+    spec = _student_spec(run, data.teacher_dim)
     if data.feature_dim is not None:
-        assert width is not None
-        return FeatureTower(
-            data.feature_dim, width, hidden=config.hidden, layers=config.layers, seed=run.megacid.run.seed
-        )
-    return build_student(
-        config.model,
-        embed_dim=width,
-        image_size=config.image_size,
-        context_length=config.context_length,
-        pretrained=config.pretrained,
-        seed=run.megacid.run.seed,
-        grad_checkpointing=config.grad_checkpointing,
-    )
+        assert spec.embed_dim is not None
+        return FeatureTower(data.feature_dim, spec.embed_dim, hidden=config.hidden, layers=config.layers, seed=seed)
+    return build_student(**vars(spec), seed=seed, grad_checkpointing=config.grad_checkpointing)
 
 
 def refuse_batch_norm(student: nn.Module, run: RunFile) -> None:
