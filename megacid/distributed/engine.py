@@ -29,6 +29,7 @@ from megacid.errors import UserError
 os.environ.setdefault("DS_BUILD_OPS", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import deepspeed
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -89,6 +90,16 @@ def adamw_params(params: dict[str, Any], device: str) -> dict[str, Any]:
     return params
 
 
+def _check_nvme(config: dict[str, Any]) -> None:
+    for key in ("offload_param", "offload_optimizer"):
+        offload = config.get("zero_optimization", {}).get(key) or {}
+        if offload.get("device") == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
+            raise UserError(
+                f'"zero_optimization.{key}.device" is "nvme", which needs DeepSpeed\'s async_io: install libaio-dev '
+                'and a C++ compiler, or write "cpu"'
+            )
+
+
 class Engine:
     """The student's forward, backward and step under ZeRO 0, 1, 2 or 3.
 
@@ -108,6 +119,7 @@ class Engine:
         kind, params = config["optimizer"]["type"], config["optimizer"]["params"]
         optimizer = None
         with fail_together(parallel.group):  # the hosts may have different packages and compilers
+            _check_nvme(config)
             if kind == "AdamW":
                 config["optimizer"]["params"] = adamw_params(params, parallel.device.type)
             else:

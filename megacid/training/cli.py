@@ -74,8 +74,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--dry-run", action="store_true",
-        help="check settings, data and model, print the memory that the run needs, and exit; the run directory is not "
-        "written to",
+        help="start as training does, compute the first loss, print the memory that the run needs, and exit; the run "
+        "directory is not written to",
     )  # fmt: skip
     parser.add_argument(
         "--print-config", action="store_true", help="print the run file with every default filled in, as JSON, and exit"
@@ -108,7 +108,7 @@ def run_main(argv: list[str] | None, train: Callable[[RunFile, argparse.Namespac
         limits = run.megacid.run
         # The watchdog reports a stall first; the collectives' own timeout covers a watchdog that cannot.
         timeout_s = max(limits.timeout_s, limits.save_timeout_s) + 60
-        parallel = parallel_module.init(timeout_s, start_timeout_s=limits.start_timeout_s, always=not args.dry_run)
+        parallel = parallel_module.init(timeout_s, start_timeout_s=limits.start_timeout_s, always=True)
         agree_on_mapping(settings_of_this_rank(run, world), "the run", parallel.group)
         with fail_together(parallel.group):
             check_packages()

@@ -1,28 +1,122 @@
-"""`train.py --dry-run`: every check that needs no training step."""
+"""`train.py --dry-run`: everything that a training start does, up to the loss of the first micro-batch."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
+import os
+from collections.abc import Iterator
+
+import torch
 
 from megacid.config.schema import RunFile
-from megacid.data.batch import DataBudgetError
-from megacid.distributed.consensus import fail_together, gather_json
+from megacid.data.batch import Batch, DataBudgetError
+from megacid.distributed.consensus import RanksDisagree, fail_together, from_a_collective, gather_json
 from megacid.distributed.parallel import Parallel
-from megacid.training.components import build_components
-from megacid.training.memory import report_memory
+from megacid.errors import UserError, one_line
+from megacid.models.student import Student, StudentOutput
 from megacid.training.metrics import setup_logging
+from megacid.training.state import TrainState, build_train_state
 
 log = logging.getLogger("megacid")
 
 
 def dry_run(run: RunFile, parallel: Parallel) -> int:
-    """Check data, one batch, student and classifier, and log the memory. Writes nothing to the run directory."""
+    """Build what the run trains with and compute its first loss, without backward and update. A collective.
+
+    Nothing is written to the run directory; with NVMe offload DeepSpeed makes its swap directory. Every rank raises the
+    same error.
+    """
     setup_logging(parallel.rank, None)
-    components = build_components(run, parallel)
     with fail_together(parallel.group):
-        batch = next(iter(components.data.stream(0)))
-    for failure in filter(None, gather_json(batch.failure, parallel.group)):
-        raise DataBudgetError(failure)
-    report_memory(components.run, components.student, components.head, parallel)
+        _check_directory(run)
+    with _as_user_error("DeepSpeed or the model cannot be set up"):
+        state = build_train_state(run, parallel)
+    batch = _first_batch(state)
+    out = _forward(state, batch)
+    with _as_user_error("the loss of the first micro-batch fails"):
+        if state.head is not None:
+            state.head.set_step(0)
+        loss, terms = state.objective(out, batch)
+    shown = ", ".join(f"{name} {float(value):.6g}" for name, value in terms.items())
+    if not all(math.isfinite(value) for value in gather_json(float(loss), parallel.group)):
+        raise _same_everywhere(
+            f"the loss of the first micro-batch is {float(loss)} ({shown}), expected a finite number: check "
+            "student.pretrained, data.teacher and classifier.init for values that are not finite"
+        )
+    if parallel.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(parallel.device) / 2**30
+        log.info("peak memory of rank %d up to the first loss: %.2f GiB, without backward", parallel.rank, peak)
+    log.info("first loss %.6g (%s)", float(loss), shown)
     log.info("dry run: %s is valid for %d steps on %d ranks", run.path, run.megacid.run.total_steps, parallel.world)
     return 0
+
+
+def _same_everywhere(message: str) -> UserError:
+    error = UserError(message)
+    error.on_every_rank = True
+    return error
+
+
+@contextlib.contextmanager
+def _as_user_error(what: str) -> Iterator[None]:
+    """Turn an exception of a library into one line. Errors of all ranks and of the connection stay what they are."""
+    try:
+        yield
+    except (UserError, RanksDisagree, DataBudgetError):
+        raise
+    except Exception as error:
+        if from_a_collective(error):
+            raise
+        log.debug("%s", what, exc_info=True)
+        raise UserError(
+            f"{what} ({type(error).__name__}: {one_line(error)}): correct the settings that it names; training would "
+            "end with this error"
+        ) from error
+
+
+def _check_directory(run: RunFile) -> None:
+    path = run.directory.absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "is not writable" if existing.is_dir() else "is not a directory"
+        raise UserError(
+            f"cannot write to the run directory {run.directory} ({existing} {reason}): correct run.dir or its "
+            "permissions"
+        )
+
+
+def _first_batch(state: TrainState) -> Batch:
+    group = state.parallel.group
+    with fail_together(group):
+        batch = next(iter(state.data.stream(0)))
+        if isinstance(state.student, Student):
+            _check_tokens(batch, state.student)
+    for failure in filter(None, gather_json(batch.failure, group)):
+        raise DataBudgetError(failure)
+    return batch.to(state.engine.device)
+
+
+def _check_tokens(batch: Batch, student: Student) -> None:
+    """A token beyond the vocabulary is an assertion of the device, which names nothing."""
+    largest, vocabulary = int(batch.text.max()), int(student.clip.vocab_size)  # type: ignore[arg-type]
+    if largest >= vocabulary:
+        raise UserError(
+            f"a caption has the token {largest}, but the text tower of {student.model!r} has a vocabulary of "
+            f"{vocabulary}: use its own tokenizer"
+        )
+
+
+def _forward(state: TrainState, batch: Batch) -> StudentOutput:
+    # ZeRO 3 gathers parameters in the forward: a block of `fail_together` must contain no collective.
+    together = fail_together(state.parallel.group) if state.run.zero_stage < 3 else contextlib.nullcontext()
+    with together, _as_user_error("the student's forward fails"):
+        out = state.embed(0, 0, batch)
+        for kind, embedding in (("images", out.image), ("texts", out.text)):
+            if isinstance(state.student, Student) and embedding.shape[-1] != state.student.embed_dim:
+                raise UserError(
+                    f"the student gives {kind} of width {embedding.shape[-1]}, expected embed_dim "
+                    f"{state.student.embed_dim}: use another architecture"
+                )
+    return out
