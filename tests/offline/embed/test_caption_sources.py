@@ -12,12 +12,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from offline_data import balance_args, cluster_args, embed_args, run, save_model, write_shards
 
 from megacid.config.load import load_run
+from megacid.config.schema import RunFile
 from megacid.data.index import ShardReader, load_index
 from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
+from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
+from megacid.training.components import open_data
 
 
 @pytest.fixture(scope="module")
@@ -138,20 +142,44 @@ def test_embed_and_balance_take_patterns_and_remember_where_the_shards_are(
     run("embed", *args[2:], "--shards", *sorted((stage / "shards").glob("*.tar")))
 
 
-def test_a_list_of_shards_in_a_run_file_is_joined(tmp_path: Path) -> None:
-    def load(shards: object) -> str | None:
-        block = {
-            "run": {"name": "x", "total_steps": 2},
-            "student": {"model": "digits-student"},
-            "data": {"shards": shards, "caption": "json:alt"},
-            "loss": {"contrastive": 1.0},
-        }
-        tree = {"train_batch_size": 8, "gradient_clipping": 1.0, "megacid": block,
-                "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}  # fmt: skip
-        (tmp_path / "run.json").write_text(json.dumps(tree))
-        return load_run(tmp_path / "run.json", world=1).megacid.data.shards
+def load(folder: Path, loss: str = "contrastive", **data: object) -> RunFile:
+    block = {
+        "run": {"name": "x", "total_steps": 2},
+        "student": {"model": "digits-student"},
+        "data": data,
+        "loss": {loss: 1.0},
+    }
+    tree = {"train_batch_size": 8, "gradient_clipping": 1.0, "megacid": block,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(tree))
+    return load_run(folder / "run.json", world=1)
 
-    assert load(["a/{0..3}.tar", "b"]) == load("a/{0..3}.tar::b") == "a/{0..3}.tar::b"
+
+def test_a_list_of_shards_in_a_run_file_is_joined(tmp_path: Path) -> None:
+    joined = load(tmp_path, shards=["a/{0..3}.tar", "b"]).megacid.data.shards
+    assert joined == load(tmp_path, shards="a/{0..3}.tar::b").megacid.data.shards == "a/{0..3}.tar::b"
     for wrong in ([], [1], ["a", None], {"a": 1}):
         with pytest.raises(UserError, match=r'"megacid.data.shards" is .*, expected text'):
-            load(wrong)
+            load(tmp_path, shards=wrong)
+
+
+def test_a_run_reads_its_captions_and_says_at_the_start_what_is_left_out(
+    stage: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one_rank = Parallel(0, 1, 0, torch.device("cpu"), None)
+    tar = stage / "shards" / "00000.tar"
+    tar.write_bytes(tar.read_bytes().replace(b'"alt of 000000003"', b'"nan             "'))
+    run("embed", *embed_args(stage), "--caption", "json:alt")
+    shards, caption = [str(stage / "shards" / "{00000,00002}.tar"), str(stage / "shards" / "00001.tar")], "json:alt"
+    captions: list[str] = []
+    caplog.set_level("INFO")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megacid.training.components.tokenizer_for", lambda _: lambda texts: captions.extend(texts))
+        data = open_data(load(stage, "instance", shards=shards, caption=caption, teacher=str(stage / "emb")), one_rank)
+        list(data.stream(0))
+    assert len(captions) == 16 and all(text.startswith("alt of 0000") for text in captions)
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("data: ")]
+    for part in ("samples 35", "kept 34", "without_teacher 1", "left_out_by_index {'blank caption': 1}"):
+        assert part in line
+    with pytest.raises(UserError, match="captions in 'json:alt', this run reads them from 'txt'"):
+        open_data(load(stage, "instance", shards=shards, teacher=str(stage / "emb")), one_rank)
