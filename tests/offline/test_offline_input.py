@@ -171,6 +171,19 @@ def test_balance_names_the_invalid_input_file(case: str, copy: Path) -> None:
     assert not (copy / "again" / "meta.json").exists()
 
 
+def test_balance_and_figures_of_images_that_became_unreadable_after_embedding(copy: Path, whole: Path) -> None:
+    (copy / "shards").unlink()
+    shutil.copytree(whole / "shards", copy / "shards")
+    tar = copy / "shards" / "00002.tar"
+    tar.write_bytes(tar.read_bytes().replace(b"\x89PNG", b"\x89GIF"))  # of the same size: the index still fits
+    again = balance_args(copy, "again", "--threshold", 0.003, "--shards", copy / "shards")
+    said = run("balance", *again)
+    assert said.count("cannot be read now and are shown as grey squares; the first is 00002/00002") == 1
+    assert (copy / "again" / "gallery.html").is_file() and "is complete" in run("balance", *again)
+    figures = ["--balance", copy / "again", "--shards", copy / "shards", "--out", copy / "figures"]
+    assert run("figures", *figures).count("cannot be read now") == 1
+
+
 FINISHED = {
     "embed": ("emb", [IMAGES, TEXTS, KEYS, "meta.json"]),
     "cluster": ("clusters", ["centroids.npy", "sizes.npy", "labels/00001.parquet", "meta.json"]),
