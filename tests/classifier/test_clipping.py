@@ -10,6 +10,7 @@ import torch.distributed as dist
 from harness import run_ranks
 from small_head import WIDTH, batch, make
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from megacid import PartialFC, RowSGD, clip_grad_norm_
@@ -65,6 +66,26 @@ def test_clipping_is_that_of_one_process_with_dense_gradients(
     for number, dense in enumerate(parameters[len(list(student.parameters())) :]):
         got = torch.cat([rows[number] for _, _, rows in results])
         torch.testing.assert_close(got, dense.grad, rtol=1e-5, atol=1e-6)
+
+
+def clipped_with_a_sharded_student() -> tuple[Tensor, list[Tensor], Tensor]:
+    torch.manual_seed(3)
+    student, head = nn.Linear(WIDTH, WIDTH), make()
+    fully_shard(student)
+    x, y = (part.chunk(world_size())[rank()] for part in batch(5))
+    head(student(x), y).backward()
+    norm = clip_grad_norm_(student.parameters(), head, 0.1)
+    assert type(norm) is Tensor
+    return norm, [p.grad.full_tensor() for p in student.parameters()], dense_rows(head)  # type: ignore[union-attr]
+
+
+def test_clipping_sums_the_norms_of_the_shards_of_fsdp() -> None:
+    expected, replicated, (rows,) = clipped(0.1, 1, "mean", 1.0)
+    results = run_ranks(clipped_with_a_sharded_student, 2)
+    for norm, grads, _ in results:
+        torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(grads, replicated, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat([own for *_, own in results]), rows, rtol=1e-5, atol=1e-6)
 
 
 def test_clipping_a_recomputed_gradient_stores_no_matrix() -> None:
