@@ -141,7 +141,8 @@ class HeadOptimizer(torch.optim.Optimizer):
         """
         try:
             (group,), (saved,) = state_dict["param_groups"], state_dict["state"].values()
-            group, start = {**self.group, **group}, saved.get("class_start", 0)
+            group, start = {**self.group, **group, "params": [0]}, int(saved.get("class_start", 0))
+            step = int(saved.get("step", 0))
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(
                 f"expected a state_dict of {type(self).__name__}, with one group and the state of one parameter"
@@ -149,13 +150,12 @@ class HeadOptimizer(torch.optim.Optimizer):
         self.check_group(group)
         tensors = {name: rows for name, rows in saved.items() if isinstance(rows, Tensor) and rows.ndim}
         own = {name: rows_of_rank(name, rows, start, self.head) for name, rows in tensors.items()}
-
         self.load_state_rows(reader_of(own, self.head.num_local, first=self.head.class_start))
         state = self.state
         super().load_state_dict({"state": {}, "param_groups": [group]})  # hyper-parameters and torch's hooks
         self.state = state
-        if "step" in saved and hasattr(self.head, "set_step"):
-            self.head.set_step(int(saved["step"]))
+        if "step" in saved:
+            self.head.set_step(step)
 
 
 def check_number(group: dict[str, Any], name: str, expected: str, low: float = 0.0, high: float = math.inf) -> None:

@@ -103,6 +103,7 @@ class PartialFC(ClassRows):
     Attributes:
         weight: fp32 [L, D], classes class_start to class_stop - 1.
         hits: int32 [L], training samples with each class as label.
+        trainable: whether a backward leaves a row gradient, see `requires_grad_`.
 
     Raises:
         UserError: an argument out of range, or an `init` that cannot be read or does not fit.

@@ -105,6 +105,9 @@ def test_a_heads_state_inside_a_model_and_without_metadata_loads(prefix: str) ->
     ("state", "message"),
     [
         ({}, "expected a state_dict of RowAdamW"),
+        ({"param_groups": [{}], "state": {0: {"step": "five"}}}, "expected a state_dict of RowAdamW"),
+        ({"param_groups": [{"lr": -1.0}], "state": {0: {}}}, "classifier lr is -1.0"),
+        ({"param_groups": [{}], "state": {0: {}}}, "no 'exp_avg', only []"),
         (None, "expected a state_dict of RowAdamW"),
         (torch.optim.AdamW([nn.Parameter(torch.zeros(2))]).state_dict(), "expected a state_dict of RowAdamW"),
         (RowSGD(make()).state_dict(), "no 'exp_avg'"),
