@@ -188,7 +188,7 @@ def verify_index(
         stored |= {folder / f"{entry['name']}.tar": entry for entry in entries}
     problems = [f"{path.name} is not in the index" for path in paths.tars if path not in stored]
     if paths.directory is None:
-        stored = {path: entry for path, entry in stored.items() if path in paths.tars}
+        stored = {path: stored[path] for path in paths.tars if path in stored}
     for done, (path, entry) in enumerate(stored.items(), 1):
         if not path.is_file():
             problems.append(f"{path.name} is in the index but not on disk")

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from offline_data import balance_args, cluster_args, embed_args, run, save_model, write_shards
+from offline_tool import Tool
 
 from megacid.config.load import load_run
 from megacid.config.schema import RunFile
@@ -111,6 +112,15 @@ def test_embedding_ends_with_an_error_when_many_samples_are_skipped(stage: Path)
     )
     run("embed", *embed_args(stage))  # a finished stage was accepted
     assert json.loads((stage / "emb" / "meta.json").read_text())["num_samples"] == 24
+
+
+def test_every_rank_ends_with_that_error(stage: Path) -> None:
+    spoil(stage, 11)
+    tool = Tool("embed", stage, "emb", stage / "log")
+    assert tool.fates(2) == [2, 2]
+    assert "12 of 36 samples of" in tool.output[0] and "expected at most 5%: 12 x not a readable" in tool.output[0]
+    assert tool.output[0].count("error: ") == 1 and not (tool.out / "meta.json").exists()
+    assert tool.fates(2, more=["--max-lost", "0.5"]) == [0, 0]
 
 
 @pytest.mark.parametrize("share", ["1.5", "-1", "nan", "x"])
