@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from megacid.config.schema import RunFile
 from megacid.distributed.consensus import fail_together
 from megacid.distributed.parallel import Parallel
-from megacid.errors import UserError
+from megacid.errors import UserError, one_line
 
 os.environ.setdefault("DS_BUILD_OPS", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -100,6 +100,14 @@ def _check_nvme(config: dict[str, Any]) -> None:
             )
 
 
+def _check_config(config: dict[str, Any]) -> None:
+    """DeepSpeed's own rules between its keys, before its first collective."""
+    try:
+        deepspeed.DeepSpeedConfig(copy.deepcopy(config))
+    except Exception as error:  # assertions, ValueError, pydantic's ValidationError
+        raise UserError(f"DeepSpeed refuses its settings ({one_line(error, 160)}): correct them") from None
+
+
 class Engine:
     """The student's forward, backward and step under ZeRO 0, 1, 2 or 3.
 
@@ -126,6 +134,7 @@ class Engine:
                 optimizer = _apex_optimizer(kind)(groups, **params)
                 del config["optimizer"]
                 config["zero_allow_untested_optimizer"] = True
+            _check_config(config)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=student, optimizer=optimizer, model_parameters=None if optimizer else groups, config=config
         )

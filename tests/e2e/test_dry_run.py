@@ -61,9 +61,6 @@ EARLY: dict[str, tuple[dict[str, Any], str]] = {
     "NVMe without async_io": (
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}, "libaio-dev",
     ),
-    "offload that the stage lacks": (
-        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "Partial offload",
-    ),
 }  # fmt: skip
 
 
@@ -77,6 +74,15 @@ def test_settings_that_cannot_start_are_one_error(
     changes, said = EARLY[case]
     run_train(1, pipeline.run_file(f"early_{list(EARLY).index(case)}", **changes), "--dry-run", expect=2)
     error_of(capfd, said)
+
+
+def test_settings_that_deepspeed_itself_refuses_are_one_error_also_of_several_ranks(
+    pipeline: Pipeline, capfd: pytest.CaptureFixture[str]
+) -> None:
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}
+    for option in ("--dry-run", "--stop-after=1"):
+        run_train(2, pipeline.run_file("partial", zero_optimization=zero), option, expect=2)
+        error_of(capfd, "Partial offloading only supported for ZeRO Stage 3")
 
 
 def test_embeddings_and_weights_that_are_not_finite_are_found_by_the_first_loss(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
 from typing import Any
 
 import open_clip
+import open_clip.hf_model as hf_model
 import pytest
 import torch
 
@@ -77,6 +79,22 @@ def test_every_architecture_gives_embed_dim_or_is_refused(monkeypatch: pytest.Mo
     for name in names:
         check_architecture(name, monkeypatch)
         check_towers(StudentSpec(name))  # its own width
+
+
+def test_text_towers_of_transformers_are_taken_by_their_output_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers itself is not needed: open_clip asks it for a configuration and a body."""
+    config = types.SimpleNamespace(
+        model_type="roberta", hidden_size=24, vocab_size=99, max_position_embeddings=514, is_encoder_decoder=False
+    )
+    body = types.SimpleNamespace(from_config=lambda config, add_pooling_layer: torch.nn.Linear(24, 24))
+    for name, value in (("transformers", True), ("AutoModel", body)):
+        monkeypatch.setattr(hf_model, name, value, raising=False)
+    source = types.SimpleNamespace(from_pretrained=lambda name: config)
+    monkeypatch.setattr(hf_model, "AutoConfig", source, raising=False)
+    monkeypatch.setattr(towers, "tokenizer_for", lambda spec: lambda texts: torch.zeros(1, 77, dtype=torch.int64))
+    check_towers(StudentSpec("roberta-ViT-B-32", 640))
+    refused(StudentSpec("nllb-clip-base-siglip", 640), '"nllb-clip-base-siglip" gives images of width 768')
+    check_towers(StudentSpec("nllb-clip-base-siglip", 640, projection=True))
 
 
 # ---- a projection, from the run to open_clip -------------------------------------------------------------------------
