@@ -133,6 +133,7 @@ def _(x: Tensor, w: Tensor, target: Tensor, *values: Any) -> tuple[Tensor, Tenso
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.dtypes = [x.dtype if needed else None for x, needed in zip(inputs[:2], inputs[-2:])]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else backward allocates zeros as their gradients
     ctx.save_for_backward(*output[1:])
 
 

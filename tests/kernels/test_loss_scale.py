@@ -1,16 +1,13 @@
 """A loss scale is exact for 16-bit inputs: gradients stay fp32 until it has multiplied them, and are rounded once.
 
-Without a GPU the comparisons with Triton run in its interpreter, see `interpreter.py`.
+The same in Triton: test_triton_numerics.py.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from harness import run_ranks
-from interpreter import assert_holds_in_the_interpreter, on_devices
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,21 +16,14 @@ from megacid.distributed.collectives import rank, world_size
 from megacid_kernels import (
     LossSpec,
     Weights,
+    affinity_cross_entropy,
     contrastive_cross_entropy,
     discrimination_with_gradients,
     linear_margin_cross_entropy,
     linear_margin_discrimination,
 )
-from megacid_kernels.fused import INTERPRET
 from megacid_kernels.reference import discrimination_reference
 
-if not INTERPRET:
-
-    def test_every_comparison_holds_in_the_interpreter() -> None:
-        assert_holds_in_the_interpreter(__file__)
-
-
-in_pytorch = pytest.mark.skipif(INTERPRET, reason="runs in the outer process")
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 # 2^40 overflows fp16, as it does after one rounding; 2^-20 makes its numbers subnormal.
 SCALES = (2.0**16, 2.0**40, 2.0**-20, -1.0, 0.0)
@@ -59,35 +49,41 @@ def assert_rounded_once(loss: Tensor, inputs: list[Tensor], exact: list[Tensor |
             assert torch.equal(mine, other)
 
 
-@on_devices
 @HALVES
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_the_margin_operators_round_once(impl: str, dtype: torch.dtype, device: str) -> None:
-    x, w, target = (t.to(device) for t in confident(dtype))
+def test_the_margin_operators_round_once(dtype: torch.dtype) -> None:
+    x, w, target = confident(dtype)
     teacher, given = w[target] + 0.1 * x, [x.clone().requires_grad_(), w.clone().requires_grad_()]
     for weight_grad in ("stored", "recomputed"):
-        options: dict[str, Any] = {"scale": 16.0, "impl": impl, "weight_grad": weight_grad}
-        exact = discrimination_with_gradients(x, w, target, LossSpec(num_classes=40, **options))
-        assert_rounded_once(linear_margin_cross_entropy(*given, target, **options), given, [exact.x, exact.w])
-    spec = LossSpec(40, 16.0, Margin(m2=0.2, m3=0.1), weights=Weights(0.5, 0.7, 0.3, 2.0), impl=impl)
+        exact = discrimination_with_gradients(x, w, target, LossSpec(40, 16.0, weight_grad=weight_grad))
+        loss = linear_margin_cross_entropy(*given, target, scale=16.0, weight_grad=weight_grad)
+        assert_rounded_once(loss, given, [exact.x, exact.w])
+    spec = LossSpec(40, 16.0, Margin(m2=0.2, m3=0.1), weights=Weights(0.5, 0.7, 0.3, 2.0))
     exact = discrimination_with_gradients(x, w, target, spec, teacher=teacher)
     loss = linear_margin_discrimination(*given, target, spec, teacher=teacher).loss
     assert_rounded_once(loss, given, [exact.x, exact.w])
 
 
-@on_devices
-@HALVES
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_the_contrastive_operator_rounds_once(impl: str, dtype: torch.dtype, device: str) -> None:
+def contrastive_inputs(dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Unit anchors and candidates, and a temperature."""
     x, w, target = confident()
-    given = [F.normalize(t).to(device, dtype) for t in (x, w[target])] + [torch.tensor(20.0).to(device, dtype)]
+    return [F.normalize(t).to(device, dtype) for t in (x, w[target])] + [torch.tensor(20.0).to(device, dtype)]
+
+
+@HALVES
+@pytest.mark.parametrize("term", ["contrastive", "affinity"])
+def test_the_operators_on_pairs_round_once(term: str, dtype: torch.dtype) -> None:
+    def loss_of(anchor: Tensor, other: Tensor, scale: Tensor) -> Tensor:
+        if term == "contrastive":
+            return contrastive_cross_entropy(anchor, other, scale)
+        return affinity_cross_entropy(anchor, other, scale, anchor.detach().roll(1, 1), other.detach(), 10.0)
+
+    given = contrastive_inputs(dtype)
     wide = [t.float().requires_grad_() for t in given]
-    exact = torch.autograd.grad(contrastive_cross_entropy(wide[0], wide[1], wide[2], impl=impl), wide)
+    exact = torch.autograd.grad(loss_of(*wide), wide)
     mine = [t.requires_grad_() for t in given]
-    assert_rounded_once(contrastive_cross_entropy(mine[0], mine[1], mine[2], impl=impl), mine, list(exact))
+    assert_rounded_once(loss_of(*mine), mine, list(exact))
 
 
-@in_pytorch
 @HALVES
 def test_small_gradients_under_a_loss_scale_are_those_of_float64(dtype: torch.dtype) -> None:
     """At a loss of 0.03 fp16 without a loss scale would keep no digit of most samples' gradients."""
@@ -103,7 +99,6 @@ def test_small_gradients_under_a_loss_scale_are_those_of_float64(dtype: torch.dt
     assert float(error.max()) < (5e-4 if dtype == torch.float16 else 4e-3)
 
 
-@in_pytorch
 @HALVES
 def test_inputs_of_two_dtypes_keep_their_own(dtype: torch.dtype) -> None:
     x, w, target = confident()
@@ -117,7 +112,6 @@ def test_inputs_of_two_dtypes_keep_their_own(dtype: torch.dtype) -> None:
             assert torch.equal(mine_grad, (exact_grad * 4096).to(given.dtype))
 
 
-@in_pytorch
 def test_a_compiled_graph_rounds_as_the_eager_one() -> None:
     x, w, target = confident(torch.float16)
 
@@ -131,7 +125,6 @@ def test_a_compiled_graph_rounds_as_the_eager_one() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-@in_pytorch
 def test_a_grad_scaler_skips_an_overflow_and_unscales_what_fp16_holds() -> None:
     x, w, target = confident()
     moved = []
@@ -154,7 +147,6 @@ def head_gradients(dtype: torch.dtype, computed: torch.dtype, scale: float) -> t
     return mine.grad, head.row_grad()[1]
 
 
-@in_pytorch
 @HALVES
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_classifier_sums_over_ranks_in_fp32_and_rounds_once(dtype: torch.dtype, world: int) -> None:
