@@ -51,6 +51,7 @@ class ClassRows(nn.Module):
             # A copy: training must not write into the caller's array.
             rows = load_rows(init, self.class_start, self.class_stop, (num_classes, embed_dim)).clone()
         self.weight = nn.Parameter(rows.to(device, torch.float32), requires_grad=False)
+        self.weight.class_rows = True  # type: ignore[attr-defined]  # for `misuse.refuse_wrappers`
         self.hits: Tensor
         self.register_buffer("hits", torch.zeros(self.num_local, dtype=torch.int32, device=device))
         self.trainable = True

@@ -100,6 +100,9 @@ def refuse_wrappers(head_type: type[nn.Module]) -> None:
             tensors = {f"{path}.{name}" for name in (*module._parameters, *module._buffers)}
             if isinstance(module, head_type) and module not in modules and not tensors <= set(names):
                 raise UserError(WRAPPED.format(wrapper))
+        # torch's composable replicate() gives DDP a list of parameters.
+        if isinstance(child, nn.ParameterList) and any(hasattr(p, "class_rows") for p in child):
+            raise UserError(WRAPPED.format(wrapper))
 
     register_module_module_registration_hook(check)
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -222,12 +223,14 @@ class Model(nn.ModuleDict):
 
 def fully_sharded() -> dict[str, tuple[str, bool]]:
     results = {}
-    for kind in ("alone", "parent", "ignored", "student"):
+    for kind in ("alone", "parent", "ignored", "student", "replicate"):
         model = Model(model_with_head().items())
         head = model["parts"][0]  # type: ignore[index]
         before, message = head.weight.clone(), ""
         try:
-            if kind == "ignored":
+            if kind == "replicate":
+                replicate(model)(torch.ones(2, WIDTH))
+            elif kind == "ignored":
                 fully_shard(model, ignored_params={head.weight})
             else:
                 fully_shard({"alone": head, "parent": model, "student": model["student"]}[kind])
@@ -237,10 +240,12 @@ def fully_sharded() -> dict[str, tuple[str, bool]]:
     return results
 
 
-def test_a_head_inside_fully_shard_is_refused_before_its_rows_are_split() -> None:
+def test_a_head_inside_fully_shard_or_replicate_is_refused_before_its_rows_change() -> None:
     for results in run_ranks(fully_sharded, 2):
         for kind, (message, unchanged) in results.items():
-            assert unchanged and ("inside fully_shard" in message) == (kind in ("alone", "parent")), (kind, message)
+            wrapper = {"alone": "fully_shard", "parent": "fully_shard", "replicate": "DistributedDataParallel"}
+            assert unchanged and message.startswith(f"PartialFC is inside {wrapper[kind]}" if kind in wrapper else "")
+            assert bool(message) == (kind in wrapper), message
 
 
 def wrapped(kind: str) -> tuple[str, bool]:
