@@ -11,15 +11,18 @@ Shapes: B batch, N samples, H x W pixels.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from megacid.data.decode import BadSample, decode_image, decode_text
 from megacid.data.index import ShardIndex, ShardReader, load_index
+from megacid.data.workers import WorkersLost, watched, worker_start
 from megacid.distributed.progress import progress_bar
 from megacid.errors import UserError
 from megacid.models.clip import Transform
@@ -61,6 +64,13 @@ class Split(Dataset[Sample]):
     def __len__(self) -> int:
         return self.index.num_samples
 
+    def __getitems__(self, items: list[int]) -> list[Sample] | UserError:
+        """The samples, or the error of one, which raised in a worker would have the worker's traceback as its text."""
+        try:
+            return [self[item] for item in items]
+        except UserError as error:
+            return error
+
     def __getitem__(self, item: int) -> Sample:
         shard = int(torch.searchsorted(self.starts, item, right=True)) - 1
         row = item - int(self.starts[shard])
@@ -85,11 +95,23 @@ class Split(Dataset[Sample]):
         self, batch_size: int, *, workers: int = 0, describe: str = ""
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches (image [B, 3, H, W], label [B] int64) in the order of the tars, with a progress bar."""
-        loader: DataLoader[Sample] = DataLoader(self, batch_size=batch_size, num_workers=workers)
+        loader: DataLoader[Any] = DataLoader(
+            self, batch_size=batch_size, num_workers=workers, collate_fn=_collate, worker_init_fn=worker_start()
+        )
+        batches = watched(loader, len(loader), math.inf) if workers else iter(loader)
         with progress_bar(describe, "img", len(self)) as bar:
-            for image, label in loader:
-                yield image, label
-                bar.update(len(label))
+            try:
+                for batch in batches:
+                    if isinstance(batch, UserError):
+                        raise batch
+                    yield batch[0], batch[1]
+                    bar.update(len(batch[1]))
+            except WorkersLost as lost:
+                raise UserError(str(lost).replace("data.workers", "--workers")) from None
+
+
+def _collate(samples: list[Sample] | UserError) -> Any:
+    return samples if isinstance(samples, UserError) else default_collate(samples)
 
 
 def load_benchmark(root: Path | str, name: str | None = None) -> Benchmark:
