@@ -98,14 +98,12 @@ def check_tree(tree: dict[str, Any]) -> None:
     while left:
         where, value, depth = left.pop()
         if depth > _DEEPEST:
-            raise UserError(f'"{where[:60]}..." is more than {_DEEPEST} blocks and lists deep, expected at most 4')
+            raise UserError(f'"{where[:60]}..." is more than {_DEEPEST} blocks and lists deep: remove brackets')
         if isinstance(value, dict):
             for key, inner in value.items():
                 if not key.isprintable() or len(key) > _LONGEST_KEY:
-                    expected = f"printable text of at most {_LONGEST_KEY} characters"
-                    raise UserError(
-                        f"the key {json.dumps(key[:_LONGEST_KEY])} is none, expected {expected}: correct it"
-                    )
+                    shown, expected = json.dumps(key[:_LONGEST_KEY]), f"at most {_LONGEST_KEY} printable ones"
+                    raise UserError(f"the key {shown} has {len(key)} characters, expected {expected}: correct it")
                 left.append((f"{where}.{key}" if where else key, inner, depth + 1))
         elif isinstance(value, list):
             left += [(f"{where}.{number}", inner, depth + 1) for number, inner in enumerate(value)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
@@ -13,6 +14,7 @@ import toy
 from faultplan import Fault, FaultPlan
 from harness import run_ranks
 
+import sweep
 from megacid.config.conditions import Needs, ineffective
 from megacid.config.load import load_run
 from megacid.config.schema import SECTIONS, MegacidConfig
@@ -190,3 +192,11 @@ def test_the_runs_of_the_demo_have_no_setting_without_effect() -> None:
         changes = changes.replace("$out/", "runs/demo/")
         changes = shlex.split(changes.replace('"$teacher_steps"', "5"))[1::2]
         load_run(ROOT / file, changes, world=2)
+
+
+def test_a_sweep_up_to_all_classes_drops_what_needs_sampling() -> None:
+    args = argparse.Namespace(set=["classifier.log_q=true", "classifier.lazy=decay"], out=Path("sweep"))
+    for rate, kept in ((0.5, True), (1.0, False)):
+        changes = sweep.assignments(args, sweep.Point("rate", rate, 0), Path("features"))
+        block = load_run(ROOT / "configs" / "partial_fc_sweep.json", changes, world=1).megacid.classifier
+        assert block.log_q is kept and block.lazy == ("decay" if kept else "none")

@@ -166,7 +166,7 @@ def test_a_sweep_is_kept_and_resumed_and_ends_in_table_and_plot(root: Path) -> N
         ([], "neither --rates nor --clusters is given"),
         (["--rates", 1.5], "--rates is 1.5, expected a finite number, above 0 and at most 1"),
         (["--rates", 0.5, "--set", "run.seed=3"], "the sweep sets run.seed itself"),
-        (["--rates", 0.5, "--set", "classifier.m3=-1"], '"megacid.classifier.m3" is -1.0'),
+        (["--rates", 0.5, "--set", "classifier.m3=-1"], '"megacid.classifier.m3" is -1, expected >= 0'),
         (["--clusters", 100_000], "k is 100000 but there are only 640 rows"),
         (["--rates", 0.5, "--set", "train_batch_size=4096"], "training of rate-0.5-seed-0 ended with exit code 2"),
     ],
