@@ -83,9 +83,9 @@ class LossSpec:
         margin: margin on the target class; None: no margin.
         margin_grad: "exact", or "straight_through", which replaces d psi / d cos by 1.
         labels_loss: of several labels per sample: "mlcd" is ln(1 + sum_labels exp(-z)) + ln(1 + sum_negatives exp(z))
-            (An et al., ECCV 2024); "mean" is the mean over a sample's labels of its cross entropies, in which the other
-            labels are negatives without margin, bias or filter (as in OneVision-Encoder's released code). Both cost the
-            same.
+            (An et al., ECCV 2024); "mean" is the mean over a sample's labels of one cross entropy each, with the other
+            labels as negatives (as in OneVision-Encoder's released code), which have no margin or bias and pass the
+            filter. Both cost the same.
         weights: weights of the loss terms.
         filter_threshold: negatives with a larger student cosine leave all denominators of that sample; None: none do.
         class_start: global id of the first class of this rank's shard.

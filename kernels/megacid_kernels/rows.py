@@ -9,7 +9,7 @@ from torch import Tensor
 
 _CPU_BLOCK_BYTES = 1 << 20  # elementwise work on [S, D] stays in a core's cache
 _DEVICE_BLOCK_BYTES = 1 << 28  # bounds the temporaries
-_ORDINARY = 2.0**50  # of a row whose length is between its inverse and this, the squares neither overflow nor vanish
+_ORDINARY = 2.0**50  # squares of rows with lengths from 1 / _ORDINARY to _ORDINARY neither overflow nor vanish
 
 
 def row_blocks(x: Tensor) -> list[slice]:
@@ -58,9 +58,10 @@ def unit_rows(x_nD: Tensor) -> Tensor:
 
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * factor, rounded to `dtype` once. Of small numbers that 16 bits cannot hold before a loss scale multiplies
-    them, `grad` must be wide."""
+    """grad * factor, rounded to `dtype` once. Pass `grad` in float32 or float64: in 16 bits its small numbers would be
+    lost before a loss scale multiplies them."""
     factor = factor.to(grad.dtype)
+    # A compiler fuses both steps.
     if grad.dtype == dtype or grad.ndim != 2 or torch.compiler.is_compiling():
         return (grad * factor).to(dtype)
     out = grad.new_empty(grad.shape, dtype=dtype)

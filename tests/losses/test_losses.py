@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from megacid.classifier import Margin, PartialFC
 from megacid.errors import UserError
-from megacid.losses import ClusterDistillation, Objective, contrastive_loss, feature_mse, instance_loss
+from megacid.losses import ClusterDistillation, Objective, affinity_loss, contrastive_loss, feature_mse, instance_loss
 
 
 class Out(NamedTuple):
@@ -70,6 +70,16 @@ def test_plain_clip_needs_no_teacher_no_label_and_no_classifier() -> None:
     logits = 9.0 * out.image @ out.text.T
     target = torch.arange(6)
     torch.testing.assert_close(loss, (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2)
+
+
+def test_affinity_alone_needs_no_classifier_and_uses_the_temperature_of_each_side() -> None:
+    out, data = make()
+    assert data.teacher_image is not None and data.teacher_text is not None
+    objective = Objective(instance=0, cluster=0, affinity=2.0, temperature=0.5, affinity_temperature=0.2)
+    loss, terms = objective(out, data)
+    expected = affinity_loss(out.image, out.text, data.teacher_image, data.teacher_text, torch.tensor(2.0), 5.0)
+    assert list(terms) == ["affinity"] and not objective.is_mean_over_samples
+    assert loss.item() == pytest.approx(2 * terms["affinity"].item()) == pytest.approx(2 * expected.item())
 
 
 def test_plain_classification_needs_labels_only() -> None:

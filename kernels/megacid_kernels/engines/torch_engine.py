@@ -4,7 +4,7 @@ Legend: b samples, l labels per sample, D width, S rows of w on this rank, n row
 
 It makes no second copy [n, D] of the class rows: rows that may be overwritten are normalised in place. Other rows stay
 as they are; their norms divide the cosines instead, and later the exponentials (after they are summed), which puts the
-norms into both gradient products. Where norms are extreme, a CPU copies the rows after all; elsewhere, where looking
+norms into both gradient products. Rows with extreme norms are copied on a CPU. On a device, where looking at the norms
 would synchronise, their exponentials may overflow, which makes gradients inf or NaN.
 """
 
