@@ -96,7 +96,8 @@ def record(root: Path) -> dict[str, Any]:
     run_tool_here("embed", "--shards", shards, "--out", teacher, "--model", f"local-dir:{model}")
     run_tool_here("cluster", "--embeddings", teacher, "--out", flat, "--k", 13, "--iterations", 3)
     levels = root / "levels"
-    run_tool_here("cluster", "--embeddings", teacher, "--out", levels, "--k", 13, "--method", "hierarchical")
+    run_tool_here("cluster", "--embeddings", teacher, "--out", levels, "--k", 13, "--method", "hierarchical",
+                  "--refine", 2, "--refine-cells", 8)  # fmt: skip
     traces["labels-flat"], traces["labels-hierarchical"] = _labels(flat), _labels(levels)
     common = ("--shards", shards, "--embeddings", teacher, "--clusters", flat)
     for name, more in {

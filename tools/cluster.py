@@ -26,7 +26,7 @@ from megacid.distributed.stopping import StopRequest, run_stage
 from megacid.errors import run_tool
 from megacid.offline.cluster.cost import describe_cost
 from megacid.offline.cluster.stage import assign_only, cluster
-from megacid.offline.cluster.state import KMeansSettings
+from megacid.offline.cluster.state import TWO_LEVELS_K, KMeansSettings, default_method
 from megacid.offline.rows import EmbeddingRows
 
 COLLECTIVE_TIMEOUT_S = 7200.0  # ranks may have disks of different speed
@@ -54,17 +54,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--method",
         choices=("flat", "hierarchical"),
-        default="flat",
-        help="flat (default): one k-means over all rows; hierarchical: about sqrt(k) coarse clusters, k-means inside "
-        "each, then --refine",
+        help="flat: one k-means over all rows; hierarchical: about sqrt(k) coarse clusters, k-means inside each, then "
+        f"--refine (default: hierarchical from {TWO_LEVELS_K} clusters on, where it is faster)",
     )
-    add("--refine", type=natural, default=2, help="hierarchical: final iterations over all k (default 2)")
+    add("--refine", type=natural, default=6, help="hierarchical: final iterations over all k (default 6)")
     add(
         "--refine-cells",
         type=natural,
-        default=8,
+        default=16,
         help="hierarchical: in a --refine iteration a row is compared with the centroids of this many nearest coarse "
-        "clusters (default 8; 0: with all k, as slow as a flat iteration); labels are always chosen among all k",
+        "clusters (default 16; 0: with all k, as slow as a flat iteration); labels are always chosen among all k",
     )
     add("--metric", choices=("cosine", "euclidean"), default="cosine", help="default: cosine")
     add(
@@ -99,10 +98,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def settings_of(args: argparse.Namespace) -> KMeansSettings:
-    init = args.init or ("k-means++" if args.method == "hierarchical" or args.k <= PLUS_PLUS_K else "random")
-    return KMeansSettings(
-        **{field.name: getattr(args, field.name) for field in fields(KMeansSettings)} | {"init": init}
-    )
+    method = args.method or default_method(args.k)
+    init = args.init or ("k-means++" if method == "hierarchical" or args.k <= PLUS_PLUS_K else "random")
+    given = {field.name: getattr(args, field.name) for field in fields(KMeansSettings)}
+    return KMeansSettings(**given | {"init": init, "method": method})
 
 
 def run(args: argparse.Namespace, settings: KMeansSettings | None, parallel: Parallel, stop: StopRequest) -> None:

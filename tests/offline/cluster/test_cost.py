@@ -1,12 +1,17 @@
-"""The cost estimate before a clustering."""
+"""The cost estimate before a clustering, and the method that is chosen by the number of clusters."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from offline_data import load_tool, run, write_embeddings
 
 from megacid.offline.cluster.cost import assignment_flop, describe_cost, measured_rate
 from megacid.offline.cluster.state import KMeansSettings
+from megacid.storage.metadata import read_meta
 
 CPU = torch.device("cpu")
 
@@ -41,3 +46,51 @@ def test_durations_have_a_readable_unit(seconds: float, expected: str, monkeypat
     fit, labels = assignment_flop(settings, 100, 8)
     monkeypatch.setattr("megacid.offline.cluster.cost.measured_rate", lambda *_: (fit + labels) / seconds)
     assert f"about {expected} of distance computation" in describe_cost(settings, 100, 8, 1, CPU)
+
+
+# ---- the default method ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "method", "init"),
+    [
+        (("--k", 64), "flat", "k-means++"),  # the demo
+        (("--k", 511), "flat", "k-means++"),
+        (("--k", 512), "hierarchical", "k-means++"),
+        (("--k", 1_000_000), "hierarchical", "k-means++"),
+        (("--k", 64, "--method", "hierarchical"), "hierarchical", "k-means++"),
+        (("--k", 4096, "--method", "flat"), "flat", "k-means++"),
+        (("--k", 4097, "--method", "flat"), "flat", "random"),
+        (("--k", 512, "--init", "random"), "hierarchical", "random"),
+        (("--k", 8, "--init", "random"), "flat", "random"),
+    ],
+)
+def test_the_default_is_the_fastest_method_at_that_number_of_clusters(
+    arguments: tuple[object, ...], method: str, init: str
+) -> None:
+    tool = load_tool("cluster")
+    args = tool.arguments(["--embeddings", "x", "--out", "y", *map(str, arguments)])
+    settings = tool.settings_of(args)
+    assert (settings.method, settings.init) == (method, init)
+    # The options and the settings have the same defaults.
+    assert (settings.refine, settings.refine_cells) == (KMeansSettings(1).refine, KMeansSettings(1).refine_cells)
+
+
+def test_default_reaches_the_objective_of_a_flat_fit_and_records_its_method(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 16))[rng.integers(400, size=6000)] + 0.5 * rng.normal(size=(6000, 16))
+    embeddings = write_embeddings(
+        tmp_path / "emb", (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16), 2
+    )
+    metas = []
+    for out, more in (
+        ("default", ()),
+        ("flat", ("--method", "flat")),
+        ("random", ("--method", "flat", "--init", "random")),
+    ):
+        run("cluster", "--embeddings", embeddings, "--out", tmp_path / out, "--k", 512, "--iterations", 8, *more)
+        metas.append(read_meta(tmp_path / out, expect="cluster"))
+    default, flat, random = metas
+    assert [meta["method"] for meta in metas] == ["hierarchical", "flat", "flat"]
+    assert default["final_objective"] > random["final_objective"]
+    assert default["final_objective"] > 0.997 * flat["final_objective"]

@@ -46,7 +46,7 @@ def labels(x: np.ndarray, centroids: torch.Tensor, metric: Metric = "cosine") ->
     return label[:, 0].numpy(), float(value.double().mean())
 
 
-HIERARCHICAL = KMeansSettings(k=60, iterations=5, method="hierarchical", init="k-means++")
+HIERARCHICAL = KMeansSettings(k=60, iterations=5, method="hierarchical", init="k-means++", refine=2, refine_cells=8)
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +120,7 @@ def test_balance_load_is_even_and_complete() -> None:
 def test_objective_is_close_to_flat_kmeans(metric: Metric, tmp_path: Path) -> None:
     x, _ = mixture(6000, 16, 200)
     flat = KMeansSettings(k=144, metric=metric, iterations=10)
-    two = replace(flat, method="hierarchical", refine_cells=4)
+    two = replace(flat, method="hierarchical", refine=2, refine_cells=4)
     want = labels(x, kmeans(ArrayRows(x), flat).centroids, metric)[1]
     state = two_level(ArrayRows(x), two, tmp_path)
     assert state.centroids.shape == (144, 16) and len(state.objective) == 2
