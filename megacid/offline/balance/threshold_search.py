@@ -30,6 +30,7 @@ from megacid.offline.rows import SubsetRows
 NEIGHBOURHOOD = 32
 SHARE_TOLERANCE = 1e-3  # of the share kept of all samples
 MAX_PASSES = 16  # over all samples, until their share is within the tolerance
+_BY_SLOPE = 3  # first passes that follow the slope of the search; then the threshold is doubled or halved
 _RESOLUTION = 1e-5  # width of the bracket at which the search stops
 Curve = list[tuple[float, float]]  # (threshold, share kept), by threshold
 
@@ -159,7 +160,7 @@ def next_threshold(target: float, passes: Curve, curve: Curve) -> float | None:
     at, kept = passes[-1]
     if at == (FARTHEST if kept > target else 0.0):
         return None
-    if len(passes) == 1:
+    if len(passes) <= _BY_SLOPE:
         thresholds, shares = np.array(sorted(curve)).T
         shifted = target - kept + np.interp(at, thresholds, shares)
         out = float(np.clip(np.interp(shifted, shares[::-1], thresholds[::-1]), at / 2, min(2 * at, FARTHEST)))

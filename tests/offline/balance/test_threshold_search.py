@@ -134,6 +134,27 @@ def test_share_of_all_samples_is_within_a_tenth_of_a_point(target: float, link: 
     assert decision.keep.mean() == pytest.approx(target, abs=SHARE_TOLERANCE)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [0.563, 0.8])
+def test_share_of_a_large_corpus_in_neighbouring_clusters(target: float, caplog: pytest.LogCaptureFixture) -> None:
+    n, k, dim = 50_000, 250, 24
+    rng = np.random.default_rng(3)
+    middle = rng.standard_normal((k // 5, dim))  # several clusters share one clump, so copies fall on both sides
+    x = middle[rng.integers(len(middle), size=n)] + 0.9 * rng.standard_normal((n, dim))
+    copy = np.flatnonzero(rng.random(n) < 0.4)
+    spread = rng.exponential(0.15, (len(copy), 1))
+    x[copy] = x[rng.integers(n, size=len(copy))] + spread * rng.standard_normal((len(copy), dim))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
+    label, centroids = labelled(x, k)
+    settings = BalanceSettings(target_keep=target, neighbor_clusters=4, search_rows=5000)
+    with caplog.at_level(logging.INFO, logger="megacid.offline.balance.deduplicate"):
+        decision = decided(ArrayRows(x), group_by_cluster(label, rng.random(n), k), settings, centroids=centroids)
+    assert abs(decision.keep.mean() - target) <= 1e-3
+    assert decision.searched_rows < 6000 and decision.removed_across_clusters > 100
+    # A pass over all samples is what costs, so few of them may be needed.
+    assert sum("searching on" in message for message in caplog.messages) <= 4
+
+
 def test_passes_over_all_samples_give_the_same_bits_on_ranks_and_after_an_interruption(tmp_path: Path) -> None:
     rows, clusters, centroids = data(12_000, 400, 6)
     settings = BalanceSettings(target_keep=0.563, neighbor_clusters=4, search_rows=600)
