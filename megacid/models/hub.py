@@ -53,7 +53,7 @@ def _snapshot(repository: str) -> Path:
                 break
             # The same revision, which is the directory's name.
             directory = Path(snapshot_download(repository, revision=directory.name, allow_patterns=[name]))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the hub, its HTTP client, or the disk
         raise UserError(
             f"{HF_HUB}{repository} can neither be fetched nor is it in the cache ({one_line(error, 160)}): check the "
             f"name and the network, or download the files on another machine and pass {LOCAL_DIR}PATH"

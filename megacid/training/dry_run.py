@@ -39,24 +39,19 @@ def dry_run(run: RunFile, parallel: Parallel) -> int:
         if state.head is not None:
             state.head.set_step(0)
         loss, terms = state.objective(out, batch)
-    shown = ", ".join(f"{name} {float(value):.6g}" for name, value in terms.items())
-    if not all(math.isfinite(value) for value in gather_json(float(loss), parallel.group)):
-        raise _same_everywhere(
-            f"the loss of the first micro-batch is {float(loss)} ({shown}), expected a finite number: check "
-            "student.pretrained, data.teacher and classifier.init for values that are not finite"
-        )
+    first, shown = loss.item(), ", ".join(f"{name} {value.item():.6g}" for name, value in terms.items())
+    with fail_together(parallel.group):
+        if not math.isfinite(first):
+            raise UserError(
+                f"the loss of the first micro-batch is {first} ({shown}), expected a finite number: check "
+                "student.pretrained, data.teacher and classifier.init for values that are not finite"
+            )
     if parallel.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(parallel.device) / 2**30
         log.info("peak memory of rank %d up to the first loss: %.2f GiB, without backward", parallel.rank, peak)
-    log.info("first loss %.6g (%s)", float(loss), shown)
+    log.info("loss of the first micro-batch: %.6g (%s)", first, shown)
     log.info("dry run: %s is valid for %d steps on %d ranks", run.path, run.megacid.run.total_steps, parallel.world)
     return 0
-
-
-def _same_everywhere(message: str) -> UserError:
-    error = UserError(message)
-    error.on_every_rank = True
-    return error
 
 
 @contextlib.contextmanager

@@ -28,10 +28,10 @@ def test_the_loss_of_a_dry_run_is_that_of_the_first_step_of_training(
 ) -> None:
     file = pipeline.run_file("first", run__log_every=1, zero_optimization={"stage": 2})
     run_train(2, file, "--dry-run")
-    (said,) = [line for line in capfd.readouterr().err.splitlines() if "first loss" in line]
+    (said,) = [line for line in capfd.readouterr().err.splitlines() if "loss of the first micro-batch: " in line]
     assert not (pipeline.root / "runs" / "first").exists()
     run_train(2, file, "--stop-after", "1", expect=143)
-    assert float(said.split("first loss ")[1].split()[0]) == pytest.approx(
+    assert float(said.split("micro-batch: ")[1].split()[0]) == pytest.approx(
         losses(pipeline.root / "runs" / "first")[1], rel=1e-5
     )
 

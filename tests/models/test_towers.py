@@ -11,11 +11,12 @@ import open_clip
 import open_clip.hf_model as hf_model
 import pytest
 import torch
+from PIL import Image
 
 from megacid.errors import UserError
 from megacid.evaluate.export import export_student
 from megacid.models import towers
-from megacid.models.clip import StudentSpec, load_clip, model_config, register_models
+from megacid.models.clip import StudentSpec, load_clip, model_config, preprocess_for, register_models
 from megacid.models.student import build_student
 from megacid.models.towers import check_towers
 
@@ -156,6 +157,17 @@ def test_an_image_size_that_the_tower_does_not_take_is_named() -> None:
     for model, size in (("digits-student", 4), ("convnext_base", 20)):
         refused(StudentSpec(model, image_size=size), f'"{model}" cannot take images of {size} x {size} pixels')
     check_towers(StudentSpec("digits-student", image_size=36))  # the rest of the last patch is cut off, as in open_clip
+
+
+def test_images_that_are_not_square_are_taken_as_the_architecture_has_them(tmp_path: Path) -> None:
+    config = model_config("digits-student")
+    config["vision_cfg"]["image_size"] = [32, 48]
+    (tmp_path / "wide-images.json").write_text(json.dumps(config))
+    register_models(tmp_path)
+    check_towers(StudentSpec("wide-images"))
+    student = build_student("wide-images", embed_dim=None, seed=0)
+    image = preprocess_for(student)[0](Image.new("RGB", (70, 50)))
+    assert tuple(image.shape) == student.image_shape == (3, 32, 48)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_text_tower_knows_is_named(tmp_path: Path) -> None:
