@@ -200,3 +200,33 @@ def test_a_sweep_up_to_all_classes_drops_what_needs_sampling() -> None:
         changes = sweep.assignments(args, sweep.Point("rate", rate, 0), Path("features"))
         block = load_run(ROOT / "configs" / "partial_fc_sweep.json", changes, world=1).megacid.classifier
         assert block.log_q is kept and block.lazy == ("decay" if kept else "none")
+
+
+# What has no effect by the conditions of the schema: on this run file -> these changes.
+NO_EFFECT_ON_FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "adamw over all classes": (
+        {"classifier__sample_rate": 1.0, "schedule__kind": "constant", "student__layers": 0},
+        {"classifier__log_q": True, "classifier__lazy": "decay", "classifier__margin_grad": "straight_through",
+         "classifier__momentum": 0.5, "schedule__final_share": 0.5, "guard__spike_deviations": 1.0,
+         "student__hidden": 7, "loss__temperature": 0.5, "loss__cluster_temperature": 3.0},
+    ),
+    "sgd": ({"classifier__optimizer": "sgd"}, {"classifier__betas": [0.1, 0.2], "classifier__eps": 0.1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NO_EFFECT_ON_FEATURES)
+def test_what_is_refused_for_its_lack_of_effect_changes_no_bit_of_a_checkpoint(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, changes = NO_EFFECT_ON_FEATURES[case]
+    toy.write_features(tmp_path / "features")
+    short = {"run__total_steps": 6, "run__save_every": 6}
+    with_it = toy.run_file(tmp_path, "with", **base, **changes, **short)
+    with pytest.raises(UserError, match="has no effect") as error:
+        load_run(with_it, world=1)
+    assert all(key.replace("__", ".") in str(error.value) for key in changes)
+    monkeypatch.setattr("megacid.config.schema.check_effects", lambda block: None)  # the ranks are forked
+    for file in (with_it, toy.run_file(tmp_path, "without", **base, **short)):
+        assert toy.train_toy(1, file) == [0]
+    got, want = (toy.tensors(tmp_path / "runs" / name / "step-00000006") for name in ("with", "without"))
+    assert toy.differing(want, {name: got[name] for name in want}) == []
