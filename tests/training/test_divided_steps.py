@@ -49,16 +49,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_run_with_dropout_killed_in_the_middle_of_a_step_is_resumed_with_the_same_bits(root: Path) -> None:
-    whole, killed = (toy.run_file(root, name, train_batch_size=16, **DIVIDED) for name in ("whole", "killed"))
-    run_ranks(train_tower, 2, RandomTower, whole, FaultPlan(trace(root / "a")))
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_run_with_dropout_killed_in_the_middle_of_a_step_is_resumed_with_the_same_bits(
+    root: Path, stage: int
+) -> None:
+    changes = DIVIDED | {"train_batch_size": 16, "zero_optimization": {"stage": stage}}
+    names = f"whole{stage}", f"killed{stage}"
+    whole, killed = (toy.run_file(root, name, **changes) for name in names)
+    run_ranks(train_tower, 2, RandomTower, whole, FaultPlan(trace(root / f"a{stage}")))
     # The third of the four micro-batches of step 4: two are embedded.
-    plan = FaultPlan(kill("train:batch", rank=1, step=4, nth=3), trace(root / "b"))
+    plan = FaultPlan(kill("train:batch", rank=1, step=4, nth=3), trace(root / f"b{stage}"))
     assert -9 in rank_fates(train_tower, 2, RandomTower, killed, plan)
-    assert run_ranks(train_tower, 2, RandomTower, killed, FaultPlan(trace(root / "c"))) == [0, 0]
-    want, resumed = read_trace(root / "a", 2), read_trace(root / "c", 2)
+    assert run_ranks(train_tower, 2, RandomTower, killed, FaultPlan(trace(root / f"c{stage}"))) == [0, 0]
+    want, resumed = read_trace(root / f"a{stage}", 2), read_trace(root / f"c{stage}", 2)
     assert list(want) == list(range(8)) and resumed == {step: want[step] for step in range(3, 8)}
-    ends = [toy.tensors(root / "runs" / name / "step-00000008") for name in ("whole", "killed")]
+    ends = [toy.tensors(root / "runs" / name / "step-00000008") for name in names]
     assert toy.differing(*ends) == []
 
 
