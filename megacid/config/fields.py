@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 def expanded_path(path: str) -> str:
     """`path` with a leading ~ or ~user replaced by the home directory. ValueError for a variable, or no path."""
     if not path.strip() or "\0" in path:
-        raise ValueError("a path: write null for none")
+        raise ValueError("a path of at least one character, without NUL")
     expanded = os.path.expanduser(path)
     if "$" in path or expanded.startswith("~"):
         reason = "variables are not expanded" if "$" in path else "there is no such user"
