@@ -144,14 +144,20 @@ def read_local_config(directory: Path) -> dict[str, Any]:
 
 
 def check_archive(path: Path) -> None:
-    """Raise UserError for a .pt file whose tensors expand beyond the file's size when read."""
+    """Raise UserError for a .pt file that holds code, or whose tensors expand beyond the file's size when read."""
     if path.suffix == ".npz" or not zipfile.is_zipfile(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
             expanded = sum(entry.file_size for entry in archive.infolist())
+            is_torchscript = any(name.endswith("constants.pkl") for name in archive.namelist())
     except (zipfile.BadZipFile, NotImplementedError, ValueError):
         return  # loading it reports the damage
+    if is_torchscript:
+        raise UserError(
+            f'{path} is a TorchScript archive, which holds code: use the tag "openai" for OpenAI\'s weights, or save '
+            "the state dict as .safetensors"
+        )
     if expanded > path.stat().st_size:
         raise UserError(
             f"{path} has {path.stat().st_size:,} bytes that expand to {expanded:,}: weights of torch.save are not "

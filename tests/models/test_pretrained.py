@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,14 @@ def test_embed_ends_at_a_wrong_activation_before_it_reads_a_shard_also_without_w
         )  # fmt: skip
     assert said.count("error: ") == 1 and 'use the model "ViT-B-32-quickgelu"' in said
     assert not (shards / "index").exists() and not (tmp_path / "out" / "meta.json").exists()
+
+
+def test_torchscript_archives_as_openai_publishes_them_are_refused_with_the_tag(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "mine.pt", "w") as archive:
+        for name in ("mine/data.pkl", "mine/code/__torch__.py", "mine/constants.pkl", "mine/version"):
+            archive.writestr(name, b"x")
+    with pytest.raises(UserError, match=r'mine\.pt is a TorchScript archive.*use the tag "openai"'):
+        load_clip("ViT-B-32-quickgelu", str(tmp_path / "mine.pt"))
 
 
 # ---- the hub ---------------------------------------------------------------------------------------------------------
