@@ -86,7 +86,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="FOLDER",
         help="take the embeddings of this folder of clip-retrieval or DataComp instead of computing them; --model and "
-        "--pretrained name their teacher, --batch-size and the options after it do not apply",
+        "--pretrained name their teacher; of the other options --caption, --max-lost and --arrays apply",
     )
     parser.add_argument(
         "--arrays",
@@ -94,7 +94,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="of the .npz files of --adopt: take NAME_img and NAME_txt (default: the only pair)",
     )
     accept_launcher_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.arrays is not None and args.adopt is None:
+        parser.error(f"--arrays is {args.arrays}, expected only with --adopt: leave it out")
+    if args.precision is not None and args.adopt is not None:
+        parser.error(f"--precision is {args.precision}, but --adopt computes no embedding: leave it out")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -75,12 +75,12 @@ def adopt(
     group = parallel.group
     progress = start_progress(index.num_samples)
     mine = range(parallel.rank, len(index.names), parallel.world)
-    used = torch.zeros(folder.num_rows, dtype=torch.int32)
+    used = torch.zeros(folder.num_rows, dtype=torch.int32, device=parallel.device)
     with stop_together(group):
         lookup = _Lookup(folder, index, progress)
         rows_of = {shard: lookup.rows(shard, progress) for shard in mine}
         for rows in rows_of.values():
-            used += torch.from_numpy(np.bincount(rows[rows >= 0], minlength=len(used)).astype(np.int32))
+            used += torch.from_numpy(np.bincount(rows[rows >= 0], minlength=len(used))).to(used)
     all_reduce_sum(used, group)
     with stop_together(group):
         surplus = _check_matches(index, folder, used, max_lost)

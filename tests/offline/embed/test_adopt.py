@@ -234,6 +234,7 @@ def test_more_missing_samples_are_refused_before_anything_is_written(stage: Path
     output = run("embed", *adopt_args(stage, foreign, "two"), expect=2)
     assert "2 of 36 samples" in output and "have no embedding" in output and "5%" in output
     assert not (stage / "two").exists()
+    assert "34 samples embedded, 2 skipped" in run("embed", *adopt_args(stage, foreign, "two", "--max-lost", 0.1))
 
 
 # ---- what does not fit -------------------------------------------------------------------------------------------
@@ -346,6 +347,9 @@ def test_embeddings_of_other_shards_and_a_wrong_option_are_refused(stage: Path, 
     output = run("embed", *adopt_args(stage, foreign, "never"), expect=2)
     assert "none of the 40 samples" in output and "such as o0-0" in output and f"such as {KEYS[0]}" in output
     assert "--arrays is l14" in run("embed", *adopt_args(stage, foreign, "never", "--arrays", "l14"), expect=2)
+    assert "--precision is bf16" in run("embed", *adopt_args(stage, foreign, "never", "--precision", "bf16"), expect=2)
+    alone = ["--shards", stage / "shards", "--out", stage / "never", "--model", "m", "--arrays", "l14"]
+    assert "--arrays is l14, expected only with --adopt" in run("embed", *alone, expect=2)
     assert not (stage / "never").exists()
 
 
