@@ -165,6 +165,7 @@ NO_CLASSES = ["data.labels=null", "classifier=null"]
 VARIANTS: dict[str, list[str]] = {
     "contrastive alone": ['loss={"contrastive": 1.0}', "data.teacher=null", *NO_CLASSES],
     "fixed temperature": ['loss={"contrastive": 1.0, "instance": 1.0, "temperature": 0.2}', *NO_CLASSES],
+    "affinity of teacher and student": ['loss={"affinity": 1.0}', *NO_CLASSES],
     "cluster alone": ['loss={"cluster": 1.0}', "data.teacher=null"],
     "teacher's cross-entropy": ['loss={"cluster": 1.0, "alpha": 0.0, "beta": 1.0}'],
     "every class": ["classifier.sample_rate=1.0"],
