@@ -10,6 +10,7 @@ from torch import Tensor
 _CPU_BLOCK_BYTES = 1 << 20  # elementwise work on [S, D] stays in a core's cache
 _DEVICE_BLOCK_BYTES = 1 << 28  # bounds the temporaries
 _ORDINARY = 2.0**50  # squares of rows with lengths from 1 / _ORDINARY to _ORDINARY neither overflow nor vanish
+_MAX_FACTOR = 2.0**20  # of exponentials; they may be as large as e^80 / classes
 
 
 def row_blocks(x: Tensor) -> list[slice]:
@@ -17,6 +18,11 @@ def row_blocks(x: Tensor) -> list[slice]:
     size = _CPU_BLOCK_BYTES if x.device.type == "cpu" else _DEVICE_BLOCK_BYTES
     step = max(1, size // max(1, x.shape[1] * x.element_size()))
     return [slice(start, start + step) for start in range(0, len(x), step)]
+
+
+def is_on_host(x: Tensor) -> bool:
+    """Whether the host may read x without waiting for a device."""
+    return x.device.type == "cpu"
 
 
 def inverse_norms(x: Tensor) -> Tensor:
@@ -27,7 +33,7 @@ def inverse_norms(x: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     inverse = torch.where(norm > torch.finfo(x.dtype).tiny, 1 / norm, torch.zeros_like(norm))
     extreme = ((norm < 1 / _ORDINARY) | (norm > _ORDINARY)).squeeze(-1)
-    if x.device.type != "cpu":
+    if not is_on_host(x):
         # Asking whether there are any would synchronise, so every row is computed both ways.
         return torch.where(extreme[..., None], _scaled_inverse_norms(x.flatten(0, -2)).view_as(norm), inverse)
     if bool(extreme.any()):
@@ -50,6 +56,14 @@ def _row_exponents(x_nD: Tensor) -> Tensor:
     lowest = math.frexp(torch.finfo(x_nD.dtype).tiny)[1]
     largest = torch.linalg.vector_norm(x_nD, torch.inf, dim=1, keepdim=True)
     return torch.frexp(largest).exponent.clamp(lowest, 1 - lowest)
+
+
+def are_extreme(inverse: Tensor) -> bool:
+    """Whether products of exponentials and these inverse norms may leave the range of float32. False on a device, where
+    reading them would synchronise."""
+    if not is_on_host(inverse):
+        return False
+    return bool(((inverse > _MAX_FACTOR) | ((inverse < 1 / _MAX_FACTOR) & (inverse > 0))).any())
 
 
 def unit_rows(x_nD: Tensor) -> Tensor:

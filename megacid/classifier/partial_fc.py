@@ -86,7 +86,8 @@ class PartialFC(ClassRows):
         margin_grad: "exact", or "straight_through", which takes d psi / d cos = 1 (as insightface's ArcFace does).
         grad_reduction: how the data-parallel engine combines the student's gradients over ranks, "mean" or "sum".
         reduction: of the loss, over the labelled samples of the global batch, "mean" or "sum".
-        feature_rate: fraction of the D dimensions used in a step, (0, 1], the same on every rank (as in UNICOM).
+        feature_rate: fraction of the D dimensions used in a step, (0, 1], the same on every rank (as in UNICOM); for
+            D >= 32 their number is rounded to a multiple of 16.
         filter_threshold: negatives with a larger cosine to the sample are removed from its denominator (interclass
             filter, Partial FC).
         log_q: divide a drawn negative's exponential by its probability of being drawn. The denominator is then an

@@ -184,7 +184,7 @@ class ClassifierConfig(Section):
     scale: Annotated[float, Field(gt=0)] = 64.0
     """Logit scale s."""
     feature_rate: FractionAboveZero = 1.0
-    """Fraction of the embedding's dimensions used per step (UNICOM)."""
+    """Fraction of the embedding's dimensions used per step (UNICOM); from width 32 on, rounded to a multiple of 16."""
     filter_threshold: Annotated[float, Field(ge=-1, lt=1)] | None = None
     """Negatives with a larger cosine are left out of the denominator; null: none."""
     log_q: Annotated[bool, when.Sampling] = False

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from harness import run_ranks
 from torch.overrides import TorchFunctionMode
 
+import megacid_kernels.rows
 from megacid import Margin, RowAdamW, RowSGD
 from megacid.classifier.label_exchange import GatheredLabels, LabelExchange
 from megacid.classifier.partial_fc import PartialFC
@@ -90,6 +91,17 @@ def test_hashes_are_non_negative_and_distinct_for_neighbours() -> None:
 def test_feature_dimensions_follow_rate_and_step() -> None:
     a, b = (sample_dims(64, 0.5, seed=0, step=s, device=torch.device("cpu")) for s in (1, 2))
     assert len(a) == 32 and torch.equal(a, a.unique()) and not torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("width", "rate", "count"),
+    [(768, 0.5, 384), (512, 0.3, 160), (768, 1e-6, 16), (512, 0.999, 512), (40, 0.99, 32), (47, 0.9, 47), (12, 0.5, 6)],
+)
+def test_the_number_of_feature_dimensions_is_a_multiple_of_16_where_that_many_exist(
+    width: int, rate: float, count: int
+) -> None:
+    dims = sample_dims(width, rate, seed=0, step=3, device=torch.device("cpu"))
+    assert len(dims) == count and int(dims.min()) >= 0 and int(dims.max()) < width
 
 
 # ---- the label exchange ----
@@ -316,7 +328,10 @@ class Synchronisations(TorchFunctionMode):
 @pytest.mark.parametrize(
     "kwargs", [{}, {"log_q": True, "filter_threshold": 0.4, "feature_rate": 0.5}, {"sample_rate": 1.0}]
 )
-def test_a_step_of_the_head_reads_the_device_once(kwargs: dict, optimizer: type) -> None:
+def test_a_step_of_the_head_reads_the_device_once(
+    kwargs: dict, optimizer: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(megacid_kernels.rows, "is_on_host", lambda x: False)  # norms are computed as on a device
     head = PartialFC(500, 16, **{"sample_rate": 0.1, **kwargs})
     rows = optimizer(head)
     x, y = torch.randn(25, 16, requires_grad=True), torch.randint(0, 500, (25,))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import megacid_kernels.rows
 from megacid import Margin, PartialFC
 from megacid.offline.nearest import prepare
 from megacid_kernels import Gradients, LossSpec, Weights, discrimination_with_gradients
@@ -56,7 +57,7 @@ def test_the_loss_does_not_depend_on_any_norm_and_gradients_are_divided_by_it(we
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_ordinary_rows_keep_their_bits_beside_extreme_ones(dtype: torch.dtype) -> None:
+def test_ordinary_rows_keep_their_bits_beside_extreme_ones(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     x = rows(40, 5).to(dtype)
     x[::3] *= 1e-30
     x[1::3] *= 1e25
@@ -66,6 +67,9 @@ def test_ordinary_rows_keep_their_bits_beside_extreme_ones(dtype: torch.dtype) -
     torch.testing.assert_close(inverse_norms(x), exact.to(dtype), rtol=1e-6, atol=0)
     assert torch.equal(inverse_norms(x.view(8, 5, -1)), inverse_norms(x).view(8, 5, 1))
     assert inverse_norms(x[:0]).shape == (0, 1)
+    on_host = inverse_norms(x)
+    monkeypatch.setattr(megacid_kernels.rows, "is_on_host", lambda x: False)
+    assert torch.equal(inverse_norms(x), on_host) and torch.equal(inverse_norms(x.view(8, 5, -1)).view(40, 1), on_host)
 
 
 def test_double_rows_outside_of_their_own_range() -> None:

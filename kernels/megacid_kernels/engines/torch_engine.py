@@ -18,15 +18,8 @@ from megacid_kernels.epilogue import Coefficients, epilogue
 from megacid_kernels.loss_spec import Distribution, LossSpec, Source
 from megacid_kernels.plan import ChunkNeeds, SlabNeeds
 from megacid_kernels.row_statistics import RowStatistics
-from megacid_kernels.rows import inverse_norms, row_blocks
+from megacid_kernels.rows import are_extreme, inverse_norms, row_blocks
 from megacid_kernels.targets import Labels, Target, target_of
-
-_MAX_NORM = 2.0**20  # of class rows that stay as they are, and the inverse of the smallest
-
-
-def _have_extremes(inverse: Tensor) -> bool:
-    """Whether products of exponentials and these norms may leave the range of float32."""
-    return bool(((inverse > _MAX_NORM) | ((inverse < 1 / _MAX_NORM) & (inverse > 0))).any())
 
 
 class TorchBlock:
@@ -36,7 +29,7 @@ class TorchBlock:
         self.w, self.column_scale = w_nD, None
         if overwrite:
             w_nD.mul_(self.inverse)
-        elif w_nD.device.type == "cpu" and _have_extremes(self.inverse):
+        elif are_extreme(self.inverse):
             self.w = w_nD * self.inverse
         else:
             self.column_scale = self.inverse[:, 0]  # [n] factors for the columns of matrices [b, n]
