@@ -188,8 +188,12 @@ class DeepSpeedKeys(_Block):
 
 
 def _import_deepspeed() -> None:
-    # As in distributed/engine.py: an import must not build C++ extensions.
+    """Import DeepSpeed so that it neither builds C++ extensions nor prints to stdout, which may be read as JSON."""
     os.environ.setdefault("DS_BUILD_OPS", "0")
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed  # noqa: F401
 
 
