@@ -27,7 +27,7 @@ from megacid.distributed.consensus import agree, fail_together
 from megacid.distributed.parallel import Parallel, accept_launcher_arguments
 from megacid.distributed.progress import progress_bar
 from megacid.distributed.stopping import Progress, StopRequest, run_stage
-from megacid.errors import run_tool
+from megacid.errors import UserError, run_tool
 from megacid.models.clip import LoadedClip, check_weights, load_clip
 from megacid.offline.embed import adopt as adopting
 from megacid.offline.embed import stage as embed_stage
@@ -94,16 +94,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="of the .npz files of --adopt: take NAME_img and NAME_txt (default: the only pair)",
     )
     accept_launcher_arguments(parser)
-    args = parser.parse_args(argv)
-    if args.arrays is not None and args.adopt is None:
-        parser.error(f"--arrays is {args.arrays}, expected only with --adopt: leave it out")
-    if args.precision is not None and args.adopt is not None:
-        parser.error(f"--precision is {args.precision}, but --adopt computes no embedding: leave it out")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    if args.arrays is not None and args.adopt is None:
+        raise UserError(f"--arrays is {args.arrays}, expected only with --adopt: leave it out")
+    if args.precision is not None and args.adopt is not None:
+        raise UserError(f"--precision is {args.precision}, but --adopt computes no embedding: leave it out")
     return run_stage(lambda parallel, stop: embed(args, parallel, stop), args.out, COLLECTIVE_TIMEOUT_S)
 
 
