@@ -114,8 +114,8 @@ class _Lookup:
 
     def __init__(self, folder: ForeignFolder, index: ShardIndex, progress: Progress) -> None:
         self.folder, self.index = folder, index
-        # Keys may repeat between tars; parts that are named as tars belong to them.
-        self.by_shard = folder.key != "uid" and {part.name for part in folder.parts} <= set(index.names)
+        # Keys may repeat between tars, and an .npz that is named as a tar belongs to it.
+        self.by_shard = folder.key != "uid" and all(part.arrays and part.name in index.names for part in folder.parts)
         digests = []
         for number, part in enumerate(folder.parts):
             digests.append(_digests(self._qualified(part.name, folder.keys(number))))

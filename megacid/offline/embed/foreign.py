@@ -179,6 +179,8 @@ def open_foreign(path: Path, arrays: str | None = None) -> ForeignFolder:
                     f"{expected.shape[1]} as in part {parts[0].name}: {_REMEDY}"
                 )
     rows, dim = [image.shape[0] for image, _ in headers], first_image.shape[1]
+    if not any(rows):
+        raise UserError(f"{path} has no rows in its {len(parts)} parts, expected embeddings: correct --adopt")
     starts = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
     return ForeignFolder(path, parts, key, starts, dim, first_image.dtype, LRUCache(_OPEN), LRUCache(_OPEN))
 

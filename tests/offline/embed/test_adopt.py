@@ -340,6 +340,21 @@ def test_datacomp_folder_that_does_not_fit(
     assert not (tmp_path / "out").exists()
 
 
+def test_parts_of_clip_retrieval_are_no_tars_though_their_numbers_are_names_of_tars(tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards")
+    for shard in range(3):
+        (tmp_path / "shards" / f"{shard:05d}.tar").rename(tmp_path / "shards" / f"{shard}.tar")
+    clip_retrieval(tmp_path / "foreign")
+    run("embed", *adopt_args(tmp_path, tmp_path / "foreign", "emb"))
+    np.testing.assert_array_equal(EmbeddingRows(tmp_path / "emb").read(0, 36), IMAGE)
+
+
+def test_a_folder_without_rows_is_refused(stage: Path, tmp_path: Path) -> None:
+    foreign = without(tmp_path / "foreign", KEYS + OTHER_KEYS)
+    assert "has no rows in its 2 parts" in run("embed", *adopt_args(stage, foreign, "never"), expect=2)
+    assert not (stage / "never").exists()
+
+
 def test_embeddings_of_other_shards_and_a_wrong_option_are_refused(stage: Path, tmp_path: Path) -> None:
     foreign = clip_retrieval(tmp_path / "foreign")
     for part, rows in enumerate((25, 15)):
