@@ -100,7 +100,7 @@ def check_effects(block: BaseModel) -> None:
     section, key, _, condition = found[0]
     value = getattr(getattr(block, section), key)
     remove = list(dict.fromkeys(setting.remove for setting in found))
-    rest = f" (nor have {', '.join(remove[1:])})" if remove[1:] else ""
+    rest = f" (the same holds for {', '.join(remove[1:])})" if remove[1:] else ""
     raise UserError(
         f'"megacid.{section}.{key}" is {repr(value)[:200]}, which has no effect without {condition}{rest}: remove '
         f"{'them' if rest else 'it'}, or pass {' '.join(f'--set {path}=null' for path in remove)}"

@@ -74,7 +74,7 @@ class StudentConfig(Section):
     context_length: Annotated[Width | None, when.Shards] = None
     """Number of text tokens; null: the model's own."""
     pretrained: Annotated[FilePath | None, when.Shards] = None
-    """Initial weights: an open_clip tag or a local checkpoint; null: random."""
+    """Initial weights: an open_clip tag or a local checkpoint; null: random, or those of a model directory."""
     projection: Annotated[bool, when.Shards] = False
     """Add a linear projection to each tower that has none (SigLIP), which gives it the width embed_dim."""
     grad_checkpointing: Annotated[bool, when.Shards] = False
@@ -96,7 +96,7 @@ class DataConfig(Section):
     features: FilePath | None = None
     """Directory of labelled feature vectors, as tools/synthesize.py features writes it. Set this or shards."""
     teacher: Annotated[FilePath | None, when.Shards, when.TeacherTerm] = None
-    """Output of tools/embed.py. Required by loss.instance, .mse, .affinity, and .cluster with beta or gamma."""
+    """Output of tools/embed.py, required by the terms that read it."""
     labels: Annotated[FilePath | None, when.Shards, when.ClusterTerm] = None
     """Output of tools/cluster.py. Required by loss.cluster on shards."""
     labels_per_sample: Annotated[Width, when.Shards, when.ClusterTerm] = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -73,6 +74,11 @@ class CaptionSource:
     def setting(self) -> dict[str, str]:
         """For the settings of a stage; none for .txt, which earlier versions did not record."""
         return {} if self == CaptionSource() else {"caption": self.spec}
+
+    @property
+    def option(self) -> str:
+        """For messages: the option of tools/index_shards.py that selects it, with a space; "" for the default."""
+        return "" if self == CaptionSource() else f"--caption {shlex.quote(self.spec)} "
 
     def extract(self, data: bytes) -> bytes:
         """The encoded caption of a member. Raises CaptionError with the reason."""

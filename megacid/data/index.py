@@ -107,7 +107,8 @@ class ShardIndex:
             raise UserError(
                 f"{self.root} has {self.num_samples:,} samples with an image and a class (.cls) but none with a "
                 f"caption (.{self.caption.ending}), expected image-text pairs: add a .{self.caption.ending} member to "
-                "every sample; classes alone are for tools/eval.py"
+                "every sample, or name where the captions are with --caption (data.caption in a run file); classes "
+                "alone are for tools/eval.py"
             )
 
     def tar_path(self, shard: int) -> Path:
@@ -356,7 +357,7 @@ def _index_tar(
         if scan.damage and not allow_bad:
             raise UserError(
                 f"{path} is damaged ({scan.damage}) after {len(scan.keys)} intact samples: fetch it again, "
-                "or run tools/index_shards.py --allow-bad to use the intact ones"
+                f"or run tools/index_shards.py {caption.option}--allow-bad to use the intact ones"
             )
         digest = file_sha256(path)
     except OSError as error:

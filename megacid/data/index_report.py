@@ -77,7 +77,7 @@ def check_losses(
     worst, tar = max(zip(entries, paths.tars), key=lambda pair: pair[0]["dropped"].get(reason, 0))
     names = worst["dropped_names"].get(reason)
     example = names[0] if isinstance(names, list) and names else "one"
-    accept = f", or run tools/index_shards.py --allow-bad to use the other {used:,}"
+    accept = f", or run tools/index_shards.py {caption.option}--max-lost 1 to use the other {used:,}"
     raise UserError(
         f"{problem}, mostly because of: {reason} ({count:,} times, such as {example} in {tar.name}, whose members end "
         f"in {', '.join(extensions(tar))}); {remedy(reason, caption)}{accept if used else ''}"

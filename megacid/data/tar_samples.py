@@ -63,7 +63,8 @@ _OTHER_FORMATS = (
 
 def remedy(reason: str, caption: CaptionSource) -> str:
     """The rule that a lost sample breaks, and what to do."""
-    return LOST[reason].replace(".txt", f".{caption.ending}")
+    rule = LOST[reason].replace(".txt", f".{caption.ending}")
+    return rule.replace("tools/index_shards.py ", f"tools/index_shards.py {caption.option}")
 
 
 @dataclass

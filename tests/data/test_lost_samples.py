@@ -50,8 +50,8 @@ def test_keys_with_dots_are_refused_with_the_rule_and_the_remedy(tmp_path: Path,
     with pytest.raises(UserError, match=message) as error:
         load_index(tmp_path)
     assert "a key ends at the first dot" in str(error.value) and "a1_b.jpg" in str(error.value)
-    assert "--allow-bad" in str(error.value) and "\n" not in str(error.value)
-    index = load_index(tmp_path, allow_bad=True)
+    assert "--max-lost 1" in str(error.value) and "\n" not in str(error.value)
+    index = load_index(tmp_path, max_lost=1.0)
     assert index.table(0).keys[:20] == good and index.dropped == {"key with a dot": 6}
 
 
@@ -171,7 +171,7 @@ def test_the_largest_reason_is_the_one_that_is_named(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_gets_a_remedy_that_works(tmp_path: Path) -> None:
     write(tmp_path / "0.tar", pairs(["a", "b"]) + pairs(["c"], ("jpg",)))
     (tmp_path / "index").write_text("in the way")
-    with pytest.raises(UserError, match="--allow-bad to use the other 2 in a writable folder of links to the tars"):
+    with pytest.raises(UserError, match="--max-lost 1 to use the other 2 in a writable folder of links to the tars"):
         load_index(tmp_path)
 
 
