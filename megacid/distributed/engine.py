@@ -253,13 +253,16 @@ class Engine:
 
     def named_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield (name, {"param", "exp_avg", "exp_avg_sq": whole fp32 copy on the host}) by parameter. A collective."""
-        self._link_moments()
+        updated = any(MOMENTS[0] in entry for entry in self._base_optimizer().state.values())
+        if updated:
+            self._link_moments()
         for name, p in self.module.named_parameters():
-            if self.stage == 0:
-                state = self._base_optimizer().state[p]
-                tensors = {"param": p.detach(), **{key: state[key] for key in MOMENTS}}
+            tensors = {"param": p.detach() if self.stage == 0 else safe_get_full_fp32_param(p)}
+            if not updated:  # every step so far was skipped
+                tensors |= {key: torch.zeros_like(tensors["param"]) for key in MOMENTS}
+            elif self.stage == 0:
+                tensors |= {key: self._base_optimizer().state[p][key] for key in MOMENTS}
             else:
-                tensors = {"param": safe_get_full_fp32_param(p)}
                 tensors |= {key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}
             shape = getattr(p, "ds_shape", p.shape)  # a ZeRO-3 parameter is empty while it is not gathered
             yield name, {key: value.detach().float().cpu().clone().reshape(shape) for key, value in tensors.items()}
