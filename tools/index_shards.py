@@ -33,8 +33,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--keep-blank-captions",
         action="store_true",
-        help='use samples whose caption is empty, or a missing value in print such as "nan", instead of leaving them '
-        "out; stored in the index, so embedding and training follow",
+        help='use samples whose caption is empty, or a missing value written as text such as "nan", instead of leaving '
+        "them out; stored in the index, so embedding and training follow",
     )
     parser.add_argument(
         "--verify",

@@ -111,7 +111,7 @@ def _find(value: Any, field: str) -> Any:
 
 
 def is_blank(caption: str) -> bool:
-    """Whether a caption has no visible character, or is a missing value in print, such as "nan"."""
+    """Whether a caption has no visible character, or is a missing value written as text, such as "nan"."""
     text = caption.strip().lower()
     return text in _MISSING_VALUES or not any(c.isprintable() and not c.isspace() for c in text)
 

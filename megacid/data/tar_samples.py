@@ -37,13 +37,13 @@ LOST = {
     "sample without a text": "a sample needs a caption in a .txt member of the same name and folder, or a class in a "
     ".cls member for tools/eval.py: add it, or name where the captions are with --caption (data.caption in a run "
     "file), such as json:caption",
-    BLANK: "empty captions, and those that are a missing value in print, such as nan, None or null, are left out: "
+    BLANK: "empty captions, and missing values written as text, such as nan, None or null, are left out: "
     "correct them, or keep them with tools/index_shards.py --keep-blank-captions",
     NOT_A_TEXT: "the field must hold one text: name another field, or the element of a list, such as json:captions.0",
     NO_FIELD: "every .json needs the field that --caption (data.caption in a run file) names: correct its name",
     BAD_JSON: "the .json with the caption is damaged, or larger than 1 MiB: write it again",
     "duplicate key": "keys must be unique in a tar: rename the members",
-    "sample at the cut": "the tar ends inside of the sample: fetch it again",
+    "sample at the cut": "the tar ends inside the sample: fetch it again",
 }
 # Reasons that lose no sample.
 _APART, _OTHER = "member apart from its sample", "member of no sample"
