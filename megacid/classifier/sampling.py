@@ -127,13 +127,18 @@ class Draw:
         return low + torch.remainder(hash_ids(stratum, seed=self.seed, step=self.step), size)
 
 
-def sample_dims(width: int, rate: float, *, seed: int, step: int, device: torch.device) -> Tensor:
-    """Sorted indices of the feature dimensions of a step, int64, the same on every rank (as in UNICOM).
+def num_dims(width: int, rate: float) -> int:
+    """Number of feature dimensions that a step draws.
 
-    Of 32 dimensions or more, a multiple of 16 is drawn: tensor cores multiply 16 columns at a time.
+    Of 32 dimensions or more it is a multiple of 16: tensor cores multiply 16 columns at a time.
     """
-    count = max(1, round(rate * width))
-    if width >= 32:
-        count = min(width, max(16, 16 * round(rate * width / 16)))
+    if width < 32 or rate == 1:
+        return max(1, round(rate * width))
+    return min(width, max(16, 16 * round(rate * width / 16)))
+
+
+def sample_dims(width: int, rate: float, *, seed: int, step: int, device: torch.device) -> Tensor:
+    """Sorted indices of the feature dimensions of a step, int64, the same on every rank (as in UNICOM)."""
+    count = num_dims(width, rate)
     keys = hash_ids(torch.arange(width, device=device), seed=seed, step=step, stream=RandomStream.DIMENSION)
     return torch.topk(keys, count, sorted=False).indices.sort().values

@@ -112,7 +112,7 @@ def run_main(argv: list[str] | None, train: Callable[[RunFile, argparse.Namespac
         agree_on_mapping(settings_of_this_rank(run, world), "the run", parallel.group)
         with fail_together(parallel.group):
             check_packages()
-        return dry_run(run, parallel) if args.dry_run else train(run, args, parallel)
+        return dry_run(run, args, parallel) if args.dry_run else train(run, args, parallel)
     except UserError as error:
         return _fail(error, EXIT_USER, rank, everywhere=error.on_every_rank)
     except KeyboardInterrupt:  # while the run was built; Lifecycle handles it from the first step on

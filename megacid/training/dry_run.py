@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import math
@@ -17,13 +18,16 @@ from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError, one_line
 from megacid.models.student import Student, StudentOutput
 from megacid.training.metrics import setup_logging
+from megacid.training.resume import find_checkpoint
 from megacid.training.state import TrainState, build_train_state
 
 log = logging.getLogger("megacid")
 
 
-def dry_run(run: RunFile, parallel: Parallel) -> int:
+def dry_run(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     """Build what the run trains with and compute its first loss, without backward and update. A collective.
+
+    The checkpoint that the run would start from is verified, but not loaded.
 
     Nothing is written to the run directory; with NVMe offload DeepSpeed makes its swap directory. Every rank raises the
     same error.
@@ -31,6 +35,7 @@ def dry_run(run: RunFile, parallel: Parallel) -> int:
     setup_logging(parallel.rank, None)
     with fail_together(parallel.group):
         _check_directory(run)
+        start_from = find_checkpoint(run, args.resume, args.fork) if parallel.is_first else None
     with _as_user_error("DeepSpeed or the model cannot be set up"):
         state = build_train_state(run, parallel)
     batch = _first_batch(state)
@@ -50,6 +55,8 @@ def dry_run(run: RunFile, parallel: Parallel) -> int:
         peak = torch.cuda.max_memory_allocated(parallel.device) / 2**30
         log.info("peak memory of rank %d up to the first loss: %.2f GiB, without backward", parallel.rank, peak)
     log.info("loss of the first micro-batch: %.6g (%s)", first, shown)
+    if start_from is not None:
+        log.info("the run would start from %s", start_from)
     log.info("dry run: %s is valid for %d steps on %d ranks", run.path, run.megacid.run.total_steps, parallel.world)
     return 0
 

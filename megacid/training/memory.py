@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from megacid.classifier import PartialFC
-from megacid.classifier.sampling import Draw
+from megacid.classifier.sampling import Draw, num_dims
 from megacid.config.schema import RunFile
 from megacid.distributed.parallel import Parallel, shard_range
 from megacid.models.feature_tower import FeatureTower
@@ -54,7 +54,7 @@ def _classifier(
         # A batch of more than one class is spread over the ranks like the classes are.
         rows = min(local, draw.max_count(local) + -(-gathered // world))
     moments = (2 if config.optimizer == "adamw" else 1) * (4 if config.moments == "fp32" else 2)
-    used = embed_dim if config.feature_rate == 1 else max(1, round(config.feature_rate * embed_dim))
+    used = num_dims(embed_dim, config.feature_rate)
     spec = LossSpec(
         num_classes=num_classes,
         scale=config.scale,

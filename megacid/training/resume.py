@@ -32,11 +32,13 @@ def open_run(run: RunFile, resume: str, fork: str | None, parallel: Parallel) ->
         lock = RunLock(run.directory) if parallel.is_first else None
         setup_logging(parallel.rank, run.directory)
         start_from = find_checkpoint(run, resume, fork) if parallel.is_first else None
+        if parallel.is_first:
+            store.remove_stages(run.directory)
     return lock, broadcast_json(start_from, parallel.group)
 
 
 def find_checkpoint(run: RunFile, resume: str, fork: str | None = None) -> str | None:
-    """The checkpoint directory to start from; None to start at step 0. Runs on rank 0 alone.
+    """The checkpoint directory to start from; None to start at step 0. Runs on rank 0 alone and writes nothing.
 
     Args:
         resume: "auto" (the newest valid checkpoint), "never", or the path of a checkpoint directory of this run.
@@ -101,7 +103,6 @@ def _check_same_fork(fork: str, origin: str | None, directory: Path) -> None:
 
 def _newest(directory: Path) -> str | None:
     """The newest valid checkpoint of a run directory; None when it has none at all."""
-    store.remove_stages(directory)
     newest, problems = store.newest_valid(directory, to_resume=True)
     for problem in problems:
         log.warning("skipped an invalid checkpoint: %s", problem)

@@ -122,3 +122,16 @@ def test_the_origin_is_not_needed_once_the_fork_has_a_checkpoint(root: Path, sta
     for path in sorted(copy.rglob("*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
     assert toy.train_toy(1, file, "--fork", str(copy)) == [0]
+
+
+def test_a_dry_run_checks_where_it_would_start_and_writes_nothing(
+    root: Path, start: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = toy.run_file(root, "dry")
+    assert toy.train_toy(1, file, "--dry-run", "--fork", "/nowhere/step-00000006") == [2]
+    assert "--fork /nowhere/step-00000006: " in capfd.readouterr().err
+    assert toy.train_toy(1, file, "--dry-run", "--fork", start) == [0]
+    assert f"the run would start from {start}" in capfd.readouterr().err
+    assert not (root / "runs" / "dry").exists()
+    assert toy.train_toy(1, toy.run_file(root, "origin"), "--dry-run") == [0]
+    assert f"the run would start from {start}" in capfd.readouterr().err
