@@ -23,8 +23,9 @@ def clip_grad_norm_(
     steps, with a GradScaler after `unscale_` of each optimizer.
 
     Args:
-        parameters: replicated parameters, or those of FSDP, after the engine has reduced their gradients. Those without
-            a gradient, such as a head's weight, are ignored.
+        parameters: replicated parameters, or those of `fully_shard`, after the engine has reduced their gradients;
+            not those of FullyShardedDataParallel, whose gradients do not say that they are parts. Parameters without a
+            gradient, such as a head's weight, are ignored.
         heads: the classifiers.
         max_norm: largest norm; inf only measures it.
 

@@ -11,7 +11,6 @@ from megacid.config.deepspeed_keys import (
     FP16,
     OPTIMIZER_PARAMS,
     DeepSpeedKeys,
-    check_zero,
     is_bf16,
     refused_keys,
     strict_model,
@@ -60,7 +59,6 @@ def lint_deepspeed(config: dict[str, Any], world: int) -> dict[str, Any]:
     _check_precision_and_zero(config)
     if found := without_effect(checked):
         raise UserError(f'"{found[0]}" has no effect without {found[1]}: remove it, or pass --set {found[0]}=null')
-    check_zero(config.get("zero_optimization", {}))
     return _complete_batches(config, world)
 
 

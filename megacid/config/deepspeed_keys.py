@@ -9,18 +9,16 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import json
 import os
 import types
 import typing
 from enum import Enum
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 from pydantic.fields import FieldInfo
 
 from megacid.config.fields import Beta
-from megacid.errors import UserError
 
 FP16 = (
     'expected bf16 or fp32: the loss scale of fp16 cannot be shared with the classifier; use "bf16": {"enabled": true}'
@@ -46,7 +44,15 @@ _REASONS = {
         tensor_parallel expert_parallel pipeline sequence_parallel_size seq_parallel_communication_data_type
         use_data_before_expert_parallelism
     """,
-    "it is for mixtures of experts": "zero_optimization.leaf_module",
+    "it is for mixtures of experts": """
+        zero_optimization.leaf_module zero_optimization.stage3_module_granularity_threshold
+    """,
+    "DeepSpeed then finds the fp32 weights of other parameters under a name, and checkpoints are by name": """
+        zero_optimization.round_robin_gradients
+    """,
+    "only DeepSpeed's own CPU optimizer divides its work, and the trainer uses PyTorch's": """
+        zero_optimization.offload_optimizer.ratio
+    """,
     "it is for inference, during or after training": "hybrid_engine weight_quantization",
     "it starts runs through the launcher's option --autotuning": "autotuning",
     "the trainer sets it": "log_level zero_allow_untested_optimizer",
@@ -257,18 +263,6 @@ def refused_keys() -> dict[str, str]:
     }
 
 
-def check_zero(block: dict[str, Any]) -> None:
-    """Raise UserError for values that DeepSpeed refuses together."""
-    _import_deepspeed()
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    try:
-        DeepSpeedZeroConfig(**block)
-    except ValidationError as error:
-        said = error.errors()[0]["msg"]
-        raise UserError(f'"zero_optimization" is {json.dumps(block)}, which DeepSpeed refuses: {said}') from None
-
-
 # ---- keys that need others -------------------------------------------------------------------------------------------
 
 _STAGES = {  # keys of zero_optimization that not every stage above 0 reads; those named stage3_... need stage 3
@@ -280,7 +274,7 @@ _STAGES = {  # keys of zero_optimization that not every stage above 0 reads; tho
         "3",
     ),
     **dict.fromkeys(
-        "round_robin_gradients use_multi_rank_bucket_allreduce parameter_alignment allgather_bucket_size".split(),
+        "use_multi_rank_bucket_allreduce parameter_alignment allgather_bucket_size".split(),
         "1 or 2",
     ),
     "ignore_unused_parameters": "2",
@@ -309,7 +303,7 @@ def without_effect(keys: Any) -> tuple[str, str] | None:
     }
     for path, block in offloads.items():
         for key in _changed(block):
-            devices = "cpu or nvme" if key in ("pin_memory", "ratio") else "nvme"
+            devices = "cpu or nvme" if key == "pin_memory" else "nvme"
             needs.append((f"{path}.{key}", f"{path}.device {devices}", block.device in devices))
     if _changed(keys.aio):
         to_nvme = any(block.device == "nvme" for block in offloads.values() if block is not None)

@@ -216,7 +216,9 @@ def _max_text_bytes(data: bytes) -> int:
         if at + 8 > len(data):
             break
         length, kind = struct.unpack_from(">I4s", data, at)
-        if kind in (b"zTXt", b"iTXt", b"iCCP"):
+        # An iTXt is compressed if the byte behind its keyword of at most 79 bytes says so.
+        plain = kind == b"iTXt" and data[data.find(b"\0", at + 8, at + 88) + 1 :][:1] == b"\0"
+        if kind in (b"zTXt", b"iTXt", b"iCCP") and not plain:
             total += min(length * _DEFLATE_RATIO, PngImagePlugin.MAX_TEXT_CHUNK)
         at += length + 12
     return total

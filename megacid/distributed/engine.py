@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from megacid.config.schema import RunFile
-from megacid.distributed.consensus import fail_together
+from megacid.distributed.consensus import fail_together, from_a_collective
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError, one_line
 
@@ -135,13 +135,32 @@ class Engine:
                 del config["optimizer"]
                 config["zero_allow_untested_optimizer"] = True
             _check_config(config)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=student, optimizer=optimizer, model_parameters=None if optimizer else groups, config=config
-        )
+        try:
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=student, optimizer=optimizer, model_parameters=None if optimizer else groups, config=config
+            )
+        except Exception as error:  # assertions and exceptions of its own, for settings that it cannot combine
+            if from_a_collective(error):
+                raise
+            raise UserError(
+                f"DeepSpeed cannot be set up ({type(error).__name__}: {one_line(error, 160)}): correct the settings "
+                "that it names"
+            ) from error
         self.stage = run.zero_stage
         self.dtype = torch.bfloat16 if run.bf16 else torch.float32
         self.device, self.parallel = parallel.device, parallel
         self._norm: Tensor | None = None
+        if self.stage in (1, 2):
+            self._check_names()
+
+    def _check_names(self) -> None:
+        """Raise UserError when DeepSpeed's fp32 weights by name, which checkpoints hold, are not the student's."""
+        for name, p in self.module.named_parameters():
+            if not safe_get_full_fp32_param(p).reshape(p.shape).to(p.dtype).equal(p.detach()):
+                raise UserError(
+                    f"DeepSpeed has other fp32 weights than the student's under the name {name}, so checkpoints would "
+                    "be wrong: remove settings of zero_optimization that reorder parameters"
+                )
 
     @property
     def module(self) -> nn.Module:
@@ -216,7 +235,11 @@ class Engine:
             # torch's optimizers skip parameters without a gradient.
             for p in self.module.parameters():
                 p.grad = None
+            steps = [group.get("step") for group in self.optimizer.param_groups]
             self.engine.step()
+            for group, step in zip(self.optimizer.param_groups, steps):
+                if step is not None:  # Apex counts steps by group, also those without a gradient
+                    group["step"] = step
             return
         # DeepSpeed skips a step whose norm is not finite: give it such a norm.
         name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
@@ -332,6 +355,9 @@ class Engine:
         for entry in self._base_optimizer().state.values():
             if "step" in entry:
                 entry["step"] = torch.full_like(entry["step"], float(step)) if torch.is_tensor(entry["step"]) else step
+        for group in self._base_optimizer().param_groups:
+            if "step" in group:  # of Apex
+                group["step"] = step
 
     def _partition(self, p: Any, value: Tensor) -> Tensor:
         """This rank's ZeRO-3 part of a tensor. DeepSpeed's own setter fails when the ranks do not divide the size."""

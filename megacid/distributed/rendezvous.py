@@ -19,7 +19,7 @@ from megacid.errors import UserError
 START_TIMEOUT_S = 600.0
 _REPORT_EVERY_S = 30.0
 _LONGEST_POLL_S = 0.5
-_OUTCOME = "outcome"
+_OUTCOME, _ALL_HERE = "outcome", "all ranks are here"
 
 
 def rendezvous(rank: int, world: int, timeout_s: float) -> dist.Store:
@@ -35,21 +35,30 @@ def rendezvous(rank: int, world: int, timeout_s: float) -> dist.Store:
     if not 0 <= rank < world:
         raise UserError(f"RANK is {rank} and WORLD_SIZE {world}, expected 0 <= RANK < WORLD_SIZE: correct the launch")
     store = _connect(rank, world, timeout_s)
-    if store.add(f"rank/{rank}", 1) > 1:
-        store.set(_OUTCOME, f"two processes are rank {rank} of {world}, expected one: give every process its own RANK")
+    failure = None
     if (of_first := store.compare_set("world", "", str(world)).decode()) != str(world):
-        store.set(_OUTCOME, f"WORLD_SIZE is {world} on rank {rank} and {of_first} on another, expected the same on all")
-    if rank == 0:
-        store.set(_OUTCOME, _wait_for_all(store, world, timeout_s))
+        failure = f"WORLD_SIZE is {world} on rank {rank} and {of_first} on another, expected the same on all"
+    elif store.add(f"rank/{rank}", 1) > 1:
+        failure = f"two processes are rank {rank} of {world}, expected one: give every process its own RANK"
+    if failure is not None:
+        _publish(store, failure)
+    elif rank == 0:
+        _publish(store, _wait_for_all(store, world, timeout_s))
     store.wait([_OUTCOME], timedelta(seconds=timeout_s + _REPORT_EVERY_S))
-    if message := store.get(_OUTCOME).decode():
-        store.add("readers", 1)
-        if rank == 0:
-            _let_others_read(store, world)
-        failure = UserError(message)
-        failure.on_every_rank = True
-        raise failure
-    return store
+    outcome = store.get(_OUTCOME).decode()
+    if outcome == _ALL_HERE and failure is None:
+        return store
+    store.add("readers", 1)
+    if rank == 0:
+        _let_others_read(store, world)
+    error = UserError(failure or outcome)
+    error.on_every_rank = failure is None
+    raise error
+
+
+def _publish(store: dist.Store, outcome: str) -> None:
+    """Publish the outcome for all ranks, unless one is published already."""
+    store.compare_set(_OUTCOME, "", outcome)
 
 
 def _connect(rank: int, world: int, timeout_s: float) -> dist.Store:
@@ -101,7 +110,7 @@ def _address() -> tuple[str, int]:
 
 
 def _wait_for_all(store: dist.Store, world: int, timeout_s: float) -> str:
-    """Wait for the registrations of all ranks, and name late ones now and then. Returns "", or the error of all."""
+    """Wait for the registrations of all ranks, and name late ones now and then. Returns the outcome."""
     missing = list(range(world))
     began = reported = time.monotonic()
     pause_s = 0.01
@@ -110,7 +119,7 @@ def _wait_for_all(store: dist.Store, world: int, timeout_s: float) -> str:
         if store.check([_OUTCOME]):  # a second process of a rank
             return store.get(_OUTCOME).decode()
         if not missing:
-            return ""
+            return _ALL_HERE
         shown = f"rank {', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''} of {world}"
         now = time.monotonic()
         if now - began >= timeout_s:

@@ -28,7 +28,7 @@ MAY_CHANGE = (
     "megacid.data.workers", "megacid.data.worker_timeout_s", "megacid.data.error_budget",
     "megacid.student.grad_checkpointing", "megacid.guard", "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps", "zero_optimization",
-    "wall_clock_breakdown", "flops_profiler",
+    "wall_clock_breakdown", "memory_breakdown", "flops_profiler", "timers", "aio",
 )  # fmt: skip
 
 DEEPSPEED = ((0, 19, 6), (0, 20))  # the first version that works, the first that is not known to; as in pyproject.toml

@@ -167,4 +167,5 @@ def resume(state: TrainState, start_from: str | None, *, going_back: bool) -> in
                 with disk_errors(directory / "config.json"):
                     fork_of = None if start_from is None else Path(start_from)
                     write_config(state.run, directory, state.parallel.world, fork_of)
+                    (directory / "next_loss.json").unlink(missing_ok=True)  # of an earlier start with other settings
     return start

@@ -327,3 +327,9 @@ def test_the_sentence_about_a_bad_sample_is_the_same_in_every_process() -> None:
             messages.append(str(error.value))
         assert messages[0] == messages[1] and "0x" not in messages[0]
     assert transform(Image.new("RGB", (4, 4))).shape == (3, 4, 4)
+
+
+def test_plain_texts_of_a_png_are_read_as_long_as_they_are() -> None:
+    """An iTXt that is not compressed is as large as it looks, so many of them are no bomb."""
+    texts = [chunk(b"iTXt", b"k%d\0\0\0en\0\0" % i + b"x" * 1200) for i in range(40)]
+    assert decode_image(png(64, 64, *texts)).size == (64, 64)

@@ -76,13 +76,19 @@ def test_settings_that_cannot_start_are_one_error(
     error_of(capfd, said)
 
 
+@pytest.mark.parametrize("name", ["DeepSpeedConfig", "initialize"])
 def test_settings_that_deepspeed_itself_refuses_are_one_error_also_of_several_ranks(
-    pipeline: Pipeline, capfd: pytest.CaptureFixture[str]
+    pipeline: Pipeline, name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    zero = {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}
+    from megacid.distributed import engine
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("ZeRO stage 2 with contiguous gradients is not supported")
+
+    monkeypatch.setattr(engine.deepspeed, name, refuse)
     for option in ("--dry-run", "--stop-after=1"):
-        run_train(2, pipeline.run_file("partial", zero_optimization=zero), option, expect=2)
-        error_of(capfd, "Partial offloading only supported for ZeRO Stage 3")
+        run_train(2, pipeline.run_file("combined"), option, expect=2)
+        error_of(capfd, "DeepSpeed", "AssertionError" if name == "initialize" else "refuses its settings", "contiguous")
 
 
 def test_embeddings_and_weights_that_are_not_finite_are_found_by_the_first_loss(

@@ -32,7 +32,8 @@ def wait_for(path: Path, seconds: float) -> None:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("victim", ["the launcher", pytest.param("its rank", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["the launcher", "its rank"])
 def test_when_a_node_dies_the_other_ends_and_both_continue_with_the_same_bits(tmp_path: Path, victim: str) -> None:
     toy.write_features(tmp_path / "features")
     changes = {"run__total_steps": STEPS, "run__save_every": 20, "run__timeout_s": 20.0}

@@ -76,7 +76,7 @@ def test_a_fork_that_ended_before_its_first_checkpoint_does_not_start_from_scrat
     assert toy.train_toy(1, file, "--fork", start, "--stop-after", "8") == [143]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
