@@ -156,7 +156,8 @@ class Engine:
     def _check_names(self) -> None:
         """Raise UserError when DeepSpeed's fp32 weights by name, which checkpoints hold, are not the student's."""
         for name, p in self.module.named_parameters():
-            if not safe_get_full_fp32_param(p).reshape(p.shape).to(p.dtype).equal(p.detach()):
+            fp32 = safe_get_full_fp32_param(p).reshape(p.shape).to(p.dtype)
+            if not torch.allclose(fp32, p, rtol=0, atol=0, equal_nan=True):
                 raise UserError(
                     f"DeepSpeed has other fp32 weights than the student's under the name {name}, so checkpoints would "
                     "be wrong: remove settings of zero_optimization that reorder parameters"

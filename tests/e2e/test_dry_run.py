@@ -76,9 +76,9 @@ def test_settings_that_cannot_start_are_one_error(
     error_of(capfd, said)
 
 
-@pytest.mark.parametrize("name", ["DeepSpeedConfig", "initialize"])
+@pytest.mark.parametrize(("name", "world"), [("DeepSpeedConfig", 2), ("initialize", 1)])
 def test_settings_that_deepspeed_itself_refuses_are_one_error_also_of_several_ranks(
-    pipeline: Pipeline, name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    pipeline: Pipeline, name: str, world: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from megacid.distributed import engine
 
@@ -87,7 +87,7 @@ def test_settings_that_deepspeed_itself_refuses_are_one_error_also_of_several_ra
 
     monkeypatch.setattr(engine.deepspeed, name, refuse)
     for option in ("--dry-run", "--stop-after=1"):
-        run_train(2, pipeline.run_file("combined"), option, expect=2)
+        run_train(world, pipeline.run_file("combined"), option, expect=2)
         error_of(capfd, "DeepSpeed", "AssertionError" if name == "initialize" else "refuses its settings", "contiguous")
 
 
