@@ -32,9 +32,10 @@ from megacid.data.index_files import (
     keys_sha256,
     load_table,
     matches,
-    reusable_entry,
+    reusable_entries,
     save_entries,
     save_table,
+    stored_by_tar,
     stored_entries,
 )
 from megacid.data.index_report import MAX_LOST, check_losses, lost_share, summary, unused_files
@@ -137,12 +138,12 @@ def load_index(
     Args:
         shards: a directory with `*.tar`, or what else `find_shards` accepts.
         caption: where the captions are, see `CaptionSource`.
-        keep_blank: use blank captions instead of leaving them out; stored in the index. None: as stored for shards that
-            have not changed, else False.
+        keep_blank: use blank captions instead of leaving them out; stored in the index. None: as stored for each tar;
+            new tars as all stored ones if those agree, else False.
         verify: compare the sha256 of every tar (reads all data), not only its size.
-        allow_bad: use what can be used of damaged tars, and any share of the samples, instead of refusing them; stored
-            in the index.
-        max_lost: share of the samples that may be lost; stored in the index.
+        allow_bad: use what can be used of damaged tars, and any share of the samples, instead of refusing them. Tars
+            that the index has are accepted until they change.
+        max_lost: share of all samples, or of those in tars that were added or changed, that may be lost.
         on_shard: called as (done, total) while building.
 
     Raises:
@@ -155,14 +156,15 @@ def load_index(
         raise UserError(f"{paths} has no .tar file{unused}")
     if unused:
         log.warning("%s: not used: %s", paths, unused)
-    entries = None if verify else _load_entries(paths, source, keep_blank)
+    stored = stored_by_tar(paths.folders, source.index_folder)
+    entries = None if verify else _unchanged(paths, stored, keep_blank)
     if entries is not None:
         index = _assemble(paths, source, entries, {})
         check_losses(paths, entries, source)  # the share was judged when the index was written
     else:
         index = _build(
-            *(paths, source),
-            keep_blank=bool(keep_blank),
+            *(paths, source, stored),
+            keep_blank=keep_blank,
             verify=verify,
             allow_bad=allow_bad,
             max_lost=1.0 if allow_bad else max_lost,
@@ -272,22 +274,21 @@ class ShardReader:
 # ---- building --------------------------------------------------------------------------------------------
 
 
-def _load_entries(paths: ShardPaths, caption: CaptionSource, keep_blank: bool | None) -> list[dict[str, Any]] | None:
+def _unchanged(
+    paths: ShardPaths, stored: dict[Path, dict[str, Any]], keep_blank: bool | None
+) -> list[dict[str, Any]] | None:
     """The stored entries when they match the files on disk; None when the index has to be (partly) rebuilt."""
-    stored: dict[Path, dict[str, Any]] = {}
-    for folder in paths.folders:
-        if (entries := stored_entries(folder / caption.index_folder)) is None:
-            return None
-        stored |= {folder / f"{entry['name']}.tar": entry for entry in entries}
-    found = [stored[tar] for tar in paths.tars if tar in stored and matches(stored[tar], tar, keep_blank)]
-    if len(found) < len(paths.tars) or (paths.directory and len(stored) > len(found)):
+    found = [stored[tar] for tar in paths.tars if tar in stored and matches(stored[tar], tar)]
+    decided = all(keep_blank in (None, entry["blank_kept"]) for entry in found)
+    if decided and len(found) == len(paths.tars) and not (paths.directory and len(stored) > len(found)):
+        return found
+    if stored:
         log.warning(
             "the index of %s does not match its tars (added, removed or changed) or the decision on blank captions: "
             "rebuilding it where needed",
             paths,
         )
-        return None
-    return found
+    return None
 
 
 def _is_writable(folder: Path) -> bool:
@@ -301,8 +302,9 @@ def _is_writable(folder: Path) -> bool:
 def _build(
     paths: ShardPaths,
     caption: CaptionSource,
+    stored: dict[Path, dict[str, Any]],
     *,
-    keep_blank: bool,
+    keep_blank: bool | None,
     verify: bool,
     allow_bad: bool,
     max_lost: float,
@@ -311,16 +313,16 @@ def _build(
     writable = {folder: _is_writable(folder / caption.index_folder) for folder in paths.folders}
     for folder in (folder for folder, ok in writable.items() if not ok):
         log.warning(
-            "%s cannot be written: the index of its tars stays in memory and is built again at every start",
+            "%s cannot be written: what its index lacks stays in memory and is built again at every start",
             folder / caption.index_folder,
         )
+    reusable = reusable_entries(paths.tars, caption.index_folder, stored, verify=verify, keep_blank=keep_blank)
     entries: list[dict[str, Any]] = []
     in_memory: dict[int, ShardTable] = {}
-    for number, path in enumerate(paths.tars):
+    for number, (path, (entry, keep)) in enumerate(zip(paths.tars, reusable)):
         folder = path.parent / caption.index_folder
-        entry = reusable_entry(folder, path, verify=verify, allow_bad=allow_bad, keep_blank=keep_blank)
-        if entry is None or not writable[path.parent]:
-            entry, table = _index_tar(path, caption, keep_blank=keep_blank, allow_bad=allow_bad)
+        if entry is None:
+            entry, table = _index_tar(path, caption, keep_blank=keep, allow_bad=allow_bad)
             if writable[path.parent]:
                 with disk_errors(folder):
                     save_table(folder, entry, table)
@@ -329,7 +331,7 @@ def _build(
         entries.append(entry)
         if on_shard:
             on_shard(number + 1, len(paths.tars))
-    check_losses(paths, entries, caption, max_lost=max_lost, writable=all(writable.values()))
+    check_losses(paths, entries, caption, stored, max_lost=max_lost, writable=all(writable.values()))
     for folder in (folder for folder, ok in writable.items() if ok):
         here = [entry for entry, tar in zip(entries, paths.tars) if tar.parent == folder]
         save_entries(folder / caption.index_folder, here, whole=paths.directory is not None)

@@ -95,24 +95,55 @@ def stored_entries(folder: Path) -> list[dict[str, Any]] | None:
     return entries if isinstance(entries, list) and all(map(is_entry, entries)) else None
 
 
-def matches(entry: dict[str, Any], path: Path, keep_blank: bool | None) -> bool:
-    """Whether an entry is of a tar with this name and size, and of the same decision on blank captions.
+def stored_by_tar(folders: list[Path], index_folder: str) -> dict[Path, dict[str, Any]]:
+    """The entries in the index.json of each folder; none of a folder where it cannot be used."""
+    return {
+        folder / f"{entry['name']}.tar": entry
+        for folder in folders
+        for entry in stored_entries(folder / index_folder) or []
+    }
 
-    keep_blank: None: whichever decision was stored.
+
+def matches(entry: dict[str, Any], path: Path) -> bool:
+    """Whether an entry is of a tar with this name and size."""
+    return bool(entry["name"] == path.name.removesuffix(".tar") and entry["bytes"] == path.stat().st_size)
+
+
+def reusable_entries(
+    tars: list[Path],
+    index_folder: str,
+    stored: dict[Path, dict[str, Any]],
+    *,
+    verify: bool,
+    keep_blank: bool | None,
+) -> list[tuple[dict[str, Any] | None, bool]]:
+    """Per tar, the entry that can be used again, if there is one, and whether blank captions are kept.
+
+    keep_blank: None: as in `stored`, the entries of index.json; new tars as all stored ones if those agree, else False.
     """
-    decided = keep_blank is None or not entry["blank"] or entry["blank_kept"] == keep_blank
-    return decided and entry["name"] == path.name.removesuffix(".tar") and entry["bytes"] == path.stat().st_size
+    decisions = [stored[tar]["blank_kept"] if keep_blank is None and tar in stored else keep_blank for tar in tars]
+    entries = [
+        _reusable_entry(tar.parent / index_folder, tar, verify=verify, keep_blank=decision)
+        for tar, decision in zip(tars, decisions)
+    ]
+    known = [*stored.values(), *(entry for entry in entries if entry)]
+    all_keep = {entry["blank_kept"] for entry in known} == {True}
+    return [(entry, all_keep if decision is None else decision) for entry, decision in zip(entries, decisions)]
 
 
-def reusable_entry(
-    folder: Path, path: Path, *, verify: bool, allow_bad: bool, keep_blank: bool
-) -> dict[str, Any] | None:
-    """The entry that an earlier, perhaps interrupted, run stored for this tar, when it still matches."""
+def _reusable_entry(folder: Path, path: Path, *, verify: bool, keep_blank: bool | None) -> dict[str, Any] | None:
+    """The entry that an earlier, perhaps interrupted, run stored for this tar, when it still matches.
+
+    keep_blank: the decision on blank captions that it gets, and must have if the tar has some. None: any.
+    """
     stored = read_json(folder / f"{path.name.removesuffix('.tar')}.keys.json")
     if not isinstance(stored, dict) or stored.get("version") != VERSION:
         return None
     entry: dict[str, Any] = stored.get("entry", {})
-    if not is_entry(entry) or not matches(entry, path, keep_blank) or (entry["damage"] and not allow_bad):
+    if not is_entry(entry) or not matches(entry, path):
+        return None
+    decision = entry["blank_kept"] if keep_blank is None else keep_blank
+    if entry["blank"] and entry["blank_kept"] != decision:
         return None
     if verify and entry["sha256"] != file_sha256(path):
         log.warning("%s has the right size but another sha256: indexing it again", path)
@@ -121,7 +152,7 @@ def reusable_entry(
         load_table(folder, entry)
     except UserError:
         return None
-    return entry
+    return {**entry, "blank_kept": decision}
 
 
 def save_entries(folder: Path, entries: list[dict[str, Any]], *, whole: bool) -> None:

@@ -49,21 +49,41 @@ def lost_share(entries: list[dict[str, Any]]) -> float:
     return lost / max(1, lost + sum(entry["samples"] for entry in entries))
 
 
+def _accepted(entry: dict[str, Any], before: dict[str, Any] | None) -> bool:
+    """Whether index.json has the same tar with at least as many lost samples."""
+    if before is None or entry["bytes"] != before["bytes"]:
+        return False
+    return lost_samples([entry]).total() <= lost_samples([before]).total()
+
+
 def check_losses(
     paths: ShardPaths,
     entries: list[dict[str, Any]],
     caption: CaptionSource,
+    stored: dict[Path, dict[str, Any]] | None = None,
     *,
     max_lost: float = 1.0,
     writable: bool = True,
 ) -> None:
-    """Raise UserError when no sample can be used, or a larger share than `max_lost` is lost."""
-    lost, used = lost_samples(entries), sum(entry["samples"] for entry in entries)
-    if used and lost_share(entries) <= max_lost:
+    """Raise UserError when no sample can be used, or a larger share than `max_lost` is lost.
+
+    stored: by tar, the entries of index.json, whose losses were accepted. The share must be larger both among all tars
+        and among those that are not accepted.
+    """
+    tars, used = paths.tars, sum(entry["samples"] for entry in entries)
+    accepted = [_accepted(entry, (stored or {}).get(tar)) for entry, tar in zip(entries, tars)]
+    judged = [entry for entry, old in zip(entries, accepted) if not old]
+    if used and min(lost_share(entries), lost_share(judged)) <= max_lost:
         return
+    where = ""
+    if used and lost_share([entry for entry, old in zip(entries, accepted) if old]) > max_lost:
+        where = " in tars that were added or changed"
+        entries, tars = judged, [tar for tar, old in zip(tars, accepted) if not old]
+    lost = lost_samples(entries)
     total = lost.total()
     if used:
-        problem = f"{paths}: {total:,} of {used + total:,} samples cannot be used, expected at most {percent(max_lost)}"
+        held = f"{total + sum(entry['samples'] for entry in entries):,} samples{where}"
+        problem = f"{paths}: {total:,} of {held} cannot be used, expected at most {percent(max_lost)}"
     else:
         problem = f"{paths} has {len(entries)} tars but no complete sample"
     if not lost:
@@ -74,7 +94,7 @@ def check_losses(
             f"{skipped or 'nothing'}): each sample needs an image and a .{caption.ending} (or .cls) of the same name"
         )
     reason, count = lost.most_common(1)[0]
-    worst, tar = max(zip(entries, paths.tars), key=lambda pair: pair[0]["dropped"].get(reason, 0))
+    worst, tar = max(zip(entries, tars), key=lambda pair: pair[0]["dropped"].get(reason, 0))
     names = worst["dropped_names"].get(reason)
     example = names[0] if isinstance(names, list) and names else "one"
     accept = f", or run tools/index_shards.py {caption.option}--max-lost 1 to use the other {used:,}"

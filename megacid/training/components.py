@@ -132,10 +132,10 @@ def _open_features(run: RunFile, directory: str, parallel: Parallel) -> Data:
 def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
     config, loss = run.megacid.data, run.megacid.loss
     with fail_together(parallel.group):
-        if parallel.is_first:
-            load_index(shards, caption=config.caption)  # makes a missing index, once
+        # The first rank builds a missing index before the others load it.
+        first = load_index(shards, caption=config.caption) if parallel.is_first else None
     with fail_together(parallel.group):
-        index = load_index(shards, caption=config.caption)
+        index = first or load_index(shards, caption=config.caption)
     agree(index.digest, f"the content of {shards}", parallel.group)
     teacher, labels, keep = None, None, None
     with fail_together(parallel.group):

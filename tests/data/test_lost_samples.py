@@ -158,7 +158,9 @@ def test_five_percent_of_lost_samples_are_the_limit(
     assert index_shards.main([str(tmp_path / "s"), "--allow-bad"]) == 0
     assert load_index(tmp_path / "s").num_samples == 19  # the decision was stored
     write(tmp_path / "s" / "2.tar", pairs(["z"]))
-    with pytest.raises(UserError, match="2 of 22 samples cannot be used"):  # other shards, another decision
+    assert load_index(tmp_path / "s").num_samples == 20  # and holds when a tar is added
+    write(tmp_path / "s" / "3.tar", pairs(["y"]) + pairs(["n"], ("jpg",)))
+    with pytest.raises(UserError, match="1 of 2 samples in tars that were added or changed cannot be used"):
         load_index(tmp_path / "s")
 
 
