@@ -68,7 +68,7 @@ def write_shards(
 
 
 def transform(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image.resize((4, 4)))).permute(2, 0, 1).float()
+    return torch.from_numpy(np.array(image.resize((4, 4)))).permute(2, 0, 1)
 
 
 def tokenize(captions: list[str]) -> torch.Tensor:

@@ -109,6 +109,8 @@ class DataConfig(Section):
     """Number of loader processes per rank; 0 decodes in the training process."""
     worker_timeout_s: Annotated[Seconds, when.Shards, when.Workers] = 120.0
     """Seconds without a batch from a loader process after which the run ends with an error."""
+    prefetch: Annotated[int, Field(gt=0, le=1024), when.Shards, when.Workers] = 2
+    """Number of micro-batches that each loader process prepares ahead, in shared memory."""
     block_shards: Count = 16
     """Number of shards or feature files shuffled together. More mixes better, fewer reads more locally."""
     error_budget: Annotated[Fraction, when.Shards] = 0.001

@@ -29,7 +29,7 @@ class Batch:
     """One micro-batch.
 
     Attributes:
-        image: float32 [b, 3, H, W], or [b, d] feature vectors.
+        image: uint8 [b, 3, H, W], or float32 [b, d] feature vectors.
         text: int64 [b, T].
         label: int64 [b], or [b, l] for several labels per sample; -1 for none.
         teacher_image, teacher_text: float32 [b, Dt], L2-normalised.

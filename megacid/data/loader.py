@@ -115,6 +115,7 @@ class PairStream:
             self._pairs,
             batch_sampler=self.plan,
             num_workers=workers,
+            prefetch_factor=self.options.prefetch if workers else None,
             collate_fn=_identity,
             worker_init_fn=worker_start(),
             pin_memory=self.options.pin_memory,

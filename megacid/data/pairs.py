@@ -34,13 +34,14 @@ class PairOptions:
     """How pairs are ordered, read and joined with the side tables; the same on every rank.
 
     Args:
-        transform: PIL RGB image -> float32 [3, H, W].
+        transform: PIL RGB image -> uint8 [3, H, W].
         tokenize: list of b captions -> int64 [b, T].
         seed: decides the order and, with seeded_transform, the augmentation.
         seeded_transform: the transform is random. The global generators of torch and Python are seeded for every sample
             from (seed, epoch, sample), so that the result does not depend on rank or worker, and restored afterwards.
         workers: processes that read and decode; 0 reads in this process.
         worker_timeout_s: seconds without a batch after which the workers count as lost.
+        prefetch: batches that each worker prepares ahead.
         teacher, labels: side tables; None leaves their fields of the batch None.
         keep: side table of the samples to use; None uses all.
         error_budget: tolerated share of bad samples on a rank (of at least 10,000 samples).
@@ -56,6 +57,7 @@ class PairOptions:
     seeded_transform: bool = False
     workers: int = 0
     worker_timeout_s: float = 120.0
+    prefetch: int = 2
     teacher: TeacherTable | None = None
     labels: LabelTable | None = None
     keep: KeepTable | None = None

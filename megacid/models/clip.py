@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import nn
+from torchvision.transforms import Compose, Normalize, PILToTensor, ToTensor
 
 from megacid.errors import UserError, one_line
 from megacid.models.activations import check_activation
@@ -24,7 +25,7 @@ from megacid.models.local_dir import check_archive, read_local_config
 MODELS_DIR = Path(__file__).resolve().parent / "configs"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 Augment = Literal["none", "random_resized_crop"]
-Transform = Callable[[Any], torch.Tensor]  # PIL image -> [3, H, W] float32
+Transform = Callable[[Any], torch.Tensor]  # PIL image -> [3, H, W], float32 and normalised, or uint8 in training
 Tokenizer = Callable[[list[str]], torch.Tensor]  # list of n texts -> [n, T] int64
 
 
@@ -93,7 +94,7 @@ def _open_clip_name(model: str) -> str:
 
 def preprocess_for(student: StudentFields) -> tuple[Transform, Tokenizer]:
     """The deterministic image transform of evaluation and the tokenizer."""
-    return train_transform(student, "none"), tokenizer_for(student)
+    return image_transform_v2(preprocess_cfg(student), is_train=False), tokenizer_for(student)
 
 
 def tokenizer_for(student: StudentFields) -> Tokenizer:
@@ -117,13 +118,52 @@ def _tokenizer(model: str, context_length: int | None = None) -> Tokenizer:
 
 
 def train_transform(student: StudentFields, augment: Augment) -> Transform:
-    """Image transform of training: "none" as in evaluation; or crops of 90 to 100 % of the area (torch's generator).
+    """Image transform of training, PIL image -> uint8 [3, H, W]; `PixelNormalization` follows on the device.
 
+    "none" resizes as in evaluation; "random_resized_crop" draws crops of 90 to 100 % of the area (torch's generator).
     There is no flip: it would contradict captions, and digits are not symmetric.
+
+    Raises:
+        UserError: an unknown augment, or an open_clip whose transform does not end with the conversion to floats.
     """
     if augment not in ("none", "random_resized_crop"):
         raise UserError(f"augment is {augment!r}, expected 'none' or 'random_resized_crop'")
-    return image_transform_v2(preprocess_cfg(student), is_train=augment != "none")
+    resizing, _ = _divided(image_transform_v2(preprocess_cfg(student), is_train=augment != "none"))
+    return Compose([*resizing, PILToTensor()])
+
+
+def _divided(transform: Any) -> tuple[list[Transform], Normalize]:
+    """The steps of open_clip's transform before the conversion to floats, and the normalisation after it."""
+    steps = list(getattr(transform, "transforms", [transform]))
+    if len(steps) < 2 or not isinstance(steps[-2], ToTensor) or not isinstance(steps[-1], Normalize):
+        names = ", ".join(type(step).__name__ for step in steps)
+        raise UserError(
+            f"the image transform of open_clip {open_clip.__version__} is {names}, expected its last steps to be "
+            "ToTensor and Normalize, which get uint8 images: install another version of open_clip_torch"
+        )
+    return steps[:-2], steps[-1]
+
+
+class PixelNormalization:
+    """uint8 [B, 3, H, W] -> fp32 (x / 255 - mean) / std on `device`, the bits of the student's `preprocess_for`."""
+
+    def __init__(self, student: StudentFields, device: torch.device | str) -> None:
+        _, normalize = _divided(image_transform_v2(preprocess_cfg(student), is_train=False))
+        mean, std = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (normalize.mean, normalize.std))
+        if not {len(mean), len(std)} <= {1, 3} or not std.all():
+            raise UserError(
+                f"preprocess_cfg of {student.model} has mean {normalize.mean} and std {normalize.std}, expected three "
+                "numbers each and no std of 0: correct them"
+            )
+        self.mean, self.std = mean.to(device), std.to(device)
+        # A tensor, because CUDA multiplies by the reciprocal of a Python number, which rounds differently.
+        self.white = torch.tensor(255.0, device=device)
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The normalised images, contiguous whatever the strides of `pixels` are."""
+        pixels = pixels.to(self.mean.device, non_blocking=True)
+        images = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return images.div_(self.white).sub_(self.mean).div_(self.std)
 
 
 def preprocess_cfg(student: StudentFields) -> PreprocessCfg:

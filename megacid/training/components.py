@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from megacid.checkpoint import store
@@ -30,7 +30,7 @@ from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.losses import ClusterDistillation, Objective
-from megacid.models.clip import StudentSpec, tokenizer_for, train_transform
+from megacid.models.clip import PixelNormalization, StudentSpec, tokenizer_for, train_transform
 from megacid.models.feature_tower import FeatureTower
 from megacid.models.student import Student, build_student
 from megacid.models.towers import check_towers
@@ -57,6 +57,7 @@ class Data:
     num_classes: int | None = None  # None: no labels
     centroids: Path | None = None  # of the labels' clusters; None: they have none
     feature_dim: int | None = None  # None: pairs of images and texts
+    normalize: Callable[[Tensor], Tensor] | None = None  # uint8 images -> the input; None: features
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
             seeded_transform=config.augment != "none",
             workers=config.workers,
             worker_timeout_s=config.worker_timeout_s,
+            prefetch=config.prefetch,
             teacher=teacher,
             labels=labels,
             keep=keep,
@@ -160,11 +162,13 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
             block_shards=config.block_shards,
             pin_memory=parallel.device.type == "cuda",
         )
+        normalize = PixelNormalization(run.megacid.student, parallel.device)
     return Data(
         lambda start_step: PairStream(index, _positions(run, parallel, start_step), options),
         teacher_dim=teacher.dim if teacher else None,
         num_classes=labels.num_classes if labels else None,
         centroids=labels.directory / "centroids.npy" if labels else None,
+        normalize=normalize,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 from megacid.classifier import PartialFC
 from megacid.classifier.sampling import Draw, num_dims
@@ -98,3 +99,10 @@ def report_memory(run: RunFile, student: Student | FeatureTower, head: PartialFC
         sum(sizes.values()),
         ", ".join(f"{name} {size:.1f}" for name, size in sizes.items()),
     )
+    if workers := run.megacid.data.workers:
+        prefetch, shape = run.megacid.data.prefetch, student.image_shape
+        log.info(
+            "shared memory of the images prefetched by a rank: %.1f MiB = %d workers x %d x %d x %s bytes",
+            workers * prefetch * run.micro_batch * math.prod(shape) / MIB,
+            workers, prefetch, run.micro_batch, " x ".join(map(str, shape)),
+        )  # fmt: skip

@@ -25,7 +25,7 @@ MAY_CHANGE = (
     "megacid.run.dir", "megacid.run.name", "megacid.run.save_every", "megacid.run.keep_last", "megacid.run.log_every",
     "megacid.run.timeout_s", "megacid.run.save_timeout_s", "megacid.run.start_timeout_s",
     "megacid.run.save_in_background", "megacid.run.check_every",
-    "megacid.data.workers", "megacid.data.worker_timeout_s", "megacid.data.error_budget",
+    "megacid.data.workers", "megacid.data.worker_timeout_s", "megacid.data.prefetch", "megacid.data.error_budget",
     "megacid.student.grad_checkpointing", "megacid.guard", "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps", "zero_optimization",
     "wall_clock_breakdown", "memory_breakdown", "flops_profiler", "timers", "aio",

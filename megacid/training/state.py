@@ -69,8 +69,9 @@ class TrainState:
     def embed(self, step: int, micro: int, batch: Batch) -> StudentOutput:
         """Forward of a micro-batch. Random operations of the student, such as dropout, depend only on the run's seed,
         step, micro-batch and rank, so a second forward and a resumed run repeat them."""
+        image = batch.image if self.data.normalize is None else self.data.normalize(batch.image)
         out: StudentOutput = self.engine(
-            batch.image, batch.text, seed=derive_key(self.run.megacid.run.seed, step, micro, self.parallel.rank)
+            image, batch.text, seed=derive_key(self.run.megacid.run.seed, step, micro, self.parallel.rank)
         )
         return out
 

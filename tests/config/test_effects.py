@@ -30,6 +30,7 @@ NO_CLUSTER = "loss.cluster=0 loss.beta=null loss.gamma=null data.labels=null cla
 FOR_NOTHING = {
     "student.hidden=64": "without data.features",
     "data.worker_timeout_s=60": "without data.workers > 0",
+    "data.prefetch=4": "without data.workers > 0",
     "loss.cluster_temperature=2 loss.gamma=0": "without loss.gamma > 0",
     "loss.temperature=0.07 loss.instance=0 data.labels=x": "without loss.contrastive or loss.instance or loss.affinity",
     "classifier.margin_grad=straight_through": "without classifier.m1 > 1 or classifier.m2 > 0",

@@ -33,7 +33,7 @@ DAMAGED = {5, 17}  # global rows of the `damaged` fixture
 
 
 def noisy(image: Image.Image) -> torch.Tensor:
-    return transform(image) + torch.rand(3, 4, 4) + random.random()
+    return transform(image) + torch.randint(256, (3, 4, 4), dtype=torch.uint8) + random.randrange(256)  # modulo 256
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 def test_image_text_and_id_belong_together_and_an_epoch_is_complete(index: ShardIndex) -> None:
     seen = []
     for batch in stream(index):
-        assert batch.image.dtype == torch.float32 and batch.text.dtype == batch.sample_id.dtype == torch.int64
+        assert batch.image.dtype == torch.uint8 and batch.text.dtype == batch.sample_id.dtype == torch.int64
         assert torch.equal(batch.image[:, 0, 0, 0].long(), batch.sample_id)
         assert torch.equal(batch.text[:, 0], batch.sample_id)
         assert batch.replaced == () and batch.label is None and batch.teacher_image is None

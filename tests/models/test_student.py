@@ -10,7 +10,15 @@ import torch
 from PIL import Image
 
 from megacid.errors import UserError
-from megacid.models.clip import StudentSpec, load_clip, model_config, preprocess_for, register_models, train_transform
+from megacid.models.clip import (
+    PixelNormalization,
+    StudentSpec,
+    load_clip,
+    model_config,
+    preprocess_for,
+    register_models,
+    train_transform,
+)
 from megacid.models.student import build_student, clamp_logit_scale
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +103,8 @@ def test_crops_are_drawn_from_the_torch_generator_and_none_means_the_evaluation_
         return crop(image)
 
     assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
-    assert torch.equal(train_transform(student, "none")(image), preprocess_for(student)[0](image))
+    pixels = train_transform(student, "none")(image)[None]
+    assert torch.equal(PixelNormalization(student, "cpu")(pixels)[0], preprocess_for(student)[0](image))
     with pytest.raises(UserError, match="flip"):
         train_transform(student, "flip")
 
