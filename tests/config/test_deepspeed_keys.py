@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import subprocess
+import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +20,7 @@ from megacid.config.deepspeed import lint_deepspeed
 from megacid.config.deepspeed_keys import OPTIMIZER_PARAMS, REFUSED, DeepSpeedKeys, refused_keys, strict_model
 from megacid.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 OPTIMIZER: dict[str, Any] = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, "gradient_clipping": 1.0}
 
 
@@ -354,3 +358,12 @@ def test_every_key_changes_what_deepspeed_gets_or_is_refused_with_a_reason() -> 
             never.add(key)
     # Refused by name: the keys that DeepSpeed has and the trainer does not drive.
     assert {key for key in never if not any(f"{key}.".startswith(f"{name}.") for name in REFUSED)} == set()
+
+
+def test_reading_a_run_file_prints_nothing_on_a_host_without_a_gpu(tmp_path: Path) -> None:
+    """--print-config writes JSON to stdout, where DeepSpeed would report the accelerator that it chose."""
+    program = "from megacid.config.load import load_run; load_run('configs/digits_cpu.json', world=1)"
+    environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, check=True)
+    assert done.stdout == b""

@@ -9,7 +9,7 @@ import toy
 from faultplan import Fault, FaultPlan
 
 
-@pytest.mark.parametrize("stage", [0, 1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_a_checkpoint_before_the_first_update_is_saved_and_resumed(tmp_path: Path, stage: int) -> None:
     toy.write_features(tmp_path / "features")
     plan = FaultPlan(*(Fault("train:batch", "nan_batch", step=step) for step in range(2)))
