@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole method on real pictures, on a machine without a GPU: handwritten digits, a small teacher, clusters, a balanced
-# subset with its figures, four students, evaluation, export, and a table. About 6 minutes on 2 cores after the installation.
+# subset with its figures, four students, evaluation, export, and a table. About 7 minutes on 2 cores after the installation.
 # Every stage is the real tool and can be run again: what is complete is kept.
 #   bash tools/demo.sh             results in runs/demo, data in data/digits
 #   STEPS=100 bash tools/demo.sh   shorter training (the accuracies fall)
