@@ -17,5 +17,5 @@ NO_MKDOCS_2_WARNING=1 "$bin/mkdocs" build --strict --quiet || { echo 'test: step
 # that their fixtures are made once.
 cores=$(env -u OMP_NUM_THREADS nproc)
 workers=$((cores < 6 ? cores + 2 : 8))
-echo "test: pytest, $workers workers (about 11 minutes on 2 cores)"
+echo "test: pytest, $workers workers (about 15 minutes on 2 cores)"
 exec "$bin/python" -m pytest -n $workers --dist worksteal --durations=15 "$@"
