@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -92,6 +93,17 @@ def write_shards(folder: Path) -> None:
                     info = tarfile.TarInfo(f"{key}.{ending}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
+
+
+def rewrite(tar: Path, replace: Callable[[str, bytes], tuple[str, bytes]]) -> None:
+    """Write a tar again with other names and contents of its members."""
+    with tarfile.open(tar) as file:
+        members = [replace(m.name, file.extractfile(m).read()) for m in file.getmembers()]  # type: ignore[union-attr]
+    with tarfile.open(tar, "w") as file:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
 
 
 def write_embeddings(folder: Path, x: np.ndarray, tars: int, **meta: object) -> Path:

@@ -16,16 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from megacid_kernels.contrastive import DEFAULT_BUDGET_BYTES
+from megacid_kernels.contrastive import DEFAULT_BUDGET_BYTES, PairLoss
 from megacid_kernels.loss_spec import check_budget, equal_chunk_size
-from megacid_kernels.rows import scaled
 
 _MATRICES = 3  # live [c, G] matrices
 
 
-class _Affinity(torch.autograd.Function):
+class _Affinity(PairLoss):
     @staticmethod
     def forward(
         ctx: Any,
@@ -42,7 +40,7 @@ class _Affinity(torch.autograd.Function):
         anchor, other, scale = anchor.to(dtype), other.to(dtype), scale.to(dtype)
         teacher_anchor, teacher_other = (x.to(dtype) for x in teacher)
         needs = [train and needed for needed in ctx.needs_input_grad[:3]]
-        loss, grad_scale = anchor.new_zeros(()), None
+        loss = anchor.new_zeros(())
         grad_anchor = torch.empty_like(anchor) if needs[0] or needs[2] else None
         grad_other = torch.zeros_like(other) if needs[1] else None
         for low in range(0, len(anchor), step):
@@ -57,16 +55,8 @@ class _Affinity(torch.autograd.Function):
                 grad_anchor[part] = (residual_cG @ other).mul_(scale)
             if grad_other is not None:
                 grad_other.addmm_(residual_cG.T, scaled_cD)
-        if needs[2] and grad_anchor is not None:
-            grad_scale = torch.linalg.vecdot(anchor, grad_anchor).sum() / scale
-        ctx.save_for_backward(grad_anchor if needs[0] else None, grad_other, grad_scale)
+        PairLoss.keep(ctx, needs, anchor, scale, grad_anchor, grad_other)
         return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [None if g is None else scaled(g, grad_loss, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
-        return *grads, None, None, None, None
 
 
 def affinity_cross_entropy(

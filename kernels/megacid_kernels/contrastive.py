@@ -30,7 +30,35 @@ from megacid_kernels.rows import scaled
 DEFAULT_BUDGET_BYTES = 1 << 28
 
 
-class _Contrastive(torch.autograd.Function):
+class PairLoss(torch.autograd.Function):
+    """Base of losses of anchors and candidates whose forward computes the gradients; backward scales and rounds them.
+
+    Arguments of forward: anchors, candidates and scale, whose dtypes it keeps as `ctx.dtypes`, and four others.
+    """
+
+    @staticmethod
+    def keep(
+        ctx: Any,
+        needs: list[bool],
+        anchor: Tensor,
+        scale: Tensor,
+        grad_anchor: Tensor | None,
+        grad_other: Tensor | None,
+    ) -> None:
+        """Save the gradients that are needed, and that of the scale, which follows from those of the anchors."""
+        grad_scale = None
+        if needs[2] and grad_anchor is not None:
+            grad_scale = torch.linalg.vecdot(anchor, grad_anchor).sum() / scale
+        ctx.save_for_backward(grad_anchor if needs[0] else None, grad_other, grad_scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grads = [None if g is None else scaled(g, grad_loss, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
+        return *grads, None, None, None, None
+
+
+class _Contrastive(PairLoss):
     @staticmethod
     def forward(
         ctx: Any, anchor_bD: Tensor, other_GD: Tensor, scale: Tensor, start: int, step: int, chosen: str, train: bool
@@ -39,7 +67,7 @@ class _Contrastive(torch.autograd.Function):
         dtype = torch.float64 if torch.float64 in ctx.dtypes[:2] else torch.float32
         anchor, other, scale = anchor_bD.to(dtype), other_GD.to(dtype), scale.to(dtype)
         needs = [train and needed for needed in ctx.needs_input_grad[:3]]
-        loss, grad_scale, candidates = anchor.new_zeros(()), None, _candidates(chosen, other, scale)
+        loss, candidates = anchor.new_zeros(()), _candidates(chosen, other, scale)
         grad_anchor = torch.empty_like(anchor) if needs[0] or needs[2] else None
         grad_other = torch.zeros_like(other) if needs[1] else None
         for low in range(0, len(anchor), step):
@@ -57,16 +85,8 @@ class _Contrastive(torch.autograd.Function):
             if grad_other is not None:
                 candidates.add_gradient_(grad_other, negatives.matrix, scaled_cD * inverse_z)
                 grad_other[own].addcmul_(softmax.residual, scaled_cD, value=-1)
-        if needs[2] and grad_anchor is not None:
-            grad_scale = torch.linalg.vecdot(anchor, grad_anchor).sum() / scale
-        ctx.save_for_backward(grad_anchor if needs[0] else None, grad_other, grad_scale)
+        PairLoss.keep(ctx, needs, anchor, scale, grad_anchor, grad_other)
         return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [None if g is None else scaled(g, grad_loss, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
-        return *grads, None, None, None, None
 
 
 def _candidates(chosen: str, other_GD: Tensor, scale: Tensor) -> Candidates:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megacid.distributed.collectives import Group, gather_plain, gather_sizes, group_device, rank, world_size
-from megacid.errors import UserError
+from megacid.errors import UserError, one_line
 
 
 def any_rank(flag: bool, group: Group = None) -> bool:
@@ -102,6 +102,24 @@ def from_a_collective(error: BaseException) -> bool:
         and bool(_LOST_PEER.search(str(error)))
         and (inside or "gloo" in str(error).lower())
     )
+
+
+@contextlib.contextmanager
+def as_user_error(what: str) -> Iterator[None]:
+    """Turn an exception of a library into one line that begins with `what`.
+
+    Errors of all ranks stay what they are, and so do those of the connection.
+    """
+    try:
+        yield
+    except (UserError, RanksDisagree):
+        raise
+    except Exception as error:
+        if from_a_collective(error):
+            raise
+        raise UserError(
+            f"{what} ({type(error).__name__}: {one_line(error)}): correct the settings that it names"
+        ) from error
 
 
 @contextlib.contextmanager

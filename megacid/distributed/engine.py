@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from megacid.config.schema import RunFile
-from megacid.distributed.consensus import fail_together, from_a_collective
+from megacid.distributed.consensus import as_user_error, fail_together
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError, one_line
 
@@ -135,17 +135,10 @@ class Engine:
                 del config["optimizer"]
                 config["zero_allow_untested_optimizer"] = True
             _check_config(config)
-        try:
+        with as_user_error("DeepSpeed cannot be set up"):
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=student, optimizer=optimizer, model_parameters=None if optimizer else groups, config=config
             )
-        except Exception as error:  # assertions and exceptions of its own, for settings that it cannot combine
-            if from_a_collective(error):
-                raise
-            raise UserError(
-                f"DeepSpeed cannot be set up ({type(error).__name__}: {one_line(error, 160)}): correct the settings "
-                "that it names"
-            ) from error
         self.stage = run.zero_stage
         self.dtype = torch.bfloat16 if run.bf16 else torch.float32
         self.device, self.parallel = parallel.device, parallel

@@ -42,6 +42,15 @@ def _check_shapes(image: Tensor, **others: Tensor) -> None:
             )
 
 
+def _gather_student(
+    image: Tensor, text: Tensor, group: Group, grad_reduction: GradReduction
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Images and texts of all ranks, with gradients, and the batch size of each rank."""
+    v_S, sizes = gather_rows(_at_least_fp32(image), group, grad_reduction=grad_reduction)
+    t_S, _ = gather_rows(_at_least_fp32(text), group, grad_reduction=grad_reduction)
+    return v_S, t_S, sizes
+
+
 def _mean_of_pairs(
     pairs: list[tuple[Tensor, Tensor]],
     logit_scale: Tensor,
@@ -90,9 +99,8 @@ def instance_loss(
         The loss, 0-d, the same on every rank.
     """
     _check_shapes(image_S, text_S=text_S, image_T=image_T, text_T=text_T)
-    v_S, sizes = gather_rows(_at_least_fp32(image_S), group, grad_reduction=grad_reduction)
-    t_S, _ = gather_rows(_at_least_fp32(text_S), group, grad_reduction=grad_reduction)
-    v_T, t_T = gather_plain(_at_least_fp32(image_T), group), gather_plain(_at_least_fp32(text_T), group)
+    v_S, t_S, sizes = _gather_student(image_S, text_S, group, grad_reduction)
+    v_T, t_T = (gather_plain(_at_least_fp32(x), group) for x in (image_T, text_T))
     return _mean_of_pairs([(v_S, t_T), (t_T, v_S), (t_S, v_T), (v_T, t_S)], logit_scale, sizes, group, grad_reduction)
 
 
@@ -101,8 +109,7 @@ def contrastive_loss(
 ) -> Tensor:
     """The loss of CLIP, 0-d: 1/2 [NCE(vS -> tS) + NCE(tS -> vS)]. Arguments as in `instance_loss`."""
     _check_shapes(image_S, text_S=text_S)
-    v_S, sizes = gather_rows(_at_least_fp32(image_S), group, grad_reduction=grad_reduction)
-    t_S, _ = gather_rows(_at_least_fp32(text_S), group, grad_reduction=grad_reduction)
+    v_S, t_S, sizes = _gather_student(image_S, text_S, group, grad_reduction)
     return _mean_of_pairs([(v_S, t_S), (t_S, v_S)], logit_scale, sizes, group, grad_reduction)
 
 
@@ -127,9 +134,8 @@ def affinity_loss(
         teacher_scale: 1 / temperature of the teacher's similarities, constant.
     """
     _check_shapes(image_S, text_S=text_S, image_T=image_T, text_T=text_T)
-    v_S, sizes = gather_rows(_at_least_fp32(image_S), group, grad_reduction=grad_reduction)
-    t_S, _ = gather_rows(_at_least_fp32(text_S), group, grad_reduction=grad_reduction)
-    v_T, t_T = gather_plain(_at_least_fp32(image_T), group), gather_plain(_at_least_fp32(text_T), group)
+    v_S, t_S, sizes = _gather_student(image_S, text_S, group, grad_reduction)
+    v_T, t_T = (gather_plain(_at_least_fp32(x), group) for x in (image_T, text_T))
     own, scale = _own_rows(sizes, group), _replicated(logit_scale, group, grad_reduction)
     parts = [
         affinity_cross_entropy(a_S[own], b_S, scale, a_T[own], b_T, teacher_scale)

@@ -7,15 +7,14 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator
 
 import torch
 
 from megacid.config.schema import RunFile
 from megacid.data.batch import Batch, DataBudgetError
-from megacid.distributed.consensus import RanksDisagree, fail_together, from_a_collective, gather_json
+from megacid.distributed.consensus import as_user_error, fail_together, gather_json
 from megacid.distributed.parallel import Parallel
-from megacid.errors import UserError, one_line
+from megacid.errors import UserError
 from megacid.models.student import Student, StudentOutput
 from megacid.training.metrics import setup_logging
 from megacid.training.resume import find_checkpoint
@@ -36,11 +35,11 @@ def dry_run(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     with fail_together(parallel.group):
         _check_directory(run)
         start_from = find_checkpoint(run, args.resume, args.fork) if parallel.is_first else None
-    with _as_user_error("DeepSpeed or the model cannot be set up"):
+    with as_user_error("DeepSpeed or the model cannot be set up"):
         state = build_train_state(run, parallel)
     batch = _first_batch(state)
     out = _forward(state, batch)
-    with _as_user_error("the loss of the first micro-batch fails"):
+    with as_user_error("the loss of the first micro-batch fails"):
         if state.head is not None:
             state.head.set_step(0)
         loss, terms = state.objective(out, batch)
@@ -59,23 +58,6 @@ def dry_run(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
         log.info("the run would start from %s", start_from)
     log.info("dry run: %s is valid for %d steps on %d ranks", run.path, run.megacid.run.total_steps, parallel.world)
     return 0
-
-
-@contextlib.contextmanager
-def _as_user_error(what: str) -> Iterator[None]:
-    """Turn an exception of a library into one line. Errors of all ranks and of the connection stay what they are."""
-    try:
-        yield
-    except (UserError, RanksDisagree, DataBudgetError):
-        raise
-    except Exception as error:
-        if from_a_collective(error):
-            raise
-        log.debug("%s", what, exc_info=True)
-        raise UserError(
-            f"{what} ({type(error).__name__}: {one_line(error)}): correct the settings that it names; training would "
-            "end with this error"
-        ) from error
 
 
 def _check_directory(run: RunFile) -> None:
@@ -113,7 +95,7 @@ def _check_tokens(batch: Batch, student: Student) -> None:
 def _forward(state: TrainState, batch: Batch) -> StudentOutput:
     # ZeRO 3 gathers parameters in the forward: a block of `fail_together` must contain no collective.
     together = fail_together(state.parallel.group) if state.run.zero_stage < 3 else contextlib.nullcontext()
-    with together, _as_user_error("the student's forward fails"):
+    with together, as_user_error("the student's forward fails"):
         out = state.embed(0, 0, batch)
         for kind, embedding in (("images", out.image), ("texts", out.text)):
             if isinstance(state.student, Student) and embedding.shape[-1] != state.student.embed_dim:

@@ -1,4 +1,4 @@
-"""The accumulation suite times the objective of one batch, and another one beside it."""
+"""The accumulation suite times the objective of one batch, and another one next to it."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def test_of_several_images_of_a_sample_the_usual_one_is_used(tmp_path: Path, ord
         assert data[int(index.table(0).image[row, 0]) - 512 :].startswith(f"{key}.jpg\0".encode())
 
 
-def test_an_image_that_is_not_decoded_beside_one_that_is_loses_nothing(tmp_path: Path) -> None:
+def test_an_image_that_is_not_decoded_next_to_one_that_is_loses_nothing(tmp_path: Path) -> None:
     write(tmp_path / "0.tar", pairs(["a", "b"], ("heic", "jpg", "svg", "txt")))
     index = load_index(tmp_path)
     assert index.num_samples == 2 and index.dropped == {}

@@ -57,7 +57,7 @@ def test_the_loss_does_not_depend_on_any_norm_and_gradients_are_divided_by_it(we
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_ordinary_rows_keep_their_bits_beside_extreme_ones(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ordinary_rows_keep_their_bits_among_extreme_ones(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     x = rows(40, 5).to(dtype)
     x[::3] *= 1e-30
     x[1::3] *= 1e25

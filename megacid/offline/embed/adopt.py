@@ -146,10 +146,10 @@ class _Lookup:
             with closing(ShardReader(self.index)) as reader:
                 fields = [read_sample_json(reader, shard, row) for row in range(len(keys))]
             keys = [uid if isinstance(uid := field.get("uid"), str) else None for field in fields]
-        wanted = _digests(self._qualified(self.index.names[shard], keys))
-        at = np.minimum(np.searchsorted(self._sorted, wanted), len(self._sorted) - 1)
+        digests = _digests(self._qualified(self.index.names[shard], keys))
+        at = np.minimum(np.searchsorted(self._sorted, digests), len(self._sorted) - 1)
         progress(0)
-        return np.where(self._sorted[at] == wanted, self._order[at], -1).astype(np.int64)
+        return np.where(self._sorted[at] == digests, self._order[at], -1).astype(np.int64)
 
 
 def _digests(keys: Iterable[str | None]) -> np.ndarray:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from offline_data import balance_args, cluster_args, embed_args, run, save_model, write_shards
+from offline_data import balance_args, cluster_args, embed_args, rewrite, run, save_model, write_shards
 from offline_tool import Tool
 
 from megacid.config.load import load_run
@@ -34,16 +32,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stage(model: Path, tmp_path: Path) -> Path:
     """Three tars of 12 samples; the captions are a field of the json, and every .txt says something else."""
     write_shards(tmp_path / "shards")
+
+    def with_alt(name: str, data: bytes) -> tuple[str, bytes]:
+        if not name.endswith(".json"):
+            return name, data
+        return name, json.dumps({**json.loads(data), "alt": f"alt of {name[:9]}"}).encode()
+
     for tar in (tmp_path / "shards").glob("*.tar"):
-        with tarfile.open(tar) as file:
-            members = [(m.name, file.extractfile(m).read()) for m in file.getmembers()]  # type: ignore[union-attr]
-        with tarfile.open(tar, "w") as file:
-            for name, data in members:
-                if name.endswith(".json"):
-                    data = json.dumps({**json.loads(data), "alt": f"alt of {name[:9]}"}).encode()
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                file.addfile(info, io.BytesIO(data))
+        rewrite(tar, with_alt)
     (tmp_path / "model").symlink_to(model)
     return tmp_path
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from offline_data import embed_args, run, save_model, write_shards
+from offline_data import embed_args, rewrite, run, save_model, write_shards
 from pair_data import stream
 
 from megacid.data.index import load_index
@@ -30,17 +27,6 @@ def stage(model: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def change(tar: Path, replace: Callable[[str, bytes], tuple[str, bytes]]) -> None:
-    """Write a tar again with other names and contents of its members."""
-    with tarfile.open(tar) as file:
-        members = [replace(m.name, file.extractfile(m).read()) for m in file.getmembers()]  # type: ignore[union-attr]
-    with tarfile.open(tar, "w") as file:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
-
-
 def no_picture(name: str, data: bytes) -> tuple[str, bytes]:
     return name, b"no picture" if name.endswith(".png") else data
 
@@ -48,7 +34,7 @@ def no_picture(name: str, data: bytes) -> tuple[str, bytes]:
 @pytest.mark.parametrize("shards", [1, 3], ids=["first shard", "all shards"])
 def test_the_estimate_says_what_could_not_be_decoded_instead_of_nan(stage: Path, shards: int) -> None:
     for shard in range(shards):
-        change(stage / "shards" / f"{shard:05d}.tar", no_picture)
+        rewrite(stage / "shards" / f"{shard:05d}.tar", no_picture)
     output = run("embed", *embed_args(stage), "--max-lost", 1, expect=0 if shards == 1 else 2)
     assert (
         "fp32: no estimate of the time, 5 of the first 5 samples of 00000.tar cannot be decoded, such as 000000000: "
@@ -59,7 +45,7 @@ def test_the_estimate_says_what_could_not_be_decoded_instead_of_nan(stage: Path,
 
 
 def test_the_estimate_names_a_part_that_could_not_be_decoded(stage: Path) -> None:
-    change(stage / "shards" / "00000.tar", lambda name, data: (name, b"x" if name == "000000003.png" else data))
+    rewrite(stage / "shards" / "00000.tar", lambda name, data: (name, b"x" if name == "000000003.png" else data))
     output = run("embed", *embed_args(stage), "--max-lost", 0.1)
     assert " h on 1 rank (" in output and "nan" not in output
     assert "  1 of the first 5 samples of 00000.tar cannot be decoded, such as 000000003: not a readable" in output
@@ -70,7 +56,7 @@ def test_shards_for_classification_are_refused_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr("megacid.models.clip.load_clip", lambda *_, **__: pytest.fail("loaded"))
     for tar in (stage / "shards").glob("*.tar"):
-        change(tar, lambda name, data: (name.replace(".txt", ".cls"), b"1"))
+        rewrite(tar, lambda name, data: (name.replace(".txt", ".cls"), b"1"))
     output = run("embed", *embed_args(stage), expect=2)
     assert "36 samples with an image and a class (.cls) but none with a caption (.txt)" in output
 
@@ -80,7 +66,7 @@ def test_a_caption_with_a_byte_order_mark_is_embedded_as_without(stage: Path, en
     def encoded(name: str, data: bytes) -> tuple[str, bytes]:
         return name, f"crème {name[:9]}\n".encode(encoding) if name.endswith(".txt") else data
 
-    change(stage / "shards" / "00000.tar", encoded)
+    rewrite(stage / "shards" / "00000.tar", encoded)
     run("embed", *embed_args(stage))
     captions = pq.read_table(stage / "emb" / "metadata" / "metadata_00000.parquet")["caption"].to_pylist()
     assert captions == [f"crème 00000{row:04d}" for row in range(12)]
@@ -93,8 +79,8 @@ def no_tokens(captions: list[str]) -> torch.Tensor:
 def test_training_leaves_out_what_embed_skipped_without_a_charge(stage: Path) -> None:
     """A third of the images cannot be decoded, as in a public report."""
     latin1 = ("000020001.txt", "crème".encode("latin1"))  # a caption that embed refuses
-    change(stage / "shards" / "00000.tar", lambda n, data: no_picture(n, data) if n < "000000010" else (n, data))
-    change(stage / "shards" / "00002.tar", lambda name, data: latin1 if name == latin1[0] else (name, data))
+    rewrite(stage / "shards" / "00000.tar", lambda n, data: no_picture(n, data) if n < "000000010" else (n, data))
+    rewrite(stage / "shards" / "00002.tar", lambda name, data: latin1 if name == latin1[0] else (name, data))
     run("embed", *embed_args(stage), "--max-lost", 0.4)
     index = load_index(stage / "shards")
     batches = stream(
