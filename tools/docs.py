@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Generate the parts of the documentation that come from code or from a demo run.
 
-    tools/docs.py                      rewrite the tables of docs/configuration.md from megacid/config/schema.py
+    tools/docs.py                      rewrite the tables of docs/configuration.md from the models in megacid/config
     tools/docs.py --check              exit 1 when they are stale; change nothing
     tools/docs.py --demo runs/demo     pictures in docs/images/, results in README.md and docs/demo.md
 

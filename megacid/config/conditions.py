@@ -1,4 +1,4 @@
-"""Conditions under which a setting has an effect. `schema.py` annotates its fields with them."""
+"""Conditions under which a setting has an effect. `sections.py` annotates its fields with them."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ One file describes one run. It holds DeepSpeed's own keys and a "megacid" block:
     run.megacid     a `MegacidConfig`, every field checked
     run.deepspeed   the dict for deepspeed.initialize, with all three batch sizes
 
-An unknown key is an error in both parts: `schema.py` defines the keys of the block, `deepspeed_keys.py` DeepSpeed's.
+An unknown key is an error in both parts: `sections.py` defines the keys of the block, `deepspeed_keys.py` DeepSpeed's.
 """
 
 from __future__ import annotations

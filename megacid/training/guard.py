@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacid.config.schema import GuardConfig
+from megacid.config.sections import GuardConfig
 from megacid.distributed.collectives import Group, all_reduce_sum, rank, world_size
 from megacid.distributed.consensus import gather_json
 

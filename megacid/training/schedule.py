@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from megacid.config.schema import RunFile, ScheduleConfig
+from megacid.config.schema import RunFile
+from megacid.config.sections import ScheduleConfig
 
 
 def learning_rate_share(step: int, total_steps: int, schedule: ScheduleConfig) -> float:

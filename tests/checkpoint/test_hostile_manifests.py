@@ -10,7 +10,7 @@ import pytest
 from hostile_data import checkpoint
 
 from megacid.checkpoint import store
-from megacid.config.schema import GuardConfig
+from megacid.config.sections import GuardConfig
 from megacid.training import guard as guard_module
 from megacid.training.guard import Guard
 

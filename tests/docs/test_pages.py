@@ -47,7 +47,8 @@ def test_configuration_page_is_generated_from_the_schema() -> None:
 
 
 def test_a_new_field_makes_the_configuration_page_stale() -> None:
-    from megacid.config.schema import MegacidConfig, RunConfig
+    from megacid.config.schema import MegacidConfig
+    from megacid.config.sections import RunConfig
 
     class ChangedRun(RunConfig):
         log_every: int = 11

@@ -17,7 +17,7 @@ from harness import run_ranks
 
 from megacid.config.load import load_run
 from megacid.config.renamed import RENAMED
-from megacid.config.schema import GuardConfig, ScheduleConfig
+from megacid.config.sections import GuardConfig, ScheduleConfig
 from megacid.errors import UserError
 from megacid.training.guard import Guard, TooManySkips, Verdict
 from megacid.training.metrics import peak_memory_mib

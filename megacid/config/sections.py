@@ -1,0 +1,236 @@
+"""The sections of the "megacid" block as pydantic models. The text below each field is its documentation."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from megacid.config import conditions as when
+from megacid.config.fields import (
+    Beta,
+    Count,
+    DirectoryName,
+    FilePath,
+    FilePaths,
+    Fraction,
+    FractionAboveZero,
+    Seconds,
+    Section,
+    Steps,
+    Weight,
+    Width,
+    as_tuple,
+)
+from megacid.errors import UserError
+
+FEATURE_TOWER = "feature-mlp"
+
+
+class RunConfig(Section):
+    """Name, length, checkpoints and limits of the run."""
+
+    name: DirectoryName
+    """Name of the run, without "/". Its directory is `dir`/`name`."""
+    total_steps: Steps
+    """Number of optimizer steps of the whole run."""
+    dir: FilePath = "runs"
+    """Parent directory of the run directory. A leading ~ is expanded in all paths; variables ($NAME) are refused."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of initialisation, sample order, class sampling and augmentation."""
+    save_every: Steps = 1000
+    """Steps between checkpoints. The last step is always saved."""
+    keep_last: Annotated[int, Field(ge=2, le=10**9)] = 2
+    """Number of newest checkpoints to keep, at least 2, since a crash may damage the newest one."""
+    log_every: Steps = 10
+    """Steps between log lines and tensorboard points."""
+    timeout_s: Seconds = 600.0
+    """Seconds without progress after which the watchdog names the stalled rank and ends the run."""
+    start_timeout_s: Seconds = 600.0
+    """Seconds to wait for all ranks to start. A line every 30 s names those that are missing."""
+    save_timeout_s: Seconds = 1800.0
+    """The same limit in seconds for the first step and while a checkpoint is saved."""
+    save_in_background: bool = False
+    """Write checkpoints while training continues. Needs host memory for a copy of each rank's part; same guarantees."""
+    check_every: Annotated[int, Field(ge=0, le=10**12)] = 200
+    """Steps between checks that all ranks are at the same step with the same student; 0: never."""
+
+
+class StudentConfig(Section):
+    """The model that is trained."""
+
+    model: str
+    """An open_clip model name, a model of megacid/models/configs, a model directory with initial weights
+    (local-dir:PATH, hf-hub:ORG/NAME), or "feature-mlp", an MLP over data.features."""
+    embed_dim: Width | None = None
+    """Width of the joint embedding; null: the teacher's, without a teacher the model's own. Required by feature-mlp."""
+    image_size: Annotated[Annotated[int, Field(gt=0, le=16_384)] | None, when.Shards] = None
+    """Side of the square input image in pixels; null: the model's own."""
+    context_length: Annotated[Width | None, when.Shards] = None
+    """Number of text tokens; null: the model's own."""
+    pretrained: Annotated[FilePath | None, when.Shards] = None
+    """Initial weights: an open_clip tag or a local checkpoint; null: random, or those of a model directory."""
+    projection: Annotated[bool, when.Shards] = False
+    """Add a linear projection to each tower that has none (SigLIP), which gives it the width embed_dim."""
+    grad_checkpointing: Annotated[bool, when.Shards] = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    hidden: Annotated[Width, when.Features, when.HiddenLayers] = 512
+    """Width of the hidden layers of feature-mlp."""
+    layers: Annotated[int, Field(ge=0, le=1024), when.Features] = 2
+    """Number of hidden layers of feature-mlp."""
+
+
+class DataConfig(Section):
+    """Training data and the outputs of the offline tools."""
+
+    shards: FilePaths | None = None
+    """Tar shards in img2dataset's or webdataset's layout: a directory, a brace pattern, a glob, a .tar file, or several
+    of them as a list or joined by `::`. Set exactly one of shards and features."""
+    caption: Annotated[str, when.Shards] = "txt"
+    """Where the captions are: `txt`, the ending of another text member, or `json:FIELD`. As for tools/embed.py."""
+    features: FilePath | None = None
+    """Directory of labelled feature vectors, as tools/synthesize.py features writes it. Set this or shards."""
+    teacher: Annotated[FilePath | None, when.Shards, when.TeacherTerm] = None
+    """Output of tools/embed.py, required by the terms that read it."""
+    labels: Annotated[FilePath | None, when.Shards, when.ClusterTerm] = None
+    """Output of tools/cluster.py. Required by loss.cluster on shards."""
+    labels_per_sample: Annotated[Width, when.Shards, when.ClusterTerm] = 1
+    """Number of nearest clusters that label a sample: 1 is CLIP-CID, more is MLCD (cluster.py --top-labels)."""
+    keep: Annotated[FilePath | None, when.Shards] = None
+    """Output of tools/balance.py; null: every sample is used."""
+    augment: Annotated[Literal["none", "random_resized_crop"], when.Shards] = "none"
+    """Image augmentation, seeded per sample."""
+    workers: Annotated[int, Field(ge=0, le=1024), when.Shards] = 0
+    """Number of loader processes per rank; 0 decodes in the training process."""
+    worker_timeout_s: Annotated[Seconds, when.Shards, when.Workers] = 120.0
+    """Seconds without a batch from a loader process after which the run ends with an error."""
+    prefetch: Annotated[int, Field(gt=0, le=1024), when.Shards, when.Workers] = 2
+    """Number of micro-batches that each loader process prepares ahead, in shared memory."""
+    block_shards: Count = 16
+    """Number of shards or feature files shuffled together. More mixes better, fewer reads more locally."""
+    error_budget: Annotated[Fraction, when.Shards] = 0.001
+    """Fraction of undecodable samples above which the run ends."""
+    max_image_pixels: Annotated[int, Field(gt=0, le=89_478_485), when.Shards] = 64_000_000
+    """Images with more pixels are skipped before they are decoded; the decoder itself refuses more than 89478485."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        if (self.shards is None) == (self.features is None):
+            both = "both null" if self.shards is None else f"both set ({self.shards!r}, {self.features!r})"
+            raise UserError(
+                f'"megacid.data.shards" and "megacid.data.features" are {both}, expected exactly one: name the '
+                "directory of the shards or of the feature vectors, and write null for the other"
+            )
+        return self
+
+
+class LossConfig(Section):
+    """Weights of the loss terms. A term of weight 0 is not computed."""
+
+    contrastive: Annotated[Weight, when.Shards] = 0.0
+    """Weight of CLIP's contrastive loss between the student's images and texts."""
+    instance: Annotated[Weight, when.Shards] = 0.0
+    """Weight of instance discrimination distillation."""
+    cluster: Weight = 0.0
+    """Weight (lambda) of cluster discrimination distillation."""
+    mse: Annotated[Weight, when.Shards] = 0.0
+    """Weight of the squared distance of student and teacher embeddings, of images and texts."""
+    affinity: Annotated[Weight, when.Shards] = 0.0
+    """Weight of the cross-entropy of the student's image-text similarities under the teacher's (DistillClipLoss)."""
+    alpha: Annotated[Weight, when.ClusterTerm] = 1.0
+    """Inside cluster: weight of the cross-entropy of the student and the label."""
+    beta: Annotated[Weight, when.Shards, when.ClusterTerm] = 0.0
+    """Inside cluster: weight of the cross-entropy of the teacher's embedding and the label. [assumed]"""
+    gamma: Annotated[Weight, when.Shards, when.ClusterTerm] = 0.0
+    """Inside cluster: weight of KL(teacher || student). [assumed]"""
+    cluster_temperature: Annotated[float, Field(gt=0), when.ClusterTerm, when.KL] = 1.0
+    """Inside cluster: temperature of the KL. [assumed]"""
+    temperature: Annotated[Annotated[float, Field(ge=0.01)] | None, when.ContrastiveTerm] = None
+    """Fixed temperature of the student's similarities; null: learned, 1/temperature <= 100."""
+    affinity_temperature: Annotated[float, Field(ge=0.001), when.AffinityTerm] = 0.01
+    """Inside affinity: temperature of the teacher's similarities, which OpenCLIP's models learn down to 0.01."""
+
+    @model_validator(mode="after")
+    def _one_term(self) -> LossConfig:
+        if not (self.contrastive or self.instance or self.cluster or self.mse or self.affinity):
+            raise UserError(
+                'every weight in "megacid.loss" is 0: set at least one of contrastive, instance, cluster, mse '
+                "and affinity above 0"
+            )
+        if self.cluster and not (self.alpha or self.beta or self.gamma):
+            raise UserError(
+                f'"megacid.loss.cluster" is {self.cluster} but alpha, beta and gamma are all 0: set one of them above '
+                "0, or cluster to 0"
+            )
+        return self
+
+
+class ClassifierConfig(Section):
+    """The class-sharded margin classifier of loss.cluster, and its optimizer."""
+
+    sample_rate: FractionAboveZero = 0.1
+    """Fraction of each rank's classes sampled per step. Positive classes are always included."""
+    m1: Annotated[float, Field(ge=1), when.StudentLogits] = 1.0
+    """SphereFace factor of the margin cos(m1 * theta + m2) - m3 on the target class."""
+    m2: Annotated[float, Field(ge=0, lt=math.pi), when.StudentLogits] = 0.0
+    """ArcFace angle of the margin in radians."""
+    m3: Annotated[float, Field(ge=0), when.StudentLogits] = 0.3
+    """CosFace offset of the margin."""
+    margin_grad: Annotated[Literal["exact", "straight_through"], when.StudentLogits, when.AngularMargin] = "exact"
+    """Derivative of the margin: exact, or 1 (straight_through) as in insightface's ArcFace."""
+    scale: Annotated[float, Field(gt=0)] = 64.0
+    """Logit scale s."""
+    feature_rate: FractionAboveZero = 1.0
+    """Fraction of the embedding's dimensions used per step (UNICOM); from width 32 on, rounded to a multiple of 16."""
+    filter_threshold: Annotated[float, Field(ge=-1, lt=1)] | None = None
+    """Negatives with a larger cosine are left out of the denominator; null: none."""
+    log_q: Annotated[bool, when.Sampling] = False
+    """Weight sampled negatives by 1 / their probability, which makes the softmax denominator unbiased."""
+    labels_loss: Annotated[Literal["mlcd", "mean"], when.SeveralLabels] = "mlcd"
+    """Loss of several labels per sample: MLCD's, or the mean of their softmax losses with the others as negatives."""
+    weight_grad: Literal["stored", "recomputed"] = "stored"
+    """Gradient of the class rows: stored, or recomputed in slabs (less memory, twice the arithmetic)."""
+    init: FilePath = "centroids"
+    """Initial rows: centroids (of data.labels), random (N(0, 0.01)), or the path of a .npy or .safetensors file or of a
+    directory of per-rank insightface checkpoints."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Row-sparse optimizer of the class rows."""
+    lr: Annotated[float, Field(ge=0)] | None = None
+    """Peak learning rate of the class rows; null: the student's."""
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(as_tuple), when.AdamW] = (0.9, 0.98)
+    """AdamW's decay rates of the first and second moment."""
+    eps: Annotated[float, Field(gt=0), when.AdamW] = 1e-8
+    """AdamW's epsilon."""
+    momentum: Annotated[Beta, when.SGD] = 0.9
+    """SGD's momentum."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Weight decay of the rows that a step updates; decoupled in AdamW."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Storage of the row optimizer's moments. bf16 halves their memory and uses stochastic rounding."""
+    lazy: Annotated[Literal["none", "decay"], when.Sampling] = "none"
+    """What a row catches up on when it is sampled again: nothing, or the decays of the steps between."""
+
+
+class ScheduleConfig(Section):
+    """Learning rates of student and classifier, as fractions of their peaks."""
+
+    warmup_steps: Annotated[int, Field(ge=0, le=10**12)] = 0
+    """Steps of linear warm-up, fewer than run.total_steps."""
+    kind: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: cosine decay to final_share, or constant."""
+    final_share: Annotated[Fraction, when.Cosine] = 0.0
+    """Fraction of the peak learning rate at the end of the cosine."""
+
+
+class GuardConfig(Section):
+    """When steps are skipped, and when the run ends because of them."""
+
+    max_consecutive_skips: Count = 5
+    """Number of skipped steps in a row at which the run ends."""
+    max_skipped_share: Fraction = 0.01
+    """Fraction of the last 1000 steps that may be skipped before the run ends."""
+    spike: Literal["off", "skip", "lower", "abort"] = "off"
+    """Reaction to a loss spike: none, skip the step, multiply its gradients by 0.1 (lower), or end the run (abort)."""
+    spike_deviations: Annotated[float, Field(gt=0), when.Spikes] = 10.0
+    """A spike is a loss above the median of the last 200 by this many median absolute deviations."""
