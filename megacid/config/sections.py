@@ -70,7 +70,8 @@ class StudentConfig(Section):
     context_length: Annotated[Width | None, when.Shards] = None
     """Number of text tokens; null: the model's own."""
     pretrained: Annotated[FilePath | None, when.Shards] = None
-    """Initial weights: an open_clip tag or a local checkpoint; null: random, or those of a model directory."""
+    """Initial weights: an open_clip tag or a local checkpoint; null: random, or those of a model directory. Projections
+    of another width than embed_dim are drawn from run.seed."""
     projection: Annotated[bool, when.Shards] = False
     """Add a linear projection to each tower that has none (SigLIP), which gives it the width embed_dim."""
     grad_checkpointing: Annotated[bool, when.Shards] = False

@@ -22,6 +22,7 @@ from megacid.models.clip import (
     preprocess_cfg,
     preprocess_for,
 )
+from megacid.models.pretrained import has_weights, load_weights
 
 MAX_LOGIT_SCALE = 100.0
 
@@ -147,7 +148,7 @@ def student_config(spec: StudentSpec) -> dict[str, Any]:
 
 
 def create_clip(spec: StudentSpec, config: dict[str, Any], *, seed: int, **options: Any) -> Any:
-    """The open_clip model of a student, without changing the global random generator.
+    """The open_clip model of a student with random weights, without changing the global random generator.
 
     Args:
         config: `student_config(spec)`.
@@ -163,7 +164,8 @@ def create_clip(spec: StudentSpec, config: dict[str, Any], *, seed: int, **optio
         torch.manual_seed(seed)
         return create_model(
             spec.model,
-            spec.pretrained,
+            None,
+            load_weights=False,
             force_image_size=spec.image_size,
             force_context_length=spec.context_length,
             pretrained_text=False,
@@ -171,6 +173,21 @@ def create_clip(spec: StudentSpec, config: dict[str, Any], *, seed: int, **optio
             nonscalar_logit_scale=True,  # see `Student`; `open_clip_tensors` reverts it
             **options,
         )
+
+
+def clip_on_meta(spec: StudentSpec, config: dict[str, Any]) -> Any:
+    """The student's open_clip model without memory for its weights. Arguments as for `create_clip`."""
+    with torch.device("meta"):
+        return create_clip(spec, config, seed=0, device="meta").eval()
+
+
+def projections(spec: StudentSpec, config: dict[str, Any]) -> set[str]:
+    """Names of the tensors whose shape depends on embed_dim, those of the projections to the joint embedding."""
+    one, other = (
+        clip_on_meta(replace(spec, embed_dim=width), config).state_dict()
+        for width in (config["embed_dim"], 2 * config["embed_dim"])
+    )
+    return {name for name in one if one[name].shape != other[name].shape}
 
 
 def build_student(
@@ -190,7 +207,7 @@ def build_student(
         model: open_clip architecture of a two-tower CLIP.
         embed_dim: the teacher's width; None is the architecture's own, also for image_size and context_length.
         pretrained: tag or file of the initial weights; None draws them from `seed` alone, without changing the global
-            random generator.
+            random generator. Projections of another width than `embed_dim` are drawn from `seed`, too.
         projection: add a linear projection to each tower without one.
         grad_checkpointing: recompute activations in backward.
 
@@ -200,7 +217,11 @@ def build_student(
     spec = StudentSpec(model, embed_dim, image_size, context_length, pretrained, projection)
     config = student_config(spec)
     check_weights(model, pretrained)
-    clip = create_clip(spec, config, seed=seed)
+    with_weights = has_weights(spec)
+    timm = "timm_model_name" in config["vision_cfg"]  # such a tower is resized with its weights
+    clip = create_clip(replace(spec, image_size=None) if timm and with_weights else spec, config, seed=seed)
+    if with_weights:
+        load_weights(clip, spec, lambda: projections(spec, config))
     if grad_checkpointing:
         clip.set_grad_checkpointing(True)
     return Student(clip, replace(spec, embed_dim=config["embed_dim"]), config)

@@ -5,8 +5,6 @@ Shapes: B batch, D embedding, T context length, H x W pixels.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +14,8 @@ from open_clip.timm_model import TimmModel
 from torch import Tensor
 
 from megacid.errors import UserError, one_line
-from megacid.models.clip import StudentSpec, check_weights, has_own_weights, model_config, tokenizer_for
-from megacid.models.student import create_clip, image_shape, student_config
+from megacid.models.clip import StudentSpec, check_weights, tokenizer_for
+from megacid.models.student import clip_on_meta, image_shape, student_config
 
 
 def check_towers(spec: StudentSpec, *, grad_checkpointing: bool = False) -> None:
@@ -29,8 +27,7 @@ def check_towers(spec: StudentSpec, *, grad_checkpointing: bool = False) -> None
     config = student_config(spec)
     check_weights(spec.model, spec.pretrained)
     width = config["embed_dim"]
-    _check_width_of_weights(spec, width)
-    clip = _on_meta(spec, config)
+    clip = clip_on_meta(spec, config)
     if grad_checkpointing:
         _check_grad_checkpointing(spec.model, clip.visual)
     for kind, other in zip(("images", "texts"), _widths(spec.model, clip, config)):
@@ -41,12 +38,6 @@ def check_towers(spec: StudentSpec, *, grad_checkpointing: bool = False) -> None
                 f"{width}: {remedy}use a teacher of width {other}"
             )
     _check_tokens(spec.model, clip, tokenizer_for(spec)(["a"]))
-
-
-def _on_meta(spec: StudentSpec, config: dict[str, Any]) -> Any:
-    spec = replace(spec, pretrained=None)  # open_clip would fetch the weights also when it does not load them
-    with torch.device("meta"):
-        return create_clip(spec, config, seed=0, load_weights=False, device="meta").eval()
 
 
 def _is_hf(clip: Any) -> bool:
@@ -67,21 +58,6 @@ def _widths(model: str, clip: Any, config: dict[str, Any]) -> tuple[int, int]:
         return image, clip.text.output_dim
     tokens_1T = torch.zeros(1, clip.context_length, dtype=torch.int64, device="meta")
     return image, clip.encode_text(tokens_1T).shape[-1]
-
-
-def _check_width_of_weights(spec: StudentSpec, width: int) -> None:
-    """A file's width is found when it is read."""
-    if not has_own_weights(spec.model) and (spec.pretrained is None or Path(spec.pretrained).is_file()):
-        return
-    weights = f'the weights of "{spec.model}"' if spec.pretrained is None else f'the weights "{spec.pretrained}"'
-    own = model_config(spec.model)["embed_dim"]
-    if width != own:
-        raise UserError(
-            f"{weights} have width {own} at student.embed_dim {width}, expected the same: use a teacher of width "
-            f"{own}, or random initial weights"
-        )
-    if spec.projection:
-        raise UserError(f'{weights} have no projection, but "student.projection" is true: remove one of the two')
 
 
 def _check_grad_checkpointing(model: str, visual: Any) -> None:
