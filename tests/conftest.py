@@ -25,6 +25,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
 
 
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A small finished pipeline (shards, teacher embeddings, clusters) that whole training runs share."""
+    from offline_data import run as run_tool_inside
+    from offline_data import save_model
+    from train_run import Pipeline
+
+    root = tmp_path_factory.mktemp("pipeline")
+    made = Pipeline(root, root / "scenes" / "train", root / "teacher", root / "clusters")
+    sizes = ("--num", 72, "--clusters", 12, "--size", 32, "--samples-per-shard", 30)
+    run_tool_inside("synthesize", "scenes", "--out", root / "scenes", *sizes)
+    model = save_model(root / "model", seed=3)
+    run_tool_inside("embed", "--shards", made.shards, "--out", made.teacher, "--model", f"local-dir:{model}")
+    run_tool_inside("cluster", "--embeddings", made.teacher, "--out", made.labels, "--k", 13, "--iterations", 3)
+    return made
+
+
 @pytest.fixture
 def marker(tmp_path: Path) -> Any:
     """Where a payload would leave its mark; checked at the end of every test that asks for it."""

@@ -68,6 +68,8 @@ def _type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         text = " or ".join(map(_type, members))
     elif origin is Literal:
         text = ", ".join(f"`{json.dumps(member)}`" for member in members)
+    elif origin is tuple and members[-1] is ...:
+        text = f"list of {_type(members[0])}"
     elif origin is tuple:
         text = f"list of {len(members)} numbers{_type(members[0]).removeprefix('number')}"
     else:

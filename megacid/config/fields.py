@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -36,6 +36,13 @@ def _joined(value: Any) -> Any:
     return "::".join(value) if isinstance(value, list) and value and all(isinstance(v, str) for v in value) else value
 
 
+def _each_once(value: Any) -> Any:
+    known = get_args(TrackerName)
+    if not isinstance(value, list | tuple) or any(value.count(name) > 1 or name not in known for name in value):
+        raise ValueError(f"a list of {', '.join(map(repr, known))}, each at most once".replace("'", '"'))
+    return tuple(value)
+
+
 # A validator's ValueError ends the message `"KEY" is VALUE, expected ...`.
 DirectoryName = Annotated[str, BeforeValidator(_directory_name)]
 FilePath = Annotated[str, AfterValidator(expanded_path)]
@@ -48,6 +55,8 @@ Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 FractionAboveZero = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+TrackerNames = Annotated[tuple[TrackerName, ...], BeforeValidator(_each_once)]
 
 
 class Section(BaseModel):

@@ -19,6 +19,7 @@ from megacid.config.fields import (
     Seconds,
     Section,
     Steps,
+    TrackerNames,
     Weight,
     Width,
     as_tuple,
@@ -44,7 +45,9 @@ class RunConfig(Section):
     keep_last: Annotated[int, Field(ge=2, le=10**9)] = 2
     """Number of newest checkpoints to keep, at least 2, since a crash may damage the newest one."""
     log_every: Steps = 10
-    """Steps between log lines and tensorboard points."""
+    """Steps between log lines and points of the trackers."""
+    trackers: TrackerNames = ("tensorboard",)
+    """Experiment trackers that show the run's scalars. wandb and trackio are packages of their own."""
     timeout_s: Seconds = 600.0
     """Seconds without progress after which the watchdog names the stalled rank and ends the run."""
     start_timeout_s: Seconds = 600.0

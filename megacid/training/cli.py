@@ -32,6 +32,7 @@ from megacid.errors import (
 from megacid.training.dry_run import dry_run
 from megacid.training.guard import TooManySkips
 from megacid.training.run_settings import check_packages, settings_of_this_rank
+from megacid.training.trackers import check_trackers
 
 EXIT_CODES: dict[type[Exception], int] = {
     TooManySkips: EXIT_NOT_FINITE,
@@ -112,6 +113,8 @@ def run_main(argv: list[str] | None, train: Callable[[RunFile, argparse.Namespac
         agree_on_mapping(settings_of_this_rank(run, world), "the run", parallel.group)
         with fail_together(parallel.group):
             check_packages()
+            if parallel.is_first:
+                check_trackers(run.megacid.run.trackers)
         return dry_run(run, args, parallel) if args.dry_run else train(run, args, parallel)
     except UserError as error:
         return _fail(error, EXIT_USER, rank, everywhere=error.on_every_rank)

@@ -1,4 +1,4 @@
-"""Logging of a run: log lines, tensorboard, throughput, time to the end, peak memory."""
+"""Logging of a run: log lines, scalars for the trackers, throughput, time to the end, peak memory."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ import logging
 import os
 import resource
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from megacid.config.schema import RunFile
 from megacid.distributed.parallel import Parallel
 from megacid.errors import LogFormatter, UserError
 from megacid.storage.atomic import open_owned, write_json_atomic
+from megacid.training.trackers import Trackers
 
 log = logging.getLogger("megacid")
 _STATUS = Path("/proc/self/status")
@@ -94,44 +92,15 @@ def resident_memory_mib() -> float:
     return _status_mib("VmRSS")
 
 
-def _curve(folder: Path, step: int) -> SummaryWriter:
-    """A new event file that starts at `step` and purges what a crashed run wrote beyond its last checkpoint.
-
-    Readers order the files by name, which is the start in whole seconds and then the process id. A second start within
-    the same second could be read before the first, so it waits for the next second.
-    """
-    while list(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
-        time.sleep(0.05)
-    return SummaryWriter(str(folder), purge_step=step)
-
-
-def _silence_writer_thread() -> None:
-    """Let tensorboard's thread end without a traceback on an error, which the next call of the writer raises."""
-    report = threading.excepthook
-
-    def excepthook(args: threading.ExceptHookArgs) -> None:
-        if "AsyncWriter" not in type(args.thread).__name__:
-            report(args)
-
-    threading.excepthook = excepthook
-
-
 class Metrics:
-    """Log lines, tensorboard and train_summary.json of a run. Rank 0 writes; the other ranks only measure time.
-
-    The first error of tensorboard's files is one warning, after which the run continues without them.
-    """
+    """Log lines, tracked scalars and train_summary.json of a run. Rank 0 writes; the other ranks only measure time."""
 
     def __init__(self, run: RunFile, parallel: Parallel, start_step: int) -> None:
         config = run.megacid.run
         self.directory, self.world, self.global_batch = run.directory, parallel.world, run.global_batch
         self.total_steps, self.log_every = config.total_steps, config.log_every
         self.is_first = parallel.is_first
-        self.writer: SummaryWriter | None = None
-        if self.is_first:
-            _silence_writer_thread()
-            with self._without_errors():
-                self.writer = _curve(run.directory / "tensorboard", start_step + 1)
+        self._trackers = Trackers(run, start_step) if self.is_first else None
         self.began, self.start_step = time.perf_counter(), start_step
         self._last, self._last_step, self._data_s = self.began, start_step, 0.0
 
@@ -162,7 +131,7 @@ class Metrics:
         wait, self._last, self._last_step, self._data_s = self._data_s / seconds, now, step + 1, 0.0
         if not self.is_first:
             return
-        self._write_scalars(values, step)
+        self.write(values, step)
         eta = (self.total_steps - step - 1) * (now - self.began) / (step + 1 - self.start_step)
         losses = "  ".join(f"{name} {float(value):.4f}" for name, value in terms.items())
         log.info(
@@ -171,27 +140,29 @@ class Metrics:
             rate, 100 * wait, _clock(eta),
         )  # fmt: skip
 
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        """Give scalars, by tag, to the trackers. Does nothing on other ranks than the first.
+
+        Args:
+            step: the last step that the scalars belong to, counted from 0 as in the training loop.
+        """
+        if self._trackers is not None:
+            self._trackers.scalars(scalars, step + 1)
+
     def log_classes(self, step: int, stats: dict[str, float], hits: Tensor) -> None:
         """Log diagnostics over all class rows. hits: int64, number of classes with 0, 1, 2-3, 4-7, ... samples."""
-        if not self.is_first:
+        if self._trackers is None:
             return
-        self._write_scalars({f"classes/{name}": value for name, value in stats.items()}, step)
-        # Bins by powers of two; tensorboard takes the right edge of each.
-        edges = [0.5] + [2.0**i - 0.5 for i in range(1, len(hits))]
-        counts = hits.tolist()
-        middle = [0.0] + [1.5 * 2.0 ** (i - 1) for i in range(1, len(hits))]
-        self._write(lambda writer: writer.add_histogram_raw(
-            "classes/hits", min=0, max=edges[max((i for i, n in enumerate(counts) if n), default=0)], num=sum(counts),
-            sum=sum(n * m for n, m in zip(counts, middle)), sum_squares=sum(n * m * m for n, m in zip(counts, middle)),
-            bucket_limits=edges, bucket_counts=counts, global_step=step + 1,
-        ))  # fmt: skip
+        self.write({f"classes/{name}": value for name, value in stats.items()}, step)
+        edges = [-0.5, *(2.0**i - 0.5 for i in range(len(hits)))]
+        self._trackers.histogram("classes/hits", edges, hits.tolist(), step + 1)
         log.info("classes: %s", "  ".join(f"{name} {value:.4g}" for name, value in stats.items()))
 
     def close(self, **fields: Any) -> None:
         """Write train_summary.json: seconds, samples/s and peak memory (MiB) of this start, and `fields`."""
-        if not self.is_first:
+        if self._trackers is None:
             return
-        self._write(lambda writer: writer.close())
+        self._trackers.close()
         seconds = time.perf_counter() - self.began
         summary = {
             "seconds": seconds,
@@ -203,24 +174,3 @@ class Metrics:
             write_json_atomic(self.directory / "train_summary.json", summary)
         except OSError as error:
             log.warning("train_summary.json cannot be written (%s)", error)
-
-    def _write_scalars(self, values: dict[str, float], step: int) -> None:
-        def write(writer: SummaryWriter) -> None:
-            for name, value in values.items():
-                writer.add_scalar(name, value, step + 1)
-
-        self._write(write)
-
-    def _write(self, write: Callable[[SummaryWriter], object]) -> None:
-        if self.writer is not None:
-            with self._without_errors():
-                write(self.writer)
-
-    @contextlib.contextmanager
-    def _without_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # not only OSError: tensorboard has its own where tensorflow is installed
-            self.writer = None
-            folder = self.directory / "tensorboard"
-            log.warning("%s cannot be written any more (%s): the run continues without it", folder, error)

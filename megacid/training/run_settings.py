@@ -23,6 +23,7 @@ log = logging.getLogger("megacid")
 # Settings that change no result, such as where files are written and how the global batch is split; and the guard's.
 MAY_CHANGE = (
     "megacid.run.dir", "megacid.run.name", "megacid.run.save_every", "megacid.run.keep_last", "megacid.run.log_every",
+    "megacid.run.trackers",
     "megacid.run.timeout_s", "megacid.run.save_timeout_s", "megacid.run.start_timeout_s",
     "megacid.run.save_in_background", "megacid.run.check_every",
     "megacid.data.workers", "megacid.data.worker_timeout_s", "megacid.data.prefetch", "megacid.data.error_budget",

@@ -18,6 +18,7 @@ from harness import rank_fates
 
 import megacid.train  # imported once here, inherited by forked ranks
 import megacid.training.metrics
+import megacid.training.trackers
 from megacid import failpoints
 from megacid.checkpoint import store
 
@@ -290,7 +291,7 @@ def with_failing_metrics(argv: list[str], what: str) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if what == "folder":
-        megacid.training.metrics.SummaryWriter = refuse  # type: ignore[misc, assignment]
+        megacid.training.trackers.SummaryWriter = refuse  # type: ignore[misc, assignment]
     elif what == "event":
         RecordWriter.write = refuse
     else:

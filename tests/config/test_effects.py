@@ -112,7 +112,7 @@ def others(section: str, name: str, value: Any) -> list[Any]:
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, tuple):
-        return [[0.5, 0.5]]
+        return [[0.5, 0.5], []]
     if isinstance(value, int):
         return [value + 1]
     if isinstance(value, float):
