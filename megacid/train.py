@@ -54,7 +54,7 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     if start_from is not None and store.read_manifest(Path(start_from))["step"] >= config.total_steps:
         log.info("already finished: %s has all %d steps", start_from, config.total_steps)
         return 0
-    state = build_train_state(run, parallel)
+    state = build_train_state(run, parallel, start_from)
     start = resume(state, start_from, going_back=args.resume not in ("auto", "never"))
     saver = Saver(directory, keep_last=config.keep_last, group=parallel.group, background=config.save_in_background)
     lifecycle = Lifecycle(parallel.group, stop_after=args.stop_after)

@@ -77,6 +77,9 @@ class StudentConfig(Section):
     of another width than embed_dim are drawn from run.seed."""
     projection: Annotated[bool, when.Shards] = False
     """Add a linear projection to each tower that has none (SigLIP), which gives it the width embed_dim."""
+    projection_init: Annotated[Literal["random", "teacher"], when.Shards, when.TeacherTerm] = "random"
+    """Initial projections: those of the weights or random ones, or a least-squares fit to the stored embeddings of
+    the teacher (teacher)."""
     grad_checkpointing: Annotated[bool, when.Shards] = False
     """Recompute activations in the backward pass: less memory, more time."""
     hidden: Annotated[Width, when.Features, when.HiddenLayers] = 512

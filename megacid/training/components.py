@@ -58,6 +58,7 @@ class Data:
     centroids: Path | None = None  # of the labels' clusters; None: they have none
     feature_dim: int | None = None  # None: pairs of images and texts
     normalize: Callable[[Tensor], Tensor] | None = None  # uint8 images -> the input; None: features
+    samples: Callable[[Positions], Stream] | None = None  # pairs at other positions than those of the steps
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
         normalize = PixelNormalization(run.megacid.student, parallel.device)
     return Data(
         lambda start_step: PairStream(index, _positions(run, parallel, start_step), options),
+        samples=lambda positions: PairStream(index, positions, options),
         teacher_dim=teacher.dim if teacher else None,
         num_classes=labels.num_classes if labels else None,
         centroids=labels.directory / "centroids.npy" if labels else None,

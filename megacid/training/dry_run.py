@@ -12,7 +12,7 @@ import torch
 
 from megacid.config.schema import RunFile
 from megacid.data.batch import Batch, DataBudgetError
-from megacid.distributed.consensus import as_user_error, fail_together, gather_json
+from megacid.distributed.consensus import as_user_error, broadcast_json, fail_together, gather_json
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.models.student import Student, StudentOutput
@@ -35,8 +35,9 @@ def dry_run(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     with fail_together(parallel.group):
         _check_directory(run)
         start_from = find_checkpoint(run, args.resume, args.fork) if parallel.is_first else None
+    start_from = broadcast_json(start_from, parallel.group)
     with as_user_error("DeepSpeed or the model cannot be set up"):
-        state = build_train_state(run, parallel)
+        state = build_train_state(run, parallel, start_from)
     batch = _first_batch(state)
     out = _forward(state, batch)
     with as_user_error("the loss of the first micro-batch fails"):

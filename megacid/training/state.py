@@ -25,6 +25,7 @@ from megacid.storage.atomic import disk_errors
 from megacid.training.components import Data, build_components
 from megacid.training.guard import Guard
 from megacid.training.memory import report_memory
+from megacid.training.projection_fit import fit_projections
 from megacid.training.resume import abandon_later_checkpoints
 from megacid.training.run_settings import write_config
 from megacid.training.schedule import parameter_groups
@@ -127,8 +128,12 @@ class StepOutput:
         return bool(bad), f"terms {terms}; {kind} {shown}"
 
 
-def build_train_state(run: RunFile, parallel: Parallel) -> TrainState:
-    """Build everything that the run trains with. A collective; every rank raises the same error."""
+def build_train_state(run: RunFile, parallel: Parallel, start_from: str | None = None) -> TrainState:
+    """Build everything that the run trains with. A collective; every rank raises the same error.
+
+    Args:
+        start_from: the checkpoint that `resume` will load, which makes a fit of initial values unnecessary.
+    """
     components = build_components(run, parallel)
     # After the checks of settings and data, because importing deepspeed takes seconds.
     from megacid.distributed.engine import Engine
@@ -136,6 +141,8 @@ def build_train_state(run: RunFile, parallel: Parallel) -> TrainState:
     run, student = components.run, components.student
     student.to(parallel.device)
     report_memory(run, student, components.head, parallel)
+    if start_from is None and isinstance(student, Student) and run.megacid.student.projection_init == "teacher":
+        fit_projections(student, components.data, run, parallel)
     groups = parameter_groups(student, float(run.deepspeed["optimizer"]["params"].get("weight_decay", 0.0)))
     return TrainState(
         **vars(components),

@@ -29,6 +29,9 @@ NO_CLUSTER = "loss.cluster=0 loss.beta=null loss.gamma=null data.labels=null cla
 # What is set for nothing -> what the message says would make it count. All on configs/digits_cpu.json.
 FOR_NOTHING = {
     "student.hidden=64": "without data.features",
+    f"student.projection_init=teacher data.teacher=null {NO_CLUSTER} loss.instance=0 loss.contrastive=1": (
+        "without a term that reads it"
+    ),
     "data.worker_timeout_s=60": "without data.workers > 0",
     "data.prefetch=4": "without data.workers > 0",
     "loss.cluster_temperature=2 loss.gamma=0": "without loss.gamma > 0",

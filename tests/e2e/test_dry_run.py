@@ -51,7 +51,7 @@ EARLY: dict[str, tuple[dict[str, Any], str]] = {
         {"student__model": "ViT-B-32", "student__pretrained": "openai"}, 'use the model "ViT-B-32-quickgelu"',
     ),
     "weights of another width": (
-        {"student__model": "ViT-B-32", "student__pretrained": "laion2b_s34b_b79k"}, "have width 512",
+        {"student__model": "ViT-B-16-SigLIP", "student__pretrained": "webli"}, "gives images of width 768",
     ),
     "checkpointing without effect": (
         {"student__model": "RN50", "student__grad_checkpointing": True}, 'which the image tower of "RN50"',
