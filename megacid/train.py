@@ -36,8 +36,10 @@ from megacid.failpoints import failpoint
 from megacid.training.cli import ERRORS_OF_ALL_RANKS, run_main
 from megacid.training.gradient_cache import GradientCache
 from megacid.training.guard import Verdict
-from megacid.training.lifecycle import Lifecycle
+from megacid.training.lifecycle import Lifecycle, RunLock
 from megacid.training.metrics import Metrics
+from megacid.training.observe import observe
+from megacid.training.profile import StepProfiler
 from megacid.training.reports import report_classes, report_step
 from megacid.training.resume import ResumeLossCheck, open_run
 from megacid.training.schedule import learning_rate_share, peak_rates
@@ -60,7 +62,8 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     lifecycle = Lifecycle(parallel.group, stop_after=args.stop_after)
     watchdog = Watchdog(run, parallel, lifecycle)
     loss_check = ResumeLossCheck(directory, start if start_from else None, tolerance=1e-2 if run.bf16 else 1e-4)
-    metrics = Metrics(run, parallel, start)
+    metrics = Metrics(run, parallel, start, state.flops)
+    profiler = StepProfiler(args.profile_steps, directory, parallel)
 
     def save(step: int) -> None:
         watchdog.beat("save", step, config.save_timeout_s)
@@ -73,7 +76,8 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
         for step in range(start, config.total_steps):
             # The first step may compile kernels and open every shard.
             beat = partial(watchdog.beat, step=step, limit_s=config.save_timeout_s if step == start else None)
-            output, verdict = train_step(step, state, batches, metrics, beat, lifecycle)
+            with profiler.around(step):
+                output, verdict = train_step(step, state, batches, metrics, beat, lifecycle)
             if verdict.failure is not None:
                 if step > max(start, saver.last_step):
                     save(step)  # the data are at fault, not the steps before
@@ -94,18 +98,27 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
             if stopped:
                 break
         watchdog.beat("end", step, config.save_timeout_s)
+        profiler.close()
         saver.finish()
     except ERRORS_OF_ALL_RANKS:
         saver.finish()  # a checkpoint in progress holds the state before the error
         raise
     finally:
         watchdog.close()
-    metrics.close(steps=step + 1 - start, start_step=start, skipped=state.guard.skipped, world=parallel.world)
+    metrics.close(steps=step + 1 - start, skipped=state.guard.skipped)
+    return close_run(run, step, lifecycle if stopped else None, lock)
+
+
+def close_run(run: RunFile, step: int, stopped: Lifecycle | None, lock: RunLock | None) -> int:
+    """Release the run directory and log how the run ended after `step`. Returns the exit code. A collective.
+
+    stopped: has the request to stop that ended the run; None without one.
+    """
     if lock is not None:
         lock.release()
-    if stopped and step + 1 < config.total_steps:
-        return lifecycle.stopped_after(step)
-    log.info("finished: %s", directory)
+    if stopped is not None and step + 1 < run.megacid.run.total_steps:
+        return stopped.stopped_after(step)
+    log.info("finished: %s", run.directory)
     return 0
 
 
@@ -135,6 +148,7 @@ def train_step(
         output.describe,
         failure=output.failure,
         stop=lifecycle.asked_after(step),
+        observed=output.observed,
     )
     beat("update")
     step_both(state, verdict, learning_rate_share(step, run.megacid.run.total_steps, run.megacid.schedule))
@@ -168,7 +182,8 @@ def accumulate_directly(
     step: int, state: TrainState, batches: Iterator[Batch], metrics: Metrics, beat: Callable[[str], None]
 ) -> StepOutput:
     """One forward and backward per micro-batch; the step's loss is their mean."""
-    accumulation, losses, all_terms, micro_batches, finite = state.run.accumulation, [], [], [], []
+    accumulation = state.run.accumulation
+    losses, all_terms, micro_batches, finite, observed = [], [], [], [], []
     for micro in range(accumulation):
         batch = next_batch(step, state, batches, metrics, beat)
         beat("forward")
@@ -183,8 +198,10 @@ def accumulate_directly(
         all_terms.append(terms)
         micro_batches.append(batch)
         finite.append(torch.isfinite(out.image.detach()).all(dim=-1))
+        observed.append(observe(out, on_device))
     means = {name: torch.stack([terms[name] for terms in all_terms]).mean() for name in all_terms[0]}
-    return StepOutput.of(torch.stack(losses).mean(), means, micro_batches, torch.cat(finite))
+    seen = torch.stack(observed).mean(0)
+    return StepOutput.of(torch.stack(losses).mean(), means, micro_batches, torch.cat(finite), seen)
 
 
 def accumulate_with_gradient_cache(
@@ -199,7 +216,7 @@ def accumulate_with_gradient_cache(
             out = state.embed(step, micro, batch)
         cache.add(batch, out)
     beat("objective")
-    loss, terms = cache.differentiate(state.objective)
+    loss, terms, observed = cache.differentiate(state.objective)
     for micro in reversed(range(accumulation)):
         beat("backward")
         if micro + 1 < accumulation:
@@ -207,7 +224,7 @@ def accumulate_with_gradient_cache(
         state.engine.backward(cache.surrogate(micro, out))
         if micro > 0:
             state.engine.micro_step()
-    return StepOutput.of(loss, terms, cache.batches, torch.isfinite(cache.image).all(dim=-1))
+    return StepOutput.of(loss, terms, cache.batches, torch.isfinite(cache.image).all(dim=-1), observed)
 
 
 def next_batch(

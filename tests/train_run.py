@@ -83,8 +83,13 @@ def tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def losses(run: Path) -> dict[int, float]:
+    return scalars(run, "train/loss")
+
+
+def scalars(run: Path, tag: str) -> dict[int, float]:
+    """step -> value of a tag in a run's tensorboard files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    return {event.step: event.value for event in events.Scalars("train/loss")}
+    return {event.step: event.value for event in events.Scalars(tag)}

@@ -31,6 +31,7 @@ from megacid.errors import (
 )
 from megacid.training.dry_run import dry_run
 from megacid.training.guard import TooManySkips
+from megacid.training.profile import steps_to_profile
 from megacid.training.run_settings import check_packages, settings_of_this_rank
 from megacid.training.trackers import check_trackers
 
@@ -74,6 +75,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="save a checkpoint after this step and exit with code 143, as SIGTERM does",
     )  # fmt: skip
     parser.add_argument(
+        "--profile-steps", metavar="A:B",
+        help="profile the steps A to B, as the log numbers them: a trace for each rank in the run directory's profile/",
+    )  # fmt: skip
+    parser.add_argument(
         "--dry-run", action="store_true",
         help="start as training does, compute the first loss, print the memory that the run needs, and exit; the run "
         "directory is not written to",
@@ -99,6 +104,7 @@ def run_main(argv: list[str] | None, train: Callable[[RunFile, argparse.Namespac
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         run = load_run(args.deepspeed_config, args.set, world=world)
+        args.profile_steps = steps_to_profile(args.profile_steps, run.megacid.run.total_steps)
     except UserError as error:
         return _fail(error, EXIT_USER, rank, everywhere=True)
     if args.print_config:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,6 +59,7 @@ class Data:
     feature_dim: int | None = None  # None: pairs of images and texts
     normalize: Callable[[Tensor], Tensor] | None = None  # uint8 images -> the input; None: features
     samples: Callable[[Positions], Stream] | None = None  # pairs at other positions than those of the steps
+    epoch_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def open_data(run: RunFile, parallel: Parallel) -> Data:
     with fail_together(parallel.group):
         stats = data.stream(0).statistics()
     log.info("data: %s", "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in stats.items()))
-    return data
+    return replace(data, epoch_samples=stats["rows" if data.feature_dim else "kept"])
 
 
 def _positions(run: RunFile, parallel: Parallel, start_step: int) -> Positions:

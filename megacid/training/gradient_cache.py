@@ -21,6 +21,7 @@ from torch import Tensor
 from megacid.data.batch import Batch
 from megacid.losses import Objective
 from megacid.models.student import StudentOutput
+from megacid.training.observe import observe
 
 
 class _Targets(NamedTuple):
@@ -49,16 +50,17 @@ class GradientCache:
         """Image embeddings of all micro-batches."""
         return torch.cat([out.image for out in self._outputs])
 
-    def differentiate(self, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
+    def differentiate(self, objective: Objective) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Compute the objective and its gradients, also those of the class rows. A collective.
 
         Returns:
-            The loss and its terms, as `Objective` returns them.
+            The loss and its terms, as `Objective` returns them, and what `observe` returns.
         """
         image, text = self.image.requires_grad_(), torch.cat([out.text for out in self._outputs]).requires_grad_()
         logit_scale = self._outputs[-1].logit_scale.clone().requires_grad_()
         targets = _Targets(*(self._concatenated(name, image.device) for name in _Targets._fields))
-        loss, terms = objective(StudentOutput(image, text, logit_scale), targets)
+        out = StudentOutput(image, text, logit_scale)
+        loss, terms = objective(out, targets)
         loss.backward()
         sizes = [len(out.image) for out in self._outputs]
         none = [None] * len(sizes)
@@ -66,7 +68,7 @@ class GradientCache:
         # Every micro-batch has the same logit scale, so each gets an equal share of its gradient.
         share = None if logit_scale.grad is None else logit_scale.grad / len(sizes)
         self._gradients = list(zip(images, texts, [share] * len(sizes)))
-        return loss.detach(), terms
+        return loss.detach(), terms, observe(out, targets)
 
     def surrogate(self, micro: int, out: StudentOutput) -> Tensor:
         """<embedding, its gradient> of one micro-batch, 0-d; has the objective's gradient at the student's parameters.

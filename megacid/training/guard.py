@@ -8,6 +8,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class Verdict:
 
     apply: both optimizers step, or neither. grad_norm: joint 2-norm of student and classifier. clip_scale: gradient
     factor, at most 1. loss: mean over the ranks. stop: a rank was asked to stop. failure: why the data end the run.
+    observed: means over the ranks.
     """
 
     apply: bool
@@ -45,6 +47,7 @@ class Verdict:
     loss: float
     stop: bool = False
     failure: str | None = None
+    observed: tuple[float, ...] = ()
 
 
 class Guard:
@@ -81,6 +84,7 @@ class Guard:
         *,
         failure: str | None = None,
         stop: bool = False,
+        observed: Tensor | None = None,
     ) -> Verdict:
         """Decide about one step. A collective: one all-reduce, and more only for a warning or a failure.
 
@@ -91,6 +95,7 @@ class Guard:
             describe: for warnings only; (whether this rank's samples are at fault, samples and loss terms as text).
             failure: why the data of this rank end the run.
             stop: whether this rank was asked to stop.
+            observed: values of this rank, of which the verdict has the means; they change no decision.
 
         Raises:
             TooManySkips: on every rank.
@@ -99,13 +104,12 @@ class Guard:
         zero = student_norm.new_zeros(())
         head_sum = head_norm_sq if head_norm_sq is not None else zero
         parts = (head_sum, bad, zero + (failure is not None), zero + stop, loss.detach())
-        sums = torch.stack([part.double() for part in parts])
-        all_reduce_sum(sums, self.group)
-        *totals, own_norm = torch.cat([sums, student_norm.double().reshape(1)]).tolist()
-        stopped, mean_loss = totals[_STOP] > 0, totals[_LOSS] / world_size(self.group)
+        *totals, own_norm = self._sums([*parts, *(() if observed is None else observed)], student_norm)
+        _, mean_loss, *means = (total / world_size(self.group) for total in totals[_STOP:])
+        stopped, verdict = totals[_STOP] > 0, partial(Verdict, observed=tuple(means))
         if totals[_FAILED] > 0:
             failures = [text for text in gather_json(failure, self.group) if text is not None]
-            return Verdict(False, math.nan, 0.0, mean_loss, stopped, "; ".join(failures))
+            return verdict(False, math.nan, 0.0, mean_loss, stopped, "; ".join(failures))
         if not math.isfinite(totals[_HEAD]) or totals[_BAD] > 0:
             head_sq = None if head_norm_sq is None else float(head_norm_sq)
             self._skip(step)
@@ -117,19 +121,26 @@ class Guard:
                 f"classifier gradient norm^2 {head_sq}; ",
             )
             self._check_limits(step, "a non-finite loss or gradient")
-            return Verdict(False, math.nan, 0.0, mean_loss, stopped)
+            return verdict(False, math.nan, 0.0, mean_loss, stopped)
         norm = math.sqrt(own_norm**2 + totals[_HEAD])
         scale = min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
         limit = self._spike_limit()
         if limit is not None and mean_loss > limit:
             self._handle_spike(step, mean_loss, limit, describe)
             if self.config.spike == "skip":
-                return Verdict(False, norm, 0.0, mean_loss, stopped)
+                return verdict(False, norm, 0.0, mean_loss, stopped)
             scale *= _LOWERED
         self.consecutive = 0
         if self.config.spike != "off":
             self._losses.append(mean_loss)
-        return Verdict(True, norm, scale, mean_loss, stopped)
+        return verdict(True, norm, scale, mean_loss, stopped)
+
+    def _sums(self, parts: list[Tensor], own: Tensor) -> list[float]:
+        """Sums over the ranks of 0-d `parts`, then this rank's `own`, with one transfer to the host."""
+        sums = torch.stack([part.double() for part in parts])
+        all_reduce_sum(sums, self.group)
+        values: list[float] = torch.cat([sums, own.double().reshape(1)]).tolist()
+        return values
 
     def _handle_spike(self, step: int, loss: float, limit: float, describe: Callable[[], tuple[bool, str]]) -> None:
         """Warn of a spike, and count the skipped step or end the run as guard.spike says. A collective."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import resource
 import sys
 import time
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from megacid.config.schema import RunFile
 from megacid.distributed.parallel import Parallel
 from megacid.errors import LogFormatter, UserError
 from megacid.storage.atomic import open_owned, write_json_atomic
+from megacid.training.flops import peak_tflops
+from megacid.training.summary import clock, summary_lines, where_to_go_on
 from megacid.training.trackers import Trackers
 
 log = logging.getLogger("megacid")
@@ -64,11 +66,6 @@ def setup_logging(rank: int, directory: Path | None) -> None:
         log.warning("log.txt cannot be written (%s): the run continues without it", failure)
 
 
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours:d}:{rest // 60:02d}:{rest % 60:02d}"
-
-
 def _status_mib(key: str) -> float:
     """VmHWM or VmRSS of this process in MiB; its ru_maxrss on a system without /proc.
 
@@ -87,6 +84,13 @@ def peak_memory_mib() -> float:
     return _status_mib("VmHWM")
 
 
+def memory_mib() -> float:
+    """Memory allocated on the GPU now, or this process's resident memory on a CPU."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.memory_allocated() / 2**20
+    return resident_memory_mib()
+
+
 def resident_memory_mib() -> float:
     """Resident memory of this process; its peak on a system without /proc."""
     return _status_mib("VmRSS")
@@ -95,18 +99,25 @@ def resident_memory_mib() -> float:
 class Metrics:
     """Log lines, tracked scalars and train_summary.json of a run. Rank 0 writes; the other ranks only measure time."""
 
-    def __init__(self, run: RunFile, parallel: Parallel, start_step: int) -> None:
-        config = run.megacid.run
+    def __init__(self, run: RunFile, parallel: Parallel, start_step: int, flops: float | None = None) -> None:
+        """flops: floating-point operations of a step of all ranks; None: unknown."""
+        config, self.run = run.megacid.run, run
         self.directory, self.world, self.global_batch = run.directory, parallel.world, run.global_batch
         self.total_steps, self.log_every = config.total_steps, config.log_every
         self.is_first = parallel.is_first
         self._trackers = Trackers(run, start_step) if self.is_first else None
         self.began, self.start_step = time.perf_counter(), start_step
-        self._last, self._last_step, self._data_s = self.began, start_step, 0.0
+        self._last, self._last_step, self._data_s, self._total_data_s = self.began, start_step, 0.0, 0.0
+        self._last_loss: float | None = None
+        self._last_evaluation: dict[str, float] | None = None
+        self._tflops_per_rank = None if flops is None else flops / parallel.world / 1e12
+        is_gpu = parallel.device.type == "cuda"
+        self._peak_tflops = peak_tflops(torch.cuda.get_device_name(parallel.device)) if is_gpu else None
 
     def waited_for_data(self, seconds: float) -> None:
         """Add to the time that the training loop waited for batches."""
         self._data_s += seconds
+        self._total_data_s += seconds
 
     def due(self, step: int) -> bool:
         """Whether `step` is to be logged: every log_every steps, and the last."""
@@ -126,8 +137,11 @@ class Metrics:
             "train/samples_per_second_per_gpu": rate / self.world,
             "train/batch_time": seconds / steps,
             "train/data_time": self._data_s / steps,
+            "train/memory_mib": memory_mib(),
             "train/peak_memory_mib": peak_memory_mib(),
+            **self._utilization(seconds / steps),
         }
+        self._last_loss = values["train/loss"]
         wait, self._last, self._last_step, self._data_s = self._data_s / seconds, now, step + 1, 0.0
         if not self.is_first:
             return
@@ -137,17 +151,29 @@ class Metrics:
         log.info(
             "step %d/%d  loss %.4f  %s  lr %.2e  grad norm %.3f  %.0f samples/s  data wait %.0f %%  ETA %s",
             step + 1, self.total_steps, values["train/loss"], losses, scalars["train/lr"], scalars["train/grad_norm"],
-            rate, 100 * wait, _clock(eta),
+            rate, 100 * wait, clock(eta),
         )  # fmt: skip
+
+    def _utilization(self, seconds_per_step: float) -> dict[str, float]:
+        """TFLOP/s of a rank and, on a known GPU, their share of its peak."""
+        if self._tflops_per_rank is None:
+            return {}
+        rate = self._tflops_per_rank / seconds_per_step
+        known = {} if self._peak_tflops is None else {"train/mfu": rate / self._peak_tflops}
+        return {"train/tflops_per_gpu": rate, **known}
 
     def write(self, scalars: dict[str, float], step: int) -> None:
         """Give scalars, by tag, to the trackers. Does nothing on other ranks than the first.
+
+        The closing summary shows the newest ones whose tags begin with "eval/".
 
         Args:
             step: the last step that the scalars belong to, counted from 0 as in the training loop.
         """
         if self._trackers is not None:
             self._trackers.scalars(scalars, step + 1)
+        if evaluation := {tag: value for tag, value in scalars.items() if tag.startswith("eval/")}:
+            self._last_evaluation = {"step": step + 1, **evaluation}
 
     def log_classes(self, step: int, stats: dict[str, float], hits: Tensor) -> None:
         """Log diagnostics over all class rows. hits: int64, number of classes with 0, 1, 2-3, 4-7, ... samples."""
@@ -158,8 +184,13 @@ class Metrics:
         self._trackers.histogram("classes/hits", edges, hits.tolist(), step + 1)
         log.info("classes: %s", "  ".join(f"{name} {value:.4g}" for name, value in stats.items()))
 
-    def close(self, **fields: Any) -> None:
-        """Write train_summary.json: seconds, samples/s and peak memory (MiB) of this start, and `fields`."""
+    def close(self, *, steps: int, skipped: int) -> None:
+        """Close the trackers, log the closing summary and write it to train_summary.json.
+
+        Args:
+            steps: number of steps of this start.
+            skipped: number of skipped steps of the whole run.
+        """
         if self._trackers is None:
             return
         self._trackers.close()
@@ -168,8 +199,18 @@ class Metrics:
             "seconds": seconds,
             "samples_per_second": (self._last_step - self.start_step) * self.global_batch / seconds,
             "peak_memory_mib": peak_memory_mib(),
-            **fields,
+            "steps": steps,
+            "start_step": self.start_step,
+            "skipped": skipped,
+            "world": self.world,
+            "samples": steps * self.global_batch,
+            "data_wait_share": self._total_data_s / seconds,
+            "last_loss": loss if (loss := self._last_loss) is not None and math.isfinite(loss) else None,
+            "last_evaluation": self._last_evaluation,
+            **where_to_go_on(self.run, finished=self.start_step + steps == self.total_steps),
         }
+        for line in summary_lines(summary):
+            log.info("summary: %s", line)
         try:
             write_json_atomic(self.directory / "train_summary.json", summary)
         except OSError as error:

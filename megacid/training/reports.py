@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 
 from megacid.classifier.health import health, health_warnings, hit_histogram
+from megacid.config.conditions import ContrastiveTerm, terms_with_teacher
+from megacid.config.schema import RunFile
 from megacid.training.guard import Verdict
 from megacid.training.metrics import Metrics
+from megacid.training.observe import Observed
 from megacid.training.schedule import learning_rate_share, peak_rates
 from megacid.training.state import StepOutput, TrainState
 
@@ -14,7 +17,7 @@ log = logging.getLogger("megacid")
 
 
 def report_step(step: int, state: TrainState, output: StepOutput, verdict: Verdict, metrics: Metrics) -> None:
-    """Log loss, terms, learning rate, gradient norm and the classifier's diagnostics of a step that is due.
+    """Log loss, terms, learning rate, gradient norm and the diagnostics of a step that is due.
 
     A collective.
     """
@@ -22,13 +25,28 @@ def report_step(step: int, state: TrainState, output: StepOutput, verdict: Verdi
         return
     share = learning_rate_share(step, state.run.megacid.run.total_steps, state.run.megacid.schedule)
     diagnostics = state.head.metrics() if state.head is not None else {}
+    seen = (step + 1) * state.run.global_batch
     scalars = {
+        "train/samples_seen": float(seen),
+        "train/epoch": seen / state.data.epoch_samples,
         "train/lr": share * peak_rates(state.run)[0],
         "train/grad_norm": verdict.grad_norm,
         "train/skipped": float(state.guard.skipped),
+        **_observed(state.run, Observed(*verdict.observed)),
         **{f"classifier/{name}": float(value) for name, value in diagnostics.items()},
     }
     metrics.log(step, output.loss, output.terms, scalars)
+
+
+def _observed(run: RunFile, observed: Observed) -> dict[str, float]:
+    """What the run has of `observed`: cosines with a teacher, the logit scale where it is learned."""
+    block = run.megacid
+    scalars: dict[str, float] = {}
+    if terms_with_teacher(block.loss):
+        scalars |= {"train/cosine_image": observed.cosine_image, "train/cosine_text": observed.cosine_text}
+    if ContrastiveTerm.holds(block) and block.loss.temperature is None:
+        scalars["train/logit_scale"] = observed.logit_scale
+    return scalars
 
 
 def report_classes(step: int, state: TrainState, metrics: Metrics) -> None:

@@ -23,6 +23,7 @@ from megacid.models.feature_tower import FeatureTower
 from megacid.models.student import Student, StudentOutput
 from megacid.storage.atomic import disk_errors
 from megacid.training.components import Data, build_components
+from megacid.training.flops import step_flops
 from megacid.training.guard import Guard
 from megacid.training.memory import report_memory
 from megacid.training.projection_fit import fit_projections
@@ -49,6 +50,7 @@ class TrainState:
     head: PartialFC | None
     row_optimizer: RowAdamW | RowSGD | None
     guard: Guard
+    flops: float | None = None  # of a step of all ranks, on rank 0
 
     @property
     def identity(self) -> dict[str, int]:
@@ -100,23 +102,29 @@ class StepOutput:
     """Result of one step on this rank.
 
     loss, terms: 0-d, of the whole batch. finite: bool, one for each of sample_ids: whether its embedding is finite.
-    failure: why the data of this rank end the run.
+    observed: see `observe`. failure: why the data of this rank end the run.
     """
 
     loss: torch.Tensor
     terms: dict[str, torch.Tensor]
     sample_ids: list[int]
     finite: torch.Tensor
+    observed: torch.Tensor
     failure: str | None
 
     @classmethod
     def of(
-        cls, loss: torch.Tensor, terms: dict[str, torch.Tensor], micro_batches: list[Batch], finite: torch.Tensor
+        cls,
+        loss: torch.Tensor,
+        terms: dict[str, torch.Tensor],
+        micro_batches: list[Batch],
+        finite: torch.Tensor,
+        observed: torch.Tensor,
     ) -> StepOutput:
         """The result with the sample ids and the first failure of the micro-batches."""
         sample_ids = torch.cat([batch.sample_id for batch in micro_batches]).tolist()
         failure = next((batch.failure for batch in micro_batches if batch.failure), None)
-        return cls(loss, terms, sample_ids, finite, failure)
+        return cls(loss, terms, sample_ids, finite, observed, failure)
 
     def describe(self) -> tuple[bool, str]:
         """For the guard's warnings: whether an embedding of this rank is non-finite; terms and samples as text."""
@@ -140,6 +148,7 @@ def build_train_state(run: RunFile, parallel: Parallel, start_from: str | None =
 
     run, student = components.run, components.student
     student.to(parallel.device)
+    flops = step_flops(run, student, components.head) if parallel.is_first else None
     report_memory(run, student, components.head, parallel)
     if start_from is None and isinstance(student, Student) and run.megacid.student.projection_init == "teacher":
         fit_projections(student, components.data, run, parallel)
@@ -149,6 +158,7 @@ def build_train_state(run: RunFile, parallel: Parallel, start_from: str | None =
         parallel=parallel,
         engine=Engine(student, groups, run, parallel),
         guard=Guard(run.gradient_clipping, run.megacid.guard, parallel.group),
+        flops=flops,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +13,13 @@ from typing import Any
 import pytest
 from harness import run_ranks
 from trackio_stand_in import Trackio
-from train_run import Pipeline, losses, tensors, train_rank
+from train_run import Pipeline, losses, scalars, tensors, train_rank
 from wandb_files import offline_starts
 
 # Observer -> (changes of the run file, options of train.py). All are switched on in one run.
 OBSERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "trackers": ({"run__trackers": ["tensorboard", "wandb", "trackio"]}, []),
+    "profile": ({}, ["--profile-steps", "2:4"]),
 }
 STEPS = 6
 
@@ -78,3 +81,48 @@ def test_trackio_gets_the_same_and_a_resume_continues_its_run(runs: Runs) -> Non
     logged = [call for call in runs.trackio if call[0] == "log" and "train/loss" in call[1]]
     assert {step: values["train/loss"] for _, values, step in logged} == pytest.approx(losses(runs.observed))
     assert sum(call == ["finish"] for call in runs.trackio) == 2
+
+
+def test_profile_is_a_trace_for_each_rank_and_ten_lines_of_the_log(runs: Runs) -> None:
+    # The first start ends after step 3, the second one profiles what is left of the range.
+    traces = sorted((runs.observed / "profile").iterdir())
+    steps = ("2-3", "4-4")
+    names = [f"rank{rank:05d}.steps{part}.pt.trace.json.gz" for rank in range(2) for part in steps]
+    assert [trace.name for trace in traces] == names
+    for trace in traces:
+        events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        assert {"aten::mm", "aten::addmm"} & {event["name"] for event in events}
+    lines = (runs.observed / "log.txt").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if "profile of steps 2 to 3" in line)
+    table = lines[first + 1 : first + 11]
+    shares = [float(line.split(" ms ")[1].split(" %")[0]) for line in table]
+    assert all("calls  " in line for line in table) and shares == sorted(shares, reverse=True) and sum(shares) > 30
+
+
+def test_scalars_of_the_student_are_those_of_all_ranks(runs: Runs) -> None:
+    found = {tag: scalars(runs.observed, f"train/{tag}") for tag in ("mse", "cosine_image", "cosine_text")}
+    for step, mse in found["mse"].items():
+        # |a - b|^2 = 2 - 2 cos(a, b) for unit vectors, and the term is a mean over the ranks.
+        both = found["cosine_image"][step] + found["cosine_text"][step]
+        assert mse == pytest.approx(4 - 2 * both, abs=1e-2) and abs(both) > 1e-3
+    name = "param/logit_scale"
+    before, after = (tensors(runs.observed / f"step-{step:08d}")[name].item() for step in (3, STEPS))
+    scale = scalars(runs.observed, "train/logit_scale")
+    assert scale[4] == pytest.approx(math.exp(before)) and scale[4] != scale[6] != pytest.approx(math.exp(after))
+    samples = json.loads((runs.observed / "train_summary.json").read_text())["samples"] / 3
+    assert scalars(runs.observed, "train/samples_seen") == {step: samples * step for step in (2, 4, 6)}
+    assert scalars(runs.observed, "train/epoch")[6] == pytest.approx(6 * samples / 72)
+    assert all(scalars(runs.observed, f"train/{tag}")[6] > 0 for tag in ("memory_mib", "tflops_per_gpu"))
+
+
+def test_closing_summary_says_what_was_done_and_what_comes_next(runs: Runs) -> None:
+    summary = json.loads((runs.observed / "train_summary.json").read_text())
+    assert (summary["steps"], summary["start_step"], summary["samples"], summary["skipped"]) == (3, 3, 48, 0)
+    assert summary["last_loss"] == pytest.approx(losses(runs.observed)[STEPS])
+    assert 0 < summary["data_wait_share"] < 1 and summary["last_evaluation"] is None
+    said = [line for line in (runs.observed / "log.txt").read_text().splitlines() if " summary: " in line]
+    assert len(said) == 8  # of two starts
+    assert "run the same command again to continue" in said[3]
+    assert "3 steps, 48 samples in 0:0" in said[4] and f"last logged loss {summary['last_loss']:.4f}" in said[5]
+    assert f"checkpoint {runs.observed / 'step-00000006'}, curves: tensorboard --logdir {runs.observed}" in said[6]
+    assert f"next: python tools/export.py --run {runs.observed} --out export/observed" in said[7]

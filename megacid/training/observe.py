@@ -1,0 +1,29 @@
+"""What a step shows of the student beyond its losses."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megacid.losses.objective import StudentOutput, TargetBatch
+
+
+class Observed(NamedTuple):
+    """Means over a batch. The cosines are 0 for a batch without teacher embeddings."""
+
+    cosine_image: float
+    cosine_text: float
+    logit_scale: float
+
+
+@torch.no_grad()
+def observe(out: StudentOutput, targets: TargetBatch) -> Tensor:
+    """The values of `Observed` for this rank's batch, float32 [3]."""
+    pairs = ((out.image, targets.teacher_image), (out.text, targets.teacher_text))
+    cosines = [
+        out.logit_scale.new_zeros(()) if teacher is None else (student * teacher).sum(-1).float().mean()
+        for student, teacher in pairs
+    ]
+    return torch.stack([*cosines, out.logit_scale.detach()]).float()
