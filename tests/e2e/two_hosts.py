@@ -65,7 +65,9 @@ class TwoHosts:
             time.sleep(0.05)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for name in NAMES:
             self.power_off(name)
         os.killpg(self._outer.pid, signal.SIGKILL)
