@@ -20,7 +20,7 @@ from megacid.config.schema import RunFile
 from megacid.distributed.parallel import init
 from megacid.errors import UserError, run_tool
 from megacid.training.components import Data, make_student, open_data
-from megacid.training.memory import memory_estimate
+from megacid.training.memory import frozen_count, memory_estimate
 from megacid.training.metrics import resident_memory_mib
 
 
@@ -76,7 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     parameters = sum(p.numel() for p in student.parameters())
     table = {
         ranks: {"process": base}
-        | memory_estimate(run, parameters, data.num_classes or 0, student.embed_dim, ranks, args.device)
+        | memory_estimate(
+            run, parameters, data.num_classes or 0, student.embed_dim, ranks, args.device, frozen_count(student)
+        )
         for ranks, run in runs.items()
     }
     print(f"{args.deepspeed_config}: student {parameters / 1e6:.2f} M parameters, width {student.embed_dim}, "

@@ -80,6 +80,9 @@ class StudentConfig(Section):
     projection_init: Annotated[Literal["random", "teacher"], when.Shards, when.TeacherTerm] = "random"
     """Initial projections: those of the weights or random ones, or a least-squares fit to the stored embeddings of
     the teacher (teacher)."""
+    freeze: Annotated[tuple[str, ...], BeforeValidator(as_tuple), when.Shards] = ()
+    """Parameters that stay as they are: "image" or "text" for a tower, or patterns over open_clip's names such as
+    visual.transformer.resblocks.[0-5].*"""
     grad_checkpointing: Annotated[bool, when.Shards] = False
     """Recompute activations in the backward pass: less memory, more time."""
     hidden: Annotated[Width, when.Features, when.HiddenLayers] = 512

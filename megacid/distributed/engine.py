@@ -125,6 +125,10 @@ class Engine:
         config = {**copy.deepcopy(run.deepspeed), "gradient_clipping": 0.0}
         config.setdefault("steps_per_print", 1 << 40)
         kind, params = config["optimizer"]["type"], config["optimizer"]["params"]
+        # Of frozen parameters DeepSpeed keeps no fp32 values, and under bf16 the module has rounded ones.
+        self._frozen = {
+            name: p.detach().float().cpu().clone() for name, p in student.named_parameters() if not p.requires_grad
+        }
         optimizer = None
         with fail_together(parallel.group):  # the hosts may have different packages and compilers
             _check_nvme(config)
@@ -149,6 +153,8 @@ class Engine:
     def _check_names(self) -> None:
         """Raise UserError when DeepSpeed's fp32 weights by name, which checkpoints hold, are not the student's."""
         for name, p in self.module.named_parameters():
+            if name in self._frozen:
+                continue
             fp32 = safe_get_full_fp32_param(p).reshape(p.shape).to(p.dtype)
             if not torch.allclose(fp32, p, rtol=0, atol=0, equal_nan=True):
                 raise UserError(
@@ -269,11 +275,17 @@ class Engine:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def named_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield (name, {"param", "exp_avg", "exp_avg_sq": whole fp32 copy on the host}) by parameter. A collective."""
+        """Yield (name, {"param", "exp_avg", "exp_avg_sq": whole fp32 copy on the host}) by parameter. A collective.
+
+        A frozen parameter has no moments.
+        """
         updated = any(MOMENTS[0] in entry for entry in self._base_optimizer().state.values())
         if updated:
             self._link_moments()
         for name, p in self.module.named_parameters():
+            if name in self._frozen:
+                yield name, {"param": self._frozen[name].clone()}
+                continue
             tensors = {"param": p.detach() if self.stage == 0 else safe_get_full_fp32_param(p)}
             if not updated:  # every step so far was skipped
                 tensors |= {key: torch.zeros_like(tensors["param"]) for key in MOMENTS}
@@ -330,6 +342,11 @@ class Engine:
         self._link_moments()
         for name, p in self.module.named_parameters():
             value = state(name, "param")
+            if name in self._frozen:
+                self._frozen[name] = value.clone()
+                with self._gathered(p):
+                    p.data.copy_(value.to(p.dtype))
+                continue
             if self.stage == 0:
                 p.copy_(value)
                 for key in MOMENTS:

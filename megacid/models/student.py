@@ -3,6 +3,8 @@
 Shapes: B batch, D embedding, T context length, H x W pixels.
 """
 
+from __future__ import annotations
+
 import copy
 import math
 from dataclasses import replace
@@ -22,6 +24,7 @@ from megacid.models.clip import (
     preprocess_cfg,
     preprocess_for,
 )
+from megacid.models.freezing import frozen_modules
 from megacid.models.pretrained import has_weights, load_weights
 
 MAX_LOGIT_SCALE = 100.0
@@ -95,6 +98,18 @@ class Student(nn.Module):
     def text_length(self) -> int:
         """Tokens of one text, T."""
         return int(self.clip.context_length)  # type: ignore[arg-type]
+
+    def freeze(self, names: set[str]) -> None:
+        """Freeze parameters of `clip`, before an optimizer has them. Modules without others stay in eval mode."""
+        for name in names:
+            self.clip.get_parameter(name).requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Student:
+        super().train(mode)
+        for module in frozen_modules(self):
+            module.eval()  # no dropout, and batch normalisation with its stored statistics
+        return self
 
     def forward(self, image: torch.Tensor, text: torch.Tensor) -> StudentOutput:
         """image [B, 3, H, W] float, text [B, T] int64 -> `StudentOutput`."""

@@ -5,6 +5,7 @@ Shapes: B batch, D embedding, T context length, H x W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +16,21 @@ from torch import Tensor
 
 from megacid.errors import UserError, one_line
 from megacid.models.clip import StudentSpec, check_weights, tokenizer_for
+from megacid.models.freezing import TOWERS, frozen_parameters
 from megacid.models.student import clip_on_meta, image_shape, student_config
 
 
-def check_towers(spec: StudentSpec, *, grad_checkpointing: bool = False) -> None:
+def check_towers(
+    spec: StudentSpec,
+    *,
+    grad_checkpointing: bool = False,
+    freeze: Sequence[str] = (),
+    trained: Iterable[str] = TOWERS,
+) -> None:
     """Check that a student can be built, that it takes its inputs, and that both towers give the width embed_dim.
+
+    Args:
+        freeze, trained: as for `frozen_parameters`.
 
     Raises:
         UserError: with the remedy.
@@ -30,6 +41,7 @@ def check_towers(spec: StudentSpec, *, grad_checkpointing: bool = False) -> None
     clip = clip_on_meta(spec, config)
     if grad_checkpointing:
         _check_grad_checkpointing(spec.model, clip.visual)
+    frozen_parameters(clip, freeze, trained)
     for kind, other in zip(("images", "texts"), _widths(spec.model, clip, config)):
         if other != width:
             remedy = "" if spec.projection else 'set "student.projection": true, or '

@@ -19,6 +19,7 @@ from megacid.checkpoint import store
 from megacid.classifier import Margin, PartialFC, RowAdamW, RowSGD
 from megacid.config.conditions import terms_with_teacher
 from megacid.config.schema import RunFile
+from megacid.config.sections import LossConfig
 from megacid.data.batch import Batch, Positions
 from megacid.data.features import FeatureSet, FeatureStream
 from megacid.data.index import load_index
@@ -32,6 +33,7 @@ from megacid.failpoints import failpoint
 from megacid.losses import ClusterDistillation, Objective
 from megacid.models.clip import PixelNormalization, StudentSpec, tokenizer_for, train_transform
 from megacid.models.feature_tower import FeatureTower
+from megacid.models.freezing import frozen_parameters
 from megacid.models.student import Student, build_student
 from megacid.models.towers import check_towers
 from megacid.storage.metadata import read_meta, size_field
@@ -184,7 +186,22 @@ def check_student(run: RunFile) -> None:
     if teacher and terms_with_teacher(run.megacid.loss):
         meta = read_meta(teacher, "embed")
         teacher_dim = size_field(meta, Path(teacher), "dim", "run tools/embed.py again into another directory")
-    check_towers(_student_spec(run, teacher_dim), grad_checkpointing=config.grad_checkpointing)
+    check_towers(
+        _student_spec(run, teacher_dim),
+        grad_checkpointing=config.grad_checkpointing,
+        freeze=config.freeze,
+        trained=trained_outputs(run.megacid.loss),
+    )
+
+
+def trained_outputs(loss: LossConfig) -> set[str]:
+    """The outputs of the student that the objective differentiates."""
+    similarities = loss.contrastive or loss.instance or loss.affinity
+    return {
+        *(("image",) if loss.cluster and (loss.alpha or loss.gamma) else ()),
+        *(("image", "text") if similarities or loss.mse else ()),
+        *(("logit_scale",) if similarities and loss.temperature is None else ()),
+    }
 
 
 def _student_spec(run: RunFile, teacher_dim: int | None) -> StudentSpec:
@@ -207,12 +224,17 @@ def make_student(run: RunFile, data: Data) -> Student | FeatureTower:
     if data.feature_dim is not None:
         assert spec.embed_dim is not None
         return FeatureTower(data.feature_dim, spec.embed_dim, hidden=config.hidden, layers=config.layers, seed=seed)
-    return build_student(**vars(spec), seed=seed, grad_checkpointing=config.grad_checkpointing)
+    student = build_student(**vars(spec), seed=seed, grad_checkpointing=config.grad_checkpointing)
+    if config.freeze:
+        student.freeze(frozen_parameters(student.clip, config.freeze, trained_outputs(run.megacid.loss)))
+    return student
 
 
 def refuse_batch_norm(student: nn.Module, run: RunFile) -> None:
     """Raise UserError for a student whose embedding of a sample depends on how a step is divided into micro-batches."""
-    layer = next((name for name, module in student.named_modules() if isinstance(module, _BatchNorm)), None)
+    # A frozen layer is in eval mode.
+    norms = (name for name, layer in student.named_modules() if isinstance(layer, _BatchNorm) and layer.training)
+    layer = next(norms, None)
     if layer is not None and run.accumulation > 1:
         raise UserError(
             f'"gradient_accumulation_steps" is {run.accumulation}, expected 1 for student {run.megacid.student.model}, '

@@ -19,7 +19,7 @@ MIB = 2**20
 
 
 def memory_estimate(
-    run: RunFile, parameters: int, num_classes: int, embed_dim: int, world: int, device: str
+    run: RunFile, parameters: int, num_classes: int, embed_dim: int, world: int, device: str, frozen: int = 0
 ) -> dict[str, float]:
     """Peak memory of rank 0, which has the largest class shard, in MiB by part.
 
@@ -28,15 +28,19 @@ def memory_estimate(
         num_classes: over all ranks; 0 without a classifier.
         world: number of ranks.
         device: "cpu" or "cuda".
+        frozen: number of those parameters without gradient.
     """
+    trained = parameters - frozen
     share = [1.0 / world if run.zero_stage >= stage else 1.0 for stage in (1, 2, 3)]
     width = 2 if run.bf16 else 4
     sizes = {
         "student weights": parameters * width * share[2],
-        "student gradients": parameters * width * share[1],
+        "student gradients": trained * width * share[1],
         # Adam's two moments, and under bf16 the fp32 master copy (DeepSpeed keeps one in fp32 too when it partitions).
-        "student optimizer": parameters * 4 * (3 if run.bf16 or run.zero_stage else 2) * share[0],
+        "student optimizer": trained * 4 * (3 if run.bf16 or run.zero_stage else 2) * share[0],
     }
+    if frozen and device == "cpu":
+        sizes["frozen weights for checkpoints"] = frozen * 4
     gathered = run.global_batch
     if num_classes:
         sizes |= _classifier(run, num_classes, embed_dim, world, gathered, device)
@@ -84,16 +88,25 @@ def _classifier(
     }
 
 
+def frozen_count(student: Student | FeatureTower) -> int:
+    """Number of the student's parameters that are frozen."""
+    return sum(p.numel() for p in student.parameters() if not p.requires_grad)
+
+
 def report_memory(run: RunFile, student: Student | FeatureTower, head: PartialFC | None, parallel: Parallel) -> None:
     """Log the sizes of the run and the memory of rank 0, without activations."""
     parameters = sum(p.numel() for p in student.parameters())
+    frozen = frozen_count(student)
     num_classes = head.num_classes if head else 0
-    sizes = memory_estimate(run, parameters, num_classes, student.embed_dim, parallel.world, parallel.device.type)
+    where = parallel.device.type
+    sizes = memory_estimate(run, parameters, num_classes, student.embed_dim, parallel.world, where, frozen)
     log.info(
         "student %s: %.2f M parameters, width %d; classes %d; ranks %d; ZeRO stage %d; batch %d = %d x %d x %d ranks",
         run.megacid.student.model, parameters / 1e6, student.embed_dim, num_classes, parallel.world, run.zero_stage,
         run.global_batch, run.micro_batch, run.accumulation, parallel.world,
     )  # fmt: skip
+    if run.megacid.student.freeze:
+        log.info("frozen: %.2f M of the %.2f M parameters", frozen / 1e6, parameters / 1e6)
     log.info(
         "memory of rank 0 without activations: %.1f MiB (%s)",
         sum(sizes.values()),

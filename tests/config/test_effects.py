@@ -115,7 +115,7 @@ def others(section: str, name: str, value: Any) -> list[Any]:
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, tuple):
-        return [[0.5, 0.5], []]
+        return [other for other in ([0.5, 0.5], ["image"], []) if other != list(value)]
     if isinstance(value, int):
         return [value + 1]
     if isinstance(value, float):

@@ -9,6 +9,7 @@ import torch
 from toy import differing
 from train_run import Pipeline, run_train, tensors
 
+from megacid.evaluate.export import student_from_run
 from megacid.models.student import build_student
 
 
@@ -23,8 +24,10 @@ def wide_weights(pipeline: Pipeline) -> str:
     return str(file)
 
 
-def test_projections_are_fitted_once_and_a_resume_takes_them_from_the_checkpoint(pipeline: Pipeline) -> None:
-    options: dict[str, Any] = {"student__pretrained": wide_weights(pipeline), "student__projection_init": "teacher"}
+def test_fitted_and_frozen_weights_go_through_a_resume_to_the_export(pipeline: Pipeline) -> None:
+    weights = wide_weights(pipeline)
+    options: dict[str, Any] = {"student__pretrained": weights, "student__projection_init": "teacher"}
+    options |= {"student__freeze": ["visual.*"], "gradient_accumulation_steps": 2}
     options["run__total_steps"] = 3
     whole, pieces = (pipeline.run_file(name, **options) for name in ("fitted-whole", "fitted-pieces"))
     run_train(2, whole)
@@ -33,6 +36,11 @@ def test_projections_are_fitted_once_and_a_resume_takes_them_from_the_checkpoint
     runs = pipeline.root / "runs"
     want, got = (tensors(runs / name / "step-00000003") for name in ("fitted-whole", "fitted-pieces"))
     assert differing(want, got) == []
+    exported, first = student_from_run(runs / "fitted-pieces")[0].clip.state_dict(), torch.load(weights)["state_dict"]
+    same = {
+        name for name, value in exported.items() if value.shape == first[name].shape and torch.equal(value, first[name])
+    }
+    assert same == {name for name in first if name.startswith("visual.") and name != "visual.proj"}
     (line,) = said(runs / "fitted-pieces", "projections fitted to the teacher's embeddings of 72 samples")
     assert all(float(part.split()[-1]) > 20 for part in line.split("explain")[1].split(" %")[:2]), line
     assert len(said(runs / "fitted-pieces", "not loaded: text_projection, visual.proj")) == 2  # at each start
