@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
 """Export a run's student to a directory that stock open_clip loads, with a pickle-free .safetensors and a .pt file.
 
+--transformers adds the files that CLIPModel and CLIPProcessor of Hugging Face transformers load, and a model card.
+
 tools/export.py --run runs/digits --out export/digits
 tools/export.py --run runs/digits --step 200 --out export/digits --name digits-200
+tools/export.py --run runs/digits --out export/digits --transformers
 """
 
 import argparse
@@ -13,7 +16,8 @@ import checkout  # noqa: F401  import paths of a plain checkout
 from argtypes import ToolParser
 from megacid.distributed.stopping import run_alone
 from megacid.errors import UserError, run_tool
-from megacid.evaluate.export import export_student, student_from_run
+from megacid.evaluate.export import export_student, read_run_block, student_from_run
+from megacid.evaluate.model_card import model_card
 from megacid.models.clip import LOCAL_DIR
 from megacid.storage.atomic import disk_errors, remove_temporary_files
 
@@ -35,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="directory for the files")
     parser.add_argument("--name", help="name of the model and of its .pt and .json file (default: name of the run)")
+    parser.add_argument(
+        "--transformers", action="store_true", help="also write what transformers loads (CLIPModel), and a model card"
+    )
     args = parser.parse_args(argv)
     return run_alone(lambda: export(args))
 
@@ -42,9 +49,12 @@ def main(argv: list[str] | None = None) -> int:
 def export(args: argparse.Namespace) -> int:
     student, step = student_from_run(args.run, parse_step(args.step))
     name = args.name or args.run.resolve().name
+    card = None
+    if args.transformers:
+        card = model_card(student, name, args.run, step, read_run_block(args.run))
     with disk_errors(args.out):
         remove_temporary_files(args.out)
-        files = export_student(student, args.out, name=name, source={"run": str(args.run), "step": step})
+        files = export_student(student, args.out, name=name, source={"run": str(args.run), "step": step}, card=card)
     for file in files:
         print(f"{file}  {file.stat().st_size:,} bytes")
     print(f"exported step {step}; load it with open_clip.create_model_and_transforms('{LOCAL_DIR}{args.out}')")

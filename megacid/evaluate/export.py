@@ -2,6 +2,7 @@
 
 open_clip_config.json, open_clip_model.safetensors    create_model_and_transforms("local-dir:DIR")
 NAME.json, NAME.pt    add_model_config("DIR/NAME.json"), create_model_and_transforms(NAME, pretrained="DIR/NAME.pt")
+on request            the files that transformers loads, see transformers_export.py, and README.md, the model card
 meta.json             source of the weights; written last
 """
 
@@ -19,6 +20,7 @@ from safetensors.torch import save as safetensors_bytes
 from megacid.checkpoint.state import load_student_tensors
 from megacid.checkpoint.store import newest_valid, step_name, verify
 from megacid.errors import UserError, one_line
+from megacid.evaluate.transformers_export import CLIP_MODEL_FILE, check_clip_model, write_clip_model
 from megacid.models.clip import WEIGHTS_FILE, tokenizer_for
 from megacid.models.local_dir import CONFIG_FILE
 from megacid.models.student import Student, build_student, clamp_logit_scale, open_clip_config, open_clip_tensors
@@ -80,20 +82,28 @@ def checkpoint_of(run: Path, step: int | None) -> Path:
     return directory
 
 
-def export_student(student: Student, out: Path | str, *, name: str, source: dict[str, Any]) -> list[Path]:
+def export_student(
+    student: Student, out: Path | str, *, name: str, source: dict[str, Any], card: str | None = None
+) -> list[Path]:
     """Write the student to a directory and return the files. Clamps its logit_scale to ln(100) in place.
 
-    name: model name in open_clip. source: origin of the weights, for meta.json.
+    Args:
+        name: model name in open_clip.
+        source: origin of the weights, for meta.json.
+        card: model card; with it, the files of transformers are written, too.
 
     Raises:
-        UserError: `out` is a file, or open_clip would read `name` as another model.
+        UserError: `out` is a file, open_clip would read `name` as another model, or transformers has no such model.
     """
     out = Path(out)
     _check_name(name, student)
+    if card is not None:
+        check_clip_model(student)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, expected a directory: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     (out / "meta.json").unlink(missing_ok=True)  # marks the directory as incomplete until all files are written
+    (out / CLIP_MODEL_FILE).unlink(missing_ok=True)  # an earlier export's, which this one may not write
     clamp_logit_scale(student)
     tensors = open_clip_tensors(student)
     config = open_clip_config(student)
@@ -107,9 +117,14 @@ def export_student(student: Student, out: Path | str, *, name: str, source: dict
     if "hf_tokenizer_name" in config["model_cfg"]["text_cfg"]:
         cast(open_clip.tokenizer.HFTokenizer, tokenizer_for(student)).save_pretrained(str(out))
     write_json_atomic(out / CONFIG_FILE, config)
+    files = [out / file for file in (CONFIG_FILE, WEIGHTS_FILE, f"{name}.pt", f"{name}.json")]
+    if card is not None:
+        files += write_clip_model(student, out)
+        write_atomic(out / "README.md", card.encode())
+        files.append(out / "README.md")
     parameters = sum(parameter.numel() for parameter in student.clip.parameters())
     write_meta(out, "export", source, name=name, embed_dim=student.embed_dim, parameters=parameters)
-    return [out / file for file in (CONFIG_FILE, WEIGHTS_FILE, f"{name}.pt", f"{name}.json", "meta.json")]
+    return [*files, out / "meta.json"]
 
 
 def _check_name(name: str, student: Student) -> None:
