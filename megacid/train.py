@@ -188,8 +188,9 @@ def accumulate_directly(
         batch = next_batch(step, state, batches, metrics, beat)
         beat("forward")
         on_device = batch.to(state.engine.device)
+        started = state.objective.start(on_device)  # gathers the teacher's embeddings during the student's forward
         out = state.embed(step, micro, on_device)
-        loss, terms = state.objective(out, on_device)
+        loss, terms = state.objective(out, started)
         beat("backward")
         state.engine.backward(loss / accumulation)
         if micro + 1 < accumulation:
@@ -210,11 +211,14 @@ def accumulate_with_gradient_cache(
     """The objective once on the embeddings of all micro-batches, then the backward of each; see `GradientCache`."""
     accumulation, cache = state.run.accumulation, GradientCache()
     for micro in range(accumulation):
-        batch = next_batch(step, state, batches, metrics, beat)
+        cache.batches.append(next_batch(step, state, batches, metrics, beat))
         beat("forward")
-        with torch.set_grad_enabled(micro + 1 == accumulation):  # the last graph is kept, which saves a forward
-            out = state.embed(step, micro, batch)
-        cache.add(batch, out)
+        last = micro + 1 == accumulation
+        if last:
+            cache.start(state.objective, state.engine.device)
+        with torch.set_grad_enabled(last):  # the last graph is kept, which saves a forward
+            out = state.embed(step, micro, cache.batches[micro])
+        cache.add(out)
     beat("objective")
     loss, terms, observed = cache.differentiate(state.objective)
     for micro in reversed(range(accumulation)):

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megacid.classifier.sampling import Draw
-from megacid.distributed.collectives import all_gather_single, rank, world_size
+from megacid.distributed.collectives import Gathered, all_gather_single, rank, world_size
 from megacid.distributed.consensus import gather_json
 from megacid.distributed.parallel import shard_range
 from megacid.errors import UserError
@@ -117,19 +117,24 @@ def _describe_difference(name: str, values: Sequence[object], remedy: str) -> st
     return f"{name}: {values[0]} on rank 0, {values[other]} on rank {other}, expected the same on every rank: {remedy}"
 
 
+def rows_of(x: Tensor | Gathered) -> Tensor:
+    """The rows of a matrix, of this rank or of all."""
+    return x.rows if isinstance(x, Gathered) else x
+
+
 def find_input_error(
-    emb: Tensor, target: Tensor, teacher: Tensor | None, embed_dim: int, weights: Weights
+    emb: Tensor | Gathered, target: Tensor, teacher: Tensor | Gathered | None, embed_dim: int, weights: Weights
 ) -> str | None:
     """Why a rank's input of the classifier is invalid. Raising it on that rank alone would deadlock the others."""
-    shape = tuple(emb.shape)
-    if emb.ndim != 2 or emb.shape[1] != embed_dim:
+    shape, size = tuple(rows_of(emb).shape), len(target) if isinstance(emb, Gathered) else len(emb)
+    if len(shape) != 2 or shape[1] != embed_dim:
         return f"embeddings have shape {shape}, expected [B, {embed_dim}]: build the head with the student's width"
     for name, x in (("embeddings", emb), ("teacher embeddings", teacher)):
-        if x is not None and x.dtype not in _DTYPES:
-            return f"{name} are {x.dtype}, expected one of {_DTYPES[1:]}: cast them"
-    if target.dtype != torch.int64 or target.ndim not in (1, 2) or target.shape[0] != len(emb):
+        if x is not None and rows_of(x).dtype not in _DTYPES:
+            return f"{name} are {rows_of(x).dtype}, expected one of {_DTYPES[1:]}: cast them"
+    if target.dtype != torch.int64 or target.ndim not in (1, 2) or target.shape[0] != size:
         return (
-            f"labels are {target.dtype} {tuple(target.shape)}, expected torch.int64 [{len(emb)}] or [{len(emb)}, l]: "
+            f"labels are {target.dtype} {tuple(target.shape)}, expected torch.int64 [{size}] or [{size}, l]: "
             "pass the class id of every sample, -1 for none"
         )
     if target.ndim == 2 and target.shape[1] > 1 and weights.gamma > 0:
@@ -139,10 +144,10 @@ def find_input_error(
         )
     if weights.needs_teacher and teacher is None:
         return "teacher embeddings are missing, but beta or gamma is > 0: pass them, or set both weights to 0"
-    if teacher is not None and teacher.shape != emb.shape:
-        return (
-            f"teacher embeddings have shape {tuple(teacher.shape)}, expected the student's {shape}: pass one per sample"
-        )
+    if teacher is not None:
+        found, expected = tuple(rows_of(teacher).shape), (size, embed_dim)
+        if found[isinstance(teacher, Gathered) :] != expected[isinstance(teacher, Gathered) :]:
+            return f"teacher embeddings have shape {found}, expected the student's {expected}: pass one per sample"
     return None
 
 

@@ -23,7 +23,7 @@ from megacid.classifier.autograd import ForwardGradients, PartialFCFunction
 from megacid.classifier.batch_metrics import batch_metrics
 from megacid.classifier.class_rows import ClassRows
 from megacid.classifier.initialization import Init
-from megacid.classifier.label_exchange import GatheredLabels, InputKind, LabelExchange, find_input_error
+from megacid.classifier.label_exchange import GatheredLabels, InputKind, LabelExchange, find_input_error, rows_of
 from megacid.classifier.row_gradient import (
     RecomputedRowGradient,
     RowGradient,
@@ -32,12 +32,14 @@ from megacid.classifier.row_gradient import (
 )
 from megacid.classifier.sampling import Draw, sample_dims
 from megacid.distributed.collectives import (
+    Gathered,
     GradReduction,
     gather_plain,
     gradient_factor,
     start_reduce_scatter_rows,
     world_size,
 )
+from megacid.errors import UserError
 from megacid_kernels import Discrimination, LossSpec, Weights, discrimination_with_gradients, resolve
 from megacid_kernels.margin import Margin
 
@@ -54,6 +56,7 @@ class _Step(NamedTuple):
     dims: Tensor | None  # the sampled feature dimensions
     pending_rows: Tensor | None  # rows whose gradients this step's are added to
     need_x: bool
+    scatter_x: bool  # whether the gradient of emb_GD is summed over the ranks here, and not where it was gathered
     need_row_grad: bool
 
 
@@ -183,11 +186,12 @@ class PartialFC(ClassRows):
             self._finished_step = misuse.warn_same_step(self.step, self._finished_step)
         self.step += 1
 
-    def forward(self, emb_BD: Tensor, target_B: Tensor) -> Tensor:
+    def forward(self, emb_BD: Tensor | Gathered, target_B: Tensor) -> Tensor:
         """Margin cross entropy over the labelled samples of the global batch. A collective.
 
         Args:
-            emb_BD: [B, D] local embeddings, normalised or not. B may differ between ranks and may be 0.
+            emb_BD: [B, D] local embeddings, normalised or not. B may differ between ranks and may be 0. Gathered: those
+                of all ranks, by rank, for a caller that has them; their gradient is then this rank's part of the sum.
             target_B: int64 [B] global class ids, -1 = unlabelled, on the host or the device. With [B, l], several
                 labels per sample (-1 = none), the loss is `labels_loss`.
 
@@ -200,14 +204,19 @@ class PartialFC(ClassRows):
         return self.discriminate(emb_BD, target_B).loss
 
     def discriminate(
-        self, emb_BD: Tensor, target_B: Tensor, *, teacher_BD: Tensor | None = None, weights: Weights | None = None
+        self,
+        emb_BD: Tensor | Gathered,
+        target_B: Tensor,
+        *,
+        teacher_BD: Tensor | Gathered | None = None,
+        weights: Weights | None = None,
     ) -> Discrimination:
         """Weighted sum of student cross entropy, teacher cross entropy and KL over one sample of classes. A collective.
 
         Args:
             emb_BD: as in `forward`.
             target_B: as in `forward`.
-            teacher_BD: [B, D] stored teacher embeddings, needed if beta or gamma is > 0; gets no gradient.
+            teacher_BD: [B, D] stored teacher embeddings, or Gathered, needed if beta or gamma is > 0; get no gradient.
             weights: alpha, beta, gamma and the KL's temperature; None is alpha = 1 alone, the loss of `forward`.
 
         Raises:
@@ -218,61 +227,75 @@ class PartialFC(ClassRows):
         return run(emb_BD, target_B, teacher_BD, weights or Weights())
 
     def _discriminate(
-        self, emb_BD: Tensor, target_B: Tensor, teacher_BD: Tensor | None, weights: Weights
+        self, emb: Tensor | Gathered, target_B: Tensor, teacher: Tensor | Gathered | None, weights: Weights
     ) -> Discrimination:
-        teacher_BD = teacher_BD if weights.needs_teacher else None
-        train, need_x = (needed and torch.is_grad_enabled() for needed in (self.training, emb_BD.requires_grad))
+        teacher = teacher if weights.needs_teacher else None
+        x = rows_of(emb)
+        train, need_x = (needed and torch.is_grad_enabled() for needed in (self.training, x.requires_grad))
         draw = dims = None
         if self.training and self.sample_rate < 1:
             draw = Draw.of_step(self.num_classes, self.sample_rate, seed=self.seed, step=self.step)
         pending_rows = self._row_grad.rows if train and self._row_grad is not None else None
-        labels = self._gather_labels(emb_BD, target_B, teacher_BD, weights, draw, pending_rows)
+        labels = self._gather_labels(emb, target_B, teacher, weights, draw, pending_rows)
         if self.training and self.feature_rate < 1:
-            dims = sample_dims(self.embed_dim, self.feature_rate, seed=self.seed, step=self.step, device=emb_BD.device)
-            emb_BD = emb_BD.index_select(1, dims)
-            teacher_BD = teacher_BD.index_select(1, dims) if teacher_BD is not None else None
+            dims = sample_dims(self.embed_dim, self.feature_rate, seed=self.seed, step=self.step, device=x.device)
+            x = x.index_select(1, dims)
         with misuse.user_error():
             spec = replace(self._spec, weights=weights, max_rows=labels.max_rows)
+        local = not isinstance(emb, Gathered)
         step = _Step(
             spec, labels, labels.target_Gl if target_B.ndim == 2 else labels.target_Gl[:, 0],
-            emb_GD=gather_plain(emb_BD, self.group, sizes=labels.sizes),
-            teacher_GD=None if teacher_BD is None else gather_plain(teacher_BD, self.group, sizes=labels.sizes),
+            emb_GD=gather_plain(x, self.group, sizes=labels.sizes) if local else x.detach(),
+            teacher_GD=None if teacher is None else self._gather_teacher(teacher, labels, dims),
             bias_S=labels.log_q_bias(draw, self.class_start) if draw is not None and self.log_q else None,
-            dims=dims, pending_rows=pending_rows, need_x=need_x,
+            dims=dims, pending_rows=pending_rows, need_x=need_x, scatter_x=local,
             need_row_grad=train and self.trainable,
         )  # fmt: skip
         if train:
             labels.count_hits_(self.hits, self.class_start)
             misuse.warn_about_foreign_optimizers(self)
-        anchor = torch.zeros((), dtype=torch.float32, device=emb_BD.device, requires_grad=train)
+        anchor = torch.zeros((), dtype=torch.float32, device=x.device, requires_grad=train)
         compute, accumulate = partial(self._compute, step), partial(self._accumulate, step)
-        out = Discrimination(*PartialFCFunction.apply(emb_BD, anchor, compute, accumulate, self._gradient_factor))
+        factor = self._gradient_factor if local else 1
+        out = Discrimination(*PartialFCFunction.apply(x, anchor, compute, accumulate, factor))
         self._last = (Discrimination(*(part.detach() for part in out)), labels)
         return out
 
     # Like torch.compiler.disable, but imports torch._dynamo, which takes seconds, at the first call.
     _discriminate_untraced = torch._disable_dynamo(_discriminate)
 
+    def _gather_teacher(self, teacher: Tensor | Gathered, labels: GatheredLabels, dims: Tensor | None) -> Tensor:
+        rows = rows_of(teacher) if dims is None else rows_of(teacher).index_select(1, dims)
+        return rows.detach() if isinstance(teacher, Gathered) else gather_plain(rows, self.group, sizes=labels.sizes)
+
     def _gather_labels(
         self,
-        emb_BD: Tensor,
+        emb: Tensor | Gathered,
         target_B: Tensor,
-        teacher_BD: Tensor | None,
+        teacher: Tensor | Gathered | None,
         weights: Weights,
         draw: Draw | None,
         pending_rows: Tensor | None,
     ) -> GatheredLabels:
-        input_error = find_input_error(emb_BD, target_B, teacher_BD, self.embed_dim, weights)
+        input_error = find_input_error(emb, target_B, teacher, self.embed_dim, weights)
         if self.weight.dtype != torch.float32:
             input_error = f"the class rows are {self.weight.dtype}, expected torch.float32: do not replace head.weight"
         several = target_B.ndim == 2
         target_Bl = target_B.new_empty(0, 1).long() if input_error else target_B if several else target_B[:, None]
         samples = self.training and min(self.sample_rate, self.feature_rate) < 1
+        gathered = [isinstance(part, Gathered) for part in (emb, teacher)]
         kind = InputKind.of(
-            emb_BD, teacher_BD, training=self.training, step=self.step if samples else 0,
-            settings=self._settings | vars(weights),
+            rows_of(emb), None if teacher is None else rows_of(teacher), training=self.training,
+            step=self.step if samples else 0, settings=self._settings | vars(weights) | {"gathered": gathered},
         )  # fmt: skip
-        return self._exchange(target_Bl, input_error, draw, self.weight.device, pending_rows, kind)
+        labels = self._exchange(target_Bl, input_error, draw, self.weight.device, pending_rows, kind)
+        for part in (emb, teacher):
+            if isinstance(part, Gathered) and len(part.rows) != sum(labels.sizes):
+                raise UserError(
+                    f"Got {len(part.rows)} gathered embeddings, expected {sum(labels.sizes)}, one for each label of "
+                    "all ranks: gather them over the group of the classifier"
+                )
+        return labels
 
     def _compute(self, step: _Step) -> ForwardGradients:
         rows, dims = step.labels.rows, step.dims
@@ -292,10 +315,10 @@ class PartialFC(ClassRows):
         gradients = discrimination_with_gradients(
             step.emb_GD, w, step.target, step.spec, rows=rows, teacher=step.teacher_GD, bias=step.bias_S,
             need_x=step.need_x, need_w=step.need_row_grad, overwrite_w=dims is not None,
-            gather=rows is not None and dims is None, on_grad_x=start_scatter,
+            gather=rows is not None and dims is None, on_grad_x=start_scatter if step.scatter_x else None,
             on_grad_slab=add_norm if self._spec.weight_grad == "recomputed" else None,
         )  # fmt: skip
-        return ForwardGradients(gradients, scatter[0]() if scatter else None, norm_sq)
+        return ForwardGradients(gradients, scatter[0]() if scatter else gradients.x, norm_sq)
 
     def _accumulate(self, step: _Step, forward: ForwardGradients, grad_loss: Tensor) -> None:
         """Add the row gradient of a loss to `row_grad`."""

@@ -32,7 +32,7 @@ class Batch:
         image: uint8 [b, 3, H, W], or float32 [b, d] feature vectors.
         text: int64 [b, T].
         label: int64 [b], or [b, l] for several labels per sample; -1 for none.
-        teacher_image, teacher_text: float32 [b, Dt], L2-normalised.
+        teacher_image, teacher_text: float16 (float32) [b, Dt] as they are stored, L2-normalised.
         sample_id: int64 [b], global row in the index of the sample that was used.
         replaced: one reason for every bad sample that was replaced.
         failure: why the run has to end without training on this batch. It is data instead of an exception so that all

@@ -152,8 +152,8 @@ class Pairs(Dataset[Any]):
         """A batch of `size` placeholders: black images, empty captions, labels and ids -1, unit teacher embeddings."""
         image = self._transform(Image.new("RGB", _BLACK), 0)
         width = 0 if self.labels is None else self.labels.labels_per_sample
-        dim = 0 if self.teacher is None else self.teacher.dim
-        unit = torch.full((size, dim), max(dim, 1) ** -0.5)
+        dim, dtype = (0, np.dtype(np.float16)) if self.teacher is None else (self.teacher.dim, self.teacher.dtype)
+        unit = torch.from_numpy(np.full((size, dim), max(dim, 1) ** -0.5, dtype))
         return Batch(
             image=image.expand(size, *image.shape).contiguous(),
             text=self.options.tokenize([""] * size),
@@ -208,7 +208,7 @@ class Pairs(Dataset[Any]):
     def _teacher_rows(self, shards: np.ndarray, rows: np.ndarray) -> tuple[Tensor | None, Tensor | None]:
         if self.teacher is None:
             return None, None
-        image = np.empty((len(rows), self.teacher.dim), np.float32)
+        image = np.empty((len(rows), self.teacher.dim), self.teacher.dtype)
         text = np.empty_like(image) if self.teacher.has_text else None
         for shard in np.unique(shards):
             here = shards == shard

@@ -57,7 +57,7 @@ def _copied_from(index: ShardIndex) -> str:
 
 class _TeacherShard(NamedTuple):
     row_of: np.ndarray  # int64 [n]: row in the partition of each sample of the tar, -1 for none
-    image: np.ndarray  # float16 [rows, d], memory-mapped
+    image: np.ndarray  # [rows, d], memory-mapped
     text: np.ndarray | None
 
 
@@ -66,6 +66,8 @@ class TeacherTable:
 
     Attributes:
         dim: their width d.
+        dtype: float16, or float32 where the first tar's are wider, as in a directory of another program. Ranks exchange
+            embeddings in this dtype, so those of all tars must fit into it.
         has_text: whether captions were embedded.
     """
 
@@ -91,6 +93,9 @@ class TeacherTable:
             raise UserError(
                 f"{directory} has no embeddings of {len(missing)} shards ({', '.join(missing[:5])}): {_EMBED_AGAIN}"
             )
+        first = next((self._partitions[name] for name in index.names if name not in self._empty), None)
+        narrow = first is None or load_npy(self._image_files[first], _EMBED_AGAIN).dtype == np.float16
+        self.dtype = np.dtype(np.float16 if narrow else np.float32)
         self._shards: LRUCache[_TeacherShard] = LRUCache(_OPEN_SHARDS)
 
     def _checked_partitions(self) -> dict[str, int]:
@@ -125,7 +130,7 @@ class TeacherTable:
 
     def _open(self, shard: int) -> _TeacherShard:
         if self.index.names[shard] in self._empty:
-            none = np.empty((0, self.dim), np.float16)
+            none = np.empty((0, self.dim), self.dtype)
             return _TeacherShard(np.full(int(self.index.sizes[shard]), -1), none, none if self.has_text else None)
         number = self._partitions[self.index.names[shard]]
         image = load_npy(self._image_files[number], _EMBED_AGAIN)
@@ -139,6 +144,8 @@ class TeacherTable:
                     f"{path} has shape {array.shape} of {array.dtype}, "
                     f"expected {(len(keys), self.dim)} of floating point to match its metadata: {_EMBED_AGAIN}"
                 )
+            if array is not None and self.dtype == np.float16 != array.dtype:
+                raise UserError(f"{path} is {array.dtype}, expected float16 as in the first shard: {_EMBED_AGAIN}")
         row_of = join_by_key(self.index.table(shard).keys, keys, metadata, _EMBED_AGAIN)
         return _TeacherShard(row_of, image, text)
 
@@ -147,7 +154,7 @@ class TeacherTable:
         return self._shards.get(shard, lambda: self._open(shard)).row_of[rows] >= 0
 
     def rows(self, shard: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """(image, text) embeddings of rows of the tar, float16 [m, d] each; text is None without `has_text`.
+        """(image, text) embeddings of rows of the tar, [m, d] each as stored; text is None without `has_text`.
 
         Raises:
             BadSample: a row has no embedding, see `has`.

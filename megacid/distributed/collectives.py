@@ -14,7 +14,7 @@ averages the student's gradients over the ranks (`"mean"`, DeepSpeed's default) 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,12 @@ reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.red
 
 GradReduction = Literal["mean", "sum"]
 Group = dist.ProcessGroup | None
+
+
+class Gathered(NamedTuple):
+    """A matrix that holds the rows of all ranks already, by rank; for functions that would gather it otherwise."""
+
+    rows: Tensor
 
 
 def world_size(group: Group = None) -> int:
@@ -80,20 +86,32 @@ def group_device(group: Group) -> torch.device:
     )
 
 
-def _gather(x: Tensor, sizes: list[int], group: Group) -> Tensor:
-    """Concatenate along dim 0. Uneven parts are padded to the largest, since only even all-gathers exist everywhere."""
+def start_gather(x: Tensor, sizes: list[int], group: Group = None) -> Callable[[], Tensor]:
+    """Start an all-gather of x along dim 0, without gradient. Returns a function that waits for the rows of all ranks.
+
+    Uneven parts are padded to the largest, since only even all-gathers exist everywhere.
+
+    Args:
+        x: any dtype; must not change before the result is there.
+        sizes: rows of each rank.
+    """
+    mine = x.detach()
     if len(sizes) == 1:
-        return x
-    largest = max(sizes)
-    mine = x.contiguous()
+        return lambda: mine
+    mine, largest = mine.contiguous(), max(sizes)
     if mine.shape[0] < largest:
         mine = torch.cat([mine, mine.new_zeros(largest - mine.shape[0], *mine.shape[1:])])
     out = mine.new_empty(largest * len(sizes), *mine.shape[1:])
-    if largest:
-        all_gather_single(out, mine, group=group)
-    if all(n == largest for n in sizes):
-        return out
-    return torch.cat([out[i * largest : i * largest + n] for i, n in enumerate(sizes)])
+    handle: Any = all_gather_single(out, mine, group=group, async_op=True) if largest else None
+
+    def result() -> Tensor:
+        if handle is not None:
+            handle.wait()
+        if all(n == largest for n in sizes):
+            return out
+        return torch.cat([out[i * largest : i * largest + n] for i, n in enumerate(sizes)])
+
+    return result
 
 
 def gather_plain(x: Tensor, group: Group = None, *, sizes: list[int] | None = None) -> Tensor:
@@ -101,18 +119,20 @@ def gather_plain(x: Tensor, group: Group = None, *, sizes: list[int] | None = No
 
     sizes: rows of each rank, if known, which saves a collective and a host synchronisation.
     """
-    return _gather(x.detach(), gather_sizes(x.shape[0], group) if sizes is None else sizes, group)
+    return start_gather(x, gather_sizes(x.shape[0], group) if sizes is None else sizes, group)()
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group, factor: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, pending: Callable[[], Tensor], sizes: list[int], group: Group, factor: int
+    ) -> Tensor:
         ctx.sizes, ctx.group, ctx.factor = sizes, group, factor
-        return _gather(x, sizes, group) if len(sizes) > 1 else x.view_as(x)
+        return pending()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return reduce_scatter_rows(grad, ctx.sizes, ctx.group) * ctx.factor, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return reduce_scatter_rows(grad, ctx.sizes, ctx.group) * ctx.factor, None, None, None, None
 
 
 def reduce_scatter_rows(x_GD: Tensor, sizes: list[int], group: Group = None) -> Tensor:
@@ -141,6 +161,17 @@ def start_reduce_scatter_rows(x_GD: Tensor, sizes: list[int], group: Group = Non
     return result
 
 
+def start_gather_rows(
+    x_BD: Tensor, sizes: list[int], group: Group = None, *, grad_reduction: GradReduction
+) -> Callable[[], Tensor]:
+    """Start `gather_rows`. Returns a function that waits for x_GD, with its gradient; call it once."""
+    factor = gradient_factor(group, grad_reduction)
+    if len(sizes) == 1:
+        return lambda: x_BD
+    pending = start_gather(x_BD, sizes, group)
+    return lambda: _GatherRows.apply(x_BD, pending, sizes, group, factor)
+
+
 def gather_rows(
     x_BD: Tensor, group: Group = None, *, grad_reduction: GradReduction, sizes: list[int] | None = None
 ) -> tuple[Tensor, list[int]]:
@@ -156,7 +187,7 @@ def gather_rows(
         (x_GD, rows of each rank).
     """
     sizes = gather_sizes(x_BD.shape[0], group) if sizes is None else sizes
-    return _GatherRows.apply(x_BD, sizes, group, gradient_factor(group, grad_reduction)), sizes
+    return start_gather_rows(x_BD, sizes, group, grad_reduction=grad_reduction)(), sizes
 
 
 def all_reduce_sum(x: Tensor, group: Group = None, *, async_op: bool = False) -> Any:

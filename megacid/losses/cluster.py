@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megacid.classifier.partial_fc import PartialFC
+from megacid.distributed.collectives import Gathered
 from megacid.errors import UserError
 from megacid_kernels import Weights
 
@@ -46,12 +47,12 @@ class ClusterDistillation(nn.Module):
             )
 
     def forward(
-        self, student_BD: Tensor, target_B: Tensor, teacher_BD: Tensor | None = None
+        self, student_BD: Tensor | Gathered, target_B: Tensor, teacher_BD: Tensor | Gathered | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Means over the labelled samples of the global batch. A collective.
 
         Args:
-            student_BD: [B, D] student embeddings.
+            student_BD: [B, D] student embeddings, or Gathered, those of all ranks; like teacher_BD.
             target_B: int64 [B] or [B, l], as in `PartialFC.forward`; all three terms leave unlabelled samples out.
             teacher_BD: [B, D] stored teacher embeddings, needed if beta or gamma is > 0.
 

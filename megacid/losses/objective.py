@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megacid.distributed.collectives import GradReduction
+from megacid.distributed.collectives import Gathered, GradReduction, sum_over_ranks
 from megacid.errors import UserError
 from megacid.losses.cluster import ClusterDistillation
-from megacid.losses.instance import affinity_loss, contrastive_loss, feature_mse, instance_loss
+from megacid.losses.global_batch import GlobalBatch, check_shapes
+from megacid.losses.instance import affinity_part, contrastive_part, instance_part, mse_part
 
 
 class StudentOutput(Protocol):
@@ -37,6 +39,14 @@ class TargetBatch(Protocol):
     def teacher_text(self) -> Tensor | None: ...
 
 
+@dataclass(frozen=True)
+class StartedBatch:
+    """Targets of a batch whose teacher embeddings are being gathered; see `Objective.start`."""
+
+    targets: TargetBatch
+    gathered: GlobalBatch | None  # None: no term needs all ranks' embeddings of the teacher
+
+
 class Objective:
     """instance * L_instance + cluster * L_cluster + contrastive * L_CLIP + affinity * L_affinity
     + mse * (|vS - vT|^2 + |tS - tT|^2).
@@ -48,6 +58,7 @@ class Objective:
         cluster_loss: holds the classifier; needed if cluster > 0.
         group: ranks of the global batch; None is the default group.
         grad_reduction: how the engine combines gradients over ranks.
+        equal_batches: whether every rank has equally many samples, which saves an exchange of their numbers.
         temperature: fixed temperature of the student's similarities; None uses its learned logit_scale.
         affinity_temperature: of the teacher's similarities in `affinity_loss`. Stored embeddings come without the
             teacher's own; OpenCLIP's models end at 0.01, their bound.
@@ -67,6 +78,7 @@ class Objective:
         cluster_loss: ClusterDistillation | None = None,
         group: dist.ProcessGroup | None = None,
         grad_reduction: GradReduction = "mean",
+        equal_batches: bool = False,
         temperature: float | None = None,
         affinity_temperature: float = 0.01,
     ):
@@ -93,42 +105,89 @@ class Objective:
             raise UserError(f"affinity_temperature is {affinity_temperature}, expected > 0: 0.01 is usual")
         self.cluster_loss, self.temperature = cluster_loss, temperature
         self.affinity_scale = 1 / affinity_temperature
-        self.group, self.grad_reduction = group, grad_reduction
+        self.group, self.grad_reduction, self.equal_batches = group, grad_reduction, equal_batches
+        teacher = ("teacher_image", "teacher_text")
+        anchor = teacher[:1] if cluster_loss is not None and cluster_loss.weights.needs_teacher else ()
+        reads = {"instance": teacher, "cluster": ("label", *anchor), "mse": teacher, "affinity": teacher}
+        # The targets that each term reads, and those that must be gathered.
+        self._reads = {term: fields for term, fields in reads.items() if self.weights[term] > 0}
+        gathered = {field for term, fields in self._reads.items() if term != "mse" for field in fields}
+        self._teacher = {name: field for name, field in zip(("image_T", "text_T"), teacher) if field in gathered}
+        self._gathers_student = any(self.weights[term] > 0 for term in ("instance", "contrastive", "affinity"))
 
-    def __call__(self, out: StudentOutput, batch: TargetBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def start(self, batch: TargetBatch) -> StartedBatch:
+        """Start to gather the teacher's embeddings, which overlaps with the student's forward. A collective.
+
+        Raises:
+            UserError: the batch lacks a field that a term needs.
+        """
+        for term, fields in self._reads.items():
+            for field in fields:
+                if getattr(batch, field) is None:
+                    raise UserError(
+                        f"the {term} term needs batch.{field}, which is missing: add it to the run's data, or set the "
+                        "weight to 0"
+                    )
+        local = {name: getattr(batch, field) for name, field in self._teacher.items()}
+        gathered = self._global_batch(len(next(iter(local.values())))) if local else None
+        if gathered is not None:
+            gathered.start(**local)
+        return StartedBatch(batch, gathered)
+
+    def __call__(self, out: StudentOutput, batch: TargetBatch | StartedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a batch. A collective.
+
+        Args:
+            batch: the targets, or what `start` returned for them before the student's forward.
 
         Returns:
             The loss, 0-d, and the computed terms among instance, cluster, cluster/student_ce, cluster/teacher_ce,
             cluster/kl, contrastive, mse, affinity: 0-d, detached, without their weights. The same on every rank.
 
         Raises:
-            UserError: the batch lacks a field that a term needs.
+            UserError: the batch lacks a field that a term needs, or the student has another width than the teacher.
         """
+        started = batch if isinstance(batch, StartedBatch) else self.start(batch)
+        targets, gathered = started.targets, started.gathered or self._global_batch(len(out.image))
+        teacher = {name: getattr(targets, field) for name, field in self._teacher.items()}
+        check_shapes(out.image, **({"text_S": out.text} if self._gathers_student else {}), **teacher)
+        if self._gathers_student:
+            gathered.start(image_S=out.image, text_S=out.text)
         w, scale = self.weights, self._logit_scale(out)
-        values: dict[str, Tensor] = {}
+        parts: dict[str, Tensor] = {}  # this rank's parts of the means over the global batch
         details: dict[str, Tensor] = {}
-        common = (self.group, self.grad_reduction)
         if w["instance"] > 0:
-            teacher_image = _require(batch, "instance", "teacher_image")
-            teacher_text = _require(batch, "instance", "teacher_text")
-            values["instance"] = instance_loss(out.image, out.text, teacher_image, teacher_text, scale, *common)
-        if w["cluster"] > 0 and self.cluster_loss is not None:
-            label = _require(batch, "cluster", "label")
-            needs_teacher = self.cluster_loss.weights.needs_teacher
-            anchor = _require(batch, "cluster", "teacher_image") if needs_teacher else None
-            values["cluster"], parts = self.cluster_loss(out.image, label, anchor)
-            details = {f"cluster/{name}": value for name, value in parts.items()}
+            parts["instance"] = instance_part(gathered, scale)
+        if w["cluster"] > 0:
+            cluster, details = self._cluster(out.image, targets, gathered)
         if w["contrastive"] > 0:
-            values["contrastive"] = contrastive_loss(out.image, out.text, scale, *common)
+            parts["contrastive"] = contrastive_part(gathered, scale)
         if w["mse"] > 0:
-            image, text = _require(batch, "mse", "teacher_image"), _require(batch, "mse", "teacher_text")
-            values["mse"] = feature_mse(out.image, image, *common) + feature_mse(out.text, text, *common)
+            assert targets.teacher_image is not None and targets.teacher_text is not None
+            image, text = (out.image, targets.teacher_image), (out.text, targets.teacher_text)
+            parts["mse"] = mse_part(gathered, *image) + mse_part(gathered, *text)
         if w["affinity"] > 0:
-            image, text = _require(batch, "affinity", "teacher_image"), _require(batch, "affinity", "teacher_text")
-            values["affinity"] = affinity_loss(out.image, out.text, image, text, scale, self.affinity_scale, *common)
+            parts["affinity"] = affinity_part(gathered, scale, self.affinity_scale)
+        if parts:  # one all-reduce for all terms
+            parts = dict(zip(parts, sum_over_ranks(torch.stack([*parts.values()]), self.group).unbind()))
+        if w["cluster"] > 0:
+            parts["cluster"] = cluster
+        values = {name: parts[name] for name in w if name in parts}
         loss = torch.stack([w[name] * value for name, value in values.items()]).sum()
         return loss, {name: value.detach() for name, value in values.items()} | details
+
+    def _cluster(self, image: Tensor, targets: TargetBatch, gathered: GlobalBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The cluster term and its own terms."""
+        assert self.cluster_loss is not None and targets.label is not None
+        # Alone, the classifier gathers the student's images itself: its reduce-scatter then overlaps with the gradient
+        # of the class rows.
+        student = Gathered(gathered["image_S"]) if self._gathers_student else image
+        anchor = Gathered(gathered["image_T"]) if self.cluster_loss.weights.needs_teacher else None
+        value, terms = self.cluster_loss(student, targets.label, anchor)
+        return value, {f"cluster/{name}": term for name, term in terms.items()}
+
+    def _global_batch(self, size: int) -> GlobalBatch:
+        return GlobalBatch(size, self.group, self.grad_reduction, equal_batches=self.equal_batches)
 
     @property
     def is_mean_over_samples(self) -> bool:
@@ -143,12 +202,3 @@ class Objective:
         if self.temperature is None:
             return out.logit_scale
         return torch.full_like(out.logit_scale.detach(), 1 / self.temperature)
-
-
-def _require(batch: TargetBatch, term: str, field: str) -> Tensor:
-    value: Tensor | None = getattr(batch, field)
-    if value is None:
-        raise UserError(
-            f"the {term} term needs batch.{field}, which is missing: add it to the run's data, or set the weight to 0"
-        )
-    return value

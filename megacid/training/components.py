@@ -293,6 +293,7 @@ def make_objective(run: RunFile, head: PartialFC | None, parallel: Parallel) -> 
         cluster_loss=cluster,
         group=parallel.group,
         grad_reduction=run.grad_reduction,
+        equal_batches=True,
         temperature=loss.temperature,
         affinity_temperature=loss.affinity_temperature,
     )

@@ -3,7 +3,7 @@
 A contrastive loss of a batch is not the mean of the losses of its parts, and a sampled classifier draws its rows for
 all labels of a step. With several micro-batches per step, `train.accumulate` therefore
 
-1. embeds each micro-batch without graph, except for the last one,
+1. embeds each micro-batch without graph, except for the last one; the gathers of the targets overlap with the latter,
 2. computes the objective on the embeddings of all of them, and its gradient at each embedding (`differentiate`),
 3. embeds each micro-batch again and backpropagates <embedding, its gradient> (`surrogate`), the last one first.
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megacid.data.batch import Batch
-from megacid.losses import Objective
+from megacid.losses import Objective, StartedBatch
 from megacid.models.student import StudentOutput
 from megacid.training.observe import observe
 
@@ -38,11 +38,15 @@ class GradientCache:
     def __init__(self) -> None:
         self.batches: list[Batch] = []
         self._outputs: list[StudentOutput] = []
+        self._started: StartedBatch | None = None
         self._gradients: list[tuple[Tensor | None, Tensor | None, Tensor | None]] = []
 
-    def add(self, batch: Batch, out: StudentOutput) -> None:
-        """Add a micro-batch and its embeddings."""
-        self.batches.append(batch)
+    def start(self, objective: Objective, device: torch.device) -> None:
+        """Start the objective on the targets of all `batches`. A collective."""
+        self._started = objective.start(_Targets(*(self._concatenated(name, device) for name in _Targets._fields)))
+
+    def add(self, out: StudentOutput) -> None:
+        """Add the embeddings of the next of `batches`."""
         self._outputs.append(StudentOutput(*(value.detach() for value in out)))
 
     @property
@@ -51,16 +55,16 @@ class GradientCache:
         return torch.cat([out.image for out in self._outputs])
 
     def differentiate(self, objective: Objective) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Compute the objective and its gradients, also those of the class rows. A collective.
+        """Compute the started objective and its gradients, also those of the class rows. A collective.
 
         Returns:
             The loss and its terms, as `Objective` returns them, and what `observe` returns.
         """
         image, text = self.image.requires_grad_(), torch.cat([out.text for out in self._outputs]).requires_grad_()
         logit_scale = self._outputs[-1].logit_scale.clone().requires_grad_()
-        targets = _Targets(*(self._concatenated(name, image.device) for name in _Targets._fields))
-        out = StudentOutput(image, text, logit_scale)
-        loss, terms = objective(out, targets)
+        out, started = StudentOutput(image, text, logit_scale), self._started
+        assert started is not None
+        loss, terms = objective(out, started)
         loss.backward()
         sizes = [len(out.image) for out in self._outputs]
         none = [None] * len(sizes)
@@ -68,13 +72,13 @@ class GradientCache:
         # Every micro-batch has the same logit scale, so each gets an equal share of its gradient.
         share = None if logit_scale.grad is None else logit_scale.grad / len(sizes)
         self._gradients = list(zip(images, texts, [share] * len(sizes)))
-        return loss.detach(), terms, observe(out, targets)
+        return loss.detach(), terms, observe(out, started.targets)
 
     def surrogate(self, micro: int, out: StudentOutput) -> Tensor:
         """<embedding, its gradient> of one micro-batch, 0-d; has the objective's gradient at the student's parameters.
 
         Args:
-            micro: number of the micro-batch, in the order of `add`.
+            micro: number of the micro-batch.
             out: output of its second forward, with graph.
         """
         parts = [(x * grad).sum() for x, grad in zip(out, self._gradients[micro]) if grad is not None]

@@ -12,7 +12,8 @@ from harness import run_ranks
 from torch import Tensor
 
 from megacid import Margin, PartialFC, RowAdamW, RowSGD
-from megacid.distributed.collectives import rank, world_size
+from megacid.distributed.collectives import Gathered, gather_plain, gather_rows, rank, world_size
+from megacid.errors import UserError
 from megacid_kernels import Weights
 
 CLASSES, WIDTH, BATCH = 53, 12, 22  # 53 classes divide unevenly by 2, 3 and 4
@@ -179,3 +180,29 @@ def test_a_run_saved_and_continued_at_any_numbers_of_ranks_has_one_loss_curve(op
             atol=tolerance,
             msg=lambda m, b=before, a=after: f"saved at {b} ranks, continued at {a}: {m}",
         )  # fmt: skip
+
+
+def gathered_once(options: dict[str, Any]) -> None:
+    """A caller that has gathered the embeddings gets what the classifier computes from this rank's own."""
+    found, weights = [], Weights(0.8, 0.5, 1.5, 2.0)
+    x, y, teacher, w = data()
+    x, y, teacher = mine(x, y, teacher)
+    for gathered in (False, True):
+        head = PartialFC(CLASSES, WIDTH, init=w, scale=16.0, **options)
+        x = x.detach().clone().requires_grad_()
+        emb: Any = Gathered(gather_rows(x, grad_reduction="mean")[0]) if gathered else x
+        anchor: Any = Gathered(gather_plain(teacher)) if gathered else teacher
+        loss = head.discriminate(emb, y, teacher_BD=anchor, weights=weights).loss
+        loss.backward()
+        found.append((loss.detach(), x.grad, *head.row_grad()))
+    for own, shared in zip(*found):
+        assert own.equal(shared)
+    with pytest.raises(UserError, match="Got 21 gathered embeddings, expected 22, one for each label of all ranks"):
+        head(Gathered(torch.ones(21, WIDTH)), y)
+    with pytest.raises(UserError, match=r"gathered: .* on rank 0, .* on rank 1, expected the same on every rank"):
+        head(Gathered(torch.ones(22, WIDTH)) if rank() else torch.ones(len(y), WIDTH), y)
+
+
+@pytest.mark.parametrize("options", [{"sample_rate": 0.5}, {"feature_rate": 0.5}], ids=["sampled", "dims"])
+def test_gathered_embeddings_give_the_same_bits(options: dict[str, Any]) -> None:
+    run_ranks(gathered_once, 2, options)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from collective_counter import CollectiveCounter
 from harness import run_ranks
 
 from megacid import PartialFC
@@ -83,3 +84,13 @@ def test_a_shared_student_gets_the_gradient_of_one_process(
                 torch.testing.assert_close(part[name], value, rtol=2e-6, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
     rows, size = torch.cat([part["rows"] for part in results]), expected["rows"].abs().sum(0).clamp_min(1).max()
     torch.testing.assert_close(rows / size, expected["rows"] / size, rtol=2e-6, atol=2e-6)
+
+
+def sizes_exchanged() -> int:
+    with CollectiveCounter() as counter:
+        step("mean", {"instance": 1.0, "cluster": 0.5, "contrastive": 0.7, "mse": 0.3})
+    return [call.size for call in counter.calls].count(8 * world_size())
+
+
+def test_unequal_batches_exchange_their_sizes_once() -> None:
+    assert run_ranks(sizes_exchanged, 2) == [1, 1]
