@@ -15,8 +15,6 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from tqdm.contrib.logging import logging_redirect_tqdm
-
 import checkout  # noqa: F401  import paths of a plain checkout
 from argtypes import ToolParser, natural, positive, real, seed_number
 from megacid.distributed.consensus import fail_together
@@ -116,10 +114,7 @@ def run(args: argparse.Namespace, settings: KMeansSettings | None, parallel: Par
             )
         else:
             logging.getLogger("megacid").setLevel(logging.WARNING)
-    with (
-        progress_bar("cluster", "row", enabled=parallel.is_first) as bar,
-        logging_redirect_tqdm(),
-    ):
+    with progress_bar("cluster", "row", enabled=parallel.is_first) as bar:
 
         def start_progress(total: int):
             bar.reset(-(-total // parallel.world))

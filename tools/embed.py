@@ -135,8 +135,7 @@ def embed(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> No
             **index.caption.setting,
         }
     agree(str(settings), "shards and model", parallel.group)
-    # Progress of other ranks arrives in bursts, hence the average rate.
-    with progress_bar("embed", "sample", enabled=parallel.is_first, smoothing=0) as bar:
+    with progress_bar("embed", "sample", enabled=parallel.is_first) as bar:
 
         def start_progress(total: int) -> Progress:
             if parallel.is_first and total:
@@ -156,11 +155,10 @@ def embed(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> No
             max_lost=args.max_lost,
             start_progress=start_progress,
         )
-        stats = bar.format_dict
+        done, seconds = bar.n, bar.elapsed
     if parallel.is_first:
         print_result(args, index, meta)
-        if done := int(stats.get("n", 0)):
-            seconds = float(stats.get("elapsed", 0))
+        if done:
             speed = f"{done / seconds:,.1f} samples/s on {parallel.world} ranks"
             print(f"  this run: {done:,} samples in {seconds:,.0f} s, {speed}")
 

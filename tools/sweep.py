@@ -298,14 +298,14 @@ def main(argv: list[str] | None = None) -> int:
     results = []
     with progress_bar("sweep", "run", len(points)) as bar:
         for point in points:
-            bar.set_description(point.name)
+            bar.desc = point.name
             where = features
             if point.axis == "clusters":
                 where = args.out / f"features-k-{point.value:g}"
                 settings = KMeansSettings(k=int(point.value), iterations=args.iterations)
                 cluster_features(features, where, settings, device="cuda" if torch.cuda.is_available() else "cpu")
             results.append(measure(args, point, where))
-            bar.write(
+            print(
                 f"{point.name}: top-1 {100 * results[-1]['nearest_class_mean']:.1f} %, "
                 f"{1000 * results[-1]['seconds_per_step']:.1f} ms per step, {results[-1]['peak_memory_mib']:,.0f} MiB"
             )

@@ -85,7 +85,8 @@ def _say(message: str) -> None:
     """Print a line on rank 0's stderr from a signal handler, where print and logging may be interrupted themselves."""
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
-            os.write(2, f"{message}\n".encode())
+            lead = "\n" if os.isatty(2) else ""  # below a progress bar
+            os.write(2, f"{lead}{message}\n".encode())
 
 
 def _process(pid: int) -> tuple[int, str, str] | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megacid.config.schema import RunFile
 from megacid.distributed.parallel import Parallel
+from megacid.distributed.progress import progress_bar
 from megacid.errors import LogFormatter, UserError
 from megacid.storage.atomic import open_owned, write_json_atomic
 from megacid.training.flops import peak_tflops
@@ -106,6 +107,8 @@ class Metrics:
         self.total_steps, self.log_every = config.total_steps, config.log_every
         self.is_first = parallel.is_first
         self._trackers = Trackers(run, start_step) if self.is_first else None
+        on_terminal = self.is_first and sys.stderr.isatty()  # elsewhere the log lines show the progress
+        self._bar = progress_bar("train", "step", self.total_steps, initial=start_step, enabled=on_terminal)
         self.began, self.start_step = time.perf_counter(), start_step
         self._last, self._last_step, self._data_s, self._total_data_s = self.began, start_step, 0.0, 0.0
         self._last_loss: float | None = None
@@ -118,6 +121,10 @@ class Metrics:
         """Add to the time that the training loop waited for batches."""
         self._data_s += seconds
         self._total_data_s += seconds
+
+    def step_done(self) -> None:
+        """Advance the progress bar by a step."""
+        self._bar.update()
 
     def due(self, step: int) -> bool:
         """Whether `step` is to be logged: every log_every steps, and the last."""
@@ -191,6 +198,7 @@ class Metrics:
             steps: number of steps of this start.
             skipped: number of skipped steps of the whole run.
         """
+        self._bar.close()
         if self._trackers is None:
             return
         self._trackers.close()

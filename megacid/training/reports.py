@@ -21,6 +21,7 @@ def report_step(step: int, state: TrainState, output: StepOutput, verdict: Verdi
 
     A collective.
     """
+    metrics.step_done()
     if not metrics.due(step):
         return
     share = learning_rate_share(step, state.run.megacid.run.total_steps, state.run.megacid.schedule)

@@ -18,7 +18,7 @@ def test_without_a_terminal_progress_is_a_few_plain_lines(
         bar.reset(1000)
         for _ in range(1000):
             bar.update()
-        bar.set_description("labels")
+        bar.desc = "labels"
     output = capsys.readouterr().err
     assert "\r" not in output and "\x1b" not in output and "\n\n" not in output
     lines = output.splitlines()
@@ -45,6 +45,7 @@ def test_a_bar_of_a_rank_that_reports_nothing_is_silent(capsys: pytest.CaptureFi
 
 def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     with progress_bar("embed", "sample", 5) as bar:
         bar.update(5)
     assert "\r" in capsys.readouterr().err
