@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -54,10 +55,10 @@ def _modules() -> dict[str, Path]:
 MODULES = _modules()
 
 
-def _imports(module: str) -> set[str]:
-    """Absolute names of all imports of a module, also of those inside functions and for types."""
+def _imports(module: str, nodes: Iterable[ast.AST] = ()) -> set[str]:
+    """Absolute names of all imports of a module, also of those inside functions and for types; or those of `nodes`."""
     path, names = MODULES[module], set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes or ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -116,6 +117,26 @@ def test_no_import_circle() -> None:
             pytest.fail(f"import circle: {' -> '.join(error.args[1])}")
     rooms = {room: _below(room) for room in ROOMS}
     TopologicalSorter(rooms).prepare()
+
+
+def _at_import(module: str) -> set[str]:
+    """What a module imports while it is imported: not inside functions, not for types."""
+    tree = ast.parse(MODULES[module].read_text())
+    nodes = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))]
+    return _imports(module, nodes)
+
+
+def test_a_start_of_the_trainer_imports_open_clip_only_for_a_student_that_needs_it() -> None:
+    """open_clip, timm and torchvision take seconds; --help, a wrong run file and a feature tower do without them."""
+    reached, left = set(), {"megacid.train"}
+    while left:
+        module = left.pop()
+        reached.add(module)
+        left |= (_at_import(module) & MODULES.keys()) - reached
+    assert len(reached) > 50
+    assert {
+        m for m in reached if {"open_clip", "torchvision"} & {name.split(".")[0] for name in _at_import(m)}
+    } == set()
 
 
 def test_the_top_of_the_package_holds_the_loop_and_what_everyone_uses() -> None:

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  imported once here, inherited by forked ranks
-import torch._dynamo  # noqa: F401
+import torch._dynamo  # noqa: F401  as above
 import torch.distributed as dist
 from harness import run_ranks
 from torch import Tensor
 
+import megacid.distributed.engine  # noqa: F401  as above
 from megacid import train
 from megacid.checkpoint.state import CheckpointReader
+from megacid.models.clip import StudentSpec, tokenizer_for
+
+tokenizer_for(StudentSpec("digits-student"))  # reads the vocabulary here, for every forked rank
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Shapes: B batch, D embedding, T context length, H x W pixels.
 """
 
+import functools
 import json
 import logging
 from collections.abc import Callable
@@ -109,12 +110,20 @@ def _tokenizer(model: str, context_length: int | None = None) -> Tokenizer:
     if has_own_weights(model) and text_cfg.get("hf_tokenizer_name"):
         options = {"trust_remote_code": False, "local_files_only": True}  # the first asks at the terminal by default
     try:
+        if model_directory(model) is None:
+            return _named_tokenizer(model, context_length)
         return open_clip.get_tokenizer(_open_clip_name(model), context_length=context_length, **options)
     except Exception as error:  # transformers is missing, or its files are neither cached nor reachable
         raise UserError(
             f"the tokenizer of {model!r} cannot be loaded ({one_line(error)}): install transformers, or put its files "
             f"next to the weights and use {LOCAL_DIR}PATH"
         ) from None
+
+
+@functools.cache
+def _named_tokenizer(model: str, context_length: int | None) -> Tokenizer:
+    """Reads the vocabulary, a quarter of a second, once per process. A directory's files may change."""
+    return open_clip.get_tokenizer(model, context_length=context_length)
 
 
 def train_transform(student: StudentFields, augment: Augment) -> Transform:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megacid.models.student import StudentOutput
+from megacid.models.output import StudentOutput
 
 
 class FeatureTower(nn.Module):

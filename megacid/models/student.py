@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,17 +25,10 @@ from megacid.models.clip import (
     preprocess_for,
 )
 from megacid.models.freezing import frozen_modules
+from megacid.models.output import StudentOutput
 from megacid.models.pretrained import has_weights, load_weights
 
 MAX_LOGIT_SCALE = 100.0
-
-
-class StudentOutput(NamedTuple):
-    """Output of a student. A tuple, because DeepSpeed's module hooks must see every tensor."""
-
-    image: torch.Tensor  # [B, D] fp32, L2-normalised
-    text: torch.Tensor  # [B, D] fp32, L2-normalised
-    logit_scale: torch.Tensor  # 0-d fp32, min(exp(parameter), 100)
 
 
 def image_shape(config: dict[str, Any]) -> tuple[int, ...]:

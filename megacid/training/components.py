@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -31,14 +31,14 @@ from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.losses import ClusterDistillation, Objective
-from megacid.models.clip import PixelNormalization, StudentSpec, tokenizer_for, train_transform
 from megacid.models.feature_tower import FeatureTower
-from megacid.models.freezing import frozen_parameters
-from megacid.models.student import Student, build_student
-from megacid.models.towers import check_towers
 from megacid.storage.metadata import read_meta, size_field
 from megacid.training.run_settings import check_same_settings
 from megacid.training.schedule import peak_rates
+
+if TYPE_CHECKING:
+    from megacid.models.clip import StudentSpec
+    from megacid.models.student import Student
 
 log = logging.getLogger("megacid")
 
@@ -135,6 +135,8 @@ def _open_features(run: RunFile, directory: str, parallel: Parallel) -> Data:
 
 
 def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
+    from megacid.models.clip import PixelNormalization, tokenizer_for, train_transform
+
     config, loss = run.megacid.data, run.megacid.loss
     with fail_together(parallel.group):
         # The first rank builds a missing index before the others load it.
@@ -186,6 +188,9 @@ def check_student(run: RunFile) -> None:
     if teacher and terms_with_teacher(run.megacid.loss):
         meta = read_meta(teacher, "embed")
         teacher_dim = size_field(meta, Path(teacher), "dim", "run tools/embed.py again into another directory")
+    # Where a student needs it, because importing open_clip takes seconds.
+    from megacid.models.towers import check_towers
+
     check_towers(
         _student_spec(run, teacher_dim),
         grad_checkpointing=config.grad_checkpointing,
@@ -205,6 +210,8 @@ def trained_outputs(loss: LossConfig) -> set[str]:
 
 
 def _student_spec(run: RunFile, teacher_dim: int | None) -> StudentSpec:
+    from megacid.models.clip import StudentSpec
+
     config = run.megacid.student
     width = config.embed_dim or teacher_dim
     if teacher_dim is not None and width != teacher_dim:
@@ -220,10 +227,14 @@ def _student_spec(run: RunFile, teacher_dim: int | None) -> StudentSpec:
 def make_student(run: RunFile, data: Data) -> Student | FeatureTower:
     """The student, of the teacher's width, or a feature tower. Raises UserError when the widths differ."""
     config, seed = run.megacid.student, run.megacid.run.seed
-    spec = _student_spec(run, data.teacher_dim)
     if data.feature_dim is not None:
-        assert spec.embed_dim is not None
-        return FeatureTower(data.feature_dim, spec.embed_dim, hidden=config.hidden, layers=config.layers, seed=seed)
+        assert config.embed_dim is not None
+        width, hidden = config.embed_dim, config.hidden
+        return FeatureTower(data.feature_dim, width, hidden=hidden, layers=config.layers, seed=seed)
+    from megacid.models.freezing import frozen_parameters
+    from megacid.models.student import build_student
+
+    spec = _student_spec(run, data.teacher_dim)
     student = build_student(**vars(spec), seed=seed, grad_checkpointing=config.grad_checkpointing)
     if config.freeze:
         student.freeze(frozen_parameters(student.clip, config.freeze, trained_outputs(run.megacid.loss)))

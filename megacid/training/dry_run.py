@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import os
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,10 +16,14 @@ from megacid.data.batch import Batch, DataBudgetError
 from megacid.distributed.consensus import as_user_error, broadcast_json, fail_together, gather_json
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
-from megacid.models.student import Student, StudentOutput
+from megacid.models.feature_tower import FeatureTower
+from megacid.models.output import StudentOutput
 from megacid.training.metrics import setup_logging
 from megacid.training.resume import find_checkpoint
 from megacid.training.state import TrainState, build_train_state
+
+if TYPE_CHECKING:
+    from megacid.models.student import Student
 
 log = logging.getLogger("megacid")
 
@@ -76,7 +81,7 @@ def _first_batch(state: TrainState) -> Batch:
     group = state.parallel.group
     with fail_together(group):
         batch = next(iter(state.data.stream(0)))
-        if isinstance(state.student, Student):
+        if not isinstance(state.student, FeatureTower):
             _check_tokens(batch, state.student)
     for failure in filter(None, gather_json(batch.failure, group)):
         raise DataBudgetError(failure)
@@ -99,7 +104,7 @@ def _forward(state: TrainState, batch: Batch) -> StudentOutput:
     with together, as_user_error("the student's forward fails"):
         out = state.embed(0, 0, batch)
         for kind, embedding in (("images", out.image), ("texts", out.text)):
-            if isinstance(state.student, Student) and embedding.shape[-1] != state.student.embed_dim:
+            if embedding.shape[-1] != state.student.embed_dim:
                 raise UserError(
                     f"the student gives {kind} of width {embedding.shape[-1]}, expected embed_dim "
                     f"{state.student.embed_dim}: use another architecture"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from typing import TYPE_CHECKING
 
 import torch
 from torch.func import functional_call
@@ -14,7 +15,9 @@ from megacid.classifier.sampling import num_dims
 from megacid.config.schema import RunFile
 from megacid.errors import one_line
 from megacid.models.feature_tower import FeatureTower
-from megacid.models.student import Student
+
+if TYPE_CHECKING:
+    from megacid.models.student import Student
 
 log = logging.getLogger("megacid")
 

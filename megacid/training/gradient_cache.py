@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megacid.data.batch import Batch
 from megacid.losses import Objective, StartedBatch
-from megacid.models.student import StudentOutput
+from megacid.models.output import StudentOutput
 from megacid.training.observe import observe
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import TYPE_CHECKING
 
 from megacid.classifier import PartialFC
 from megacid.classifier.sampling import Draw, num_dims
 from megacid.config.schema import RunFile
 from megacid.distributed.parallel import Parallel, shard_range
 from megacid.models.feature_tower import FeatureTower
-from megacid.models.student import Student
 from megacid_kernels import LossSpec, Weights
+
+if TYPE_CHECKING:
+    from megacid.models.student import Student
 
 log = logging.getLogger("megacid")
 

@@ -20,19 +20,19 @@ from megacid.distributed.consensus import agree, fail_together
 from megacid.distributed.parallel import Parallel
 from megacid.losses import Objective
 from megacid.models.feature_tower import FeatureTower
-from megacid.models.student import Student, StudentOutput
+from megacid.models.output import StudentOutput
 from megacid.storage.atomic import disk_errors
 from megacid.training.components import Data, build_components
 from megacid.training.flops import step_flops
 from megacid.training.guard import Guard
 from megacid.training.memory import report_memory
-from megacid.training.projection_fit import fit_projections
 from megacid.training.resume import abandon_later_checkpoints
 from megacid.training.run_settings import write_config
 from megacid.training.schedule import parameter_groups
 
 if TYPE_CHECKING:
     from megacid.distributed.engine import Engine
+    from megacid.models.student import Student
 
 log = logging.getLogger("megacid")
 
@@ -150,7 +150,13 @@ def build_train_state(run: RunFile, parallel: Parallel, start_from: str | None =
     student.to(parallel.device)
     flops = step_flops(run, student, components.head) if parallel.is_first else None
     report_memory(run, student, components.head, parallel)
-    if start_from is None and isinstance(student, Student) and run.megacid.student.projection_init == "teacher":
+    if (
+        start_from is None
+        and not isinstance(student, FeatureTower)
+        and run.megacid.student.projection_init == "teacher"
+    ):
+        from megacid.training.projection_fit import fit_projections
+
         fit_projections(student, components.data, run, parallel)
     groups = parameter_groups(student, float(run.deepspeed["optimizer"]["params"].get("weight_decay", 0.0)))
     return TrainState(

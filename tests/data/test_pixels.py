@@ -28,7 +28,7 @@ from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.models import clip
 from megacid.models.clip import PixelNormalization, StudentSpec, preprocess_cfg, train_transform
-from megacid.models.student import StudentOutput
+from megacid.models.output import StudentOutput
 from megacid.training.components import Data, make_student, open_data
 from megacid.training.gradient_cache import GradientCache
 from megacid.training.memory import report_memory

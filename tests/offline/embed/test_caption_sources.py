@@ -180,7 +180,7 @@ def test_a_run_reads_its_captions_and_says_at_the_start_what_is_left_out(
     captions: list[str] = []
     caplog.set_level("INFO")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megacid.training.components.tokenizer_for", lambda _: lambda texts: captions.extend(texts))
+        patch.setattr("megacid.models.clip.tokenizer_for", lambda _: lambda texts: captions.extend(texts))
         data = open_data(load(stage, "instance", shards=shards, caption=caption, teacher=str(stage / "emb")), one_rank)
         list(data.stream(0))
     assert len(captions) == 16 and all(text.startswith("alt of 0000") for text in captions)
