@@ -40,14 +40,20 @@ def small_student(**vision: Any) -> Student:
 class SmallRun:
     """An engine whose steps depend on their number alone."""
 
-    def __init__(self, file: Path, settings: list[str], prepare: Callable[[Student], None] = lambda s: None) -> None:
+    def __init__(
+        self,
+        file: Path,
+        settings: list[str],
+        prepare: Callable[[Student], None] = lambda s: None,
+        layer_decay: float = 1.0,
+    ) -> None:
         self.parallel = Parallel(
             dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"), dist.group.WORLD
         )
         run = load_run(file, settings, world=self.parallel.world)
         self.student, self.updates = small_student(), 0
         prepare(self.student)
-        groups = parameter_groups(self.student, 0.1)
+        groups = parameter_groups(self.student, 0.1, layer_decay)
         self.engine = Engine(self.student, groups, run, self.parallel)
 
     def inputs(self, step: int) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,8 @@ class StudentConfig(Section):
     freeze: Annotated[tuple[str, ...], BeforeValidator(as_tuple), when.Shards] = ()
     """Parameters that stay as they are: "image" or "text" for a tower, or patterns over open_clip's names such as
     visual.transformer.resblocks.[0-5].*"""
+    layer_decay: Annotated[float, Field(gt=0, le=1), when.Shards] = 1.0
+    """Factor of the learning rate for each block farther from the end of its tower (BEiT, EVA-CLIP); 1: none."""
     grad_checkpointing: Annotated[bool, when.Shards] = False
     """Recompute activations in the backward pass: less memory, more time."""
     hidden: Annotated[Width, when.Features, when.HiddenLayers] = 512

@@ -112,7 +112,7 @@ class Engine:
     """The student's forward, backward and step under ZeRO 0, 1, 2 or 3.
 
     Args:
-        groups: optimizer parameter groups of `student`, dicts with "params" and "weight_decay".
+        groups: optimizer parameter groups of `student`, dicts with "params", "weight_decay" and perhaps "lr_scale".
     """
 
     def __init__(self, student: nn.Module, groups: list[dict[str, Any]], run: RunFile, parallel: Parallel) -> None:
@@ -211,7 +211,7 @@ class Engine:
     def step(self, lr: float, clip_scale: float) -> None:
         """Update with the gradients times clip_scale (at most 1). Call `gradient_norm` before."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         if self.stage == 0:
             if clip_scale < 1:
                 for p in self.module.parameters():

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from torch import nn
 
 from megacid.config.schema import RunFile
 from megacid.config.sections import ScheduleConfig
+from megacid.models.freezing import TOWERS, part_of
+
+_BLOCK = re.compile(r"(.*?\.\d+)\.")  # "visual.transformer.resblocks.3", "visual.layer1.0", "text.encoder.layer.3"
+_EMBEDDING = re.compile(
+    r"(?<!attnpool\.)\b(conv\d|bn\d|class_embedding|positional_embedding|token_embedding|cls_emb|ln_pre|embeddings|"
+    r"patch_embed|pos_embed|cls_token|reg_token|norm_pre)\b"
+)
 
 
 def learning_rate_share(step: int, total_steps: int, schedule: ScheduleConfig) -> float:
@@ -28,11 +36,37 @@ def peak_rates(run: RunFile) -> tuple[float, float]:
     return student, student if rows is None else rows
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: `weight_decay` for matrices, none for biases, norms and the logit scale (ndim < 2)."""
+def learning_rate_scales(module: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Factor of the learning rate of each parameter of a student, by depth in its tower, as in BEiT.
+
+    In a tower of n blocks the embeddings have layer_decay^(n + 1), block i (from 0) has layer_decay^(n - i), and what
+    follows the blocks has 1, as have parameters of no tower. Bao et al. 2021, arXiv 2106.08254.
+    """
+    towers: dict[str, dict[str, str]] = {}  # tower -> parameter -> its block, "" before the blocks or "-" after them
+    for name, _ in module.named_parameters():
+        own = name.removeprefix("clip.")
+        block = _BLOCK.match(own)
+        place = block[1] if block else "" if _EMBEDDING.search(own) else "-"
+        towers.setdefault(part_of(own), {})[name] = place
+    scales: dict[str, float] = {}
+    for tower, places in towers.items():
+        blocks = [place for place in dict.fromkeys(places.values()) if place not in ("", "-")]
+        depth = {"": len(blocks) + 1, "-": 0} | {place: len(blocks) - i for i, place in enumerate(blocks)}
+        scales |= {name: layer_decay ** depth[place] if tower in TOWERS else 1.0 for name, place in places.items()}
+    return scales
+
+
+def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Optimizer groups: `weight_decay` for matrices, none for biases, norms and the logit scale (ndim < 2).
+
+    With layer decay there is a group for each `lr_scale`, the factor of its learning rate.
+    """
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    scales = learning_rate_scales(module, layer_decay)
     groups = [
-        {"params": [p for _, p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+        {"params": [p for name, p in trained if (p.ndim >= 2) == matrices and scales[name] == scale],
+         "weight_decay": weight_decay if matrices else 0.0, "lr_scale": scale}
+        for matrices in (True, False)
+        for scale in sorted(set(scales.values()))
+    ]  # fmt: skip
     return [group for group in groups if group["params"]]

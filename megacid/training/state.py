@@ -158,7 +158,8 @@ def build_train_state(run: RunFile, parallel: Parallel, start_from: str | None =
         from megacid.training.projection_fit import fit_projections
 
         fit_projections(student, components.data, run, parallel)
-    groups = parameter_groups(student, float(run.deepspeed["optimizer"]["params"].get("weight_decay", 0.0)))
+    weight_decay = float(run.deepspeed["optimizer"]["params"].get("weight_decay", 0.0))
+    groups = parameter_groups(student, weight_decay, run.megacid.student.layer_decay)
     return TrainState(
         **vars(components),
         parallel=parallel,

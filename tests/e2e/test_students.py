@@ -27,7 +27,7 @@ def wide_weights(pipeline: Pipeline) -> str:
 def test_fitted_and_frozen_weights_go_through_a_resume_to_the_export(pipeline: Pipeline) -> None:
     weights = wide_weights(pipeline)
     options: dict[str, Any] = {"student__pretrained": weights, "student__projection_init": "teacher"}
-    options |= {"student__freeze": ["visual.*"], "gradient_accumulation_steps": 2}
+    options |= {"student__freeze": ["visual.*"], "student__layer_decay": 0.8, "gradient_accumulation_steps": 2}
     options["run__total_steps"] = 3
     whole, pieces = (pipeline.run_file(name, **options) for name in ("fitted-whole", "fitted-pieces"))
     run_train(2, whole)
