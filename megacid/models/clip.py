@@ -53,6 +53,7 @@ class StudentSpec:
     context_length: int | None = None
     pretrained: str | None = None
     projection: bool = False
+    patch_dropout: float | None = None
 
 
 # ---- architectures ---------------------------------------------------------------------------------------------------

@@ -167,6 +167,8 @@ def create_clip(spec: StudentSpec, config: dict[str, Any], *, seed: int, **optio
     if spec.projection:
         # These replace the blocks in which open_clip turns off the weights of other sources.
         options["vision_cfg"] = config["vision_cfg"] | {"timm_model_pretrained": False}
+        if spec.patch_dropout is not None:
+            options["vision_cfg"] |= {"patch_dropout": spec.patch_dropout}
         options["text_cfg"] = config["text_cfg"] | {"hf_model_pretrained": False}
     with torch.random.fork_rng(devices=[]):  # the CPU generator alone: the weights must not depend on the machine
         torch.manual_seed(seed)
@@ -175,6 +177,7 @@ def create_clip(spec: StudentSpec, config: dict[str, Any], *, seed: int, **optio
             None,
             load_weights=False,
             force_image_size=spec.image_size,
+            force_patch_dropout=spec.patch_dropout,
             force_context_length=spec.context_length,
             pretrained_text=False,
             output_dict=True,
@@ -206,6 +209,7 @@ def build_student(
     context_length: int | None = None,
     pretrained: str | None = None,
     projection: bool = False,
+    patch_dropout: float | None = None,
     seed: int,
     grad_checkpointing: bool = False,
 ) -> Student:
@@ -217,12 +221,13 @@ def build_student(
         pretrained: tag or file of the initial weights; None draws them from `seed` alone, without changing the global
             random generator. Projections of another width than `embed_dim` are drawn from `seed`, too.
         projection: add a linear projection to each tower without one.
+        patch_dropout: share of the image patches that are left out in training; no part of `model_config`.
         grad_checkpointing: recompute activations in backward.
 
     Raises:
         UserError: an unknown architecture, one that is not a two-tower CLIP, or weights that do not fit.
     """
-    spec = StudentSpec(model, embed_dim, image_size, context_length, pretrained, projection)
+    spec = StudentSpec(model, embed_dim, image_size, context_length, pretrained, projection, patch_dropout)
     config = student_config(spec)
     check_weights(model, pretrained)
     with_weights = has_weights(spec)

@@ -6,12 +6,15 @@ Shapes: B batch, D embedding, T context length, H x W pixels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import timm.layers
 import torch
 from open_clip.hf_model import HFTextEncoder
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
+from open_clip.transformer import PatchDropout
 from torch import Tensor
 
 from megacid.errors import UserError, one_line
@@ -38,10 +41,12 @@ def check_towers(
     config = student_config(spec)
     check_weights(spec.model, spec.pretrained)
     width = config["embed_dim"]
-    clip = clip_on_meta(spec, config)
+    clip = clip_on_meta(replace(spec, patch_dropout=None), config)
     if grad_checkpointing:
         _check_grad_checkpointing(spec.model, clip.visual)
-    frozen_parameters(clip, freeze, trained)
+    frozen = frozen_parameters(clip, freeze, trained)
+    if spec.patch_dropout:
+        _check_patch_dropout(spec, config, frozen)
     for kind, other in zip(("images", "texts"), _widths(spec.model, clip, config)):
         if other != width:
             remedy = "" if spec.projection else 'set "student.projection": true, or '
@@ -85,6 +90,22 @@ def _check_grad_checkpointing(model: str, visual: Any) -> None:
             f'"student.grad_checkpointing" is true, which the image tower of "{model}" does not support: write false, '
             "and use a smaller train_micro_batch_size_per_gpu if memory is short"
         )
+
+
+def _check_patch_dropout(spec: StudentSpec, config: dict[str, Any], frozen: set[str]) -> None:
+    """open_clip ignores it for some towers, and a frozen tower drops nothing."""
+    try:
+        visual = clip_on_meta(spec, config).visual
+        supported = any(isinstance(module, (PatchDropout, timm.layers.PatchDropout)) for module in visual.modules())
+    except UserError:  # a model of timm without the option
+        supported = False
+    if not supported:
+        fault = f'the image tower of "{spec.model}" does not support'
+    elif all(f"visual.{name}" in frozen for name, _ in visual.named_parameters()):
+        fault = "a frozen image tower does not use"
+    else:
+        return
+    raise UserError(f'"student.patch_dropout" is {spec.patch_dropout}, which {fault}: remove it')
 
 
 def _check_tokens(model: str, clip: Any, tokens_1T: Tensor) -> None:

@@ -220,8 +220,9 @@ def _student_spec(run: RunFile, teacher_dim: int | None) -> StudentSpec:
             f"{run.megacid.data.teacher}: write null or {teacher_dim}"
         )
     return StudentSpec(
-        config.model, width, config.image_size, config.context_length, config.pretrained, config.projection
-    )
+        config.model, width, config.image_size, config.context_length, config.pretrained, config.projection,
+        config.patch_dropout,
+    )  # fmt: skip
 
 
 def make_student(run: RunFile, data: Data) -> Student | FeatureTower:

@@ -111,6 +111,7 @@ def test_a_tag_a_file_and_a_directory_give_the_same_student(
         torch.equal(by_file[name], by_tag[name]) and torch.equal(by_file[name], by_name[name]) for name in by_file
     )
     caplog.set_level(logging.INFO, "megacid")
+    caplog.clear()
     same = state(build_student(f"local-dir:{directory}", embed_dim=32, seed=2))
     assert same["visual.proj"].shape == (96, 32) and not torch.equal(
         same["visual.proj"][:, :8], by_file["visual.proj"][:, :8]

@@ -20,6 +20,7 @@ from megacid.models.clip import (
     train_transform,
 )
 from megacid.models.student import build_student, clamp_logit_scale
+from megacid.models.towers import check_towers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -155,3 +156,34 @@ def test_load_clip_refuses_what_would_give_random_or_foreign_weights(tmp_path):
     torch.save({"state_dict": wide.clip.state_dict(), "epoch": np.float64(1)}, tmp_path / "pickled.pt")
     with pytest.raises(UserError, match=r"pickled\.pt"):
         load_clip("digits-student", str(tmp_path / "pickled.pt"))
+
+
+def test_patch_dropout_leaves_patches_out_in_training_alone_and_is_no_part_of_the_architecture():
+    options = {"embed_dim": 64, "seed": 0}
+    plain, dropped = (
+        build_student("digits-student", **options),
+        build_student("digits-student", patch_dropout=0.75, **options),
+    )
+    tokens: list[int] = []
+    dropped.clip.visual.transformer.register_forward_pre_hook(lambda module, args: tokens.append(args[0].shape[1]))
+    image = torch.rand(2, 3, 32, 32)
+    text = preprocess_for(plain)[1](["zero", "one"])
+    first, second = dropped.train()(image, text).image, dropped(image, text).image
+    assert not torch.equal(first, second)
+    assert torch.equal(dropped.eval()(image, text).image, plain.eval()(image, text).image)
+    assert tokens == [1 + 4, 1 + 4, 1 + 16]  # of 16 patches, and the class token
+    assert (
+        dropped.model_config == plain.model_config
+        and dropped.clip.state_dict().keys() == plain.clip.state_dict().keys()
+    )
+
+
+def test_patch_dropout_without_effect_is_refused():
+    for model, freeze, said in (
+        ("RN50", [], 'the image tower of "RN50" does not support'),
+        ("convnext_base", [], 'the image tower of "convnext_base" does not support'),
+        ("digits-student", ["image"], "a frozen image tower does not use"),
+    ):
+        with pytest.raises(UserError, match=f'"student.patch_dropout" is 0.5, which {said}: remove it'):
+            check_towers(StudentSpec(model, patch_dropout=0.5), freeze=freeze)
+    check_towers(StudentSpec("digits-student", patch_dropout=0.5), freeze=["visual.conv1.*"])

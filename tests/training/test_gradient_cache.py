@@ -58,8 +58,9 @@ def micro_batches(state: TrainState, steps: int) -> Iterator[Batch]:
         yield batch._map(lambda x, own=own: x[own].clone())
 
 
-def small_student() -> Student:
+def small_student(patch_dropout: float = 0.0) -> Student:
     config = model_config("digits-student") | {"embed_dim": WIDTH}
+    config["vision_cfg"]["patch_dropout"] = patch_dropout
     config["text_cfg"]["vocab_size"] = TOKENS
     torch.manual_seed(3)
     clip = open_clip.CLIP(**config, output_dict=True, nonscalar_logit_scale=True)
@@ -69,7 +70,7 @@ def small_student() -> Student:
 def build_state(file: Path, settings: list[str], dropout: bool = False) -> TrainState:
     parallel = Parallel(dist.get_rank(), dist.get_world_size(), dist.get_rank(), CPU, dist.group.WORLD)
     run = load_run(file, settings, world=parallel.world).with_embed_dim(WIDTH)
-    student = small_student()
+    student = small_student(run.megacid.student.patch_dropout or 0.0)
     student.clip.set_grad_checkpointing(run.megacid.student.grad_checkpointing)
     if dropout:
         for module in [m for m in student.modules() if isinstance(m, nn.Sequential) and hasattr(m, "c_proj")]:
@@ -231,9 +232,9 @@ def dropout_gradients(file: Path, settings: list[str]) -> list[dict[str, Tensor]
     return found
 
 
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
-def test_dropout_is_replayed_exactly(file: Path, checkpointing: str) -> None:
-    settings = [*division(4, 0), f"student.grad_checkpointing={checkpointing}"]
+@pytest.mark.parametrize(("checkpointing", "patches"), [("false", "null"), ("true", "null"), ("true", "0.5")])
+def test_dropout_is_replayed_exactly(file: Path, checkpointing: str, patches: str) -> None:
+    settings = [*division(4, 0), f"student.grad_checkpointing={checkpointing}", f"student.patch_dropout={patches}"]
     ((cached, graph),) = run_ranks(dropout_gradients, 1, file, settings)
     assert_same([{"gradients": graph}], [{"gradients": cached}])
 
