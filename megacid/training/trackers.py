@@ -187,12 +187,12 @@ class _Trackio:
         import trackio
 
         self._histogram = trackio.Histogram
-        with _identity(run.directory, "trackio") as (identity, is_new):
+        with _identity(run.directory, "trackio") as (identity, _):
             self._run = trackio.init(
                 project=_PROJECT,
                 name=f"{run.megacid.run.name}-{identity}",  # trackio knows runs by their names
                 resume="allow",
-                config=run.resolved() if is_new else None,
+                config=run.resolved(),  # a start without it would remove the settings that trackio has of the run
                 embed=False,
             )
 

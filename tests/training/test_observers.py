@@ -77,7 +77,7 @@ def test_trackio_gets_the_same_and_a_resume_continues_its_run(runs: Runs) -> Non
     first, second = (call for call in runs.trackio if call[0] == "init")
     assert first[1] == "megacid" and first[2].startswith("observed-") and first[4] == "allow"
     assert first[3]["megacid"]["run"]["total_steps"] == STEPS
-    assert second == [*first[:3], None, "allow"]
+    assert second == first  # trackio 0.43 forgets the settings of a run that is resumed without them
     logged = [call for call in runs.trackio if call[0] == "log" and "train/loss" in call[1]]
     assert {step: values["train/loss"] for _, values, step in logged} == pytest.approx(losses(runs.observed))
     assert sum(call == ["finish"] for call in runs.trackio) == 2
