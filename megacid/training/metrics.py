@@ -201,8 +201,8 @@ class Metrics:
         self._bar.close()
         if self._trackers is None:
             return
-        self._trackers.close()
         seconds = time.perf_counter() - self.began
+        self._trackers.close()  # may upload for a while
         summary = {
             "seconds": seconds,
             "samples_per_second": (self._last_step - self.start_step) * self.global_batch / seconds,
