@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
 }
 LEAVES = {"megacid.errors", "megacid.failpoints"}
 ONLY_HERE = {
-    "deepspeed": {"megacid.distributed.engine", "megacid.config.deepspeed_keys"},
+    "deepspeed": {"megacid.distributed.engine", "megacid.distributed.weight_average", "megacid.config.deepspeed_keys"},
     "hjson": {"megacid.config.load"},
 }
 

@@ -5,7 +5,7 @@
 
 tools/export.py --run runs/digits --out export/digits
 tools/export.py --run runs/digits --step 200 --out export/digits --name digits-200
-tools/export.py --run runs/digits --out export/digits --transformers
+tools/export.py --run runs/digits --out export/digits --transformers --ema
 """
 
 import argparse
@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory for the files")
     parser.add_argument("--name", help="name of the model and of its .pt and .json file (default: name of the run)")
     parser.add_argument(
+        "--ema", action="store_true", help="export the moving average of the weights (student.ema_decay)"
+    )
+    parser.add_argument(
         "--transformers", action="store_true", help="also write what transformers loads (CLIPModel), and a model card"
     )
     args = parser.parse_args(argv)
@@ -47,14 +50,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    student, step = student_from_run(args.run, parse_step(args.step))
+    student, step = student_from_run(args.run, parse_step(args.step), ema=args.ema)
     name = args.name or args.run.resolve().name
+    source = {"run": str(args.run), "step": step, "weights": "ema" if args.ema else "student"}
     card = None
     if args.transformers:
         card = model_card(student, name, args.run, step, read_run_block(args.run))
     with disk_errors(args.out):
         remove_temporary_files(args.out)
-        files = export_student(student, args.out, name=name, source={"run": str(args.run), "step": step}, card=card)
+        files = export_student(student, args.out, name=name, source=source, card=card)
     for file in files:
         print(f"{file}  {file.stat().st_size:,} bytes")
     print(f"exported step {step}; load it with open_clip.create_model_and_transforms('{LOCAL_DIR}{args.out}')")

@@ -1,7 +1,8 @@
 """Contents of a checkpoint, by name and by global row, which any number of ranks can read.
 
-    student-00000.safetensors      one per rank: whole tensors "param/NAME", "exp_avg/NAME", "exp_avg_sq/NAME" and
-                                   "buffer/NAME"; rank i % world writes parameter i
+    student-00000.safetensors      one per rank: whole tensors "param/NAME", "exp_avg/NAME", "exp_avg_sq/NAME",
+                                   "buffer/NAME", and "ema/NAME" with student.ema_decay; rank i % world writes
+                                   parameter i
     classifier-00000.safetensors   one per rank: rows [start, stop) of "head/..." and "optimizer/...", bounds in the
                                    metadata
     manifest.json                  step, number of classes, and name, size and sha256 of every file
@@ -36,6 +37,7 @@ class NamedState(Protocol):
 
     def named_buffers(self) -> dict[str, Tensor]: ...
     def load_named_state(self, state: Callable[[str, str], Tensor], step: int) -> None: ...
+    def load_average(self, read: Callable[[str], Tensor] | None) -> None: ...
     def load_buffers(self, buffers: dict[str, Tensor]) -> None: ...
 
 
@@ -138,6 +140,8 @@ class CheckpointReader:
 def restore(directory: Path, engine: NamedState, rows: dict[str, RowState], identity: dict[str, int]) -> int:
     """Load a checkpoint into the engine and the class rows, and return its step. A collective.
 
+    An EMA of the weights that the checkpoint lacks starts with the loaded weights; one that the run lacks is dropped.
+
     Args:
         rows: {"head": classifier, "optimizer": its optimizer}; empty without a classifier.
         identity: num_classes and embed_dim of the run.
@@ -157,6 +161,8 @@ def restore(directory: Path, engine: NamedState, rows: dict[str, RowState], iden
         raise UserError(f"{directory} has updates {updates!r}, expected an integer: it was saved by another version")
     _refuse_other_state(reader, engine, rows)
     engine.load_named_state(lambda name, kind: reader.tensor(kind, name.removeprefix(PREFIX)), updates)
+    has_average = bool(reader.names("ema"))
+    engine.load_average((lambda name: reader.tensor("ema", name.removeprefix(PREFIX))) if has_average else None)
     engine.load_buffers({name: reader.tensor("buffer", name.removeprefix(PREFIX)) for name in engine.named_buffers()})
     for part, owner in rows.items():
         owner.load_state_rows(lambda name, start, stop, part=part: reader.rows(f"{part}/{name}", start, stop))  # type: ignore[misc]
@@ -172,6 +178,8 @@ def _refuse_other_state(reader: CheckpointReader, engine: NamedState, rows: dict
     for part, owner in rows.items():
         expected |= {f"{part}/{name}": tuple(value.shape[1:]) for name, value in owner.state_rows().items()}
     shapes = reader.shapes()
+    if any(name.startswith("ema/") for name in expected) != bool(reader.names("ema")):
+        expected, shapes = ({k: v for k, v in x.items() if not k.startswith("ema/")} for x in (expected, shapes))
     differences = [f"has no {name}" for name in sorted(expected.keys() - shapes.keys())]
     differences += [f"has {name}, which this run does not have" for name in sorted(shapes.keys() - expected.keys())]
     differences += [
@@ -187,12 +195,24 @@ def _refuse_other_state(reader: CheckpointReader, engine: NamedState, rows: dict
         )
 
 
-def load_student_tensors(directory: str | Path) -> dict[str, Tensor]:
-    """The student's fp32 parameters and buffers, under open_clip's names."""
+def load_student_tensors(directory: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
+    """The student's fp32 parameters and buffers, under open_clip's names.
+
+    Args:
+        ema: the moving average of the trained parameters in place of their last values.
+
+    Raises:
+        UserError: the checkpoint is not valid, or has no average.
+    """
     directory = Path(directory)
     try:
         store.verify(directory)
     except ValueError as error:
         raise UserError(f"not a valid checkpoint: {error}; choose another step") from None
     reader = CheckpointReader(directory)
-    return {name: reader.tensor(kind, name) for kind in ("param", "buffer") for name in reader.names(kind)}
+    if ema and not reader.names("ema"):
+        raise UserError(
+            f"{directory} has no EMA of the weights: use the student itself, or train with student.ema_decay"
+        )
+    kinds = ("param", "buffer", "ema") if ema else ("param", "buffer")
+    return {name: reader.tensor(kind, name) for kind in kinds for name in reader.names(kind)}

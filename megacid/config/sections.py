@@ -87,6 +87,8 @@ class StudentConfig(Section):
     """Factor of the learning rate for each block farther from the end of its tower (BEiT, EVA-CLIP); 1: none."""
     patch_dropout: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, when.Shards] = None
     """Share of the image patches that each training step leaves out at random; null: the model's own, usually none."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay per step of an exponential moving average of the weights, kept in fp32 and saved; null: none."""
     grad_checkpointing: Annotated[bool, when.Shards] = False
     """Recompute activations in the backward pass: less memory, more time."""
     hidden: Annotated[Width, when.Features, when.HiddenLayers] = 512

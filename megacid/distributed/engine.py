@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from megacid.config.schema import RunFile
 from megacid.distributed.consensus import as_user_error, fail_together
 from megacid.distributed.parallel import Parallel
+from megacid.distributed.weight_average import WeightAverage, load_average
 from megacid.errors import UserError, one_line
 
 os.environ.setdefault("DS_BUILD_OPS", "0")
@@ -149,12 +150,15 @@ class Engine:
         self._norm: Tensor | None = None
         if self.stage in (1, 2):
             self._check_names()
+        decay, trained = run.megacid.student.ema_decay, self._trained_parameters()
+        self.average = None if decay is None else WeightAverage(trained, decay, self.stage, parallel)
+
+    def _trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.module.named_parameters() if name not in self._frozen)
 
     def _check_names(self) -> None:
         """Raise UserError when DeepSpeed's fp32 weights by name, which checkpoints hold, are not the student's."""
-        for name, p in self.module.named_parameters():
-            if name in self._frozen:
-                continue
+        for name, p in self._trained_parameters():
             fp32 = safe_get_full_fp32_param(p).reshape(p.shape).to(p.dtype)
             if not torch.allclose(fp32, p, rtol=0, atol=0, equal_nan=True):
                 raise UserError(
@@ -228,6 +232,8 @@ class Engine:
                 "DeepSpeed did not apply a step that the guard had accepted: continuing would desynchronise the "
                 "student and the classifier"
             )
+        if self.average is not None:
+            self.average.update()
 
     def skip(self) -> None:
         """Drop the accumulated gradients. No parameter and no moment changes."""
@@ -277,7 +283,7 @@ class Engine:
     def named_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield (name, {"param", "exp_avg", "exp_avg_sq": whole fp32 copy on the host}) by parameter. A collective.
 
-        A frozen parameter has no moments.
+        A frozen parameter has no moments. With student.ema_decay the others have a fourth tensor, "ema".
         """
         updated = any(MOMENTS[0] in entry for entry in self._base_optimizer().state.values())
         if updated:
@@ -293,6 +299,8 @@ class Engine:
                 tensors |= {key: self._base_optimizer().state[p][key] for key in MOMENTS}
             else:
                 tensors |= {key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}
+            if self.average is not None:
+                tensors["ema"] = self.average.whole(name)
             shape = getattr(p, "ds_shape", p.shape)  # a ZeRO-3 parameter is empty while it is not gathered
             yield name, {key: value.detach().float().cpu().clone().reshape(shape) for key, value in tensors.items()}
 
@@ -369,6 +377,10 @@ class Engine:
         for group in self._base_optimizer().param_groups:
             if "step" in group:  # of Apex
                 group["step"] = step
+
+    def load_average(self, read: Callable[[str], Tensor] | None) -> None:
+        """Load the EMA of the weights by parameter name; None: the checkpoint has none."""
+        load_average(self.average, read)
 
     def _partition(self, p: Any, value: Tensor) -> Tensor:
         """This rank's ZeRO-3 part of a tensor. DeepSpeed's own setter fails when the ranks do not divide the size."""

@@ -28,11 +28,15 @@ from megacid.storage.atomic import SETTINGS_BYTES, read_bounded, write_atomic, w
 from megacid.storage.metadata import write_meta
 
 
-def student_from_run(run: Path | str, step: int | None = None) -> tuple[Student, int]:
-    """Load the student of a run on the CPU in fp32, and its step. step: None is the newest valid checkpoint.
+def student_from_run(run: Path | str, step: int | None = None, *, ema: bool = False) -> tuple[Student, int]:
+    """Load the student of a run on the CPU in fp32, and its step.
+
+    Args:
+        step: None is the newest valid checkpoint.
+        ema: the moving average of its weights, see student.ema_decay.
 
     Raises:
-        UserError: not a run directory, or the checkpoint is missing, damaged, or of another config.json.
+        UserError: not a run directory, or the checkpoint is missing, damaged, of another config.json, or has no EMA.
     """
     run = Path(run)
     block = read_run_block(run)["student"]
@@ -48,7 +52,9 @@ def student_from_run(run: Path | str, step: int | None = None) -> tuple[Student,
     # The weights come from the checkpoint, but the tag decides mean and standard deviation.
     student.spec = replace(student.spec, pretrained=block.get("pretrained"))
     try:
-        student.clip.load_state_dict(load_student_tensors(directory), strict=True)
+        student.clip.load_state_dict(load_student_tensors(directory, ema=ema), strict=True)
+    except UserError:
+        raise
     except (RuntimeError, ValueError, KeyError) as error:
         message = f"{directory} does not fit {run / 'config.json'} ({one_line(error)}): use files of the same run"
         raise UserError(message) from error

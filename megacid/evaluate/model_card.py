@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from megacid.checkpoint.store import step_name
 from megacid.models.student import Student
 from megacid.storage.atomic import read_json
 
@@ -49,9 +50,9 @@ def model_card(student: Student, name: str, run: Path, step: int, block: dict[st
 
 
 def evaluations(run: Path, step: int) -> list[tuple[str, str, float]]:
-    """(dataset, metric, value) of every result in CLIP_benchmark's schema below `run`/eval/step-`step`."""
+    """(dataset, metric, value) of every result in CLIP_benchmark's schema below `run`/eval."""
     found = []
-    for file in sorted(run.glob(f"eval/step-{step}/**/*.json")):
+    for file in sorted(run.glob(f"eval/{step_name(step)}/*.json")):
         result = read_json(file)
         if isinstance(result, dict) and isinstance(result.get("metrics"), dict):
             found += [(str(result["dataset"]), metric, float(value)) for metric, value in result["metrics"].items()]

@@ -42,6 +42,8 @@ def memory_estimate(
         # Adam's two moments, and under bf16 the fp32 master copy (DeepSpeed keeps one in fp32 too when it partitions).
         "student optimizer": trained * 4 * (3 if run.bf16 or run.zero_stage else 2) * share[0],
     }
+    if run.megacid.student.ema_decay is not None:
+        sizes["EMA of the student"] = trained * 4 / world
     if frozen and device == "cpu":
         sizes["frozen weights for checkpoints"] = frozen * 4
     gathered = run.global_batch

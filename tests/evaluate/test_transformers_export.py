@@ -53,8 +53,8 @@ def student(request: pytest.FixtureRequest) -> Student:
 def exported(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run, out = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("out")
     result = {"dataset": "wds/cifar10", "metrics": {"acc1": 0.25}, "task": "zeroshot_classification"}
-    (run / "eval" / "step-20").mkdir(parents=True)
-    write_json_atomic(run / "eval" / "step-20" / "cifar10.json", result)
+    (run / "eval" / "step-00000020").mkdir(parents=True)
+    write_json_atomic(run / "eval" / "step-00000020" / "cifar10.json", result)
     card = model_card(student, "small-clip", run, 20, BLOCK)
     export_student(student, out, name="small-clip", source={"step": 20}, card=card)
     return out

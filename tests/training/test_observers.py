@@ -20,6 +20,7 @@ from wandb_files import offline_starts
 OBSERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "trackers": ({"run__trackers": ["tensorboard", "wandb", "trackio"]}, []),
     "profile": ({}, ["--profile-steps", "2:4"]),
+    "EMA": ({"student__ema_decay": 0.9}, []),
 }
 STEPS = 6
 
