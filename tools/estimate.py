@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Estimate the memory that a run needs, by part, for one or several numbers of ranks.
+"""Estimate the memory and the communication of a run, by part, for one or several numbers of ranks.
 
     tools/estimate.py --deepspeed_config configs/partial_fc_1m.json --ranks 2
     tools/estimate.py --deepspeed_config configs/vit_b32_laion.json --ranks 8 64 --num-classes 1000000 --embed-dim 1280
@@ -19,9 +19,11 @@ from megacid.config.load import load_run
 from megacid.config.schema import RunFile
 from megacid.distributed.parallel import init
 from megacid.errors import UserError, run_tool
+from megacid.training.communication import communication_estimate, engine_collectives, objective_collectives
 from megacid.training.components import Data, make_student, open_data
 from megacid.training.memory import frozen_count, memory_estimate
 from megacid.training.metrics import resident_memory_mib
+from megacid.training.schedule import parameter_groups
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -62,6 +64,13 @@ def describe_data(run: RunFile, args: argparse.Namespace) -> Data:
         raise UserError(f"{error}; or pass {missing} to estimate without the data") from error
 
 
+def print_table(table: dict[int, dict[str, float]]) -> None:
+    """Print a line for each part and their total, with a column for each number of ranks."""
+    for name in next(iter(table.values())):
+        print(f"{name:<26}" + "".join(f"{column[name]:>12.1f}" for column in table.values()))
+    print(f"{'total':<26}" + "".join(f"{sum(column.values()):>12.1f}" for column in table.values()))
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     runs = {ranks: load_run(args.deepspeed_config, args.set, world=ranks) for ranks in args.ranks}
@@ -85,9 +94,17 @@ def main(argv: list[str] | None = None) -> int:
           f"{data.num_classes or 0:,} classes; MiB of rank 0 on {args.device}, without activations\n")  # fmt: skip
     print(f"{'ranks':<26}" + "".join(f"{ranks:>12}" for ranks in args.ranks))
     print(f"{'global batch':<26}" + "".join(f"{run.global_batch:>12}" for run in runs.values()))
-    for name in table[args.ranks[0]]:
-        print(f"{name:<26}" + "".join(f"{table[ranks][name]:>12.1f}" for ranks in args.ranks))
-    print(f"{'total':<26}" + "".join(f"{sum(table[ranks].values()):>12.1f}" for ranks in args.ranks))
+    print_table(table)
+    groups = [[p.numel() for p in group["params"]] for group in parameter_groups(student, 0.0)]
+    collectives = {
+        ranks: objective_collectives(run, data.num_classes or 0, student.embed_dim, ranks, args.device)
+        + engine_collectives(run, groups, ranks)
+        for ranks, run in runs.items()
+    }
+    numbers = (sum(one.number for one in each) for each in collectives.values())
+    print("\nCommunication of a step; MiB that a rank sends in a ring\n")
+    print(f"{'collectives':<26}" + "".join(f"{number:>12}" for number in numbers))
+    print_table({ranks: communication_estimate(each, ranks) for ranks, each in collectives.items()})
     return 0
 
 

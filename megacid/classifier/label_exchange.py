@@ -27,7 +27,7 @@ from megacid_kernels import Weights
 
 _ABOVE_ALL = torch.iinfo(torch.int64).max  # sorts behind every class id: marks entries to drop
 # Batch size, labels per sample, 1 for invalid input, and the three numbers of `InputKind` precede a rank's labels.
-_HEADER = 6
+HEADER = 6
 _DTYPES = (None, torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _YES_NO = ("no", "yes")
 # (what must be the same on every rank, lowest bit of its code, number of bits, meaning of the codes, remedy)
@@ -197,11 +197,11 @@ class LabelExchange:
             self._edges = torch.tensor(self.starts, device=device)
         while True:
             table = self._gather(target_Bl, (int(input_error is not None), *kind[:3]), device)
-            labels, first = _sort_unique(table[:, _HEADER:].flatten())
+            labels, first = _sort_unique(table[:, HEADER:].flatten())
             count_before = torch.cat([first.new_zeros(1, dtype=torch.int64), first.cumsum(0)])
             edges = torch.searchsorted(labels, self._edges)
             positives = count_before[edges[1:]] - count_before[edges[:-1]]
-            numbers = [table[:, :_HEADER].flatten(), labels[:1], labels[-1:], positives]
+            numbers = [table[:, :HEADER].flatten(), labels[:1], labels[-1:], positives]
             if draw is not None:
                 classes, keep = self._merge(draw, labels, first)
                 both, keep_both = classes, keep
@@ -210,8 +210,8 @@ class LabelExchange:
                     both, keep_both = _sort_unique(torch.cat([kept, pending_rows + self.start]))
                 numbers += [keep.sum()[None], keep_both.sum()[None]]
             values = torch.cat(numbers).tolist()  # the host synchronisation
-            header, (lowest, highest, *counts) = values[: _HEADER * self.world], values[_HEADER * self.world :]
-            sizes, widths, invalid, *kinds = (header[i::_HEADER] for i in range(_HEADER))
+            header, (lowest, highest, *counts) = values[: HEADER * self.world], values[HEADER * self.world :]
+            sizes, widths, invalid, *kinds = (header[i::HEADER] for i in range(HEADER))
             longest = max(size * width for size, width in zip(sizes, widths))
             if longest <= self._capacity or any(invalid):
                 break
@@ -230,7 +230,7 @@ class LabelExchange:
         return GatheredLabels(target_Gl, sizes, max_rows, num_positive, rows, positive, with_pending)
 
     def _gather(self, target_Bl: Tensor, numbers: tuple[int, ...], device: torch.device) -> Tensor:
-        """int64 [W, _HEADER + capacity]: every rank's header and labels, padded with -1."""
+        """int64 [W, HEADER + capacity]: every rank's header and labels, padded with -1."""
         size, width = target_Bl.shape
         labels = target_Bl.flatten()[: self._capacity]
         # Filled on the device: copying a tensor made from host numbers would synchronise.
@@ -245,7 +245,7 @@ class LabelExchange:
     def _targets(self, target_Bl: Tensor, table: Tensor, sizes: list[int], width: int) -> Tensor:
         if self.world == 1:
             return target_Bl
-        labels = table[:, _HEADER:]
+        labels = table[:, HEADER:]
         if len(set(sizes)) == 1:
             return labels[:, : sizes[0] * width].reshape(-1, width)
         return torch.cat([labels[r, : size * width].reshape(size, width) for r, size in enumerate(sizes)])

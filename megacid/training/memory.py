@@ -56,24 +56,14 @@ def memory_estimate(
 def _classifier(
     run: RunFile, num_classes: int, embed_dim: int, world: int, gathered: int, device: str
 ) -> dict[str, float]:
-    config, loss = run.megacid.classifier, run.megacid.loss
-    start, stop = shard_range(num_classes, 0, world)
-    local = rows = stop - start
-    if config.sample_rate < 1:
-        draw = Draw.of_step(num_classes, config.sample_rate, seed=0, step=0)
-        # A batch of more than one class is spread over the ranks like the classes are.
-        rows = min(local, draw.max_count(local) + -(-gathered // world))
+    config = run.megacid.classifier
+    local = shard_range(num_classes, 0, world)[1]
     moments = (2 if config.optimizer == "adamw" else 1) * (4 if config.moments == "fp32" else 2)
     used = num_dims(embed_dim, config.feature_rate)
-    spec = LossSpec(
-        num_classes=num_classes,
-        scale=config.scale,
-        weights=Weights(loss.alpha, loss.beta, loss.gamma, loss.cluster_temperature),
-        filter_threshold=config.filter_threshold,
-        max_rows=rows,
-    )
+    spec = loss_spec(run, num_classes, world)
+    rows = spec.max_rows or local
     matrices = len(spec.distributions())
-    itemsize = 2 if device == "cuda" else 4  # of an exponential in Triton's engine, and in PyTorch's
+    itemsize = _exponential_bytes(device)
     per_logit = itemsize * max(1, matrices) + (config.filter_threshold is not None)
     stored: dict[str, float] = {
         "classifier rows": local * (embed_dim * 4 + 4),
@@ -82,7 +72,7 @@ def _classifier(
     if config.weight_grad == "recomputed":
         whole = rows * (used * 8 + gathered * per_logit)
         return stored | {"a slab: rows, logits, gradient": min(spec.budget_bytes(device), whole)}
-    chunk = spec.samples_per_chunk(gathered, rows, used, run.megacid.data.labels_per_sample, itemsize, device)
+    chunk = samples_per_chunk(run, spec, embed_dim, device)
     gradients = rows * used * 4
     if used < embed_dim:  # the gradient over all dimensions
         gradients += rows * embed_dim * 4
@@ -91,6 +81,35 @@ def _classifier(
         "their gradient": gradients,
         "their logits": chunk * rows * per_logit,
     }
+
+
+def loss_spec(run: RunFile, num_classes: int, world: int) -> LossSpec:
+    """The classifier's loss with the number of rows that the largest shard uses in a step."""
+    config, loss = run.megacid.classifier, run.megacid.loss
+    local = rows = shard_range(num_classes, 0, world)[1]
+    if config.sample_rate < 1:
+        draw = Draw.of_step(num_classes, config.sample_rate, seed=0, step=0)
+        # A batch of more than one class is spread over the ranks like the classes are.
+        rows = min(local, draw.max_count(local) + -(-run.global_batch // world))
+    return LossSpec(
+        num_classes=num_classes,
+        scale=config.scale,
+        weights=Weights(loss.alpha, loss.beta, loss.gamma, loss.cluster_temperature),
+        filter_threshold=config.filter_threshold,
+        max_rows=rows,
+    )
+
+
+def _exponential_bytes(device: str) -> int:
+    return 2 if device == "cuda" else 4  # in Triton's engine, and in PyTorch's
+
+
+def samples_per_chunk(run: RunFile, spec: LossSpec, embed_dim: int, device: str) -> int:
+    """Samples of the global batch whose logits the classifier computes at a time."""
+    used, labels = num_dims(embed_dim, run.megacid.classifier.feature_rate), run.megacid.data.labels_per_sample
+    return spec.samples_per_chunk(
+        run.global_batch, spec.max_rows or 1, used, labels, _exponential_bytes(device), device
+    )
 
 
 def frozen_count(student: Student | FeatureTower) -> int:

@@ -1,7 +1,11 @@
-"""The collectives of a training step on 2 ranks, counted: each embedding matrix is gathered once, as it is stored."""
+"""The collectives of a training step on 2 ranks, counted: each embedding matrix is gathered once, as it is stored.
+
+`megacid.training.communication` predicts them all.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +13,13 @@ from types import SimpleNamespace
 import pytest
 from collective_counter import CollectiveCounter
 from harness import run_ranks
-from test_gradient_cache import BATCH, WIDTH, build_state, division, micro_batches
+from test_gradient_cache import BATCH, CLASSES, WIDTH, build_state, division, micro_batches, small_student
 from train_run import Pipeline
 
 from megacid import train
+from megacid.config.load import load_run
+from megacid.training.communication import Collective, engine_collectives, objective_collectives
+from megacid.training.schedule import parameter_groups
 
 NO_CLUSTER = ("loss.cluster=0", "data.labels=null", "loss.beta=null", "loss.gamma=null", "classifier=null")
 OBJECTIVES = {
@@ -50,8 +57,8 @@ EXPECTED = {
 }  # fmt: skip
 
 
-def count_collectives(file: Path, settings: list[str]) -> tuple[list[tuple[str, int]], int]:
-    """Those of the third step, in order, and the student's number of parameters."""
+def count_collectives(file: Path, settings: list[str]) -> list[tuple[str, int]]:
+    """Those of the third step, in order."""
     state = build_state(file, settings)
     batches = (
         replace(b, teacher_image=b.teacher_image.half(), teacher_text=b.teacher_text.half())  # type: ignore[union-attr]
@@ -62,7 +69,7 @@ def count_collectives(file: Path, settings: list[str]) -> tuple[list[tuple[str, 
         with CollectiveCounter() as counter:
             _, verdict = train.train_step(step, state, batches, metrics, lambda _: None, lifecycle)  # type: ignore[arg-type]
         assert verdict.apply
-    return [tuple(call) for call in counter.calls], sum(p.numel() for p in state.student.parameters())
+    return [tuple(call) for call in counter.calls]
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +79,47 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pipeline.run_file("communication", classifier__init="random")
 
 
-@pytest.mark.parametrize(("name", "accumulation"), [*((name, 1) for name in EXPECTED), ("all terms", 2), ("mse", 2)])
+def predicted(file: Path, settings: list[str]) -> list[Collective]:
+    run, groups = load_run(file, settings, world=2), parameter_groups(small_student(), 0.1)
+    engine = engine_collectives(run, [[p.numel() for p in group["params"]] for group in groups], 2)
+    return objective_collectives(run, CLASSES if run.megacid.loss.cluster else 0, WIDTH, 2, "cpu") + engine
+
+
+@pytest.mark.parametrize(("name", "accumulation"), [*((name, 1) for name in EXPECTED if name != "mse"), ("mse", 2)])
 def test_a_step_has_these_collectives_and_no_others(file: Path, name: str, accumulation: int) -> None:
     settings = [*division(accumulation, 0), *OBJECTIVES[name]]
-    for calls, parameters in run_ranks(count_collectives, 2, file, settings):
+    calls_of_ranks = run_ranks(count_collectives, 2, file, settings)
+    parameters = sum(p.numel() for p in small_student().parameters())
+    for calls in calls_of_ranks:
         times = accumulation if name == "mse" else 1  # mse alone needs no gradient caching
-        engine = [("all_reduce", parameters * 4), ("all_reduce", GUARD)]
-        assert calls == EXPECTED[name] * times + engine
+        assert calls == EXPECTED[name] * times + [("all_reduce", parameters * 4), ("all_reduce", GUARD)]
+        assert sorted(calls) == sorted((c.kind, c.size) for c in predicted(file, settings) for _ in range(c.number))
+
+
+def total_by_kind(calls: list[tuple[str, int]]) -> Counter[str]:
+    total = Counter[str]()
+    for kind, size in calls:
+        total[kind] += size
+    return total
+
+
+STAGES = [
+    *((stage, accumulation, False, 100_000) for stage in (1, 2, 3) for accumulation in (1, 2)),
+    *((stage, 1, True, 100_000) for stage in (1, 2, 3)),
+    *((3, accumulation, False, threshold) for accumulation in (1, 2, 4) for threshold in (0, 20_000)),
+]
+
+
+@pytest.mark.parametrize(
+    ("stage", "accumulation", "bf16", "threshold"),
+    [case if case == (2, 2, False, 100_000) else pytest.param(*case, marks=pytest.mark.slow) for case in STAGES],
+)
+def test_the_bytes_of_zero_are_the_predicted_ones(
+    file: Path, stage: int, accumulation: int, bf16: bool, threshold: int
+) -> None:
+    settings = [*division(accumulation, stage), *OBJECTIVES["all terms"]]
+    settings += ["bf16.enabled=true"] * bf16 + [f"zero_optimization.stage3_param_persistence_threshold={threshold}"]
+    expected = predicted(file, settings)
+    for calls in run_ranks(count_collectives, 2, file, settings):
+        assert total_by_kind(calls) == total_by_kind([(c.kind, c.size * c.number) for c in expected])
+        assert stage == 3 or len(calls) == sum(c.number for c in expected)

@@ -1,0 +1,145 @@
+"""Predicts the collectives of a training step from the run file: their number and bytes.
+
+Legend: G global batch, D width, W ranks. Steps that log, save or check replicas have more of them, and so has the first
+step, in which the ranks learn how many labels to exchange.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from megacid.classifier.label_exchange import HEADER
+from megacid.classifier.sampling import num_dims
+from megacid.config.schema import RunFile
+from megacid.training.memory import loss_spec, samples_per_chunk
+from megacid.training.observe import Observed
+
+MIB = 2**20
+_DECISION = 5  # numbers of `Guard.decide`, besides those of `Observed`
+# Defaults of DeepSpeed: elements of a bucket of gradients and of parameters, of the largest parameter that each rank
+# keeps whole, and of the largest student whose parameters stay gathered from the forward to the backward.
+_BUCKET, _PERSISTENT, _REUSED = 500_000_000, 100_000, 1_000_000_000
+
+
+class Collective(NamedTuple):
+    """`number` equal collectives. size: bytes of the gathered, scattered or reduced tensor of each."""
+
+    what: str
+    kind: Literal["all_gather", "all_reduce", "reduce_scatter"]
+    size: int
+    number: int = 1
+
+    def bytes_sent(self, world: int) -> float:
+        """Bytes that a rank sends in a ring of `world` ranks."""
+        return (2 if self.kind == "all_reduce" else 1) * self.size * self.number * (world - 1) / world
+
+
+def objective_collectives(run: RunFile, num_classes: int, width: int, world: int, device: str) -> list[Collective]:
+    """Those of the loss terms and of the guard's decision.
+
+    Args:
+        num_classes: over all ranks; 0 without a classifier.
+        width: D.
+        world: W.
+        device: "cpu" or "cuda", on which the classifier's chunks depend.
+
+    Returns:
+        Those of a student without frozen towers, whose embeddings need no reduce-scatter.
+    """
+    loss = run.megacid.loss
+    gathers_student = loss.instance > 0 or loss.contrastive > 0 or loss.affinity > 0
+    gathers_teacher = loss.instance > 0 or loss.affinity > 0
+    found, matrix = [], run.global_batch * width
+    if gathers_teacher or (loss.cluster and (loss.beta or loss.gamma)):  # float16, as tools/embed.py writes them
+        found.append(Collective("teacher embeddings", "all_gather", 2 * matrix, 2 if gathers_teacher else 1))
+    if gathers_student:
+        found.append(Collective("student embeddings", "all_gather", 4 * matrix, 2))
+        found.append(Collective("their gradients", "reduce_scatter", 4 * matrix, 2))
+    if loss.cluster:
+        found += _classifier(run, num_classes, width, world, device, gathers_images=not gathers_student)
+    terms = sum(weight > 0 for weight in (loss.instance, loss.contrastive, loss.mse, loss.affinity))
+    if terms:
+        # mse alone is computed by micro-batch; every other objective once for the whole batch, see GradientCache.
+        times = run.accumulation if loss.mse and terms == 1 and not loss.cluster else 1
+        found.append(Collective("losses and decision", "all_reduce", 4 * terms, times))
+    found.append(Collective("losses and decision", "all_reduce", 8 * (_DECISION + len(Observed._fields))))
+    return found
+
+
+def _classifier(
+    run: RunFile, num_classes: int, width: int, world: int, device: str, *, gathers_images: bool
+) -> list[Collective]:
+    labels, spec = run.megacid.data.labels_per_sample, loss_spec(run, num_classes, world)
+    student, teacher = (bool(spec.distributions(source)) for source in ("student", "teacher"))
+    message = HEADER + run.micro_batch * run.accumulation * labels
+    # Per sample: sums of exponentials, the KL's gap, the number of owned labels, cosines of the labels.
+    statistics = len(spec.distributions()) + (spec.weights.gamma > 0) + 1 + labels * (2 * student + teacher)
+    chunk = run.global_batch
+    if run.megacid.classifier.weight_grad == "stored":
+        chunk = samples_per_chunk(run, spec, width, device)
+    found = [
+        Collective("labels", "all_gather", 8 * world * message),
+        *(
+            Collective("class statistics", "all_reduce", 4 * statistics * min(chunk, run.global_batch - start))
+            for start in range(0, run.global_batch, chunk)
+        ),
+    ]
+    if gathers_images:
+        matrix = 4 * run.global_batch * num_dims(width, run.megacid.classifier.feature_rate)
+        found.append(Collective("student embeddings", "all_gather", matrix))
+        if student:
+            found.append(Collective("their gradients", "reduce_scatter", matrix))
+    return found
+
+
+def engine_collectives(run: RunFile, groups: Sequence[Sequence[int]], world: int) -> list[Collective]:
+    """DeepSpeed's: the reduction of the student's gradients, its norms, and the parameters of ZeRO.
+
+    ZeRO 1 and 2 sum gradients with an all-reduce, too. The number of all-gathers of ZeRO 3, which depends on the order
+    of the modules, is not predicted: its bytes count as one collective. Offload and quantized communication are not
+    covered.
+
+    Args:
+        groups: sizes of the trained parameters by optimizer group, see `parameter_groups`.
+    """
+    itemsize, zero = 2 if run.bf16 else 4, run.deepspeed.get("zero_optimization", {})
+    total = sum(map(sum, groups))
+    if run.zero_stage < 3:
+        buckets = math.ceil(total / int(zero.get("reduce_bucket_size", _BUCKET) if run.zero_stage else _BUCKET))
+        reductions = buckets * (run.accumulation if run.zero_stage == 2 else 1)
+        found = [Collective("student gradients", "all_reduce", itemsize * total // buckets, reductions)]
+        if run.zero_stage:
+            found.append(Collective("student gradient norm", "all_reduce", 4, 4))
+            if run.bf16:
+                found.append(Collective("student gradient norm", "all_reduce", 1))
+            found += [
+                Collective("student weights", "all_gather", itemsize * _padded(sum(g), 2 * world)) for g in groups
+            ]
+        return found
+    sizes = [_padded(size, world) for group in groups for size in group]
+    limit = int(zero.get("stage3_param_persistence_threshold", _PERSISTENT))
+    small = sum(size for size in sizes if size <= limit)
+    large = sum(sizes) - small
+    # Each micro-batch but the last has two forwards; see GradientCache.
+    passes = 3 * run.accumulation - 1
+    if run.accumulation == 1 and total <= int(zero.get("stage3_max_reuse_distance", _REUSED)):
+        passes = 1
+    return [
+        Collective("student gradients", "reduce_scatter", itemsize * sum(sizes), run.accumulation),
+        Collective("student gradient norm", "all_reduce", 8, 4),
+        Collective("student weights", "all_gather", itemsize * (small + passes * large)),
+    ]
+
+
+def _padded(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+def communication_estimate(collectives: Sequence[Collective], world: int) -> dict[str, float]:
+    """MiB that a rank sends in a step, by part."""
+    found: dict[str, float] = {}
+    for one in collectives:
+        found[one.what] = found.get(one.what, 0.0) + one.bytes_sent(world) / MIB
+    return found
