@@ -5,6 +5,7 @@
     tools/bench.py --suite step --check               a training step with AdamW over 1,000,000 classes, 10 % sampled
     tools/bench.py --suite scale --json scale.json    the step from 10^4 to 10^7 classes with 8192 sampled rows
     tools/bench.py --suite accumulation --check       a step in one batch and in micro-batches (gradient caching)
+    tools/bench.py --suite loader --check             the training loader compared with webdataset's pipeline
     tools/bench.py --suite optimizer                  row-sparse optimizers, in bytes per second
     tools/bench.py --suite contrastive                the instance loss of large batches
     tools/bench.py --suite assignment                 the nearest of many centroids
@@ -34,6 +35,7 @@ MODULES = {
     "step": "training_step",
     "scale": "training_step",
     "accumulation": "accumulation",
+    "loader": "loader",
     "optimizer": "optimizer",
     "contrastive": "contrastive",
     "assignment": "assignment",

@@ -117,6 +117,9 @@ class DataConfig(Section):
     """Output of tools/balance.py; null: every sample is used."""
     augment: Annotated[Literal["none", "random_resized_crop"], when.Shards] = "none"
     """Image augmentation, seeded per sample."""
+    decoder: Annotated[Literal["pillow", "simplejpeg", "simplejpeg_scaled"], when.Shards] = "pillow"
+    """Decoding and resizing of images. `simplejpeg` (its package is needed) decodes JPEGs, and torch resizes: values
+    differ by at most 2 of 255. `simplejpeg_scaled` also decodes JPEGs at 1/2, 1/4 or 1/8 size if the crop allows it."""
     workers: Annotated[int, Field(ge=0, le=1024), when.Shards] = 0
     """Number of loader processes per rank; 0 decodes in the training process."""
     worker_timeout_s: Annotated[Seconds, when.Shards, when.Workers] = 120.0

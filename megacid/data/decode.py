@@ -9,9 +9,19 @@ import logging
 import re
 import struct
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import (
+    ExifTags,
+    Image,
+    ImageFile,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 
 try:
     from PIL import AvifImagePlugin
@@ -104,6 +114,13 @@ def decode_image(data: bytes, *, max_pixels: float = MAX_PIXELS, shard: str = ""
         BadSample: another format, too many pixels, sides too unequal, more work than an image of its size needs,
             truncated or damaged data.
     """
+    with opened_image(data, max_pixels=max_pixels, shard=shard, key=key) as image:
+        return upright_rgb(image)
+
+
+@contextlib.contextmanager
+def opened_image(data: bytes, *, max_pixels: float, shard: str, key: str) -> Iterator[Image.Image]:
+    """The image of `decode_image` with its header read and checked; an error in the block becomes a BadSample, too."""
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RuntimeError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on: the missing part of damaged images would be grey; switch it off"
@@ -119,8 +136,7 @@ def decode_image(data: bytes, *, max_pixels: float = MAX_PIXELS, shard: str = ""
             with Image.open(file, formats=_READABLE) as image:
                 if (reason := _refusal(image, data, max_pixels)) is not None:
                     raise BadSample(shard, key, reason)
-                image.load()
-                return _rgb(_upright(image))
+                yield image
     except BadSample:
         raise
     except UnidentifiedImageError as error:  # its text contains a memory address, which differs between processes
@@ -224,11 +240,20 @@ def _max_text_bytes(data: bytes) -> int:
     return total
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The image rotated according to its EXIF data; unchanged when that is damaged, since the pixels may be intact."""
+def is_rotated(image: Image.Image) -> bool:
+    """Whether the EXIF data of an opened image tell to rotate or mirror it; damaged data do not."""
     with contextlib.suppress(Exception):
-        return ImageOps.exif_transpose(image)
-    return image
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    return False
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The pixels of an opened image, as 8-bit RGB and rotated according to its EXIF data."""
+    image.load()
+    if is_rotated(image):
+        with contextlib.suppress(Exception):  # the pixels may be intact where the EXIF data are damaged
+            image = ImageOps.exif_transpose(image)
+    return _rgb(image)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

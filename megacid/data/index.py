@@ -119,8 +119,10 @@ class ShardIndex:
         """The samples of shard number `shard`; the 64 most recently used tables stay in memory."""
         if shard in self.in_memory:
             return self.in_memory[shard]
-        folder = self.tar_path(shard).parent / self.caption.index_folder
-        return self._tables.get(shard, lambda: load_table(folder, self.shards[shard]))
+        return self._tables.get(shard, lambda: self._load_table(shard))
+
+    def _load_table(self, shard: int) -> ShardTable:
+        return load_table(self.tar_path(shard).parent / self.caption.index_folder, self.shards[shard])
 
 
 def load_index(

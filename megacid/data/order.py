@@ -20,21 +20,24 @@ _ROUNDS = 4
 _MASK64 = (1 << 64) - 1
 
 
-def splitmix64(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014) on uint64 arrays: a mixing bijection of 64 bits."""
-    with np.errstate(over="ignore"):
-        x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+@overload
+def splitmix64(x: int) -> int: ...
+@overload
+def splitmix64(x: np.ndarray) -> np.ndarray: ...
+def splitmix64(x: int | np.ndarray) -> int | np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014) on uint64: a mixing bijection of 64 bits."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)
 
 
 def derive_key(*parts: int) -> int:
     """One 64-bit key from several integers; the order of the parts matters."""
-    key = np.zeros(1, np.uint64)
+    key = 0
     for part in parts:
-        key = splitmix64(key ^ np.array([part & _MASK64], np.uint64))
-    return int(key[0])
+        key = splitmix64(key ^ (int(part) & _MASK64))
+    return key
 
 
 class KeyedPermutation:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
@@ -34,11 +34,12 @@ class PairOptions:
     """How pairs are ordered, read and joined with the side tables; the same on every rank.
 
     Args:
-        transform: PIL RGB image -> uint8 [3, H, W].
+        transform: PIL RGB image, or what read_image returns, -> uint8 [3, H, W].
+        read_image: takes the arguments of `decode_image`, the default, and raises BadSample as it does.
         tokenize: list of b captions -> int64 [b, T].
         seed: decides the order and, with seeded_transform, the augmentation.
         seeded_transform: the transform is random. The global generators of torch and Python are seeded for every sample
-            from (seed, epoch, sample), so that the result does not depend on rank or worker, and restored afterwards.
+            from (seed, epoch, sample), so the result does not depend on rank or worker, and restored after the batch.
         workers: processes that read and decode; 0 reads in this process.
         worker_timeout_s: seconds without a batch after which the workers count as lost.
         prefetch: batches that each worker prepares ahead.
@@ -51,9 +52,10 @@ class PairOptions:
         pin_memory: return batches in page-locked memory, for asynchronous copies to a GPU.
     """
 
-    transform: Callable[[Image.Image], Tensor]
+    transform: Callable[[Any], Tensor]
     tokenize: Callable[[list[str]], Tensor]
     seed: int
+    read_image: Callable[..., Any] = decode_image
     seeded_transform: bool = False
     workers: int = 0
     worker_timeout_s: float = 120.0
@@ -102,7 +104,8 @@ class Pairs(Dataset[Any]):
     def __getitems__(self, positions: list[int]) -> Batch | str:
         """The batch, or the reason why the run has to stop (an exception would lose its text between processes)."""
         try:
-            return self._batch(positions)
+            with self._generators_restored():
+                return self._batch(positions)
         except (UserError, OSError) as error:  # a side table, opened only now, is damaged or was cut
             return str(error)
         finally:
@@ -150,7 +153,8 @@ class Pairs(Dataset[Any]):
 
     def dummy(self, size: int, failure: str) -> Batch:
         """A batch of `size` placeholders: black images, empty captions, labels and ids -1, unit teacher embeddings."""
-        image = self._transform(Image.new("RGB", _BLACK), 0)
+        with self._generators_restored():
+            image = self._transform(Image.new("RGB", _BLACK), 0)
         width = 0 if self.labels is None else self.labels.labels_per_sample
         dim, dtype = (0, np.dtype(np.float16)) if self.teacher is None else (self.teacher.dim, self.teacher.dtype)
         unit = torch.from_numpy(np.full((size, dim), max(dim, 1) ** -0.5, dtype))
@@ -178,23 +182,30 @@ class Pairs(Dataset[Any]):
         if self.teacher is not None and not self.teacher.has(shard, np.array([row])).all():
             raise BadSample(name, key, "no teacher embedding")
         data = self.reader.read(shard, row, "image")
-        image = decode_image(data, max_pixels=self.options.max_image_pixels, shard=name, key=key)
+        image = self.options.read_image(data, max_pixels=self.options.max_image_pixels, shard=name, key=key)
         caption = self.reader.caption(shard, row)
         seed = derive_key(self.options.seed, epoch, int(self.starts[shard]) + row) >> 1
         return self._transform(image, seed), caption
 
-    def _transform(self, image: Image.Image, seed: int) -> Tensor:
-        if not self.options.seeded_transform:
-            return self.options.transform(image)
-        # Only the CPU generator: torch.manual_seed would also reset the generators of the devices.
-        python_state = random.getstate()
-        with torch.random.fork_rng(devices=[]):
+    def _transform(self, image: Any, seed: int) -> Tensor:
+        if self.options.seeded_transform:
+            # Only the CPU generator: torch.manual_seed would also reset the generators of the devices.
             torch.random.default_generator.manual_seed(seed)
             random.seed(seed)
-            try:
-                return self.options.transform(image)
-            finally:
-                random.setstate(python_state)
+        return self.options.transform(image)
+
+    @contextlib.contextmanager
+    def _generators_restored(self) -> Iterator[None]:
+        """Restore the global generators of torch and Python, which are seeded for every sample of a batch."""
+        if not self.options.seeded_transform:
+            yield
+            return
+        python_state = random.getstate()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                yield
+        finally:
+            random.setstate(python_state)
 
     def _label_rows(self, shards: np.ndarray, rows: np.ndarray) -> Tensor | None:
         if self.labels is None:

@@ -22,10 +22,12 @@ from megacid.errors import UserError, one_line
 from megacid.models.activations import check_activation
 from megacid.models.hub import HF_HUB, LOCAL_DIR, display_name, has_own_weights, model_directory
 from megacid.models.local_dir import check_archive, read_local_config
+from megacid.models.pixels import TensorResize
 
 MODELS_DIR = Path(__file__).resolve().parent / "configs"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 Augment = Literal["none", "random_resized_crop"]
+Decoder = Literal["pillow", "simplejpeg", "simplejpeg_scaled"]
 Transform = Callable[[Any], torch.Tensor]  # PIL image -> [3, H, W], float32 and normalised, or uint8 in training
 Tokenizer = Callable[[list[str]], torch.Tensor]  # list of n texts -> [n, T] int64
 
@@ -127,11 +129,14 @@ def _named_tokenizer(model: str, context_length: int | None) -> Tokenizer:
     return open_clip.get_tokenizer(model, context_length=context_length)
 
 
-def train_transform(student: StudentFields, augment: Augment) -> Transform:
-    """Image transform of training, PIL image -> uint8 [3, H, W]; `PixelNormalization` follows on the device.
+def train_transform(student: StudentFields, augment: Augment, decoder: Decoder = "pillow") -> Transform:
+    """Image transform of training, image -> uint8 [3, H, W]; `PixelNormalization` follows on the device.
 
     "none" resizes as in evaluation; "random_resized_crop" draws crops of 90 to 100 % of the area (torch's generator).
     There is no flip: it would contradict captions, and digits are not symmetric.
+
+    Args:
+        decoder: "pillow" resizes PIL images with Pillow; the others PIL or undecoded images with torch.
 
     Raises:
         UserError: an unknown augment, or an open_clip whose transform does not end with the conversion to floats.
@@ -139,6 +144,8 @@ def train_transform(student: StudentFields, augment: Augment) -> Transform:
     if augment not in ("none", "random_resized_crop"):
         raise UserError(f"augment is {augment!r}, expected 'none' or 'random_resized_crop'")
     resizing, _ = _divided(image_transform_v2(preprocess_cfg(student), is_train=augment != "none"))
+    if decoder != "pillow":
+        return TensorResize(resizing, scaled=decoder == "simplejpeg_scaled")
     return Compose([*resizing, PILToTensor()])
 
 

@@ -20,7 +20,7 @@ _EARLIER_FIELDS = {"balance": "across"}  # by tool: a field that only earlier ve
 def versions() -> dict[str, str]:
     """Versions of the installed packages that results depend on."""
     installed = {}
-    names = "megacid torch deepspeed open_clip_torch webdataset triton numpy faiss-cpu faiss-gpu-cuvs"
+    names = "megacid torch deepspeed open_clip_torch webdataset triton numpy faiss-cpu faiss-gpu-cuvs pillow simplejpeg"
     for name in names.split():
         with contextlib.suppress(metadata.PackageNotFoundError):
             installed[name] = metadata.version(name)

@@ -23,6 +23,7 @@ from megacid.config.sections import LossConfig
 from megacid.data.batch import Batch, Positions
 from megacid.data.features import FeatureSet, FeatureStream
 from megacid.data.index import load_index
+from megacid.data.jpeg import image_reader
 from megacid.data.loader import PairStream
 from megacid.data.pairs import PairOptions
 from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
@@ -139,6 +140,7 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
 
     config, loss = run.megacid.data, run.megacid.loss
     with fail_together(parallel.group):
+        read_image = image_reader(config.decoder)
         # The first rank builds a missing index before the others load it.
         first = load_index(shards, caption=config.caption) if parallel.is_first else None
     with fail_together(parallel.group):
@@ -153,7 +155,8 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
         if config.keep:
             keep = KeepTable(config.keep, index)
         options = PairOptions(
-            transform=train_transform(run.megacid.student, config.augment),
+            transform=train_transform(run.megacid.student, config.augment, config.decoder),
+            read_image=read_image,
             tokenize=tokenizer_for(run.megacid.student),
             seed=run.megacid.run.seed,
             seeded_transform=config.augment != "none",

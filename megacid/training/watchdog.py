@@ -25,6 +25,7 @@ from typing import Any
 
 from megacid.config.schema import RunFile
 from megacid.data.decode import decode_image
+from megacid.data.jpeg import decode_jpeg
 from megacid.distributed.consensus import broadcast_json
 from megacid.distributed.parallel import Parallel
 from megacid.errors import EXIT_AGAIN
@@ -137,7 +138,7 @@ class Watchdog:
 
 def decoded_sample(frame: FrameType | None) -> str:
     """For messages: the sample whose image is being decoded in this frame or one of its callers; "" for none."""
-    while frame is not None and frame.f_code is not decode_image.__code__:
+    while frame is not None and frame.f_code not in (decode_image.__code__, decode_jpeg.__code__):
         frame = frame.f_back
     return "" if frame is None else f", decoding {frame.f_locals['shard']}/{frame.f_locals['key']}"
 
