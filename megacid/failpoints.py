@@ -16,7 +16,8 @@ depends on one. The names are the contract:
     balance:        search, cluster, part, candidate_clusters, pair, cross_cluster, keep, report, gallery, before_meta,
                     after_meta
     reshard:        tar, before_meta
-    eval:           before_result, task_done                synthesize:     before_meta
+    eval:           batch (of one rank, also while training), before_result, task_done
+    synthesize:     before_meta
     offline:        file (inside every atomic write, before the rename), folder
 """
 

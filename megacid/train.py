@@ -27,13 +27,13 @@ from functools import partial
 
 import torch
 
-from megacid.checkpoint import store
 from megacid.checkpoint.saver import Saver
 from megacid.config.schema import RunFile
 from megacid.data.batch import Batch, DataBudgetError
 from megacid.distributed.parallel import Parallel
 from megacid.failpoints import failpoint
 from megacid.training.cli import ERRORS_OF_ALL_RANKS, run_main
+from megacid.training.evaluation import is_finished
 from megacid.training.gradient_cache import GradientCache
 from megacid.training.guard import Verdict
 from megacid.training.lifecycle import Lifecycle, RunLock
@@ -53,8 +53,7 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     """Train `run` to its end, or until a rank is asked to stop. Returns the exit code, the same on every rank."""
     config, directory = run.megacid.run, run.directory
     lock, start_from = open_run(run, args.resume, args.fork, parallel)
-    if start_from is not None and store.read_manifest(Path(start_from))["step"] >= config.total_steps:
-        log.info("already finished: %s has all %d steps", start_from, config.total_steps)
+    if start_from is not None and is_finished(run, start_from, parallel):
         return 0
     state = build_train_state(run, parallel, start_from)
     start = resume(state, start_from, going_back=args.resume not in ("auto", "never"))
@@ -64,16 +63,13 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     loss_check = ResumeLossCheck(directory, start if start_from else None, tolerance=1e-2 if run.bf16 else 1e-4)
     metrics = Metrics(run, parallel, start, state.flops)
     profiler = StepProfiler(args.profile_steps, directory, parallel)
-
-    def save(step: int) -> None:
-        watchdog.beat("save", step, config.save_timeout_s)
-        saver.save(step, state.engine, state.rows, state.row_range, state.manifest(step))
-        loss_check.saved(step)
-
+    save = partial(save_checkpoint, state, saver, loss_check, watchdog)
+    evaluate = partial(state.evaluation.after, state.engine, metrics, watchdog, lifecycle)
     batches = iter(state.data.stream(start))
     failpoint("start:ready", step=start)
     try:
-        for step in range(start, config.total_steps):
+        step, stopped = start - 1, evaluate(start)  # the checkpoint may lack its evaluation
+        for step in () if stopped else range(start, config.total_steps):
             # The first step may compile kernels and open every shard.
             beat = partial(watchdog.beat, step=step, limit_s=config.save_timeout_s if step == start else None)
             with profiler.around(step):
@@ -94,6 +90,8 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
                 save(step + 1)
                 report_classes(step, state, metrics)
                 stopped = lifecycle.stop_requested() or stopped
+            if not stopped and (stopped := evaluate(step + 1)) and saver.last_step <= step:
+                save(step + 1)
             failpoint("train:step_end", step=step)
             if stopped:
                 break
@@ -154,6 +152,15 @@ def train_step(
     step_both(state, verdict, learning_rate_share(step, run.megacid.run.total_steps, run.megacid.schedule))
     failpoint("train:applied", step=step, engine=engine, head=head, verdict=verdict, sample_ids=output.sample_ids)
     return output, verdict
+
+
+def save_checkpoint(
+    state: TrainState, saver: Saver, loss_check: ResumeLossCheck, watchdog: Watchdog, step: int
+) -> None:
+    """Save the state after `step` steps."""
+    watchdog.beat("save", step, state.run.megacid.run.save_timeout_s)
+    saver.save(step, state.engine, state.rows, state.row_range, state.manifest(step))
+    loss_check.saved(step)
 
 
 def check_replicas(step: int, state: TrainState, beat: Callable[[str], None]) -> None:

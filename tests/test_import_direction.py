@@ -31,7 +31,18 @@ ROOMS: dict[str, set[str]] = {
     "megacid.evaluate": {"checkpoint", "data", "distributed", "models", "storage"},
     "megacid.offline": {"data", "distributed", "models", "storage", "kernels"},
     "megacid.training": {
-        *("checkpoint", "classifier", "config", "data", "distributed", "kernels", "losses", "models", "storage")
+        *(
+            "checkpoint",
+            "classifier",
+            "config",
+            "data",
+            "distributed",
+            "evaluate",
+            "kernels",
+            "losses",
+            "models",
+            "storage",
+        )
     },
     "megacid.train": {"checkpoint", "config", "data", "distributed", "training"},
     "megacid": {"classifier"},

@@ -54,7 +54,7 @@ class Pipeline:
         for key, value in changes.items():
             section, _, field = key.partition("__")
             if field:
-                block[section][field] = value
+                block.setdefault(section, {})[field] = value
             else:
                 tree[key] = value
         path = self.root / f"{name}.json"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Evaluate a CLIP on a local classification set, or a classification run on a features directory.
 
-A set of images is a directory in CLIP_benchmark's webdataset layout; its tasks are zero_shot and linear_probe.
+A set of images is a directory in CLIP_benchmark's webdataset layout; its tasks are zero_shot, linear_probe and knn.
 A features directory is one of tools/synthesize.py; its tasks, on the test split, are head (nearest class row) and
 nearest_class_mean.
 
@@ -15,10 +15,8 @@ command writes the same bytes. SIGTERM stops the tool at once with exit code 143
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,19 +26,15 @@ from megacid.data.features import FeatureSet
 from megacid.distributed.progress import progress_bar
 from megacid.distributed.stopping import run_alone
 from megacid.errors import UserError, run_tool
-from megacid.evaluate.datasets import Benchmark, load_benchmark
+from megacid.evaluate.datasets import load_benchmark
+from megacid.evaluate.execution import Execution
 from megacid.evaluate.export import student_from_run
 from megacid.evaluate.features import TASKS as FEATURE_TASKS
 from megacid.evaluate.features import accuracy, tasks_for, trained_tower
-from megacid.evaluate.linear_probe import linear_probe
-from megacid.evaluate.zero_shot import zero_shot
-from megacid.failpoints import failpoint
+from megacid.evaluate.knn import NEIGHBORS
+from megacid.evaluate.tasks import TASKS, evaluate, json_file, result_file, write_result
 from megacid.models.clip import LoadedClip, load_clip
-from megacid.models.hub import has_own_weights
 from megacid.models.student import loaded_student
-from megacid.storage.atomic import disk_errors, write_json_atomic
-
-TASKS = {"zero_shot": "zeroshot_classification", "linear_probe": "linear_probe"}  # our name -> CLIP_benchmark's
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -58,7 +52,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset-name", help="name of the data in the results (default: the directory's name)")
     parser.add_argument(
         "--tasks",
-        help="comma-separated (default: all): zero_shot, linear_probe; with --features head, nearest_class_mean",
+        help="comma-separated (default: all): zero_shot, linear_probe, knn; with --features head, nearest_class_mean",
+    )
+    parser.add_argument(
+        "--neighbors", type=positive, default=NEIGHBORS, help=f"k of the task knn (default: {NEIGHBORS})"
     )
     parser.add_argument("--limit", type=positive, help="use only the first LIMIT test rows, for --features")
     parser.add_argument("--out", type=Path, required=True, help="directory for the JSON files")
@@ -103,34 +100,6 @@ def load(args: argparse.Namespace) -> LoadedClip:
     return load_clip(args.model, args.pretrained, device=args.device, precision=args.precision)
 
 
-def evaluate(task: str, clip: LoadedClip, benchmark: Benchmark, args: argparse.Namespace) -> dict[str, Any]:
-    """One result in CLIP_benchmark's schema, with its names of the metrics."""
-    if task == "zero_shot":
-        metrics = zero_shot(clip, benchmark, batch_size=args.batch_size, workers=args.workers).metrics()
-    else:
-        metrics = linear_probe(clip, benchmark, batch_size=args.batch_size, workers=args.workers)
-    return {
-        "dataset": benchmark.name,
-        "model": clip.name,
-        "pretrained": clip.pretrained,
-        "task": TASKS[task],
-        "metrics": metrics,
-        "language": "en",
-    }
-
-
-def write_result(out: Path, stem: list[str], result: dict[str, Any]) -> Path:
-    """Write a JSON file atomically and remove temporary files of killed runs. Raises UserError if the disk is full."""
-    file = out / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', '_'.join(stem))}.json"
-    failpoint("eval:before_result")
-    with disk_errors(file):
-        for path in file.parent.glob(f".tmp-*-{file.name}"):
-            path.unlink(missing_ok=True)
-        write_json_atomic(file, result)
-    failpoint("eval:task_done")
-    return file
-
-
 def evaluate_features(args: argparse.Namespace) -> int:
     """Run the tasks on feature vectors; their metric is acc1."""
     train = FeatureSet(args.features)
@@ -147,7 +116,7 @@ def evaluate_features(args: argparse.Namespace) -> int:
         with progress_bar(task, "class", test.classes) as bar:
             metrics = accuracy(task, trained, args.features, limit=args.limit, progress=bar.update)
         result = {"dataset": name, "model": "feature-mlp", "pretrained": run, "task": task, "metrics": metrics}
-        file = write_result(args.out, [name, run, task], {**result, "language": "en"})
+        file = write_result(json_file(args.out, name, run, task), {**result, "language": "en"})
         print(f"{task:20}acc1 {metrics['acc1']:.4f}  {file}")
     return 0
 
@@ -161,12 +130,13 @@ def evaluate_images(args: argparse.Namespace) -> int:
     """Run the tasks on a classification set of images."""
     benchmark = load_benchmark(args.dataset_root, args.dataset_name)
     clip = load(args)
+    how = Execution(args.batch_size, args.workers)
     rows = [("task", "acc1", "acc5", "mean_per_class_recall", "file")]
     for task in args.tasks or TASKS:
-        result = evaluate(task, clip, benchmark, args)
-        weights = [] if has_own_weights(clip.pretrained) else [clip.pretrained]  # the model's name tells
-        file = write_result(args.out, [benchmark.name, clip.name, *weights, result["task"]], result)
-        metrics, prefix = result["metrics"], "lp_" if task == "linear_probe" else ""
+        result = evaluate(task, clip, benchmark, how, neighbors=args.neighbors)
+        file = write_result(result_file(args.out, benchmark.name, clip.name, clip.pretrained, result["task"]), result)
+        metrics = result["metrics"]
+        prefix = {"linear_probe": "lp_", "knn": "knn_"}.get(task, "")
         rows.append((task, *(f"{metrics[prefix + key]:.4f}" for key in rows[0][1:4]), str(file)))
         if not metrics.get("converged", True):
             print(f"note: the fit has not converged after {metrics['iterations']} iterations")

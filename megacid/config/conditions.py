@@ -57,6 +57,8 @@ Sampling = Needs("classifier.sample_rate < 1", lambda block: block.classifier.sa
 AdamW = Needs('classifier.optimizer "adamw"', lambda block: block.classifier.optimizer == "adamw")
 SGD = Needs('classifier.optimizer "sgd"', lambda block: block.classifier.optimizer == "sgd")
 Cosine = Needs('schedule.kind "cosine"', lambda block: block.schedule.kind == "cosine")
+EvalSets = Needs("eval.datasets", lambda block: block.eval.datasets)
+NearestNeighbors = Needs("knn in eval.tasks", lambda block: "knn" in block.eval.tasks)
 Spikes = Needs('a guard.spike other than "off"', lambda block: block.guard.spike != "off")
 
 

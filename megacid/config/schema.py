@@ -16,6 +16,7 @@ from megacid.config.sections import (
     FEATURE_TOWER,
     ClassifierConfig,
     DataConfig,
+    EvalConfig,
     GuardConfig,
     LossConfig,
     RunConfig,
@@ -35,6 +36,7 @@ class MegacidConfig(Section):
     classifier: Annotated[ClassifierConfig, when.ClusterTerm] = ClassifierConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     guard: GuardConfig = GuardConfig()
+    eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
     def _settings_agree(self) -> MegacidConfig:

@@ -53,7 +53,7 @@ class RunConfig(Section):
     start_timeout_s: Seconds = 600.0
     """Seconds to wait for all ranks to start. A line every 30 s names those that are missing."""
     save_timeout_s: Seconds = 1800.0
-    """The same limit in seconds for the first step and while a checkpoint is saved."""
+    """The same limit in seconds for the first step, while a checkpoint is saved, and for a batch of an evaluation."""
     save_in_background: bool = False
     """Write checkpoints while training continues. Needs host memory for a copy of each rank's part; same guarantees."""
     check_every: Annotated[int, Field(ge=0, le=10**12)] = 200
@@ -240,6 +240,21 @@ class ScheduleConfig(Section):
     """Learning rate after the warm-up: cosine decay to final_share, or constant."""
     final_share: Annotated[Fraction, when.Cosine] = 0.0
     """Fraction of the peak learning rate at the end of the cosine."""
+
+
+class EvalConfig(Section):
+    """Evaluation of the student while it trains, which changes no bit of the training."""
+
+    datasets: Annotated[tuple[FilePath, ...], BeforeValidator(as_tuple), when.Shards] = ()
+    """Directories of classification sets, in the layout of tools/eval.py --dataset-root; []: no evaluation."""
+    every: Annotated[Steps, when.EvalSets] = 1000
+    """Steps between evaluations. The last step is always evaluated."""
+    tasks: Annotated[
+        tuple[Literal["zero_shot", "knn"], ...], Field(min_length=1), BeforeValidator(as_tuple), when.EvalSets
+    ] = ("zero_shot",)
+    """What is measured on the test split: zero_shot, by class names and templates; knn, by the train split."""
+    neighbors: Annotated[Count, when.EvalSets, when.NearestNeighbors] = 20
+    """Number k of train images that vote for the class of a test image."""
 
 
 class GuardConfig(Section):

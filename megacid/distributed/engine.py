@@ -304,6 +304,19 @@ class Engine:
             shape = getattr(p, "ds_shape", p.shape)  # a ZeRO-3 parameter is empty while it is not gathered
             yield name, {key: value.detach().float().cpu().clone().reshape(shape) for key, value in tensors.items()}
 
+    @torch.no_grad()
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, whole tensor) of the parameters and buffers that the forward uses. A collective.
+
+        These are the module's own tensors; at ZeRO 3 the parameters are copies.
+        """
+        for name, p in self.module.named_parameters():
+            if self.stage == 3:
+                with deepspeed.zero.GatheredParameters([p]):
+                    whole = p.detach().clone()
+            yield name, whole if self.stage == 3 else p.detach()
+        yield from self.module.named_buffers()
+
     def named_buffers(self) -> dict[str, Tensor]:
         """Copies of the persistent buffers, such as a batch norm's running statistics, on the host."""
         parameters = {name for name, _ in self.module.named_parameters()}

@@ -10,20 +10,21 @@ Unicode, and splitting at them would shift the class ids.
 Shapes: B batch, N samples, H x W pixels.
 """
 
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from megacid.data.decode import BadSample, decode_image, decode_text
 from megacid.data.index import ShardIndex, ShardReader, load_index
 from megacid.data.workers import WorkersLost, watched, worker_start
-from megacid.distributed.progress import progress_bar
 from megacid.errors import UserError
 from megacid.models.clip import Transform
 
@@ -41,6 +42,7 @@ class Benchmark:
     name: str
     classnames: list[str]
     templates: list[str]
+    indexes: dict[str, ShardIndex] = field(default_factory=dict, repr=False)  # of the splits opened so far
 
     @property
     def num_classes(self) -> int:
@@ -48,7 +50,19 @@ class Benchmark:
 
     def split(self, name: str, transform: Transform) -> "Split":
         """The samples of `root/name`. Raises UserError if it is missing, incomplete or in another layout."""
-        return Split(_open_split(self.root / name), transform, self.num_classes)
+        return Split(self.open(name), transform, self.num_classes)
+
+    def open(self, name: str) -> ShardIndex:
+        """The index of a split, which later calls give again. Raises UserError as `split` does."""
+        if name not in self.indexes:
+            self.indexes[name] = _open_split(self.root / name)
+        return self.indexes[name]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the texts and of the content (tar names and keys) of the splits opened so far."""
+        splits = [[name, index.digest] for name, index in self.indexes.items()]
+        return hashlib.sha256(json.dumps([self.classnames, self.templates, splits]).encode()).hexdigest()
 
 
 class Split(Dataset[Sample]):
@@ -92,22 +106,23 @@ class Split(Dataset[Sample]):
         return self.transform(image), label
 
     def batches(
-        self, batch_size: int, *, workers: int = 0, describe: str = ""
+        self, batch_size: int, *, workers: int = 0, rows: range | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches (image [B, 3, H, W], label [B] int64) in the order of the tars, with a progress bar."""
+        """Batches (image [B, 3, H, W], label [B] int64) in the order of the tars. rows: of these samples alone."""
         loader: DataLoader[Any] = DataLoader(
-            self, batch_size=batch_size, num_workers=workers, collate_fn=_collate, worker_init_fn=worker_start()
+            self if rows is None else Subset(self, rows),
+            batch_size=batch_size,
+            num_workers=workers,
+            collate_fn=_collate,
+            worker_init_fn=worker_start(),
         )
-        batches = watched(loader, len(loader), math.inf) if workers else iter(loader)
-        with progress_bar(describe, "img", len(self)) as bar:
-            try:
-                for batch in batches:
-                    if isinstance(batch, UserError):
-                        raise batch
-                    yield batch[0], batch[1]
-                    bar.update(len(batch[1]))
-            except WorkersLost as lost:
-                raise UserError(str(lost).replace("data.workers", "--workers")) from None
+        try:
+            for batch in watched(loader, len(loader), math.inf) if workers else loader:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch[0], batch[1]
+        except WorkersLost as lost:
+            raise UserError(str(lost).replace("data.workers", "--workers")) from None
 
 
 def _collate(samples: list[Sample] | UserError) -> Any:

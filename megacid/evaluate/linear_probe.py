@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from megacid.errors import UserError
-from megacid.evaluate.datasets import Benchmark, Split
+from megacid.evaluate.datasets import Benchmark
+from megacid.evaluate.execution import DEFAULT, Execution, image_features
 from megacid.evaluate.zero_shot import Predictions, top_classes
 from megacid.models.clip import LoadedClip
 
@@ -107,35 +108,17 @@ def choose_strength(feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_clas
     return STRENGTHS[accuracies.index(max(accuracies))], accuracies
 
 
-def image_features(
-    clip: LoadedClip, split: Split, *, batch_size: int, workers: int, describe: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features [N, D] fp32 on the model's device and labels [N] int64 on the CPU, in the order of the tars."""
-    features, labels = [], []
-    for image, label in split.batches(batch_size, workers=workers, describe=describe):
-        features.append(clip.encode_image(image))
-        labels.append(label)
-    return torch.cat(features), torch.cat(labels)
-
-
-def linear_probe(
-    clip: LoadedClip, benchmark: Benchmark, *, batch_size: int = 256, workers: int = 0
-) -> dict[str, float | int | bool]:
+def linear_probe(clip: LoadedClip, benchmark: Benchmark, how: Execution = DEFAULT) -> dict[str, float | int | bool]:
     """Fit on the train split and score the test split.
 
     Returns:
         CLIP_benchmark's names lp_acc1, lp_acc5 and lp_mean_per_class_recall; then how the probe was fitted: its
         strength C, chosen from `STRENGTHS` by `held_out_acc1`, the sizes of both splits, the iterations of L-BFGS.
     """
-    splits = [
-        (name, benchmark.split(name, clip.preprocess_eval)) for name in ("train", "test")
-    ]  # fails before long work
-    (train_ND, train_N), (test_ND, test_N) = (
-        image_features(
-            clip, split, batch_size=batch_size, workers=workers, describe=f"{name} features {benchmark.name}"
-        )
-        for name, split in splits
-    )
+    train, test = (benchmark.split(name, clip.preprocess_eval) for name in ("train", "test"))
+    with how.progress(f"features {benchmark.name}", len(train) + len(test)) as progress:
+        train_ND, train_N = image_features(clip, train, how, progress)
+        test_ND, test_N = image_features(clip, test, how, progress)
     strength, accuracies = choose_strength(train_ND, train_N, num_classes=benchmark.num_classes)
     probe = fit(train_ND, train_N.to(train_ND.device), num_classes=benchmark.num_classes, strength=strength)
     predictions = Predictions(top_classes(probe.scores(test_ND)), test_N)

@@ -1,15 +1,21 @@
 """Zero-shot classification: the class whose averaged caption embedding is nearest to the image.
 
-Shapes: B batch, N samples, C classes, D embedding, T context, P templates, K = min(5, C).
+Shapes: B batch, N samples, C classes, D embedding, T context, P templates, K = min(TOP, C).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from megacid.distributed.consensus import fail_together
+from megacid.distributed.stopping import Progress, no_progress
 from megacid.evaluate.datasets import Benchmark
+from megacid.evaluate.execution import DEFAULT, Execution
 from megacid.models.clip import LoadedClip
+
+TOP = 5
 
 
 @dataclass(frozen=True)
@@ -33,26 +39,38 @@ class Predictions:
 
 def top_classes(score_BC: torch.Tensor) -> torch.Tensor:
     """The K best classes: [B, C] -> [B, K] int64 on the CPU. Ties go to the lower class id, on every device."""
-    return score_BC.sort(dim=1, descending=True, stable=True).indices[:, :5].cpu()
+    return score_BC.sort(dim=1, descending=True, stable=True).indices[:, :TOP].cpu()
 
 
-def class_embeddings(clip: LoadedClip, benchmark: Benchmark, *, classes_per_batch: int = 16) -> torch.Tensor:
-    """Normalised mean of the normalised embeddings of each class's P captions: [C, D] fp32."""
-    rows = []
-    for start in range(0, benchmark.num_classes, classes_per_batch):
-        names = benchmark.classnames[start : start + classes_per_batch]
-        # Not str.format: class names and templates may contain other braces.
-        captions = [template.replace("{c}", name) for name in names for template in benchmark.templates]
-        rows.append(clip.encode_text(clip.tokenizer(captions)).unflatten(0, (len(names), -1)).mean(dim=1))
-    return F.normalize(torch.cat(rows), dim=-1)
+def class_embeddings(
+    clip: LoadedClip, benchmark: Benchmark, how: Execution = DEFAULT, progress: Progress = no_progress
+) -> torch.Tensor:
+    """Normalised mean of the normalised embeddings of each class's P captions: [C, D] fp32. A collective."""
+    classes_per_batch = max(1, how.batch_size // len(benchmark.templates))
+
+    def batches() -> Iterator[torch.Tensor]:
+        own = how.own(benchmark.num_classes)
+        for start in own[::classes_per_batch]:
+            names = benchmark.classnames[start : min(start + classes_per_batch, own.stop)]
+            # Not str.format: class names and templates may contain other braces.
+            captions = [template.replace("{c}", name) for name in names for template in benchmark.templates]
+            yield clip.encode_text(clip.tokenizer(captions)).unflatten(0, (len(names), -1)).mean(dim=1)
+            progress(0)
+
+    empty = torch.empty(0, clip.embed_dim, device=clip.device)
+    own = torch.cat([empty, *how.together(batches(), benchmark.num_classes, classes_per_batch)])
+    return F.normalize(how.gather(own), dim=-1)
 
 
-def zero_shot(clip: LoadedClip, benchmark: Benchmark, *, batch_size: int = 256, workers: int = 0) -> Predictions:
-    """Classify the test split. Raises UserError if the set is incomplete."""
-    split = benchmark.split("test", clip.preprocess_eval)
-    class_CD = class_embeddings(clip, benchmark)
-    tops, labels = [], []
-    for image, label in split.batches(batch_size, workers=workers, describe=f"zero-shot {benchmark.name}"):
-        tops.append(top_classes(clip.encode_image(image) @ class_CD.T))
-        labels.append(label)
-    return Predictions(torch.cat(tops), torch.cat(labels))
+def zero_shot(clip: LoadedClip, benchmark: Benchmark, how: Execution = DEFAULT) -> Predictions:
+    """Classify the test split. A collective. Raises UserError if the set is incomplete, the same on every rank."""
+    with fail_together(how.group):
+        split = benchmark.split("test", clip.preprocess_eval)
+    with how.progress(f"zero-shot {benchmark.name}", len(split)) as progress:
+        class_CD = class_embeddings(clip, benchmark, how, progress)
+
+        def classify(image: torch.Tensor) -> torch.Tensor:
+            return top_classes(clip.encode_image(image) @ class_CD.T)
+
+        empty = torch.empty(0, min(TOP, benchmark.num_classes), dtype=torch.int64)
+        return Predictions(*how.all_images(split, classify, progress, empty=empty))

@@ -240,12 +240,17 @@ def build_student(
     return Student(clip, replace(spec, embed_dim=config["embed_dim"]), config)
 
 
-def loaded_student(student: Student, pretrained: str, device: torch.device | str = "cpu") -> LoadedClip:
-    """The student as a `LoadedClip`, frozen and moved to `device`; `pretrained` names its weights in results."""
+def loaded_student(
+    student: Student, pretrained: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LoadedClip:
+    """The student as a `LoadedClip`, frozen and moved to `device`; `pretrained` names its weights in results.
+
+    dtype: of its weights.
+    """
     student.clip.eval().requires_grad_(False).to(device)
     transform, tokenizer = preprocess_for(student)
     where, width = torch.device(device), student.embed_dim
-    return LoadedClip(student.clip, transform, tokenizer, width, student.model, pretrained, where, torch.float32)
+    return LoadedClip(student.clip, transform, tokenizer, width, student.model, pretrained, where, dtype)
 
 
 def open_clip_tensors(student: Student) -> dict[str, torch.Tensor]:

@@ -34,6 +34,7 @@ from megacid.failpoints import failpoint
 from megacid.losses import ClusterDistillation, Objective
 from megacid.models.feature_tower import FeatureTower
 from megacid.storage.metadata import read_meta, size_field
+from megacid.training.evaluation import Evaluation, open_benchmarks
 from megacid.training.run_settings import check_same_settings
 from megacid.training.schedule import peak_rates
 
@@ -75,6 +76,7 @@ class Components:
     head: PartialFC | None
     row_optimizer: RowAdamW | RowSGD | None
     objective: Objective
+    evaluation: Evaluation
 
 
 def build_components(run: RunFile, parallel: Parallel) -> Components:
@@ -84,6 +86,7 @@ def build_components(run: RunFile, parallel: Parallel) -> Components:
     """
     with fail_together(parallel.group):
         check_student(run)  # before the data, which may take hours to index
+    benchmarks = open_benchmarks(run, parallel)
     data = open_data(run, parallel)
     with fail_together(parallel.group):
         student = make_student(run, data)
@@ -95,7 +98,8 @@ def build_components(run: RunFile, parallel: Parallel) -> Components:
         failpoint("start:building", step=0)
         head, row_optimizer = make_classifier(run, data, student.embed_dim, parallel)
         objective = make_objective(run, head, parallel)
-    return Components(run, data, student, head, row_optimizer, objective)
+    evaluation = Evaluation(run, benchmarks, student, parallel)
+    return Components(run, data, student, head, row_optimizer, objective, evaluation)
 
 
 def open_data(run: RunFile, parallel: Parallel) -> Data:

@@ -126,6 +126,10 @@ class Metrics:
         """Advance the progress bar by a step."""
         self._bar.update()
 
+    def leave_out(self, seconds: float) -> None:
+        """Count this time, which was not spent on training, neither as step time nor as wait for data."""
+        self._last += seconds
+
     def due(self, step: int) -> bool:
         """Whether `step` is to be logged: every log_every steps, and the last."""
         return (step + 1) % self.log_every == 0 or step + 1 == self.total_steps
@@ -201,6 +205,8 @@ class Metrics:
         self._bar.close()
         if self._trackers is None:
             return
+        if steps == 0:  # a start that only evaluated leaves the summary of the training
+            return self._trackers.close()
         seconds = time.perf_counter() - self.began
         self._trackers.close()  # may upload for a while
         summary = {

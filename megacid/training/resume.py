@@ -115,11 +115,11 @@ def _newest(directory: Path) -> str | None:
 
 
 def abandon_later_checkpoints(directory: Path, start: int) -> None:
-    """Move the checkpoints after step `start` aside, since the next start would resume from them. Rank 0 alone.
+    """Move checkpoints and evaluation results after step `start` aside, since the next start would use them.
 
-    Call it when nothing can refuse the start any more: a refused --resume PATH leaves the run as it is.
+    Rank 0 alone. Call it when nothing can refuse the start any more: a refused --resume PATH leaves the run as it is.
     """
-    for step, path in reversed(store.list_steps(directory)):
+    for step, path in reversed(store.list_steps(directory) + store.list_steps(directory / "eval")):
         if step > start:
             aside = path.with_name(f".abandoned-{path.name}-{time.time_ns():x}")
             with disk_errors(aside):

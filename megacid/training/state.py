@@ -23,6 +23,7 @@ from megacid.models.feature_tower import FeatureTower
 from megacid.models.output import StudentOutput
 from megacid.storage.atomic import disk_errors
 from megacid.training.components import Data, build_components
+from megacid.training.evaluation import Evaluation
 from megacid.training.flops import step_flops
 from megacid.training.guard import Guard
 from megacid.training.memory import report_memory
@@ -50,6 +51,7 @@ class TrainState:
     head: PartialFC | None
     row_optimizer: RowAdamW | RowSGD | None
     guard: Guard
+    evaluation: Evaluation
     flops: float | None = None  # of a step of all ranks, on rank 0
 
     @property

@@ -16,6 +16,7 @@ from PIL import Image
 from megacid.checkpoint.saver import Saver
 from megacid.errors import UserError, run_tool
 from megacid.evaluate.datasets import load_benchmark
+from megacid.evaluate.execution import Execution
 from megacid.evaluate.export import export_student, student_from_run
 from megacid.evaluate.zero_shot import class_embeddings, zero_shot
 from megacid.models.clip import load_clip, preprocess_for
@@ -90,7 +91,7 @@ def exported(trained, tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(trained, dataset):
     """The run's own zero-shot predictions."""
-    return zero_shot(loaded_student(trained, "memory"), load_benchmark(dataset), batch_size=16).top[:, 0]
+    return zero_shot(loaded_student(trained, "memory"), load_benchmark(dataset), Execution(batch_size=16)).top[:, 0]
 
 
 def stock_predictions(model, transform, tokenizer, dataset):

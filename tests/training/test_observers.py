@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmark_data import write_benchmark
 from harness import run_ranks
 from trackio_stand_in import Trackio
 from train_run import Pipeline, losses, scalars, tensors, train_rank
@@ -18,6 +19,7 @@ from wandb_files import offline_starts
 
 # Observer -> (changes of the run file, options of train.py). All are switched on in one run.
 OBSERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "evaluation": ({"eval__every": 2, "eval__tasks": ["zero_shot", "knn"], "eval__neighbors": 3}, []),
     "trackers": ({"run__trackers": ["tensorboard", "wandb", "trackio"]}, []),
     "profile": ({}, ["--profile-steps", "2:4"]),
     "EMA": ({"student__ema_decay": 0.9}, []),
@@ -41,6 +43,7 @@ def train_with_trackio(argv: list[str], trackio: Trackio) -> int:
 def runs(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     changes = {key: value for settings, _ in OBSERVERS.values() for key, value in settings.items()}
     options = [word for _, words in OBSERVERS.values() for word in words]
+    changes["eval__datasets"] = [str(write_benchmark(tmp_path_factory.mktemp("sets") / "colours"))]
     plain = pipeline.run_file("unobserved", run__trackers=[])
     observed = pipeline.run_file("observed", **changes)
     trackio = Trackio(tmp_path_factory.mktemp("trackio") / "calls")
@@ -71,6 +74,7 @@ def test_wandb_shows_what_tensorboard_shows_and_a_resume_continues_its_run(runs:
     assert {step["_step"]: step["train/loss"] for step in history if "train/loss" in step} == pytest.approx(
         losses(runs.observed)
     )
+    assert {"eval/colours/zero_shot_acc1", "eval/colours/knn_acc1"} <= history[0].keys() & history[3].keys()
     assert history[1].keys() >= {"classes/never_hit", "classes/hits/bins"}
 
 
@@ -120,7 +124,8 @@ def test_closing_summary_says_what_was_done_and_what_comes_next(runs: Runs) -> N
     summary = json.loads((runs.observed / "train_summary.json").read_text())
     assert (summary["steps"], summary["start_step"], summary["samples"], summary["skipped"]) == (3, 3, 48, 0)
     assert summary["last_loss"] == pytest.approx(losses(runs.observed)[STEPS])
-    assert 0 < summary["data_wait_share"] < 1 and summary["last_evaluation"] is None
+    assert 0 < summary["data_wait_share"] < 1 and summary["last_evaluation"]["step"] == STEPS
+    assert 0 <= summary["last_evaluation"]["eval/colours/zero_shot_acc1"] <= 1
     said = [line for line in (runs.observed / "log.txt").read_text().splitlines() if " summary: " in line]
     assert len(said) == 8  # of two starts
     assert "run the same command again to continue" in said[3]

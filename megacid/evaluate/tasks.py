@@ -1,0 +1,69 @@
+"""The tasks on classification sets of images by name, and their results in CLIP_benchmark's schema."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megacid.evaluate.datasets import Benchmark
+from megacid.evaluate.execution import DEFAULT, Execution
+from megacid.evaluate.knn import NEIGHBORS, knn
+from megacid.evaluate.linear_probe import linear_probe
+from megacid.evaluate.zero_shot import zero_shot
+from megacid.failpoints import failpoint
+from megacid.models.clip import LoadedClip
+from megacid.models.hub import has_own_weights
+from megacid.storage.atomic import disk_errors, write_json_atomic
+
+# Our name -> CLIP_benchmark's, which has no kNN.
+TASKS = {"zero_shot": "zeroshot_classification", "linear_probe": "linear_probe", "knn": "knn"}
+
+
+def evaluate(
+    task: str, clip: LoadedClip, benchmark: Benchmark, how: Execution = DEFAULT, *, neighbors: int = NEIGHBORS
+) -> dict[str, Any]:
+    """One result in CLIP_benchmark's schema, with its names of the metrics. A collective of the ranks of `how`.
+
+    Args:
+        task: a key of TASKS. The ranks share zero_shot and knn; linear_probe is for a single process.
+
+    Raises:
+        UserError: the set is incomplete or a sample is bad; the same on every rank.
+    """
+    run: dict[str, Callable[[], dict[str, Any]]] = {
+        "zero_shot": lambda: zero_shot(clip, benchmark, how).metrics(),
+        "linear_probe": lambda: linear_probe(clip, benchmark, how),
+        "knn": lambda: knn(clip, benchmark, how, neighbors=neighbors),
+    }
+    return {
+        "dataset": benchmark.name,
+        "model": clip.name,
+        "pretrained": clip.pretrained,
+        "task": TASKS[task],
+        "metrics": run[task](),
+        "language": "en",
+    }
+
+
+def result_file(folder: Path, dataset: str, model: str, pretrained: str, task: str) -> Path:
+    """The JSON file of a result of `evaluate`. task: CLIP_benchmark's name."""
+    weights = [] if has_own_weights(pretrained) else [pretrained]  # the model's name tells
+    return json_file(folder, dataset, model, *weights, task)
+
+
+def json_file(folder: Path, *names: str) -> Path:
+    """The JSON file whose name is made of `names`."""
+    return folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', '_'.join(names))}.json"
+
+
+def write_result(file: Path, result: dict[str, Any]) -> Path:
+    """Write a result atomically and remove temporary files of killed runs. UserError if the disk is full."""
+    failpoint("eval:before_result")
+    with disk_errors(file):
+        for path in file.parent.glob(f".tmp-*-{file.name}"):
+            path.unlink(missing_ok=True)
+        write_json_atomic(file, result)
+    failpoint("eval:task_done")
+    return file
