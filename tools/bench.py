@@ -6,6 +6,7 @@
     tools/bench.py --suite scale --json scale.json    the step from 10^4 to 10^7 classes with 8192 sampled rows
     tools/bench.py --suite accumulation --check       a step in one batch and in micro-batches (gradient caching)
     tools/bench.py --suite loader --check             the training loader compared with webdataset's pipeline
+    tools/bench.py --suite student --check            contrastive training compared with open_clip_train
     tools/bench.py --suite optimizer                  row-sparse optimizers, in bytes per second
     tools/bench.py --suite contrastive                the instance loss of large batches
     tools/bench.py --suite assignment                 the nearest of many centroids
@@ -36,6 +37,7 @@ MODULES = {
     "scale": "training_step",
     "accumulation": "accumulation",
     "loader": "loader",
+    "student": "student",
     "optimizer": "optimizer",
     "contrastive": "contrastive",
     "assignment": "assignment",
