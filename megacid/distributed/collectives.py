@@ -172,6 +172,20 @@ def start_gather_rows(
     return lambda: _GatherRows.apply(x_BD, pending, sizes, group, factor)
 
 
+def reduce_scatter_flat(x: Tensor, out: Tensor, group: Group = None, *, received: Tensor) -> Tensor:
+    """Sum x [W n] over the W ranks into out [n], this rank's part, and return it.
+
+    received: memory of at least W n elements that may be overwritten, which only gloo needs.
+    """
+    if dist.get_backend(group) != "gloo":
+        reduce_scatter_single(out, x, group=group)
+        return out
+    # gloo's own reduce-scatter is an all-reduce of a copy, which sends twice as much.
+    parts = received[: x.numel()]
+    dist.all_to_all_single(parts, x, group=group)
+    return torch.sum(parts.view(world_size(group), -1), dim=0, out=out)
+
+
 def gather_rows(
     x_BD: Tensor, group: Group = None, *, grad_reduction: GradReduction, sizes: list[int] | None = None
 ) -> tuple[Tensor, list[int]]:

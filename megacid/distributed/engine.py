@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from megacid.config.schema import RunFile
 from megacid.distributed.consensus import as_user_error, fail_together
 from megacid.distributed.parallel import Parallel
+from megacid.distributed.reduction import is_left_open, norm_sq, reduction_of
 from megacid.distributed.weight_average import WeightAverage, load_average
 from megacid.errors import UserError, one_line
 
@@ -72,13 +73,13 @@ def _apex_optimizer(kind: str) -> type[torch.optim.Optimizer]:
 
 
 def adamw_params(params: dict[str, Any], device: str) -> dict[str, Any]:
-    """AdamW's parameters for DeepSpeed on a device type: PyTorch's implementation, fused on a GPU.
+    """AdamW's parameters for DeepSpeed on a device type: PyTorch's fused implementation.
 
     DeepSpeed's own default is FusedAdam (DeepSpeedCPUAdam with offload), a C++ extension that it compiles at the first
     start. Most GPU hosts have no compiler, so "torch_adam": false asks for it.
     """
     if params.get("torch_adam", True):
-        return {**params, "torch_adam": True, **({"fused": True} if device == "cuda" else {})}
+        return {**params, "torch_adam": True, "fused": True}
     if device == "cpu":
         raise UserError('"optimizer.params.torch_adam" is false, which needs a GPU: remove it')
     from torch.utils.cpp_extension import CUDA_HOME  # warns on a host without a GPU
@@ -125,6 +126,8 @@ class Engine:
         # The clipped norm includes the classifier, so DeepSpeed's own clipping is off until `step` sets it.
         config = {**copy.deepcopy(run.deepspeed), "gradient_clipping": 0.0}
         config.setdefault("steps_per_print", 1 << 40)
+        if run.zero_stage == 1 and is_left_open(run):  # its hooks on every gradient are of no use to our reduction
+            config["zero_optimization"]["contiguous_gradients"] = False
         kind, params = config["optimizer"]["type"], config["optimizer"]["params"]
         # Of frozen parameters DeepSpeed keeps no fp32 values, and under bf16 the module has rounded ones.
         self._frozen = {
@@ -148,6 +151,9 @@ class Engine:
         self.dtype = torch.bfloat16 if run.bf16 else torch.float32
         self.device, self.parallel = parallel.device, parallel
         self._norm: Tensor | None = None
+        self.reduction = reduction_of(self.engine, run, parallel.group)
+        if self.reduction is not None:
+            self.engine.enable_backward_allreduce = False
         if self.stage in (1, 2):
             self._check_names()
         decay, trained = run.megacid.student.ema_decay, self._trained_parameters()
@@ -186,6 +192,8 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's share of the loss; the last backward of a step reduces them."""
         self.engine.backward(loss, scale_wrt_gas=False)
+        if self.reduction is not None and self.at_boundary:
+            self.reduction.reduce()
 
     @property
     def at_boundary(self) -> bool:
@@ -200,9 +208,10 @@ class Engine:
 
     def gradient_norm(self) -> Tensor:
         """2-norm (0-d fp32) of the student's reduced gradients, unclipped, equal on all ranks; NaN if not finite."""
-        if self.stage == 0:
-            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = torch.stack([torch.linalg.vector_norm(g.float()) for g in grads]).norm()
+        if self.reduction is not None:
+            norm = self.reduction.norm()
+        elif self.stage == 0:
+            norm = norm_sq([p.grad for p in self.module.parameters() if p.grad is not None]).sqrt()
         elif self.stage == 3:
             norms = torch.stack([torch.as_tensor(n, device=self.device) for n in self.optimizer._get_norm_groups()])
             norm = torch.where((norms < 0).any(), math.nan, norms.norm())  # DeepSpeed returns -1 for NaN and inf
@@ -218,15 +227,15 @@ class Engine:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         if self.stage == 0:
             if clip_scale < 1:
-                for p in self.module.parameters():
-                    if p.grad is not None:
-                        p.grad.mul_(clip_scale)
+                torch._foreach_mul_([p.grad for p in self.module.parameters() if p.grad is not None], clip_scale)
             self.engine.step()
         else:
             # DeepSpeed divides by (norm + 1e-6) / clip_grad when that is above 1.
             norm = float(self._norm) if self._norm is not None else 0.0
             self.optimizer.clip_grad = clip_scale * (norm + 1e-6) if clip_scale < 1 else 0.0
-            self.engine.step()
+            with self._known_norm(self._norm):
+                self.engine.step()
+        self._norm = None  # of these gradients only
         if not self.engine.was_step_applied():
             raise RuntimeError(
                 "DeepSpeed did not apply a step that the guard had accepted: continuing would desynchronise the "
@@ -234,6 +243,18 @@ class Engine:
             )
         if self.average is not None:
             self.average.update()
+
+    @contextlib.contextmanager
+    def _known_norm(self, norm: Tensor | None) -> Iterator[None]:
+        """Let DeepSpeed's step at ZeRO 1 to 3 take this gradient norm; None: it computes the norm."""
+        name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
+        if norm is not None:
+            setattr(self.optimizer, name, lambda *_: [norm] if self.stage == 3 else norm)
+        try:
+            yield
+        finally:
+            if norm is not None:
+                delattr(self.optimizer, name)
 
     def skip(self) -> None:
         """Drop the accumulated gradients. No parameter and no moment changes."""
@@ -248,19 +269,16 @@ class Engine:
                     group["step"] = step
             return
         # DeepSpeed skips a step whose norm is not finite: give it such a norm.
-        name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
-        invalid = torch.tensor(-1.0, device=self.device)
-        setattr(self.optimizer, name, lambda *_: [invalid] if self.stage == 3 else invalid)
         checks = self.optimizer.__dict__.get("check_grad_overflow")
         if checks is False:
             self.optimizer.check_grad_overflow = True
         level = deepspeed_logger.level
         deepspeed_logger.setLevel(logging.ERROR)  # the guard has warned already, with the samples
         try:
-            self.engine.step()
+            with self._known_norm(torch.tensor(-1.0, device=self.device)):
+                self.engine.step()
         finally:
             deepspeed_logger.setLevel(level)
-            delattr(self.optimizer, name)
             if checks is False:
                 self.optimizer.check_grad_overflow = False
         if self.engine.was_step_applied():
