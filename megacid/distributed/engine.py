@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
-import importlib.util
 import logging
 import math
 import os
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from megacid.config.schema import RunFile
 from megacid.distributed.consensus import as_user_error, fail_together
+from megacid.distributed.optimizers import adamw_params, apex_optimizer
 from megacid.distributed.parallel import Parallel
 from megacid.distributed.reduction import is_left_open, norm_sq, reduction_of
 from megacid.distributed.weight_average import WeightAverage, load_average
@@ -58,38 +58,6 @@ def _without_compiled_extension() -> None:
     # between launches that share its cache, and crashes without a compiler. A table in which nothing is compatible also
     # skips the compiler probes of all other operators.
     deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
-
-
-def _apex_optimizer(kind: str) -> type[torch.optim.Optimizer]:
-    # PyPI's package "apex" is unrelated to NVIDIA's, which is known by its CUDA extension.
-    if importlib.util.find_spec("amp_C") is None:
-        raise UserError(
-            f'"optimizer.type" is "{kind}" but NVIDIA Apex with its CUDA extensions is not installed: '
-            'build it from source (not from PyPI), or use "AdamW"'
-        )
-    from apex import optimizers
-
-    return {"apex_fused_adam": optimizers.FusedAdam, "apex_fused_lamb": optimizers.FusedLAMB}[kind]
-
-
-def adamw_params(params: dict[str, Any], device: str) -> dict[str, Any]:
-    """AdamW's parameters for DeepSpeed on a device type: PyTorch's fused implementation.
-
-    DeepSpeed's own default is FusedAdam (DeepSpeedCPUAdam with offload), a C++ extension that it compiles at the first
-    start. Most GPU hosts have no compiler, so "torch_adam": false asks for it.
-    """
-    if params.get("torch_adam", True):
-        return {**params, "torch_adam": True, "fused": True}
-    if device == "cpu":
-        raise UserError('"optimizer.params.torch_adam" is false, which needs a GPU: remove it')
-    from torch.utils.cpp_extension import CUDA_HOME  # warns on a host without a GPU
-
-    if CUDA_HOME is None:
-        raise UserError(
-            '"optimizer.params.torch_adam" is false but the CUDA compiler nvcc, which builds FusedAdam, was not found: '
-            "remove the key to use PyTorch's fused AdamW, or set CUDA_HOME"
-        )
-    return params
 
 
 def _check_nvme(config: dict[str, Any]) -> None:
@@ -139,7 +107,7 @@ class Engine:
             if kind == "AdamW":
                 config["optimizer"]["params"] = adamw_params(params, parallel.device.type)
             else:
-                optimizer = _apex_optimizer(kind)(groups, **params)
+                optimizer = apex_optimizer(kind)(groups, **params)
                 del config["optimizer"]
                 config["zero_allow_untested_optimizer"] = True
             _check_config(config)

@@ -45,7 +45,7 @@ class FusedAdam(torch.optim.Optimizer):
 def test_apex_counts_its_steps_over_a_skip_and_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
 ) -> None:
-    monkeypatch.setattr(engine, "_apex_optimizer", lambda kind: FusedAdam)
+    monkeypatch.setattr(engine, "apex_optimizer", lambda kind: FusedAdam)
     toy.write_features(tmp_path / "features")
     plan = FaultPlan(Fault("train:batch", "nan_batch", step=2))
     ends = []

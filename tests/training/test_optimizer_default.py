@@ -9,22 +9,22 @@ import pytest
 import torch.utils.cpp_extension
 import toy
 
-from megacid.distributed import engine
+from megacid.distributed.optimizers import adamw_params
 from megacid.errors import UserError
 
 
 def test_a_gpu_host_without_nvcc_gets_pytorchs_fused_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
     params = {"lr": 1e-3, "betas": [0.9, 0.98]}
-    assert engine.adamw_params(params, "cuda") == {**params, "torch_adam": True, "fused": True}
+    assert adamw_params(params, "cuda") == {**params, "torch_adam": True, "fused": True}
     assert params == {"lr": 1e-3, "betas": [0.9, 0.98]}
-    assert engine.adamw_params(params, "cpu") == {**params, "torch_adam": True, "fused": True}
+    assert adamw_params(params, "cpu") == {**params, "torch_adam": True, "fused": True}
 
 
 def test_deepspeeds_fused_adam_is_used_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", "/usr/local/cuda")
     asked = {"lr": 1e-3, "torch_adam": False}
-    assert engine.adamw_params(asked, "cuda") == asked
+    assert adamw_params(asked, "cuda") == asked
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_fused_adam_that_cannot_be_built_is_one_line(
 ) -> None:
     monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
     with pytest.raises(UserError, match=f'"optimizer.params.torch_adam" is false.*{message}.*remove'):
-        engine.adamw_params({"lr": 1e-3, "torch_adam": False}, device)
+        adamw_params({"lr": 1e-3, "torch_adam": False}, device)
 
 
 @pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))])
