@@ -15,6 +15,7 @@ KINDS = {
     "allgather_into_tensor_coalesced_": "all_gather",
     "_reduce_scatter_base_": "reduce_scatter",
     "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "alltoall_base_": "reduce_scatter",  # gloo: the ranks exchange parts and each adds its own
     "allreduce_": "all_reduce",
     "reduce_": "reduce",
     "broadcast_": "broadcast",

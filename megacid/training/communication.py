@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 from megacid.classifier.label_exchange import HEADER
 from megacid.classifier.sampling import num_dims
 from megacid.config.schema import RunFile
+from megacid.distributed.reduction import is_left_open
 from megacid.training.memory import loss_spec, samples_per_chunk
 from megacid.training.observe import Observed
 
@@ -95,23 +96,30 @@ def _classifier(
 
 
 def engine_collectives(run: RunFile, groups: Sequence[Sequence[int]], world: int) -> list[Collective]:
-    """DeepSpeed's: the reduction of the student's gradients, its norms, and the parameters of ZeRO.
+    """The reduction of the student's gradients, their norm, and the parameters of ZeRO.
 
-    ZeRO 1 and 2 sum gradients with an all-reduce, too. The number of all-gathers of ZeRO 3, which depends on the order
-    of the modules, is not predicted: its bytes count as one collective. Offload and quantized communication are not
-    covered.
+    DeepSpeed's own reduction, which `is_left_open` rules out, sums gradients with an all-reduce at ZeRO 1 and 2, too.
+    The number of all-gathers of ZeRO 3, which depends on the order of the modules, is not predicted: its bytes count as
+    one collective. Offload and quantized communication are not covered.
 
     Args:
         groups: sizes of the trained parameters by optimizer group, see `parameter_groups`.
     """
     itemsize, zero = 2 if run.bf16 else 4, run.deepspeed.get("zero_optimization", {})
     total = sum(map(sum, groups))
+    if run.zero_stage == 1 and is_left_open(run):
+        flat = [itemsize * _padded(sum(group), 2 * world) for group in groups]
+        return [
+            *(Collective("student gradients", "reduce_scatter", size) for size in flat),
+            Collective("student gradient norm", "all_reduce", 8),
+            *(Collective("student weights", "all_gather", size) for size in flat),
+        ]
     if run.zero_stage < 3:
         buckets = math.ceil(total / int(zero.get("reduce_bucket_size", _BUCKET) if run.zero_stage else _BUCKET))
         reductions = buckets * (run.accumulation if run.zero_stage == 2 else 1)
         found = [Collective("student gradients", "all_reduce", itemsize * total // buckets, reductions)]
         if run.zero_stage:
-            found.append(Collective("student gradient norm", "all_reduce", 4, 4))
+            found.append(Collective("student gradient norm", "all_reduce", 4, len(groups)))
             if run.bf16:
                 found.append(Collective("student gradient norm", "all_reduce", 1))
             found += [
@@ -128,7 +136,7 @@ def engine_collectives(run: RunFile, groups: Sequence[Sequence[int]], world: int
         passes = 1
     return [
         Collective("student gradients", "reduce_scatter", itemsize * sum(sizes), run.accumulation),
-        Collective("student gradient norm", "all_reduce", 8, 4),
+        Collective("student gradient norm", "all_reduce", 8, len(groups)),
         Collective("student weights", "all_gather", itemsize * (small + passes * large)),
     ]
 
