@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import toy
@@ -35,6 +36,19 @@ BACKGROUND: list[Case] = [
     (1, 0, "mid_file", 2), (4, 3, "before_fsync", 1),
 ]  # fmt: skip
 assert len(FOREGROUND) >= 60
+# The default run has every point at one rank and at two, every victim, and four ranks once for a rank's point and once
+# for the first rank's; in a thread every point once and every victim. The slow run has every pair of victim and point.
+BRIEF: list[Case] = [
+    *(case for case in FOREGROUND if case[0] == 1),
+    *((2, (0, 1, None)[at % 3], *point) for at, point in enumerate(OF_A_RANK)),
+    *((2, 0, point, 1) for point in OF_THE_FIRST),
+    (4, 2, "mid_file", 2), (4, 0, "before_rename", 1),
+]  # fmt: skip
+BRIEF_BACKGROUND: list[Case] = [
+    *((2, (1, None)[at % 2], *point) for at, point in enumerate(OF_A_RANK[::2])),
+    *((2, 0, point, 1) for point in OF_THE_FIRST),
+    (1, 0, "mid_file", 2),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +116,19 @@ def named(case: Case) -> str:
     return f"{world}-{'all' if victim is None else victim}-{point}{nth}"
 
 
-@pytest.mark.parametrize("case", FOREGROUND, ids=named)
+def tiers(cases: list[Case], brief: list[Case]) -> list[Any]:
+    assert {*brief} <= {*cases}
+    return [pytest.param(case, marks=[] if case in brief else pytest.mark.slow, id=named(case)) for case in cases]
+
+
+@pytest.mark.parametrize("case", tiers(FOREGROUND, BRIEF))
 def test_no_kill_during_a_save_loses_or_mixes_a_checkpoint(
     root: Path, undisturbed: Callable[[int], dict[str, Tensor]], case: Case
 ) -> None:
     killed_and_started_again(root, case, undisturbed(case[0]), background=False)
 
 
-@pytest.mark.parametrize("case", BACKGROUND, ids=named)
+@pytest.mark.parametrize("case", tiers(BACKGROUND, BRIEF_BACKGROUND))
 def test_no_kill_while_a_thread_saves_loses_or_mixes_a_checkpoint(
     root: Path, undisturbed: Callable[[int], dict[str, Tensor]], case: Case
 ) -> None:

@@ -41,7 +41,7 @@ def losses(run: Path) -> list[tuple[int, str]]:
     return [(event.step, repr(event.value)) for event in events.Scalars("train/loss")]
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_stopped_and_resumed_at_every_step_it_is_the_same_run(root: Path, world: int) -> None:
     """24 stops in one run: across an epoch's end (step 15), before a skipped step (9) and right after it.
 
@@ -84,7 +84,15 @@ def one_rank(root: Path) -> dict[int, dict[str, Any]]:
     return read_trace(root / "t1", 1)
 
 
-@pytest.mark.parametrize(("before", "after"), list(itertools.permutations((1, 2, 3, 4), 2)))
+# The default run has each number of ranks once before the change of hands and once after it.
+BRIEF = {(1, 3), (3, 4), (4, 2), (2, 1)}
+CHANGES = [
+    pytest.param(*pair, marks=[] if pair in BRIEF else pytest.mark.slow)
+    for pair in itertools.permutations((1, 2, 3, 4), 2)
+]
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES)
 def test_another_number_of_ranks_goes_on_with_the_same_samples_and_losses(
     root: Path, one_rank: dict[int, dict[str, Any]], before: int, after: int
 ) -> None:
@@ -124,17 +132,19 @@ def test_a_number_of_ranks_that_does_not_divide_the_batch_is_refused_with_those_
     assert not (root / "runs" / "odd").exists()
 
 
-def test_twenty_random_kills_leave_the_same_run(root: Path) -> None:
+@pytest.mark.parametrize("number", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_random_kills_leave_the_same_run(root: Path, number: int) -> None:
     """SIGKILL to both ranks after random times: the run resumes each time and ends with the bits of an undisturbed run.
 
     A run takes about a second. The times are seeded, but the machine decides what they hit.
     """
     changes: dict[str, Any] = {"run__save_every": 2, "run__total_steps": 60, "run__log_every": 1}
-    whole, killed = toy.run_file(root, "undisturbed", **changes), toy.run_file(root, "killed", **changes)
+    killed_name, whole_name = f"killed{number}", f"undisturbed{number}"
+    whole, killed = toy.run_file(root, whole_name, **changes), toy.run_file(root, killed_name, **changes)
     assert toy.train_toy(2, whole) == [0, 0]
     chance, kills, finished = random.Random(20), 0, 0
-    run = root / "runs" / "killed"
-    while kills < 20:
+    run = root / "runs" / killed_name
+    while kills < number:
         wait = chance.uniform(0.05, 1.0)
 
         def shoot(pids: list[int], wait: float = wait) -> None:
@@ -148,22 +158,22 @@ def test_twenty_random_kills_leave_the_same_run(root: Path) -> None:
         argv = ["--deepspeed_config", str(killed)]
         fates = rank_fates(toy.train_here, 2, argv, timeout_s=60, meanwhile=shoot)
         kills += -9 in fates
-        if fates == [0, 0]:  # it was too quick: begin anew, so that there are 20 kills
+        if fates == [0, 0]:  # it was too quick: begin anew, so that there are enough kills
             finished += 1
             assert (
                 toy.differing(
-                    toy.tensors(root / "runs" / "undisturbed" / "step-00000060"), toy.tensors(run / "step-00000060")
+                    toy.tensors(root / "runs" / whole_name / "step-00000060"), toy.tensors(run / "step-00000060")
                 )
                 == []
             )
             for path in sorted(run.glob("step-*"))[1:]:
                 path.rename(run / f"gone-{finished}-{path.name}")
     assert toy.train_toy(2, killed) == [0, 0]
-    want, got = (toy.tensors(root / "runs" / name / "step-00000060") for name in ("undisturbed", "killed"))
+    want, got = (toy.tensors(root / "runs" / name / "step-00000060") for name in (whole_name, killed_name))
     assert toy.differing(want, got) == []
     assert [path.name for path in run.glob(".tmp-*")] == []
     curve = losses(run)
-    assert [step for step, _ in curve] == list(range(1, 61)) and curve == losses(root / "runs" / "undisturbed")
+    assert [step for step, _ in curve] == list(range(1, 61)) and curve == losses(root / "runs" / whole_name)
 
 
 def test_a_run_that_is_sent_back_goes_on_from_there_also_at_the_next_start(
