@@ -194,9 +194,9 @@ def images_of_a_step(root: Path, settings: list[str]) -> dict[str, list[Tensor]]
     kept: list[Tensor] = []
 
     class Recorded(GradientCache):
-        def add(self, batch: Batch, out: StudentOutput) -> None:
-            kept.append(batch.image)
-            super().add(batch, out)
+        def add(self, out: StudentOutput) -> None:
+            kept.append(self.batches[len(kept)].image)
+            super().add(out)
 
     train.GradientCache = Recorded  # type: ignore[misc]  in the forked rank only
     run = load(root, *settings)
