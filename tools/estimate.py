@@ -4,8 +4,9 @@
     tools/estimate.py --deepspeed_config configs/partial_fc_1m.json --ranks 2
     tools/estimate.py --deepspeed_config configs/vit_b32_laion.json --ranks 8 64 --num-classes 1000000 --embed-dim 1280
 
-The number of classes and the widths are read from the data, or given as options before the data exist. Activations of
-the student's towers are not included. On a CPU the interpreter and its libraries are, as measured in this process.
+The number of classes and the widths are read from the data, or given as options before the data exist. Activations are
+counted by a forward and backward on fake tensors. On a CPU the interpreter and its libraries are included, as measured
+in this process.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from megacid.distributed.parallel import init
 from megacid.errors import UserError, run_tool
 from megacid.training.communication import communication_estimate, engine_collectives, objective_collectives
 from megacid.training.components import Data, make_student, open_data
-from megacid.training.memory import frozen_count, memory_estimate
+from megacid.training.memory import memory_estimate, shared_memory
 from megacid.training.metrics import resident_memory_mib
 from megacid.training.schedule import parameter_groups
 
@@ -67,8 +68,12 @@ def describe_data(run: RunFile, args: argparse.Namespace) -> Data:
 def print_table(table: dict[int, dict[str, float]]) -> None:
     """Print a line for each part and their total, with a column for each number of ranks."""
     for name in next(iter(table.values())):
-        print(f"{name:<26}" + "".join(f"{column[name]:>12.1f}" for column in table.values()))
-    print(f"{'total':<26}" + "".join(f"{sum(column.values()):>12.1f}" for column in table.values()))
+        print_row(name, [f"{column[name]:.1f}" for column in table.values()])
+    print_row("total", [f"{sum(column.values()):.1f}" for column in table.values()])
+
+
+def print_row(name: str, cells: list[str]) -> None:
+    print(f"{name:<38}" + "".join(f"{cell:>24}" for cell in cells))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,18 +88,25 @@ def main(argv: list[str] | None = None) -> int:
         base = resident_memory_mib()
     student = make_student(first, data)
     parameters = sum(p.numel() for p in student.parameters())
-    table = {
-        ranks: {"process": base}
-        | memory_estimate(
-            run, parameters, data.num_classes or 0, student.embed_dim, ranks, args.device, frozen_count(student)
-        )
-        for ranks, run in runs.items()
+    estimates = {
+        ranks: memory_estimate(run, student, data.num_classes or 0, ranks, args.device) for ranks, run in runs.items()
     }
     print(f"{args.deepspeed_config}: student {parameters / 1e6:.2f} M parameters, width {student.embed_dim}, "
-          f"{data.num_classes or 0:,} classes; MiB of rank 0 on {args.device}, without activations\n")  # fmt: skip
-    print(f"{'ranks':<26}" + "".join(f"{ranks:>12}" for ranks in args.ranks))
-    print(f"{'global batch':<26}" + "".join(f"{run.global_batch:>12}" for run in runs.values()))
-    print_table(table)
+          f"{data.num_classes or 0:,} classes; MiB of rank 0 on {args.device}\n")  # fmt: skip
+    print_row("ranks", [f"{ranks}" for ranks in args.ranks])
+    print_row("global batch", [f"{run.global_batch}" for run in runs.values()])
+    print_row("process", [f"{base:.1f}"] * len(runs))
+    first_estimate = estimates[args.ranks[0]]
+    for name in first_estimate.always:
+        print_row(name, [f"{estimate.always[name]:.1f}" for estimate in estimates.values()])
+    print("\nin addition, one at a time:")
+    for name in first_estimate.phases:
+        print_row(name, [f"{estimate.phases[name]:.1f}" for estimate in estimates.values()])
+    print()
+    print_row("peak", [f"{base + estimate.peak:.1f}" for estimate in estimates.values()])
+    print_row("largest phase", [estimate.largest_phase for estimate in estimates.values()])
+    print_row("host, for a checkpoint", [f"{estimate.checkpoint:.1f}" for estimate in estimates.values()])
+    print_row("host, prefetched images", [f"{shared_memory(run, student):.1f}" for run in runs.values()])
     groups = [[p.numel() for p in group["params"]] for group in parameter_groups(student, 0.0)]
     collectives = {
         ranks: objective_collectives(run, data.num_classes or 0, student.embed_dim, ranks, args.device)
@@ -103,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     numbers = (sum(one.number for one in each) for each in collectives.values())
     print("\nCommunication of a step; MiB that a rank sends in a ring\n")
-    print(f"{'collectives':<26}" + "".join(f"{number:>12}" for number in numbers))
+    print_row("collectives", [f"{number}" for number in numbers])
     print_table({ranks: communication_estimate(each, ranks) for ranks, each in collectives.items()})
     return 0
 

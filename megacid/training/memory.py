@@ -1,10 +1,15 @@
-"""Estimates the memory of a run from its shapes, without the activations of the student's towers."""
+"""Estimates the peak memory of a run from its shapes: what is there for the whole run, and what each phase adds.
+
+How much DeepSpeed adds in a phase was read in its code and measured on CPU ranks (tests/training/test_memory.py).
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 from megacid.classifier import PartialFC
 from megacid.classifier.sampling import Draw, num_dims
@@ -19,43 +24,112 @@ if TYPE_CHECKING:
 log = logging.getLogger("megacid")
 
 MIB = 2**20
+BUCKET = 500_000_000  # DeepSpeed's default reduce_bucket_size, in elements
+
+
+class MemoryEstimate(NamedTuple):
+    """Memory of rank 0, which has the largest class shard, in MiB.
+
+    always: parts that are there for the whole run. phases: what each phase of a step needs in addition; one at a time.
+    checkpoint: host memory while a checkpoint is written, one of the phases on a CPU.
+    """
+
+    always: dict[str, float]
+    phases: dict[str, float]
+    checkpoint: float
+
+    @property
+    def peak(self) -> float:
+        return sum(self.always.values()) + max(self.phases.values())
+
+    @property
+    def largest_phase(self) -> str:
+        return max(self.phases, key=lambda name: self.phases[name])
 
 
 def memory_estimate(
-    run: RunFile, parameters: int, num_classes: int, embed_dim: int, world: int, device: str, frozen: int = 0
-) -> dict[str, float]:
-    """Peak memory of rank 0, which has the largest class shard, in MiB by part.
+    run: RunFile, student: Student | FeatureTower, num_classes: int, world: int, device: str
+) -> MemoryEstimate:
+    """The memory of a run, without the process itself. Takes seconds for a large student.
 
     Args:
-        parameters: number of the student's parameters.
+        student: not inside an engine yet.
         num_classes: over all ranks; 0 without a classifier.
         world: number of ranks.
         device: "cpu" or "cuda".
         frozen: number of those parameters without gradient.
     """
-    trained = parameters - frozen
-    share = [1.0 / world if run.zero_stage >= stage else 1.0 for stage in (1, 2, 3)]
-    width = 2 if run.bf16 else 4
-    sizes = {
-        "student weights": parameters * width * share[2],
-        "student gradients": trained * width * share[1],
-        # Adam's two moments, and under bf16 the fp32 master copy (DeepSpeed keeps one in fp32 too when it partitions).
-        "student optimizer": trained * 4 * (3 if run.bf16 or run.zero_stage else 2) * share[0],
-    }
+    from megacid.training.activations import count_activations  # imports what a start needs only for an estimate
+
+    sizes = [p.numel() for p in student.parameters()]
+    frozen = frozen_count(student)
+    trained = sum(sizes) - frozen
+    always = _persistent(run, sum(sizes), trained, world) | {"batch": _batch(run, student)}
     if run.megacid.student.ema_decay is not None:
-        sizes["EMA of the student"] = trained * 4 / world
+        always["EMA of the student"] = trained * 4 / world
     if frozen and device == "cpu":
-        sizes["frozen weights for checkpoints"] = frozen * 4
-    gathered = run.global_batch
+        always["frozen weights for checkpoints"] = frozen * 4
+    head: dict[str, float] = {}
     if num_classes:
-        sizes |= _classifier(run, num_classes, embed_dim, world, gathered, device)
-    sizes["embeddings"] = gathered * embed_dim * 4 * 6
-    return {name: size / MIB for name, size in sizes.items()}
+        stored, head = _classifier(run, num_classes, student.embed_dim, world, run.global_batch, device)
+        always |= stored
+    row_gradient = head.get("their gradient", 0.0)
+    embeddings = run.global_batch * student.embed_dim * 4 * 6
+    autocast = torch.bfloat16 if run.deepspeed.get("torch_autocast", {}).get("enabled") else None
+    activations = count_activations(student, run.micro_batch, torch.bfloat16 if run.bf16 else torch.float32, autocast)
+    width, stage = 2 if run.bf16 else 4, run.zero_stage
+    share = 1 / world if stage else 1.0
+    gradients = trained * width
+    gathered = sum(sizes) * width if stage == 3 and world > 1 else 0.0
+    backward = activations.peak_with_gradients if run.accumulation == 1 else activations.peak + gradients
+    reduce = 2.0 * gradients  # in one bucket, and its flat copy
+    if device == "cuda" and stage in (1, 2):  # the whole buffer is allocated; on a CPU only pages that are written
+        zero = run.deepspeed.get("zero_optimization", {})
+        bucket = zero.get("reduce_bucket_size", BUCKET) * width * (2 if zero.get("overlap_comm") else 1)
+        backward, reduce = backward + bucket, reduce + max(0.0, bucket - gradients)
+    # This rank's gradients as they came, in fp32, and the two temporaries of an AdamW that is not fused.
+    per_parameter = (width if stage < 3 else 0) + (4 if stage else 0) + (8 if device == "cpu" and stage else 0)
+    # Copies of the parameters that rank 0 writes, and of their moments; ZeRO gathers one parameter at a time.
+    checkpoint = 12 * (sum(sizes[::world]) + (max(sizes) if stage else 0))
+    phases = {
+        "forward and objective": gathered + activations.after_forward + embeddings + sum(head.values()),
+        "backward": gathered + backward + embeddings + row_gradient,
+        "reduction of gradients": reduce + row_gradient,
+        "optimizer step": trained * share * per_parameter + row_gradient,
+    }
+    if device == "cpu":
+        phases["checkpoint"] = checkpoint
+    in_mib = [{name: size / MIB for name, size in part.items()} for part in (always, phases)]
+    return MemoryEstimate(in_mib[0], in_mib[1], checkpoint / MIB)
+
+
+def _persistent(run: RunFile, parameters: int, trained: int, world: int) -> dict[str, float]:
+    """Bytes of the student's weights and optimizer, and of what ZeRO-3 keeps between steps."""
+    width, stage = 2 if run.bf16 else 4, run.zero_stage
+    share = 1 / world if stage else 1.0
+    sizes = {
+        "student weights": parameters * width * (share if stage == 3 else 1.0),
+        # Adam's two moments, and the fp32 weights that DeepSpeed keeps when it partitions, also in an fp32 run.
+        "student optimizer": trained * share * (12 if stage else 8),
+    }
+    if stage == 3:
+        zero = run.deepspeed.get("zero_optimization", {})
+        bucket = min(trained, zero.get("reduce_bucket_size", BUCKET))
+        sizes["gradients of ZeRO-3 and their bucket"] = (trained * share + bucket) * width
+    return sizes
+
+
+def _batch(run: RunFile, student: Student | FeatureTower) -> float:
+    """Bytes of the micro-batches that are held at once, with their teacher embeddings."""
+    pixel = 4 if isinstance(student, FeatureTower) else 1
+    sample = math.prod(student.image_shape) * pixel + student.text_length * 8 + 2 * student.embed_dim * 4
+    return run.micro_batch * run.accumulation * sample
 
 
 def _classifier(
     run: RunFile, num_classes: int, embed_dim: int, world: int, gathered: int, device: str
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes of the class shard and its optimizer, and of what the cluster term needs in a step."""
     config = run.megacid.classifier
     local = shard_range(num_classes, 0, world)[1]
     moments = (2 if config.optimizer == "adamw" else 1) * (4 if config.moments == "fp32" else 2)
@@ -71,12 +145,12 @@ def _classifier(
     }
     if config.weight_grad == "recomputed":
         whole = rows * (used * 8 + gathered * per_logit)
-        return stored | {"a slab: rows, logits, gradient": min(spec.budget_bytes(device), whole)}
+        return stored, {"a slab: rows, logits, gradient": min(spec.budget_bytes(device), whole)}
     chunk = samples_per_chunk(run, spec, embed_dim, device)
     gradients = rows * used * 4
     if used < embed_dim:  # the gradient over all dimensions
         gradients += rows * embed_dim * 4
-    return stored | {
+    return stored, {
         "sampled rows": rows * used * 4,
         "their gradient": gradients,
         "their logits": chunk * rows * per_logit,
@@ -118,12 +192,10 @@ def frozen_count(student: Student | FeatureTower) -> int:
 
 
 def report_memory(run: RunFile, student: Student | FeatureTower, head: PartialFC | None, parallel: Parallel) -> None:
-    """Log the sizes of the run and the memory of rank 0, without activations."""
+    """Log the sizes of the run and the images in shared memory."""
     parameters = sum(p.numel() for p in student.parameters())
     frozen = frozen_count(student)
     num_classes = head.num_classes if head else 0
-    where = parallel.device.type
-    sizes = memory_estimate(run, parameters, num_classes, student.embed_dim, parallel.world, where, frozen)
     log.info(
         "student %s: %.2f M parameters, width %d; classes %d; ranks %d; ZeRO stage %d; batch %d = %d x %d x %d ranks",
         run.megacid.student.model, parameters / 1e6, student.embed_dim, num_classes, parallel.world, run.zero_stage,
@@ -131,15 +203,32 @@ def report_memory(run: RunFile, student: Student | FeatureTower, head: PartialFC
     )  # fmt: skip
     if run.megacid.student.freeze:
         log.info("frozen: %.2f M of the %.2f M parameters", frozen / 1e6, parameters / 1e6)
-    log.info(
-        "memory of rank 0 without activations: %.1f MiB (%s)",
-        sum(sizes.values()),
-        ", ".join(f"{name} {size:.1f}" for name, size in sizes.items()),
-    )
     if workers := run.megacid.data.workers:
         prefetch, shape = run.megacid.data.prefetch, student.image_shape
         log.info(
             "shared memory of the images prefetched by a rank: %.1f MiB = %d workers x %d x %d x %s bytes",
-            workers * prefetch * run.micro_batch * math.prod(shape) / MIB,
+            shared_memory(run, student),
             workers, prefetch, run.micro_batch, " x ".join(map(str, shape)),
         )  # fmt: skip
+
+
+def shared_memory(run: RunFile, student: Student | FeatureTower) -> float:
+    """MiB of the images that a rank's loader processes prefetch."""
+    config = run.megacid.data
+    return config.workers * config.prefetch * run.micro_batch * math.prod(student.image_shape) / MIB
+
+
+def report_peak_memory(
+    run: RunFile, student: Student | FeatureTower, head: PartialFC | None, parallel: Parallel
+) -> None:
+    """Log the estimated peak memory of rank 0, by part and phase."""
+    if not parallel.is_first:
+        return
+    device = parallel.device.type
+    memory = memory_estimate(run, student, head.num_classes if head else 0, parallel.world, device)
+    for name, parts in (("always", memory.always), ("in one phase", memory.phases)):
+        log.info("estimated MiB of rank 0, %s: %s", name, ", ".join(f"{key} {size:.1f}" for key, size in parts.items()))
+    log.info(
+        "estimated peak of rank 0 on %s, besides the process: %.1f MiB, in the phase %s; host memory for a checkpoint: "
+        "%.1f MiB", device, memory.peak, memory.largest_phase, memory.checkpoint,
+    )  # fmt: skip

@@ -26,7 +26,7 @@ from megacid.training.components import Data, build_components
 from megacid.training.evaluation import Evaluation
 from megacid.training.flops import step_flops
 from megacid.training.guard import Guard
-from megacid.training.memory import report_memory
+from megacid.training.memory import report_memory, report_peak_memory
 from megacid.training.resume import abandon_later_checkpoints
 from megacid.training.run_settings import write_config
 from megacid.training.schedule import parameter_groups
@@ -138,11 +138,14 @@ class StepOutput:
         return bool(bad), f"terms {terms}; {kind} {shown}"
 
 
-def build_train_state(run: RunFile, parallel: Parallel, start_from: str | None = None) -> TrainState:
+def build_train_state(
+    run: RunFile, parallel: Parallel, start_from: str | None = None, *, estimate_memory: bool = False
+) -> TrainState:
     """Build everything that the run trains with. A collective; every rank raises the same error.
 
     Args:
         start_from: the checkpoint that `resume` will load, which makes a fit of initial values unnecessary.
+        estimate_memory: log the estimated peak memory, which takes seconds for a large student.
     """
     components = build_components(run, parallel)
     # After the checks of settings and data, because importing deepspeed takes seconds.
@@ -152,6 +155,8 @@ def build_train_state(run: RunFile, parallel: Parallel, start_from: str | None =
     student.to(parallel.device)
     flops = step_flops(run, student, components.head) if parallel.is_first else None
     report_memory(run, student, components.head, parallel)
+    if estimate_memory:
+        report_peak_memory(run, student, components.head, parallel)
     if (
         start_from is None
         and not isinstance(student, FeatureTower)

@@ -1,0 +1,145 @@
+"""The estimate of a run's memory against the anonymous memory of CPU ranks, measured while they train."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import toy
+from harness import run_ranks
+from torch import nn
+
+from megacid.config.load import load_run
+from megacid.models.feature_tower import FeatureTower
+from megacid.models.student import build_student
+from megacid.training.activations import count_activations
+from megacid.training.memory import MIB, MemoryEstimate, memory_estimate
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+from benchmarks.anonymous_memory import PeakAnonymous, anonymous_bytes
+
+DIM, CLASSES = 64, 20_000
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4,096 feature vectors."""
+    root = tmp_path_factory.mktemp("memory")
+    random = np.random.default_rng(7)
+    for folder in ("features", "labels"):
+        (root / "features" / folder).mkdir(parents=True)
+    np.save(
+        root / "features" / "features" / "features_00000.npy", random.standard_normal((4096, DIM)).astype(np.float16)
+    )
+    np.save(root / "features" / "labels" / "labels_00000.npy", random.integers(0, CLASSES, 4096).astype(np.int32))
+    meta = {"made_by": "synthesize", "source": {"seed": 7}, "classes": CLASSES, "dim": DIM}
+    (root / "features" / "meta.json").write_text(json.dumps(meta))
+    return root
+
+
+def return_freed_memory() -> None:
+    """Let glibc map every large block, which it returns when freed: what it keeps otherwise depends on its history."""
+    ctypes.CDLL(None).mallopt(-3, 65_536)  # M_MMAP_THRESHOLD
+
+
+def measured(argv: list[str]) -> float:
+    """Peak of this rank's anonymous memory during a training of 2 steps, in MiB above its start."""
+    return_freed_memory()
+    started = anonymous_bytes()
+    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()))
+    with PeakAnonymous() as peak:
+        assert toy.train_here(argv) == 0
+    return (peak.bytes - started) / MIB
+
+
+def check(root: Path, world: int, stage: int, **changes: Any) -> None:
+    name = "_".join(map(str, (world, stage, *changes.values())))
+    file = toy.run_file(
+        root, name, zero_optimization={"stage": stage}, run__total_steps=2, run__save_every=100,
+        schedule__warmup_steps=0, run__check_every=0, **changes,
+    )  # fmt: skip
+    peak = run_ranks(measured, world, ["--deepspeed_config", str(file)], timeout_s=300)[0]
+    # In a process of its own: PyTorch refuses to fork after a backward on fake tensors.
+    (found,) = run_ranks(estimated, 1, file, world)
+    assert MemoryEstimate(*found).peak == pytest.approx(peak, rel=0.1), found
+
+
+def estimated(file: Path, world: int) -> MemoryEstimate:
+    run = load_run(file, [], world=world)
+    config = run.megacid.student
+    student = FeatureTower(DIM, config.embed_dim or 0, hidden=config.hidden, layers=config.layers)
+    return memory_estimate(run, student, CLASSES, world, "cpu")
+
+
+LARGE = {"student__hidden": 2048, "student__layers": 3, "student__embed_dim": 256}
+
+
+def test_the_estimate_is_within_a_tenth_of_the_measured_peak(root: Path) -> None:
+    check(root, 1, 1, train_batch_size=512, **LARGE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "stage", "batch", "accumulation"),
+    [(1, 0, 32, 1), (2, 0, 4096, 1), (2, 1, 4096, 1), (2, 1, 4096, 4), (2, 2, 1024, 1), (2, 3, 512, 1)],
+)
+def test_the_estimate_follows_stage_ranks_batch_and_micro_batches(
+    root: Path, world: int, stage: int, batch: int, accumulation: int
+) -> None:
+    check(root, world, stage, train_batch_size=batch, gradient_accumulation_steps=accumulation, **LARGE)
+
+
+def student_memory(grad_checkpointing: bool) -> tuple[float, float]:
+    """Bytes of the first forward and backward of a two-tower student: measured, and counted on fake tensors."""
+    student = build_student("digits-teacher", embed_dim=None, seed=0, grad_checkpointing=grad_checkpointing)
+    images, texts = torch.randn(256, *student.image_shape), torch.zeros(256, student.text_length, dtype=torch.int64)
+    sum(value.sum() for value in student(images[:2], texts[:2])).backward()
+    student.zero_grad()
+    return_freed_memory()
+    started = anonymous_bytes() - images.nbytes - texts.nbytes
+    with PeakAnonymous() as peak:
+        sum(value.sum() for value in student(images, texts)).backward()
+    return peak.bytes - started, count_activations(student, 256, torch.float32).peak_with_gradients
+
+
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+def test_the_activations_of_both_towers_are_those_measured(grad_checkpointing: bool) -> None:
+    ((measured, counted),) = run_ranks(student_memory, 1, grad_checkpointing)
+    assert counted == pytest.approx(measured, rel=0.1)
+
+
+class _Block(nn.Module):
+    """x -> relu(W x): backward needs the input and the output."""
+
+    image_shape, text_length = (256,), 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(256, 256, bias=False)
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.layer(image).relu(),)
+
+
+def counted() -> tuple[int, ...]:
+    block = _Block()
+    weight = block.layer.weight
+    found = count_activations(block, 1024, torch.float32)  # type: ignore[arg-type]
+    assert block.layer.weight is weight and weight.grad is None and not weight.isnan().any()
+    return tuple(found)
+
+
+def test_saved_tensors_and_gradients_are_counted_once() -> None:
+    (found,) = run_ranks(counted, 1)
+    matrix = 1024 * 256 * 4
+    weight = 256 * 256 * 4
+    # Forward keeps the input and the output. At the peak there are their gradients and that of the weight, too.
+    assert found == (2 * matrix, 4 * matrix + weight, 4 * matrix + weight)
