@@ -64,11 +64,8 @@ def memory_estimate(
     sizes = [p.numel() for p in student.parameters()]
     frozen = frozen_count(student)
     trained = sum(sizes) - frozen
-    always = _persistent(run, sum(sizes), trained, world) | {"batch": _batch(run, student)}
-    if run.megacid.student.ema_decay is not None:
-        always["EMA of the student"] = trained * 4 / world
-    if frozen and device == "cpu":
-        always["frozen weights for checkpoints"] = frozen * 4
+    always = student_sizes(run, sum(sizes), world, device, frozen) | {"batch": _batch(run, student)}
+    gradients = always.pop("student gradients")
     head: dict[str, float] = {}
     if num_classes:
         stored, head = _classifier(run, num_classes, student.embed_dim, world, run.global_batch, device)
@@ -79,7 +76,6 @@ def memory_estimate(
     activations = count_activations(student, run.micro_batch, torch.bfloat16 if run.bf16 else torch.float32, autocast)
     width, stage = 2 if run.bf16 else 4, run.zero_stage
     share = 1 / world if stage else 1.0
-    gradients = trained * width
     gathered = sum(sizes) * width if stage == 3 and world > 1 else 0.0
     backward = activations.peak_with_gradients if run.accumulation == 1 else activations.peak + gradients
     reduce = 2.0 * gradients  # in one bucket, and its flat copy
@@ -103,15 +99,21 @@ def memory_estimate(
     return MemoryEstimate(in_mib[0], in_mib[1], checkpoint / MIB)
 
 
-def _persistent(run: RunFile, parameters: int, trained: int, world: int) -> dict[str, float]:
-    """Bytes of the student's weights and optimizer, and of what ZeRO-3 keeps between steps."""
+def student_sizes(run: RunFile, parameters: int, world: int, device: str, frozen: int = 0) -> dict[str, float]:
+    """Bytes of the student's weights, whole gradients, optimizer, average, and of what ZeRO-3 keeps between steps."""
+    trained = parameters - frozen
     width, stage = 2 if run.bf16 else 4, run.zero_stage
     share = 1 / world if stage else 1.0
     sizes = {
         "student weights": parameters * width * (share if stage == 3 else 1.0),
+        "student gradients": trained * width,
         # Adam's two moments, and the fp32 weights that DeepSpeed keeps when it partitions, also in an fp32 run.
         "student optimizer": trained * share * (12 if stage else 8),
     }
+    if run.megacid.student.ema_decay is not None:
+        sizes["EMA of the student"] = trained * 4 / world
+    if frozen and device == "cpu":
+        sizes["frozen weights for checkpoints"] = frozen * 4
     if stage == 3:
         zero = run.deepspeed.get("zero_optimization", {})
         bucket = min(trained, zero.get("reduce_bucket_size", BUCKET))

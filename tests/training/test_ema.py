@@ -18,7 +18,7 @@ from megacid.config.load import load_run
 from megacid.errors import UserError
 from megacid.models.freezing import frozen_parameters
 from megacid.models.student import Student
-from megacid.training.memory import memory_estimate
+from megacid.training.memory import student_sizes
 from megacid.training.run_settings import changed_settings
 
 DECAY = 0.75
@@ -157,6 +157,6 @@ def test_the_decay_may_change_between_the_starts_of_a_run_and_is_checked(file: P
 def test_the_estimate_counts_four_bytes_per_trained_parameter_over_the_ranks(file: Path) -> None:
     parameters = sum(p.numel() for p in small_student().parameters())
     run = load_run(file, ["student.ema_decay=0.9"], world=1)
-    sizes = memory_estimate(run, parameters, 0, 24, 4, "cuda", 1000)
-    assert sizes["EMA of the student"] * 2**20 == parameters - 1000
-    assert "EMA of the student" not in memory_estimate(load_run(file, [], world=1), parameters, 0, 24, 4, "cuda")
+    sizes = student_sizes(run, parameters, 4, "cuda", 1000)
+    assert sizes["EMA of the student"] == parameters - 1000
+    assert "EMA of the student" not in student_sizes(load_run(file, [], world=1), parameters, 4, "cuda")

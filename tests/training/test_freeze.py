@@ -19,7 +19,7 @@ from megacid.models.freezing import frozen_parameters
 from megacid.models.student import Student, build_student
 from megacid.models.towers import check_towers
 from megacid.training.components import refuse_batch_norm, trained_outputs
-from megacid.training.memory import memory_estimate
+from megacid.training.memory import student_sizes
 from megacid.training.schedule import parameter_groups
 
 PATTERNS = ("image", "transformer.resblocks.0.*", "token_embedding.weight")
@@ -149,7 +149,7 @@ def test_frozen_layers_do_not_update_statistics_and_do_not_drop_out(file: Path) 
 
 def test_the_estimate_counts_gradients_and_moments_of_the_others_only(file: Path) -> None:
     run = load_run(file, [], world=1)
-    none, half = (memory_estimate(run, 1 << 20, 0, 8, 1, "cuda", frozen) for frozen in (0, 1 << 19))
+    none, half = (student_sizes(run, 1 << 20, 1, "cuda", frozen) for frozen in (0, 1 << 19))
     assert half["student weights"] == none["student weights"]
     for part in ("student gradients", "student optimizer"):
         assert half[part] == none[part] / 2
