@@ -290,19 +290,6 @@ class Engine:
             shape = getattr(p, "ds_shape", p.shape)  # a ZeRO-3 parameter is empty while it is not gathered
             yield name, {key: value.detach().float().cpu().clone().reshape(shape) for key, value in tensors.items()}
 
-    @torch.no_grad()
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, whole tensor) of the parameters and buffers that the forward uses. A collective.
-
-        These are the module's own tensors; at ZeRO 3 the parameters are copies.
-        """
-        for name, p in self.module.named_parameters():
-            if self.stage == 3:
-                with deepspeed.zero.GatheredParameters([p]):
-                    whole = p.detach().clone()
-            yield name, whole if self.stage == 3 else p.detach()
-        yield from self.module.named_buffers()
-
     def named_buffers(self) -> dict[str, Tensor]:
         """Copies of the persistent buffers, such as a batch norm's running statistics, on the host."""
         parameters = {name for name, _ in self.module.named_parameters()}
@@ -351,7 +338,7 @@ class Engine:
             value = state(name, "param")
             if name in self._frozen:
                 self._frozen[name] = value.clone()
-                with self._gathered(p):
+                with self.gathered(p):
                     p.data.copy_(value.to(p.dtype))
                 continue
             if self.stage == 0:
@@ -368,7 +355,7 @@ class Engine:
                 for key in MOMENTS:
                     safe_set_full_optimizer_state(p, state(name, key).to(self.device), key)
             # The parameter too, or else the first forward runs with the old weights.
-            with self._gathered(p):
+            with self.gathered(p):
                 p.data.copy_(value.to(p.dtype))
         for entry in self._base_optimizer().state.values():
             if "step" in entry:
@@ -394,5 +381,6 @@ class Engine:
         for name, value in buffers.items():
             own[name].copy_(value)
 
-    def _gathered(self, p: nn.Parameter) -> Any:
-        return deepspeed.zero.GatheredParameters([p], modifier_rank=0) if self.stage == 3 else contextlib.nullcontext()
+    def gathered(self, p: nn.Parameter, modifier_rank: int | None = 0) -> Any:
+        """A block in which p is whole, at ZeRO 3 too, and `modifier_rank` may change it. A collective."""
+        return deepspeed.zero.GatheredParameters([p], modifier_rank) if self.stage == 3 else contextlib.nullcontext()

@@ -143,6 +143,17 @@ class StudentCopy:
                 tensor.data = tensor.new_empty(0)
 
 
+def weights_of(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, whole tensor) of the parameters and buffers that the engine's forward uses. A collective.
+
+    These are the module's own tensors; at ZeRO 3 the parameters are copies.
+    """
+    for name, p in engine.module.named_parameters():
+        with engine.gathered(p, None):
+            yield name, p.detach().clone() if engine.stage == 3 else p.detach()
+    yield from engine.module.named_buffers()
+
+
 def _empty_like(tensor: Tensor) -> Tensor:
     empty = tensor.detach().new_empty(0)
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
@@ -190,7 +201,7 @@ class Evaluation:
         )
         standing, missing = [r for *_, r in found if r], [(root, task) for root, task, r in found if not r]
         try:
-            new = self.evaluate(step, missing, engine.weights(), poll) if missing else []
+            new = self.evaluate(step, missing, weights_of(engine), poll) if missing else []
         except Stopped:
             return True
         seconds = time.perf_counter() - began
