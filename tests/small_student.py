@@ -81,7 +81,7 @@ class SmallRun:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The weights that the forward uses. A collective under ZeRO 3."""
         for name, p in self.engine.module.named_parameters():
-            with self.engine._gathered(p):
+            with self.engine.gathered(p):
                 yield name, p.detach().float().clone()
 
 
