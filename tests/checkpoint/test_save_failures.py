@@ -64,8 +64,15 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("world", "rank", "failpoint"), CASES)
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
+# The default run has each case with one of the two errors in turn.
+ERRORS = [
+    pytest.param(*case, number, marks=[] if (at + at // 2) % 2 == odd else pytest.mark.slow)
+    for at, case in enumerate(CASES)
+    for odd, number in enumerate((errno.ENOSPC, errno.EIO))
+]
+
+
+@pytest.mark.parametrize(("world", "rank", "failpoint", "number"), ERRORS)
 def test_a_save_that_fails_leaves_the_older_ones_and_training_goes_on(
     root: Path, world: int, rank: int | None, failpoint: str, number: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,7 +156,7 @@ def test_a_stage_that_cannot_be_made_is_a_failed_save_of_all(root: Path, capfd: 
 
 
 @pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize(("world", "rank"), [(1, 0), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("world", "rank"), [(1, 0), (2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_three_failed_saves_in_a_row_end_the_run_on_all_ranks(
     root: Path, world: int, rank: int, background: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:

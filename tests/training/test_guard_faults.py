@@ -22,8 +22,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("what", NAN)
-@pytest.mark.parametrize(("world", "stage"), [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3), (4, 1)])
+# The default run has every number of ranks and every ZeRO stage with one of the two faults in turn.
+CASES = [
+    pytest.param(world, stage, what, marks=[] if what == brief else pytest.mark.slow, id=f"{world}-{stage}-{what}")
+    for world, stage, brief in (
+        *((1, 1, "a class row's gradient"), (2, 0, "a sample"), (2, 1, "a class row's gradient"), (2, 2, "a sample")),
+        *((2, 3, "a class row's gradient"), (4, 1, "a sample")),
+    )
+    for what in NAN
+]
+
+
+@pytest.mark.parametrize(("world", "stage", "what"), CASES)
 def test_a_step_that_is_not_finite_on_the_last_rank_changes_no_bit_on_any(
     root: Path, world: int, stage: int, what: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,24 +71,31 @@ def test_without_an_end_of_it_the_run_ends_with_its_own_code_and_the_last_good_c
     assert all(t.isfinite().all() for t in toy.tensors(root / "runs" / "persistent" / "step-00000008").values())
 
 
+SPIKED: dict[str, Any] = {
+    "classifier__sample_rate": 1.0, "run__total_steps": 60, "classifier__lr": 5e-3,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def calm(root: Path) -> dict[int, dict[str, Any]]:
+    """The trace of a run without a spike, and without a policy that could see one."""
+    file = toy.run_file(root, "calm", **SPIKED, guard__spike="off")
+    assert toy.train_toy(2, file, plan=FaultPlan(trace(root / "trace_calm"))) == [0, 0]
+    return read_trace(root / "trace_calm", 2)
+
+
 @pytest.mark.parametrize(("policy", "code"), [("off", 0), ("skip", 0), ("lower", 0), ("abort", 65)])
 def test_a_spike_on_one_rank_is_the_same_decision_on_all(
-    root: Path, policy: str, code: int, capfd: pytest.CaptureFixture[str]
+    root: Path, calm: dict[int, dict[str, Any]], policy: str, code: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Samples that are the opposite of what was learned about them, on one rank: the loss of the whole batch rises."""
-    changes: dict[str, Any] = {
-        "guard__spike": policy, **({} if policy == "off" else {"guard__spike_deviations": 3.5}),
-        "classifier__sample_rate": 1.0,
-        "run__total_steps": 60, "classifier__lr": 5e-3,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-    }  # fmt: skip
-    file = toy.run_file(root, f"spike_{policy}", **changes)
-    at = {name: root / f"trace_{policy}_{name}" for name in ("calm", "spike")}
-    toy.train_toy(2, toy.run_file(root, f"calm_{policy}", **changes), plan=FaultPlan(trace(at["calm"])))
-    plan = FaultPlan(Fault("train:batch", "negate_batch", rank=1, step=55), trace(at["spike"]))
+    deviations = {} if policy == "off" else {"guard__spike_deviations": 3.5}
+    file = toy.run_file(root, f"spike_{policy}", **SPIKED, guard__spike=policy, **deviations)
+    plan = FaultPlan(Fault("train:batch", "negate_batch", rank=1, step=55), trace(root / f"trace_{policy}"))
     assert toy.train_toy(2, file, plan=plan) == [code] * 2
     said = capfd.readouterr().err
-    calm, spike = read_trace(at["calm"], 2), read_trace(at["spike"], 2)
+    spike = read_trace(root / f"trace_{policy}", 2)
     assert [spike[s] for s in range(55)] == [calm[s] for s in range(55)]
     assert ("has a loss spike" in said) == (policy != "off")
     if policy == "abort":

@@ -84,10 +84,16 @@ def test_a_stalled_rank_is_named_and_every_rank_ends_with_its_stacks_on_disk(
 # ---- F13: a rank dies --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "failpoint", ["start:ready", "train:batch", "train:gradients", "train:applied", "train:step_end"]
-)
-@pytest.mark.parametrize("world", [2, 4])
+POINTS = ["start:ready", "train:batch", "train:gradients", "train:applied", "train:step_end"]
+# The default run has every point at two ranks, and four ranks at one.
+DEATHS = [
+    pytest.param(world, point, marks=pytest.mark.slow if world == 4 and point != "train:gradients" else [])
+    for world in (2, 4)
+    for point in POINTS
+]
+
+
+@pytest.mark.parametrize(("world", "failpoint"), DEATHS)
 def test_when_a_rank_is_killed_the_others_say_so_and_end(
     root: Path, world: int, failpoint: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +190,8 @@ def test_ctrl_c_while_it_is_built_is_one_line_and_changes_nothing(
 
 
 # ---- the real launchers ------------------------------------------------------------------------------------------
+# A launch takes about 20 s of CPU. The default run has each event once, and each launcher: a rank is killed under
+# torchrun; SIGTERM, Ctrl-C and the death of the launcher are tested under deepspeed, whose launchers pass signals on.
 
 
 def start(launcher: str, file: Path, *faults: Fault) -> subprocess.Popen[bytes]:
@@ -236,7 +244,7 @@ def at_step(run: Path, step: int) -> bool:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", [pytest.param("deepspeed", marks=pytest.mark.slow), "torchrun"])
 def test_under_a_launcher_a_killed_rank_ends_the_job_and_leaves_nobody(
     slow_run: tuple[Path, Path], launcher: str
 ) -> None:
@@ -249,7 +257,14 @@ def test_under_a_launcher_a_killed_rank_ends_the_job_and_leaves_nobody(
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("to", ["launch.py", "process group", "torchrun"])
+@pytest.mark.parametrize(
+    "to",
+    [
+        pytest.param("launch.py", marks=pytest.mark.slow),
+        "process group",
+        pytest.param("torchrun", marks=pytest.mark.slow),
+    ],
+)
 def test_under_a_launcher_sigterm_saves_once_and_leaves_nobody(slow_run: tuple[Path, Path], to: str) -> None:
     file, run = slow_run
     job = start("torchrun" if to == "torchrun" else "deepspeed", file)
@@ -269,7 +284,7 @@ def test_under_a_launcher_sigterm_saves_once_and_leaves_nobody(slow_run: tuple[P
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("launcher", ["python", "deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["python", "deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_ctrl_c_saves_once_and_leaves_nobody(slow_run: tuple[Path, Path], launcher: str) -> None:
     """The terminal signals the whole process group, and the launchers pass the signal on."""
     file, run = slow_run
@@ -289,10 +304,11 @@ def test_ctrl_c_saves_once_and_leaves_nobody(slow_run: tuple[Path, Path], launch
 
 @pytest.mark.launch
 @pytest.mark.parametrize("failpoint", ["train:batch", "store:before_fsync"])
-def test_a_second_ctrl_c_ends_it_at_once(slow_run: tuple[Path, Path], failpoint: str) -> None:
+def test_a_second_ctrl_c_ends_it_at_once(root: Path, slow_run: tuple[Path, Path], failpoint: str) -> None:
     """Also while it saves, which leaves the earlier checkpoints as they are."""
     file, run = slow_run
-    job = start("python", file, Fault(failpoint, "sleep", step=1000 if "store" in failpoint else 20, value=300))
+    toy.run_file(root, file.stem, run__total_steps=5000, run__save_every=30)
+    job = start("python", file, Fault(failpoint, "sleep", step=30 if "store" in failpoint else 20, value=300))
     slept = (lambda: list(run.glob(".tmp-step-*"))) if "store" in failpoint else (lambda: at_step(run, 20))
     wait_until(slept, "the sleep")
     job.send_signal(signal.SIGINT)
@@ -304,7 +320,7 @@ def test_a_second_ctrl_c_ends_it_at_once(slow_run: tuple[Path, Path], failpoint:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("who", ["deepspeed", "launch.py"])
+@pytest.mark.parametrize("who", ["deepspeed", pytest.param("launch.py", marks=pytest.mark.slow)])
 def test_when_the_launcher_is_killed_the_ranks_save_and_end_by_themselves(
     slow_run: tuple[Path, Path], who: str
 ) -> None:
