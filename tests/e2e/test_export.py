@@ -238,7 +238,7 @@ def test_eval_writes_what_clip_benchmark_reads_and_says_how_it_probed(exported, 
     results = {
         result["task"]: result for result in (json.loads(f.read_text()) for f in sorted(tmp_path.glob("*.json")))
     }
-    assert set(results) == {"zeroshot_classification", "linear_probe"}
+    assert set(results) == {"zeroshot_classification", "linear_probe", "knn"}
     label_N = torch.arange(60) % CLASSES
     zero = results["zeroshot_classification"]
     assert zero["metrics"]["acc1"] == pytest.approx((expected == label_N).double().mean().item())
@@ -249,7 +249,10 @@ def test_eval_writes_what_clip_benchmark_reads_and_says_how_it_probed(exported, 
     # `clip_benchmark build` makes one column of every metric: CLIP_benchmark's own names, and no nested value.
     probe = results["linear_probe"]["metrics"]
     assert set(probe) >= {"lp_acc1", "lp_acc5", "lp_mean_per_class_recall"} and "acc1" not in probe
-    assert not any(isinstance(value, dict | list) for value in (*probe.values(), *zero["metrics"].values()))
+    nearest = results["knn"]["metrics"]
+    assert set(nearest) >= {"knn_acc1", "knn_acc5", "knn_mean_per_class_recall"} and nearest["knn_acc1"] > 3 / CLASSES
+    values = (*probe.values(), *nearest.values(), *zero["metrics"].values())
+    assert not any(isinstance(value, dict | list) for value in values)
     assert probe["lp_acc1"] > 3 / CLASSES and probe["converged"] is True and probe["train_samples"] > 0
 
 
