@@ -25,6 +25,7 @@ from megacid.distributed.parallel import Parallel
 from megacid.models.clip import StudentSpec, model_config
 from megacid.models.student import Student
 from megacid.training.components import Data, make_classifier, make_objective
+from megacid.training.evaluation import Evaluation
 from megacid.training.guard import Guard
 from megacid.training.schedule import parameter_groups
 from megacid.training.state import TrainState
@@ -80,6 +81,7 @@ def build_state(file: Path, settings: list[str], dropout: bool = False) -> Train
     return TrainState(
         run, parallel, data, student, Engine(student, parameter_groups(student, 0.1), run, parallel),
         make_objective(run, head, parallel), head, row_optimizer, Guard(run.gradient_clipping, run.megacid.guard),
+        Evaluation(run, [], student, parallel),
     )  # fmt: skip
 
 

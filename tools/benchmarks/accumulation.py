@@ -30,6 +30,7 @@ from megacid.distributed.parallel import Parallel, init, shutdown
 from megacid.errors import UserError
 from megacid.losses import Objective
 from megacid.training.components import Data, make_classifier, make_objective, make_student
+from megacid.training.evaluation import Evaluation
 from megacid.training.guard import Guard
 from megacid.training.schedule import parameter_groups
 from megacid.training.state import TrainState
@@ -87,7 +88,18 @@ def build(provider: str, args: argparse.Namespace, parallel: Parallel) -> Callab
 
     engine = Engine(student, parameter_groups(student, 0.1), run, parallel)
     guard = Guard(run.gradient_clipping, run.megacid.guard, parallel.group)
-    state = TrainState(run, parallel, data, student, engine, objective, head, row_optimizer, guard)
+    state = TrainState(
+        run,
+        parallel,
+        data,
+        student,
+        engine,
+        objective,
+        head,
+        row_optimizer,
+        guard,
+        Evaluation(run, [], student, parallel),
+    )
     batches = itertools.cycle(batches_of(args.batch, parts, student.image_shape, student.text_length))
     return partial(one_step, state, batches, itertools.count(), Timeless())
 

@@ -35,6 +35,7 @@ from megacid.distributed.parallel import Parallel, init, shutdown
 from megacid.models.clip import PixelNormalization
 from megacid.models.student import Student, build_student, open_clip_tensors
 from megacid.training.components import Data, make_objective, make_student
+from megacid.training.evaluation import Evaluation
 from megacid.training.guard import Guard
 from megacid.training.schedule import parameter_groups
 from megacid.training.state import TrainState
@@ -93,7 +94,9 @@ def megacid_steps(stage: int, request: dict[str, Any], parallel: Parallel) -> St
     engine = Engine(student, parameter_groups(student, DECAY), run, parallel)
     guard = Guard(run.gradient_clipping, run.megacid.guard, parallel.group)
     objective = make_objective(run, None, parallel)
-    state = TrainState(run, parallel, data, student, engine, objective, None, None, guard)
+    state = TrainState(
+        run, parallel, data, student, engine, objective, None, None, guard, Evaluation(run, [], student, parallel)
+    )
     numbers, stand_in = itertools.count(), Timeless()
 
     def steps(count: int) -> float:
