@@ -15,6 +15,7 @@ from megacid.classifier import PartialFC
 from megacid.classifier.sampling import Draw, num_dims
 from megacid.config.schema import RunFile
 from megacid.distributed.parallel import Parallel, shard_range
+from megacid.distributed.reduction import is_left_open
 from megacid.models.feature_tower import FeatureTower
 from megacid_kernels import LossSpec, Weights
 
@@ -78,13 +79,14 @@ def memory_estimate(
     share = 1 / world if stage else 1.0
     gathered = sum(sizes) * width if stage == 3 and world > 1 else 0.0
     backward = activations.peak_with_gradients if run.accumulation == 1 else activations.peak + gradients
-    reduce = 2.0 * gradients  # in one bucket, and its flat copy
+    own = is_left_open(run)
+    reduce = gradients if own else 2.0 * gradients  # in one bucket, and its flat copy
     if device == "cuda" and stage in (1, 2):  # the whole buffer is allocated; on a CPU only pages that are written
         zero = run.deepspeed.get("zero_optimization", {})
         bucket = zero.get("reduce_bucket_size", BUCKET) * width * (2 if zero.get("overlap_comm") else 1)
         backward, reduce = backward + bucket, reduce + max(0.0, bucket - gradients)
-    # This rank's gradients as they came, in fp32, and the two temporaries of an AdamW that is not fused.
-    per_parameter = (width if stage < 3 else 0) + (4 if stage else 0) + (8 if device == "cpu" and stage else 0)
+    # This rank's gradients as they came, and in fp32; of our own reduction they are in its buffer.
+    per_parameter = 0 if own and (stage or world > 1) else (width if stage < 3 else 0) + (4 if stage else 0)
     # Copies of the parameters that rank 0 writes, and of their moments; ZeRO gathers one parameter at a time.
     checkpoint = 12 * (sum(sizes[::world]) + (max(sizes) if stage else 0))
     phases = {
@@ -114,6 +116,10 @@ def student_sizes(run: RunFile, parameters: int, world: int, device: str, frozen
         sizes["EMA of the student"] = trained * 4 / world
     if frozen and device == "cpu":
         sizes["frozen weights for checkpoints"] = frozen * 4
+    if is_left_open(run) and (stage or world > 1):
+        # At stage 1 this rank's part, and on several ranks all of them, which gloo receives once more.
+        parts = (share if stage else 0) + (world > 1) * (2 if stage and device == "cpu" else 1)
+        sizes["buffer of gradients"] = trained * 4 * parts
     if stage == 3:
         zero = run.deepspeed.get("zero_optimization", {})
         bucket = min(trained, zero.get("reduce_bucket_size", BUCKET))
