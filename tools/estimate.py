@@ -2,7 +2,7 @@
 """Estimate the memory and the communication of a run, by part, for one or several numbers of ranks.
 
     tools/estimate.py --deepspeed_config configs/partial_fc_1m.json --ranks 2
-    tools/estimate.py --deepspeed_config configs/vit_b32_laion.json --ranks 8 64 --num-classes 1000000 --embed-dim 1280
+    tools/estimate.py --deepspeed_config configs/vit_l14_zero3.json --ranks 8 64 --num-classes 1000000 --embed-dim 1280
 
 The number of classes and the widths are read from the data, or given as options before the data exist. Activations are
 counted by a forward and backward on fake tensors. On a CPU the interpreter and its libraries are included, as measured
