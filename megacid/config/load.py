@@ -118,4 +118,10 @@ def load_run(path: str | Path, assignments: list[str] | None = None, *, world: i
         megacid = MegacidConfig.model_validate(block)
     except ValidationError as error:
         raise user_error(error, MegacidConfig, "megacid") from None
-    return RunFile(path, megacid, lint_deepspeed(tree, world))
+    run = RunFile(path, megacid, lint_deepspeed(tree, world))
+    if megacid.student.compile and run.zero_stage == 3:
+        raise UserError(
+            '"megacid.student.compile" is true at "zero_optimization.stage" 3, whose parameters are empty when '
+            "torch.compile traces the towers: use stage 2, or remove student.compile"
+        )
+    return run

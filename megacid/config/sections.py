@@ -91,6 +91,12 @@ class StudentConfig(Section):
     """Decay per step of an exponential moving average of the weights, kept in fp32 and saved; null: none."""
     grad_checkpointing: Annotated[bool, when.Shards] = False
     """Recompute activations in the backward pass: less memory, more time."""
+    channels_last: Annotated[bool, when.Shards] = False
+    """Give images to the student in the NHWC memory format, which convolutional towers (ResNet, ConvNeXt) keep:
+    usually faster. A ViT has one convolution and gains nothing."""
+    compile: Annotated[bool, when.Shards] = False
+    """Compile both towers with torch.compile: a slow first step, usually faster ones after it. Needs a C or C++
+    compiler; not at ZeRO stage 3."""
     hidden: Annotated[Width, when.Features, when.HiddenLayers] = 512
     """Width of the hidden layers of feature-mlp."""
     layers: Annotated[int, Field(ge=0, le=1024), when.Features] = 2

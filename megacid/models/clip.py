@@ -162,9 +162,14 @@ def _divided(transform: Any) -> tuple[list[Transform], Normalize]:
 
 
 class PixelNormalization:
-    """uint8 [B, 3, H, W] -> fp32 (x / 255 - mean) / std on `device`, the bits of the student's `preprocess_for`."""
+    """uint8 [B, 3, H, W] -> fp32 (x / 255 - mean) / std on `device`, the bits of the student's `preprocess_for`.
 
-    def __init__(self, student: StudentFields, device: torch.device | str) -> None:
+    Args:
+        channels_last: whether the images have this memory format. A convolution continues with that of its input.
+    """
+
+    def __init__(self, student: StudentFields, device: torch.device | str, *, channels_last: bool = False) -> None:
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         _, normalize = _divided(image_transform_v2(preprocess_cfg(student), is_train=False))
         mean, std = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (normalize.mean, normalize.std))
         if not {len(mean), len(std)} <= {1, 3} or not std.all():
@@ -177,9 +182,9 @@ class PixelNormalization:
         self.white = torch.tensor(255.0, device=device)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The normalised images, contiguous whatever the strides of `pixels` are."""
+        """The normalised images, in one memory format whatever the strides of `pixels` are."""
         pixels = pixels.to(self.mean.device, non_blocking=True)
-        images = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        images = pixels.to(torch.float32, memory_format=self.memory_format)
         return images.div_(self.white).sub_(self.mean).div_(self.std)
 
 

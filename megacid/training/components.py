@@ -32,6 +32,7 @@ from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.losses import ClusterDistillation, Objective
+from megacid.models.compiled import check_compiler
 from megacid.models.feature_tower import FeatureTower
 from megacid.storage.metadata import read_meta, size_field
 from megacid.training.evaluation import Evaluation, open_benchmarks
@@ -85,7 +86,10 @@ def build_components(run: RunFile, parallel: Parallel) -> Components:
     A collective. Every rank raises the same UserError or RanksDisagree.
     """
     with fail_together(parallel.group):
-        check_student(run)  # before the data, which may take hours to index
+        # Before the data, which may take hours to index.
+        if run.megacid.student.compile:
+            check_compiler(parallel.device)
+        check_student(run)
     benchmarks = open_benchmarks(run, parallel)
     data = open_data(run, parallel)
     with fail_together(parallel.group):
@@ -175,7 +179,8 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
             block_shards=config.block_shards,
             pin_memory=parallel.device.type == "cuda",
         )
-        normalize = PixelNormalization(run.megacid.student, parallel.device)
+        student = run.megacid.student
+        normalize = PixelNormalization(student, parallel.device, channels_last=student.channels_last)
     return Data(
         lambda start_step: PairStream(index, _positions(run, parallel, start_step), options),
         samples=lambda positions: PairStream(index, positions, options),

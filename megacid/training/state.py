@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -19,6 +19,7 @@ from megacid.distributed.collectives import barrier
 from megacid.distributed.consensus import agree, fail_together
 from megacid.distributed.parallel import Parallel
 from megacid.losses import Objective
+from megacid.models.compiled import compile_towers, eager_towers
 from megacid.models.feature_tower import FeatureTower
 from megacid.models.output import StudentOutput
 from megacid.storage.atomic import disk_errors
@@ -165,6 +166,8 @@ def build_train_state(
         from megacid.training.projection_fit import fit_projections
 
         fit_projections(student, components.data, run, parallel)
+    if run.megacid.student.compile:
+        compile_towers(cast("Student", student))
     weight_decay = float(run.deepspeed["optimizer"]["params"].get("weight_decay", 0.0))
     groups = parameter_groups(student, weight_decay, run.megacid.student.layer_decay)
     return TrainState(
@@ -186,7 +189,9 @@ def resume(state: TrainState, start_from: str | None, *, going_back: bool) -> in
     """
     start, directory = 0, state.run.directory
     if start_from is not None:
-        state.engine.materialise_state(state.student.image_shape, state.student.text_length, state.run.accumulation)
+        # Eager, because compiling a batch of 1 takes as long as that of the training.
+        with eager_towers(state.run.megacid.student.compile):
+            state.engine.materialise_state(state.student.image_shape, state.student.text_length, state.run.accumulation)
         start = restore(Path(start_from), state.engine, state.rows, state.identity)
         state.guard.load_state(store.read_manifest(Path(start_from))["guard"])
         log.info("resumed from %s", start_from)
