@@ -1,7 +1,8 @@
 """Compile the fused kernels for GPUs that need not be present and print the assembler's report as JSON.
 
-`python tests/kernels/aot.py` needs Triton and its ptxas; TRITON_INTERPRET must not be set. tests/kernels/test_aot.py
-runs it in a separate process, because another test may have imported the kernels for Triton's interpreter.
+`python tests/kernels/aot.py [80] [90]`, by default for both architectures, needs Triton and its ptxas; TRITON_INTERPRET
+must not be set. tests/kernels/test_aot.py runs it in a separate process, because another test may have imported the
+kernels for Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -342,8 +343,9 @@ def main() -> int:
     if ptxas is None:
         print("Triton or its ptxas is not installed", file=sys.stderr)
         return NO_COMPILER
+    architectures = [int(arch) for arch in sys.argv[1:]] or ARCHITECTURES
     measured = {
-        f"{build.name} sm_{arch}": measure(build, arch, ptxas) for arch in ARCHITECTURES for build in builds(arch)
+        f"{build.name} sm_{arch}": measure(build, arch, ptxas) for arch in architectures for build in builds(arch)
     }
     json.dump(measured, sys.stdout, indent=1)
     return 0

@@ -23,17 +23,23 @@ _HEAD |= {"rows_through_norm": (2, 1), "add_labels": (3, 1)}
 _SHARED = {"sm_80": 166912 - 1024, "sm_90": 232448 - 1024}
 
 
+# The default run covers sm_90, whose products take the tensor cores' asynchronous path.
+@pytest.fixture(scope="module", params=[pytest.param(80, marks=pytest.mark.slow), 90], ids=lambda arch: f"sm_{arch}")
+def arch(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def compiled(arch: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    command = [sys.executable, str(Path(aot.__file__).resolve())]
+    command = [sys.executable, str(Path(aot.__file__).resolve()), str(arch)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800)
     if done.returncode == aot.NO_COMPILER:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr[-4000:]
     kernels: dict[str, dict[str, Any]] = json.loads(done.stdout)
-    assert len(kernels) == 104
+    assert len(kernels) == 52 and all(name.endswith(f" sm_{arch}") for name in kernels)
     return kernels
 
 
@@ -78,32 +84,32 @@ def test_every_element_is_read_once_and_in_128_bits(compiled: dict[str, dict[str
         want = _WRITTEN[kernel] * each // 4 + _WRITTEN_16.get(kernel, 0) * each // 8
         assert code["wide_stores"] == want, f"{name}: {code['wide_stores']} stores"
         checked += 1
-    assert checked == len(_READ) * len(aot.ARCHITECTURES)
+    assert checked == len(_READ)
 
 
 @pytest.mark.parametrize("width", [512, 1000, 4096])
 def test_with_bf16_moments_weight_and_gradient_still_move_in_128_bits(
-    compiled: dict[str, dict[str, Any]], width: int
+    compiled: dict[str, dict[str, Any]], arch: int, width: int
 ) -> None:
     for kernel in ("adamw_rows bf16", "sgd_rows bf16"):
-        for arch in aot.ARCHITECTURES:
-            code = compiled[f"{kernel} D={width} sm_{arch}"]
-            each = code["elements"] // code["threads"]
-            assert code["wide_loads"] >= 2 * each // 4 and code["wide_stores"] >= each // 4, (kernel, code)
+        code = compiled[f"{kernel} D={width} sm_{arch}"]
+        each = code["elements"] // code["threads"]
+        assert code["wide_loads"] >= 2 * each // 4 and code["wide_stores"] >= each // 4, (kernel, code)
 
 
 @pytest.mark.parametrize("kernel", _HEAD)
-def test_rows_of_the_head_are_read_once_and_in_128_bits(compiled: dict[str, dict[str, Any]], kernel: str) -> None:
+def test_rows_of_the_head_are_read_once_and_in_128_bits(
+    compiled: dict[str, dict[str, Any]], arch: int, kernel: str
+) -> None:
     read, written = _HEAD[kernel]
-    for arch in aot.ARCHITECTURES:
-        code = compiled[f"{kernel} D=512 sm_{arch}"]
-        each = code["elements"] // code["threads"]
-        assert (code["wide_loads"], code["wide_stores"]) == (read * each // 4, written * each // 4), (kernel, code)
+    code = compiled[f"{kernel} D=512 sm_{arch}"]
+    each = code["elements"] // code["threads"]
+    assert (code["wide_loads"], code["wide_stores"]) == (read * each // 4, written * each // 4), (kernel, code)
 
 
 def test_products_of_16_bit_numbers_run_on_the_tensor_cores_of_sm_90(compiled: dict[str, dict[str, Any]]) -> None:
     wgmma_of = {name: code["wgmma"] for name, code in compiled.items() if is_product(name) and "16 D" in name}
-    assert len(wgmma_of) == 12
+    assert len(wgmma_of) == 6
     assert all((wgmma > 0) == name.endswith("sm_90") for name, wgmma in wgmma_of.items()), wgmma_of
 
 
@@ -119,4 +125,4 @@ def test_an_entry_of_the_matrix_is_one_exponential_and_one_eighth_of_a_128_bit_s
             assert code["wide_stores"] == each // 8, f"{name}: {code['wide_stores']} stores"
             assert code["wide_loads"] == (each // 8 if "in_place" in name else 0), f"{name}: {code['wide_loads']} loads"
             checked += 1
-    assert checked == 3 * len(aot.ARCHITECTURES)
+    assert checked == 3
