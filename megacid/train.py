@@ -62,7 +62,7 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     watchdog = Watchdog(run, parallel, lifecycle)
     loss_check = ResumeLossCheck(directory, start if start_from else None, tolerance=1e-2 if run.bf16 else 1e-4)
     metrics = Metrics(run, parallel, start, state.flops)
-    profiler = StepProfiler(args.profile_steps, directory, parallel)
+    profiler = StepProfiler(args.profile_steps, start, directory, parallel)
     save = partial(save_checkpoint, state, saver, loss_check, watchdog)
     evaluate = partial(state.evaluation.after, state.engine, metrics, watchdog, lifecycle)
     batches = iter(state.data.stream(start))
@@ -100,24 +100,31 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
         saver.finish()
     except ERRORS_OF_ALL_RANKS:
         saver.finish()  # a checkpoint in progress holds the state before the error
+        profiler.close()
         raise
     finally:
         watchdog.close()
-    metrics.close(steps=step + 1 - start, skipped=state.guard.skipped)
-    return close_run(run, step, lifecycle if stopped else None, lock)
+        metrics.close_bar()
+    metrics.summarize(steps=step + 1 - start, skipped=state.guard.skipped)
+    return close_run(run, step, lifecycle if stopped else None, lock, metrics)
 
 
-def close_run(run: RunFile, step: int, stopped: Lifecycle | None, lock: RunLock | None) -> int:
-    """Release the run directory and log how the run ended after `step`. Returns the exit code. A collective.
+def close_run(run: RunFile, step: int, stopped: Lifecycle | None, lock: RunLock | None, metrics: Metrics) -> int:
+    """Release the run directory, log how the run ended after `step` and close the trackers. Returns the exit code.
+
+    A collective.
 
     stopped: has the request to stop that ended the run; None without one.
     """
     if lock is not None:
         lock.release()
+    code = 0
     if stopped is not None and step + 1 < run.megacid.run.total_steps:
-        return stopped.stopped_after(step)
-    log.info("finished: %s", run.directory)
-    return 0
+        code = stopped.stopped_after(step)
+    else:
+        log.info("finished: %s", run.directory)
+    metrics.close_trackers()  # last, since an upload may take as long as the network is away
+    return code
 
 
 def train_step(

@@ -62,6 +62,8 @@ def dry_run(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     log.info("loss of the first micro-batch: %.6g (%s)", first, shown)
     if start_from is not None:
         log.info("the run would start from %s", start_from)
+    if args.profile_steps:
+        log.info("--profile-steps is ignored: a dry run does no step")
     log.info("dry run: %s is valid for %d steps on %d ranks", run.path, run.megacid.run.total_steps, parallel.world)
     return 0
 

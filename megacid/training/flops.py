@@ -52,7 +52,7 @@ def student_flops(student: Student | FeatureTower, *, recomputes: bool = False) 
     try:
         if recomputes:
             student.clip.set_grad_checkpointing(False)  # type: ignore[operator, union-attr]
-        with torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
+        with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
             out = functional_call(student, meta, (image, text))
             torch.stack([value.sum() for value in out]).sum().backward()
     finally:

@@ -195,23 +195,28 @@ class Metrics:
         self._trackers.histogram("classes/hits", edges, hits.tolist(), step + 1)
         log.info("classes: %s", "  ".join(f"{name} {value:.4g}" for name, value in stats.items()))
 
-    def close(self, *, steps: int, skipped: int) -> None:
-        """Close the trackers, log the closing summary and write it to train_summary.json.
+    def close_bar(self) -> None:
+        """Leave the progress bar as it is; what is printed from now on follows below it."""
+        self._bar.close()
+
+    def close_trackers(self) -> None:
+        """Write what the trackers buffer. They may upload for a while."""
+        if self._trackers is not None:
+            self._trackers.close()
+
+    def summarize(self, *, steps: int, skipped: int) -> None:
+        """Log the closing summary and write it to train_summary.json.
 
         Args:
             steps: number of steps of this start.
             skipped: number of skipped steps of the whole run.
         """
-        self._bar.close()
-        if self._trackers is None:
+        if not self.is_first or steps == 0:  # a start that only evaluated leaves the summary of the training
             return
-        if steps == 0:  # a start that only evaluated leaves the summary of the training
-            return self._trackers.close()
         seconds = time.perf_counter() - self.began
-        self._trackers.close()  # may upload for a while
         summary = {
             "seconds": seconds,
-            "samples_per_second": (self._last_step - self.start_step) * self.global_batch / seconds,
+            "samples_per_second": steps * self.global_batch / seconds,
             "peak_memory_mib": peak_memory_mib(),
             "steps": steps,
             "start_step": self.start_step,

@@ -38,14 +38,20 @@ class StepProfiler:
     """Profiles some steps of a run; an error of a trace file is one warning.
 
     Args:
-        steps: counted from 0.
+        steps: counted from 0; a warning says when all of them are before `start`.
+        start: the first step of this start.
         directory: of the run; the traces go to its profile/.
     """
 
-    def __init__(self, steps: range, directory: Path, parallel: Parallel) -> None:
+    def __init__(self, steps: range, start: int, directory: Path, parallel: Parallel) -> None:
         self.steps, self.directory, self.parallel = steps, directory / "profile", parallel
         self._profile: profile | None = None
         self._first = self._last = 0
+        if steps and steps.stop <= start and parallel.is_first:
+            log.warning(
+                "--profile-steps %d:%d ends before step %d, where this start begins: pass later steps",
+                steps.start + 1, steps.stop, start + 1,
+            )  # fmt: skip
 
     @contextlib.contextmanager
     def around(self, step: int) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Bad values of --profile-steps, and traces that cannot be written."""
+"""Bad values of --profile-steps, steps that are not profiled, and traces after an error or on a full disk."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import toy
+from faultplan import Fault, FaultPlan
 
-from megacid.errors import UserError
+from megacid.errors import EXIT_NOT_FINITE, EXIT_STOPPED, UserError
 from megacid.training.profile import steps_to_profile
 
 
@@ -43,3 +44,20 @@ def test_a_trace_that_cannot_be_written_is_one_warning(tmp_path: Path, capfd: py
     assert toy.train_toy(1, file, "--profile-steps", "2:3") == [0]
     said = capfd.readouterr().err
     assert said.count("cannot be written") == 1 and "Traceback" not in said and "finished: " in said
+
+
+def test_steps_before_an_error_have_a_trace_and_steps_before_the_start_a_warning(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    toy.write_features(tmp_path / "features")
+    file = toy.run_file(tmp_path, "failed", run__save_every=4, guard__max_consecutive_skips=1)
+    plan = FaultPlan(Fault("train:batch", "nan_batch", step=5))
+    assert toy.train_toy(1, file, "--profile-steps", "2:9", plan=plan) == [EXIT_NOT_FINITE]
+    traces = [path.name for path in (tmp_path / "runs" / "failed" / "profile").iterdir()]
+    assert traces == ["rank00000.steps2-6.pt.trace.json.gz"]
+    capfd.readouterr()
+    assert toy.train_toy(2, file, "--profile-steps", "2:4", "--stop-after", "6") == [EXIT_STOPPED] * 2
+    said = capfd.readouterr().err
+    assert said.count("--profile-steps 2:4 ends before step 5, where this start begins: pass later steps") == 1
+    assert toy.train_toy(1, file, "--profile-steps", "8:9", "--dry-run") == [0]
+    assert "--profile-steps is ignored" in capfd.readouterr().err

@@ -45,10 +45,12 @@ def test_summary_has_the_last_evaluation_and_utilization_is_a_share_of_the_peak(
     metrics.write({"eval/digits/acc1": 0.25, "other": 1.0}, 0)
     metrics.write({"eval/digits/acc1": 0.5}, 1)
     with caplog.at_level("INFO", logger="megacid"):
-        metrics.close(steps=2, skipped=1)
+        metrics.close_bar()
+        metrics.summarize(steps=3, skipped=1)
     assert "last logged loss none, last evaluation at step 2: eval/digits/acc1 0.5000" in caplog.text
     assert "1 steps skipped" in caplog.text
     text = (run.directory / "train_summary.json").read_text()
     summary = SimpleNamespace(**json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")))
     assert summary.last_loss is None and summary.last_evaluation == {"step": 2, "eval/digits/acc1": 0.5}
+    assert summary.samples_per_second == pytest.approx(3 * 8 / 6.0)  # the third step was not logged
     assert summary.seconds == 6.0 and summary.checkpoint is None

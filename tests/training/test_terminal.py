@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import toy
+from faultplan import Fault, FaultPlan
 from harness import run_ranks
+
+from megacid.errors import EXIT_NOT_FINITE
 
 SHORT = {"run__total_steps": 12, "run__save_every": 6, "run__log_every": 2}
 
@@ -44,19 +47,19 @@ class Screen:
             self.column += 1
 
 
-def train_on(argv: list[str], terminal: int) -> int:
+def train_on(argv: list[str], terminal: int, plan: str | None) -> int:
     """Train with this file descriptor as stderr."""
     os.environ.update(TERM="xterm", COLUMNS="100")
     os.dup2(terminal, 2)
     sys.stderr = os.fdopen(2, "w", closefd=False)
     try:
-        return toy.train_here(argv)
+        return toy.train_here(argv, plan)
     finally:
         sys.stderr.flush()
 
 
-def output_of(argv: list[str], reader: int, writer: int) -> str:
-    """What one rank writes to its stderr, `writer`, of which `reader` is the other end."""
+def output_of(argv: list[str], reader: int, writer: int, plan: str | None = None, code: int = 0) -> str:
+    """What one rank, which ends with `code`, writes to its stderr, `writer`; `reader` is the other end."""
     parts: list[bytes] = []
 
     def read() -> None:
@@ -68,7 +71,7 @@ def output_of(argv: list[str], reader: int, writer: int) -> str:
 
     thread = threading.Thread(target=read)
     thread.start()
-    assert run_ranks(train_on, 1, argv, writer) == [0]
+    assert run_ranks(train_on, 1, argv, writer, plan) == [code]
     os.close(writer)
     thread.join(20)
     os.close(reader)
@@ -93,6 +96,15 @@ def test_on_a_terminal_a_bar_stands_below_whole_log_lines(root: Path) -> None:
     bars = [line for line in shown if "\u2501" in line]
     assert len(bars) == 1 and bars[0].startswith("train ") and "100%| 12.0/12.0 [" in bars[0]
     assert screen.cursor
+
+
+def test_an_error_stands_below_the_bar_which_is_not_drawn_again(root: Path) -> None:
+    argv = ["--deepspeed_config", str(toy.run_file(root, "failed", **SHORT, guard__max_consecutive_skips=1))]
+    plan = FaultPlan(Fault("train:batch", "nan_batch", step=6)).to_json()
+    screen = Screen(output_of(argv, *pty.openpty(), plan, EXIT_NOT_FINITE))
+    shown = [line.rstrip() for line in screen.lines if line.strip()]
+    assert shown[-1].startswith("error: ") and screen.cursor
+    assert [i for i, line in enumerate(shown) if "\u2501" in line] == [len(shown) - 2]
 
 
 def test_a_pipe_gets_the_log_lines_and_nothing_else(root: Path) -> None:
