@@ -87,6 +87,8 @@ class Engine:
 
     def __init__(self, student: nn.Module, groups: list[dict[str, Any]], run: RunFile, parallel: Parallel) -> None:
         quiet()
+        # A frozen block is in eval mode, where attention without graph would have other bits than with it.
+        torch.backends.mha.set_fastpath_enabled(False)
         if parallel.device.type == "cpu":
             _without_compiled_extension()
         os.environ.setdefault("LOCAL_RANK", str(parallel.local_rank))  # DeepSpeed reads it even without a launcher

@@ -49,7 +49,7 @@ class WeightAverage:
     def whole(self, name: str) -> Tensor:
         """The average of one parameter, flattened, on its device. A collective."""
         start, part = self._part(self.parameters[name])
-        result = torch.zeros(_size(self.parameters[name]), device=part.device)
+        result = torch.zeros(_size(self.parameters[name]), device=self.parallel.device)  # not the host of an offload
         result[start : start + part.numel()] = self._averages[name]
         return cast(Tensor, all_reduce_sum(result, self.parallel.group))
 

@@ -89,6 +89,11 @@ class GlobalBatch:
             else:
                 self._pending[name] = start_gather(x, self.sizes, self.group)
 
+    def finish(self) -> None:
+        """Wait for the matrices that are being gathered."""
+        for name in list(self._pending):
+            self[name]
+
     def __getitem__(self, name: str) -> Tensor:
         """The matrix of all ranks, [G, D] in float32 (float64)."""
         if name not in self._gathered:

@@ -59,6 +59,8 @@ class Objective:
         group: ranks of the global batch; None is the default group.
         grad_reduction: how the engine combines gradients over ranks.
         equal_batches: whether every rank has equally many samples, which saves an exchange of their numbers.
+        overlap: whether the student's forward may run while the teacher's embeddings are gathered; not under ZeRO 3,
+            whose forward gathers parameters in another group.
         temperature: fixed temperature of the student's similarities; None uses its learned logit_scale.
         affinity_temperature: of the teacher's similarities in `affinity_loss`. Stored embeddings come without the
             teacher's own; OpenCLIP's models end at 0.01, their bound.
@@ -79,6 +81,7 @@ class Objective:
         group: dist.ProcessGroup | None = None,
         grad_reduction: GradReduction = "mean",
         equal_batches: bool = False,
+        overlap: bool = True,
         temperature: float | None = None,
         affinity_temperature: float = 0.01,
     ):
@@ -106,6 +109,7 @@ class Objective:
         self.cluster_loss, self.temperature = cluster_loss, temperature
         self.affinity_scale = 1 / affinity_temperature
         self.group, self.grad_reduction, self.equal_batches = group, grad_reduction, equal_batches
+        self.overlap = overlap
         teacher = ("teacher_image", "teacher_text")
         anchor = teacher[:1] if cluster_loss is not None and cluster_loss.weights.needs_teacher else ()
         reads = {"instance": teacher, "cluster": ("label", *anchor), "mse": teacher, "affinity": teacher}
@@ -132,6 +136,8 @@ class Objective:
         gathered = self._global_batch(len(next(iter(local.values())))) if local else None
         if gathered is not None:
             gathered.start(**local)
+            if not self.overlap:
+                gathered.finish()
         return StartedBatch(batch, gathered)
 
     def __call__(self, out: StudentOutput, batch: TargetBatch | StartedBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -316,6 +316,7 @@ def make_objective(run: RunFile, head: PartialFC | None, parallel: Parallel) -> 
         affinity=loss.affinity,
         cluster_loss=cluster,
         group=parallel.group,
+        overlap=run.zero_stage < 3,
         grad_reduction=run.grad_reduction,
         equal_batches=True,
         temperature=loss.temperature,

@@ -72,6 +72,7 @@ class GradientCache:
         # Every micro-batch has the same logit scale, so each gets an equal share of its gradient.
         share = None if logit_scale.grad is None else logit_scale.grad / len(sizes)
         self._gradients = list(zip(images, texts, [share] * len(sizes)))
+        self._started = None  # frees the gathered matrices before the replay
         return loss.detach(), terms, observe(out, started.targets)
 
     def surrogate(self, micro: int, out: StudentOutput) -> Tensor:

@@ -88,7 +88,7 @@ class _Fit:
         inputs = self.weight.shape[0]  # of the identity
         penalty = torch.zeros(len(self.xx), dtype=torch.float64, device=self.xx.device)
         penalty[:inputs] = RIDGE * self.xx.diagonal()[:inputs].mean()
-        solution = torch.linalg.solve(self.xx + penalty.diag(), self.xt)
+        solution = torch.linalg.solve(self.xx + penalty.diag(), self.xt).contiguous()  # for NCCL
         if world_size(parallel.group) > 1:  # solvers may round differently on different machines
             dist.broadcast(solution, src=0, group=parallel.group)
         weight = solution[:inputs].to(self.weight.dtype)

@@ -23,6 +23,7 @@ from megacid.data.batch import Batch, Positions
 from megacid.distributed.engine import Engine
 from megacid.distributed.parallel import Parallel
 from megacid.models.clip import StudentSpec, model_config
+from megacid.models.freezing import frozen_parameters
 from megacid.models.student import Student
 from megacid.training.components import Data, make_classifier, make_objective
 from megacid.training.evaluation import Evaluation
@@ -59,23 +60,27 @@ def micro_batches(state: TrainState, steps: int) -> Iterator[Batch]:
         yield batch._map(lambda x, own=own: x[own].clone())
 
 
-def small_student(patch_dropout: float = 0.0) -> Student:
+def small_student(patch_dropout: float = 0.0, head_width: int = 32) -> Student:
     config = model_config("digits-student") | {"embed_dim": WIDTH}
-    config["vision_cfg"]["patch_dropout"] = patch_dropout
+    config["vision_cfg"] |= {"patch_dropout": patch_dropout, "head_width": head_width}
     config["text_cfg"]["vocab_size"] = TOKENS
     torch.manual_seed(3)
     clip = open_clip.CLIP(**config, output_dict=True, nonscalar_logit_scale=True)
     return Student(clip, StudentSpec("digits-student", WIDTH, None, None, None), config)
 
 
-def build_state(file: Path, settings: list[str], dropout: bool = False) -> TrainState:
+def build_state(file: Path, settings: list[str], dropout: bool = False, freeze: tuple[str, ...] = ()) -> TrainState:
     parallel = Parallel(dist.get_rank(), dist.get_world_size(), dist.get_rank(), CPU, dist.group.WORLD)
     run = load_run(file, settings, world=parallel.world).with_embed_dim(WIDTH)
-    student = small_student(run.megacid.student.patch_dropout or 0.0)
+    # PyTorch has another attention without graph for an even number of heads.
+    student = small_student(run.megacid.student.patch_dropout or 0.0, 48 if freeze else 32)
     student.clip.set_grad_checkpointing(run.megacid.student.grad_checkpointing)
     if dropout:
         for module in [m for m in student.modules() if isinstance(m, nn.Sequential) and hasattr(m, "c_proj")]:
             module.append(nn.Dropout(0.2))
+    if freeze:
+        student.freeze(frozen_parameters(student.clip, freeze, ("image", "text")))
+        student.train()
     data = Data(stream=lambda start: None, num_classes=CLASSES if run.megacid.loss.cluster else None)  # type: ignore[arg-type,return-value]
     head, row_optimizer = make_classifier(run, data, WIDTH, parallel)
     return TrainState(
@@ -239,6 +244,22 @@ def test_dropout_is_replayed_exactly(file: Path, checkpointing: str, patches: st
     settings = [*division(4, 0), f"student.grad_checkpointing={checkpointing}", f"student.patch_dropout={patches}"]
     ((cached, graph),) = run_ranks(dropout_gradients, 1, file, settings)
     assert_same([{"gradients": graph}], [{"gradients": cached}])
+
+
+def frozen_forwards(file: Path) -> list[Tensor]:
+    """Image embeddings of a student with a frozen block, without graph and with it."""
+    state = build_state(file, [*division(1, 1), "bf16.enabled=true"], freeze=("visual.transformer.resblocks.1.*",))
+    batch = whole_batch(0)
+    found = []
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            found.append(state.embed(0, 0, batch).image.detach())
+    return found
+
+
+def test_frozen_blocks_have_the_same_bits_in_both_forwards(file: Path) -> None:
+    ((without, graph),) = run_ranks(frozen_forwards, 1, file)
+    assert without.equal(graph)
 
 
 def random_forwards(file: Path) -> dict[str, Tensor]:
