@@ -55,7 +55,7 @@ def export(args: argparse.Namespace) -> int:
     source = {"run": str(args.run), "step": step, "weights": "ema" if args.ema else "student"}
     card = None
     if args.transformers:
-        card = model_card(student, name, args.run, step, read_run_block(args.run))
+        card = model_card(student, name, args.run, step, read_run_block(args.run), ema=args.ema)
     with disk_errors(args.out):
         remove_temporary_files(args.out)
         files = export_student(student, args.out, name=name, source=source, card=card)

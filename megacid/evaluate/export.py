@@ -20,11 +20,11 @@ from safetensors.torch import save as safetensors_bytes
 from megacid.checkpoint.state import load_student_tensors
 from megacid.checkpoint.store import newest_valid, step_name, verify
 from megacid.errors import UserError, one_line
-from megacid.evaluate.transformers_export import CLIP_MODEL_FILE, check_clip_model, write_clip_model
+from megacid.evaluate.transformers_export import CLIP_MODEL_FILE, PROCESSOR_FILES, check_clip_model, write_clip_model
 from megacid.models.clip import WEIGHTS_FILE, tokenizer_for
 from megacid.models.local_dir import CONFIG_FILE
 from megacid.models.student import Student, build_student, clamp_logit_scale, open_clip_config, open_clip_tensors
-from megacid.storage.atomic import SETTINGS_BYTES, read_bounded, write_atomic, write_json_atomic
+from megacid.storage.atomic import SETTINGS_BYTES, read_bounded, read_json, write_atomic, write_json_atomic
 from megacid.storage.metadata import write_meta
 
 
@@ -108,8 +108,8 @@ def export_student(
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, expected a directory: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
+    _remove_transformers_files(out)
     (out / "meta.json").unlink(missing_ok=True)  # marks the directory as incomplete until all files are written
-    (out / CLIP_MODEL_FILE).unlink(missing_ok=True)  # an earlier export's, which this one may not write
     clamp_logit_scale(student)
     tensors = open_clip_tensors(student)
     config = open_clip_config(student)
@@ -129,8 +129,17 @@ def export_student(
         write_atomic(out / "README.md", card.encode())
         files.append(out / "README.md")
     parameters = sum(parameter.numel() for parameter in student.clip.parameters())
-    write_meta(out, "export", source, name=name, embed_dim=student.embed_dim, parameters=parameters)
+    facts = {"name": name, "embed_dim": student.embed_dim, "parameters": parameters, "transformers": card is not None}
+    write_meta(out, "export", source, **facts)
     return [*files, out / "meta.json"]
+
+
+def _remove_transformers_files(out: Path) -> None:
+    """Remove what an earlier export wrote for transformers, which this one may not write; no file of others."""
+    meta = read_json(out / "meta.json")
+    if isinstance(meta, dict) and meta.get("made_by") == "export" and meta.get("transformers"):
+        for file in ("config.json", CLIP_MODEL_FILE, *PROCESSOR_FILES, "README.md"):
+            (out / file).unlink(missing_ok=True)
 
 
 def _check_name(name: str, student: Student) -> None:

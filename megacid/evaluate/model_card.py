@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,21 @@ from megacid.checkpoint.store import step_name
 from megacid.models.student import Student
 from megacid.storage.atomic import read_json
 
+# Of the test split: not the settings that stand among the metrics, nor a probe's accuracy on held-out training data.
+_SCORE = re.compile("^(?!held_out).*(acc|recall)")
 _OBJECTIVES = ("contrastive", "instance", "cluster", "mse", "affinity")
 
 
-def model_card(student: Student, name: str, run: Path, step: int, block: dict[str, Any]) -> str:
+def model_card(student: Student, name: str, run: Path, step: int, block: dict[str, Any], *, ema: bool) -> str:
     """Text of the model card.
 
     Args:
         run: run directory; the results of evaluations at `step` that stand there are listed.
         block: the "megacid" block of the run's resolved configuration.
+        ema: whether the weights are the moving average, which no evaluation of the run has used.
     """
-    results = evaluations(run, step)
+    results = [] if ema else evaluations(run, step)
+    weights = " These weights are the moving average of the trained ones." if ema else ""
     data = ModelCardData(
         library_name="open_clip",
         pipeline_tag="zero-shot-image-classification",
@@ -40,7 +45,7 @@ def model_card(student: Student, name: str, run: Path, step: int, block: dict[st
         f"# {name}\n",
         f"A CLIP model of the architecture {student.model}: embeddings of width {student.embed_dim}, images of {size} "
         f"pixels, texts of {student.text_length} tokens. It was trained with megacid for {step} of "
-        f"{block['run']['total_steps']} steps. The weights of its loss terms: {terms}.\n",
+        f"{block['run']['total_steps']} steps. The weights of its loss terms: {terms}.{weights}\n",
         _LOADING.replace("NAME", name),
     ]
     if results:
@@ -50,12 +55,16 @@ def model_card(student: Student, name: str, run: Path, step: int, block: dict[st
 
 
 def evaluations(run: Path, step: int) -> list[tuple[str, str, float]]:
-    """(dataset, metric, value) of every result in CLIP_benchmark's schema below `run`/eval."""
+    """(dataset, metric, value) of every accuracy and recall in CLIP_benchmark's schema below `run`/eval."""
     found = []
     for file in sorted(run.glob(f"eval/{step_name(step)}/*.json")):
         result = read_json(file)
-        if isinstance(result, dict) and isinstance(result.get("metrics"), dict):
-            found += [(str(result["dataset"]), metric, float(value)) for metric, value in result["metrics"].items()]
+        if isinstance(result, dict) and isinstance(result.get("metrics"), dict) and "dataset" in result:
+            found += [
+                (str(result["dataset"]), metric, float(value))
+                for metric, value in result["metrics"].items()
+                if _SCORE.search(metric) and isinstance(value, (int, float))
+            ]
     return found
 
 

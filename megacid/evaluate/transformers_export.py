@@ -25,6 +25,7 @@ from megacid.models.student import Student, open_clip_config, open_clip_tensors
 from megacid.storage.atomic import write_atomic, write_json_atomic
 
 CLIP_MODEL_FILE = "model.safetensors"
+PROCESSOR_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "preprocessor_config.json")
 _START, _END = "<|startoftext|>", "<|endoftext|>"  # transformers' names of the first and last token of a text
 
 # Fields of open_clip that CLIPModel has, too, or that change no result outside of training. All others must have

@@ -52,10 +52,16 @@ def student(request: pytest.FixtureRequest) -> Student:
 @pytest.fixture(scope="module")
 def exported(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run, out = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("out")
-    result = {"dataset": "wds/cifar10", "metrics": {"acc1": 0.25}, "task": "zeroshot_classification"}
+    metrics = {"acc1": 0.25, "acc5": None, "held_out_acc1": 0.5, "k": 20, "temperature": 0.07, "train_samples": 9}
+    result = {"dataset": "wds/cifar10", "metrics": metrics, "task": "zeroshot_classification"}
     (run / "eval" / "step-00000020").mkdir(parents=True)
     write_json_atomic(run / "eval" / "step-00000020" / "cifar10.json", result)
-    card = model_card(student, "small-clip", run, 20, BLOCK)
+    write_json_atomic(run / "eval" / "step-00000020" / "nameless.json", {"metrics": {"acc1": 0.5}})
+    write_json_atomic(run / "eval" / "step-00000020" / "empty.json", {"dataset": "wds/cars", "metrics": None})
+    card = model_card(student, "small-clip", run, 20, BLOCK, ema=False)
+    averaged = model_card(student, "small-clip", run, 20, BLOCK, ema=True)
+    assert "cifar10" in card and "cifar10" not in averaged
+    assert "moving average" in averaged and "moving average" not in card
     export_student(student, out, name="small-clip", source={"step": 20}, card=card)
     return out
 
@@ -148,11 +154,16 @@ def test_the_model_card_is_read_by_the_hub_and_lists_the_evaluations_of_the_expo
     assert 'CLIPModel.from_pretrained("small-clip")' in card.text
 
 
-def test_an_export_without_transformers_leaves_no_weights_of_an_earlier_one(student, tmp_path):
-    export_student(student, tmp_path, name="small-clip", source={"step": 1}, card="card")
-    assert (tmp_path / "model.safetensors").exists()
-    export_student(student, tmp_path, name="small-clip", source={"step": 2})
-    assert not (tmp_path / "model.safetensors").exists()
+def test_an_export_without_transformers_removes_the_files_of_an_earlier_one_and_none_of_others(student, tmp_path):
+    foreign = [tmp_path / name for name in ("model.safetensors", "README.md")]
+    for file in foreign:
+        file.write_text("of others")
+    plain = {file.name for file in export_student(student, tmp_path, name="small-clip", source={"step": 1})}
+    assert [file.read_text() for file in foreign] == ["of others"] * 2
+    export_student(student, tmp_path, name="small-clip", source={"step": 2}, card="card")
+    assert (tmp_path / "vocab.json").exists() and foreign[1].read_text() == "card"
+    export_student(student, tmp_path, name="small-clip", source={"step": 3})
+    assert {file.name for file in tmp_path.iterdir()} == plain
 
 
 @pytest.mark.parametrize(
@@ -198,7 +209,7 @@ def test_the_tool_refuses_before_it_writes(tmp_path, monkeypatch):
     other = build_student("digits-student", embed_dim=64, seed=0)
     other._model_config["vision_cfg"]["no_ln_pre"] = True
     tool = main["export"].__globals__
-    monkeypatch.setitem(tool, "student_from_run", lambda run, step: (other, 1))
+    monkeypatch.setitem(tool, "student_from_run", lambda run, step, ema: (other, 1))
     monkeypatch.setitem(tool, "read_run_block", lambda run: BLOCK)
     with pytest.raises(UserError, match=r"no_ln_pre True, which CLIPModel .* without --transformers"):
         main["main"](["--run", str(tmp_path), "--out", str(tmp_path / "out"), "--transformers"])
