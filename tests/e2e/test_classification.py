@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing as mp
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,12 @@ import torch
 from offline_data import run as run_tool_inside
 from train_run import losses, run_train, tensors
 
+from megacid import train
 from megacid.data.features import FeatureSet
 from megacid.evaluate import features as judged
 
 CLASSES = 40
+RUN = subprocess.run
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +130,33 @@ def test_eval_limits_the_test_rows_and_names_what_does_not_fit(root: Path, throu
 # ---- sweep -------------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_is_kept_and_resumed_and_ends_in_table_and_plot(root: Path) -> None:
+def train_forked(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """subprocess.run which starts `python megacid/train.py ...` as a fork of this process, which has the modules."""
+    if words[0] != sys.executable:
+        return RUN(words, **options)
+    assert Path(words[1]).samefile(train.__file__) and options["stderr"] == subprocess.STDOUT, (words, options)
+
+    def child() -> None:
+        os.dup2(options["stdout"].fileno(), 1)
+        os.dup2(options["stdout"].fileno(), 2)
+        sys.exit(train.main(words[2:]))
+
+    process = mp.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    return subprocess.CompletedProcess(words, process.exitcode or 0)
+
+
+# The sweep starts its command in the default run, too: where the training fails, see the next test.
+@pytest.mark.parametrize("started", ["forked", pytest.param("as a command", marks=pytest.mark.slow)])
+def test_a_sweep_is_kept_and_resumed_and_ends_in_table_and_plot(
+    root: Path, tmp_path: Path, started: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One rate that was interrupted after its first checkpoint, and one number of clusters."""
     pytest.importorskip("matplotlib")
-    file, out, began = run_file(root, "swept"), root / "sweep", time.monotonic()
+    if started == "forked":
+        monkeypatch.setattr(subprocess, "run", train_forked)
+    file, out, began = run_file(root, "swept"), tmp_path / "sweep", time.monotonic()
     point = "rate-0.5-seed-0"
     options = [f"run.name={point}", f"run.dir={out}", "classifier.sample_rate=0.5"]
     run_train(1, file, *(word for option in options for word in ("--set", option)), "--stop-after", "10", expect=143)

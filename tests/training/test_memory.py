@@ -110,7 +110,7 @@ def student_memory(grad_checkpointing: bool) -> tuple[float, float]:
     return peak.bytes - started, count_activations(student, 256, torch.float32).peak_with_gradients
 
 
-@pytest.mark.parametrize("grad_checkpointing", [False, True])
+@pytest.mark.parametrize("grad_checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_activations_of_both_towers_are_those_measured(grad_checkpointing: bool) -> None:
     ((measured, counted),) = run_ranks(student_memory, 1, grad_checkpointing)
     assert counted == pytest.approx(measured, rel=0.1)
