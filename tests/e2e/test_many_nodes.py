@@ -108,7 +108,7 @@ def test_a_slurm_job_is_requeued_at_its_time_limit_and_after_a_lost_host_and_con
 ) -> None:
     file = toy.run_file(root, "slurm", **CHANGES)
     job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node0,node1", "SLURM_NTASKS_PER_NODE": "1"}
-    job["SLURM_STAND_IN"] = str(tmp_path)
+    job |= {"SLURM_STAND_IN": str(tmp_path), "SLURM_SUBMIT_DIR": str(tmp_path)}
     words = ["bash", "tools/train.sbatch", "--deepspeed_config", file]
 
     batch = hosts.start("node0", *words, **job)

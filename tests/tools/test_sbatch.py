@@ -19,7 +19,7 @@ if [ "$RANK" = 1 ]; then exit "$CODE"; fi
 """
 
 
-def submit(folder: Path, code: str, **environment: str) -> subprocess.Popen[str]:
+def submit(folder: Path, code: str) -> subprocess.Popen[str]:
     """Start the script as Slurm would, with four tasks on two nodes. Rank 1 ends with this code."""
     (folder / "bin").mkdir()
     (folder / "bin" / "python").write_text(PYTHON)
@@ -27,11 +27,12 @@ def submit(folder: Path, code: str, **environment: str) -> subprocess.Popen[str]
     changes = {
         "PATH": f"{folder / 'bin'}:{ROOT / 'tests' / 'e2e' / 'stand_ins'}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "31007", "SLURM_JOB_NODELIST": "gpu7,gpu9", "SLURM_NTASKS_PER_NODE": "2",
-        "SLURM_STAND_IN": str(folder), "CODE": code,
+        "SLURM_STAND_IN": str(folder), "CODE": code, "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_NAME": "megacid",
+        "SLURM_RESTART_COUNT": "99",  # of time limits
     }  # fmt: skip
     return subprocess.Popen(
         ["bash", "tools/train.sbatch", "--deepspeed_config", "a run.json"],
-        cwd=ROOT, env=os.environ | changes | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=ROOT, env=os.environ | changes, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
@@ -40,22 +41,35 @@ def requeued(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "again"),
-    [("0", 0, False), ("2", 0, False), ("70", 0, False), ("75", 0, True), ("75", 20, False), ("143", 0, False)],
+    ("code", "failures", "again"),
+    [
+        ("0", 0, False),
+        ("2", 0, False),
+        ("70", 0, False),
+        ("75", 0, True),
+        ("75", 19, True),
+        ("75", 20, False),
+        ("143", 0, False),
+    ],
 )
 def test_a_job_is_requeued_after_lost_ranks_alone_and_not_without_end(
-    tmp_path: Path, code: str, restarts: int, again: bool
+    tmp_path: Path, code: str, failures: int, again: bool
 ) -> None:
-    job = submit(tmp_path, code, SLURM_RESTART_COUNT=str(restarts))
+    counter = tmp_path / "megacid-31007.failures"
+    if failures:
+        counter.write_text(f"{failures}\n")
+    job = submit(tmp_path, code)
     output = job.communicate(timeout=60)[0]
     assert job.returncode == int(code), output
     assert requeued(tmp_path) == again
+    assert (counter.read_text() if counter.exists() else "") == (f"{failures + 1}\n" if again else "")
     for rank in range(4):
         words = f"{rank} 4 {rank % 2} gpu7 31007 megacid/train.py --deepspeed_config a run.json\n"
         assert (tmp_path / f"rank{rank}").read_text() == words
 
 
-def test_usr1_reaches_every_rank_and_the_job_is_requeued(tmp_path: Path) -> None:
+def test_usr1_reaches_every_rank_and_the_job_is_requeued_with_a_new_count_of_failures(tmp_path: Path) -> None:
+    (tmp_path / "megacid-31007.failures").write_text("20\n")
     job = submit(tmp_path, "wait")
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("rank*"))) < 4:
@@ -65,3 +79,4 @@ def test_usr1_reaches_every_rank_and_the_job_is_requeued(tmp_path: Path) -> None
     output = job.communicate(timeout=60)[0]
     assert job.returncode == 143 and "exit code 143" in output, output
     assert (tmp_path / "requeued").read_text() == "31007\n"
+    assert not list(tmp_path.glob("*.failures"))
