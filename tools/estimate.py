@@ -107,7 +107,8 @@ def main(argv: list[str] | None = None) -> int:
     print_row("largest phase", [estimate.largest_phase for estimate in estimates.values()])
     print_row("host, for a checkpoint", [f"{estimate.checkpoint:.1f}" for estimate in estimates.values()])
     print_row("host, prefetched images", [f"{shared_memory(run, student):.1f}" for run in runs.values()])
-    groups = [[p.numel() for p in group["params"]] for group in parameter_groups(student, 0.0)]
+    layer_decay = first.megacid.student.layer_decay
+    groups = [[p.numel() for p in group["params"]] for group in parameter_groups(student, 0.0, layer_decay)]
     collectives = {
         ranks: objective_collectives(run, data.num_classes or 0, student.embed_dim, ranks, args.device)
         + engine_collectives(run, groups, ranks)

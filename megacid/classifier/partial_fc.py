@@ -283,7 +283,7 @@ class PartialFC(ClassRows):
         several = target_B.ndim == 2
         target_Bl = target_B.new_empty(0, 1).long() if input_error else target_B if several else target_B[:, None]
         samples = self.training and min(self.sample_rate, self.feature_rate) < 1
-        gathered = [isinstance(part, Gathered) for part in (emb, teacher)]
+        gathered = [list(part.rows.shape) if isinstance(part, Gathered) else None for part in (emb, teacher)]
         kind = InputKind.of(
             rows_of(emb), None if teacher is None else rows_of(teacher), training=self.training,
             step=self.step if samples else 0, settings=self._settings | vars(weights) | {"gathered": gathered},

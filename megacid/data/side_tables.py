@@ -66,8 +66,8 @@ class TeacherTable:
 
     Attributes:
         dim: their width d.
-        dtype: float16, or float32 where the first tar's are wider, as in a directory of another program. Ranks exchange
-            embeddings in this dtype, so those of all tars must fit into it.
+        dtype: float16, or float32 if the embeddings of any tar are wider, as in a directory of another program. Ranks
+            exchange embeddings in this dtype, so it is the same for all tars.
         has_text: whether captions were embedded.
     """
 
@@ -93,9 +93,11 @@ class TeacherTable:
             raise UserError(
                 f"{directory} has no embeddings of {len(missing)} shards ({', '.join(missing[:5])}): {_EMBED_AGAIN}"
             )
-        first = next((self._partitions[name] for name in index.names if name not in self._empty), None)
-        narrow = first is None or load_npy(self._image_files[first], _EMBED_AGAIN).dtype == np.float16
-        self.dtype = np.dtype(np.float16 if narrow else np.float32)
+        stored = (
+            files[self._partitions[name]] for files in required for name in index.names if name not in self._empty
+        )
+        wide = any(load_npy(path, _EMBED_AGAIN).dtype != np.float16 for path in stored)
+        self.dtype = np.dtype(np.float32 if wide else np.float16)
         self._shards: LRUCache[_TeacherShard] = LRUCache(_OPEN_SHARDS)
 
     def _checked_partitions(self) -> dict[str, int]:
@@ -144,8 +146,6 @@ class TeacherTable:
                     f"{path} has shape {array.shape} of {array.dtype}, "
                     f"expected {(len(keys), self.dim)} of floating point to match its metadata: {_EMBED_AGAIN}"
                 )
-            if array is not None and self.dtype == np.float16 != array.dtype:
-                raise UserError(f"{path} is {array.dtype}, expected float16 as in the first shard: {_EMBED_AGAIN}")
         row_of = join_by_key(self.index.table(shard).keys, keys, metadata, _EMBED_AGAIN)
         return _TeacherShard(row_of, image, text)
 

@@ -105,17 +105,17 @@ def from_a_collective(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def as_user_error(what: str) -> Iterator[None]:
+def as_user_error(what: str, passed: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turn an exception of a library into one line that begins with `what`.
 
-    Errors of all ranks stay what they are, and so do those of the connection.
+    Errors of all ranks stay what they are, and so do those of the connection and of the classes `passed`.
     """
     try:
         yield
     except (UserError, RanksDisagree):
         raise
     except Exception as error:
-        if from_a_collective(error):
+        if isinstance(error, passed) or from_a_collective(error):
             raise
         raise UserError(
             f"{what} ({type(error).__name__}: {one_line(error)}): correct the settings that it names"

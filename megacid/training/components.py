@@ -65,6 +65,7 @@ class Data:
     normalize: Callable[[Tensor], Tensor] | None = None  # uint8 images -> the input; None: features
     samples: Callable[[Positions], Stream] | None = None  # pairs at other positions than those of the steps
     epoch_samples: int = 0
+    teacher_has_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,7 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
         lambda start_step: PairStream(index, _positions(run, parallel, start_step), options),
         samples=lambda positions: PairStream(index, positions, options),
         teacher_dim=teacher.dim if teacher else None,
+        teacher_has_text=teacher is not None and teacher.has_text,
         num_classes=labels.num_classes if labels else None,
         centroids=labels.directory / "centroids.npy" if labels else None,
         normalize=normalize,

@@ -11,7 +11,7 @@ from megacid.losses.objective import StudentOutput, TargetBatch
 
 
 class Observed(NamedTuple):
-    """Means over a batch. The cosines are 0 for a batch without teacher embeddings."""
+    """Means over a batch. A cosine is 0 for a batch without the teacher's embeddings."""
 
     cosine_image: float
     cosine_text: float

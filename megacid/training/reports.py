@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 
 from megacid.classifier.health import health, health_warnings, hit_histogram
-from megacid.config.conditions import ContrastiveTerm, terms_with_teacher
+from megacid.config.conditions import ContrastiveTerm
 from megacid.config.schema import RunFile
+from megacid.training.components import Data
 from megacid.training.guard import Verdict
 from megacid.training.metrics import Metrics
 from megacid.training.observe import Observed
@@ -33,18 +34,20 @@ def report_step(step: int, state: TrainState, output: StepOutput, verdict: Verdi
         "train/lr": share * peak_rates(state.run)[0],
         "train/grad_norm": verdict.grad_norm,
         "train/skipped": float(state.guard.skipped),
-        **_observed(state.run, Observed(*verdict.observed)),
+        **_observed(state.run, state.data, Observed(*verdict.observed)),
         **{f"classifier/{name}": float(value) for name, value in diagnostics.items()},
     }
     metrics.log(step, output.loss, output.terms, scalars)
 
 
-def _observed(run: RunFile, observed: Observed) -> dict[str, float]:
+def _observed(run: RunFile, data: Data, observed: Observed) -> dict[str, float]:
     """What the run has of `observed`: cosines with a teacher, the logit scale where it is learned."""
     block = run.megacid
     scalars: dict[str, float] = {}
-    if terms_with_teacher(block.loss):
-        scalars |= {"train/cosine_image": observed.cosine_image, "train/cosine_text": observed.cosine_text}
+    if data.teacher_dim is not None:
+        scalars["train/cosine_image"] = observed.cosine_image
+    if data.teacher_has_text:
+        scalars["train/cosine_text"] = observed.cosine_text
     if ContrastiveTerm.holds(block) and block.loss.temperature is None:
         scalars["train/logit_scale"] = observed.logit_scale
     return scalars

@@ -12,10 +12,11 @@ from megacid.config.schema import RunFile
 from megacid.config.sections import ScheduleConfig
 from megacid.models.freezing import TOWERS, part_of
 
-_BLOCK = re.compile(r"(.*?\.\d+)\.")  # "visual.transformer.resblocks.3", "visual.layer1.0", "text.encoder.layer.3"
+# "visual.transformer.resblocks.3", "visual.layer1.0", "text.encoder.layer.3"; stems and heads may be numbered, too.
+_BLOCK = re.compile(r"(?!text\.proj\.|visual\.head\.|.*\b(?:stem|patch_embed)\b)(.*?\.\d+)\.")
 _EMBEDDING = re.compile(
     r"(?<!attnpool\.)\b(conv\d|bn\d|class_embedding|positional_embedding|token_embedding|cls_emb|ln_pre|embeddings|"
-    r"patch_embed|pos_embed|cls_token|reg_token|norm_pre)\b"
+    r"patch_embed|stem|pos_embed|cls_token|reg_token|norm_pre)\b"
 )
 
 

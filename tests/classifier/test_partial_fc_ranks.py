@@ -208,6 +208,8 @@ def gathered_once(options: dict[str, Any]) -> None:
         head(Gathered(torch.ones(21, WIDTH)), y)
     with pytest.raises(UserError, match=r"gathered: .* on rank 0, .* on rank 1, expected the same on every rank"):
         head(Gathered(torch.ones(22, WIDTH)) if rank() else torch.ones(len(y), WIDTH), y)
+    with pytest.raises(UserError, match=r"gathered: \[\[22, 12\], None\] on rank 0, \[\[21, 12\], None\] on rank 1"):
+        head(Gathered(torch.ones(22 - rank(), WIDTH)), y)
 
 
 @pytest.mark.parametrize("options", [{"sample_rate": 0.5}, {"feature_rate": 0.5}], ids=["sampled", "dims"])

@@ -47,11 +47,26 @@ def test_embeddings_blocks_and_heads_have_the_scales_of_beit() -> None:
                              "visual.trunk.attn_pool.latent": 0, "text.token_embedding.weight": 13,
                              "text.positional_embedding": 13, "text.transformer.resblocks.11.ln_1.bias": 1,
                              "text.ln_final.weight": 0, "logit_bias": 0}),
+        ("MobileCLIP-B", {"visual.trunk.patch_embed.backbone.0.conv.weight": 13, "visual.trunk.pos_embed": 13,
+                          "visual.trunk.blocks.0.norm1.weight": 12, "visual.trunk.head.weight": 0}),
+        ("convnext_base", {"visual.trunk.stem.0.weight": 5, "visual.trunk.stem.1.bias": 5,
+                           "visual.trunk.stages.0.blocks.0.norm.weight": 4, "visual.trunk.head.norm.weight": 0}),
     ],
 )  # fmt: skip
 def test_other_towers_are_read_by_their_names(model: str, names: dict[str, int]) -> None:
     got = scales(model)
     assert {name: got[name] for name in names} == {name: DECAY**power for name, power in names.items()}
+
+
+def test_the_projection_of_a_hugging_face_text_tower_is_no_block() -> None:
+    """Names of roberta-ViT-B-32, whose tower needs another package."""
+    layer = {"layer": nn.ModuleList([nn.Linear(1, 1)])}
+    transformer = {"embeddings": nn.Embedding(1, 1), "encoder": nn.ModuleDict(layer)}
+    text = {"transformer": nn.ModuleDict(transformer), "proj": nn.Sequential(nn.Linear(1, 1), nn.GELU())}
+    got = learning_rate_scales(nn.ModuleDict({"text": nn.ModuleDict(text)}), DECAY)
+    assert got["text.transformer.embeddings.weight"] == DECAY**2
+    assert got["text.transformer.encoder.layer.0.weight"] == DECAY
+    assert got["text.proj.0.weight"] == 1
 
 
 @pytest.mark.slow

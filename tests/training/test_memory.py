@@ -18,8 +18,10 @@ from harness import run_ranks
 from torch import nn
 
 from megacid.config.load import load_run
+from megacid.distributed.parallel import Parallel
 from megacid.models.feature_tower import FeatureTower
 from megacid.models.student import build_student
+from megacid.training import memory
 from megacid.training.activations import count_activations
 from megacid.training.memory import MIB, MemoryEstimate, memory_estimate
 
@@ -143,3 +145,15 @@ def test_saved_tensors_and_gradients_are_counted_once() -> None:
     weight = 256 * 256 * 4
     # Forward keeps the input and the output. At the peak there are their gradients and that of the weight, too.
     assert found == (2 * matrix, 4 * matrix + weight, 4 * matrix + weight)
+
+
+def test_a_model_that_cannot_be_estimated_does_not_end_rank_0_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: Any) -> MemoryEstimate:
+        raise RuntimeError("aten._local_scalar_dense\non fake tensors")
+
+    monkeypatch.setattr(memory, "memory_estimate", refused)
+    with caplog.at_level("WARNING", "megacid"):
+        memory.report_peak_memory(None, None, None, Parallel(0, 1, 0, torch.device("cpu"), None))  # type: ignore[arg-type]
+    assert caplog.messages == ["the peak memory cannot be estimated (aten._local_scalar_dense on fake tensors)"]

@@ -13,9 +13,15 @@ from typing import Any
 import pytest
 from benchmark_data import write_benchmark
 from harness import run_ranks
+from small_student import run_file
 from trackio_stand_in import Trackio
 from train_run import Pipeline, losses, scalars, tensors, train_rank
 from wandb_files import offline_starts
+
+from megacid.config.load import load_run
+from megacid.training.components import Data
+from megacid.training.observe import Observed
+from megacid.training.reports import _observed
 
 # Observer -> (changes of the run file, options of train.py). All are switched on in one run.
 OBSERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -118,6 +124,18 @@ def test_scalars_of_the_student_are_those_of_all_ranks(runs: Runs) -> None:
     assert scalars(runs.observed, "train/samples_seen") == {step: samples * step for step in (2, 4, 6)}
     assert scalars(runs.observed, "train/epoch")[6] == pytest.approx(6 * samples / 72)
     assert all(scalars(runs.observed, f"train/{tag}")[6] > 0 for tag in ("memory_mib", "tflops_per_gpu"))
+
+
+def test_there_is_a_cosine_for_each_matrix_of_the_teacher(tmp_path: Path) -> None:
+    run, observed = load_run(run_file(tmp_path), [], world=1), Observed(0.5, 0.0, 10.0)
+    both = {"train/cosine_image": 0.5, "train/cosine_text": 0.0}
+    learned = {"train/logit_scale": 10.0}
+    for data, cosines in (
+        (Data(lambda _: None), {}),  # type: ignore[arg-type,return-value]
+        (Data(lambda _: None, teacher_dim=2), {"train/cosine_image": 0.5}),  # type: ignore[arg-type,return-value]
+        (Data(lambda _: None, teacher_dim=2, teacher_has_text=True), both),  # type: ignore[arg-type,return-value]
+    ):
+        assert _observed(run, data, observed) == cosines | learned
 
 
 def test_closing_summary_says_what_was_done_and_what_comes_next(runs: Runs) -> None:

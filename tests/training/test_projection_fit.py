@@ -14,13 +14,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
+from small_student import run_file
 from torch import Tensor, nn
 
+from megacid.config.load import load_run
 from megacid.data.batch import Batch, DataBudgetError, Positions
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.models.clip import register_models
 from megacid.models.student import Student, build_student
+from megacid.training import dry_run
 from megacid.training.components import Data
 from megacid.training.projection_fit import RIDGE, fit_projections
 
@@ -168,3 +171,13 @@ def test_a_tower_without_a_linear_projection_is_named(tmp_path: Path) -> None:
     VISION["mlp"] = {"image_size": 160, "timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "mlp"}
     with pytest.raises(AssertionError, match=r"the image tower ends with visual.head.mlp.fc1.bias, .*one linear"):
         run_ranks(weights_and_cosines, 1, model(tmp_path, "mlp"))
+
+
+def test_a_dry_run_reports_unreadable_samples_as_training_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*_: Any, **__: Any) -> None:
+        raise DataBudgetError("a damaged shard")
+
+    monkeypatch.setattr(dry_run, "build_train_state", damaged)
+    args = SimpleNamespace(resume="auto", fork=None)
+    with pytest.raises(DataBudgetError, match="a damaged shard"):
+        dry_run.dry_run(load_run(run_file(tmp_path), [], world=1), args, Parallel(0, 1, 0, torch.device("cpu"), None))  # type: ignore[arg-type]
