@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Take a picture of the curves of runs as TensorBoard shows them.
 
-    tools/screenshot.py runs/demo docs/images/demo-tensorboard.png
+    tools/screenshot.py runs/demo docs/images/tensorboard.png
     tools/screenshot.py runs/my_student curves.png --tags "train/(loss|mfu|data_time)$"
 
 Needs Chromium or Chrome, which runs without a window.

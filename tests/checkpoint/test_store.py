@@ -258,6 +258,9 @@ class FakeEngine:
             for kind, value in tensors.items():
                 value.copy_(state(name, kind))
 
+    def load_average(self, read: Callable[[str], Tensor] | None) -> None:
+        assert read is None  # these checkpoints have none
+
     def load_buffers(self, buffers: dict[str, Tensor]) -> None:
         for name, value in buffers.items():
             self.buffers[name].copy_(value)

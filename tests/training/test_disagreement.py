@@ -39,7 +39,7 @@ def other(value: Any) -> Any:
     if isinstance(value, (int, float)):
         return value + 1
     if isinstance(value, (tuple, list)):
-        return [other(v) for v in value]
+        return [other(v) for v in value] or ["image"]
     return "something else" if value is None else f"{value}x"
 
 
