@@ -51,10 +51,9 @@ def student_from_run(run: Path | str, step: int | None = None, *, ema: bool = Fa
     )
     # The weights come from the checkpoint, but the tag decides mean and standard deviation.
     student.spec = replace(student.spec, pretrained=block.get("pretrained"))
+    tensors = load_student_tensors(directory, ema=ema)
     try:
-        student.clip.load_state_dict(load_student_tensors(directory, ema=ema), strict=True)
-    except UserError:
-        raise
+        student.clip.load_state_dict(tensors, strict=True)
     except (RuntimeError, ValueError, KeyError) as error:
         message = f"{directory} does not fit {run / 'config.json'} ({one_line(error)}): use files of the same run"
         raise UserError(message) from error

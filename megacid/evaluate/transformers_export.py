@@ -189,9 +189,8 @@ def clip_model_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _processor_files(student: Student) -> dict[str, Any]:
     """File name -> content (text, or JSON-able) of open_clip's tokenizer and preprocessing for CLIPProcessor."""
     tokenizer = open_clip.SimpleTokenizer()
-    vocabulary = dict(tokenizer.encoder)
-    for name, token in ((_START, tokenizer.sot_token_id), (_END, tokenizer.eot_token_id)):
-        vocabulary = {name if value == token else key: value for key, value in vocabulary.items()}
+    renamed = {tokenizer.sot_token_id: _START, tokenizer.eot_token_id: _END}
+    vocabulary = {renamed.get(token, name): token for name, token in tokenizer.encoder.items()}
     preprocess = open_clip_config(student)["preprocess_cfg"]
     size = student.image_shape[-1]
     square = {"height": size, "width": size}

@@ -18,7 +18,7 @@ from megacid.training.memory import loss_spec, samples_per_chunk
 from megacid.training.observe import Observed
 
 MIB = 2**20
-_DECISION = 5  # numbers of `Guard.decide`, besides those of `Observed`
+_DECISION = 5  # numbers of `Guard.decide`, without those of `Observed`
 # Defaults of DeepSpeed: elements of a bucket of gradients and of parameters, of the largest parameter that each rank
 # keeps whole, and of the largest student whose parameters stay gathered from the forward to the backward.
 _BUCKET, _PERSISTENT, _REUSED = 500_000_000, 100_000, 1_000_000_000

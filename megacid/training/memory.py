@@ -59,7 +59,6 @@ def memory_estimate(
         num_classes: over all ranks; 0 without a classifier.
         world: number of ranks.
         device: "cpu" or "cuda".
-        frozen: number of those parameters without gradient.
     """
     from megacid.training.activations import count_activations  # imports what a start needs only for an estimate
 
@@ -243,6 +242,6 @@ def report_peak_memory(
     for name, parts in (("always", memory.always), ("in one phase", memory.phases)):
         log.info("estimated MiB of rank 0, %s: %s", name, ", ".join(f"{key} {size:.1f}" for key, size in parts.items()))
     log.info(
-        "estimated peak of rank 0 on %s, besides the process: %.1f MiB, in the phase %s; host memory for a checkpoint: "
+        "estimated peak of rank 0 on %s, without the process: %.1f MiB, in the phase %s; host memory for a checkpoint: "
         "%.1f MiB", device, memory.peak, memory.largest_phase, memory.checkpoint,
     )  # fmt: skip
