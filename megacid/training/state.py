@@ -23,7 +23,7 @@ from megacid.models.compiled import compile_towers, eager_towers
 from megacid.models.feature_tower import FeatureTower
 from megacid.models.output import StudentOutput
 from megacid.storage.atomic import disk_errors
-from megacid.training.components import Data, build_components
+from megacid.training.components import Components, Data, build_components
 from megacid.training.evaluation import Evaluation
 from megacid.training.flops import step_flops
 from megacid.training.guard import Guard
@@ -149,9 +149,6 @@ def build_train_state(
         estimate_memory: log the estimated peak memory, which takes seconds for a large student.
     """
     components = build_components(run, parallel)
-    # After the checks of settings and data, because importing deepspeed takes seconds.
-    from megacid.distributed.engine import Engine
-
     run, student = components.run, components.student
     student.to(parallel.device)
     flops = step_flops(run, student, components.head) if parallel.is_first else None
@@ -168,6 +165,15 @@ def build_train_state(
         fit_projections(student, components.data, run, parallel)
     if run.megacid.student.compile:
         compile_towers(cast("Student", student))
+    return with_engine(components, parallel, flops)
+
+
+def with_engine(components: Components, parallel: Parallel, flops: float | None = None) -> TrainState:
+    """Put the student of `components` into an engine, which completes what a run trains with. A collective."""
+    # After the checks of settings and data, because importing deepspeed takes seconds.
+    from megacid.distributed.engine import Engine
+
+    run, student = components.run, components.student
     weight_decay = float(run.deepspeed["optimizer"]["params"].get("weight_decay", 0.0))
     groups = parameter_groups(student, weight_decay, run.megacid.student.layer_decay)
     return TrainState(

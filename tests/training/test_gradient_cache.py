@@ -25,11 +25,9 @@ from megacid.distributed.parallel import Parallel
 from megacid.models.clip import StudentSpec, model_config
 from megacid.models.freezing import frozen_parameters
 from megacid.models.student import Student
-from megacid.training.components import Data, make_classifier, make_objective
+from megacid.training.components import Components, Data, make_classifier, make_objective
 from megacid.training.evaluation import Evaluation
-from megacid.training.guard import Guard
-from megacid.training.schedule import parameter_groups
-from megacid.training.state import TrainState
+from megacid.training.state import TrainState, with_engine
 
 BATCH, WIDTH, CLASSES, TOKENS = 16, 24, 41, 64
 CPU = torch.device("cpu")
@@ -83,11 +81,8 @@ def build_state(file: Path, settings: list[str], dropout: bool = False, freeze: 
         student.train()
     data = Data(stream=lambda start: None, num_classes=CLASSES if run.megacid.loss.cluster else None)  # type: ignore[arg-type,return-value]
     head, row_optimizer = make_classifier(run, data, WIDTH, parallel)
-    return TrainState(
-        run, parallel, data, student, Engine(student, parameter_groups(student, 0.1), run, parallel),
-        make_objective(run, head, parallel), head, row_optimizer, Guard(run.gradient_clipping, run.megacid.guard),
-        Evaluation(run, [], student, parallel),
-    )  # fmt: skip
+    objective, evaluation = make_objective(run, head, parallel), Evaluation(run, [], student, parallel)
+    return with_engine(Components(run, data, student, head, row_optimizer, objective, evaluation), parallel)
 
 
 def gradients(engine: Engine, head: Any) -> dict[str, Tensor]:

@@ -29,11 +29,9 @@ from megacid.data.batch import Batch
 from megacid.distributed.parallel import Parallel, init, shutdown
 from megacid.errors import UserError
 from megacid.losses import Objective
-from megacid.training.components import Data, make_classifier, make_objective, make_student
+from megacid.training.components import Components, Data, make_classifier, make_objective, make_student
 from megacid.training.evaluation import Evaluation
-from megacid.training.guard import Guard
-from megacid.training.schedule import parameter_groups
-from megacid.training.state import TrainState
+from megacid.training.state import TrainState, with_engine
 
 HELP = "a training step in one batch and in micro-batches with gradient caching"
 RUN_FILE = Path(__file__).resolve().parents[2] / "configs" / "digits_cpu.json"
@@ -84,22 +82,8 @@ def build(provider: str, args: argparse.Namespace, parallel: Parallel) -> Callab
     objective = make_objective(run, head, parallel)
     if provider == "averaged":
         objective.__class__ = AveragedObjective
-    from megacid.distributed.engine import Engine
-
-    engine = Engine(student, parameter_groups(student, 0.1), run, parallel)
-    guard = Guard(run.gradient_clipping, run.megacid.guard, parallel.group)
-    state = TrainState(
-        run,
-        parallel,
-        data,
-        student,
-        engine,
-        objective,
-        head,
-        row_optimizer,
-        guard,
-        Evaluation(run, [], student, parallel),
-    )
+    evaluation = Evaluation(run, [], student, parallel)
+    state = with_engine(Components(run, data, student, head, row_optimizer, objective, evaluation), parallel)
     batches = itertools.cycle(batches_of(args.batch, parts, student.image_shape, student.text_length))
     return partial(one_step, state, batches, itertools.count(), Timeless())
 

@@ -34,11 +34,10 @@ from megacid.distributed.consensus import gather_json
 from megacid.distributed.parallel import Parallel, init, shutdown
 from megacid.models.clip import PixelNormalization
 from megacid.models.student import Student, build_student, open_clip_tensors
-from megacid.training.components import Data, make_objective, make_student
+from megacid.training.components import Components, Data, make_objective, make_student
 from megacid.training.evaluation import Evaluation
-from megacid.training.guard import Guard
 from megacid.training.schedule import parameter_groups
-from megacid.training.state import TrainState
+from megacid.training.state import with_engine
 
 RATE, DECAY, BETAS, EPS, CLIP, STEPS, SEED = 1e-3, 0.1, (0.9, 0.98), 1e-6, 1.0, 1 << 20, 0
 BATCHES = 4
@@ -89,14 +88,8 @@ def megacid_steps(stage: int, request: dict[str, Any], parallel: Parallel) -> St
     assert isinstance(student, Student)
     run = run.with_embed_dim(student.embed_dim)
     batches = itertools.cycle(batches_of(request["batch"], student, parallel.rank))
-    from megacid.distributed.engine import Engine
-
-    engine = Engine(student, parameter_groups(student, DECAY), run, parallel)
-    guard = Guard(run.gradient_clipping, run.megacid.guard, parallel.group)
-    objective = make_objective(run, None, parallel)
-    state = TrainState(
-        run, parallel, data, student, engine, objective, None, None, guard, Evaluation(run, [], student, parallel)
-    )
+    objective, evaluation = make_objective(run, None, parallel), Evaluation(run, [], student, parallel)
+    state = with_engine(Components(run, data, student, None, None, objective, evaluation), parallel)
     numbers, stand_in = itertools.count(), Timeless()
 
     def steps(count: int) -> float:
