@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import toy
 from harness import run_ranks
+from pair_data import peak_mib
 from torch import nn
 
 from megacid.config.load import load_run
@@ -100,16 +101,16 @@ def test_the_estimate_follows_stage_ranks_batch_and_micro_batches(
 
 
 def student_memory(grad_checkpointing: bool) -> tuple[float, float]:
-    """Bytes of the first forward and backward of a two-tower student: measured, and counted on fake tensors."""
+    """Bytes of a forward and backward of a two-tower student: the kernel's own peak, and counted on fake tensors."""
     student = build_student("digits-teacher", embed_dim=None, seed=0, grad_checkpointing=grad_checkpointing)
     images, texts = torch.randn(256, *student.image_shape), torch.zeros(256, student.text_length, dtype=torch.int64)
     sum(value.sum() for value in student(images[:2], texts[:2])).backward()
     student.zero_grad()
     return_freed_memory()
-    started = anonymous_bytes() - images.nbytes - texts.nbytes
-    with PeakAnonymous() as peak:
-        sum(value.sum() for value in student(images, texts)).backward()
-    return peak.bytes - started, count_activations(student, 256, torch.float32).peak_with_gradients
+    started = peak_mib(reset=True) * MIB - images.nbytes - texts.nbytes
+    sum(value.sum() for value in student(images, texts)).backward()
+    measured = peak_mib() * MIB - started
+    return measured, count_activations(student, 256, torch.float32).peak_with_gradients
 
 
 @pytest.mark.parametrize("grad_checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
