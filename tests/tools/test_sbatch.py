@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -24,8 +25,10 @@ def submit(folder: Path, code: str) -> subprocess.Popen[str]:
     (folder / "bin").mkdir()
     (folder / "bin" / "python").write_text(PYTHON)
     (folder / "bin" / "python").chmod(0o755)
+    # srun's stand-in runs by this interpreter, too: pyenv's python3 would put its own folders before that for python.
+    folders = [folder / "bin", ROOT / "tests" / "e2e" / "stand_ins", Path(sys.executable).parent, os.environ["PATH"]]
     changes = {
-        "PATH": f"{folder / 'bin'}:{ROOT / 'tests' / 'e2e' / 'stand_ins'}:{os.environ['PATH']}",
+        "PATH": ":".join(map(str, folders)),
         "SLURM_JOB_ID": "31007", "SLURM_JOB_NODELIST": "gpu7,gpu9", "SLURM_NTASKS_PER_NODE": "2",
         "SLURM_STAND_IN": str(folder), "CODE": code, "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_NAME": "megacid",
         "SLURM_RESTART_COUNT": "99",  # of time limits
