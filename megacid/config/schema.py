@@ -46,6 +46,12 @@ class MegacidConfig(Section):
                 f'"megacid.schedule.warmup_steps" is {schedule.warmup_steps}, expected fewer than run.total_steps, '
                 f"{self.run.total_steps}"
             )
+        if schedule.decay_start(self.run.total_steps) < schedule.warmup_steps:
+            raise UserError(
+                f'"megacid.schedule.decay_share" is {schedule.decay_share}, so the decay begins at step '
+                f"{schedule.decay_start(self.run.total_steps)} of {self.run.total_steps}, expected at least "
+                f"warmup_steps, {schedule.warmup_steps}: lower one of the two"
+            )
         source = "shards" if data.features is None else "features"
         if (source == "features") != (student.model == FEATURE_TOWER):
             remedy = f'"{FEATURE_TOWER}"' if source == "features" else "an open_clip model, or set data.features"

@@ -242,10 +242,20 @@ class ScheduleConfig(Section):
 
     warmup_steps: Annotated[int, Field(ge=0, le=10**12)] = 0
     """Steps of linear warm-up, fewer than run.total_steps."""
-    kind: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after the warm-up: cosine decay to final_share, or constant."""
-    final_share: Annotated[Fraction, when.Cosine] = 0.0
-    """Fraction of the peak learning rate at the end of the cosine."""
+    kind: Literal["cosine", "constant", "wsd"] = "cosine"
+    """Learning rate after the warm-up: cosine decay to final_share, constant, or constant with a decay to final_share
+    at the end (wsd: warm-up, stable, decay)."""
+    final_share: Annotated[Fraction, when.Decay] = 0.0
+    """Fraction of the peak learning rate at the end of the decay."""
+    decay_share: Annotated[FractionAboveZero, when.WSD] = 0.2
+    """Fraction of run.total_steps in which wsd decays. The warm-up must end before."""
+    decay_shape: Annotated[Literal["1-sqrt", "linear"], when.WSD] = "1-sqrt"
+    """Decay of wsd over its progress p: 1 - sqrt(p) (arXiv 2405.18392), or 1 - p (linear)."""
+
+    def decay_start(self, total_steps: int) -> int:
+        """The first step of the decay, in a run of so many steps."""
+        decay_steps = max(1, round(self.decay_share * total_steps))
+        return total_steps - decay_steps if self.kind == "wsd" else self.warmup_steps
 
 
 class EvalConfig(Section):

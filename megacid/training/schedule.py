@@ -21,13 +21,23 @@ _EMBEDDING = re.compile(
 
 
 def learning_rate_share(step: int, total_steps: int, schedule: ScheduleConfig) -> float:
-    """Fraction of the peak learning rate at `step` (from 0): linear warm-up to 1, then cosine decay or constant."""
+    """Fraction of the peak learning rate at `step` (from 0): linear warm-up to 1, then as schedule.kind says.
+
+    A decay reaches final_share at total_steps. The shapes of wsd: Hägele et al. 2024, arXiv 2405.18392.
+    """
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
     if schedule.kind == "constant":
         return 1.0
-    progress = (step - schedule.warmup_steps) / max(1, total_steps - schedule.warmup_steps)
-    return schedule.final_share + (1 - schedule.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    start = schedule.decay_start(total_steps)
+    if step < start:
+        return 1.0
+    progress = min(1.0, (step - start) / max(1, total_steps - start))
+    if schedule.kind == "cosine":
+        shape = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        shape = 1 - (progress if schedule.decay_shape == "linear" else math.sqrt(progress))
+    return schedule.final_share + (1 - schedule.final_share) * shape
 
 
 def peak_rates(run: RunFile) -> tuple[float, float]:
