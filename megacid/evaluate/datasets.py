@@ -66,7 +66,7 @@ class Benchmark:
 
 
 class Split(Dataset[Sample]):
-    """Item i: (image [3, H, W] float32, class id). A bad sample raises UserError: a score must cover all samples."""
+    """Item i: (image uint8 [3, H, W], class id). A bad sample raises UserError: a score must cover all samples."""
 
     def __init__(self, index: ShardIndex, transform: Transform, num_classes: int) -> None:
         self.index = index
@@ -108,7 +108,7 @@ class Split(Dataset[Sample]):
     def batches(
         self, batch_size: int, *, workers: int = 0, rows: range | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches (image [B, 3, H, W], label [B] int64) in the order of the tars. rows: of these samples alone."""
+        """Batches (image uint8 [B, 3, H, W], label [B] int64) in the order of the tars. rows: of these samples."""
         loader: DataLoader[Any] = DataLoader(
             self if rows is None else Subset(self, rows),
             batch_size=batch_size,

@@ -73,7 +73,7 @@ class Execution:
     def own_images(
         self, split: Split, compute: Callable[[Tensor], Tensor], progress: Progress
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(compute(images [B, 3, H, W]), labels [B] int64 on the CPU) of this rank's images, in rounds of all ranks."""
+        """(compute(images uint8 [B, 3, H, W]), labels [B] int64 on the CPU) of this rank's images, in rounds."""
 
         def batches() -> Generator[tuple[Tensor, Tensor], None, None]:
             for image, label in split.batches(self.batch_size, workers=self.workers, rows=self.own(len(split))):

@@ -28,7 +28,7 @@ MODELS_DIR = Path(__file__).resolve().parent / "configs"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 Augment = Literal["none", "random_resized_crop"]
 Decoder = Literal["pillow", "simplejpeg", "simplejpeg_scaled"]
-Transform = Callable[[Any], torch.Tensor]  # PIL image -> [3, H, W], float32 and normalised, or uint8 in training
+Transform = Callable[[Any], torch.Tensor]  # PIL image -> uint8 [3, H, W]
 Tokenizer = Callable[[list[str]], torch.Tensor]  # list of n texts -> [n, T] int64
 
 
@@ -97,8 +97,8 @@ def _open_clip_name(model: str) -> str:
 
 
 def preprocess_for(student: StudentFields) -> tuple[Transform, Tokenizer]:
-    """The deterministic image transform of evaluation and the tokenizer."""
-    return image_transform_v2(preprocess_cfg(student), is_train=False), tokenizer_for(student)
+    """The deterministic image transform of evaluation, which `PixelNormalization` follows, and the tokenizer."""
+    return train_transform(student, "none"), tokenizer_for(student)
 
 
 def tokenizer_for(student: StudentFields) -> Tokenizer:
@@ -162,7 +162,7 @@ def _divided(transform: Any) -> tuple[list[Transform], Normalize]:
 
 
 class PixelNormalization:
-    """uint8 [B, 3, H, W] -> fp32 (x / 255 - mean) / std on `device`, the bits of the student's `preprocess_for`.
+    """uint8 [B, 3, H, W] -> fp32 (x / 255 - mean) / std on `device`, the bits of open_clip's own transform.
 
     Args:
         channels_last: whether the images have this memory format. A convolution continues with that of its input.
@@ -208,6 +208,7 @@ class LoadedClip:
 
     model: nn.Module
     preprocess_eval: Transform  # deterministic
+    normalize: PixelNormalization
     tokenizer: Tokenizer
     embed_dim: int
     name: str
@@ -217,7 +218,12 @@ class LoadedClip:
 
     @torch.no_grad()
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W] -> [B, D] fp32 on the model's device, L2-normalised (after the projection)."""
+        """[B, 3, H, W] -> [B, D] fp32 on the model's device, L2-normalised (after the projection).
+
+        image: uint8 as `preprocess_eval` gives it, or normalised floats.
+        """
+        if image.dtype == torch.uint8:
+            image = self.normalize(image)
         features = self.model.encode_image(image.to(self.device, self.dtype))  # type: ignore[operator]
         return F.normalize(features.float(), dim=-1)
 
@@ -248,10 +254,13 @@ def load_clip(
         raise UserError(f"model {model!r} needs weights: pass a pretrained tag or file, or use {LOCAL_DIR}PATH")
     clip = create_model(model, pretrained, precision=precision, device=device, pretrained_text=False)
     clip.eval().requires_grad_(False)
+    spec = StudentSpec(model, pretrained=pretrained)
+    transform, tokenizer = preprocess_for(spec)
     return LoadedClip(
         model=clip,
-        preprocess_eval=image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False),
-        tokenizer=_tokenizer(model),
+        preprocess_eval=transform,
+        normalize=PixelNormalization(spec, device),
+        tokenizer=tokenizer,
         embed_dim=int(config["embed_dim"]),
         name=display_name(model),
         pretrained=pretrained or model,

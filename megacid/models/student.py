@@ -17,6 +17,7 @@ from torch import nn
 from megacid.errors import UserError
 from megacid.models.clip import (
     LoadedClip,
+    PixelNormalization,
     StudentSpec,
     check_weights,
     create_model,
@@ -249,8 +250,8 @@ def loaded_student(
     """
     student.clip.eval().requires_grad_(False).to(device)
     transform, tokenizer = preprocess_for(student)
-    where, width = torch.device(device), student.embed_dim
-    return LoadedClip(student.clip, transform, tokenizer, width, student.model, pretrained, where, dtype)
+    normalize, where, width = PixelNormalization(student, device), torch.device(device), student.embed_dim
+    return LoadedClip(student.clip, transform, normalize, tokenizer, width, student.model, pretrained, where, dtype)
 
 
 def open_clip_tensors(student: Student) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from open_clip.transform import image_transform_v2
 from PIL import Image
 
 from megacid.checkpoint.saver import Saver
@@ -19,7 +20,7 @@ from megacid.evaluate.datasets import load_benchmark
 from megacid.evaluate.execution import Execution
 from megacid.evaluate.export import export_student, student_from_run
 from megacid.evaluate.zero_shot import class_embeddings, zero_shot
-from megacid.models.clip import load_clip, preprocess_for
+from megacid.models.clip import load_clip, preprocess_cfg, tokenizer_for
 from megacid.models.student import build_student, loaded_student
 from megacid.storage.metadata import read_meta
 
@@ -41,7 +42,7 @@ def picture(label, generator):
 def trained():
     """A student after a few steps of CLIP training on colours: neither random nor constant."""
     student = build_student("digits-student", embed_dim=96, seed=5)
-    transform, tokenizer = preprocess_for(student)
+    transform, tokenizer = image_transform_v2(preprocess_cfg(student), is_train=False), tokenizer_for(student)
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     text = tokenizer([f"a photo of something {name}." for name in CLASSNAMES])

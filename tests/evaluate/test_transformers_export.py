@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard
+from open_clip.transform import image_transform_v2
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,7 +27,7 @@ from megacid.errors import UserError
 from megacid.evaluate.export import export_student
 from megacid.evaluate.model_card import model_card
 from megacid.evaluate.transformers_export import check_clip_model
-from megacid.models.clip import load_clip, preprocess_for
+from megacid.models.clip import load_clip, preprocess_cfg, tokenizer_for
 from megacid.models.student import Student, build_student
 from megacid.storage.atomic import write_json_atomic
 
@@ -69,7 +70,7 @@ def exported(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def inputs(student: Student) -> tuple[Tensor, Tensor]:
     images = torch.randn(3, *student.image_shape, generator=torch.Generator().manual_seed(0))
-    return images, preprocess_for(student)[1](CAPTIONS)
+    return images, tokenizer_for(student)(CAPTIONS)
 
 
 def logits_of(student: Student, images: Tensor, text: Tensor) -> Tensor:
@@ -249,7 +250,7 @@ def transformers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_transformers_itself_gives_the_logits_tokens_and_pixels_of_the_student(
     student, exported, inputs, transformers_folder, tmp_path
 ):
-    transform, _ = preprocess_for(student)
+    transform = image_transform_v2(preprocess_cfg(student), is_train=False)
     generator = torch.Generator().manual_seed(1)
     picture = torch.rand(1, 3, 20, 30, generator=generator)
     picture = (F.interpolate(picture, (200, 300), mode="bicubic").clamp(0, 1)[0] * 255).byte().permute(1, 2, 0)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from open_clip.transform import image_transform_v2
 from PIL import Image
 
 from megacid.errors import UserError
@@ -15,6 +16,7 @@ from megacid.models.clip import (
     StudentSpec,
     load_clip,
     model_config,
+    preprocess_cfg,
     preprocess_for,
     register_models,
     train_transform,
@@ -44,7 +46,7 @@ def test_initial_weights_depend_on_the_seed_alone_and_leave_the_global_generator
 def test_overrides_reach_the_towers_and_the_reported_configuration():
     student = build_student("digits-student", embed_dim=96, image_size=48, context_length=12, seed=0)
     transform, tokenizer = preprocess_for(student)
-    image = transform(Image.new("L", (50, 70), 128))
+    image = PixelNormalization(student, "cpu")(transform(Image.new("L", (50, 70), 128)))
     text = tokenizer(["a photo of the digit seven", "two"])
     out = student(torch.stack([image, image]), text)
     assert image.shape == (3, 48, 48) and text.shape == (2, 12) and text.dtype == torch.int64
@@ -104,8 +106,10 @@ def test_crops_are_drawn_from_the_torch_generator_and_none_means_the_evaluation_
         return crop(image)
 
     assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
-    pixels = train_transform(student, "none")(image)[None]
-    assert torch.equal(PixelNormalization(student, "cpu")(pixels)[0], preprocess_for(student)[0](image))
+    pixels = train_transform(student, "none")(image)
+    assert torch.equal(pixels, preprocess_for(student)[0](image))
+    floats = image_transform_v2(preprocess_cfg(student), is_train=False)(image)
+    assert torch.equal(PixelNormalization(student, "cpu")(pixels[None])[0], floats)
     with pytest.raises(UserError, match="flip"):
         train_transform(student, "flip")
 

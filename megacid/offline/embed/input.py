@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     """Consecutive samples of one tar, stacked in the worker: every tensor sent from a worker is an open file."""
 
     shard: int
-    image: Tensor  # float32 [B, 3, H, W]
+    image: Tensor  # uint8 [B, 3, H, W]
     text: Tensor  # int64 [B, T]
     samples: list[SampleInfo]  # [B]
     rows: list[int]  # [B] row of each sample in the tar
