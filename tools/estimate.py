@@ -20,11 +20,10 @@ from megacid.config.load import load_run
 from megacid.config.schema import RunFile
 from megacid.distributed.parallel import init
 from megacid.errors import UserError, run_tool
-from megacid.training.communication import communication_estimate, engine_collectives, objective_collectives
+from megacid.training.communication import communication_estimate, step_collectives
 from megacid.training.components import Data, make_student, open_data
 from megacid.training.memory import memory_estimate, shared_memory
 from megacid.training.metrics import resident_memory_mib
-from megacid.training.schedule import parameter_groups
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -107,12 +106,8 @@ def main(argv: list[str] | None = None) -> int:
     print_row("largest phase", [estimate.largest_phase for estimate in estimates.values()])
     print_row("host, for a checkpoint", [f"{estimate.checkpoint:.1f}" for estimate in estimates.values()])
     print_row("host, prefetched images", [f"{shared_memory(run, student):.1f}" for run in runs.values()])
-    layer_decay = first.megacid.student.layer_decay
-    groups = [[p.numel() for p in group["params"]] for group in parameter_groups(student, 0.0, layer_decay)]
     collectives = {
-        ranks: objective_collectives(run, data.num_classes or 0, student.embed_dim, ranks, args.device)
-        + engine_collectives(run, groups, ranks)
-        for ranks, run in runs.items()
+        ranks: step_collectives(run, student, data.num_classes or 0, ranks, args.device) for ranks, run in runs.items()
     }
     numbers = (sum(one.number for one in each) for each in collectives.values())
     print("\nCommunication of a step; MiB that a rank sends in a ring\n")

@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from megacid.classifier.label_exchange import HEADER
 from megacid.classifier.sampling import num_dims
 from megacid.config.schema import RunFile
 from megacid.distributed.reduction import is_left_open
+from megacid.models.feature_tower import FeatureTower
+from megacid.training.flops import forward_on_meta
 from megacid.training.memory import loss_spec, samples_per_chunk
 from megacid.training.observe import Observed
+from megacid.training.schedule import parameter_groups
+
+if TYPE_CHECKING:
+    from megacid.models.student import Student
 
 MIB = 2**20
 _DECISION = 5  # numbers of `Guard.decide`, without those of `Observed`
@@ -37,17 +46,38 @@ class Collective(NamedTuple):
         return (2 if self.kind == "all_reduce" else 1) * self.size * self.number * (world - 1) / world
 
 
-def objective_collectives(run: RunFile, num_classes: int, width: int, world: int, device: str) -> list[Collective]:
-    """Those of the loss terms and of the guard's decision.
+def step_collectives(
+    run: RunFile, student: Student | FeatureTower, num_classes: int, world: int, device: str
+) -> list[Collective]:
+    """The collectives of a training step.
 
     Args:
+        student: not inside an engine yet.
         num_classes: over all ranks; 0 without a classifier.
-        width: D.
         world: W.
         device: "cpu" or "cuda", on which the classifier's chunks depend.
+    """
+    trained = 2 if run.accumulation > 1 else _trained_embeddings(student)  # a GradientCache differentiates both
+    found = objective_collectives(run, num_classes, student.embed_dim, world, device, trained)
+    return found + engine_collectives(run, student, world)
 
-    Returns:
-        Those of a student without frozen towers, whose embeddings need no reduce-scatter.
+
+def _trained_embeddings(student: Student | FeatureTower) -> int:
+    """Number of the student's embeddings that have a gradient: that of a frozen tower has none."""
+    if all(p.requires_grad for p in student.parameters()):
+        return 2
+    out = forward_on_meta(student)
+    return out.image.requires_grad + out.text.requires_grad
+
+
+def objective_collectives(
+    run: RunFile, num_classes: int, width: int, world: int, device: str, trained: int = 2
+) -> list[Collective]:
+    """Those of the loss terms and of the guard's decision; the arguments are those of `step_collectives`.
+
+    Args:
+        width: D.
+        trained: number of the student's embeddings that have a gradient, of image and text.
     """
     loss = run.megacid.loss
     gathers_student = loss.instance > 0 or loss.contrastive > 0 or loss.affinity > 0
@@ -57,7 +87,7 @@ def objective_collectives(run: RunFile, num_classes: int, width: int, world: int
         found.append(Collective("teacher embeddings", "all_gather", 2 * matrix, 2 if gathers_teacher else 1))
     if gathers_student:
         found.append(Collective("student embeddings", "all_gather", 4 * matrix, 2))
-        found.append(Collective("their gradients", "reduce_scatter", 4 * matrix, 2))
+        found.append(Collective("their gradients", "reduce_scatter", 4 * matrix, trained))
     if loss.cluster:
         found += _classifier(run, num_classes, width, world, device, gathers_images=not gathers_student)
     terms = sum(weight > 0 for weight in (loss.instance, loss.contrastive, loss.mse, loss.affinity))
@@ -95,16 +125,16 @@ def _classifier(
     return found
 
 
-def engine_collectives(run: RunFile, groups: Sequence[Sequence[int]], world: int) -> list[Collective]:
+def engine_collectives(run: RunFile, student: Student | FeatureTower, world: int) -> list[Collective]:
     """The reduction of the student's gradients, their norm, and the parameters of ZeRO.
 
     DeepSpeed's own reduction, which `is_left_open` rules out, sums gradients with an all-reduce at ZeRO 1 and 2, too.
     The number of all-gathers of ZeRO 3, which depends on the order of the modules, is not predicted: its bytes count as
-    one collective. Offload and quantized communication are not covered.
-
-    Args:
-        groups: sizes of the trained parameters by optimizer group, see `parameter_groups`.
+    one collective. Neither are parameters that its prefetch gathers without using them, nor offload and quantized
+    communication.
     """
+    optimizer_groups = parameter_groups(student, 0.0, run.megacid.student.layer_decay)
+    groups = [[p.numel() for p in group["params"]] for group in optimizer_groups]
     itemsize, zero = 2 if run.bf16 else 4, run.deepspeed.get("zero_optimization", {})
     total = sum(map(sum, groups))
     if run.zero_stage == 1 and is_left_open(run):
@@ -126,19 +156,54 @@ def engine_collectives(run: RunFile, groups: Sequence[Sequence[int]], world: int
                 Collective("student weights", "all_gather", itemsize * _padded(sum(g), 2 * world)) for g in groups
             ]
         return found
-    sizes = [_padded(size, world) for group in groups for size in group]
     limit = int(zero.get("stage3_param_persistence_threshold", _PERSISTENT))
-    small = sum(size for size in sizes if size <= limit)
-    large = sum(sizes) - small
+    parameters = {name: p.numel() for name, p in student.named_parameters()}
+    forward_only = _forward_only(student)
     # Each micro-batch but the last has two forwards; see GradientCache.
-    passes = 3 * run.accumulation - 1
-    if run.accumulation == 1 and total <= int(zero.get("stage3_max_reuse_distance", _REUSED)):
-        passes = 1
+    forwards, backwards = 2 * run.accumulation - 1, run.accumulation
+    reused = run.accumulation == 1 and sum(parameters.values()) <= int(zero.get("stage3_max_reuse_distance", _REUSED))
+    gathered = sum(
+        _padded(size, world) * (1 if size <= limit or reused else forwards + backwards * (name not in forward_only))
+        for name, size in parameters.items()
+    )
     return [
-        Collective("student gradients", "reduce_scatter", itemsize * sum(sizes), run.accumulation),
+        Collective(
+            "student gradients",
+            "reduce_scatter",
+            itemsize * sum(_padded(size, world) for group in groups for size in group),
+            run.accumulation,
+        ),
         Collective("student gradient norm", "all_reduce", 8, len(groups)),
-        Collective("student weights", "all_gather", itemsize * (small + passes * large)),
+        Collective("student weights", "all_gather", itemsize * gathered),
     ]
+
+
+def _forward_only(student: Student | FeatureTower) -> set[str]:
+    """Names of the frozen parameters that no backward needs: those of modules whose output has no gradient."""
+    if all(p.requires_grad for p in student.parameters()):
+        return set()
+    differentiated: dict[str, bool] = {}
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            tensors = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
+            differentiated[name] = any(value.requires_grad for value in tensors)
+
+        return hook
+
+    hooks = [module.register_forward_hook(record(name)) for name, module in student.named_modules()]
+    try:
+        forward_on_meta(student)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    def owner(name: str) -> str:  # of modules that are not called, such as those inside attention, their parent
+        while name not in differentiated:
+            name = name.rpartition(".")[0]
+        return name
+
+    return {name for name, _ in student.named_parameters() if not differentiated[owner(name.rpartition(".")[0])]}
 
 
 def _padded(size: int, unit: int) -> int:

@@ -42,7 +42,7 @@ def dry_run(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
         start_from = find_checkpoint(run, args.resume, args.fork) if parallel.is_first else None
     start_from = broadcast_json(start_from, parallel.group)
     with as_user_error("DeepSpeed or the model cannot be set up", (DataBudgetError,)):
-        state = build_train_state(run, parallel, start_from, estimate_memory=True)
+        state = build_train_state(run, parallel, start_from, estimate=True)
     batch = _first_batch(state)
     out = _forward(state, batch)
     with as_user_error("the loss of the first micro-batch fails"):

@@ -15,6 +15,7 @@ from megacid.classifier.sampling import num_dims
 from megacid.config.schema import RunFile
 from megacid.errors import one_line
 from megacid.models.feature_tower import FeatureTower
+from megacid.models.output import StudentOutput
 
 if TYPE_CHECKING:
     from megacid.models.student import Student
@@ -35,13 +36,10 @@ def peak_tflops(device_name: str) -> float | None:
     return next((peak for words, peak in _PEAKS.items() if re.search(rf"\b{words}\b", device_name)), None)
 
 
-def student_flops(student: Student | FeatureTower, *, recomputes: bool = False) -> float:
-    """Floating-point operations of one sample's forward and backward, without recomputed activations.
+def forward_on_meta(student: Student | FeatureTower) -> StudentOutput:
+    """Forward of two samples on meta tensors in place of the parameters, whose `requires_grad` they have.
 
-    They are counted on meta tensors in place of the parameters: nothing is computed, and the student stays as it is.
-
-    Args:
-        recomputes: whether the student recomputes activations, which is turned off for the count.
+    Nothing is computed, and the student stays as it is.
     """
     meta = {
         name: torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
@@ -49,16 +47,33 @@ def student_flops(student: Student | FeatureTower, *, recomputes: bool = False) 
     }
     image = torch.empty(_SAMPLES, *student.image_shape, device="meta")
     text = torch.zeros(_SAMPLES, student.text_length, dtype=torch.int64, device="meta")
+    with torch.random.fork_rng(devices=[]):
+        out: StudentOutput = functional_call(student, meta, (image, text))
+    return out
+
+
+def count_student(student: Student | FeatureTower, *, recomputes: bool = False) -> tuple[float, float]:
+    """Floating-point operations of one sample's forward and of its backward, without recomputed activations.
+
+    Args:
+        recomputes: whether the student recomputes activations, which is turned off for the count.
+    """
     try:
         if recomputes:
             student.clip.set_grad_checkpointing(False)  # type: ignore[operator, union-attr]
-        with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
-            out = functional_call(student, meta, (image, text))
+        with FlopCounterMode(display=False) as counter:
+            out = forward_on_meta(student)
+            forward = counter.get_total_flops()
             torch.stack([value.sum() for value in out]).sum().backward()
     finally:
         if recomputes:
             student.clip.set_grad_checkpointing(True)  # type: ignore[operator, union-attr]
-    return counter.get_total_flops() / _SAMPLES
+    return forward / _SAMPLES, (counter.get_total_flops() - forward) / _SAMPLES
+
+
+def student_flops(student: Student | FeatureTower, *, recomputes: bool = False) -> float:
+    """Floating-point operations of one sample's forward and backward; see `count_student`."""
+    return sum(count_student(student, recomputes=recomputes))
 
 
 def classifier_flops(run: RunFile, num_classes: int, embed_dim: int) -> float:

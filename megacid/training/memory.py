@@ -16,7 +16,6 @@ from megacid.classifier.sampling import Draw, num_dims
 from megacid.config.schema import RunFile
 from megacid.distributed.parallel import Parallel, shard_range
 from megacid.distributed.reduction import is_left_open
-from megacid.errors import one_line
 from megacid.models.feature_tower import FeatureTower
 from megacid_kernels import LossSpec, Weights
 
@@ -224,24 +223,3 @@ def shared_memory(run: RunFile, student: Student | FeatureTower) -> float:
     """MiB of the images that a rank's loader processes prefetch."""
     config = run.megacid.data
     return config.workers * config.prefetch * run.micro_batch * math.prod(student.image_shape) / MIB
-
-
-def report_peak_memory(
-    run: RunFile, student: Student | FeatureTower, head: PartialFC | None, parallel: Parallel
-) -> None:
-    """Log the estimated peak memory of rank 0, by part and phase."""
-    if not parallel.is_first:
-        return
-    device = parallel.device.type
-    try:
-        memory = memory_estimate(run, student, head.num_classes if head else 0, parallel.world, device)
-    except Exception as error:  # such as a forward that reads a value, which fake tensors do not have
-        # An error of this rank alone would leave the others in their next collective.
-        log.warning("the peak memory cannot be estimated (%s)", one_line(error))
-        return
-    for name, parts in (("always", memory.always), ("in one phase", memory.phases)):
-        log.info("estimated MiB of rank 0, %s: %s", name, ", ".join(f"{key} {size:.1f}" for key, size in parts.items()))
-    log.info(
-        "estimated peak of rank 0 on %s, without the process: %.1f MiB, in the phase %s; host memory for a checkpoint: "
-        "%.1f MiB", device, memory.peak, memory.largest_phase, memory.checkpoint,
-    )  # fmt: skip

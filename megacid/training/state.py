@@ -24,10 +24,11 @@ from megacid.models.feature_tower import FeatureTower
 from megacid.models.output import StudentOutput
 from megacid.storage.atomic import disk_errors
 from megacid.training.components import Components, Data, build_components
+from megacid.training.estimates import report_estimates
 from megacid.training.evaluation import Evaluation
 from megacid.training.flops import step_flops
 from megacid.training.guard import Guard
-from megacid.training.memory import report_memory, report_peak_memory
+from megacid.training.memory import report_memory
 from megacid.training.resume import abandon_later_checkpoints
 from megacid.training.run_settings import write_config
 from megacid.training.schedule import parameter_groups
@@ -140,21 +141,21 @@ class StepOutput:
 
 
 def build_train_state(
-    run: RunFile, parallel: Parallel, start_from: str | None = None, *, estimate_memory: bool = False
+    run: RunFile, parallel: Parallel, start_from: str | None = None, *, estimate: bool = False
 ) -> TrainState:
     """Build everything that the run trains with. A collective; every rank raises the same error.
 
     Args:
         start_from: the checkpoint that `resume` will load, which makes a fit of initial values unnecessary.
-        estimate_memory: log the estimated peak memory, which takes seconds for a large student.
+        estimate: log the estimates of `--dry-run`, which take seconds for a large student.
     """
     components = build_components(run, parallel)
     run, student = components.run, components.student
     student.to(parallel.device)
     flops = step_flops(run, student, components.head) if parallel.is_first else None
     report_memory(run, student, components.head, parallel)
-    if estimate_memory:
-        report_peak_memory(run, student, components.head, parallel)
+    if estimate:
+        report_estimates(run, student, components.head, parallel)
     if (
         start_from is None
         and not isinstance(student, FeatureTower)

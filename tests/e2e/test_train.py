@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,7 @@ def test_dry_run_says_what_the_run_needs_and_writes_nothing(
     run_train(2, pipeline.run_file("dry"), "--dry-run")
     said = capfd.readouterr().err
     assert "estimated MiB of rank 0" in said and "classifier rows" in said and "labelled_share" in said
+    assert re.search(r"collectives of a step: 1\d; a rank sends [\d.]+ MiB in a ring: teacher embeddings [\d.]+", said)
     assert not (pipeline.root / "runs" / "dry").exists()
 
 

@@ -18,8 +18,8 @@ from train_run import Pipeline
 
 from megacid import train
 from megacid.config.load import load_run
-from megacid.training.communication import Collective, engine_collectives, objective_collectives
-from megacid.training.schedule import parameter_groups
+from megacid.models.freezing import frozen_parameters
+from megacid.training.communication import Collective, step_collectives
 
 NO_CLUSTER = ("loss.cluster=0", "data.labels=null", "loss.beta=null", "loss.gamma=null", "classifier=null")
 OBJECTIVES = {
@@ -57,9 +57,9 @@ EXPECTED = {
 }  # fmt: skip
 
 
-def count_collectives(file: Path, settings: list[str]) -> list[tuple[str, int]]:
+def count_collectives(file: Path, settings: list[str], freeze: tuple[str, ...] = ()) -> list[tuple[str, int]]:
     """Those of the third step, in order."""
-    state = build_state(file, settings)
+    state = build_state(file, settings, freeze=freeze)
     batches = (
         replace(b, teacher_image=b.teacher_image.half(), teacher_text=b.teacher_text.half())  # type: ignore[union-attr]
         for b in micro_batches(state, 3)
@@ -79,10 +79,11 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pipeline.run_file("communication", classifier__init="random")
 
 
-def predicted(file: Path, settings: list[str]) -> list[Collective]:
-    run, groups = load_run(file, settings, world=2), parameter_groups(small_student(), 0.1)
-    engine = engine_collectives(run, [[p.numel() for p in group["params"]] for group in groups], 2)
-    return objective_collectives(run, CLASSES if run.megacid.loss.cluster else 0, WIDTH, 2, "cpu") + engine
+def predicted(file: Path, settings: list[str], freeze: tuple[str, ...] = ()) -> list[Collective]:
+    run, student = load_run(file, settings, world=2), small_student()
+    student.clip.set_grad_checkpointing(run.megacid.student.grad_checkpointing)
+    student.freeze(frozen_parameters(student.clip, freeze, ("image", "text")))
+    return step_collectives(run, student, CLASSES if run.megacid.loss.cluster else 0, 2, "cpu")
 
 
 @pytest.mark.parametrize(("name", "accumulation"), [*((name, 1) for name in EXPECTED if name != "mse"), ("mse", 2)])
@@ -124,3 +125,41 @@ def test_the_bytes_of_zero_are_the_predicted_ones(
     for calls in run_ranks(count_collectives, 2, file, settings):
         assert total_by_kind(calls) == total_by_kind([(c.kind, c.size * c.number) for c in expected])
         assert stage == 3 or len(calls) == sum(c.number for c in expected)
+
+
+FROZEN = {
+    "image": ("image",),
+    "text": ("text",),
+    "the first layers": ("visual.conv1.*", "visual.*embedding", "visual.ln_pre.*", "visual.transformer.resblocks.0.*"),
+    "between trained layers": ("visual.transformer.resblocks.1.*", "transformer.resblocks.0.*"),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "stage", "accumulation", "recomputed"),
+    [
+        ("image", 3, 2, False),
+        *(
+            pytest.param(case, stage, accumulation, recomputed, marks=pytest.mark.slow)
+            for case, stage, accumulation, recomputed in [
+                *((case, 3, 1, False) for case in FROZEN),
+                *((case, 3, 2, False) for case in FROZEN if case != "image"),
+                *((case, 1, 1, False) for case in FROZEN),
+                ("the first layers", 3, 2, True),
+            ]
+        ),
+    ],
+)
+def test_zero_3_gathers_frozen_parameters_too(
+    file: Path, case: str, stage: int, accumulation: int, recomputed: bool
+) -> None:
+    settings = [*division(accumulation, stage), *OBJECTIVES["all terms"]]
+    settings += [f"student.grad_checkpointing={str(recomputed).lower()}"]
+    settings += ["zero_optimization.stage3_param_persistence_threshold=0"] * (stage == 3)
+    expected = total_by_kind([(c.kind, c.size * c.number) for c in predicted(file, settings, FROZEN[case])])
+    for calls in run_ranks(count_collectives, 2, file, settings, FROZEN[case]):
+        found = total_by_kind(calls)
+        if (case, accumulation) == ("text", 2):  # the prefetch gathers a matrix of the frozen tower in each backward
+            assert 1.0 < found["all_gather"] / expected["all_gather"] < 1.02
+            found["all_gather"] = expected["all_gather"]
+        assert found == expected

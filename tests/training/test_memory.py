@@ -24,7 +24,7 @@ from megacid.config.load import load_run
 from megacid.distributed.parallel import Parallel
 from megacid.models.feature_tower import FeatureTower
 from megacid.models.student import build_student
-from megacid.training import memory
+from megacid.training import estimates
 from megacid.training.activations import count_activations
 from megacid.training.memory import MIB, MemoryEstimate, memory_estimate
 
@@ -163,7 +163,11 @@ def test_a_model_that_cannot_be_estimated_does_not_end_rank_0_alone(
     def refused(*_: Any) -> MemoryEstimate:
         raise RuntimeError("aten._local_scalar_dense\non fake tensors")
 
-    monkeypatch.setattr(memory, "memory_estimate", refused)
+    for name in ("memory_estimate", "step_collectives"):
+        monkeypatch.setattr(estimates, name, refused)
     with caplog.at_level("WARNING", "megacid"):
-        memory.report_peak_memory(None, None, None, Parallel(0, 1, 0, torch.device("cpu"), None))  # type: ignore[arg-type]
-    assert caplog.messages == ["the peak memory cannot be estimated (aten._local_scalar_dense on fake tensors)"]
+        estimates.report_estimates(None, None, None, Parallel(0, 2, 0, torch.device("cpu"), None))  # type: ignore[arg-type]
+    assert caplog.messages == [
+        f"the {what} cannot be estimated (aten._local_scalar_dense on fake tensors)"
+        for what in ("peak memory", "communication")
+    ]
