@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser, natural, positive, share
+from argtypes import ToolParser, natural, positive, seed_number, share
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.index_report import MAX_LOST, listed, percent, summary
 from megacid.distributed.consensus import agree, fail_together
@@ -30,6 +30,7 @@ from megacid.distributed.stopping import Progress, StopRequest, run_stage
 from megacid.errors import UserError, run_tool
 from megacid.models.clip import LoadedClip, check_weights, load_clip
 from megacid.offline.embed import adopt as adopting
+from megacid.offline.embed import encoding
 from megacid.offline.embed import stage as embed_stage
 from megacid.offline.embed.foreign import open_foreign
 
@@ -55,6 +56,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="directory to write or continue")
     parser.add_argument("--model", required=True, help="open_clip name, local-dir:PATH, or hf-hub:ORG/NAME")
     parser.add_argument("--pretrained", help="open_clip tag or weights file of an open_clip name")
+    add_views(parser)
     parser.add_argument(
         "--max-lost",
         type=share,
@@ -97,12 +99,27 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def add_views(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--views",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="also embed N random crops of every image, for training with data.augment random_resized_crop (default 0)",
+    )
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the crops of --views (default 0)")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if args.arrays is not None and args.adopt is None:
         raise UserError(f"--arrays is {args.arrays}, expected only with --adopt: leave it out")
     if args.precision is not None and args.adopt is not None:
         raise UserError(f"--precision is {args.precision}, but --adopt computes no embedding: leave it out")
+    if args.views and args.adopt is not None:
+        raise UserError(f"--views is {args.views}, but --adopt computes no embedding: leave it out")
+    if args.seed and not args.views:
+        raise UserError(f"--seed is {args.seed}, expected only with --views: leave it out")
     return run_stage(lambda parallel, stop: embed(args, parallel, stop), args.out, COLLECTIVE_TIMEOUT_S)
 
 
@@ -125,6 +142,9 @@ def embed(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> No
     with fail_together(parallel.group):
         precision = args.precision or ("bf16" if parallel.device.type == "cuda" else "fp32")
         clip = load_clip(args.model, args.pretrained, device=parallel.device, precision=precision)
+        views = None
+        if args.views:
+            views = encoding.ViewModel.of_teacher(args.model, args.pretrained, args.views, args.seed, parallel.device)
         settings = {
             "model": args.model,
             "pretrained": args.pretrained,
@@ -133,13 +153,14 @@ def embed(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> No
             "dim": clip.embed_dim,
             "shards_digest": index.digest,
             **index.caption.setting,
+            **(views.crops.views.setting if views else {}),
         }
     agree(str(settings), "shards and model", parallel.group)
     with progress_bar("embed", "sample", enabled=parallel.is_first) as bar:
 
         def start_progress(total: int) -> Progress:
             if parallel.is_first and total:
-                print(estimate(index, clip, args, total, precision, parallel.world))
+                print(estimate(index, clip, views, args, total, precision, parallel.world))
             bar.reset(total)
             return stop.polling(bar.update)
 
@@ -151,6 +172,7 @@ def embed(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> No
             settings=settings,
             batch_size=args.batch_size,
             workers=args.workers,
+            views=views,
             sharding=args.sharding,
             max_lost=args.max_lost,
             start_progress=start_progress,
@@ -187,11 +209,18 @@ def adopt_folder(args: argparse.Namespace, index: ShardIndex, parallel: Parallel
 
 
 def estimate(
-    index: ShardIndex, clip: LoadedClip, args: argparse.Namespace, total: int, precision: str, ranks: int
+    index: ShardIndex,
+    clip: LoadedClip,
+    views: encoding.ViewModel | None,
+    args: argparse.Namespace,
+    total: int,
+    precision: str,
+    ranks: int,
 ) -> str:
     """The amount of work, an estimate of its duration where there is one, and samples that could not be decoded."""
-    speed = embed_stage.measure_speed(clip, index, args.batch_size)
-    shards = f"{len(index.names):,} shards, width {clip.embed_dim}, {precision}"
+    speed = encoding.measure_speed(clip, index, args.batch_size, views)
+    crops = f"{args.views} views, " if views else ""
+    shards = f"{len(index.names):,} shards, {crops}width {clip.embed_dim}, {precision}"
     amount = f"{total:,} of {index.num_samples:,} pairs in {shards}"
     if speed.model is None:
         return f"{amount}: no estimate of the time, {speed.problem}"

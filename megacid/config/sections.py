@@ -122,7 +122,8 @@ class DataConfig(Section):
     keep: Annotated[FilePath | None, when.Shards] = None
     """Output of tools/balance.py; null: every sample is used."""
     augment: Annotated[Literal["none", "random_resized_crop"], when.Shards] = "none"
-    """Image augmentation, seeded per sample."""
+    """Image augmentation, seeded per sample. With a teacher that has embedded views (tools/embed.py --views) it must be
+    random_resized_crop, and the crops are the teacher's."""
     decoder: Annotated[Literal["pillow", "simplejpeg", "simplejpeg_scaled"], when.Shards] = "pillow"
     """Decoding and resizing of images. `simplejpeg` (its package is needed) decodes JPEGs, and torch resizes: values
     differ by at most 2 of 255. `simplejpeg_scaled` also decodes JPEGs at 1/2, 1/4 or 1/8 size if the crop allows it."""

@@ -6,8 +6,7 @@ Shapes: b micro-batch, T tokens, Dt teacher width, l labels per sample.
 from __future__ import annotations
 
 import contextlib
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
@@ -18,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from megacid.data.augmentation import generators_restored, seed_generators
 from megacid.data.batch import Batch
 from megacid.data.decode import MAX_PIXELS, BadSample, decode_image
 from megacid.data.index import ShardIndex, ShardReader
@@ -40,6 +40,7 @@ class PairOptions:
         seed: decides the order and, with seeded_transform, the augmentation.
         seeded_transform: the transform is random. The global generators of torch and Python are seeded for every sample
             from (seed, epoch, sample), so the result does not depend on rank or worker, and restored after the batch.
+            If the teacher has views, (seed, epoch, sample) draws one of them, and its own seed takes that place.
         workers: processes that read and decode; 0 reads in this process.
         worker_timeout_s: seconds without a batch after which the workers count as lost.
         prefetch: batches that each worker prepares ahead.
@@ -104,7 +105,7 @@ class Pairs(Dataset[Any]):
     def __getitems__(self, positions: list[int]) -> Batch | str:
         """The batch, or the reason why the run has to stop (an exception would lose its text between processes)."""
         try:
-            with self._generators_restored():
+            with self._generators():
                 return self._batch(positions)
         except (UserError, OSError) as error:  # a side table, opened only now, is damaged or was cut
             return str(error)
@@ -119,13 +120,13 @@ class Pairs(Dataset[Any]):
     def _batch(self, positions: list[int]) -> Batch | str:
         located = list(zip(*(part.tolist() for part in self.order.locate_many(np.array(positions, np.int64)))))
         replaced: list[str] = []
-        images, captions, used = [], [], []
+        images, captions, used, views = [], [], [], []
         for position, (epoch, shard, number) in zip(positions, located):
             failures = 0
             while True:
                 row = int(self.usable_rows(shard)[number])
                 try:
-                    image, caption = self._read(epoch, shard, row)
+                    image, caption, view = self._read(epoch, shard, row)
                     break
                 except BadSample as bad:
                     replaced.append(str(bad))
@@ -139,8 +140,9 @@ class Pairs(Dataset[Any]):
             images.append(image)
             captions.append(caption)
             used.append((shard, row))
+            views.append(view)
         shards, rows = np.array(used, np.int64).T
-        teacher_image, teacher_text = self._teacher_rows(shards, rows)
+        teacher_image, teacher_text = self._teacher_rows(shards, rows, np.array(views, np.int64))
         return Batch(
             image=torch.stack(images),
             text=self.options.tokenize(captions),
@@ -153,7 +155,7 @@ class Pairs(Dataset[Any]):
 
     def dummy(self, size: int, failure: str) -> Batch:
         """A batch of `size` placeholders: black images, empty captions, labels and ids -1, unit teacher embeddings."""
-        with self._generators_restored():
+        with self._generators():
             image = self._transform(Image.new("RGB", _BLACK), 0)
         width = 0 if self.labels is None else self.labels.labels_per_sample
         dim, dtype = (0, np.dtype(np.float16)) if self.teacher is None else (self.teacher.dim, self.teacher.dtype)
@@ -176,7 +178,8 @@ class Pairs(Dataset[Any]):
         epoch, offset = divmod(position, self.order.num_samples)
         return epoch * self.order.num_samples + (offset + attempt * self.replacement_stride) % self.order.num_samples
 
-    def _read(self, epoch: int, shard: int, row: int) -> tuple[Tensor, str]:
+    def _read(self, epoch: int, shard: int, row: int) -> tuple[Tensor, str, int]:
+        """Image, caption and view (0 without views) of a sample in an epoch."""
         self._note(shard, row)
         name, key = self.index.names[shard], self.index.table(shard).keys[row]
         if self.teacher is not None and not self.teacher.has(shard, np.array([row])).all():
@@ -184,28 +187,20 @@ class Pairs(Dataset[Any]):
         data = self.reader.read(shard, row, "image")
         image = self.options.read_image(data, max_pixels=self.options.max_image_pixels, shard=name, key=key)
         caption = self.reader.caption(shard, row)
-        seed = derive_key(self.options.seed, epoch, int(self.starts[shard]) + row) >> 1
-        return self._transform(image, seed), caption
+        draw = self.options.seed, epoch, int(self.starts[shard]) + row
+        if self.teacher is None or (views := self.teacher.views) is None:
+            return self._transform(image, derive_key(*draw) >> 1), caption, 0
+        view = views.drawn(*draw)
+        return self._transform(image, views.seed_of(key, view)), caption, view
 
     def _transform(self, image: Any, seed: int) -> Tensor:
         if self.options.seeded_transform:
-            # Only the CPU generator: torch.manual_seed would also reset the generators of the devices.
-            torch.random.default_generator.manual_seed(seed)
-            random.seed(seed)
+            seed_generators(seed)
         return self.options.transform(image)
 
-    @contextlib.contextmanager
-    def _generators_restored(self) -> Iterator[None]:
-        """Restore the global generators of torch and Python, which are seeded for every sample of a batch."""
-        if not self.options.seeded_transform:
-            yield
-            return
-        python_state = random.getstate()
-        try:
-            with torch.random.fork_rng(devices=[]):
-                yield
-        finally:
-            random.setstate(python_state)
+    def _generators(self) -> contextlib.AbstractContextManager[None]:
+        """Restores the global generators, which are seeded for every sample of a batch."""
+        return generators_restored() if self.options.seeded_transform else contextlib.nullcontext()
 
     def _label_rows(self, shards: np.ndarray, rows: np.ndarray) -> Tensor | None:
         if self.labels is None:
@@ -216,14 +211,16 @@ class Pairs(Dataset[Any]):
             out[shards == shard] = self.labels.rows(int(shard), rows[shards == shard])
         return torch.from_numpy(out)
 
-    def _teacher_rows(self, shards: np.ndarray, rows: np.ndarray) -> tuple[Tensor | None, Tensor | None]:
+    def _teacher_rows(
+        self, shards: np.ndarray, rows: np.ndarray, views: np.ndarray
+    ) -> tuple[Tensor | None, Tensor | None]:
         if self.teacher is None:
             return None, None
         image = np.empty((len(rows), self.teacher.dim), self.teacher.dtype)
         text = np.empty_like(image) if self.teacher.has_text else None
         for shard in np.unique(shards):
             here = shards == shard
-            image[here], text_rows = self.teacher.rows(int(shard), rows[here])
+            image[here], text_rows = self.teacher.rows(int(shard), rows[here], views[here])
             if text is not None:
                 text[here] = text_rows
         return torch.from_numpy(image), None if text is None else torch.from_numpy(text)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megacid.data.augmentation import recorded_views
 from megacid.data.captions import recorded_caption
 from megacid.data.decode import BadSample
 from megacid.data.index import ShardIndex
@@ -57,7 +58,7 @@ def _copied_from(index: ShardIndex) -> str:
 
 class _TeacherShard(NamedTuple):
     row_of: np.ndarray  # int64 [n]: row in the partition of each sample of the tar, -1 for none
-    image: np.ndarray  # [rows, d], memory-mapped
+    image: np.ndarray  # [rows, d], memory-mapped; with views [rows * views, d]
     text: np.ndarray | None
 
 
@@ -69,6 +70,7 @@ class TeacherTable:
         dtype: float16, or float32 if the embeddings of any tar are wider, as in a directory of another program. Ranks
             exchange embeddings in this dtype, so it is the same for all tars.
         has_text: whether captions were embedded.
+        views: random crops of each image that were embedded; None: the whole images were embedded alone.
     """
 
     def __init__(self, directory: str | Path, index: ShardIndex) -> None:
@@ -76,8 +78,10 @@ class TeacherTable:
         self.meta = _checked_meta(directory, index, "embed")
         self.dim = size_field(self.meta, self.directory, "dim", _EMBED_AGAIN)
         self.has_text = (self.directory / "text_emb").is_dir()
+        self.views = recorded_views(self.meta, self.directory)
         # Writers of this layout pad the numbers to different widths, so files are found by number.
-        self._image_files = _by_number(self.directory / "img_emb", "img_emb_*.npy")
+        image = "img_emb" if self.views is None else "view_emb"
+        self._image_files = _by_number(self.directory / image, f"{image}_*.npy")
         self._text_files = _by_number(self.directory / "text_emb", "text_emb_*.npy")
         self._metadata_files = _by_number(self.directory / "metadata", "metadata_*.parquet")
         self._partitions = self._checked_partitions()
@@ -139,12 +143,13 @@ class TeacherTable:
         text = load_npy(self._text_files[number], _EMBED_AGAIN) if self.has_text else None
         metadata = self._metadata_files.get(number, self.directory / "metadata" / f"metadata_{number:05d}.parquet")
         keys = key_column(read_parquet(metadata, _EMBED_AGAIN, ["image_path"]), "image_path", metadata, _EMBED_AGAIN)
-        files = (self._image_files[number], image), (self._text_files.get(number), text)
-        for path, array in files:
-            if array is not None and (array.shape != (len(keys), self.dim) or array.dtype.kind != "f"):
+        views = self.views.count if self.views else 1
+        files = (self._image_files[number], image, views), (self._text_files.get(number), text, 1)
+        for path, array, each in files:
+            if array is not None and (array.shape != (each * len(keys), self.dim) or array.dtype.kind != "f"):
                 raise UserError(
                     f"{path} has shape {array.shape} of {array.dtype}, "
-                    f"expected {(len(keys), self.dim)} of floating point to match its metadata: {_EMBED_AGAIN}"
+                    f"expected {(each * len(keys), self.dim)} of floating point to match its metadata: {_EMBED_AGAIN}"
                 )
         row_of = join_by_key(self.index.table(shard).keys, keys, metadata, _EMBED_AGAIN)
         return _TeacherShard(row_of, image, text)
@@ -153,8 +158,13 @@ class TeacherTable:
         """bool [m]: whether rows of the tar have an embedding."""
         return self._shards.get(shard, lambda: self._open(shard)).row_of[rows] >= 0
 
-    def rows(self, shard: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    def rows(
+        self, shard: int, rows: np.ndarray, views: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """(image, text) embeddings of rows of the tar, [m, d] each as stored; text is None without `has_text`.
+
+        Args:
+            views: int64 [m], the view of each row; None: view 0. No effect on embeddings without views.
 
         Raises:
             BadSample: a row has no embedding, see `has`.
@@ -167,7 +177,8 @@ class TeacherTable:
             raise BadSample(
                 self.index.names[shard], self.index.table(shard).keys[row], f"no teacher embedding in {self.directory}"
             )
-        return gather_rows(opened.image, at), None if opened.text is None else gather_rows(opened.text, at)
+        image_at = at if self.views is None else at * self.views.count + (0 if views is None else views)
+        return gather_rows(opened.image, image_at), None if opened.text is None else gather_rows(opened.text, at)
 
 
 def _by_number(folder: Path, pattern: str) -> dict[int, Path]:

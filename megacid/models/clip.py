@@ -4,6 +4,7 @@ Shapes: B batch, D embedding, T context length, H x W pixels.
 """
 
 import functools
+import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import nn
-from torchvision.transforms import Compose, Normalize, PILToTensor, ToTensor
+from torchvision.transforms import Compose, Normalize, PILToTensor, RandomResizedCrop, ToTensor
 
 from megacid.errors import UserError, one_line
 from megacid.models.activations import check_activation
@@ -147,6 +148,21 @@ def train_transform(student: StudentFields, augment: Augment, decoder: Decoder =
     if decoder != "pillow":
         return TensorResize(resizing, scaled=decoder == "simplejpeg_scaled")
     return Compose([*resizing, PILToTensor()])
+
+
+def crops_digest(student: StudentFields) -> str:
+    """Digest of example crops: models with the same digest cut the same random crops out of an image.
+
+    It differs if open_clip's limits of area and aspect ratio, or torch's random numbers, do.
+    """
+    steps = image_transform_v2(preprocess_cfg(student), is_train=True).transforms
+    (crop,) = (step for step in steps if isinstance(step, RandomResizedCrop))
+    size_alone, boxes = torch.empty(3, 480, 640, device="meta"), []
+    with torch.random.fork_rng(devices=[]):
+        for seed in range(32):
+            torch.random.default_generator.manual_seed(seed)
+            boxes.append(crop.get_params(size_alone, crop.scale, crop.ratio))
+    return hashlib.sha256(repr(boxes).encode()).hexdigest()[:16]
 
 
 def _divided(transform: Any) -> tuple[list[Transform], Normalize]:

@@ -20,6 +20,7 @@ from megacid.classifier import Margin, PartialFC, RowAdamW, RowSGD
 from megacid.config.conditions import terms_with_teacher
 from megacid.config.schema import RunFile
 from megacid.config.sections import LossConfig
+from megacid.data.augmentation import recorded_views
 from megacid.data.batch import Batch, Positions
 from megacid.data.features import FeatureSet, FeatureStream
 from megacid.data.index import load_index
@@ -149,6 +150,7 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
 
     config, loss = run.megacid.data, run.megacid.loss
     with fail_together(parallel.group):
+        check_views(run)
         read_image = image_reader(config.decoder)
         # The first rank builds a missing index before the others load it.
         first = load_index(shards, caption=config.caption) if parallel.is_first else None
@@ -191,6 +193,29 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
         centroids=labels.directory / "centroids.npy" if labels else None,
         normalize=normalize,
     )
+
+
+def check_views(run: RunFile) -> None:
+    """Raise UserError unless the student sees the crops that the teacher has embedded. Reads no data."""
+    config, teacher = run.megacid.data, run.megacid.data.teacher
+    if not (teacher and terms_with_teacher(run.megacid.loss)):
+        return
+    views = recorded_views(read_meta(teacher, "embed"), teacher)
+    if views is None:
+        return
+    if config.augment != "random_resized_crop":
+        raise UserError(
+            f'"megacid.data.augment" is "{config.augment}", expected "random_resized_crop", since {teacher} has '
+            f'embeddings of {views.count} crops per image: write "random_resized_crop", or run tools/embed.py without '
+            "--views into another directory"
+        )
+    from megacid.models.clip import crops_digest
+
+    if (own := crops_digest(run.megacid.student)) != views.crops:
+        raise UserError(
+            f"{teacher} has embeddings of other crops (digest {views.crops}) than this installation of open_clip and "
+            f"torch cuts (digest {own}): install the versions in its meta.json, or run tools/embed.py again"
+        )
 
 
 def check_student(run: RunFile) -> None:

@@ -33,6 +33,7 @@ from offline_tool import KILLED, Tool
 from megacid.errors import UserError
 from megacid.models.clip import load_clip
 from megacid.offline.embed import stage as embed_stage
+from megacid.offline.embed.input import Pairs
 from megacid.offline.rows import EmbeddingRows
 from megacid.storage.stage_directory import PartialResults
 
@@ -259,7 +260,7 @@ def test_embeddings_that_are_not_unit_vectors_name_model_and_sample(copy: Path) 
     from megacid.data.index import load_index
 
     index = load_index(copy / "shards")
-    batch = embed_stage.Pairs(index, clip.preprocess_eval, clip.tokenizer).__getitems__([13, 14])
+    batch = Pairs(index, clip.preprocess_eval, clip.tokenizer).__getitems__([13, 14])
     with pytest.raises(UserError, match=r"sample 000010001 \(row 1 of .*00001.tar\) an embedding of length nan"):
         embed_stage.encode(clip, index, batch)
 

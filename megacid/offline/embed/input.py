@@ -1,17 +1,20 @@
 """Dataset of image-text pairs for the teacher, decoded and batched in the data workers.
 
-Legend: B samples of a batch that could be decoded, T tokens, H x W pixels.
+Legend: B samples of a batch that could be decoded, T tokens, H x W pixels, V views of each image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megacid.data.augmentation import Views, generators_restored, seed_generators
 from megacid.data.decode import BadSample, decode_image
 from megacid.data.index import ShardIndex, ShardReader, read_sample_json
 from megacid.offline.embed.partitions import Failure, SampleInfo
@@ -26,6 +29,7 @@ class Batch(NamedTuple):
     samples: list[SampleInfo]  # [B]
     rows: list[int]  # [B] row of each sample in the tar
     failures: list[Failure]  # samples that could not be decoded
+    views: Tensor | None = None  # uint8 [V, B, 3, H, W]
 
     @property
     def size(self) -> int:
@@ -33,14 +37,35 @@ class Batch(NamedTuple):
         return len(self.samples) + len(self.failures)
 
 
+@dataclass(frozen=True)
+class Crops:
+    """Cuts the views out of an image. transform: PIL RGB image -> uint8 [3, H, W], a random crop."""
+
+    views: Views
+    transform: Callable[[Any], Tensor]
+
+    def __call__(self, image: Any, key: str) -> Tensor:
+        """uint8 [V, 3, H, W]. key: of the sample."""
+        crops = []
+        with generators_restored():
+            for view in range(self.views.count):
+                seed_generators(self.views.seed_of(key, view))
+                crops.append(self.transform(image))
+        return torch.stack(crops)
+
+
 class Pairs(Dataset[Batch]):
     """Pairs of all shards by their number in the index; fetched by the batch, so only `__getitems__` is implemented."""
 
     def __init__(
-        self, index: ShardIndex, transform: Callable[[Any], Tensor], tokenizer: Callable[[list[str]], Tensor]
+        self,
+        index: ShardIndex,
+        transform: Callable[[Any], Tensor],
+        tokenizer: Callable[[list[str]], Tensor],
+        crops: Crops | None = None,
     ) -> None:
         self.index, self.reader, self.starts = index, ShardReader(index), index.starts
-        self.transform, self.tokenizer = transform, tokenizer
+        self.transform, self.tokenizer, self.crops = transform, tokenizer, crops
 
     def __len__(self) -> int:
         return self.index.num_samples
@@ -50,24 +75,31 @@ class Pairs(Dataset[Batch]):
         shard = int(self.starts.searchsorted(numbers[0], side="right")) - 1
         keys = self.index.table(shard).keys
         images: list[Tensor] = []
+        views: list[Tensor] = []
         batch = Batch(shard, torch.empty(0), torch.empty(0), [], [], [])
         for row in (number - int(self.starts[shard]) for number in numbers):
             try:
-                image, info = self._read(shard, row, keys[row])
+                picture, info = self._read(shard, row, keys[row])
             except BadSample as error:
                 batch.failures.append(Failure(keys[row], error.reason))
             else:
-                images.append(image)
+                images.append(self.transform(picture))
+                if self.crops is not None:
+                    views.append(self.crops(picture, keys[row]))
                 batch.samples.append(info)
                 batch.rows.append(row)
         if not images:
             return batch
         captions = [info.caption for info in batch.samples]
-        return batch._replace(image=torch.stack(images), text=self.tokenizer(captions))
+        return batch._replace(
+            image=torch.stack(images),
+            text=self.tokenizer(captions),
+            views=torch.stack(views, dim=1) if views else None,
+        )
 
-    def _read(self, shard: int, row: int, key: str) -> tuple[Tensor, SampleInfo]:
+    def _read(self, shard: int, row: int, key: str) -> tuple[Image.Image, SampleInfo]:
         caption = self.reader.caption(shard, row, strict=True)  # replaced bytes would end up in the metadata as text
-        image = self.transform(decode_image(self.reader.read(shard, row, "image")))
+        image = decode_image(self.reader.read(shard, row, "image"))
         fields = read_sample_json(self.reader, shard, row)
         return image, SampleInfo(key, caption, _encodable(fields.get("uid")), _encodable(fields.get("url")))
 

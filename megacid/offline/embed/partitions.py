@@ -2,13 +2,14 @@
 
     img_emb/img_emb_00000.npy            float16 [n, D]
     text_emb/text_emb_00000.npy          float16 [n, D]
+    view_emb/view_emb_00000.npy          float16 [n * V, D]: view v of row r is row r * V + v; only with views
     metadata/metadata_00000.parquet      image_path (the key), caption, shard, key, uid, url; rows as in the arrays
     failures/failures_00000.parquet      shard, key, reason of every skipped sample; only where a sample was skipped
 
 Readers of that layout sort file names and pair the i-th metadata file with the i-th array file. So all numbers are
 padded to the same number of digits, and a tar of which no sample could be embedded has no arrays and no metadata.
 
-Legend: D width, n samples of one tar that could be embedded.
+Legend: D width, n samples of one tar that could be embedded, V views of each.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class PartitionFiles(NamedTuple):
     text: Path
     metadata: Path
     failures: Path
+    views: Path
 
 
 def partition_files(folder: Path, number: int, partitions: int) -> PartitionFiles:
@@ -47,6 +49,7 @@ def partition_files(folder: Path, number: int, partitions: int) -> PartitionFile
         folder / "text_emb" / f"text_emb_{name}.npy",
         folder / "metadata" / f"metadata_{name}.parquet",
         folder / "failures" / f"failures_{name}.parquet",
+        folder / "view_emb" / f"view_emb_{name}.npy",
     )
 
 
@@ -72,12 +75,15 @@ def _read_failures(files: PartitionFiles) -> list[Failure]:
     return [Failure(key, reason) for key, reason in zip(table["key"].to_pylist(), table["reason"].to_pylist())]
 
 
-def failures_if_complete(files: PartitionFiles, stem: str, keys: list[str], dim: int) -> list[Failure] | None:
+def failures_if_complete(
+    files: PartitionFiles, stem: str, keys: list[str], dim: int, views: int = 0
+) -> list[Failure] | None:
     """The skipped samples of a complete partition; None when the partition must be written (again).
 
     Args:
         stem: Name of the tar that the partition must belong to.
         keys: Keys of the tar in its order; each must be either embedded or listed as skipped.
+        views: Number of views of each image; 0: there is no file of views.
     """
     try:
         failures = _read_failures(files)
@@ -87,12 +93,14 @@ def failures_if_complete(files: PartitionFiles, stem: str, keys: list[str], dim:
             return None
         if not embedded:
             return failures
-        shapes = [(array.shape, array.dtype.kind) for array in (load_npy(path, "") for path in files[:2])]
+        arrays = {files.image: 1, files.text: 1, **({files.views: views} if views else {})}
+        opened = ((load_npy(path, ""), each) for path, each in arrays.items())
+        whole = all(a.shape == (each * len(embedded), dim) and a.dtype.kind == "f" for a, each in opened)
         table = read_parquet(files.metadata, "", list(_COLUMNS))
         fits = set(table["shard"].to_pylist()) <= {stem} and table["image_path"].to_pylist() == embedded
     except (UserError, ValueError):  # ValueError: a string that is not UTF-8
         return None
-    return failures if fits and shapes == [((len(embedded), dim), "f")] * 2 else None
+    return failures if fits and whole else None
 
 
 @dataclass
@@ -101,6 +109,7 @@ class Partition:
 
     image: list[np.ndarray] = field(default_factory=list)  # float16 [B, D] each
     text: list[np.ndarray] = field(default_factory=list)
+    views: list[np.ndarray] = field(default_factory=list)  # float16 [B * V, D] each
     samples: list[SampleInfo] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
@@ -113,9 +122,11 @@ class Partition:
         with disk_errors(files.failures):
             files.failures.unlink(missing_ok=True)
         if self.samples:
-            for name, path, parts in (("image", files.image, self.image), ("text", files.text, self.text)):
-                write_array(path, np.concatenate(parts))
-                failpoint(f"embed:{name}_written", step=number)
+            arrays = {"image": self.image, "text": self.text, "views": self.views}
+            for name, parts in arrays.items():
+                if parts:
+                    write_array(getattr(files, name), np.concatenate(parts))
+                    failpoint(f"embed:{name}_written", step=number)
             keys, captions, uids, urls = zip(*self.samples)
             _write(files.metadata, zip(_COLUMNS, (keys, captions, [stem] * len(keys), keys, uids, urls)))
             failpoint("embed:metadata_written", step=number)

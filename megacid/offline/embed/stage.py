@@ -1,6 +1,6 @@
 """The embedding stage: teacher embeddings of every pair of every shard, one partition per tar.
 
-Legend: B batch, D width.
+Legend: D width.
 
 The files of a partition are written atomically; a partition is skipped if all its files exist and agree.
 `settings.json` is written first, so a folder started with another model is refused; `meta.json` is written last. A
@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Sampler
 from megacid.data.index import ShardIndex
 from megacid.data.index_report import MAX_LOST, listed, percent
 from megacid.data.workers import worker_start
-from megacid.distributed.collectives import barrier
+from megacid.distributed.collectives import Group, barrier
 from megacid.distributed.consensus import gather_json
 from megacid.distributed.parallel import Parallel
 from megacid.distributed.stopping import Progress, StartProgress, no_progress, stop_together
@@ -35,7 +35,8 @@ from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.models.clip import LoadedClip
 from megacid.models.hub import model_directory
-from megacid.offline.embed.input import Batch, Pairs, as_is
+from megacid.offline.embed.encoding import ViewModel, encode, pairs
+from megacid.offline.embed.input import Batch, as_is
 from megacid.offline.embed.partitions import Failure, Partition, failures_if_complete, partition_files
 from megacid.offline.embed.work_queue import Sharding, WorkQueue, create_queue
 from megacid.storage.metadata import read_meta
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 _NAMED = 100  # skipped samples that meta.json lists by name; the failures tables list all
 _LOGGED = 20  # skipped samples that each rank logs individually; after that every hundredth
 _NUMBER = re.compile(r"\d+")  # reasons that differ in numbers are counted together
+_RECORDED = ("model", "pretrained", "precision", "weights", "dim", "views")  # settings that meta.json repeats
 _POLL_S = 1.0  # interval between checks for shards that other ranks have abandoned
 
 
@@ -67,33 +69,20 @@ class ShardBatchSampler(Sampler[list[int]]):
                 yield list(range(low, min(low + self.batch_size, end)))
 
 
-def encode(clip: LoadedClip, index: ShardIndex, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Image and text embeddings of the decoded samples, float16 [B, D] each, L2-normalised.
-
-    Raises:
-        UserError: An embedding is not a finite vector of length 1; the message names the sample.
-    """
-    both = clip.encode_image(batch.image).half().cpu(), clip.encode_text(batch.text).half().cpu()
-    for modality, emb_BD in zip(("image", "text"), both):
-        length_B = emb_BD.float().norm(dim=1)
-        bad = ~((length_B - 1).abs() < 0.01)  # also true for NaN
-        if bad.any():
-            at = int(bad.nonzero()[0])
-            raise UserError(
-                f"model {clip.name} gives the {modality} of sample {batch.samples[at].key} (row {batch.rows[at]} of "
-                f"{index.tar_path(batch.shard)}) an embedding of length {float(length_B[at]):g}, expected a finite "
-                "embedding of length 1: check the weights, or try --precision fp32"
-            )
-    return both[0].numpy(), both[1].numpy()
-
-
 class _ShardEmbedder:
     """Embeds the shards that this rank claims from the queue."""
 
     def __init__(
-        self, index: ShardIndex, clip: LoadedClip, out: Path, batch_size: int, workers: int, progress: Progress
+        self,
+        index: ShardIndex,
+        clip: LoadedClip,
+        views: ViewModel | None,
+        out: Path,
+        batch_size: int,
+        workers: int,
+        progress: Progress,
     ) -> None:
-        self.index, self.clip, self.out, self.progress = index, clip, out, progress
+        self.index, self.clip, self.views, self.out, self.progress = index, clip, views, out, progress
         self.batch_size, self.workers = batch_size, workers
         self.written: list[int] = []
         self.failed = 0
@@ -113,7 +102,7 @@ class _ShardEmbedder:
 
     def _embed(self, shards: Iterable[int], queue: WorkQueue) -> None:
         loader = DataLoader(
-            Pairs(self.index, self.clip.preprocess_eval, self.clip.tokenizer),
+            pairs(self.index, self.clip, self.views),
             # The sampler runs in this process and claims shards at most a few batches ahead.
             batch_sampler=ShardBatchSampler(self.index.starts[1:], self.batch_size, shards),
             num_workers=self.workers,
@@ -139,9 +128,11 @@ class _ShardEmbedder:
 
     def _add(self, partition: Partition, batch: Batch) -> None:
         if batch.samples:
-            image_BD, text_BD = encode(self.clip, self.index, batch)
-            partition.image.append(image_BD)
-            partition.text.append(text_BD)
+            encoded = encode(self.clip, self.index, batch, self.views)
+            partition.image.append(encoded.image)
+            partition.text.append(encoded.text)
+            if encoded.views is not None:
+                partition.views.append(encoded.views)
             partition.samples += batch.samples
         partition.failures += batch.failures
         for key, reason in batch.failures:
@@ -173,8 +164,8 @@ def weights_digest(model: str, pretrained: str | None) -> str:
     return digest.hexdigest()
 
 
-def _check_space(out: Path, todo: int, dim: int) -> float:
-    need = todo * dim * 4 * 1.02 + todo * 200  # two fp16 rows and the metadata of a sample
+def _check_space(out: Path, todo: int, dim: int, views: int) -> float:
+    need = todo * dim * 2 * (2 + views) * 1.02 + todo * 200  # the fp16 rows and the metadata of a sample
     free = shutil.disk_usage(out).free
     if need > free:
         raise UserError(
@@ -192,6 +183,7 @@ def embed(
     settings: dict[str, Any],
     batch_size: int,
     workers: int,
+    views: ViewModel | None = None,
     sharding: Sharding = "dynamic",
     max_lost: float = MAX_LOST,
     start_progress: StartProgress = lambda total: no_progress,
@@ -201,7 +193,8 @@ def embed(
     All ranks fail together with the same message, and stop together when the progress function raises Stopped.
 
     Args:
-        settings: The model, precision and weights; recorded, and compared with those of a started folder.
+        settings: The model, precision, weights and views; recorded, and compared with those of a started folder.
+        views: Embeds views beside the whole images; None: no views.
         sharding: "static" assigns shard s to rank s % world. "dynamic" starts the same way; a rank that is done then
             takes over shards that no rank has started and those of ranks that died.
         max_lost: Share of the samples that may be skipped. Above it meta.json is not written; the partitions stay.
@@ -215,27 +208,25 @@ def embed(
             if stage.finished() is not None:
                 max_lost = 1.0  # it was accepted when the stage was finished
             stage.begin()
-    with stop_together(group):
-        missing = [shard for shard in mine if failures_of(index, out, shard, clip.embed_dim) is None]
-    done = np.ones(shards, np.bool_)
-    done[[shard for shards_of_rank in gather_json(missing, group) for shard in shards_of_rank]] = False
+    count = views.crops.views.count if views else 0
+    missing, done = _done_shards(index, out, clip.embed_dim, count, mine, group)
     total = int(index.sizes[~done].sum())
     with stop_together(group):
         if parallel.is_first:
-            need = _check_space(out, total, clip.embed_dim)
+            need = _check_space(out, total, clip.embed_dim, count)
             create_queue(_queue_file(out), done, parallel.world)
             log.info("%d of %d shards to do, %d samples, %.3f GB to write", (~done).sum(), shards, total, need / 1e9)
     queue = _open_queue(out, shards, parallel, sharding)
     # The queue is the inner block: a failing rank releases its claims before it waits for the other ranks.
     with stop_together(group), queue:
-        embedder = _ShardEmbedder(index, clip, out, batch_size, workers, start_progress(total))
+        embedder = _ShardEmbedder(index, clip, views, out, batch_size, workers, start_progress(total))
         embedder.run(queue)
     samples = sum(gather_json(queue.samples_done, group))
     with stop_together(group):
         embedder.progress(queue.note_total(samples))
         # On a network file system the files of other ranks may not be visible here yet, so each rank checks its own.
         checked = sorted({*mine}.difference(missing).union(embedder.written))
-        stats = verify(index, out, checked, clip.embed_dim)
+        stats = verify(index, out, checked, clip.embed_dim, count)
     all_stats = gather_json(stats, group)
     with stop_together(group):
         if parallel.is_first:
@@ -243,6 +234,17 @@ def embed(
             failpoint("embed:done")
     barrier(group)
     return read_meta(out, expect="embed")
+
+
+def _done_shards(
+    index: ShardIndex, out: Path, dim: int, views: int, mine: range, group: Group
+) -> tuple[list[int], np.ndarray]:
+    """(the shards of `mine` that lack a complete partition, bool [shards]: those that no rank lacks). A collective."""
+    with stop_together(group):
+        missing = [shard for shard in mine if failures_of(index, out, shard, dim, views) is None]
+    done = np.ones(len(index.names), np.bool_)
+    done[[shard for shards_of_rank in gather_json(missing, group) for shard in shards_of_rank]] = False
+    return missing, done
 
 
 def _queue_file(out: Path) -> Path:
@@ -259,19 +261,19 @@ def _open_queue(out: Path, shards: int, parallel: Parallel, sharding: Sharding) 
     return queue
 
 
-def failures_of(index: ShardIndex, out: Path, shard: int, dim: int) -> list[Failure] | None:
+def failures_of(index: ShardIndex, out: Path, shard: int, dim: int, views: int = 0) -> list[Failure] | None:
     """The samples that a complete partition skips; None when the partition is not complete."""
     files = partition_files(out, shard, len(index.names))
-    return failures_if_complete(files, index.names[shard], index.table(shard).keys, dim)
+    return failures_if_complete(files, index.names[shard], index.table(shard).keys, dim, views)
 
 
-def verify(index: ShardIndex, out: Path, shards: list[int], dim: int) -> dict[str, Any]:
+def verify(index: ShardIndex, out: Path, shards: list[int], dim: int, views: int = 0) -> dict[str, Any]:
     """Read partitions back: number of skipped samples by shard and by reason, names of the first."""
     by_shard: dict[str, int] = {}
     by_reason: Counter[str] = Counter()
     named: list[str] = []
     for shard in shards:
-        failures = failures_of(index, out, shard, dim)
+        failures = failures_of(index, out, shard, dim, views)
         if failures is None:
             raise UserError(
                 f"{partition_files(out, shard, len(index.names)).image} or a file of its partition is not readable "
@@ -317,7 +319,7 @@ def finish(
     empty = [stem for stem, size in zip(index.names, index.sizes) if by_shard.get(stem, 0) == size]
     stage.commit(
         {"shards": index.paths.source} | (source or {}),
-        **{name: stage.arguments[name] for name in ("model", "pretrained", "precision", "weights", "dim")},
+        **{name: stage.arguments[name] for name in _RECORDED if name in stage.arguments},
         partitions={stem: number for number, stem in enumerate(index.names)},
         empty=sorted(empty),
         shards_digest=index.digest,
@@ -328,36 +330,3 @@ def finish(
         failures_by_reason=dict(by_reason.most_common(_NAMED)),
         **facts,
     )
-
-
-class SpeedSample(NamedTuple):
-    """Seconds per sample on a small batch: decoding in one process, and the model; None when nothing was decoded.
-
-    problem: How many samples could not be decoded, with the first reason; None when all could.
-    """
-
-    decoding: float
-    model: float | None
-    problem: str | None
-
-
-def measure_speed(clip: LoadedClip, index: ShardIndex, batch_size: int) -> SpeedSample:
-    """Decode and embed a small batch of the first non-empty shard."""
-    shard = int(np.flatnonzero(index.sizes)[0])
-    start, count = int(index.starts[shard]), min(batch_size, 32, int(index.sizes[shard]))
-    began = time.monotonic()
-    batch = Pairs(index, clip.preprocess_eval, clip.tokenizer).__getitems__(list(range(start, start + count)))
-    decoding = (time.monotonic() - began) / count
-    problem = None
-    if batch.failures:
-        first = batch.failures[0]
-        problem = (
-            f"{len(batch.failures)} of the first {count} samples of {index.names[shard]}.tar cannot be decoded, such "
-            f"as {first.key}: {first.reason}"
-        )
-    if not batch.samples:
-        return SpeedSample(decoding, None, problem)
-    encode(clip, index, batch)  # the first call pays for lazy initialisation
-    began = time.monotonic()
-    encode(clip, index, batch)
-    return SpeedSample(decoding, (time.monotonic() - began) / len(batch.samples), problem)
