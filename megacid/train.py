@@ -30,6 +30,7 @@ import torch
 from megacid.checkpoint.saver import Saver
 from megacid.config.schema import RunFile
 from megacid.data.batch import Batch, DataBudgetError
+from megacid.data.copied_ahead import copied_ahead
 from megacid.distributed.parallel import Parallel
 from megacid.failpoints import failpoint
 from megacid.training.cli import ERRORS_OF_ALL_RANKS, run_main
@@ -65,7 +66,7 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     profiler = StepProfiler(args.profile_steps, start, directory, parallel)
     save = partial(save_checkpoint, state, saver, loss_check, watchdog)
     evaluate = partial(state.evaluation.after, state.engine, metrics, watchdog, lifecycle)
-    batches = iter(state.data.stream(start))
+    batches = copied_ahead(state.data.stream(start), Batch.copied, parallel.device)
     failpoint("start:ready", step=start)
     try:
         step, stopped = start - 1, evaluate(start)  # the checkpoint may lack its evaluation
@@ -248,7 +249,7 @@ def accumulate_with_gradient_cache(
 def next_batch(
     step: int, state: TrainState, batches: Iterator[Batch], metrics: Metrics, beat: Callable[[str], None]
 ) -> Batch:
-    """Wait for the next micro-batch, which stays on the host."""
+    """Wait for the next micro-batch."""
     beat("data")
     began = time.perf_counter()
     batch = next(batches)

@@ -33,6 +33,7 @@ from megacid.offline.embed import adopt as adopting
 from megacid.offline.embed import encoding
 from megacid.offline.embed import stage as embed_stage
 from megacid.offline.embed.foreign import open_foreign
+from megacid.offline.embed.input import Crops
 
 SHOWN = 10  # shards with skipped samples, and skipped samples, that are printed
 COLLECTIVE_TIMEOUT_S = 86400.0  # with --sharding static the first rank to finish waits for the last one
@@ -142,9 +143,9 @@ def embed(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> No
     with fail_together(parallel.group):
         precision = args.precision or ("bf16" if parallel.device.type == "cuda" else "fp32")
         clip = load_clip(args.model, args.pretrained, device=parallel.device, precision=precision)
-        views = None
+        crops = None
         if args.views:
-            views = encoding.ViewModel.of_teacher(args.model, args.pretrained, args.views, args.seed, parallel.device)
+            crops = encoding.teacher_crops(args.model, args.pretrained, args.views, args.seed)
         settings = {
             "model": args.model,
             "pretrained": args.pretrained,
@@ -153,14 +154,14 @@ def embed(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> No
             "dim": clip.embed_dim,
             "shards_digest": index.digest,
             **index.caption.setting,
-            **(views.crops.views.setting if views else {}),
+            **(crops.views.setting if crops else {}),
         }
     agree(str(settings), "shards and model", parallel.group)
     with progress_bar("embed", "sample", enabled=parallel.is_first) as bar:
 
         def start_progress(total: int) -> Progress:
             if parallel.is_first and total:
-                print(estimate(index, clip, views, args, total, precision, parallel.world))
+                print(estimate(index, clip, crops, args, total, precision, parallel.world))
             bar.reset(total)
             return stop.polling(bar.update)
 
@@ -172,7 +173,7 @@ def embed(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> No
             settings=settings,
             batch_size=args.batch_size,
             workers=args.workers,
-            views=views,
+            crops=crops,
             sharding=args.sharding,
             max_lost=args.max_lost,
             start_progress=start_progress,
@@ -211,16 +212,16 @@ def adopt_folder(args: argparse.Namespace, index: ShardIndex, parallel: Parallel
 def estimate(
     index: ShardIndex,
     clip: LoadedClip,
-    views: encoding.ViewModel | None,
+    crops: Crops | None,
     args: argparse.Namespace,
     total: int,
     precision: str,
     ranks: int,
 ) -> str:
     """The amount of work, an estimate of its duration where there is one, and samples that could not be decoded."""
-    speed = encoding.measure_speed(clip, index, args.batch_size, views)
-    crops = f"{args.views} views, " if views else ""
-    shards = f"{len(index.names):,} shards, {crops}width {clip.embed_dim}, {precision}"
+    speed = encoding.measure_speed(clip, index, args.batch_size, crops)
+    views = f"{args.views} views, " if crops else ""
+    shards = f"{len(index.names):,} shards, {views}width {clip.embed_dim}, {precision}"
     amount = f"{total:,} of {index.num_samples:,} pairs in {shards}"
     if speed.model is None:
         return f"{amount}: no estimate of the time, {speed.problem}"

@@ -57,6 +57,10 @@ class Batch:
         """The same batch on another device."""
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
+    def copied(self, copy: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with copies of its tensors, except for sample_id, which the host reads."""
+        return replace(self._map(copy), sample_id=self.sample_id)
+
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; the DataLoader calls this when `pin_memory` is on."""
         return self._map(lambda t: t.pin_memory())

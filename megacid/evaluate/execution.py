@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from megacid.data.copied_ahead import copied_ahead
 from megacid.distributed.collectives import Group, gather_plain, group_device, rank, world_size
 from megacid.distributed.parallel import shard_range
 from megacid.distributed.progress import progress_bar
@@ -71,12 +72,13 @@ class Execution:
         return gather_plain(part.to(group_device(self.group)), self.group).to(part.device)
 
     def own_images(
-        self, split: Split, compute: Callable[[Tensor], Tensor], progress: Progress
+        self, split: Split, compute: Callable[[Tensor], Tensor], device: torch.device, progress: Progress
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(compute(images uint8 [B, 3, H, W]), labels [B] int64 on the CPU) of this rank's images, in rounds."""
+        """(compute(images uint8 [B, 3, H, W] on `device`), labels [B] int64 on the CPU) of this rank's images."""
 
         def batches() -> Generator[tuple[Tensor, Tensor], None, None]:
-            for image, label in split.batches(self.batch_size, workers=self.workers, rows=self.own(len(split))):
+            loaded = split.batches(self.batch_size, workers=self.workers, rows=self.own(len(split)))
+            for image, label in copied_ahead(loaded, lambda batch, copy: (copy(batch[0]), batch[1]), device):
                 result = compute(image)
                 progress(len(label))
                 yield result, label
@@ -85,14 +87,20 @@ class Execution:
             yield from self.together(own, len(split), self.batch_size)
 
     def all_images(
-        self, split: Split, compute: Callable[[Tensor], Tensor], progress: Progress, *, empty: Tensor
+        self,
+        split: Split,
+        compute: Callable[[Tensor], Tensor],
+        device: torch.device,
+        progress: Progress,
+        *,
+        empty: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """(compute(images), labels [N] int64 on the CPU) of all ranks' images, in the order of the split. A collective.
 
         Args:
             empty: what `compute` gives for no image, for a rank without images.
         """
-        parts = [(empty, torch.empty(0, dtype=torch.int64)), *self.own_images(split, compute, progress)]
+        parts = [(empty, torch.empty(0, dtype=torch.int64)), *self.own_images(split, compute, device, progress)]
         result, label = (torch.cat(column) for column in zip(*parts, strict=True))
         return self.gather(result), self.gather(label)
 
@@ -106,4 +114,4 @@ def image_features(clip: LoadedClip, split: Split, how: Execution, progress: Pro
     A collective.
     """
     empty = torch.empty(0, clip.embed_dim, device=clip.device)
-    return how.all_images(split, clip.encode_image, progress, empty=empty)
+    return how.all_images(split, clip.encode_image, clip.device, progress, empty=empty)

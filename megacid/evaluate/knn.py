@@ -84,7 +84,7 @@ def nearest_rows(
     """Similarities and labels [N, K] of the `count` nearest train images of each query, on the CPU. A collective."""
     nearest = Nearest(query_ND, min(count, len(train)), how.own(len(train)).start)
     labels, block = [torch.empty(0, dtype=torch.int64)], [query_ND[:0]]
-    for feature_BD, label in how.own_images(train, clip.encode_image, progress):
+    for feature_BD, label in how.own_images(train, clip.encode_image, clip.device, progress):
         block.append(feature_BD)
         labels.append(label)
         if sum(map(len, block)) >= TRAIN_ROWS:

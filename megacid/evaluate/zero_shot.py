@@ -73,4 +73,4 @@ def zero_shot(clip: LoadedClip, benchmark: Benchmark, how: Execution = DEFAULT) 
             return top_classes(clip.encode_image(image) @ class_CD.T)
 
         empty = torch.empty(0, min(TOP, benchmark.num_classes), dtype=torch.int64)
-        return Predictions(*how.all_images(split, classify, progress, empty=empty))
+        return Predictions(*how.all_images(split, classify, clip.device, progress, empty=empty))

@@ -64,7 +64,7 @@ def memory_estimate(
     sizes = [p.numel() for p in student.parameters()]
     frozen = frozen_count(student)
     trained = sum(sizes) - frozen
-    always = student_sizes(run, sum(sizes), world, device, frozen) | {"batch": _batch(run, student)}
+    always = student_sizes(run, sum(sizes), world, device, frozen) | {"batch": _batch(run, student, device)}
     gradients = always.pop("student gradients")
     head: dict[str, float] = {}
     if num_classes:
@@ -126,11 +126,11 @@ def student_sizes(run: RunFile, parameters: int, world: int, device: str, frozen
     return sizes
 
 
-def _batch(run: RunFile, student: Student | FeatureTower) -> float:
-    """Bytes of the micro-batches that are held at once, with their teacher embeddings."""
+def _batch(run: RunFile, student: Student | FeatureTower, device: str) -> float:
+    """Bytes of the micro-batches that are held at once, with their teacher embeddings; on a GPU also of the next."""
     pixel = 4 if isinstance(student, FeatureTower) else 1
     sample = math.prod(student.image_shape) * pixel + student.text_length * 8 + 2 * student.embed_dim * 4
-    return run.micro_batch * run.accumulation * sample
+    return run.micro_batch * (run.accumulation + (device == "cuda")) * sample
 
 
 def _classifier(

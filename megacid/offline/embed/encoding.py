@@ -6,17 +6,15 @@ Legend: B batch, D width, H x W pixels, V views of each image.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from megacid.data.augmentation import Views
 from megacid.data.index import ShardIndex
 from megacid.errors import UserError
-from megacid.models.clip import LoadedClip, PixelNormalization, StudentSpec, crops_digest, train_transform
+from megacid.models.clip import LoadedClip, StudentSpec, crops_digest, train_transform
 from megacid.offline.embed.input import Batch, Crops, Pairs
 
 
@@ -28,26 +26,13 @@ class Encoded(NamedTuple):
     views: np.ndarray | None  # [B * V, D], the views of a sample are neighbours
 
 
-class ViewModel(NamedTuple):
-    """What embeds views: how they are cut, and what makes the teacher's input of them."""
-
-    crops: Crops
-    normalize: Callable[[Tensor], Tensor]  # uint8 [B, 3, H, W] -> the input
-
-    @classmethod
-    def of_teacher(cls, model: str, pretrained: str | None, count: int, seed: int, device: torch.device) -> ViewModel:
-        """For `count` views of every image. The other arguments as for `load_clip`."""
-        teacher = StudentSpec(model, pretrained=pretrained)
-        crops = Crops(Views(count, seed, crops_digest(teacher)), train_transform(teacher, "random_resized_crop"))
-        return cls(crops, PixelNormalization(teacher, device))
+def teacher_crops(model: str, pretrained: str | None, count: int, seed: int) -> Crops:
+    """Cuts `count` views out of every image. model, pretrained: as for `load_clip`."""
+    teacher = StudentSpec(model, pretrained=pretrained)
+    return Crops(Views(count, seed, crops_digest(teacher)), train_transform(teacher, "random_resized_crop"))
 
 
-def pairs(index: ShardIndex, clip: LoadedClip, views: ViewModel | None) -> Pairs:
-    """The dataset of what the teacher embeds."""
-    return Pairs(index, clip.preprocess_eval, clip.tokenizer, None if views is None else views.crops)
-
-
-def encode(clip: LoadedClip, index: ShardIndex, batch: Batch, views: ViewModel | None = None) -> Encoded:
+def encode(clip: LoadedClip, index: ShardIndex, batch: Batch) -> Encoded:
     """Embed the decoded samples. Every view is a batch of its own, so its bits do not depend on the number of views.
 
     Raises:
@@ -55,10 +40,10 @@ def encode(clip: LoadedClip, index: ShardIndex, batch: Batch, views: ViewModel |
     """
     image = _checked(clip.encode_image(batch.image), "image", clip, index, batch)
     text = _checked(clip.encode_text(batch.text), "text", clip, index, batch)
-    if views is None or batch.views is None:
+    if batch.views is None:
         return Encoded(image, text, None)
     of_views = [
-        _checked(clip.encode_image(views.normalize(pixels)), f"view {number}", clip, index, batch)
+        _checked(clip.encode_image(pixels), f"view {number}", clip, index, batch)
         for number, pixels in enumerate(batch.views)
     ]
     return Encoded(image, text, np.stack(of_views, axis=1).reshape(-1, clip.embed_dim))
@@ -90,12 +75,12 @@ class SpeedSample(NamedTuple):
     problem: str | None
 
 
-def measure_speed(clip: LoadedClip, index: ShardIndex, batch_size: int, views: ViewModel | None = None) -> SpeedSample:
+def measure_speed(clip: LoadedClip, index: ShardIndex, batch_size: int, crops: Crops | None = None) -> SpeedSample:
     """Decode and embed a small batch of the first non-empty shard."""
     shard = int(np.flatnonzero(index.sizes)[0])
     start, count = int(index.starts[shard]), min(batch_size, 32, int(index.sizes[shard]))
     began = time.monotonic()
-    batch = pairs(index, clip, views).__getitems__(list(range(start, start + count)))
+    batch = Pairs(index, clip.preprocess_eval, clip.tokenizer, crops).__getitems__(list(range(start, start + count)))
     decoding = (time.monotonic() - began) / count
     problem = None
     if batch.failures:
@@ -106,7 +91,7 @@ def measure_speed(clip: LoadedClip, index: ShardIndex, batch_size: int, views: V
         )
     if not batch.samples:
         return SpeedSample(decoding, None, problem)
-    encode(clip, index, batch, views)  # the first call pays for lazy initialisation
+    encode(clip, index, batch)  # the first call pays for lazy initialisation
     began = time.monotonic()
-    encode(clip, index, batch, views)
+    encode(clip, index, batch)
     return SpeedSample(decoding, (time.monotonic() - began) / len(batch.samples), problem)

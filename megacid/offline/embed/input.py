@@ -31,6 +31,11 @@ class Batch(NamedTuple):
     failures: list[Failure]  # samples that could not be decoded
     views: Tensor | None = None  # uint8 [V, B, 3, H, W]
 
+    def copied(self, copy: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with copies of its tensors."""
+        views = None if self.views is None else copy(self.views)
+        return self._replace(image=copy(self.image), text=copy(self.text), views=views)
+
     @property
     def size(self) -> int:
         """Number of samples, including those that could not be decoded."""

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
+from megacid.data.copied_ahead import copied_ahead
 from megacid.data.index import ShardIndex
 from megacid.data.index_report import MAX_LOST, listed, percent
 from megacid.data.workers import worker_start
@@ -35,8 +36,8 @@ from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.models.clip import LoadedClip
 from megacid.models.hub import model_directory
-from megacid.offline.embed.encoding import ViewModel, encode, pairs
-from megacid.offline.embed.input import Batch, as_is
+from megacid.offline.embed.encoding import encode
+from megacid.offline.embed.input import Batch, Crops, Pairs, as_is
 from megacid.offline.embed.partitions import Failure, Partition, failures_if_complete, partition_files
 from megacid.offline.embed.work_queue import Sharding, WorkQueue, create_queue
 from megacid.storage.metadata import read_meta
@@ -76,13 +77,13 @@ class _ShardEmbedder:
         self,
         index: ShardIndex,
         clip: LoadedClip,
-        views: ViewModel | None,
+        crops: Crops | None,
         out: Path,
         batch_size: int,
         workers: int,
         progress: Progress,
     ) -> None:
-        self.index, self.clip, self.views, self.out, self.progress = index, clip, views, out, progress
+        self.index, self.clip, self.crops, self.out, self.progress = index, clip, crops, out, progress
         self.batch_size, self.workers = batch_size, workers
         self.written: list[int] = []
         self.failed = 0
@@ -102,7 +103,7 @@ class _ShardEmbedder:
 
     def _embed(self, shards: Iterable[int], queue: WorkQueue) -> None:
         loader = DataLoader(
-            pairs(self.index, self.clip, self.views),
+            Pairs(self.index, self.clip.preprocess_eval, self.clip.tokenizer, self.crops),
             # The sampler runs in this process and claims shards at most a few batches ahead.
             batch_sampler=ShardBatchSampler(self.index.starts[1:], self.batch_size, shards),
             num_workers=self.workers,
@@ -111,7 +112,7 @@ class _ShardEmbedder:
         )
         partition = Partition()
         try:
-            for batch in loader:
+            for batch in copied_ahead(loader, Batch.copied, self.clip.device):
                 self._add(partition, batch)
                 if partition.size == self.index.sizes[batch.shard]:
                     failpoint("embed:partition", step=batch.shard)
@@ -128,7 +129,7 @@ class _ShardEmbedder:
 
     def _add(self, partition: Partition, batch: Batch) -> None:
         if batch.samples:
-            encoded = encode(self.clip, self.index, batch, self.views)
+            encoded = encode(self.clip, self.index, batch)
             partition.image.append(encoded.image)
             partition.text.append(encoded.text)
             if encoded.views is not None:
@@ -183,7 +184,7 @@ def embed(
     settings: dict[str, Any],
     batch_size: int,
     workers: int,
-    views: ViewModel | None = None,
+    crops: Crops | None = None,
     sharding: Sharding = "dynamic",
     max_lost: float = MAX_LOST,
     start_progress: StartProgress = lambda total: no_progress,
@@ -194,7 +195,7 @@ def embed(
 
     Args:
         settings: The model, precision, weights and views; recorded, and compared with those of a started folder.
-        views: Embeds views beside the whole images; None: no views.
+        crops: Cuts the views that are embedded beside the whole images; None: no views.
         sharding: "static" assigns shard s to rank s % world. "dynamic" starts the same way; a rank that is done then
             takes over shards that no rank has started and those of ranks that died.
         max_lost: Share of the samples that may be skipped. Above it meta.json is not written; the partitions stay.
@@ -208,7 +209,7 @@ def embed(
             if stage.finished() is not None:
                 max_lost = 1.0  # it was accepted when the stage was finished
             stage.begin()
-    count = views.crops.views.count if views else 0
+    count = crops.views.count if crops else 0
     missing, done = _done_shards(index, out, clip.embed_dim, count, mine, group)
     total = int(index.sizes[~done].sum())
     with stop_together(group):
@@ -219,7 +220,7 @@ def embed(
     queue = _open_queue(out, shards, parallel, sharding)
     # The queue is the inner block: a failing rank releases its claims before it waits for the other ranks.
     with stop_together(group), queue:
-        embedder = _ShardEmbedder(index, clip, views, out, batch_size, workers, start_progress(total))
+        embedder = _ShardEmbedder(index, clip, crops, out, batch_size, workers, start_progress(total))
         embedder.run(queue)
     samples = sum(gather_json(queue.samples_done, group))
     with stop_together(group):

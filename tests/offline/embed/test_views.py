@@ -32,7 +32,8 @@ from megacid.data.side_tables import TeacherTable
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.models.clip import LoadedClip, load_clip
-from megacid.offline.embed.encoding import ViewModel, pairs
+from megacid.offline.embed.encoding import teacher_crops
+from megacid.offline.embed.input import Pairs
 from megacid.offline.rows import EmbeddingRows
 from megacid.training.components import Data, open_data
 
@@ -187,7 +188,8 @@ def test_options_of_views_that_have_no_effect_are_refused(
 def crops_of_the_teacher(stage: Path, clip: LoadedClip) -> dict[int, Tensor]:
     """uint8 [views, 3, H, W] by sample number, as tools/embed.py cuts them."""
     index = load_index(stage / "shards")
-    dataset = pairs(index, clip, ViewModel.of_teacher(f"local-dir:{stage / 'model'}", None, VIEWS, SEED, clip.device))
+    crops = teacher_crops(f"local-dir:{stage / 'model'}", None, VIEWS, SEED)
+    dataset = Pairs(index, clip.preprocess_eval, clip.tokenizer, crops)
     found = {}
     for shard in range(3):
         batch = dataset.__getitems__(list(range(12 * shard, 12 * shard + 12)))
