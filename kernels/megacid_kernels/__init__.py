@@ -8,6 +8,7 @@ from megacid_kernels.engines.dispatch import resolve
 from megacid_kernels.loss_spec import LossSpec, TargetMargin, Weights
 from megacid_kernels.margin import Margin
 from megacid_kernels.schedule import Discrimination, Gradients, OnGradientSlab
+from megacid_kernels.sigmoid import sigmoid_cross_entropy
 
 __all__ = [
     "Discrimination",
@@ -23,4 +24,5 @@ __all__ = [
     "linear_margin_cross_entropy",
     "linear_margin_discrimination",
     "resolve",
+    "sigmoid_cross_entropy",
 ]

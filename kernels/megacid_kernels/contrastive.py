@@ -33,7 +33,8 @@ DEFAULT_BUDGET_BYTES = 1 << 28
 class PairLoss(torch.autograd.Function):
     """Base of losses of anchors and candidates whose forward computes the gradients; backward scales and rounds them.
 
-    Arguments of forward: anchors, candidates and scale, whose dtypes it keeps as `ctx.dtypes`, and four others.
+    Arguments of forward: anchors, candidates, scale and any further tensors with a gradient, whose dtypes it keeps as
+    `ctx.dtypes`; then those without.
     """
 
     @staticmethod
@@ -44,18 +45,19 @@ class PairLoss(torch.autograd.Function):
         scale: Tensor,
         grad_anchor: Tensor | None,
         grad_other: Tensor | None,
+        *further: Tensor | None,
     ) -> None:
         """Save the gradients that are needed, and that of the scale, which follows from those of the anchors."""
         grad_scale = None
         if needs[2] and grad_anchor is not None:
             grad_scale = torch.linalg.vecdot(anchor, grad_anchor).sum() / scale
-        ctx.save_for_backward(grad_anchor if needs[0] else None, grad_other, grad_scale)
+        ctx.save_for_backward(grad_anchor if needs[0] else None, grad_other, grad_scale, *further)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grads = [None if g is None else scaled(g, grad_loss, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
-        return *grads, None, None, None, None
+        return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
 
 class _Contrastive(PairLoss):
@@ -97,6 +99,22 @@ def _candidates(chosen: str, other_GD: Tensor, scale: Tensor) -> Candidates:
     return TritonCandidates(other_GD, scale)
 
 
+def check_pairs(anchor_bD: Tensor, other_GD: Tensor, start: int, **scalars: Tensor) -> None:
+    """Raise ValueError unless the shapes fit and every anchor has its pair."""
+    if anchor_bD.ndim != 2 or other_GD.ndim != 2 or anchor_bD.shape[1] != other_GD.shape[1]:
+        raise ValueError(
+            f"anchor is {tuple(anchor_bD.shape)} and other {tuple(other_GD.shape)}, expected [b, D] and [G, D], equal D"
+        )
+    if not 0 <= start <= len(other_GD) - len(anchor_bD):
+        raise ValueError(
+            f"start is {start} with {len(anchor_bD)} anchors and {len(other_GD)} candidates, expected a pair for every "
+            "anchor: pass the candidates of all ranks"
+        )
+    for name, value in scalars.items():
+        if value.ndim:
+            raise ValueError(f"{name} is {tuple(value.shape)}, expected a 0-d tensor")
+
+
 def contrastive_cross_entropy(
     anchor_bD: Tensor,
     other_GD: Tensor,
@@ -124,17 +142,7 @@ def contrastive_cross_entropy(
     Raises:
         ValueError: wrong shapes, or `impl` is not available.
     """
-    if anchor_bD.ndim != 2 or other_GD.ndim != 2 or anchor_bD.shape[1] != other_GD.shape[1]:
-        raise ValueError(
-            f"anchor is {tuple(anchor_bD.shape)} and other {tuple(other_GD.shape)}, expected [b, D] and [G, D], equal D"
-        )
-    if not 0 <= start <= len(other_GD) - len(anchor_bD):
-        raise ValueError(
-            f"start is {start} with {len(anchor_bD)} anchors and {len(other_GD)} candidates, expected a pair for every "
-            "anchor: pass the candidates of all ranks"
-        )
-    if scale.ndim:
-        raise ValueError(f"scale is {tuple(scale.shape)}, expected a 0-d tensor")
+    check_pairs(anchor_bD, other_GD, start, scale=scale)
     check_budget(memory_budget_bytes)
     widest = torch.promote_types(anchor_bD.dtype, other_GD.dtype)
     chosen = resolve(impl, anchor_bD.device, widest)

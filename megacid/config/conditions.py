@@ -45,6 +45,7 @@ ContrastiveTerm = Needs(
     "loss.contrastive or loss.instance or loss.affinity > 0",
     lambda block: block.loss.contrastive or block.loss.instance or block.loss.affinity,
 )
+PairTerm = Needs("loss.contrastive or loss.instance > 0", lambda block: block.loss.contrastive or block.loss.instance)
 AffinityTerm = Needs("loss.affinity > 0", lambda block: block.loss.affinity)
 ClusterTerm = Needs("loss.cluster > 0", lambda block: block.loss.cluster)
 KL = Needs("loss.gamma > 0", lambda block: block.loss.gamma)

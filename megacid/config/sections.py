@@ -172,6 +172,9 @@ class LossConfig(Section):
     """Inside cluster: weight of KL(teacher || student). [assumed]"""
     cluster_temperature: Annotated[float, Field(gt=0), when.ClusterTerm, when.KL] = 1.0
     """Inside cluster: temperature of the KL. [assumed]"""
+    form: Annotated[Literal["softmax", "sigmoid"], when.PairTerm] = "softmax"
+    """Form of contrastive and instance: CLIP's softmax over the batch, or SigLIP's sigmoid of each pair, with a learned
+    logit bias."""
     temperature: Annotated[Annotated[float, Field(ge=0.01)] | None, when.ContrastiveTerm] = None
     """Fixed temperature of the student's similarities; null: learned, 1/temperature <= 100."""
     affinity_temperature: Annotated[float, Field(ge=0.001), when.AffinityTerm] = 0.01

@@ -39,7 +39,8 @@ def student_from_run(run: Path | str, step: int | None = None, *, ema: bool = Fa
         UserError: not a run directory, or the checkpoint is missing, damaged, of another config.json, or has no EMA.
     """
     run = Path(run)
-    block = read_run_block(run)["student"]
+    settings = read_run_block(run)
+    block = settings["student"]
     directory = checkpoint_of(run, step)
     student = build_student(
         block["model"],
@@ -47,6 +48,7 @@ def student_from_run(run: Path | str, step: int | None = None, *, ema: bool = Fa
         image_size=block.get("image_size"),
         context_length=block.get("context_length"),
         projection=block.get("projection", False),
+        sigmoid=settings.get("loss", {}).get("form") == "sigmoid",
         seed=0,
     )
     # The weights come from the checkpoint, but the tag decides mean and standard deviation.

@@ -30,7 +30,7 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"  # transformers' names of the 
 
 # Fields of open_clip that CLIPModel has, too, or that change no result outside of training. All others must have
 # open_clip's default.
-_TOP = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"}
+_TOP = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale"}
 _VISION = {
     "image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio", "patch_dropout", "output_tokens",
     "final_ln_after_pool",

@@ -15,7 +15,9 @@ from megacid.distributed.collectives import (
     GradReduction,
     Group,
     gather_sizes,
+    gradient_factor,
     rank,
+    scale_gradient,
     start_gather,
     start_gather_rows,
     world_size,
@@ -58,6 +60,7 @@ class GlobalBatch:
         self.size, self.group, self.grad_reduction, self.equal_batches = size, group, grad_reduction, equal_batches
         self._pending: dict[str, Callable[[], Tensor]] = {}
         self._gathered: dict[str, Tensor] = {}
+        self._local: dict[str, Tensor] = {}
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -88,6 +91,15 @@ class GlobalBatch:
                 )
             else:
                 self._pending[name] = start_gather(x, self.sizes, self.group)
+
+    def keep(self, **local: Tensor) -> None:
+        """Take matrices [b, D] of the student, of which terms need this rank's rows alone: nothing is gathered."""
+        factor = gradient_factor(self.group, self.grad_reduction)
+        self._local |= {name: scale_gradient(at_least_fp32(x), factor) for name, x in local.items()}
+
+    def rows(self, name: str) -> Tensor:
+        """This rank's rows of a matrix, [b, D] in float32 (float64), gathered or not."""
+        return self._local[name] if name in self._local else self[name][self.own]
 
     def finish(self) -> None:
         """Wait for the matrices that are being gathered."""

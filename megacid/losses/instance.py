@@ -20,8 +20,8 @@ from megacid.distributed.collectives import (
     scale_gradient,
     sum_over_ranks,
 )
-from megacid.losses.global_batch import GlobalBatch, at_least_fp32, check_shapes
-from megacid_kernels import affinity_cross_entropy, contrastive_cross_entropy
+from megacid.losses.global_batch import STUDENT, GlobalBatch, at_least_fp32, check_shapes
+from megacid_kernels import affinity_cross_entropy, contrastive_cross_entropy, sigmoid_cross_entropy
 
 
 def _gather(group: Group, grad_reduction: GradReduction, image_S: Tensor, **others: Tensor) -> GlobalBatch:
@@ -33,27 +33,43 @@ def _gather(group: Group, grad_reduction: GradReduction, image_S: Tensor, **othe
 
 
 def _replicated(logit_scale: Tensor, batch: GlobalBatch) -> Tensor:
-    """The scale is a replicated parameter: the engine sums or averages its gradient over the ranks."""
+    """The scale is a replicated parameter, as is the bias: the engine sums or averages its gradient over the ranks."""
     return scale_gradient(at_least_fp32(logit_scale), gradient_factor(batch.group, batch.grad_reduction))
 
 
-def _mean_of_pairs(batch: GlobalBatch, pairs: list[tuple[Tensor, Tensor]], logit_scale: Tensor) -> Tensor:
-    """This rank's part of half the sum of NCE(a -> b) over the pairs (a_GD, b_GD)."""
+def _sum_of_pairs(
+    batch: GlobalBatch, pairs: tuple[tuple[str, str], ...], logit_scale: Tensor, logit_bias: Tensor | None
+) -> Tensor:
+    """This rank's part of the sum over pairs (a, b) of matrices: 1/2 [NCE(a -> b) + NCE(b -> a)], or SCE(a, b)."""
     own, scale = batch.own, _replicated(logit_scale, batch)
-    parts = [contrastive_cross_entropy(a[own], b, scale, own.start) for a, b in pairs]
+    if logit_bias is not None:
+        bias = _replicated(logit_bias, batch)
+        parts = [sigmoid_cross_entropy(batch.rows(a), batch[b], scale, bias, own.start) for a, b in pairs]
+        return torch.stack(parts).sum() / batch.count
+    x = {name: batch[name] for pair in pairs for name in pair}
+    directions = [(x[one], x[other]) for a, b in pairs for one, other in ((a, b), (b, a))]
+    parts = [contrastive_cross_entropy(a[own], b, scale, own.start) for a, b in directions]
     return torch.stack(parts).sum() / (2 * batch.count)
 
 
-def instance_part(batch: GlobalBatch, logit_scale: Tensor) -> Tensor:
+def gathered_student(instance: float, contrastive: float, affinity: float, form: str) -> tuple[str, ...]:
+    """Names of the student's matrices that terms of these weights need from all ranks.
+
+    The sigmoid form is symmetric: each rank takes its rows of one matrix of a pair and all rows of the other one.
+    """
+    if affinity > 0 or (form == "softmax" and (instance > 0 or contrastive > 0)):
+        return STUDENT
+    return ("text_S",) if contrastive > 0 else ()
+
+
+def instance_part(batch: GlobalBatch, logit_scale: Tensor, logit_bias: Tensor | None = None) -> Tensor:
     """This rank's part of `instance_loss`."""
-    v_S, t_S, v_T, t_T = (batch[name] for name in ("image_S", "text_S", "image_T", "text_T"))
-    return _mean_of_pairs(batch, [(v_S, t_T), (t_T, v_S), (t_S, v_T), (v_T, t_S)], logit_scale)
+    return _sum_of_pairs(batch, (("image_S", "text_T"), ("text_S", "image_T")), logit_scale, logit_bias)
 
 
-def contrastive_part(batch: GlobalBatch, logit_scale: Tensor) -> Tensor:
+def contrastive_part(batch: GlobalBatch, logit_scale: Tensor, logit_bias: Tensor | None = None) -> Tensor:
     """This rank's part of `contrastive_loss`."""
-    v_S, t_S = batch["image_S"], batch["text_S"]
-    return _mean_of_pairs(batch, [(v_S, t_S), (t_S, v_S)], logit_scale)
+    return _sum_of_pairs(batch, (STUDENT,), logit_scale, logit_bias)
 
 
 def affinity_part(batch: GlobalBatch, logit_scale: Tensor, teacher_scale: float) -> Tensor:
@@ -82,10 +98,16 @@ def instance_loss(
     logit_scale: Tensor,
     group: Group = None,
     grad_reduction: GradReduction = "mean",
+    *,
+    logit_bias: Tensor | None = None,
 ) -> Tensor:
     """Instance discrimination distillation (CLIP-CID, arXiv 2408.09441). A collective; batch sizes may differ or be 0.
 
         1/2 [NCE(vS -> tT) + NCE(tT -> vS)] + 1/2 [NCE(tS -> vT) + NCE(vT -> tS)]
+
+    In the sigmoid form, that of SigLIP (arXiv 2303.15343), it is SCE(vS, tT) + SCE(tS, vT):
+
+        SCE(a, b) = -1/G sum_i sum_j ln sigmoid(y_ij (logit_scale a_i . b_j + logit_bias)), y_ii = 1, else y_ij = -1
 
     Args:
         image_S: [b, D] student embeddings, L2-normalised, like text_S.
@@ -93,20 +115,30 @@ def instance_loss(
         logit_scale: 0-d, 1 / temperature.
         group: ranks of the global batch; None is the default group.
         grad_reduction: how the engine combines gradients over ranks.
+        logit_bias: 0-d, selects the sigmoid form.
 
     Returns:
         The loss, 0-d, the same on every rank.
     """
     batch = _gather(group, grad_reduction, image_S, text_S=text_S, image_T=image_T, text_T=text_T)
-    return sum_over_ranks(instance_part(batch, logit_scale), group)
+    return sum_over_ranks(instance_part(batch, logit_scale, logit_bias), group)
 
 
 def contrastive_loss(
-    image_S: Tensor, text_S: Tensor, logit_scale: Tensor, group: Group = None, grad_reduction: GradReduction = "mean"
+    image_S: Tensor,
+    text_S: Tensor,
+    logit_scale: Tensor,
+    group: Group = None,
+    grad_reduction: GradReduction = "mean",
+    *,
+    logit_bias: Tensor | None = None,
 ) -> Tensor:
-    """The loss of CLIP, 0-d: 1/2 [NCE(vS -> tS) + NCE(tS -> vS)]. Arguments as in `instance_loss`."""
+    """The loss of CLIP, 0-d: 1/2 [NCE(vS -> tS) + NCE(tS -> vS)], or with a logit_bias that of SigLIP, SCE(vS, tS).
+
+    Arguments as in `instance_loss`.
+    """
     batch = _gather(group, grad_reduction, image_S, text_S=text_S)
-    return sum_over_ranks(contrastive_part(batch, logit_scale), group)
+    return sum_over_ranks(contrastive_part(batch, logit_scale, logit_bias), group)
 
 
 def affinity_loss(

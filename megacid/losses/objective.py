@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,11 +14,11 @@ from megacid.distributed.collectives import Gathered, GradReduction, sum_over_ra
 from megacid.errors import UserError
 from megacid.losses.cluster import ClusterDistillation
 from megacid.losses.global_batch import GlobalBatch, check_shapes
-from megacid.losses.instance import affinity_part, contrastive_part, instance_part, mse_part
+from megacid.losses.instance import affinity_part, contrastive_part, gathered_student, instance_part, mse_part
 
 
 class StudentOutput(Protocol):
-    """Output of a student: image, text [B, D] L2-normalised, logit_scale 0-d."""
+    """Output of a student: image, text [B, D] L2-normalised, logit_scale and logit_bias 0-d."""
 
     @property
     def image(self) -> Tensor: ...
@@ -26,6 +26,8 @@ class StudentOutput(Protocol):
     def text(self) -> Tensor: ...
     @property
     def logit_scale(self) -> Tensor: ...
+    @property
+    def logit_bias(self) -> Tensor: ...
 
 
 class TargetBatch(Protocol):
@@ -61,6 +63,7 @@ class Objective:
         equal_batches: whether every rank has equally many samples, which saves an exchange of their numbers.
         overlap: whether the student's forward may run while the teacher's embeddings are gathered; not under ZeRO 3,
             whose forward gathers parameters in another group.
+        form: of the contrastive and the instance term; "sigmoid" adds the student's learned logit_bias to the logits.
         temperature: fixed temperature of the student's similarities; None uses its learned logit_scale.
         affinity_temperature: of the teacher's similarities in `affinity_loss`. Stored embeddings come without the
             teacher's own; OpenCLIP's models end at 0.01, their bound.
@@ -82,6 +85,7 @@ class Objective:
         grad_reduction: GradReduction = "mean",
         equal_batches: bool = False,
         overlap: bool = True,
+        form: Literal["softmax", "sigmoid"] = "softmax",
         temperature: float | None = None,
         affinity_temperature: float = 0.01,
     ):
@@ -106,7 +110,9 @@ class Objective:
             raise UserError(f"temperature is {temperature}, expected > 0, or null for the learned temperature")
         if not (math.isfinite(affinity_temperature) and affinity_temperature > 0):
             raise UserError(f"affinity_temperature is {affinity_temperature}, expected > 0: 0.01 is usual")
-        self.cluster_loss, self.temperature = cluster_loss, temperature
+        if form not in ("softmax", "sigmoid"):
+            raise UserError(f'form is {form!r}, expected "softmax" or "sigmoid"')
+        self.cluster_loss, self.form, self.temperature = cluster_loss, form, temperature
         self.affinity_scale = 1 / affinity_temperature
         self.group, self.grad_reduction, self.equal_batches = group, grad_reduction, equal_batches
         self.overlap = overlap
@@ -117,7 +123,8 @@ class Objective:
         self._reads = {term: fields for term, fields in reads.items() if self.weights[term] > 0}
         gathered = {field for term, fields in self._reads.items() if term != "mse" for field in fields}
         self._teacher = {name: field for name, field in zip(("image_T", "text_T"), teacher) if field in gathered}
-        self._gathers_student = any(self.weights[term] > 0 for term in ("instance", "contrastive", "affinity"))
+        self._compares = any(self.weights[term] > 0 for term in ("instance", "contrastive", "affinity"))
+        self._student = gathered_student(instance, contrastive, affinity, form)
 
     def start(self, batch: TargetBatch) -> StartedBatch:
         """Start to gather the teacher's embeddings, which overlaps with the student's forward. A collective.
@@ -156,18 +163,21 @@ class Objective:
         started = batch if isinstance(batch, StartedBatch) else self.start(batch)
         targets, gathered = started.targets, started.gathered or self._global_batch(len(out.image))
         teacher = {name: getattr(targets, field) for name, field in self._teacher.items()}
-        check_shapes(out.image, **({"text_S": out.text} if self._gathers_student else {}), **teacher)
-        if self._gathers_student:
-            gathered.start(image_S=out.image, text_S=out.text)
+        check_shapes(out.image, **({"text_S": out.text} if self._compares else {}), **teacher)
+        if self._compares:
+            student = {"image_S": out.image, "text_S": out.text}
+            gathered.start(**{name: student.pop(name) for name in self._student})
+            gathered.keep(**student)
         w, scale = self.weights, self._logit_scale(out)
+        bias = out.logit_bias if self.form == "sigmoid" else None
         parts: dict[str, Tensor] = {}  # this rank's parts of the means over the global batch
         details: dict[str, Tensor] = {}
         if w["instance"] > 0:
-            parts["instance"] = instance_part(gathered, scale)
+            parts["instance"] = instance_part(gathered, scale, bias)
         if w["cluster"] > 0:
             cluster, details = self._cluster(out.image, targets, gathered)
         if w["contrastive"] > 0:
-            parts["contrastive"] = contrastive_part(gathered, scale)
+            parts["contrastive"] = contrastive_part(gathered, scale, bias)
         if w["mse"] > 0:
             assert targets.teacher_image is not None and targets.teacher_text is not None
             image, text = (out.image, targets.teacher_image), (out.text, targets.teacher_text)
@@ -187,7 +197,7 @@ class Objective:
         assert self.cluster_loss is not None and targets.label is not None
         # Alone, the classifier gathers the student's images itself: its reduce-scatter then overlaps with the gradient
         # of the class rows.
-        student = Gathered(gathered["image_S"]) if self._gathers_student else image
+        student = Gathered(gathered["image_S"]) if "image_S" in self._student else image
         anchor = Gathered(gathered["image_T"]) if self.cluster_loss.weights.needs_teacher else None
         value, terms = self.cluster_loss(student, targets.label, anchor)
         return value, {f"cluster/{name}": term for name, term in terms.items()}

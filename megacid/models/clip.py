@@ -57,6 +57,7 @@ class StudentSpec:
     pretrained: str | None = None
     projection: bool = False
     patch_dropout: float | None = None
+    sigmoid: bool = False  # of the "loss" block: whether its form is sigmoid
 
 
 # ---- architectures ---------------------------------------------------------------------------------------------------

@@ -43,9 +43,9 @@ class FeatureTower(nn.Module):
         return 0
 
     def forward(self, image: torch.Tensor, text: torch.Tensor) -> StudentOutput:
-        """image [B, d] float, text [B, 0] int64 -> `StudentOutput` with image [B, D], text [B, 0], logit_scale 1.
+        """image [B, d] float, text [B, 0] int64 -> `StudentOutput` with image [B, D], text [B, 0], scale 1 and bias 0.
 
         For the cluster term only: the run file's validation rejects terms that compare with texts.
         """
         embedding = F.normalize(self.projection(self.body(image)).float(), dim=-1)
-        return StudentOutput(embedding, embedding[:, :0], torch.ones((), device=embedding.device))
+        return StudentOutput(embedding, embedding[:, :0], embedding.new_ones(()), embedding.new_zeros(()))

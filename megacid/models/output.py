@@ -14,3 +14,4 @@ class StudentOutput(NamedTuple):
     image: torch.Tensor  # [B, D] fp32, L2-normalised
     text: torch.Tensor  # [B, D] fp32, L2-normalised
     logit_scale: torch.Tensor  # 0-d fp32, min(exp(parameter), 100)
+    logit_bias: torch.Tensor  # 0-d fp32; 0 for a student without one

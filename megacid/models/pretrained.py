@@ -31,7 +31,8 @@ def load_weights(clip: Any, spec: StudentSpec, projections: Callable[[], set[str
     """Load the weights of `spec` into an open_clip model, and say in the log what is not as in the file.
 
     A projection of another width keeps the values of `clip`, and so does one that `spec` adds to towers without any.
-    Position embeddings are resized by open_clip. Everything else must fit.
+    Without a logit bias in the file, a student of the sigmoid form keeps its own logit scale and bias. Position
+    embeddings are resized by open_clip. Everything else must fit.
 
     Args:
         clip: the student's, on the CPU; a tower of timm has the image size that its architecture has.
@@ -42,8 +43,12 @@ def load_weights(clip: Any, spec: StudentSpec, projections: Callable[[], set[str
     """
     own: dict[str, Tensor] = clip.state_dict()
     kept: list[str] = []
+    logits = {name: own[name] for name in ("logit_scale", "logit_bias") if spec.sigmoid}
 
-    def keep_projections(module: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
+    def keep_own(module: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
+        if logits and not state["logit_bias"].any():  # the file has none, and open_clip fills in 0
+            state |= logits
+            log.info("initial weights: without a logit bias, so logit_scale and logit_bias start at SigLIP's values")
         misfits = [name for name in own if name in state and state[name].shape != own[name].shape]
         if spec.projection:
             misfits += [name for name in own if name not in state]
@@ -52,7 +57,7 @@ def load_weights(clip: Any, spec: StudentSpec, projections: Callable[[], set[str
             kept.extend(name for name in misfits if name in replaceable)
             state |= {name: own[name] for name in kept}
 
-    handle = clip.register_load_state_dict_pre_hook(keep_projections)
+    handle = clip.register_load_state_dict_pre_hook(keep_own)
     try:
         with _resized() as resized:
             open_clip.load_checkpoint(clip, _file(spec))

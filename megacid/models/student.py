@@ -30,6 +30,7 @@ from megacid.models.output import StudentOutput
 from megacid.models.pretrained import has_weights, load_weights
 
 MAX_LOGIT_SCALE = 100.0
+SIGLIP_LOGITS = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # Zhai et al. 2023, arXiv 2303.15343
 
 
 def image_shape(config: dict[str, Any]) -> tuple[int, ...]:
@@ -110,11 +111,13 @@ class Student(nn.Module):
         # Not encode_image and encode_text: ZeRO-3 fetches a module's parameters in its forward, and the root module
         # owns positional_embedding, text_projection and logit_scale.
         out = self.clip(image, text)
+        scale, bias = out["logit_scale"].float().reshape(()), out.get("logit_bias")
         # Normalises again in fp32: in bf16 open_clip's own normalisation leaves norms off by up to 0.4 %.
         return StudentOutput(
             F.normalize(out["image_features"].float(), dim=-1),
             F.normalize(out["text_features"].float(), dim=-1),
-            _UpperBound.apply(out["logit_scale"].float().reshape(()), MAX_LOGIT_SCALE),
+            _UpperBound.apply(scale, MAX_LOGIT_SCALE),
+            torch.zeros_like(scale.detach()) if bias is None else bias.float().reshape(()),
         )
 
 
@@ -153,7 +156,7 @@ def student_config(spec: StudentSpec) -> dict[str, Any]:
             )
         for section, name in changed:
             section[name] = "linear"
-    return config
+    return config | (SIGLIP_LOGITS if spec.sigmoid else {})
 
 
 def create_clip(spec: StudentSpec, config: dict[str, Any], *, seed: int, **options: Any) -> Any:
@@ -171,6 +174,8 @@ def create_clip(spec: StudentSpec, config: dict[str, Any], *, seed: int, **optio
         if spec.patch_dropout is not None:
             options["vision_cfg"] |= {"patch_dropout": spec.patch_dropout}
         options["text_cfg"] = config["text_cfg"] | {"hf_model_pretrained": False}
+    if spec.sigmoid:
+        options |= SIGLIP_LOGITS
     with torch.random.fork_rng(devices=[]):  # the CPU generator alone: the weights must not depend on the machine
         torch.manual_seed(seed)
         return create_model(
@@ -211,6 +216,7 @@ def build_student(
     pretrained: str | None = None,
     projection: bool = False,
     patch_dropout: float | None = None,
+    sigmoid: bool = False,
     seed: int,
     grad_checkpointing: bool = False,
 ) -> Student:
@@ -223,12 +229,14 @@ def build_student(
             random generator. Projections of another width than `embed_dim` are drawn from `seed`, too.
         projection: add a linear projection to each tower without one.
         patch_dropout: share of the image patches that are left out in training; no part of `model_config`.
+        sigmoid: give the student a logit bias, for the sigmoid form of the loss. It starts at SigLIP's value, and so
+            does the logit scale, unless the initial weights have both.
         grad_checkpointing: recompute activations in backward.
 
     Raises:
         UserError: an unknown architecture, one that is not a two-tower CLIP, or weights that do not fit.
     """
-    spec = StudentSpec(model, embed_dim, image_size, context_length, pretrained, projection, patch_dropout)
+    spec = StudentSpec(model, embed_dim, image_size, context_length, pretrained, projection, patch_dropout, sigmoid)
     config = student_config(spec)
     check_weights(model, pretrained)
     with_weights = has_weights(spec)

@@ -17,6 +17,8 @@ from megacid.classifier.label_exchange import HEADER
 from megacid.classifier.sampling import num_dims
 from megacid.config.schema import RunFile
 from megacid.distributed.reduction import is_left_open
+from megacid.losses.global_batch import STUDENT
+from megacid.losses.instance import gathered_student
 from megacid.models.feature_tower import FeatureTower
 from megacid.training.flops import forward_on_meta
 from megacid.training.memory import loss_spec, samples_per_chunk
@@ -57,39 +59,40 @@ def step_collectives(
         world: W.
         device: "cpu" or "cuda", on which the classifier's chunks depend.
     """
-    trained = 2 if run.accumulation > 1 else _trained_embeddings(student)  # a GradientCache differentiates both
+    trained = STUDENT if run.accumulation > 1 else _trained_embeddings(student)  # a GradientCache differentiates both
     found = objective_collectives(run, num_classes, student.embed_dim, world, device, trained)
     return found + engine_collectives(run, student, world)
 
 
-def _trained_embeddings(student: Student | FeatureTower) -> int:
-    """Number of the student's embeddings that have a gradient: that of a frozen tower has none."""
+def _trained_embeddings(student: Student | FeatureTower) -> tuple[str, ...]:
+    """Names of the student's embeddings that have a gradient: that of a frozen tower has none."""
     if all(p.requires_grad for p in student.parameters()):
-        return 2
+        return STUDENT
     out = forward_on_meta(student)
-    return out.image.requires_grad + out.text.requires_grad
+    return tuple(name for name, x in zip(STUDENT, (out.image, out.text)) if x.requires_grad)
 
 
 def objective_collectives(
-    run: RunFile, num_classes: int, width: int, world: int, device: str, trained: int = 2
+    run: RunFile, num_classes: int, width: int, world: int, device: str, trained: Sequence[str] = STUDENT
 ) -> list[Collective]:
     """Those of the loss terms and of the guard's decision; the arguments are those of `step_collectives`.
 
     Args:
         width: D.
-        trained: number of the student's embeddings that have a gradient, of image and text.
+        trained: names of the student's embeddings that have a gradient.
     """
     loss = run.megacid.loss
-    gathers_student = loss.instance > 0 or loss.contrastive > 0 or loss.affinity > 0
+    student = gathered_student(loss.instance, loss.contrastive, loss.affinity, loss.form)
     gathers_teacher = loss.instance > 0 or loss.affinity > 0
     found, matrix = [], run.global_batch * width
     if gathers_teacher or (loss.cluster and (loss.beta or loss.gamma)):  # float16, as tools/embed.py writes them
         found.append(Collective("teacher embeddings", "all_gather", 2 * matrix, 2 if gathers_teacher else 1))
-    if gathers_student:
-        found.append(Collective("student embeddings", "all_gather", 4 * matrix, 2))
-        found.append(Collective("their gradients", "reduce_scatter", 4 * matrix, trained))
+    if student:
+        found.append(Collective("student embeddings", "all_gather", 4 * matrix, len(student)))
+        differentiated = sum(name in trained for name in student)
+        found.append(Collective("their gradients", "reduce_scatter", 4 * matrix, differentiated))
     if loss.cluster:
-        found += _classifier(run, num_classes, width, world, device, gathers_images=not gathers_student)
+        found += _classifier(run, num_classes, width, world, device, gathers_images="image_S" not in student)
     terms = sum(weight > 0 for weight in (loss.instance, loss.contrastive, loss.mse, loss.affinity))
     if terms:
         # mse alone is computed by micro-batch; every other objective once for the whole batch, see GradientCache.

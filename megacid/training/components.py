@@ -245,6 +245,7 @@ def trained_outputs(loss: LossConfig) -> set[str]:
         *(("image",) if loss.cluster and (loss.alpha or loss.gamma) else ()),
         *(("image", "text") if similarities or loss.mse else ()),
         *(("logit_scale",) if similarities and loss.temperature is None else ()),
+        *(("logit_bias",) if loss.form == "sigmoid" else ()),
     }
 
 
@@ -260,7 +261,7 @@ def _student_spec(run: RunFile, teacher_dim: int | None) -> StudentSpec:
         )
     return StudentSpec(
         config.model, width, config.image_size, config.context_length, config.pretrained, config.projection,
-        config.patch_dropout,
+        config.patch_dropout, run.megacid.loss.form == "sigmoid",
     )  # fmt: skip
 
 
@@ -346,6 +347,7 @@ def make_objective(run: RunFile, head: PartialFC | None, parallel: Parallel) -> 
         overlap=run.zero_stage < 3,
         grad_reduction=run.grad_reduction,
         equal_batches=True,
+        form=loss.form,
         temperature=loss.temperature,
         affinity_temperature=loss.affinity_temperature,
     )

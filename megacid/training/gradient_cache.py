@@ -39,7 +39,7 @@ class GradientCache:
         self.batches: list[Batch] = []
         self._outputs: list[StudentOutput] = []
         self._started: StartedBatch | None = None
-        self._gradients: list[tuple[Tensor | None, Tensor | None, Tensor | None]] = []
+        self._gradients: list[tuple[Tensor | None, ...]] = []  # by micro-batch, in the order of StudentOutput
 
     def start(self, objective: Objective, device: torch.device) -> None:
         """Start the objective on the targets of all `batches`. A collective."""
@@ -61,17 +61,18 @@ class GradientCache:
             The loss and its terms, as `Objective` returns them, and what `observe` returns.
         """
         image, text = self.image.requires_grad_(), torch.cat([out.text for out in self._outputs]).requires_grad_()
-        logit_scale = self._outputs[-1].logit_scale.clone().requires_grad_()
-        out, started = StudentOutput(image, text, logit_scale), self._started
+        last = self._outputs[-1]
+        scalars = [x.clone().requires_grad_() for x in (last.logit_scale, last.logit_bias)]
+        out, started = StudentOutput(image, text, *scalars), self._started
         assert started is not None
         loss, terms = objective(out, started)
         loss.backward()
         sizes = [len(out.image) for out in self._outputs]
         none = [None] * len(sizes)
         images, texts = (none if x.grad is None else x.grad.split(sizes) for x in (image, text))
-        # Every micro-batch has the same logit scale, so each gets an equal share of its gradient.
-        share = None if logit_scale.grad is None else logit_scale.grad / len(sizes)
-        self._gradients = list(zip(images, texts, [share] * len(sizes)))
+        # Every micro-batch has the same logit scale and bias, so each gets an equal share of their gradients.
+        shares = [None if x.grad is None else x.grad / len(sizes) for x in scalars]
+        self._gradients = [(*pair, *shares) for pair in zip(images, texts)]
         self._started = None  # frees the gathered matrices before the replay
         return loss.detach(), terms, observe(out, started.targets)
 

@@ -16,14 +16,15 @@ class Observed(NamedTuple):
     cosine_image: float
     cosine_text: float
     logit_scale: float
+    logit_bias: float
 
 
 @torch.no_grad()
 def observe(out: StudentOutput, targets: TargetBatch) -> Tensor:
-    """The values of `Observed` for this rank's batch, float32 [3]."""
+    """The values of `Observed` for this rank's batch, float32 [4]."""
     pairs = ((out.image, targets.teacher_image), (out.text, targets.teacher_text))
     cosines = [
         out.logit_scale.new_zeros(()) if teacher is None else (student * teacher).sum(-1).float().mean()
         for student, teacher in pairs
     ]
-    return torch.stack([*cosines, out.logit_scale.detach()]).float()
+    return torch.stack([*cosines, out.logit_scale.detach(), out.logit_bias.detach()]).float()

@@ -41,7 +41,7 @@ def report_step(step: int, state: TrainState, output: StepOutput, verdict: Verdi
 
 
 def _observed(run: RunFile, data: Data, observed: Observed) -> dict[str, float]:
-    """What the run has of `observed`: cosines with a teacher, the logit scale where it is learned."""
+    """What the run has of `observed`: cosines with a teacher, the logit scale and bias where they are learned."""
     block = run.megacid
     scalars: dict[str, float] = {}
     if data.teacher_dim is not None:
@@ -50,6 +50,8 @@ def _observed(run: RunFile, data: Data, observed: Observed) -> dict[str, float]:
         scalars["train/cosine_text"] = observed.cosine_text
     if ContrastiveTerm.holds(block) and block.loss.temperature is None:
         scalars["train/logit_scale"] = observed.logit_scale
+    if block.loss.form == "sigmoid":
+        scalars["train/logit_bias"] = observed.logit_bias
     return scalars
 
 

@@ -36,6 +36,7 @@ FOR_NOTHING = {
     "data.prefetch=4": "without data.workers > 0",
     "loss.cluster_temperature=2 loss.gamma=0": "without loss.gamma > 0",
     "loss.temperature=0.07 loss.instance=0 data.labels=x": "without loss.contrastive or loss.instance or loss.affinity",
+    "loss.form=sigmoid loss.instance=0": "without loss.contrastive or loss.instance > 0",
     "classifier.margin_grad=straight_through": "without classifier.m1 > 1 or classifier.m2 > 0",
     "classifier.log_q=true classifier.sample_rate=1": "without classifier.sample_rate < 1",
     "classifier.lazy=decay classifier.sample_rate=1": "without classifier.sample_rate < 1",
@@ -214,7 +215,8 @@ NO_EFFECT_ON_FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"classifier__sample_rate": 1.0, "schedule__kind": "constant", "student__layers": 0},
         {"classifier__log_q": True, "classifier__lazy": "decay", "classifier__margin_grad": "straight_through",
          "classifier__momentum": 0.5, "schedule__final_share": 0.5, "guard__spike_deviations": 1.0,
-         "student__hidden": 7, "loss__temperature": 0.5, "loss__cluster_temperature": 3.0},
+         "student__hidden": 7, "loss__temperature": 0.5, "loss__form": "sigmoid",
+         "loss__cluster_temperature": 3.0},
     ),
     "sgd": ({"classifier__optimizer": "sgd"}, {"classifier__betas": [0.1, 0.2], "classifier__eps": 0.1}),
 }  # fmt: skip

@@ -23,14 +23,14 @@ def unit(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(x, dim=-1)
 
 
-def step(grad_reduction: str, weights: dict[str, float]) -> dict[str, Any]:
+def step(grad_reduction: str, weights: dict[str, Any]) -> dict[str, Any]:
     g = torch.Generator().manual_seed(1)
     pixels, words = torch.randn(BATCH, 6, generator=g), torch.randn(BATCH, 5, generator=g)
     teacher_image, teacher_text = (unit(torch.randn(BATCH, WIDTH, generator=g)) for _ in range(2))
     label = torch.randint(-1, CLASSES, (BATCH,), generator=g)
     towers = {"image": torch.randn(6, WIDTH, generator=g), "text": torch.randn(5, WIDTH, generator=g)}
     student = {name: w.requires_grad_() for name, w in towers.items()}
-    student["scale"] = torch.tensor(2.0, requires_grad=True)
+    student |= {name: torch.tensor(value, requires_grad=True) for name, value in (("scale", 2.0), ("bias", -3.0))}
     head = PartialFC(
         CLASSES,
         WIDTH,
@@ -46,6 +46,7 @@ def step(grad_reduction: str, weights: dict[str, float]) -> dict[str, Any]:
         image=unit(pixels[own] @ student["image"]),
         text=unit(words[own] @ student["text"]),
         logit_scale=student["scale"].exp(),
+        logit_bias=student["bias"],
     )
     batch = SimpleNamespace(label=label[own], teacher_image=teacher_image[own], teacher_text=teacher_text[own])
     loss, terms = objective(out, batch)
@@ -70,11 +71,12 @@ def step(grad_reduction: str, weights: dict[str, float]) -> dict[str, Any]:
         {"instance": 1.0, "cluster": 0.0},
         {"instance": 0.0, "cluster": 0.0, "mse": 1.0},
         {"instance": 0.0, "cluster": 0.0, "affinity": 1.0, "affinity_temperature": 0.2},
+        {"instance": 1.0, "cluster": 0.5, "contrastive": 0.7, "form": "sigmoid"},
     ],
-    ids=["all", "cluster", "instance", "mse", "affinity"],
+    ids=["all", "cluster", "instance", "mse", "affinity", "sigmoid"],
 )
 def test_a_shared_student_gets_the_gradient_of_one_process(
-    world: int, grad_reduction: str, weights: dict[str, float]
+    world: int, grad_reduction: str, weights: dict[str, Any]
 ) -> None:
     expected = step(grad_reduction, weights)
     results = run_ranks(step, world, grad_reduction, weights)

@@ -30,10 +30,14 @@ OBJECTIVES = {
         "loss.contrastive=0", "loss.instance=0", "loss.mse=0", "loss.beta=0", "loss.gamma=0", "data.teacher=null",
     ),
     "mse": (*NO_CLUSTER, "loss.instance=0", "loss.contrastive=0"),
+    "contrastive, sigmoid": (
+        *NO_CLUSTER, "loss.instance=0", "loss.mse=0", "data.teacher=null", "loss.form=sigmoid",
+    ),
+    "instance and cluster, sigmoid": ("loss.contrastive=0", "loss.mse=0", "loss.form=sigmoid"),
 }  # fmt: skip
 FP32, FP16 = BATCH * WIDTH * 4, BATCH * WIDTH * 2  # a matrix of all ranks
 LABELS = 2 * (6 + BATCH // 2) * 8  # two headers of 6 numbers with the labels
-GUARD = 8 * 8  # five numbers of the decision, three that are logged
+GUARD = 9 * 8  # five numbers of the decision, four that are logged
 # The collectives of the objective, in their order: name -> (kind, bytes).
 EXPECTED = {
     "instance and cluster": [
@@ -54,6 +58,13 @@ EXPECTED = {
         ("all_gather", LABELS), ("all_gather", FP32), ("all_reduce", 4 * BATCH * 4), ("reduce_scatter", FP32),
     ],
     "mse": [("all_reduce", 4)],
+    # Each rank needs all texts of the student, or all of the teacher's matrices, and its own rows of the other one.
+    "contrastive, sigmoid": [("all_gather", FP32), ("all_reduce", 4), ("reduce_scatter", FP32)],
+    "instance and cluster, sigmoid": [
+        ("all_gather", FP16), ("all_gather", FP16),
+        ("all_gather", LABELS), ("all_gather", FP32), ("all_reduce", 7 * BATCH * 4), ("reduce_scatter", FP32),
+        ("all_reduce", 4),
+    ],
 }  # fmt: skip
 
 
@@ -80,7 +91,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def predicted(file: Path, settings: list[str], freeze: tuple[str, ...] = ()) -> list[Collective]:
-    run, student = load_run(file, settings, world=2), small_student()
+    run = load_run(file, settings, world=2)
+    student = small_student(sigmoid=run.megacid.loss.form == "sigmoid")
     student.clip.set_grad_checkpointing(run.megacid.student.grad_checkpointing)
     student.freeze(frozen_parameters(student.clip, freeze, ("image", "text")))
     return step_collectives(run, student, CLASSES if run.megacid.loss.cluster else 0, 2, "cpu")
@@ -90,7 +102,7 @@ def predicted(file: Path, settings: list[str], freeze: tuple[str, ...] = ()) -> 
 def test_a_step_has_these_collectives_and_no_others(file: Path, name: str, accumulation: int) -> None:
     settings = [*division(accumulation, 0), *OBJECTIVES[name]]
     calls_of_ranks = run_ranks(count_collectives, 2, file, settings)
-    parameters = sum(p.numel() for p in small_student().parameters())
+    parameters = sum(p.numel() for p in small_student(sigmoid="sigmoid" in name).parameters())
     for calls in calls_of_ranks:
         times = accumulation if name == "mse" else 1  # mse alone needs no gradient caching
         assert calls == EXPECTED[name] * times + [("all_reduce", parameters * 4), ("all_reduce", GUARD)]

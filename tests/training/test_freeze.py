@@ -122,11 +122,12 @@ def test_the_objective_says_what_it_trains(file: Path) -> None:
         ('{"mse": 1.0}', {"image", "text"}),
         ('{"contrastive": 1.0, "temperature": 0.1}', {"image", "text"}),
         ('{"affinity": 1.0}', {"image", "text", "logit_scale"}),
+        ('{"instance": 1.0, "form": "sigmoid"}', {"image", "text", "logit_scale", "logit_bias"}),
     ):
         settings = [f"loss={loss}"]
         if "cluster" not in loss:
             settings += ["data.labels=null", "classifier=null"]
-        if not any(word in loss for word in ("beta", "mse", "affinity")):
+        if not any(word in loss for word in ("beta", "mse", "affinity", "instance")):
             settings.append("data.teacher=null")
         assert trained_outputs(load_run(file, settings, world=1).megacid.loss) == want, loss
 

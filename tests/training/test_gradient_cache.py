@@ -24,7 +24,7 @@ from megacid.distributed.engine import Engine
 from megacid.distributed.parallel import Parallel
 from megacid.models.clip import StudentSpec, model_config
 from megacid.models.freezing import frozen_parameters
-from megacid.models.student import Student
+from megacid.models.student import SIGLIP_LOGITS, Student
 from megacid.training.components import Components, Data, make_classifier, make_objective
 from megacid.training.evaluation import Evaluation
 from megacid.training.state import TrainState, with_engine
@@ -58,8 +58,8 @@ def micro_batches(state: TrainState, steps: int) -> Iterator[Batch]:
         yield batch._map(lambda x, own=own: x[own].clone())
 
 
-def small_student(patch_dropout: float = 0.0, head_width: int = 32) -> Student:
-    config = model_config("digits-student") | {"embed_dim": WIDTH}
+def small_student(patch_dropout: float = 0.0, head_width: int = 32, sigmoid: bool = False) -> Student:
+    config = model_config("digits-student") | {"embed_dim": WIDTH} | (SIGLIP_LOGITS if sigmoid else {})
     config["vision_cfg"] |= {"patch_dropout": patch_dropout, "head_width": head_width}
     config["text_cfg"]["vocab_size"] = TOKENS
     torch.manual_seed(3)
@@ -71,7 +71,8 @@ def build_state(file: Path, settings: list[str], dropout: bool = False, freeze: 
     parallel = Parallel(dist.get_rank(), dist.get_world_size(), dist.get_rank(), CPU, dist.group.WORLD)
     run = load_run(file, settings, world=parallel.world).with_embed_dim(WIDTH)
     # PyTorch has another attention without graph for an even number of heads.
-    student = small_student(run.megacid.student.patch_dropout or 0.0, 48 if freeze else 32)
+    sigmoid = run.megacid.loss.form == "sigmoid"
+    student = small_student(run.megacid.student.patch_dropout or 0.0, 48 if freeze else 32, sigmoid)
     student.clip.set_grad_checkpointing(run.megacid.student.grad_checkpointing)
     if dropout:
         for module in [m for m in student.modules() if isinstance(m, nn.Sequential) and hasattr(m, "c_proj")]:
@@ -168,6 +169,7 @@ NO_CLASSES = ["data.labels=null", "classifier=null"]
 VARIANTS: dict[str, list[str]] = {
     "contrastive alone": ['loss={"contrastive": 1.0}', "data.teacher=null", *NO_CLASSES],
     "fixed temperature": ['loss={"contrastive": 1.0, "instance": 1.0, "temperature": 0.2}', *NO_CLASSES],
+    "sigmoid form": ["loss.form=sigmoid"],
     "affinity of teacher and student": ['loss={"affinity": 1.0}', *NO_CLASSES],
     "cluster alone": ['loss={"cluster": 1.0}', "data.teacher=null"],
     "teacher's cross-entropy": ['loss={"cluster": 1.0, "alpha": 0.0, "beta": 1.0}'],
@@ -189,6 +191,7 @@ def both_divisions(file: Path, settings: list[str]) -> list[list[dict[str, Any]]
 def test_each_objective_and_option_is_that_of_one_batch(file: Path, case: str) -> None:
     (found,) = run_ranks(both_divisions, 1, file, VARIANTS[case])
     assert_same(*found)
+    assert ("clip.logit_bias" in found[0][0]["gradients"]) == ("sigmoid" in case)
 
 
 def test_two_ranks_with_recomputed_row_gradients_and_activations_under_zero_3(
@@ -199,9 +202,27 @@ def test_two_ranks_with_recomputed_row_gradients_and_activations_under_zero_3(
         assert_same(one_batch, got)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("threshold", [0, 100_000])
+def test_the_sigmoid_form_is_that_of_one_batch_under_zero_3(file: Path, threshold: int) -> None:
+    """open_clip returns the bias itself from its forward, where ZeRO 3 partitions parameters above the threshold."""
+    (expected,) = run_ranks(train_steps, 1, file, [*division(1, 0), "loss.form=sigmoid"])
+    settings = [
+        *division(2, 3),
+        "loss.form=sigmoid",
+        f"zero_optimization.stage3_param_persistence_threshold={threshold}",
+    ]
+    for got in run_ranks(train_steps, 2, file, settings):
+        assert_same(expected, got)
+
+
 def test_bf16_differs_by_its_rounding_only(file: Path) -> None:
-    for precision in ('bf16={"enabled": true}', 'torch_autocast={"enabled": true, "dtype": "bfloat16"}'):
-        (found,) = run_ranks(both_divisions, 1, file, [precision])
+    for precision, form in (
+        ('bf16={"enabled": true}', "softmax"),
+        ('torch_autocast={"enabled": true, "dtype": "bfloat16"}', "softmax"),
+        ('bf16={"enabled": true}', "sigmoid"),
+    ):
+        (found,) = run_ranks(both_divisions, 1, file, [precision, f"loss.form={form}"])
         assert_same(*found, tolerance=2e-2)
 
 

@@ -127,7 +127,7 @@ def test_scalars_of_the_student_are_those_of_all_ranks(runs: Runs) -> None:
 
 
 def test_there_is_a_cosine_for_each_matrix_of_the_teacher(tmp_path: Path) -> None:
-    run, observed = load_run(run_file(tmp_path), [], world=1), Observed(0.5, 0.0, 10.0)
+    run, observed = load_run(run_file(tmp_path), [], world=1), Observed(0.5, 0.0, 10.0, -9.0)
     both = {"train/cosine_image": 0.5, "train/cosine_text": 0.0}
     learned = {"train/logit_scale": 10.0}
     for data, cosines in (
@@ -136,6 +136,8 @@ def test_there_is_a_cosine_for_each_matrix_of_the_teacher(tmp_path: Path) -> Non
         (Data(lambda _: None, teacher_dim=2, teacher_has_text=True), both),  # type: ignore[arg-type,return-value]
     ):
         assert _observed(run, data, observed) == cosines | learned
+    sigmoid = load_run(run_file(tmp_path), ["loss.form=sigmoid"], world=1)
+    assert _observed(sigmoid, Data(lambda _: None), observed) == learned | {"train/logit_bias": -9.0}  # type: ignore[arg-type,return-value]
 
 
 def test_closing_summary_says_what_was_done_and_what_comes_next(runs: Runs) -> None:
