@@ -53,21 +53,25 @@ class SmallRun:
         run = load_run(file, settings, world=self.parallel.world)
         self.student, self.updates = small_student(), 0
         prepare(self.student)
-        groups = parameter_groups(self.student, 0.1, layer_decay)
+        muon = run.deepspeed["optimizer"]["type"] == "Muon"
+        groups = parameter_groups(self.student, 0.1, layer_decay, muon=muon)
         self.engine = Engine(self.student, groups, run, self.parallel)
 
     def inputs(self, step: int) -> tuple[Tensor, Tensor]:
         g = torch.Generator().manual_seed(100 * step + self.parallel.rank)
         return torch.randn(BATCH, 3, 32, 32, generator=g), torch.randint(1, TOKENS, (BATCH, 16), generator=g)
 
-    def step(self) -> float:
-        out = self.engine(*self.inputs(self.updates), seed=self.updates)
-        loss = loss_of(out)
+    def backward(self) -> tuple[float, float]:
+        """Loss and gradient norm of the next step, whose gradients stay in the engine."""
+        loss = loss_of(self.engine(*self.inputs(self.updates), seed=self.updates))
         self.engine.backward(loss)
-        self.engine.gradient_norm()
+        return float(loss.detach()), float(self.engine.gradient_norm())
+
+    def step(self) -> float:
+        loss, _ = self.backward()
         self.engine.step(lr=1e-2, clip_scale=0.5)
         self.updates += 1
-        return float(loss.detach())
+        return loss
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor of a checkpoint, as "kind/name"."""

@@ -82,7 +82,7 @@ def tensors(directory: Path) -> dict[str, Tensor]:
     from megacid.checkpoint.state import CheckpointReader
 
     reader = CheckpointReader(directory)
-    kinds = ("param", "exp_avg", "exp_avg_sq", "buffer")
+    kinds = ("param", "exp_avg", "exp_avg_sq", "momentum_buffer", "buffer")
     found = {f"{kind}/{name}": reader.tensor(kind, name) for kind in kinds for name in reader.names(kind)}
     for name in reader.row_names():
         found[name] = reader.rows(name, 0, reader.manifest["num_classes"])

@@ -1,8 +1,8 @@
 """Contents of a checkpoint, by name and by global row, which any number of ranks can read.
 
-    student-00000.safetensors      one per rank: whole tensors "param/NAME", "exp_avg/NAME", "exp_avg_sq/NAME",
-                                   "buffer/NAME", and "ema/NAME" with student.ema_decay; rank i % world writes
-                                   parameter i
+    student-00000.safetensors      one per rank: whole tensors "param/NAME", "exp_avg/NAME" and the other state of the
+                                   optimizer, "buffer/NAME", and "ema/NAME" with student.ema_decay; rank i % world
+                                   writes parameter i
     classifier-00000.safetensors   one per rank: rows [start, stop) of "head/..." and "optimizer/...", bounds in the
                                    metadata
     manifest.json                  step, number of classes, and name, size and sha256 of every file
@@ -90,7 +90,7 @@ class CheckpointReader:
                 self._where |= dict.fromkeys(shapes, path)
 
     def names(self, kind: str) -> list[str]:
-        """Names of the student's tensors of a kind: "param", "exp_avg", "exp_avg_sq" or "buffer"."""
+        """Names of the student's tensors of a kind: "param", "buffer", "ema" or a tensor of the optimizer's state."""
         return [name.removeprefix(kind + "/") for name in self._where if name.startswith(kind + "/")]
 
     def row_names(self) -> list[str]:

@@ -9,7 +9,6 @@ from pydantic import ValidationError
 
 from megacid.config.deepspeed_keys import (
     FP16,
-    OPTIMIZER_PARAMS,
     DeepSpeedKeys,
     is_bf16,
     refused_keys,
@@ -17,6 +16,7 @@ from megacid.config.deepspeed_keys import (
     without_effect,
 )
 from megacid.config.messages import unknown_key, user_error
+from megacid.config.optimizers import OPTIMIZERS, check_optimizer
 from megacid.errors import UserError
 
 
@@ -36,10 +36,10 @@ def lint_deepspeed(config: dict[str, Any], world: int) -> dict[str, Any]:
     _check_keys(config)
     optimizer = config.get("optimizer")
     kind = optimizer.get("type") if isinstance(optimizer, dict) else None
-    if not isinstance(kind, str) or kind not in OPTIMIZER_PARAMS:
+    if not isinstance(kind, str) or kind not in OPTIMIZERS:
+        kinds = " | ".join(f'"{name}"' for name in OPTIMIZERS)
         raise UserError(
-            f'"optimizer" is {json.dumps(optimizer)[:200]}, expected {{"type": "AdamW" | "apex_fused_adam" | '
-            '"apex_fused_lamb", "params": {"lr": ...}}'
+            f'"optimizer" is {json.dumps(optimizer)[:200]}, expected {{"type": {kinds}, "params": {{"lr": ...}}}}'
         )
     if config.get("gradient_clipping") is None:
         raise UserError(
@@ -57,6 +57,7 @@ def lint_deepspeed(config: dict[str, Any], world: int) -> dict[str, Any]:
         raise user_error(error, model) from None
     config = checked.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
     _check_precision_and_zero(config)
+    check_optimizer(config)
     if found := without_effect(checked):
         raise UserError(f'"{found[0]}" has no effect without {found[1]}: remove it, or pass --set {found[0]}=null')
     return _complete_batches(config, world)

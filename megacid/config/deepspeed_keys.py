@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 from pydantic.fields import FieldInfo
 
-from megacid.config.fields import Beta
+from megacid.config.fields import NotNegative
+from megacid.config.optimizers import OPTIMIZERS
 
 FP16 = (
     'expected bf16 or fp32: the loss scale of fp16 cannot be shared with the classifier; use "bf16": {"enabled": true}'
@@ -61,6 +62,9 @@ _REASONS = {
         optimizer.params.differentiable
     """,
     "a checkpoint has two moments per parameter": "optimizer.params.amsgrad",
+    "the trainer clips the joint norm of student and classifier, see gradient_clipping": """
+        optimizer.params.max_grad_norm
+    """,
     "the loss is minimised": "optimizer.params.maximize",
     "the trainer needs DeepSpeed's own count of the micro-batches": "managed_gradient_accumulation",
     "DeepSpeed reads it nowhere": "disable_allgather optimizer.legacy_fusion zero_optimization.allgather_partitions",
@@ -100,39 +104,11 @@ def _data_type(name: str) -> str:
 
 
 DataType = Annotated[str, AfterValidator(_data_type)]
-NotNegative = Annotated[float, Field(ge=0)]
 CountAboveZero = Annotated[int, Field(gt=0)]
 
 
 class _Block(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-
-
-class _Adam(_Block):
-    lr: NotNegative
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: NotNegative = 1e-8
-    weight_decay: NotNegative = 0.0
-
-
-class _AdamW(_Adam):
-    torch_adam: bool = True
-
-
-class _ApexAdam(_Adam):
-    bias_correction: bool = True
-    adam_w_mode: bool = True
-
-
-class _ApexLamb(_ApexAdam):
-    max_grad_norm: NotNegative = 1.0
-    grad_averaging: bool = True
-    use_nvlamb: bool = False
-
-
-OPTIMIZER_PARAMS: dict[str, type[BaseModel]] = {
-    "AdamW": _AdamW, "apex_fused_adam": _ApexAdam, "apex_fused_lamb": _ApexLamb,
-}  # fmt: skip
 
 
 class _Fp16(_Block):
@@ -221,7 +197,7 @@ def _strict(annotation: Any) -> Any:
 
 @functools.cache
 def strict_model(optimizer: str) -> type[DeepSpeedKeys]:
-    """The model of all keys, with DeepSpeed's own models of its blocks. optimizer: a key of OPTIMIZER_PARAMS."""
+    """The model of all keys, with DeepSpeed's own models of its blocks. optimizer: a key of OPTIMIZERS."""
     _import_deepspeed()
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -229,7 +205,7 @@ def strict_model(optimizer: str) -> type[DeepSpeedKeys]:
 
     throughput: Any = _strict(DeepSpeedThroughputTimerConfig)
     timers: Any = create_model("Timers", __base__=_Block, throughput=(throughput | None, None))
-    params = OPTIMIZER_PARAMS[optimizer]
+    params = OPTIMIZERS[optimizer].params
     kind = create_model("Optimizer", __base__=_Block, type=(str, ...), params=(params, ...))
     return create_model(
         "DeepSpeedKeys",

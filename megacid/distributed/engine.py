@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from megacid.config.schema import RunFile
 from megacid.distributed.consensus import as_user_error, fail_together
-from megacid.distributed.optimizers import adamw_params, apex_optimizer
+from megacid.distributed.optimizers import make_optimizer, moment_names
 from megacid.distributed.parallel import Parallel
 from megacid.distributed.reduction import is_left_open, norm_sq, reduction_of
 from megacid.distributed.weight_average import WeightAverage, load_average
@@ -32,6 +32,7 @@ os.environ.setdefault("DS_BUILD_OPS", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import deepspeed
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -41,8 +42,6 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def quiet(level: int = logging.WARNING) -> None:
@@ -82,7 +81,7 @@ class Engine:
     """The student's forward, backward and step under ZeRO 0, 1, 2 or 3.
 
     Args:
-        groups: optimizer parameter groups of `student`, dicts with "params", "weight_decay" and perhaps "lr_scale".
+        groups: optimizer parameter groups of `student`, see `parameter_groups`.
     """
 
     def __init__(self, student: nn.Module, groups: list[dict[str, Any]], run: RunFile, parallel: Parallel) -> None:
@@ -98,21 +97,18 @@ class Engine:
         config.setdefault("steps_per_print", 1 << 40)
         if run.zero_stage == 1 and is_left_open(run):  # its hooks on every gradient are of no use to our reduction
             config["zero_optimization"]["contiguous_gradients"] = False
-        kind, params = config["optimizer"]["type"], config["optimizer"]["params"]
+        moments = moment_names(config["optimizer"]["type"], groups)
+        self._moments = {name: moments.get(p, ()) for name, p in student.named_parameters()}
         # Of frozen parameters DeepSpeed keeps no fp32 values, and under bf16 the module has rounded ones.
         self._frozen = {
             name: p.detach().float().cpu().clone() for name, p in student.named_parameters() if not p.requires_grad
         }
-        optimizer = None
         with fail_together(parallel.group):  # the hosts may have different packages and compilers
             _check_nvme(config)
-            if kind == "AdamW":
-                config["optimizer"]["params"] = adamw_params(params, parallel.device.type)
-            else:
-                optimizer = apex_optimizer(kind)(groups, **params)
-                del config["optimizer"]
-                config["zero_allow_untested_optimizer"] = True
+            optimizer = make_optimizer(config, groups, parallel.device.type)
             _check_config(config)
+        if optimizer is not None:
+            ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # DeepSpeed refuses others; ours are tested
         with as_user_error("DeepSpeed cannot be set up"):
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=student, optimizer=optimizer, model_parameters=None if optimizer else groups, config=config
@@ -232,10 +228,10 @@ class Engine:
             # torch's optimizers skip parameters without a gradient.
             for p in self.module.parameters():
                 p.grad = None
-            steps = [group.get("step") for group in self.optimizer.param_groups]
+            steps = copy.deepcopy([group.get("step") for group in self.optimizer.param_groups])
             self.engine.step()
             for group, step in zip(self.optimizer.param_groups, steps):
-                if step is not None:  # Apex counts steps by group, also those without a gradient
+                if step is not None:  # Apex and timm count steps by group, also those without a gradient
                     group["step"] = step
             return
         # DeepSpeed skips a step whose norm is not finite: give it such a norm.
@@ -269,11 +265,11 @@ class Engine:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def named_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield (name, {"param", "exp_avg", "exp_avg_sq": whole fp32 copy on the host}) by parameter. A collective.
+        """Yield (name, {"param" or name of a moment: whole fp32 copy on the host}) by parameter. A collective.
 
-        A frozen parameter has no moments. With student.ema_decay the others have a fourth tensor, "ema".
+        The optimizer decides on the moments; a frozen parameter has none. With student.ema_decay the others have "ema".
         """
-        updated = any(MOMENTS[0] in entry for entry in self._base_optimizer().state.values())
+        updated = any(self._base_optimizer().state.values())
         if updated:
             self._link_moments()
         for name, p in self.module.named_parameters():
@@ -281,12 +277,13 @@ class Engine:
                 yield name, {"param": self._frozen[name].clone()}
                 continue
             tensors = {"param": p.detach() if self.stage == 0 else safe_get_full_fp32_param(p)}
-            if not updated:  # every step so far was skipped
-                tensors |= {key: torch.zeros_like(tensors["param"]) for key in MOMENTS}
-            elif self.stage == 0:
-                tensors |= {key: self._base_optimizer().state[p][key] for key in MOMENTS}
-            else:
-                tensors |= {key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}
+            for key in self._moments[name]:
+                if not updated:  # every step so far was skipped
+                    tensors[key] = torch.zeros_like(tensors["param"])
+                elif self.stage == 0:
+                    tensors[key] = self._base_optimizer().state[p][key]
+                else:
+                    tensors[key] = safe_get_full_optimizer_state(p, key)
             if self.average is not None:
                 tensors["ema"] = self.average.whole(name)
             shape = getattr(p, "ds_shape", p.shape)  # a ZeRO-3 parameter is empty while it is not gathered
@@ -332,7 +329,7 @@ class Engine:
         """Load every parameter and its moments. A collective.
 
         Args:
-            state: (name, kind) -> whole fp32 tensor, for the kinds "param", "exp_avg" and "exp_avg_sq".
+            state: (name, kind) -> whole fp32 tensor, for the kinds of `named_state`.
             step: number of updates in the moments.
         """
         self._link_moments()
@@ -345,26 +342,24 @@ class Engine:
                 continue
             if self.stage == 0:
                 p.copy_(value)
-                for key in MOMENTS:
+                for key in self._moments[name]:
                     self._base_optimizer().state[p][key].copy_(state(name, key))
                 continue
             if self.stage == 3:
                 safe_set_local_fp32_param(p, self._partition(p, value))
-                for key in MOMENTS:
+                for key in self._moments[name]:
                     safe_set_local_optimizer_state(p, self._partition(p, state(name, key)), key)
             else:
                 safe_set_full_fp32_param(p, value.to(self.device))
-                for key in MOMENTS:
+                for key in self._moments[name]:
                     safe_set_full_optimizer_state(p, state(name, key).to(self.device), key)
             # The parameter too, or else the first forward runs with the old weights.
             with self.gathered(p):
                 p.data.copy_(value.to(p.dtype))
-        for entry in self._base_optimizer().state.values():
+        # Apex and timm count steps by group.
+        for entry in (*self._base_optimizer().state.values(), *self._base_optimizer().param_groups):
             if "step" in entry:
                 entry["step"] = torch.full_like(entry["step"], float(step)) if torch.is_tensor(entry["step"]) else step
-        for group in self._base_optimizer().param_groups:
-            if "step" in group:  # of Apex
-                group["step"] = step
 
     def load_average(self, read: Callable[[str], Tensor] | None) -> None:
         """Load the EMA of the weights by parameter name; None: the checkpoint has none."""

@@ -29,6 +29,7 @@ from megacid.data.loader import PairStream
 from megacid.data.pairs import PairOptions
 from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
 from megacid.distributed.consensus import agree, fail_together
+from megacid.distributed.optimizers import check_host
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
@@ -91,6 +92,7 @@ def build_components(run: RunFile, parallel: Parallel) -> Components:
         # Before the data, which may take hours to index.
         if run.megacid.student.compile:
             check_compiler(parallel.device)
+        check_host(run.deepspeed["optimizer"], parallel.device.type)
         check_student(run)
     benchmarks = open_benchmarks(run, parallel)
     data = open_data(run, parallel)

@@ -13,10 +13,12 @@ import torch
 
 from megacid.classifier import PartialFC
 from megacid.classifier.sampling import Draw, num_dims
+from megacid.config.optimizers import OPTIMIZERS
 from megacid.config.schema import RunFile
 from megacid.distributed.parallel import Parallel, shard_range
 from megacid.distributed.reduction import is_left_open
 from megacid.models.feature_tower import FeatureTower
+from megacid.training.schedule import parameter_groups
 from megacid_kernels import LossSpec, Weights
 
 if TYPE_CHECKING:
@@ -64,7 +66,9 @@ def memory_estimate(
     sizes = [p.numel() for p in student.parameters()]
     frozen = frozen_count(student)
     trained = sum(sizes) - frozen
-    always = student_sizes(run, sum(sizes), world, device, frozen) | {"batch": _batch(run, student, device)}
+    groups = parameter_groups(student, 0.0, muon=run.deepspeed["optimizer"]["type"] == "Muon")
+    muon = sum(p.numel() for group in groups if group.get("muon") for p in group["params"])
+    always = student_sizes(run, sum(sizes), world, device, frozen, muon) | {"batch": _batch(run, student, device)}
     gradients = always.pop("student gradients")
     head: dict[str, float] = {}
     if num_classes:
@@ -87,7 +91,7 @@ def memory_estimate(
     # This rank's gradients as they came, and in fp32; of our own reduction they are in its buffer.
     per_parameter = 0 if own and (stage or world > 1) else (width if stage < 3 else 0) + (4 if stage else 0)
     # Copies of the parameters that rank 0 writes, and of their moments; ZeRO gathers one parameter at a time.
-    checkpoint = 12 * (sum(sizes[::world]) + (max(sizes) if stage else 0))
+    checkpoint = 4 * (1 + _moments(run)) * (sum(sizes[::world]) + (max(sizes) if stage else 0))
     phases = {
         "forward and objective": gathered + activations.after_forward + embeddings + sum(head.values()),
         "backward": gathered + backward + embeddings + row_gradient,
@@ -100,16 +104,25 @@ def memory_estimate(
     return MemoryEstimate(in_mib[0], in_mib[1], checkpoint / MIB)
 
 
-def student_sizes(run: RunFile, parameters: int, world: int, device: str, frozen: int = 0) -> dict[str, float]:
-    """Bytes of the student's weights, whole gradients, optimizer, average, and of what ZeRO-3 keeps between steps."""
+def _moments(run: RunFile) -> int:
+    return len(OPTIMIZERS[run.deepspeed["optimizer"]["type"]].moments)
+
+
+def student_sizes(
+    run: RunFile, parameters: int, world: int, device: str, frozen: int = 0, muon: int = 0
+) -> dict[str, float]:
+    """Bytes of the student's weights, whole gradients, optimizer, average, and of what ZeRO-3 keeps between steps.
+
+    muon: number of parameters that Muon updates, with one moment each.
+    """
     trained = parameters - frozen
     width, stage = 2 if run.bf16 else 4, run.zero_stage
     share = 1 / world if stage else 1.0
     sizes = {
         "student weights": parameters * width * (share if stage == 3 else 1.0),
         "student gradients": trained * width,
-        # Adam's two moments, and the fp32 weights that DeepSpeed keeps when it partitions, also in an fp32 run.
-        "student optimizer": trained * share * (12 if stage else 8),
+        # The moments, and the fp32 weights that DeepSpeed keeps when it partitions, also in an fp32 run.
+        "student optimizer": (trained * (_moments(run) + (stage > 0)) - muon) * share * 4,
     }
     if run.megacid.student.ema_decay is not None:
         sizes["EMA of the student"] = trained * 4 / world

@@ -67,17 +67,33 @@ def learning_rate_scales(module: nn.Module, layer_decay: float) -> dict[str, flo
     return scales
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+def hidden_matrices(module: nn.Module) -> set[str]:
+    """Names of the weight matrices in the blocks of a student's towers, which are what Muon is for: no embedding, no
+    projection to the output, no convolution. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon."""
+    return {
+        name
+        for name, p in module.named_parameters()
+        if p.ndim == 2 and name.endswith("weight") and _BLOCK.match(name.removeprefix("clip."))
+    }
+
+
+def parameter_groups(
+    module: nn.Module, weight_decay: float, layer_decay: float = 1.0, *, muon: bool = False
+) -> list[dict[str, Any]]:
     """Optimizer groups: `weight_decay` for matrices, none for biases, norms and the logit scale (ndim < 2).
 
     With layer decay there is a group for each `lr_scale`, the factor of its learning rate.
+
+    muon: whether `hidden_matrices` get groups of their own, in which "muon" is true.
     """
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     scales = learning_rate_scales(module, layer_decay)
+    hidden = hidden_matrices(module) if muon else set()
     groups = [
-        {"params": [p for name, p in trained if (p.ndim >= 2) == matrices and scales[name] == scale],
-         "weight_decay": weight_decay if matrices else 0.0, "lr_scale": scale}
-        for matrices in (True, False)
+        {"params": [p for name, p in trained
+                    if (p.ndim >= 2, name in hidden) == (matrices, own) and scales[name] == scale],
+         "weight_decay": weight_decay if matrices else 0.0, "lr_scale": scale, **({"muon": own} if muon else {})}
+        for matrices, own in ((True, True), (True, False), (False, False))
         for scale in sorted(set(scales.values()))
     ]  # fmt: skip
     return [group for group in groups if group["params"]]

@@ -175,8 +175,11 @@ def with_engine(components: Components, parallel: Parallel, flops: float | None 
     from megacid.distributed.engine import Engine
 
     run, student = components.run, components.student
-    weight_decay = float(run.deepspeed["optimizer"]["params"].get("weight_decay", 0.0))
-    groups = parameter_groups(student, weight_decay, run.megacid.student.layer_decay)
+    optimizer = run.deepspeed["optimizer"]
+    groups = parameter_groups(
+        student, float(optimizer["params"].get("weight_decay", 0.0)), run.megacid.student.layer_decay,
+        muon=optimizer["type"] == "Muon",
+    )  # fmt: skip
     return TrainState(
         **vars(components),
         parallel=parallel,
