@@ -21,6 +21,7 @@ from pathlib import Path
 
 import checkout  # noqa: F401  import paths of a plain checkout
 from argtypes import ToolParser, natural, positive, seed_number, share
+from megacid.data.captions import CaptionSource
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.index_report import MAX_LOST, listed, percent, summary
 from megacid.distributed.consensus import agree, fail_together
@@ -52,7 +53,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--caption",
         default="txt",
         metavar="SOURCE",
-        help="where captions are: txt (default), the ending of another text member, or json:FIELD of the .json member",
+        help="where captions are: txt (default), the ending of another text member, json:FIELD of the .json member, or "
+        "json:FIELD.* for all texts of a list",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="directory to write or continue")
     parser.add_argument("--model", required=True, help="open_clip name, local-dir:PATH, or hf-hub:ORG/NAME")
@@ -117,6 +119,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--arrays is {args.arrays}, expected only with --adopt: leave it out")
     if args.precision is not None and args.adopt is not None:
         raise UserError(f"--precision is {args.precision}, but --adopt computes no embedding: leave it out")
+    if args.adopt is not None and CaptionSource.parse(args.caption).several:
+        raise UserError(
+            f"--caption is {args.caption}, but --adopt takes one text embedding per sample: name one caption, such as "
+            f"{args.caption.removesuffix('*')}0"
+        )
     if args.views and args.adopt is not None:
         raise UserError(f"--views is {args.views}, but --adopt computes no embedding: leave it out")
     if args.seed and not args.views:

@@ -28,7 +28,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--caption",
         default="txt",
         metavar="SOURCE",
-        help="where captions are: txt (default), the ending of another text member, or json:FIELD of the .json member",
+        help="where captions are: txt (default), the ending of another text member, json:FIELD of the .json member, or "
+        "json:FIELD.* for all texts of a list",
     )
     parser.add_argument(
         "--keep-blank-captions",

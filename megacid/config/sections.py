@@ -110,7 +110,8 @@ class DataConfig(Section):
     """Tar shards in img2dataset's or webdataset's layout: a directory, a brace pattern, a glob, a .tar file, or several
     of them as a list or joined by `::`. Set exactly one of shards and features."""
     caption: Annotated[str, when.Shards] = "txt"
-    """Where the captions are: `txt`, the ending of another text member, or `json:FIELD`. As for tools/embed.py."""
+    """Where the captions are: `txt`, the ending of another text member, `json:FIELD`, or `json:FIELD.*` for a list of
+    which each epoch draws one caption. As for tools/embed.py."""
     features: FilePath | None = None
     """Directory of labelled feature vectors, as tools/synthesize.py features writes it. Set this or shards."""
     teacher: Annotated[FilePath | None, when.Shards, when.TeacherTerm] = None

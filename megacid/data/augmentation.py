@@ -19,7 +19,7 @@ import torch
 from megacid.data.order import derive_key
 from megacid.errors import UserError
 
-_VIEW = 2  # separates the draw of a view from the sample's other draws
+_VIEW, _CAPTION = 2, 3  # separate these draws of a sample from its others
 
 
 def seed_generators(seed: int) -> None:
@@ -38,6 +38,11 @@ def generators_restored() -> Iterator[None]:
             yield
     finally:
         random.setstate(python_state)
+
+
+def drawn_caption(seed: int, epoch: int, number: int, count: int) -> int:
+    """Which of `count` captions a run with this seed reads in an epoch. number: of the sample in the index."""
+    return derive_key(seed, epoch, number, _CAPTION) % count
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,15 @@ from megacid.errors import UserError
 BLANK, NOT_A_TEXT, NO_FIELD, BAD_JSON = (
     "blank caption", "caption that is not a text", "json without the caption", "json that cannot be read"
 )  # fmt: skip
+COUNT_COLUMN = "captions"  # of the metadata of embeddings: number of captions of a sample, where it may have several
+MAX_CAPTIONS = 100  # of a sample
+TOO_MANY = f"more than {MAX_CAPTIONS} captions"
 # How Python, pandas, JSON, JavaScript and spreadsheets print a missing value.
 _MISSING_VALUES = ("nan", "none", "null", "<na>", "n/a", "undefined")
 _MAX_TEXT_BYTES = 1 << 16  # a caption has a few hundred
 _MAX_JSON_BYTES = 1 << 20
 _MAX_SPEC_BYTES = 60  # it is part of the name of a directory
+_ALL = ".*"  # at the end of a field: all elements of the list
 _ENDING = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 
 
@@ -32,7 +36,7 @@ class CaptionSource:
 
     Attributes:
         spec: the ending of a text member, such as `txt`, or `json:FIELD`. FIELD may be a path through blocks and lists,
-            such as `meta.texts.0`.
+            such as `meta.texts.0`; with `.*` at its end it is a list, all of whose texts are captions.
     """
 
     spec: str = "txt"
@@ -42,7 +46,7 @@ class CaptionSource:
         """The source that a setting or option names. Raises UserError."""
         kind, colon, field = text.partition(":")
         spec = f"json:{field}" if kind.lower() == "json" and colon else text.removeprefix(".").lower()
-        named = bool(field) and field.isprintable() if spec.startswith("json:") else _ENDING.fullmatch(spec)
+        named = field not in ("", _ALL) and field.isprintable() if spec.startswith("json:") else _ENDING.fullmatch(spec)
         if not named or spec in ("json", "cls") or len(spec.encode(errors="replace")) > _MAX_SPEC_BYTES:
             raise UserError(
                 f"caption is {text[:80]!r}, expected txt, json:FIELD, or the ending of the members with the captions, "
@@ -53,7 +57,12 @@ class CaptionSource:
     @property
     def field(self) -> str | None:
         """The field of the .json member; None for a text member."""
-        return self.spec.removeprefix("json:") if self.spec.startswith("json:") else None
+        return self.spec.removeprefix("json:").removesuffix(_ALL) if self.spec.startswith("json:") else None
+
+    @property
+    def several(self) -> bool:
+        """Whether a sample may have several captions."""
+        return self.spec.startswith("json:") and self.spec.endswith(_ALL)
 
     @property
     def ending(self) -> str:
@@ -80,20 +89,37 @@ class CaptionSource:
         """For messages: the option of tools/index_shards.py that selects it, with a space; "" for the default."""
         return "" if self == CaptionSource() else f"--caption {shlex.quote(self.spec)} "
 
-    def extract(self, data: bytes) -> bytes:
-        """The encoded caption of a member. Raises CaptionError with the reason."""
+    def extract(self, data: bytes) -> list[bytes]:
+        """The encoded captions of a member: one, which may be blank, or those of a list that are not blank.
+
+        Raises CaptionError with the reason, also for a list without a caption.
+        """
         if self.field is None:
-            return data
+            return [data]
         try:
             value = json.loads(data)
         except (ValueError, RecursionError):
             raise CaptionError(BAD_JSON) from None
         value = _find(value, self.field)
-        if value is None or value != value:  # null and NaN: a missing value
-            return b""
-        if not isinstance(value, str):
+        if not self.several:
+            return [_encoded(value)]
+        if not isinstance(value, list):
             raise CaptionError(NOT_A_TEXT)
-        return value.encode("utf-8", "surrogatepass")  # unpaired surrogates become invalid bytes, as in a text member
+        texts = [text for text in map(_encoded, value) if not is_blank(text.decode(errors="replace"))]
+        if not texts:
+            raise CaptionError(BLANK)
+        if len(texts) > MAX_CAPTIONS:
+            raise CaptionError(TOO_MANY)
+        return texts
+
+
+def _encoded(value: Any) -> bytes:
+    """The bytes of a caption from json; none for a missing value. Raises CaptionError."""
+    if value is None or value != value:  # null and NaN
+        return b""
+    if not isinstance(value, str):
+        raise CaptionError(NOT_A_TEXT)
+    return value.encode("utf-8", "surrogatepass")  # unpaired surrogates become invalid bytes, as in a text member
 
 
 def _find(value: Any, field: str) -> Any:

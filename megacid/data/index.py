@@ -29,6 +29,7 @@ from megacid.data.decode import BadSample, decode_caption, decode_text
 from megacid.data.index_files import (
     ShardTable,
     entries_digest,
+    is_writable,
     keys_sha256,
     load_table,
     matches,
@@ -250,24 +251,28 @@ class ShardReader:
         return data
 
     def caption(self, shard: int, row: int, *, strict: bool = False) -> str:
-        """The caption of one sample, stripped.
+        """The caption of one sample, the first of several, as in `captions`."""
+        return self.captions(shard, row, strict=strict)[0]
+
+    def captions(self, shard: int, row: int, *, strict: bool = False) -> list[str]:
+        """All captions of one sample, stripped.
 
         Args:
             strict: refuse bytes that are not UTF-8 instead of replacing them.
 
         Raises:
-            BadSample: it cannot be read, or has an overlong word.
+            BadSample: one cannot be read, or has an overlong word.
         """
         name, key = self.index.names[shard], self.index.table(shard).keys[row]
         try:
-            data = self.index.caption.extract(self.read(shard, row, "text"))
-            if strict:
+            found = self.index.caption.extract(self.read(shard, row, "text"))
+            for data in found if strict else ():
                 decode_text(data)
         except CaptionError as error:
             raise BadSample(name, key, str(error)) from error
         except UnicodeDecodeError as error:
             raise BadSample(name, key, f"caption is not UTF-8: {error.reason}") from error
-        return decode_caption(data, shard=name, key=key)
+        return [decode_caption(data, shard=name, key=key) for data in found]
 
     def close(self) -> None:
         self._open.clear()
@@ -293,14 +298,6 @@ def _unchanged(
     return None
 
 
-def _is_writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(exist_ok=True)
-        return os.access(folder, os.W_OK)
-    except OSError:
-        return False
-
-
 def _build(
     paths: ShardPaths,
     caption: CaptionSource,
@@ -312,7 +309,7 @@ def _build(
     max_lost: float,
     on_shard: Callable[[int, int], None] | None,
 ) -> ShardIndex:
-    writable = {folder: _is_writable(folder / caption.index_folder) for folder in paths.folders}
+    writable = {folder: is_writable(folder / caption.index_folder) for folder in paths.folders}
     for folder in (folder for folder, ok in writable.items() if not ok):
         log.warning(
             "%s cannot be written: what its index lacks stays in memory and is built again at every start",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,15 @@ def is_entry(entry: Any) -> bool:
         and 0 <= entry["samples"] < 2**31
         and all(isinstance(count, int) for count in entry["dropped"].values())
     )
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether an index directory is there, or was made now, and can be written."""
+    try:
+        folder.mkdir(exist_ok=True)
+        return os.access(folder, os.W_OK)
+    except OSError:
+        return False
 
 
 def stored_entries(folder: Path) -> list[dict[str, Any]] | None:

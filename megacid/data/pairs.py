@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from megacid.data.augmentation import generators_restored, seed_generators
+from megacid.data.augmentation import drawn_caption, generators_restored, seed_generators
 from megacid.data.batch import Batch
 from megacid.data.decode import MAX_PIXELS, BadSample, decode_image
 from megacid.data.index import ShardIndex, ShardReader
@@ -40,7 +40,8 @@ class PairOptions:
         seed: decides the order and, with seeded_transform, the augmentation.
         seeded_transform: the transform is random. The global generators of torch and Python are seeded for every sample
             from (seed, epoch, sample), so the result does not depend on rank or worker, and restored after the batch.
-            If the teacher has views, (seed, epoch, sample) draws one of them, and its own seed takes that place.
+            If the teacher has views, (seed, epoch, sample) draws one of them, and its own seed takes that place; of
+            several captions it draws one, too.
         workers: processes that read and decode; 0 reads in this process.
         worker_timeout_s: seconds without a batch after which the workers count as lost.
         prefetch: batches that each worker prepares ahead.
@@ -120,13 +121,13 @@ class Pairs(Dataset[Any]):
     def _batch(self, positions: list[int]) -> Batch | str:
         located = list(zip(*(part.tolist() for part in self.order.locate_many(np.array(positions, np.int64)))))
         replaced: list[str] = []
-        images, captions, used, views = [], [], [], []
+        images, captions, used, drawn = [], [], [], []
         for position, (epoch, shard, number) in zip(positions, located):
             failures = 0
             while True:
                 row = int(self.usable_rows(shard)[number])
                 try:
-                    image, caption, view = self._read(epoch, shard, row)
+                    image, caption, draw = self._read(epoch, shard, row)
                     break
                 except BadSample as bad:
                     replaced.append(str(bad))
@@ -140,9 +141,9 @@ class Pairs(Dataset[Any]):
             images.append(image)
             captions.append(caption)
             used.append((shard, row))
-            views.append(view)
+            drawn.append(draw)
         shards, rows = np.array(used, np.int64).T
-        teacher_image, teacher_text = self._teacher_rows(shards, rows, np.array(views, np.int64))
+        teacher_image, teacher_text = self._teacher_rows(shards, rows, np.array(drawn, np.int64))
         return Batch(
             image=torch.stack(images),
             text=self.options.tokenize(captions),
@@ -178,20 +179,23 @@ class Pairs(Dataset[Any]):
         epoch, offset = divmod(position, self.order.num_samples)
         return epoch * self.order.num_samples + (offset + attempt * self.replacement_stride) % self.order.num_samples
 
-    def _read(self, epoch: int, shard: int, row: int) -> tuple[Tensor, str, int]:
-        """Image, caption and view (0 without views) of a sample in an epoch."""
+    def _read(self, epoch: int, shard: int, row: int) -> tuple[Tensor, str, tuple[int, int]]:
+        """Image and caption of a sample in an epoch, and the numbers of its view (0 without views) and its caption."""
         self._note(shard, row)
         name, key = self.index.names[shard], self.index.table(shard).keys[row]
         if self.teacher is not None and not self.teacher.has(shard, np.array([row])).all():
             raise BadSample(name, key, "no teacher embedding")
         data = self.reader.read(shard, row, "image")
         image = self.options.read_image(data, max_pixels=self.options.max_image_pixels, shard=name, key=key)
-        caption = self.reader.caption(shard, row)
+        captions = self.reader.captions(shard, row)
+        if self.teacher is not None and (count := self.teacher.captions(shard, row)) not in (None, len(captions)):
+            raise BadSample(name, key, f"{len(captions)} captions, of which the teacher has embedded {count}")
         draw = self.options.seed, epoch, int(self.starts[shard]) + row
-        if self.teacher is None or (views := self.teacher.views) is None:
-            return self._transform(image, derive_key(*draw) >> 1), caption, 0
-        view = views.drawn(*draw)
-        return self._transform(image, views.seed_of(key, view)), caption, view
+        seed, view, caption = derive_key(*draw) >> 1, 0, drawn_caption(*draw, len(captions))
+        if self.teacher is not None and (views := self.teacher.views) is not None:
+            view = views.drawn(*draw)
+            seed = views.seed_of(key, view)
+        return self._transform(image, seed), captions[caption], (view, caption)
 
     def _transform(self, image: Any, seed: int) -> Tensor:
         if self.options.seeded_transform:
@@ -212,7 +216,7 @@ class Pairs(Dataset[Any]):
         return torch.from_numpy(out)
 
     def _teacher_rows(
-        self, shards: np.ndarray, rows: np.ndarray, views: np.ndarray
+        self, shards: np.ndarray, rows: np.ndarray, drawn: np.ndarray
     ) -> tuple[Tensor | None, Tensor | None]:
         if self.teacher is None:
             return None, None
@@ -220,7 +224,7 @@ class Pairs(Dataset[Any]):
         text = np.empty_like(image) if self.teacher.has_text else None
         for shard in np.unique(shards):
             here = shards == shard
-            image[here], text_rows = self.teacher.rows(int(shard), rows[here], views[here])
+            image[here], text_rows = self.teacher.rows(int(shard), rows[here], drawn[here])
             if text is not None:
                 text[here] = text_rows
         return torch.from_numpy(image), None if text is None else torch.from_numpy(text)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megacid.data.augmentation import recorded_views
-from megacid.data.captions import recorded_caption
+from megacid.data.captions import COUNT_COLUMN, CaptionSource, recorded_caption
 from megacid.data.decode import BadSample
 from megacid.data.index import ShardIndex
 from megacid.data.lru import LRUCache
@@ -21,7 +21,7 @@ from megacid.data.memmap import gather_rows
 from megacid.errors import UserError
 from megacid.storage.metadata import read_meta, size_field
 from megacid.storage.npy import load_npy
-from megacid.storage.parquet import join_by_key, key_column, label_column, read_parquet
+from megacid.storage.parquet import count_column, join_by_key, key_column, label_column, read_parquet
 
 _OPEN_SHARDS = 64
 _EMBED_AGAIN, _CLUSTER_AGAIN, _BALANCE_AGAIN = (
@@ -59,7 +59,8 @@ def _copied_from(index: ShardIndex) -> str:
 class _TeacherShard(NamedTuple):
     row_of: np.ndarray  # int64 [n]: row in the partition of each sample of the tar, -1 for none
     image: np.ndarray  # [rows, d], memory-mapped; with views [rows * views, d]
-    text: np.ndarray | None
+    text: np.ndarray | None  # [rows, d]; with several captions [all captions of all rows, d]
+    first: np.ndarray | None  # int64 [rows + 1], with several captions: row of `text` of the first one of each sample
 
 
 class TeacherTable:
@@ -71,6 +72,7 @@ class TeacherTable:
             exchange embeddings in this dtype, so it is the same for all tars.
         has_text: whether captions were embedded.
         views: random crops of each image that were embedded; None: the whole images were embedded alone.
+        several_captions: whether a sample may have several captions, each with its embedding.
     """
 
     def __init__(self, directory: str | Path, index: ShardIndex) -> None:
@@ -82,7 +84,9 @@ class TeacherTable:
         # Writers of this layout pad the numbers to different widths, so files are found by number.
         image = "img_emb" if self.views is None else "view_emb"
         self._image_files = _by_number(self.directory / image, f"{image}_*.npy")
-        self._text_files = _by_number(self.directory / "text_emb", "text_emb_*.npy")
+        self.several_captions = CaptionSource(recorded_caption(self.meta)).several
+        text = "caption_emb" if self.several_captions else "text_emb"
+        self._text_files = _by_number(self.directory / text, f"{text}_*.npy")
         self._metadata_files = _by_number(self.directory / "metadata", "metadata_*.parquet")
         self._partitions = self._checked_partitions()
         self._failures = self._checked_failures()
@@ -137,34 +141,49 @@ class TeacherTable:
     def _open(self, shard: int) -> _TeacherShard:
         if self.index.names[shard] in self._empty:
             none = np.empty((0, self.dim), self.dtype)
-            return _TeacherShard(np.full(int(self.index.sizes[shard]), -1), none, none if self.has_text else None)
+            return _TeacherShard(np.full(int(self.index.sizes[shard]), -1), none, none if self.has_text else None, None)
         number = self._partitions[self.index.names[shard]]
         image = load_npy(self._image_files[number], _EMBED_AGAIN)
         text = load_npy(self._text_files[number], _EMBED_AGAIN) if self.has_text else None
         metadata = self._metadata_files.get(number, self.directory / "metadata" / f"metadata_{number:05d}.parquet")
-        keys = key_column(read_parquet(metadata, _EMBED_AGAIN, ["image_path"]), "image_path", metadata, _EMBED_AGAIN)
-        views = self.views.count if self.views else 1
-        files = (self._image_files[number], image, views), (self._text_files.get(number), text, 1)
-        for path, array, each in files:
-            if array is not None and (array.shape != (each * len(keys), self.dim) or array.dtype.kind != "f"):
+        columns = ["image_path", *([COUNT_COLUMN] if self.several_captions else [])]
+        table = read_parquet(metadata, _EMBED_AGAIN, columns)
+        keys = key_column(table, "image_path", metadata, _EMBED_AGAIN)
+        first = None
+        if self.several_captions:
+            first = np.append(0, np.cumsum(count_column(table, COUNT_COLUMN, metadata, _EMBED_AGAIN)))
+        images = len(keys) * (self.views.count if self.views else 1)
+        texts = len(keys) if first is None else int(first[-1])
+        for path, array, rows in (
+            (self._image_files[number], image, images),
+            (self._text_files.get(number), text, texts),
+        ):
+            if array is not None and (array.shape != (rows, self.dim) or array.dtype.kind != "f"):
                 raise UserError(
                     f"{path} has shape {array.shape} of {array.dtype}, "
-                    f"expected {(each * len(keys), self.dim)} of floating point to match its metadata: {_EMBED_AGAIN}"
+                    f"expected {(rows, self.dim)} of floating point to match its metadata: {_EMBED_AGAIN}"
                 )
         row_of = join_by_key(self.index.table(shard).keys, keys, metadata, _EMBED_AGAIN)
-        return _TeacherShard(row_of, image, text)
+        return _TeacherShard(row_of, image, text, first)
 
     def has(self, shard: int, rows: np.ndarray) -> np.ndarray:
         """bool [m]: whether rows of the tar have an embedding."""
         return self._shards.get(shard, lambda: self._open(shard)).row_of[rows] >= 0
 
+    def captions(self, shard: int, row: int) -> int | None:
+        """Number of captions of a row of the tar that were embedded; None if a sample has only one, or has no row."""
+        opened = self._shards.get(shard, lambda: self._open(shard))
+        at = opened.row_of[row]
+        return None if opened.first is None or at < 0 else int(opened.first[at + 1] - opened.first[at])
+
     def rows(
-        self, shard: int, rows: np.ndarray, views: np.ndarray | None = None
+        self, shard: int, rows: np.ndarray, drawn: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """(image, text) embeddings of rows of the tar, [m, d] each as stored; text is None without `has_text`.
 
         Args:
-            views: int64 [m], the view of each row; None: view 0. No effect on embeddings without views.
+            drawn: int64 [m, 2], the numbers of view and caption of each row; None: the first ones. No effect where a
+                sample has one embedding.
 
         Raises:
             BadSample: a row has no embedding, see `has`.
@@ -177,8 +196,10 @@ class TeacherTable:
             raise BadSample(
                 self.index.names[shard], self.index.table(shard).keys[row], f"no teacher embedding in {self.directory}"
             )
-        image_at = at if self.views is None else at * self.views.count + (0 if views is None else views)
-        return gather_rows(opened.image, image_at), None if opened.text is None else gather_rows(opened.text, at)
+        view, caption = (0, 0) if drawn is None else drawn.T
+        image_at = at if self.views is None else at * self.views.count + view
+        text_at = at if opened.first is None else opened.first[at] + caption
+        return gather_rows(opened.image, image_at), None if opened.text is None else gather_rows(opened.text, text_at)
 
 
 def _by_number(folder: Path, pattern: str) -> dict[int, Path]:

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from megacid.data.captions import BAD_JSON, BLANK, NO_FIELD, NOT_A_TEXT, CaptionError, CaptionSource, is_blank
+from megacid.data.captions import BAD_JSON, BLANK, NO_FIELD, NOT_A_TEXT, TOO_MANY, CaptionError, CaptionSource, is_blank
 from megacid.data.decode import FORMATS, OTHER_EXTENSIONS, decode_text
 from megacid.data.tar_headers import Member, TarDamage, is_safe, members
 from megacid.errors import UserError
@@ -39,7 +39,9 @@ LOST = {
     "file), such as json:caption",
     BLANK: "empty captions, and missing values written as text, such as nan, None or null, are left out: "
     "correct them, or keep them with tools/index_shards.py --keep-blank-captions",
-    NOT_A_TEXT: "the field must hold one text: name another field, or the element of a list, such as json:captions.0",
+    NOT_A_TEXT: "the field must hold one text, or with .* a list of texts: name another field, or the element of a list, "
+    "such as json:captions.0, or all of them, json:captions.*",
+    TOO_MANY: "name one of them, such as json:captions.0, or write fewer",
     NO_FIELD: "every .json needs the field that --caption (data.caption in a run file) names: correct its name",
     BAD_JSON: "the .json with the caption is damaged, or larger than 1 MiB: write it again",
     "duplicate key": "keys must be unique in a tar: rename the members",
@@ -134,10 +136,10 @@ class TarScan:
         if size > self.caption.max_bytes:
             return BAD_JSON if self.caption.field else None  # the reader refuses a text of that size
         try:
-            text = self.caption.extract(os.pread(file.fileno(), size, offset))
+            texts = self.caption.extract(os.pread(file.fileno(), size, offset))
         except CaptionError as error:
             return str(error)
-        blank = is_blank(decode_text(text, "replace"))
+        blank = is_blank(decode_text(texts[0], "replace"))
         self.blank += blank
         return BLANK if blank and not self.keep_blank else None
 

@@ -66,6 +66,15 @@ def key_column(table: pa.Table, column: str, path: Path, remedy: str) -> list[st
         raise _unreadable(path, error, remedy) from None
 
 
+def count_column(table: pa.Table, column: str, path: Path, remedy: str) -> np.ndarray:
+    """int64 [n]: a column of counts, each 1 or more. UserError for other values."""
+    values = table[column]
+    counts = values.to_numpy() if pa.types.is_integer(values.type) and not values.null_count else np.zeros(1, np.int64)
+    if counts.size and not 1 <= counts.min() <= counts.max() < 2**31:
+        raise UserError(f"{path} has the column {column} with values other than counts of 1 or more: {remedy}")
+    return counts.astype(np.int64)
+
+
 def label_column(
     table: pa.Table, column: str, keys: list[str], num_classes: int, path: Path, remedy: str
 ) -> np.ndarray:

@@ -13,7 +13,7 @@ from hostile_data import BOMBS, teacher
 from pair_data import make_tar, picture, put, stream
 from pair_data import write_shards as write_pairs
 
-from megacid.data.captions import BAD_JSON, BLANK, NO_FIELD, NOT_A_TEXT, CaptionSource, is_blank
+from megacid.data.captions import BAD_JSON, BLANK, NO_FIELD, NOT_A_TEXT, TOO_MANY, CaptionSource, is_blank
 from megacid.data.decode import BadSample
 from megacid.data.index import ShardReader, load_index, verify_index
 from megacid.data.side_tables import TeacherTable
@@ -77,7 +77,7 @@ def test_every_source_has_an_index_of_its_own(tmp_path: Path, caplog: pytest.Log
 
 @pytest.mark.parametrize(
     "source",
-    ["", "json", "json:", "cls", "a b", "../x", "x/y", "json:" + "f" * 100, "json:\n", "json:\ud800", "é"],
+    ["", "json", "json:", "json:.*", "cls", "a b", "../x", "x/y", "json:" + "f" * 100, "json:\n", "json:\ud800", "é"],
 )
 def test_a_caption_source_that_is_none_is_one_line(tmp_path: Path, source: str) -> None:
     make_tar(tmp_path / "0.tar", ["a"])
@@ -125,6 +125,37 @@ def test_samples_without_a_usable_caption_are_left_out_with_the_reason(tmp_path:
     assert "\n" not in str(error.value)
     assert "tools/index_shards.py --caption json:caption --max-lost 1 to use the other 19" in str(error.value)
     assert load_index(tmp_path, caption="json:caption", max_lost=0.2).sizes.tolist() == [19, 0]
+
+
+LISTS: dict[str, tuple[object, list[str] | str]] = {
+    "two": (["a red square", " another\n"], ["a red square", "another"]),
+    "a hundred": ([f"{i}" for i in range(100)], [f"{i}" for i in range(100)]),
+    "twice the same": (["a", "a"], ["a", "a"]),
+    "with missing values": ([None, "a", "", "nan", float("nan"), "b", "\u200b", "\ufeff"], ["a", "b"]),
+    "an unpaired surrogate": (["a", "\ud800"], ["a", "\ufffd" * 3]),
+    "only missing values": ([None, " "], BLANK),
+    "empty": ([], BLANK),
+    "more than a hundred": (["a"] * 101, TOO_MANY),
+    "a number": (["a", 7], NOT_A_TEXT),
+    "a list": ([["a"]], NOT_A_TEXT),
+    "one text": ("a", NOT_A_TEXT),
+    "null": (None, NOT_A_TEXT),
+    "a block": ({"*": "a"}, NOT_A_TEXT),
+}
+
+
+@pytest.mark.parametrize("keep_blank", [False, True])
+@pytest.mark.parametrize("case", LISTS)
+def test_all_texts_of_a_list_are_captions_but_blank_ones(tmp_path: Path, case: str, keep_blank: bool) -> None:
+    value, expected = LISTS[case]
+    write(tmp_path / "0.tar", [*[with_fields(c={"all": ["x"]}) for _ in range(19)], with_fields(c={"all": value})])
+    index = load_index(tmp_path, caption="json:c.all.*", keep_blank=keep_blank)
+    if isinstance(expected, str):
+        assert index.num_samples == 19 and index.dropped == {expected: 1}
+        return
+    reader = ShardReader(index)
+    assert reader.captions(0, 19) == expected and reader.caption(0, 19) == expected[0]
+    assert reader.captions(0, 0) == ["x"]
 
 
 def test_a_json_of_nearly_a_megabyte_holds_a_caption(tmp_path: Path) -> None:

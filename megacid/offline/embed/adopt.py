@@ -28,7 +28,7 @@ from megacid.distributed.stopping import Progress, StartProgress, no_progress, s
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.offline.embed.foreign import ForeignFolder, Modality
-from megacid.offline.embed.partitions import Failure, Partition, partition_files
+from megacid.offline.embed.partitions import Failure, Layout, Partition, partition_files
 from megacid.offline.embed.stage import failures_of, finish, verify
 from megacid.offline.rows import find_invalid_row
 from megacid.storage.metadata import read_meta
@@ -91,12 +91,12 @@ def adopt(
     scaled = 0
     with stop_together(group):
         for shard, rows in rows_of.items():
-            if failures_of(index, out, shard, folder.dim) is None:
+            if failures_of(index, out, shard, Layout(folder.dim)) is None:
                 scaled += _write(index, folder, out, shard, rows)
                 failpoint("adopt:partition", step=shard)
             progress(len(rows))
     with stop_together(group):
-        stats = verify(index, out, list(mine), folder.dim)
+        stats = verify(index, out, list(mine), Layout(folder.dim))
     scaled = sum(gather_json(scaled, group))
     all_stats = gather_json(stats, group)
     with stop_together(group):

@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
     shard: int
     image: Tensor  # uint8 [B, 3, H, W]
-    text: Tensor  # int64 [B, T]
+    text: Tensor  # int64 [all captions, T], those of a sample are neighbours
     samples: list[SampleInfo]  # [B]
     rows: list[int]  # [B] row of each sample in the tar
     failures: list[Failure]  # samples that could not be decoded
@@ -80,33 +80,35 @@ class Pairs(Dataset[Batch]):
         shard = int(self.starts.searchsorted(numbers[0], side="right")) - 1
         keys = self.index.table(shard).keys
         images: list[Tensor] = []
+        captions: list[str] = []
         views: list[Tensor] = []
         batch = Batch(shard, torch.empty(0), torch.empty(0), [], [], [])
         for row in (number - int(self.starts[shard]) for number in numbers):
             try:
-                picture, info = self._read(shard, row, keys[row])
+                picture, texts, info = self._read(shard, row, keys[row])
             except BadSample as error:
                 batch.failures.append(Failure(keys[row], error.reason))
             else:
                 images.append(self.transform(picture))
                 if self.crops is not None:
                     views.append(self.crops(picture, keys[row]))
+                captions += texts
                 batch.samples.append(info)
                 batch.rows.append(row)
         if not images:
             return batch
-        captions = [info.caption for info in batch.samples]
         return batch._replace(
             image=torch.stack(images),
             text=self.tokenizer(captions),
             views=torch.stack(views, dim=1) if views else None,
         )
 
-    def _read(self, shard: int, row: int, key: str) -> tuple[Image.Image, SampleInfo]:
-        caption = self.reader.caption(shard, row, strict=True)  # replaced bytes would end up in the metadata as text
+    def _read(self, shard: int, row: int, key: str) -> tuple[Image.Image, list[str], SampleInfo]:
+        texts = self.reader.captions(shard, row, strict=True)  # replaced bytes would end up in the metadata as text
         image = decode_image(self.reader.read(shard, row, "image"))
         fields = read_sample_json(self.reader, shard, row)
-        return image, SampleInfo(key, caption, _encodable(fields.get("uid")), _encodable(fields.get("url")))
+        uid, url = (_encodable(fields.get(name)) for name in ("uid", "url"))
+        return image, texts, SampleInfo(key, texts[0], uid, url, len(texts))
 
 
 def _encodable(value: Any) -> str | None:

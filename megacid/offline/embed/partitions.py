@@ -3,31 +3,35 @@
     img_emb/img_emb_00000.npy            float16 [n, D]
     text_emb/text_emb_00000.npy          float16 [n, D]
     view_emb/view_emb_00000.npy          float16 [n * V, D]: view v of row r is row r * V + v; only with views
-    metadata/metadata_00000.parquet      image_path (the key), caption, shard, key, uid, url; rows as in the arrays
+    caption_emb/caption_emb_00000.npy    float16 [m, D]: all captions of row 0, of row 1 ...; only with several captions
+    metadata/metadata_00000.parquet      image_path (the key), caption, shard, key, uid, url; rows as in the arrays;
+                                         with several captions also `captions`, their number, and `caption` is the first
     failures/failures_00000.parquet      shard, key, reason of every skipped sample; only where a sample was skipped
 
 Readers of that layout sort file names and pair the i-th metadata file with the i-th array file. So all numbers are
 padded to the same number of digits, and a tar of which no sample could be embedded has no arrays and no metadata.
 
-Legend: D width, n samples of one tar that could be embedded, V views of each.
+Legend: D width, n samples of one tar that could be embedded, with m captions, V views of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megacid.data.captions import COUNT_COLUMN
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.storage.atomic import disk_errors, writing
 from megacid.storage.npy import load_npy, write_array
-from megacid.storage.parquet import read_parquet
+from megacid.storage.parquet import count_column, read_parquet
 
 _DIGITS = 5
 _COLUMNS = ("image_path", "caption", "shard", "key", "uid", "url")
@@ -39,6 +43,7 @@ class PartitionFiles(NamedTuple):
     metadata: Path
     failures: Path
     views: Path
+    captions: Path
 
 
 def partition_files(folder: Path, number: int, partitions: int) -> PartitionFiles:
@@ -50,6 +55,7 @@ def partition_files(folder: Path, number: int, partitions: int) -> PartitionFile
         folder / "metadata" / f"metadata_{name}.parquet",
         folder / "failures" / f"failures_{name}.parquet",
         folder / "view_emb" / f"view_emb_{name}.npy",
+        folder / "caption_emb" / f"caption_emb_{name}.npy",
     )
 
 
@@ -58,13 +64,33 @@ class Failure(NamedTuple):
     reason: str
 
 
+class Layout(NamedTuple):
+    """What a partition holds for each sample.
+
+    Attributes:
+        dim: Width.
+        views: Number of views; 0: there is no file of views.
+        captions: Whether there is a file of all captions.
+    """
+
+    dim: int
+    views: int = 0
+    captions: bool = False
+
+
 class SampleInfo(NamedTuple):
-    """Metadata of one sample, except its shard. uid, url: from the sample's .json, if present there."""
+    """Metadata of one sample, except its shard. uid, url: from the sample's .json, if present there.
+
+    Attributes:
+        caption: The first one.
+        captions: Number of captions.
+    """
 
     key: str
     caption: str
     uid: str | None = None
     url: str | None = None
+    captions: int = 1
 
 
 def _read_failures(files: PartitionFiles) -> list[Failure]:
@@ -75,15 +101,12 @@ def _read_failures(files: PartitionFiles) -> list[Failure]:
     return [Failure(key, reason) for key, reason in zip(table["key"].to_pylist(), table["reason"].to_pylist())]
 
 
-def failures_if_complete(
-    files: PartitionFiles, stem: str, keys: list[str], dim: int, views: int = 0
-) -> list[Failure] | None:
+def failures_if_complete(files: PartitionFiles, stem: str, keys: list[str], layout: Layout) -> list[Failure] | None:
     """The skipped samples of a complete partition; None when the partition must be written (again).
 
     Args:
         stem: Name of the tar that the partition must belong to.
         keys: Keys of the tar in its order; each must be either embedded or listed as skipped.
-        views: Number of views of each image; 0: there is no file of views.
     """
     try:
         failures = _read_failures(files)
@@ -93,10 +116,14 @@ def failures_if_complete(
             return None
         if not embedded:
             return failures
-        arrays = {files.image: 1, files.text: 1, **({files.views: views} if views else {})}
-        opened = ((load_npy(path, ""), each) for path, each in arrays.items())
-        whole = all(a.shape == (each * len(embedded), dim) and a.dtype.kind == "f" for a, each in opened)
-        table = read_parquet(files.metadata, "", list(_COLUMNS))
+        table = read_parquet(files.metadata, "", [*_COLUMNS, *([COUNT_COLUMN] if layout.captions else [])])
+        rows = {files.image: len(embedded), files.text: len(embedded)}
+        if layout.views:
+            rows[files.views] = layout.views * len(embedded)
+        if layout.captions:
+            rows[files.captions] = int(count_column(table, COUNT_COLUMN, files.metadata, "").sum())
+        opened = ((load_npy(path, ""), count) for path, count in rows.items())
+        whole = all(array.shape == (count, layout.dim) and array.dtype.kind == "f" for array, count in opened)
         fits = set(table["shard"].to_pylist()) <= {stem} and table["image_path"].to_pylist() == embedded
     except (UserError, ValueError):  # ValueError: a string that is not UTF-8
         return None
@@ -110,6 +137,7 @@ class Partition:
     image: list[np.ndarray] = field(default_factory=list)  # float16 [B, D] each
     text: list[np.ndarray] = field(default_factory=list)
     views: list[np.ndarray] = field(default_factory=list)  # float16 [B * V, D] each
+    captions: list[np.ndarray] = field(default_factory=list)  # float16, all captions of B samples each
     samples: list[SampleInfo] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
@@ -122,20 +150,22 @@ class Partition:
         with disk_errors(files.failures):
             files.failures.unlink(missing_ok=True)
         if self.samples:
-            arrays = {"image": self.image, "text": self.text, "views": self.views}
+            arrays = {"image": self.image, "text": self.text, "views": self.views, "captions": self.captions}
             for name, parts in arrays.items():
                 if parts:
                     write_array(getattr(files, name), np.concatenate(parts))
                     failpoint(f"embed:{name}_written", step=number)
-            keys, captions, uids, urls = zip(*self.samples)
-            _write(files.metadata, zip(_COLUMNS, (keys, captions, [stem] * len(keys), keys, uids, urls)))
+            keys, captions, uids, urls, counts = zip(*self.samples)
+            columns = dict(zip(_COLUMNS, (keys, captions, [stem] * len(keys), keys, uids, urls)))
+            _write(files.metadata, columns, {COUNT_COLUMN: counts} if self.captions else {})
             failpoint("embed:metadata_written", step=number)
         if self.failures:
             keys, reasons = zip(*self.failures)
-            _write(files.failures, zip(("shard", "key", "reason"), ([stem] * len(keys), keys, reasons)))
+            _write(files.failures, {"shard": [stem] * len(keys), "key": keys, "reason": reasons})
 
 
-def _write(path: Path, columns: Iterable[tuple[str, Any]]) -> None:
-    table = pa.table({name: pa.array(values, pa.string()) for name, values in columns})
+def _write(path: Path, texts: Mapping[str, Any], counts: Mapping[str, Any] = MappingProxyType({})) -> None:
+    arrays = {name: pa.array(values, pa.string()) for name, values in texts.items()}
+    table = pa.table(arrays | {name: pa.array(values, pa.int32()) for name, values in counts.items()})
     with writing(path) as temporary:
         pq.write_table(table, temporary)

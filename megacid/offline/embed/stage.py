@@ -36,9 +36,9 @@ from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.models.clip import LoadedClip
 from megacid.models.hub import model_directory
-from megacid.offline.embed.encoding import encode
+from megacid.offline.embed.encoding import encode, rows_per_sample
 from megacid.offline.embed.input import Batch, Crops, Pairs, as_is
-from megacid.offline.embed.partitions import Failure, Partition, failures_if_complete, partition_files
+from megacid.offline.embed.partitions import Failure, Layout, Partition, failures_if_complete, partition_files
 from megacid.offline.embed.work_queue import Sharding, WorkQueue, create_queue
 from megacid.storage.metadata import read_meta
 from megacid.storage.stage_directory import WORK, StageDirectory
@@ -132,8 +132,9 @@ class _ShardEmbedder:
             encoded = encode(self.clip, self.index, batch)
             partition.image.append(encoded.image)
             partition.text.append(encoded.text)
-            if encoded.views is not None:
-                partition.views.append(encoded.views)
+            for parts, rows in (partition.views, encoded.views), (partition.captions, encoded.captions):
+                if rows is not None:
+                    parts.append(rows)
             partition.samples += batch.samples
         partition.failures += batch.failures
         for key, reason in batch.failures:
@@ -165,8 +166,8 @@ def weights_digest(model: str, pretrained: str | None) -> str:
     return digest.hexdigest()
 
 
-def _check_space(out: Path, todo: int, dim: int, views: int) -> float:
-    need = todo * dim * 2 * (2 + views) * 1.02 + todo * 200  # the fp16 rows and the metadata of a sample
+def _check_space(out: Path, todo: int, dim: int, rows: float) -> float:
+    need = todo * dim * 2 * rows * 1.02 + todo * 200  # the fp16 rows and the metadata of a sample
     free = shutil.disk_usage(out).free
     if need > free:
         raise UserError(
@@ -195,7 +196,7 @@ def embed(
 
     Args:
         settings: The model, precision, weights and views; recorded, and compared with those of a started folder.
-        crops: Cuts the views that are embedded beside the whole images; None: no views.
+        crops: Cuts the views that are embedded in addition to the whole images; None: no views.
         sharding: "static" assigns shard s to rank s % world. "dynamic" starts the same way; a rank that is done then
             takes over shards that no rank has started and those of ranks that died.
         max_lost: Share of the samples that may be skipped. Above it meta.json is not written; the partitions stay.
@@ -209,12 +210,12 @@ def embed(
             if stage.finished() is not None:
                 max_lost = 1.0  # it was accepted when the stage was finished
             stage.begin()
-    count = crops.views.count if crops else 0
-    missing, done = _done_shards(index, out, clip.embed_dim, count, mine, group)
+    layout = Layout(clip.embed_dim, crops.views.count if crops else 0, index.caption.several)
+    missing, done = _done_shards(index, out, layout, mine, group)
     total = int(index.sizes[~done].sum())
     with stop_together(group):
         if parallel.is_first:
-            need = _check_space(out, total, clip.embed_dim, count)
+            need = _check_space(out, total, clip.embed_dim, rows_per_sample(index, crops))
             create_queue(_queue_file(out), done, parallel.world)
             log.info("%d of %d shards to do, %d samples, %.3f GB to write", (~done).sum(), shards, total, need / 1e9)
     queue = _open_queue(out, shards, parallel, sharding)
@@ -227,7 +228,7 @@ def embed(
         embedder.progress(queue.note_total(samples))
         # On a network file system the files of other ranks may not be visible here yet, so each rank checks its own.
         checked = sorted({*mine}.difference(missing).union(embedder.written))
-        stats = verify(index, out, checked, clip.embed_dim, count)
+        stats = verify(index, out, checked, layout)
     all_stats = gather_json(stats, group)
     with stop_together(group):
         if parallel.is_first:
@@ -238,11 +239,11 @@ def embed(
 
 
 def _done_shards(
-    index: ShardIndex, out: Path, dim: int, views: int, mine: range, group: Group
+    index: ShardIndex, out: Path, layout: Layout, mine: range, group: Group
 ) -> tuple[list[int], np.ndarray]:
     """(the shards of `mine` that lack a complete partition, bool [shards]: those that no rank lacks). A collective."""
     with stop_together(group):
-        missing = [shard for shard in mine if failures_of(index, out, shard, dim, views) is None]
+        missing = [shard for shard in mine if failures_of(index, out, shard, layout) is None]
     done = np.ones(len(index.names), np.bool_)
     done[[shard for shards_of_rank in gather_json(missing, group) for shard in shards_of_rank]] = False
     return missing, done
@@ -262,19 +263,19 @@ def _open_queue(out: Path, shards: int, parallel: Parallel, sharding: Sharding) 
     return queue
 
 
-def failures_of(index: ShardIndex, out: Path, shard: int, dim: int, views: int = 0) -> list[Failure] | None:
+def failures_of(index: ShardIndex, out: Path, shard: int, layout: Layout) -> list[Failure] | None:
     """The samples that a complete partition skips; None when the partition is not complete."""
     files = partition_files(out, shard, len(index.names))
-    return failures_if_complete(files, index.names[shard], index.table(shard).keys, dim, views)
+    return failures_if_complete(files, index.names[shard], index.table(shard).keys, layout)
 
 
-def verify(index: ShardIndex, out: Path, shards: list[int], dim: int, views: int = 0) -> dict[str, Any]:
+def verify(index: ShardIndex, out: Path, shards: list[int], layout: Layout) -> dict[str, Any]:
     """Read partitions back: number of skipped samples by shard and by reason, names of the first."""
     by_shard: dict[str, int] = {}
     by_reason: Counter[str] = Counter()
     named: list[str] = []
     for shard in shards:
-        failures = failures_of(index, out, shard, dim, views)
+        failures = failures_of(index, out, shard, layout)
         if failures is None:
             raise UserError(
                 f"{partition_files(out, shard, len(index.names)).image} or a file of its partition is not readable "
