@@ -39,8 +39,8 @@ LOST = {
     "file), such as json:caption",
     BLANK: "empty captions, and missing values written as text, such as nan, None or null, are left out: "
     "correct them, or keep them with tools/index_shards.py --keep-blank-captions",
-    NOT_A_TEXT: "the field must hold one text, or with .* a list of texts: name another field, or the element of a list, "
-    "such as json:captions.0, or all of them, json:captions.*",
+    NOT_A_TEXT: "the field must hold one text, or with .* a list of texts: name another field, or the element of a "
+    "list, such as json:captions.0, or all of them, json:captions.*",
     TOO_MANY: "name one of them, such as json:captions.0, or write fewer",
     NO_FIELD: "every .json needs the field that --caption (data.caption in a run file) names: correct its name",
     BAD_JSON: "the .json with the caption is damaged, or larger than 1 MiB: write it again",
