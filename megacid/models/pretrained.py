@@ -62,10 +62,13 @@ def load_weights(clip: Any, spec: StudentSpec, projections: Callable[[], set[str
         with _resized() as resized:
             open_clip.load_checkpoint(clip, _file(spec))
     except Exception as error:  # a file that is no checkpoint can raise nearly any exception
-        raise UserError(
-            f"cannot build {spec.model!r} with weights {spec.pretrained!r}: {one_line(error)}; check that the file is "
-            "complete and of this architecture and embedding width"
-        ) from error
+        reason = f"{one_line(error)}; check that the file is complete and of this architecture and embedding width"
+        if isinstance(error, AttributeError) and error.name == "ndim" and clip.logit_bias is None:
+            reason = (
+                'they have a logit bias, which the model lacks: set "loss.form" to "sigmoid", or "student.model" to '
+                "the local-dir: of an export, whose configuration has the bias"
+            )
+        raise UserError(f"cannot build {spec.model!r} with weights {spec.pretrained!r}: {reason}") from error
     finally:
         handle.remove()
     resized += _resize_timm(clip.visual, spec.image_size)

@@ -92,7 +92,8 @@ def objective_collectives(
         differentiated = sum(name in trained for name in student)
         found.append(Collective("their gradients", "reduce_scatter", 4 * matrix, differentiated))
     if loss.cluster:
-        found += _classifier(run, num_classes, width, world, device, gathers_images="image_S" not in student)
+        images = None if "image_S" in student else "image_S" in trained
+        found += _classifier(run, num_classes, width, world, device, images)
     terms = sum(weight > 0 for weight in (loss.instance, loss.contrastive, loss.mse, loss.affinity))
     if terms:
         # mse alone is computed by micro-batch; every other objective once for the whole batch, see GradientCache.
@@ -103,8 +104,9 @@ def objective_collectives(
 
 
 def _classifier(
-    run: RunFile, num_classes: int, width: int, world: int, device: str, *, gathers_images: bool
+    run: RunFile, num_classes: int, width: int, world: int, device: str, images: bool | None
 ) -> list[Collective]:
+    """Those of the cluster term. images: whether they have a gradient; None: other terms gather them."""
     labels, spec = run.megacid.data.labels_per_sample, loss_spec(run, num_classes, world)
     student, teacher = (bool(spec.distributions(source)) for source in ("student", "teacher"))
     message = HEADER + run.micro_batch * run.accumulation * labels
@@ -120,10 +122,10 @@ def _classifier(
             for start in range(0, run.global_batch, chunk)
         ),
     ]
-    if gathers_images:
+    if images is not None:
         matrix = 4 * run.global_batch * num_dims(width, run.megacid.classifier.feature_rate)
         found.append(Collective("student embeddings", "all_gather", matrix))
-        if student:
+        if student and images:
             found.append(Collective("their gradients", "reduce_scatter", matrix))
     return found
 

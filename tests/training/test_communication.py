@@ -147,6 +147,16 @@ FROZEN = {
 }
 
 
+@pytest.mark.parametrize("loss", [("loss.contrastive=1", "loss.mse=0"), ("loss.contrastive=0", "loss.mse=1")])
+def test_a_frozen_tower_whose_images_the_classifier_gathers_has_no_reduce_scatter(
+    file: Path, loss: tuple[str, ...]
+) -> None:
+    settings = [*division(1, 0), *loss, "loss.instance=0"] + ["loss.form=sigmoid"] * ("loss.mse=0" in loss)
+    expected = predicted(file, settings, ("image",))
+    for calls in run_ranks(count_collectives, 2, file, settings, ("image",)):
+        assert sorted(calls) == sorted((c.kind, c.size) for c in expected for _ in range(c.number))
+
+
 @pytest.mark.parametrize(
     ("case", "stage", "accumulation", "recomputed"),
     [

@@ -115,6 +115,15 @@ def test_weights_without_a_bias_start_with_siglips_scale_and_bias_and_others_wit
         ) == said
 
 
+def test_weights_with_a_bias_start_a_student_without_one_only_from_their_own_configuration(tmp_path: Path) -> None:
+    student = sigmoid_student()
+    export_student(student, tmp_path, name="tiny-sigmoid", source={})
+    with pytest.raises(UserError, match=r'they have a logit bias.*set "loss.form" to "sigmoid", or "student.model"'):
+        build_student("digits-student", embed_dim=64, pretrained=str(tmp_path / "tiny-sigmoid.pt"), seed=0)
+    again = build_student(f"local-dir:{tmp_path}", embed_dim=None, seed=1).clip.state_dict()
+    assert all(torch.equal(again[name], t) for name, t in student.clip.state_dict().items())
+
+
 def test_the_towers_are_those_of_the_same_seed_without_a_bias() -> None:
     sigmoid, plain = sigmoid_student().clip.state_dict(), build_student("digits-student", embed_dim=64, seed=0).clip
     towers = {name: t for name, t in plain.state_dict().items() if name != "logit_scale"}
