@@ -6,6 +6,7 @@ A features directory is one of tools/synthesize.py; its tasks, on the test split
 nearest_class_mean.
 
     tools/eval.py --run runs/digits --dataset-root data/digits/test --out results
+    tools/eval.py --run runs/digits --ema --dataset-root data/digits/test --out results
     tools/eval.py --model local-dir:export/digits --dataset-root data/digits/test --tasks zero_shot --out results
     tools/eval.py --model ViT-B-32 --pretrained laion2b_s34b_b79k --dataset-root wds/cifar10 --out results
     tools/eval.py --run runs/partial_fc_1m --features data/features-1m --limit 10000 --out results
@@ -32,7 +33,7 @@ from megacid.evaluate.export import student_from_run
 from megacid.evaluate.features import TASKS as FEATURE_TASKS
 from megacid.evaluate.features import accuracy, tasks_for, trained_tower
 from megacid.evaluate.knn import NEIGHBORS
-from megacid.evaluate.tasks import TASKS, evaluate, json_file, result_file, write_result
+from megacid.evaluate.tasks import TASKS, evaluate, json_file, result_file, weights_name, write_result
 from megacid.models.clip import LoadedClip, load_clip
 from megacid.models.student import loaded_student
 
@@ -45,6 +46,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pretrained", help="tag or file of the weights, for --model NAME")
     parser.add_argument(
         "--step", type=natural, help="step of the checkpoint, for --run (default: the newest valid one)"
+    )
+    parser.add_argument(
+        "--ema", action="store_true", help="evaluate the moving average of the weights (student.ema_decay), for --run"
     )
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--dataset-root", type=Path, help="directory with classnames.txt, train/, test/")
@@ -90,21 +94,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         )
     if args.step is not None and not args.run:
         raise UserError(f"--step is {args.step} without --run, expected both: add --run DIRECTORY")
+    if args.ema and not args.run:
+        raise UserError("--ema is set without --run, expected both: add --run DIRECTORY")
     return args
 
 
 def load(args: argparse.Namespace) -> LoadedClip:
     if args.run:
-        student, step = student_from_run(args.run, args.step)
-        return loaded_student(student, f"{args.run.resolve().name}-step-{step}", args.device)
+        student, step = student_from_run(args.run, args.step, ema=args.ema)
+        return loaded_student(student, weights_name(args.run, step, ema=args.ema), args.device)
     return load_clip(args.model, args.pretrained, device=args.device, precision=args.precision)
 
 
 def evaluate_features(args: argparse.Namespace) -> int:
     """Run the tasks on feature vectors; their metric is acc1."""
     train = FeatureSet(args.features)
-    trained = trained_tower(args.run, train, args.step, args.device)
-    name, run = args.dataset_name or args.features.resolve().name, f"{args.run.resolve().name}-step-{trained.step}"
+    trained = trained_tower(args.run, train, args.step, args.device, ema=args.ema)
+    name = args.dataset_name or args.features.resolve().name
+    run = weights_name(args.run, trained.step, ema=args.ema)
     test = FeatureSet(args.features, "test")
     rows = min(args.limit or test.num_rows, test.num_rows)
     print(f"{name}: {test.classes:,} classes, {rows:,} of {test.num_rows:,} test rows, {run}")

@@ -209,10 +209,14 @@ def load_student_tensors(directory: str | Path, *, ema: bool = False) -> dict[st
         store.verify(directory)
     except ValueError as error:
         raise UserError(f"not a valid checkpoint: {error}; choose another step") from None
-    reader = CheckpointReader(directory)
+    return student_tensors(CheckpointReader(directory), ema=ema)
+
+
+def student_tensors(reader: CheckpointReader, *, ema: bool = False) -> dict[str, Tensor]:
+    """What `load_student_tensors` returns, of a checkpoint that was verified."""
     if ema and not reader.names("ema"):
         raise UserError(
-            f"{directory} has no EMA of the weights: use the student itself, or train with student.ema_decay"
+            f"{reader.directory} has no EMA of the weights: use the student itself, or train with student.ema_decay"
         )
     kinds = ("param", "buffer", "ema") if ema else ("param", "buffer")
     return {name: reader.tensor(kind, name) for kind in kinds for name in reader.names(kind)}

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megacid.checkpoint.state import CheckpointReader
+from megacid.checkpoint.state import CheckpointReader, student_tensors
 from megacid.data.features import FeatureSet
 from megacid.distributed.stopping import Progress, no_progress
 from megacid.errors import UserError, one_line
@@ -59,12 +59,19 @@ class TrainedTower:
 
 
 def trained_tower(
-    run: Path, features: FeatureSet, step: int | None = None, device: torch.device | str = "cpu"
+    run: Path,
+    features: FeatureSet,
+    step: int | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    ema: bool = False,
 ) -> TrainedTower:
     """Load the tower of a run on features, from the checkpoint of `step` (None: the newest valid one).
 
+    ema: with the moving average of its weights.
+
     Raises:
-        UserError: not a run directory, a run on images, or run, checkpoint and features do not fit.
+        UserError: not a run directory, a run on images, run, checkpoint and features do not fit, or there is no EMA.
     """
     block = read_run_block(run)
     student, data = block["student"], block.get("data") or {}
@@ -72,8 +79,9 @@ def trained_tower(
         raise UserError(f"{run} was trained on {data.get('shards')}, expected features: use --dataset-root")
     reader = CheckpointReader(checkpoint_of(run, step))
     tower = FeatureTower(features.dim, student["embed_dim"], hidden=student["hidden"], layers=student["layers"])
+    tensors = student_tensors(reader, ema=ema)
     try:
-        tower.load_state_dict({name: reader.tensor("param", name) for name in reader.names("param")})
+        tower.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(
             f"{reader.directory} does not fit features of width {features.dim} in {features.directory} "

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from megacid.checkpoint.store import step_name
+from megacid.evaluate.tasks import is_of_average
 from megacid.models.student import Student
 from megacid.storage.atomic import read_json
 
@@ -23,9 +24,9 @@ def model_card(student: Student, name: str, run: Path, step: int, block: dict[st
     Args:
         run: run directory; the results of evaluations at `step` that stand there are listed.
         block: the "megacid" block of the run's resolved configuration.
-        ema: whether the weights are the moving average, which no evaluation of the run has used.
+        ema: whether the weights are the moving average.
     """
-    results = [] if ema else evaluations(run, step)
+    results = evaluations(run, step, ema=ema)
     weights = " These weights are the moving average of the trained ones." if ema else ""
     data = ModelCardData(
         library_name="open_clip",
@@ -54,12 +55,13 @@ def model_card(student: Student, name: str, run: Path, step: int, block: dict[st
     return "\n".join(parts)
 
 
-def evaluations(run: Path, step: int) -> list[tuple[str, str, float]]:
+def evaluations(run: Path, step: int, *, ema: bool) -> list[tuple[str, str, float]]:
     """(dataset, metric, value) of every accuracy and recall in CLIP_benchmark's schema below `run`/eval."""
     found = []
     for file in sorted(run.glob(f"eval/{step_name(step)}/*.json")):
         result = read_json(file)
-        if isinstance(result, dict) and isinstance(result.get("metrics"), dict) and "dataset" in result:
+        valid = isinstance(result, dict) and isinstance(result.get("metrics"), dict) and "dataset" in result
+        if valid and is_of_average(result) == ema:
             found += [
                 (str(result["dataset"]), metric, float(value))
                 for metric, value in result["metrics"].items()

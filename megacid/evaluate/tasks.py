@@ -17,6 +17,7 @@ from megacid.models.clip import LoadedClip
 from megacid.models.hub import has_own_weights
 from megacid.storage.atomic import disk_errors, write_json_atomic
 
+_OF_AVERAGE = "-ema"
 # Our name -> CLIP_benchmark's, which has no kNN.
 TASKS = {"zero_shot": "zeroshot_classification", "linear_probe": "linear_probe", "knn": "knn"}
 
@@ -45,6 +46,16 @@ def evaluate(
         "metrics": run[task](),
         "language": "en",
     }
+
+
+def weights_name(run: Path, step: int, *, ema: bool = False) -> str:
+    """The name in results of a run's weights after `step` steps, or of their moving average."""
+    return f"{run.resolve().name}-step-{step}{_OF_AVERAGE if ema else ''}"
+
+
+def is_of_average(result: dict[str, Any]) -> bool:
+    """Whether a result of `evaluate` is that of the moving average of a run's weights."""
+    return str(result.get("pretrained")).endswith(_OF_AVERAGE)
 
 
 def result_file(folder: Path, dataset: str, model: str, pretrained: str, task: str) -> Path:

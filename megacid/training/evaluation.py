@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 import random
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -84,16 +85,24 @@ def is_due(run: RunFile, step: int) -> bool:
     return bool(config.datasets) and step > 0 and (step % config.every == 0 or step >= total_steps)
 
 
-def standing_results(run: RunFile, step: int) -> list[tuple[str, str, dict[str, Any] | None]]:
-    """(directory of the set, task, result in the run directory or None) of all that is due after `step` steps."""
+class Due(NamedTuple):
+    """A result that is due: of a set, by its directory, and a task, for the weights or their moving average."""
+
+    root: str
+    task: str
+    ema: bool
+
+
+def standing_results(run: RunFile, step: int) -> list[tuple[Due, dict[str, Any] | None]]:
+    """All that is due after `step` steps, with its result in the run directory or None."""
     config = run.megacid.eval
-    found: list[tuple[str, str, dict[str, Any] | None]] = []
-    for root in config.datasets:
-        for task in config.tasks:
-            result = read_json(_file(run, step, Path(root).resolve().name, task))
-            metrics = result.get("metrics") if isinstance(result, dict) else None
-            stands = isinstance(metrics, dict) and metrics.get("k", config.neighbors) == config.neighbors
-            found.append((root, task, result if stands else None))
+    averages = (False,) if run.megacid.student.ema_decay is None else (False, True)
+    found: list[tuple[Due, dict[str, Any] | None]] = []
+    for due in itertools.starmap(Due, itertools.product(config.datasets, config.tasks, averages)):
+        result = read_json(_file(run, step, Path(due.root).resolve().name, due))
+        metrics = result.get("metrics") if isinstance(result, dict) else None
+        stands = isinstance(metrics, dict) and metrics.get("k", config.neighbors) == config.neighbors
+        found.append((due, result if stands else None))
     return found
 
 
@@ -109,16 +118,11 @@ def is_finished(run: RunFile, checkpoint: str, parallel: Parallel) -> bool:
     return True
 
 
-def _file(run: RunFile, step: int, dataset: str, task: str) -> Path:
-    from megacid.evaluate.tasks import TASKS, result_file
+def _file(run: RunFile, step: int, dataset: str, due: Due) -> Path:
+    from megacid.evaluate.tasks import TASKS, result_file, weights_name
 
-    folder = run.directory / "eval" / store.step_name(step)
-    return result_file(folder, dataset, run.megacid.student.model, _weights(run, step), TASKS[task])
-
-
-def _weights(run: RunFile, step: int) -> str:
-    """The name of the weights in results, as tools/eval.py --run gives it."""
-    return f"{run.directory.resolve().name}-step-{step}"
+    folder, weights = run.directory / "eval" / store.step_name(step), weights_name(run.directory, step, ema=due.ema)
+    return result_file(folder, dataset, run.megacid.student.model, weights, TASKS[due.task])
 
 
 class StudentCopy:
@@ -143,12 +147,18 @@ class StudentCopy:
                 tensor.data = tensor.new_empty(0)
 
 
-def weights_of(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+def weights_of(engine: Engine, *, ema: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, whole tensor) of the parameters and buffers that the engine's forward uses. A collective.
 
     These are the module's own tensors; at ZeRO 3 the parameters are copies.
+
+    ema: copies of the moving average in place of the trained parameters, in the dtype of the forward.
     """
+    average = engine.average if ema else None
     for name, p in engine.module.named_parameters():
+        if average is not None and name in average.parameters:
+            yield name, average.whole(name).view(getattr(p, "ds_shape", p.shape)).to(p.dtype)
+            continue
         with engine.gathered(p, None):
             yield name, p.detach().clone() if engine.stage == 3 else p.detach()
     yield from engine.module.named_buffers()
@@ -199,9 +209,12 @@ class Evaluation:
         found = broadcast_json(
             standing_results(self.run, step) if self.parallel.is_first else None, self.parallel.group
         )
-        standing, missing = [r for *_, r in found if r], [(root, task) for root, task, r in found if not r]
+        standing, missing = [r for _, r in found if r], [Due(*due) for due, r in found if not r]
+        new: list[dict[str, Any]] = []
         try:
-            new = self.evaluate(step, missing, weights_of(engine), poll) if missing else []
+            for ema in (False, True):
+                if what := [due for due in missing if due.ema == ema]:
+                    new += self.evaluate(step, what, weights_of(engine, ema=ema), poll)
         except Stopped:
             return True
         seconds = time.perf_counter() - began
@@ -215,13 +228,14 @@ class Evaluation:
         return False
 
     def evaluate(
-        self, step: int, what: list[tuple[str, str]], weights: Iterable[tuple[str, Tensor]], poll: Progress
+        self, step: int, what: list[Due], weights: Iterable[tuple[str, Tensor]], poll: Progress
     ) -> list[dict[str, Any]]:
-        """Evaluate weights on pairs of set and task, and write the results to the run directory. A collective.
+        """Evaluate weights, and write the results to the run directory. A collective.
 
         Bad data of a set are a warning, and leave its result out.
 
         Args:
+            what: results that are due for these weights.
             weights: (name, whole tensor) of the student's parameters and buffers, on the run's device.
             poll: called after every batch.
 
@@ -229,7 +243,7 @@ class Evaluation:
             Stopped: on every rank, when `poll` raised it on one.
         """
         from megacid.evaluate.execution import Execution
-        from megacid.evaluate.tasks import evaluate, write_result
+        from megacid.evaluate.tasks import evaluate, weights_name, write_result
         from megacid.models.student import loaded_student
 
         assert self.copy is not None
@@ -237,28 +251,32 @@ class Evaluation:
         how = Execution(self.run.micro_batch, config.data.workers, group, lambda describe, total: nullcontext(poll))
         with unchanged_random_state(self.parallel.device), self.copy.using(weights) as student:
             dtype = next(student.parameters()).dtype
-            clip = loaded_student(student, _weights(self.run, step), self.parallel.device, dtype)
-            for root, task in what:
+            name = weights_name(self.run.directory, step, ema=what[0].ema)
+            clip = loaded_student(student, name, self.parallel.device, dtype)
+            for due in what:
+                benchmark = self.benchmarks[due.root]
                 try:
-                    result = evaluate(task, clip, self.benchmarks[root], how, neighbors=config.eval.neighbors)
+                    result = evaluate(due.task, clip, benchmark, how, neighbors=config.eval.neighbors)
                     with fail_together(group):
                         if self.parallel.is_first:
-                            write_result(_file(self.run, step, self.benchmarks[root].name, task), result)
+                            write_result(_file(self.run, step, benchmark.name, due), result)
                 except UserError as error:  # of all ranks
                     if self.parallel.is_first:
                         reason = str(error).replace("--workers", "data.workers")
-                        log.warning("no %s on %s after step %d: %s", task, self.benchmarks[root].name, step, reason)
+                        log.warning("no %s on %s after step %d: %s", due.task, benchmark.name, step, reason)
                 else:
                     results.append(result)
         return results
 
 
 def scalars(results: list[dict[str, Any]]) -> dict[str, float]:
-    """The accuracies of results by tag, such as eval/cifar10/zero_shot_acc1 and eval/cifar10/knn_acc1."""
+    """The accuracies of results by tag, such as eval/cifar10/zero_shot_acc1, and eval/cifar10/ema_knn_acc1 for EMA."""
+    from megacid.evaluate.tasks import is_of_average
+
     found = {}
     for result in results:
         for name, value in result["metrics"].items():
             if "acc" in name or "recall" in name:
-                prefix = "" if name.startswith("knn_") else "zero_shot_"
+                prefix = "ema_" * is_of_average(result) + "zero_shot_" * (not name.startswith("knn_"))
                 found[f"eval/{result['dataset']}/{prefix}{name}"] = float(value)
     return found

@@ -18,6 +18,7 @@ from offline_data import run as run_tool_inside
 from train_run import losses, run_train, tensors
 
 from megacid import train
+from megacid.checkpoint.state import CheckpointReader
 from megacid.data.features import FeatureSet
 from megacid.evaluate import features as judged
 
@@ -54,7 +55,7 @@ def run_file(root: Path, name: str, **run: Any) -> Path:
 @pytest.fixture(scope="module")
 def through(root: Path) -> Path:
     """The directory of a run without a stop."""
-    run_train(1, run_file(root, "through"))
+    run_train(1, run_file(root, "through"), "--set", "student.ema_decay=0.9")
     return root / "runs" / "through"
 
 
@@ -85,10 +86,10 @@ def test_two_ranks_continue_a_run_on_features_under_every_kind_of_partition(root
 # ---- evaluation --------------------------------------------------------------------------------------------------
 
 
-def expected(root: Path, run: Path) -> dict[str, float]:
+def expected(root: Path, run: Path, *, ema: bool = False) -> dict[str, float]:
     """Both accuracies, all at once with numpy."""
     train, test = FeatureSet(root / "features"), FeatureSet(root / "features", "test")
-    trained = judged.trained_tower(run, train)
+    trained = judged.trained_tower(run, train, ema=ema)
     rows = {name: np.arange(split.num_rows) for name, split in (("train", train), ("test", test))}
     train_ND, test_ND = (trained.embed(s, rows[n]).double().numpy() for n, s in (("train", train), ("test", test)))
     label_N = train.take_labels(rows["train"])
@@ -114,6 +115,18 @@ def test_eval_gives_the_accuracy_over_all_classes_in_blocks_that_do_not_fit_even
     for task, share in want.items():
         result = json.loads((out / f"features_through-step-40_{task}.json").read_text())
         assert result["metrics"] == {"acc1": pytest.approx(share), "test_rows": 160, "classes": CLASSES}
+
+
+def test_eval_takes_the_average_of_the_weights_where_the_run_has_one(root: Path, through: Path) -> None:
+    features, out = root / "features", root / "averaged"
+    towers = [judged.trained_tower(through, FeatureSet(features), ema=ema).tower.state_dict() for ema in (False, True)]
+    saved = CheckpointReader(through / "step-00000040")
+    for kind, tower in zip(("param", "ema"), towers):
+        assert tower.keys() == {*saved.names(kind)} and all(tower[n].equal(saved.tensor(kind, n)) for n in tower)
+    run_tool_inside("eval", "--run", through, "--ema", "--features", features, "--out", out)
+    for task, share in expected(root, through, ema=True).items():
+        result = json.loads((out / f"features_through-step-40-ema_{task}.json").read_text())
+        assert result["metrics"]["acc1"] == pytest.approx(share)
 
 
 def test_eval_limits_the_test_rows_and_names_what_does_not_fit(root: Path, through: Path) -> None:

@@ -59,9 +59,12 @@ def exported(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path
     write_json_atomic(run / "eval" / "step-00000020" / "cifar10.json", result)
     write_json_atomic(run / "eval" / "step-00000020" / "nameless.json", {"metrics": {"acc1": 0.5}})
     write_json_atomic(run / "eval" / "step-00000020" / "empty.json", {"dataset": "wds/cars", "metrics": None})
+    average = {"dataset": "wds/svhn", "metrics": {"acc1": 0.5}, "pretrained": "small-step-20-ema"}
+    write_json_atomic(run / "eval" / "step-00000020" / "svhn.json", average)
     card = model_card(student, "small-clip", run, 20, BLOCK, ema=False)
     averaged = model_card(student, "small-clip", run, 20, BLOCK, ema=True)
     assert "cifar10" in card and "cifar10" not in averaged
+    assert "svhn" in averaged and "svhn" not in card
     assert "moving average" in averaged and "moving average" not in card
     export_student(student, out, name="small-clip", source={"step": 20}, card=card)
     return out

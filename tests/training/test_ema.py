@@ -18,6 +18,7 @@ from megacid.config.load import load_run
 from megacid.errors import UserError
 from megacid.models.freezing import frozen_parameters
 from megacid.models.student import Student
+from megacid.training.evaluation import weights_of
 from megacid.training.memory import student_sizes
 from megacid.training.run_settings import changed_settings
 
@@ -51,7 +52,11 @@ def averaged_run(file: Path, settings: list[str], other: list[str]) -> dict[str,
     plain = SmallRun(file, [s for s in settings if "ema" not in s], freeze)
     for _ in range(3):
         plain.step()
-    return {"states": states, "skipped": skipped, "loaded": loaded, "after": resumed.state(), "plain": plain.state()}
+    evaluated = {name: value.clone() for name, value in weights_of(run.engine, ema=True)}
+    return {
+        "states": states, "skipped": skipped, "loaded": loaded, "after": resumed.state(), "plain": plain.state(),
+        "evaluated": evaluated,
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +99,10 @@ def test_the_average_is_the_recursion_in_float64_and_passes_through_a_checkpoint
             assert torch.allclose(got["after"][f"ema/{name}"], expected, rtol=1e-6, atol=1e-8), name
         moved = [n for n in names if not torch.equal(states[3][f"ema/{n}"], states[3][f"param/{n}"])]
         assert len(moved) > 20
+        averaged = {name: states[3][f"ema/{name}"] for name in names}
+        averaged[f"clip.{FROZEN}"] = states[3][f"param/clip.{FROZEN}"]
+        assert got["evaluated"].keys() >= averaged.keys()
+        assert all(torch.equal(value, got["evaluated"][name]) for name, value in averaged.items())
         # The average changes no bit of the training.
         assert all(torch.equal(value, states[3][key]) for key, value in got["plain"].items())
         assert {key.split("/")[0] for key in states[3].keys() - got["plain"].keys()} == {"ema"}

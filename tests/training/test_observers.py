@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from benchmark_data import write_benchmark
 from harness import run_ranks
+from offline_data import run
 from small_student import run_file
 from trackio_stand_in import Trackio
 from train_run import Pipeline, losses, scalars, tensors, train_rank
@@ -36,6 +37,7 @@ STEPS = 6
 @dataclass(frozen=True)
 class Runs:
     plain: Path
+    colours: Path
     observed: Path  # stopped after step 3 and resumed
     trackio: list[Any]  # calls
 
@@ -49,7 +51,8 @@ def train_with_trackio(argv: list[str], trackio: Trackio) -> int:
 def runs(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     changes = {key: value for settings, _ in OBSERVERS.values() for key, value in settings.items()}
     options = [word for _, words in OBSERVERS.values() for word in words]
-    changes["eval__datasets"] = [str(write_benchmark(tmp_path_factory.mktemp("sets") / "colours"))]
+    colours = write_benchmark(tmp_path_factory.mktemp("sets") / "colours")
+    changes["eval__datasets"] = [str(colours)]
     plain = pipeline.run_file("unobserved", run__trackers=[])
     observed = pipeline.run_file("observed", **changes)
     trackio = Trackio(tmp_path_factory.mktemp("trackio") / "calls")
@@ -60,7 +63,7 @@ def runs(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         for more, code in ((["--stop-after", "3"], 143), ([], 0)):
             assert run_ranks(train_with_trackio, 2, [*argv, *more], trackio, timeout_s=120) == [code, code]
     folder = pipeline.root / "runs"
-    return Runs(folder / "unobserved", folder / "observed", trackio.read())
+    return Runs(folder / "unobserved", colours, folder / "observed", trackio.read())
 
 
 def test_a_run_with_every_observer_ends_with_the_bits_of_one_without(runs: Runs) -> None:
@@ -92,6 +95,29 @@ def test_trackio_gets_the_same_and_a_resume_continues_its_run(runs: Runs) -> Non
     logged = [call for call in runs.trackio if call[0] == "log" and "train/loss" in call[1]]
     assert {step: values["train/loss"] for _, values, step in logged} == pytest.approx(losses(runs.observed))
     assert sum(call == ["finish"] for call in runs.trackio) == 2
+
+
+def test_averaged_weights_are_evaluated_apart_as_by_the_evaluation_tool(runs: Runs, tmp_path: Path) -> None:
+    for task, tag in (("zeroshot_classification", "zero_shot_acc1"), ("knn", "knn_acc1")):
+        found = {step: scalars(runs.observed, f"eval/colours/{tag}")[step] for step in (2, 4, STEPS)}
+        averaged = scalars(runs.observed, f"eval/colours/ema_{tag}")
+        assert averaged.keys() == found.keys()
+        for step in found:
+            files = sorted((runs.observed / "eval" / f"step-{step:08d}").glob(f"*_{task}.json"))
+            stored = {(result := json.loads(file.read_text()))["pretrained"]: result for file in files}
+            name = f"observed-step-{step}"
+            assert stored.keys() == {name, f"{name}-ema"}
+            metric = tag.removeprefix("zero_shot_")
+            values = (stored[name]["metrics"][metric], stored[f"{name}-ema"]["metrics"][metric])
+            assert (found[step], averaged[step]) == pytest.approx(values)
+    options = ["--run", runs.observed, "--dataset-root", runs.colours, "--tasks", "zero_shot,knn", "--neighbors", 3]
+    for more in ([], ["--ema"]):
+        run("eval", *options, *more, "--out", tmp_path, "--device", "cpu", "--batch-size", 4)
+    results = [json.loads(file.read_text()) for file in sorted(tmp_path.iterdir())]
+    assert len(results) == 4
+    for result in results:
+        (file,) = (runs.observed / "eval" / f"step-{STEPS:08d}").glob(f"*{result['pretrained']}_{result['task']}.json")
+        assert json.loads(file.read_text()) == result
 
 
 def test_profile_is_a_trace_for_each_rank_and_ten_lines_of_the_log(runs: Runs) -> None:
