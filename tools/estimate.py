@@ -42,7 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--ranks", type=positive, nargs="+", default=[1], help="numbers of ranks to estimate for (default: 1)"
     )
     parser.add_argument("--num-classes", type=positive, help="number of classes, instead of reading it from the data")
-    parser.add_argument("--embed-dim", type=positive, help="embedding width, instead of reading it from the teacher")
+    parser.add_argument("--embed-dim", type=positive, help="embedding width, instead of reading it from the teachers")
     parser.add_argument("--feature-dim", type=positive, help="feature width, instead of reading it from the features")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
@@ -55,8 +55,8 @@ def describe_data(run: RunFile, args: argparse.Namespace) -> Data:
     known = args.num_classes if clusters else 0
     width = args.embed_dim or run.megacid.student.embed_dim
     if known is not None and (args.feature_dim if features else width):
-        teacher_dim = None if features else width
-        return Data(lambda _: iter(()), teacher_dim, known, feature_dim=args.feature_dim)  # type: ignore[arg-type,return-value]
+        teacher_dims = () if features else (width,)
+        return Data(lambda _: iter(()), teacher_dims, known, feature_dim=args.feature_dim)  # type: ignore[arg-type,return-value]
     try:
         return open_data(run, init())
     except UserError as error:
@@ -88,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     student = make_student(first, data)
     parameters = sum(p.numel() for p in student.parameters())
     estimates = {
-        ranks: memory_estimate(run, student, data.num_classes or 0, ranks, args.device) for ranks, run in runs.items()
+        ranks: memory_estimate(run, student, data.num_classes or 0, ranks, args.device, data.teacher_dim)
+        for ranks, run in runs.items()
     }
     print(f"{args.deepspeed_config}: student {parameters / 1e6:.2f} M parameters, width {student.embed_dim}, "
           f"{data.num_classes or 0:,} classes; MiB of rank 0 on {args.device}\n")  # fmt: skip
@@ -107,7 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     print_row("host, for a checkpoint", [f"{estimate.checkpoint:.1f}" for estimate in estimates.values()])
     print_row("host, prefetched images", [f"{shared_memory(run, student):.1f}" for run in runs.values()])
     collectives = {
-        ranks: step_collectives(run, student, data.num_classes or 0, ranks, args.device) for ranks, run in runs.items()
+        ranks: step_collectives(run, student, data.num_classes or 0, ranks, args.device, data.teacher_dim)
+        for ranks, run in runs.items()
     }
     numbers = (sum(one.number for one in each) for each in collectives.values())
     print("\nCommunication of a step; MiB that a rank sends in a ring\n")

@@ -33,6 +33,11 @@ def terms_with_teacher(loss: Any) -> list[str]:
     return [name for name, weight in terms.items() if weight]
 
 
+def compares_with_teacher(loss: Any) -> bool:
+    """Whether a term compares embeddings of the student with the teacher's, which need one width."""
+    return any(name != "affinity" for name in terms_with_teacher(loss))
+
+
 Shards = Needs("data.shards", lambda block: block.data.shards is not None)
 Features = Needs("data.features", lambda block: block.data.features is not None)
 HiddenLayers = Needs("student.layers > 0", lambda block: block.student.layers)

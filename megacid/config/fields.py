@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+_LOWEST_TEMPERATURE = 0.001
+
 
 def expanded_path(path: str) -> str:
     """`path` with a leading ~ or ~user replaced by the home directory. ValueError for a variable, or no path."""
@@ -36,6 +38,21 @@ def _joined(value: Any) -> Any:
     return "::".join(value) if isinstance(value, list) and value and all(isinstance(v, str) for v in value) else value
 
 
+def _one_or_several_paths(value: Any) -> Any:
+    paths = value if isinstance(value, list | tuple) else [value]
+    if not paths or not all(isinstance(path, str) for path in paths):
+        raise ValueError("a path, or a list of paths")
+    expanded = tuple(map(expanded_path, paths))
+    return expanded if expanded[1:] else expanded[0]
+
+
+def _one_or_several_temperatures(value: Any) -> Any:
+    several = isinstance(value, list | tuple) and len(value) > 1
+    if not all(type(v) in (int, float) and v >= _LOWEST_TEMPERATURE for v in (value if several else [value])):
+        raise ValueError(f"a number >= {_LOWEST_TEMPERATURE}, or a list of one for each of several teachers: raise it")
+    return tuple(map(float, value)) if several else float(value)
+
+
 def _each_once(value: Any) -> Any:
     known = get_args(TrackerName)
     if not isinstance(value, list | tuple) or any(value.count(name) > 1 or name not in known for name in value):
@@ -47,6 +64,11 @@ def _each_once(value: Any) -> Any:
 DirectoryName = Annotated[str, BeforeValidator(_directory_name)]
 FilePath = Annotated[str, AfterValidator(expanded_path)]
 FilePaths = Annotated[FilePath, BeforeValidator(_joined)]
+OneOrSeveralPaths = Annotated[str | tuple[str, ...], BeforeValidator(_one_or_several_paths)]
+_Temperature = Annotated[float, Field(ge=_LOWEST_TEMPERATURE)]
+OneOrSeveralTemperatures = Annotated[
+    _Temperature | tuple[_Temperature, ...], BeforeValidator(_one_or_several_temperatures)
+]
 Steps = Annotated[int, Field(gt=0, le=10**12)]
 Seconds = Annotated[float, Field(gt=0, le=10_000_000)]
 Width = Annotated[int, Field(gt=0, le=65_536)]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import model_validator
 
 from megacid.config import conditions as when
-from megacid.config.conditions import check_effects, terms_with_teacher
+from megacid.config.conditions import check_effects, compares_with_teacher, terms_with_teacher
 from megacid.config.fields import Section
 from megacid.config.sections import (
     FEATURE_TOWER,
@@ -59,6 +59,8 @@ class MegacidConfig(Section):
         check_effects(self)
         if source == "features":
             self._features_are_classified()
+        if data.teachers[1:]:
+            self._teachers_fit()
         if loss.cluster and loss.gamma and data.labels_per_sample > 1:
             raise UserError(
                 f'"megacid.data.labels_per_sample" is {data.labels_per_sample} and "megacid.loss.gamma" is '
@@ -70,11 +72,23 @@ class MegacidConfig(Section):
                 f'"megacid.data.teacher" is null but the term {needs_teacher[0]} needs teacher embeddings: name the '
                 "output of tools/embed.py"
             )
+        if isinstance(temperatures := loss.affinity_temperature, tuple) and len(temperatures) != len(data.teachers):
+            raise UserError(
+                f'"megacid.loss.affinity_temperature" has {len(temperatures)} values, expected a number, or one for '
+                f"each teacher in data.teacher ({len(data.teachers)}): write as many"
+            )
         if loss.cluster and data.labels is None and data.features is None:
             raise UserError(
                 '"megacid.data.labels" is null but the term cluster needs labels: name the output of tools/cluster.py'
             )
         return self
+
+    def _teachers_fit(self) -> None:
+        if compares_with_teacher(self.loss) and self.loss.cluster and self.classifier.init == "centroids":
+            raise UserError(
+                f'"megacid.classifier.init" is "centroids", which have the width of one teacher, but the student has '
+                f'that of {len(self.data.teachers)} teachers together: write "random"'
+            )
 
     def _features_are_classified(self) -> None:
         if self.student.embed_dim is None:

@@ -16,6 +16,8 @@ from megacid.config.fields import (
     FilePaths,
     Fraction,
     FractionAboveZero,
+    OneOrSeveralPaths,
+    OneOrSeveralTemperatures,
     Seconds,
     Section,
     Steps,
@@ -67,7 +69,8 @@ class StudentConfig(Section):
     """An open_clip model name, a model of megacid/models/configs, a model directory with initial weights
     (local-dir:PATH, hf-hub:ORG/NAME), or "feature-mlp", an MLP over data.features."""
     embed_dim: Width | None = None
-    """Width of the joint embedding; null: the teacher's, without a teacher the model's own. Required by feature-mlp."""
+    """Width of the joint embedding; null: the teacher's, of several their sum, without one the model's own. Only a run
+    whose only term with a teacher is affinity may have another width than the teacher. Required by feature-mlp."""
     image_size: Annotated[Annotated[int, Field(gt=0, le=16_384)] | None, when.Shards] = None
     """Side of the square input image in pixels; null: the model's own."""
     context_length: Annotated[Width | None, when.Shards] = None
@@ -114,8 +117,8 @@ class DataConfig(Section):
     which each epoch draws one caption. As for tools/embed.py."""
     features: FilePath | None = None
     """Directory of labelled feature vectors, as tools/synthesize.py features writes it. Set this or shards."""
-    teacher: Annotated[FilePath | None, when.Shards, when.TeacherTerm] = None
-    """Output of tools/embed.py, required by the terms that read it."""
+    teacher: Annotated[OneOrSeveralPaths | None, when.Shards, when.TeacherTerm] = None
+    """Output of tools/embed.py, required by the terms that read it; a list of them for several teachers."""
     labels: Annotated[FilePath | None, when.Shards, when.ClusterTerm] = None
     """Output of tools/cluster.py. Required by loss.cluster on shards."""
     labels_per_sample: Annotated[Width, when.Shards, when.ClusterTerm] = 1
@@ -140,6 +143,11 @@ class DataConfig(Section):
     """Fraction of undecodable samples above which the run ends."""
     max_image_pixels: Annotated[int, Field(gt=0, le=89_478_485), when.Shards] = 64_000_000
     """Images with more pixels are skipped before they are decoded; the decoder itself refuses more than 89478485."""
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The directories of `teacher`."""
+        return (self.teacher,) if isinstance(self.teacher, str) else self.teacher or ()
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
@@ -178,8 +186,9 @@ class LossConfig(Section):
     logit bias."""
     temperature: Annotated[Annotated[float, Field(ge=0.01)] | None, when.ContrastiveTerm] = None
     """Fixed temperature of the student's similarities; null: learned, 1/temperature <= 100."""
-    affinity_temperature: Annotated[float, Field(ge=0.001), when.AffinityTerm] = 0.01
-    """Inside affinity: temperature of the teacher's similarities, which OpenCLIP's models learn down to 0.01."""
+    affinity_temperature: Annotated[OneOrSeveralTemperatures, when.AffinityTerm] = 0.01
+    """Inside affinity: temperature of the teacher's similarities, which OpenCLIP's models learn down to 0.01; a list
+    gives each of several teachers its own."""
 
     @model_validator(mode="after")
     def _one_term(self) -> LossConfig:

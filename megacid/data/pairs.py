@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, get_worker_info
 from megacid.data.augmentation import drawn_caption, generators_restored, seed_generators
 from megacid.data.batch import Batch
 from megacid.data.decode import MAX_PIXELS, BadSample, decode_image
+from megacid.data.ensemble import TeacherEnsemble
 from megacid.data.index import ShardIndex, ShardReader
 from megacid.data.lru import LRUCache
 from megacid.data.order import SampleOrder, derive_key
@@ -62,7 +63,7 @@ class PairOptions:
     workers: int = 0
     worker_timeout_s: float = 120.0
     prefetch: int = 2
-    teacher: TeacherTable | None = None
+    teacher: TeacherTable | TeacherEnsemble | None = None
     labels: LabelTable | None = None
     keep: KeepTable | None = None
     error_budget: float = 0.001
@@ -183,13 +184,17 @@ class Pairs(Dataset[Any]):
         """Image and caption of a sample in an epoch, and the numbers of its view (0 without views) and its caption."""
         self._note(shard, row)
         name, key = self.index.names[shard], self.index.table(shard).keys[row]
-        if self.teacher is not None and not self.teacher.has(shard, np.array([row])).all():
-            raise BadSample(name, key, "no teacher embedding")
+        teachers = () if self.teacher is None else self.teacher.tables
+        for teacher in teachers:
+            if not teacher.has(shard, np.array([row])).all():
+                raise BadSample(name, key, f"no teacher embedding in {teacher.directory}")
         data = self.reader.read(shard, row, "image")
         image = self.options.read_image(data, max_pixels=self.options.max_image_pixels, shard=name, key=key)
         captions = self.reader.captions(shard, row)
-        if self.teacher is not None and (count := self.teacher.captions(shard, row)) not in (None, len(captions)):
-            raise BadSample(name, key, f"{len(captions)} captions, of which the teacher has embedded {count}")
+        for teacher in teachers:
+            if (count := teacher.captions(shard, row)) not in (None, len(captions)):
+                reason = f"{len(captions)} captions, of which the teacher has embedded {count} in {teacher.directory}"
+                raise BadSample(name, key, reason)
         draw = self.options.seed, epoch, int(self.starts[shard]) + row
         seed, view, caption = derive_key(*draw) >> 1, 0, drawn_caption(*draw, len(captions))
         if self.teacher is not None and (views := self.teacher.views) is not None:
@@ -231,32 +236,39 @@ class Pairs(Dataset[Any]):
 
 
 class UsableRows:
-    """Rows of a shard that are kept, have a text, and have an embedding where there is a teacher.
+    """Rows of a shard that are kept, have a text, and have an embedding of each teacher.
 
     A class because spawned workers cannot unpickle a closure.
     """
 
-    def __init__(self, index: ShardIndex, keep: KeepTable | None, teacher: TeacherTable | None = None) -> None:
-        self.index, self.keep, self.teacher = index, keep, teacher
+    def __init__(
+        self, index: ShardIndex, keep: KeepTable | None, teacher: TeacherTable | TeacherEnsemble | None = None
+    ) -> None:
+        self.index, self.keep = index, keep
         self._rows: LRUCache[np.ndarray] = LRUCache(64)
-        if keep is not None and teacher is not None and keep.embeddings == teacher.directory.resolve():
-            self.teacher = None  # tools/balance.py keeps no sample without an embedding
+        tables = () if teacher is None else teacher.tables
+        # tools/balance.py keeps no sample without an embedding.
+        self.teachers = [t for t in tables if keep is None or keep.embeddings != t.directory.resolve()]
 
     def __call__(self, shard: int) -> np.ndarray:
-        """int64 rows of the tar, ascending. UserError when the teacher's meta.json counts other failures."""
+        """int64 rows of the tar, ascending. UserError when a teacher's meta.json counts other failures."""
         return self._rows.get(shard, lambda: self._find(shard))
 
     def _find(self, shard: int) -> np.ndarray:
-        rows = with_text = self._rows_with_text(shard)
-        if self.teacher is not None and (failures := self.teacher.failures(shard)) != 0:
-            rows = with_text[self.teacher.has(shard, with_text)]
+        rows = self._rows_with_text(shard)
+        usable = np.ones(len(rows), bool)
+        for teacher in self.teachers:
+            if (failures := teacher.failures(shard)) == 0:
+                continue
+            has = teacher.has(shard, rows)
             # The order of all samples was derived from that number.
-            if self._is_whole(shard) and failures is not None and len(rows) != len(with_text) - failures:
+            if self._is_whole(shard) and failures is not None and has.sum() != len(rows) - failures:
                 raise UserError(
-                    f"{self.teacher.directory}/meta.json counts {failures} samples of {self.index.names[shard]}.tar "
-                    f"without an embedding, its metadata {len(with_text) - len(rows)}: run tools/embed.py again"
+                    f"{teacher.directory}/meta.json counts {failures} samples of {self.index.names[shard]}.tar "
+                    f"without an embedding, its metadata {np.sum(~has)}: run tools/embed.py again"
                 )
-        return rows
+            usable &= has
+        return rows[usable]
 
     def _rows_with_text(self, shard: int) -> np.ndarray:
         rows = np.arange(int(self.index.sizes[shard])) if self.keep is None else self.keep.kept(shard)
@@ -274,7 +286,8 @@ class UsableRows:
             with_text = len(self._rows_with_text(shard))
         else:
             with_text = int(self.index.sizes[shard] if self.keep is None else self.keep.counts[shard])
-        failures = 0 if self.teacher is None else self.teacher.failures(shard)
+        by_teacher = [failures for t in self.teachers if (failures := t.failures(shard)) != 0]
+        failures = by_teacher[0] if len(by_teacher) == 1 else None if by_teacher else 0
         if failures and not self._is_whole(shard):
             failures = None
         usable = len(self(shard)) if failures is None else with_text - failures

@@ -108,6 +108,11 @@ class TeacherTable:
         self.dtype = np.dtype(np.float32 if wide else np.float16)
         self._shards: LRUCache[_TeacherShard] = LRUCache(_OPEN_SHARDS)
 
+    @property
+    def tables(self) -> tuple[TeacherTable, ...]:
+        """Itself, as an ensemble of one."""
+        return (self,)
+
     def _checked_partitions(self) -> dict[str, int]:
         partitions = self.meta.get("partitions")
         if not isinstance(partitions, dict) or not all(isinstance(number, int) for number in partitions.values()):

@@ -21,6 +21,7 @@ from megacid.distributed.collectives import (
     sum_over_ranks,
 )
 from megacid.losses.global_batch import STUDENT, GlobalBatch, at_least_fp32, check_shapes
+from megacid.losses.teachers import Teachers
 from megacid_kernels import affinity_cross_entropy, contrastive_cross_entropy, sigmoid_cross_entropy
 
 
@@ -72,15 +73,16 @@ def contrastive_part(batch: GlobalBatch, logit_scale: Tensor, logit_bias: Tensor
     return _sum_of_pairs(batch, (STUDENT,), logit_scale, logit_bias)
 
 
-def affinity_part(batch: GlobalBatch, logit_scale: Tensor, teacher_scale: float) -> Tensor:
-    """This rank's part of `affinity_loss`."""
-    v_S, t_S, v_T, t_T = (batch[name] for name in ("image_S", "text_S", "image_T", "text_T"))
+def affinity_part(batch: GlobalBatch, logit_scale: Tensor, teachers: Teachers) -> Tensor:
+    """This rank's part of the mean of `affinity_loss` over the teachers."""
+    v_S, t_S = batch["image_S"], batch["text_S"]
     own, scale = batch.own, _replicated(logit_scale, batch)
     parts = [
         affinity_cross_entropy(a_S[own], b_S, scale, a_T[own], b_T, teacher_scale)
+        for v_T, t_T, teacher_scale in teachers.separate(batch["image_T"], batch["text_T"])
         for a_S, b_S, a_T, b_T in ((v_S, t_S, v_T, t_T), (t_S, v_S, t_T, v_T))
     ]
-    return torch.stack(parts).sum() / (2 * batch.count)
+    return torch.stack(parts).sum() / (len(parts) * batch.count)
 
 
 def mse_part(batch: GlobalBatch, feature_S: Tensor, feature_T: Tensor) -> Tensor:
@@ -156,13 +158,15 @@ def affinity_loss(
         CE(a, b) = -1/G sum_i sum_j softmax_j(teacher_scale aT_i . bT_j) ln softmax_j(logit_scale aS_i . bS_j)
         1/2 [CE(v, t) + CE(t, v)]
 
-    Its gradient is that of the KL divergence. The other arguments are those of `instance_loss`.
+    Its gradient is that of the KL divergence. The other arguments are those of `instance_loss`; the teacher may have
+    another width than the student.
 
     Args:
         teacher_scale: 1 / temperature of the teacher's similarities, constant.
     """
-    batch = _gather(group, grad_reduction, image_S, text_S=text_S, image_T=image_T, text_T=text_T)
-    return sum_over_ranks(affinity_part(batch, logit_scale, teacher_scale), group)
+    batch = _gather(group, grad_reduction, image_S, text_S=text_S)
+    batch.start(image_T=image_T, text_T=text_T)
+    return sum_over_ranks(affinity_part(batch, logit_scale, Teachers((), (teacher_scale,))), group)
 
 
 def feature_mse(

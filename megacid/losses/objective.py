@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,6 +16,7 @@ from megacid.errors import UserError
 from megacid.losses.cluster import ClusterDistillation
 from megacid.losses.global_batch import GlobalBatch, check_shapes
 from megacid.losses.instance import affinity_part, contrastive_part, gathered_student, instance_part, mse_part
+from megacid.losses.teachers import Teachers
 
 
 class StudentOutput(Protocol):
@@ -31,7 +33,10 @@ class StudentOutput(Protocol):
 
 
 class TargetBatch(Protocol):
-    """Targets of a batch: label int64 [B], teacher_image and teacher_text [B, D]; each may be None."""
+    """Targets of a batch: label int64 [B], teacher_image and teacher_text [B, D]; each may be None.
+
+    The embeddings of K teachers are [t_1, ..., t_K] / sqrt(K), whose width D is the sum of theirs.
+    """
 
     @property
     def label(self) -> Tensor | None: ...
@@ -65,8 +70,9 @@ class Objective:
             whose forward gathers parameters in another group.
         form: of the contrastive and the instance term; "sigmoid" adds the student's learned logit_bias to the logits.
         temperature: fixed temperature of the student's similarities; None uses its learned logit_scale.
-        affinity_temperature: of the teacher's similarities in `affinity_loss`. Stored embeddings come without the
-            teacher's own; OpenCLIP's models end at 0.01, their bound.
+        affinity_temperature: of the teacher's similarities in `affinity_loss`, or one of each teacher. Stored
+            embeddings come without the teacher's own; OpenCLIP's models end at 0.01, their bound.
+        teacher_widths: of each of several teachers, over which `affinity_loss` is averaged; () for one teacher.
 
     Raises:
         UserError: a value out of range, all weights 0, or a cluster weight without `cluster_loss`.
@@ -87,7 +93,8 @@ class Objective:
         overlap: bool = True,
         form: Literal["softmax", "sigmoid"] = "softmax",
         temperature: float | None = None,
-        affinity_temperature: float = 0.01,
+        affinity_temperature: float | Sequence[float] = 0.01,
+        teacher_widths: Sequence[int] = (),
     ):
         self.weights = {
             "instance": instance, "cluster": cluster, "contrastive": contrastive, "mse": mse, "affinity": affinity,
@@ -108,21 +115,20 @@ class Objective:
             )
         if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
             raise UserError(f"temperature is {temperature}, expected > 0, or null for the learned temperature")
-        if not (math.isfinite(affinity_temperature) and affinity_temperature > 0):
-            raise UserError(f"affinity_temperature is {affinity_temperature}, expected > 0: 0.01 is usual")
         if form not in ("softmax", "sigmoid"):
             raise UserError(f'form is {form!r}, expected "softmax" or "sigmoid"')
         self.cluster_loss, self.form, self.temperature = cluster_loss, form, temperature
-        self.affinity_scale = 1 / affinity_temperature
+        self.teachers = Teachers.of(teacher_widths, affinity_temperature)
         self.group, self.grad_reduction, self.equal_batches = group, grad_reduction, equal_batches
         self.overlap = overlap
         teacher = ("teacher_image", "teacher_text")
         anchor = teacher[:1] if cluster_loss is not None and cluster_loss.weights.needs_teacher else ()
         reads = {"instance": teacher, "cluster": ("label", *anchor), "mse": teacher, "affinity": teacher}
-        # The targets that each term reads, and those that must be gathered.
+        # The targets that each term reads, those that must be gathered, and those that need the student's width.
         self._reads = {term: fields for term, fields in reads.items() if self.weights[term] > 0}
         gathered = {field for term, fields in self._reads.items() if term != "mse" for field in fields}
         self._teacher = {name: field for name, field in zip(("image_T", "text_T"), teacher) if field in gathered}
+        self._of_one_width = {field for term, fields in self._reads.items() if term != "affinity" for field in fields}
         self._compares = any(self.weights[term] > 0 for term in ("instance", "contrastive", "affinity"))
         self._student = gathered_student(instance, contrastive, affinity, form)
 
@@ -162,7 +168,8 @@ class Objective:
         """
         started = batch if isinstance(batch, StartedBatch) else self.start(batch)
         targets, gathered = started.targets, started.gathered or self._global_batch(len(out.image))
-        teacher = {name: getattr(targets, field) for name, field in self._teacher.items()}
+        compared = ((name, field) for name, field in self._teacher.items() if field in self._of_one_width)
+        teacher = {name: getattr(targets, field) for name, field in compared}
         check_shapes(out.image, **({"text_S": out.text} if self._compares else {}), **teacher)
         if self._compares:
             student = {"image_S": out.image, "text_S": out.text}
@@ -183,7 +190,7 @@ class Objective:
             image, text = (out.image, targets.teacher_image), (out.text, targets.teacher_text)
             parts["mse"] = mse_part(gathered, *image) + mse_part(gathered, *text)
         if w["affinity"] > 0:
-            parts["affinity"] = affinity_part(gathered, scale, self.affinity_scale)
+            parts["affinity"] = affinity_part(gathered, scale, self.teachers)
         if parts:  # one all-reduce for all terms
             parts = dict(zip(parts, sum_over_ranks(torch.stack([*parts.values()]), self.group).unbind()))
         if w["cluster"] > 0:

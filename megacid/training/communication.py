@@ -49,7 +49,12 @@ class Collective(NamedTuple):
 
 
 def step_collectives(
-    run: RunFile, student: Student | FeatureTower, num_classes: int, world: int, device: str
+    run: RunFile,
+    student: Student | FeatureTower,
+    num_classes: int,
+    world: int,
+    device: str,
+    teacher_width: int | None = None,
 ) -> list[Collective]:
     """The collectives of a training step.
 
@@ -58,9 +63,10 @@ def step_collectives(
         num_classes: over all ranks; 0 without a classifier.
         world: W.
         device: "cpu" or "cuda", on which the classifier's chunks depend.
+        teacher_width: of all teachers together; None: the student's.
     """
     trained = STUDENT if run.accumulation > 1 else _trained_embeddings(student)  # a GradientCache differentiates both
-    found = objective_collectives(run, num_classes, student.embed_dim, world, device, trained)
+    found = objective_collectives(run, num_classes, student.embed_dim, world, device, trained, teacher_width)
     return found + engine_collectives(run, student, world)
 
 
@@ -73,7 +79,13 @@ def _trained_embeddings(student: Student | FeatureTower) -> tuple[str, ...]:
 
 
 def objective_collectives(
-    run: RunFile, num_classes: int, width: int, world: int, device: str, trained: Sequence[str] = STUDENT
+    run: RunFile,
+    num_classes: int,
+    width: int,
+    world: int,
+    device: str,
+    trained: Sequence[str] = STUDENT,
+    teacher_width: int | None = None,
 ) -> list[Collective]:
     """Those of the loss terms and of the guard's decision; the arguments are those of `step_collectives`.
 
@@ -86,7 +98,8 @@ def objective_collectives(
     gathers_teacher = loss.instance > 0 or loss.affinity > 0
     found, matrix = [], run.global_batch * width
     if gathers_teacher or (loss.cluster and (loss.beta or loss.gamma)):  # float16, as tools/embed.py writes them
-        found.append(Collective("teacher embeddings", "all_gather", 2 * matrix, 2 if gathers_teacher else 1))
+        stored = 2 * run.global_batch * (teacher_width or width)
+        found.append(Collective("teacher embeddings", "all_gather", stored, 2 if gathers_teacher else 1))
     if student:
         found.append(Collective("student embeddings", "all_gather", 4 * matrix, len(student)))
         differentiated = sum(name in trained for name in student)

@@ -17,17 +17,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from megacid.checkpoint import store
 from megacid.classifier import Margin, PartialFC, RowAdamW, RowSGD
-from megacid.config.conditions import terms_with_teacher
+from megacid.config.conditions import compares_with_teacher, terms_with_teacher
 from megacid.config.schema import RunFile
 from megacid.config.sections import LossConfig
 from megacid.data.augmentation import recorded_views
 from megacid.data.batch import Batch, Positions
+from megacid.data.ensemble import common_views, open_teachers
 from megacid.data.features import FeatureSet, FeatureStream
 from megacid.data.index import load_index
 from megacid.data.jpeg import image_reader
 from megacid.data.loader import PairStream
 from megacid.data.pairs import PairOptions
-from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
+from megacid.data.side_tables import KeepTable, LabelTable
 from megacid.distributed.consensus import agree, fail_together
 from megacid.distributed.optimizers import check_host
 from megacid.distributed.parallel import Parallel
@@ -60,7 +61,7 @@ class Data:
     """The training data, and the sizes that the model takes from them."""
 
     stream: Callable[[int], Stream]  # from a start step
-    teacher_dim: int | None = None
+    teacher_dims: tuple[int, ...] = ()  # width of each teacher
     num_classes: int | None = None  # None: no labels
     centroids: Path | None = None  # of the labels' clusters; None: they have none
     feature_dim: int | None = None  # None: pairs of images and texts
@@ -68,6 +69,11 @@ class Data:
     samples: Callable[[Positions], Stream] | None = None  # pairs at other positions than those of the steps
     epoch_samples: int = 0
     teacher_has_text: bool = False
+
+    @property
+    def teacher_dim(self) -> int | None:
+        """Width of all teachers together; None: no teacher."""
+        return sum(self.teacher_dims) or None
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ def build_components(run: RunFile, parallel: Parallel) -> Components:
             check_same_settings(run, run.directory)
         failpoint("start:building", step=0)
         head, row_optimizer = make_classifier(run, data, student.embed_dim, parallel)
-        objective = make_objective(run, head, parallel)
+        objective = make_objective(run, head, parallel, data.teacher_dims)
     evaluation = Evaluation(run, benchmarks, student, parallel)
     return Components(run, data, student, head, row_optimizer, objective, evaluation)
 
@@ -161,8 +167,8 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
     agree(index.digest, f"the content of {shards}", parallel.group)
     teacher, labels, keep = None, None, None
     with fail_together(parallel.group):
-        if config.teacher and terms_with_teacher(loss):
-            teacher = TeacherTable(config.teacher, index)
+        if config.teachers and terms_with_teacher(loss):
+            teacher = open_teachers(config.teachers, index)
         if config.labels and loss.cluster:
             labels = LabelTable(config.labels, index, config.labels_per_sample)
         if config.keep:
@@ -189,7 +195,7 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
     return Data(
         lambda start_step: PairStream(index, _positions(run, parallel, start_step), options),
         samples=lambda positions: PairStream(index, positions, options),
-        teacher_dim=teacher.dim if teacher else None,
+        teacher_dims=tuple(table.dim for table in teacher.tables) if teacher else (),
         teacher_has_text=teacher is not None and teacher.has_text,
         num_classes=labels.num_classes if labels else None,
         centroids=labels.directory / "centroids.npy" if labels else None,
@@ -199,10 +205,11 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
 
 def check_views(run: RunFile) -> None:
     """Raise UserError unless the student sees the crops that the teacher has embedded. Reads no data."""
-    config, teacher = run.megacid.data, run.megacid.data.teacher
-    if not (teacher and terms_with_teacher(run.megacid.loss)):
+    config = run.megacid.data
+    if not (config.teachers and terms_with_teacher(run.megacid.loss)):
         return
-    views = recorded_views(read_meta(teacher, "embed"), teacher)
+    views = common_views({path: recorded_views(read_meta(path, "embed"), path) for path in config.teachers})
+    teacher = config.teachers[0]
     if views is None:
         return
     if config.augment != "random_resized_crop":
@@ -222,18 +229,17 @@ def check_views(run: RunFile) -> None:
 
 def check_student(run: RunFile) -> None:
     """Raise UserError unless the student can be built with the teacher's width. Reads no data and builds no weights."""
-    config, teacher = run.megacid.student, run.megacid.data.teacher
+    config = run.megacid.student
     if run.megacid.data.features is not None:
         return
-    teacher_dim = None
-    if teacher and terms_with_teacher(run.megacid.loss):
-        meta = read_meta(teacher, "embed")
-        teacher_dim = size_field(meta, Path(teacher), "dim", "run tools/embed.py again into another directory")
+    teachers = run.megacid.data.teachers if terms_with_teacher(run.megacid.loss) else ()
+    again = "run tools/embed.py again into another directory"
+    teacher_dims = tuple(size_field(read_meta(path, "embed"), Path(path), "dim", again) for path in teachers)
     # Where a student needs it, because importing open_clip takes seconds.
     from megacid.models.towers import check_towers
 
     check_towers(
-        _student_spec(run, teacher_dim),
+        _student_spec(run, teacher_dims),
         grad_checkpointing=config.grad_checkpointing,
         freeze=config.freeze,
         trained=trained_outputs(run.megacid.loss),
@@ -251,16 +257,19 @@ def trained_outputs(loss: LossConfig) -> set[str]:
     }
 
 
-def _student_spec(run: RunFile, teacher_dim: int | None) -> StudentSpec:
+def _student_spec(run: RunFile, teacher_dims: tuple[int, ...]) -> StudentSpec:
     from megacid.models.clip import StudentSpec
 
-    config = run.megacid.student
-    width = config.embed_dim or teacher_dim
-    if teacher_dim is not None and width != teacher_dim:
-        raise UserError(
-            f'"megacid.student.embed_dim" is {width}, expected {teacher_dim}, the width of the teacher in '
-            f"{run.megacid.data.teacher}: write null or {teacher_dim}"
-        )
+    config, total = run.megacid.student, sum(teacher_dims)
+    width = config.embed_dim or total or None
+    compared = compares_with_teacher(run.megacid.loss) or config.projection_init == "teacher"
+    if teacher_dims and width != total and compared:
+        teachers = run.megacid.data.teachers
+        whose = f"width of the teacher in {teachers[0]}"
+        if teachers[1:]:
+            widths = (f"{path} ({dim})" for path, dim in zip(teachers, teacher_dims))
+            whose = f"sum of the widths of the teachers in {', '.join(widths)}"
+        raise UserError(f'"megacid.student.embed_dim" is {width}, expected {total}, the {whose}: write null or {total}')
     return StudentSpec(
         config.model, width, config.image_size, config.context_length, config.pretrained, config.projection,
         config.patch_dropout, run.megacid.loss.form == "sigmoid",
@@ -277,7 +286,7 @@ def make_student(run: RunFile, data: Data) -> Student | FeatureTower:
     from megacid.models.freezing import frozen_parameters
     from megacid.models.student import build_student
 
-    spec = _student_spec(run, data.teacher_dim)
+    spec = _student_spec(run, data.teacher_dims)
     student = build_student(**vars(spec), seed=seed, grad_checkpointing=config.grad_checkpointing)
     if config.freeze:
         student.freeze(frozen_parameters(student.clip, config.freeze, trained_outputs(run.megacid.loss)))
@@ -330,8 +339,10 @@ def make_classifier(
     return head, RowSGD(head, momentum=config.momentum, **common)
 
 
-def make_objective(run: RunFile, head: PartialFC | None, parallel: Parallel) -> Objective:
-    """The weighted sum of the loss terms; a term of weight 0 is not computed."""
+def make_objective(
+    run: RunFile, head: PartialFC | None, parallel: Parallel, teacher_dims: tuple[int, ...] = ()
+) -> Objective:
+    """The weighted sum of the loss terms; a term of weight 0 is not computed. teacher_dims: width of each teacher."""
     loss = run.megacid.loss
     cluster = None
     if head is not None:
@@ -352,4 +363,5 @@ def make_objective(run: RunFile, head: PartialFC | None, parallel: Parallel) -> 
         form=loss.form,
         temperature=loss.temperature,
         affinity_temperature=loss.affinity_temperature,
+        teacher_widths=teacher_dims,
     )

@@ -51,7 +51,12 @@ class MemoryEstimate(NamedTuple):
 
 
 def memory_estimate(
-    run: RunFile, student: Student | FeatureTower, num_classes: int, world: int, device: str
+    run: RunFile,
+    student: Student | FeatureTower,
+    num_classes: int,
+    world: int,
+    device: str,
+    teacher_width: int | None = None,
 ) -> MemoryEstimate:
     """The memory of a run, without the process itself. Takes seconds for a large student.
 
@@ -60,6 +65,7 @@ def memory_estimate(
         num_classes: over all ranks; 0 without a classifier.
         world: number of ranks.
         device: "cpu" or "cuda".
+        teacher_width: of all teachers together; None: the student's.
     """
     from megacid.training.activations import count_activations  # imports what a start needs only for an estimate
 
@@ -68,14 +74,16 @@ def memory_estimate(
     trained = sum(sizes) - frozen
     groups = parameter_groups(student, 0.0, muon=run.deepspeed["optimizer"]["type"] == "Muon")
     muon = sum(p.numel() for group in groups if group.get("muon") for p in group["params"])
-    always = student_sizes(run, sum(sizes), world, device, frozen, muon) | {"batch": _batch(run, student, device)}
+    teacher_width = teacher_width or student.embed_dim
+    always = student_sizes(run, sum(sizes), world, device, frozen, muon)
+    always["batch"] = _batch(run, student, device, teacher_width)
     gradients = always.pop("student gradients")
     head: dict[str, float] = {}
     if num_classes:
         stored, head = _classifier(run, num_classes, student.embed_dim, world, run.global_batch, device)
         always |= stored
     row_gradient = head.get("their gradient", 0.0)
-    embeddings = run.global_batch * student.embed_dim * 4 * 6
+    embeddings = run.global_batch * 4 * (4 * student.embed_dim + 2 * teacher_width)
     autocast = torch.bfloat16 if run.deepspeed.get("torch_autocast", {}).get("enabled") else None
     activations = count_activations(student, run.micro_batch, torch.bfloat16 if run.bf16 else torch.float32, autocast)
     width, stage = 2 if run.bf16 else 4, run.zero_stage
@@ -139,10 +147,10 @@ def student_sizes(
     return sizes
 
 
-def _batch(run: RunFile, student: Student | FeatureTower, device: str) -> float:
+def _batch(run: RunFile, student: Student | FeatureTower, device: str, teacher_width: int) -> float:
     """Bytes of the micro-batches that are held at once, with their teacher embeddings; on a GPU also of the next."""
     pixel = 4 if isinstance(student, FeatureTower) else 1
-    sample = math.prod(student.image_shape) * pixel + student.text_length * 8 + 2 * student.embed_dim * 4
+    sample = math.prod(student.image_shape) * pixel + student.text_length * 8 + 2 * teacher_width * 4
     return run.micro_batch * (run.accumulation + (device == "cuda")) * sample
 
 

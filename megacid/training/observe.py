@@ -11,7 +11,7 @@ from megacid.losses.objective import StudentOutput, TargetBatch
 
 
 class Observed(NamedTuple):
-    """Means over a batch. A cosine is 0 for a batch without the teacher's embeddings."""
+    """Means over a batch. A cosine is 0 for a batch without the teacher's embeddings, or if they have another width."""
 
     cosine_image: float
     cosine_text: float
@@ -24,7 +24,9 @@ def observe(out: StudentOutput, targets: TargetBatch) -> Tensor:
     """The values of `Observed` for this rank's batch, float32 [4]."""
     pairs = ((out.image, targets.teacher_image), (out.text, targets.teacher_text))
     cosines = [
-        out.logit_scale.new_zeros(()) if teacher is None else (student * teacher).sum(-1).float().mean()
+        out.logit_scale.new_zeros(())
+        if teacher is None or teacher.shape != student.shape
+        else (student * teacher).sum(-1).float().mean()
         for student, teacher in pairs
     ]
     return torch.stack([*cosines, out.logit_scale.detach(), out.logit_bias.detach()]).float()

@@ -41,13 +41,13 @@ def report_step(step: int, state: TrainState, output: StepOutput, verdict: Verdi
 
 
 def _observed(run: RunFile, data: Data, observed: Observed) -> dict[str, float]:
-    """What the run has of `observed`: cosines with a teacher, the logit scale and bias where they are learned."""
+    """What the run has of `observed`: cosines with a teacher of its width, scale and bias if they are learned."""
     block = run.megacid
     scalars: dict[str, float] = {}
-    if data.teacher_dim is not None:
+    if data.teacher_dims and data.teacher_dim == block.student.embed_dim:
         scalars["train/cosine_image"] = observed.cosine_image
-    if data.teacher_has_text:
-        scalars["train/cosine_text"] = observed.cosine_text
+        if data.teacher_has_text:
+            scalars["train/cosine_text"] = observed.cosine_text
     if ContrastiveTerm.holds(block) and block.loss.temperature is None:
         scalars["train/logit_scale"] = observed.logit_scale
     if block.loss.form == "sigmoid":

@@ -155,7 +155,7 @@ def build_train_state(
     flops = step_flops(run, student, components.head) if parallel.is_first else None
     report_memory(run, student, components.head, parallel)
     if estimate:
-        report_estimates(run, student, components.head, parallel)
+        report_estimates(run, student, components.head, parallel, components.data.teacher_dim)
     if (
         start_from is None
         and not isinstance(student, FeatureTower)

@@ -153,13 +153,14 @@ def test_scalars_of_the_student_are_those_of_all_ranks(runs: Runs) -> None:
 
 
 def test_there_is_a_cosine_for_each_matrix_of_the_teacher(tmp_path: Path) -> None:
-    run, observed = load_run(run_file(tmp_path), [], world=1), Observed(0.5, 0.0, 10.0, -9.0)
+    run = load_run(run_file(tmp_path), [], world=1).with_embed_dim(2)
+    observed = Observed(0.5, 0.0, 10.0, -9.0)
     both = {"train/cosine_image": 0.5, "train/cosine_text": 0.0}
     learned = {"train/logit_scale": 10.0}
     for data, cosines in (
         (Data(lambda _: None), {}),  # type: ignore[arg-type,return-value]
-        (Data(lambda _: None, teacher_dim=2), {"train/cosine_image": 0.5}),  # type: ignore[arg-type,return-value]
-        (Data(lambda _: None, teacher_dim=2, teacher_has_text=True), both),  # type: ignore[arg-type,return-value]
+        (Data(lambda _: None, teacher_dims=(2,)), {"train/cosine_image": 0.5}),  # type: ignore[arg-type,return-value]
+        (Data(lambda _: None, teacher_dims=(2,), teacher_has_text=True), both),  # type: ignore[arg-type,return-value]
     ):
         assert _observed(run, data, observed) == cosines | learned
     sigmoid = load_run(run_file(tmp_path), ["loss.form=sigmoid"], world=1)

@@ -75,7 +75,7 @@ def build(provider: str, args: argparse.Namespace, parallel: Parallel) -> Callab
     parts = 1 if provider == "one-batch" else args.micro_batches
     settings = [f"train_batch_size={args.batch}", f"gradient_accumulation_steps={parts}", "classifier.init=random"]
     run = load_run(RUN_FILE, settings, world=1)
-    data = Data(stream=lambda start: iter(()), teacher_dim=WIDTH, num_classes=CLASSES)  # type: ignore[arg-type,return-value]
+    data = Data(stream=lambda start: iter(()), teacher_dims=(WIDTH,), num_classes=CLASSES)  # type: ignore[arg-type,return-value]
     student = make_student(run, data).to(parallel.device)
     run = run.with_embed_dim(WIDTH)
     head, row_optimizer = make_classifier(run, data, WIDTH, parallel)

@@ -203,4 +203,4 @@ def test_a_sample_with_other_captions_than_were_embedded_is_replaced(stage: Path
     rewrite(tmp_path / "shards" / "00001.tar", with_one_less)
     batches = data_of(run_file(stage, SETTING, f"data.shards={tmp_path / 'shards'}")).stream(0)
     replaced = {reason for batch in batches for reason in batch.replaced}
-    assert replaced == {"00001/000010001: 2 captions, of which the teacher has embedded 3"}
+    assert replaced == {f"00001/000010001: 2 captions, of which the teacher has embedded 3 in {stage / 'emb'}"}
