@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Evaluate a CLIP on a local classification set, or a classification run on a features directory.
+"""Evaluate a CLIP on a local classification or retrieval set, or a classification run on a features directory.
 
-A set of images is a directory in CLIP_benchmark's webdataset layout; its tasks are zero_shot, linear_probe and knn.
+A set of images is a directory in CLIP_benchmark's webdataset layout; its tasks are zero_shot, linear_probe and knn, or
+retrieval where its dataset_type.txt says so.
 A features directory is one of tools/synthesize.py; its tasks, on the test split, are head (nearest class row) and
 nearest_class_mean.
 
@@ -27,13 +28,23 @@ from megacid.data.features import FeatureSet
 from megacid.distributed.progress import progress_bar
 from megacid.distributed.stopping import run_alone
 from megacid.errors import UserError, run_tool
-from megacid.evaluate.datasets import load_benchmark
+from megacid.evaluate.datasets import dataset_type, load_benchmark
 from megacid.evaluate.execution import Execution
 from megacid.evaluate.export import student_from_run
 from megacid.evaluate.features import TASKS as FEATURE_TASKS
 from megacid.evaluate.features import accuracy, tasks_for, trained_tower
 from megacid.evaluate.knn import NEIGHBORS
-from megacid.evaluate.tasks import TASKS, evaluate, json_file, result_file, weights_name, write_result
+from megacid.evaluate.retrieval import retrieval
+from megacid.evaluate.tasks import (
+    RETRIEVAL_TASKS,
+    TASKS,
+    evaluate,
+    json_file,
+    result,
+    result_file,
+    weights_name,
+    write_result,
+)
 from megacid.models.clip import LoadedClip, load_clip
 from megacid.models.student import loaded_student
 
@@ -56,7 +67,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset-name", help="name of the data in the results (default: the directory's name)")
     parser.add_argument(
         "--tasks",
-        help="comma-separated (default: all): zero_shot, linear_probe, knn; with --features head, nearest_class_mean",
+        help="comma-separated (default: all): zero_shot, linear_probe, knn; of a retrieval set retrieval; with "
+        "--features head, nearest_class_mean",
     )
     parser.add_argument(
         "--neighbors", type=positive, default=NEIGHBORS, help=f"k of the task knn (default: {NEIGHBORS})"
@@ -83,7 +95,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--features is {args.features} without --run, expected both: add --run DIRECTORY")
     if args.limit is not None and not args.features:
         raise UserError(f"--limit is {args.limit} without --features, expected both: add --features DIRECTORY")
-    known = FEATURE_TASKS if args.features else tuple(TASKS)
+    known = FEATURE_TASKS if args.features else (*TASKS, *RETRIEVAL_TASKS)
     args.tasks = [task.strip() for task in args.tasks.split(",")] if args.tasks else None
     for task in args.tasks or ():
         if task not in known:
@@ -122,15 +134,41 @@ def evaluate_features(args: argparse.Namespace) -> int:
         print(f"{task}: {embedded:,} rows to embed, {rows:,} x {test.classes:,} products, {flop:.3g} flop")
         with progress_bar(task, "class", test.classes) as bar:
             metrics = accuracy(task, trained, args.features, limit=args.limit, progress=bar.update)
-        result = {"dataset": name, "model": "feature-mlp", "pretrained": run, "task": task, "metrics": metrics}
-        file = write_result(json_file(args.out, name, run, task), {**result, "language": "en"})
+        scored = {"dataset": name, "model": "feature-mlp", "pretrained": run, "task": task, "metrics": metrics}
+        file = write_result(json_file(args.out, name, run, task), {**scored, "language": "en"})
         print(f"{task:20}acc1 {metrics['acc1']:.4f}  {file}")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    return run_alone(lambda: evaluate_features(args) if args.features else evaluate_images(args))
+    return run_alone(lambda: evaluate_features(args) if args.features else evaluate_set(args))
+
+
+def evaluate_set(args: argparse.Namespace) -> int:
+    """Run the tasks on a set of images, by its kind."""
+    is_retrieval = dataset_type(args.dataset_root) == "retrieval"
+    known = tuple(RETRIEVAL_TASKS if is_retrieval else TASKS)
+    for task in args.tasks or ():
+        if task not in known:
+            kind = "retrieval" if is_retrieval else "classification"
+            raise UserError(
+                f"--tasks has {task!r}, but {args.dataset_root} is a {kind} set, expected some of {', '.join(known)}"
+            )
+    return evaluate_retrieval(args) if is_retrieval else evaluate_images(args)
+
+
+def evaluate_retrieval(args: argparse.Namespace) -> int:
+    """Run the task on a retrieval set."""
+    clip = load(args)
+    name = args.dataset_name or args.dataset_root.resolve().name
+    metrics = retrieval(clip, args.dataset_root, Execution(args.batch_size, args.workers))
+    scored = result(clip, name, RETRIEVAL_TASKS["retrieval"], metrics)
+    file = write_result(result_file(args.out, name, clip.name, clip.pretrained, scored["task"]), scored)
+    for metric, value in metrics.items():
+        print(f"{metric:30}{value:8.4f}")
+    print(f"{name}; {clip.name}, {clip.pretrained}: {file}")
+    return 0
 
 
 def evaluate_images(args: argparse.Namespace) -> int:
@@ -140,9 +178,9 @@ def evaluate_images(args: argparse.Namespace) -> int:
     how = Execution(args.batch_size, args.workers)
     rows = [("task", "acc1", "acc5", "mean_per_class_recall", "file")]
     for task in args.tasks or TASKS:
-        result = evaluate(task, clip, benchmark, how, neighbors=args.neighbors)
-        file = write_result(result_file(args.out, benchmark.name, clip.name, clip.pretrained, result["task"]), result)
-        metrics = result["metrics"]
+        scored = evaluate(task, clip, benchmark, how, neighbors=args.neighbors)
+        file = write_result(result_file(args.out, benchmark.name, clip.name, clip.pretrained, scored["task"]), scored)
+        metrics = scored["metrics"]
         prefix = {"linear_probe": "lp_", "knn": "knn_"}.get(task, "")
         rows.append((task, *(f"{metrics[prefix + key]:.4f}" for key in rows[0][1:4]), str(file)))
         if not metrics.get("converged", True):

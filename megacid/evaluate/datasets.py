@@ -55,7 +55,7 @@ class Benchmark:
     def open(self, name: str) -> ShardIndex:
         """The index of a split, which later calls give again. Raises UserError as `split` does."""
         if name not in self.indexes:
-            self.indexes[name] = _open_split(self.root / name)
+            self.indexes[name] = open_split(self.root / name)
         return self.indexes[name]
 
     @property
@@ -92,9 +92,13 @@ class Split(Dataset[Sample]):
         where = f"{self.index.root / name}.tar, sample {key}"
         try:
             image = decode_image(self.reader.read(shard, row, "image"), shard=name, key=key)
-            text = self.reader.read(shard, row, "cls")
+            return self.transform(image), self.label(shard, row, where)
         except BadSample as error:
             raise UserError(f"{where} cannot be evaluated ({error.reason}): repair or replace the tar") from error
+
+    def label(self, shard: int, row: int, where: str) -> int:
+        """The class id of a sample; `where` names it in errors."""
+        text = self.reader.read(shard, row, "cls")
         label = _integer(decode_text(text, "replace"))
         if label is None:
             raise UserError(f"{where}: class is {text[:20]!r}, expected a class id such as 3 in the .cls member")
@@ -103,7 +107,7 @@ class Split(Dataset[Sample]):
                 f"{where}: class id is {label}, expected 0 to {self.num_classes - 1} as classnames.txt names "
                 f"{self.num_classes} classes: use files of the same set"
             )
-        return self.transform(image), label
+        return label
 
     def batches(
         self, batch_size: int, *, workers: int = 0, rows: range | None = None
@@ -132,11 +136,8 @@ def _collate(samples: list[Sample] | UserError) -> Any:
 def load_benchmark(root: Path | str, name: str | None = None) -> Benchmark:
     """Open a set; `name` (default: the directory's name) identifies it in results. UserError if a file is missing."""
     root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"dataset root {root} is not a directory, expected CLIP_benchmark's webdataset layout")
-    kind = root / "dataset_type.txt"
-    if kind.is_file() and (value := _read_text(kind).strip(_BLANK)) != "classification":
-        raise UserError(f"{kind} says {value[:40]!r}, expected 'classification': use another set")
+    if (kind := dataset_type(root)) != "classification":
+        raise UserError(f"{root}/dataset_type.txt says {kind[:40]!r}, expected 'classification': use another set")
     classnames = _lines(root / "classnames.txt")
     if unnamed := [number for number, line in enumerate(classnames) if not line]:
         log.warning(
@@ -152,6 +153,14 @@ def load_benchmark(root: Path | str, name: str | None = None) -> Benchmark:
                 "{c} for the class name: add it"
             )
     return Benchmark(root, name or root.resolve().name, classnames, templates)
+
+
+def dataset_type(root: Path) -> str:
+    """What dataset_type.txt says; "classification" where it is missing. UserError when there is no such directory."""
+    if not root.is_dir():
+        raise UserError(f"dataset root {root} is not a directory, expected CLIP_benchmark's webdataset layout")
+    file = root / "dataset_type.txt"
+    return _read_text(file).strip(_BLANK) if file.is_file() else "classification"
 
 
 def _read_text(file: Path) -> str:
@@ -189,7 +198,8 @@ def _integer(text: str) -> int | None:
     return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 10 else None
 
 
-def _open_split(directory: Path) -> ShardIndex:
+def open_split(directory: Path) -> ShardIndex:
+    """The index of a split. Raises UserError if it is missing, incomplete or in another layout."""
     if not directory.is_dir():
         raise UserError(
             f"split {directory} is missing, but the task needs it (some published sets have no train split)"

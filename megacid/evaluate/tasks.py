@@ -20,6 +20,7 @@ from megacid.storage.atomic import disk_errors, write_json_atomic
 _OF_AVERAGE = "-ema"
 # Our name -> CLIP_benchmark's, which has no kNN.
 TASKS = {"zero_shot": "zeroshot_classification", "linear_probe": "linear_probe", "knn": "knn"}
+RETRIEVAL_TASKS = {"retrieval": "zeroshot_retrieval"}  # of sets whose dataset_type.txt says "retrieval"
 
 
 def evaluate(
@@ -38,14 +39,13 @@ def evaluate(
         "linear_probe": lambda: linear_probe(clip, benchmark, how),
         "knn": lambda: knn(clip, benchmark, how, neighbors=neighbors),
     }
-    return {
-        "dataset": benchmark.name,
-        "model": clip.name,
-        "pretrained": clip.pretrained,
-        "task": TASKS[task],
-        "metrics": run[task](),
-        "language": "en",
-    }
+    return result(clip, benchmark.name, TASKS[task], run[task]())
+
+
+def result(clip: LoadedClip, dataset: str, task: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    """A result in CLIP_benchmark's schema. task: its name of it."""
+    model = {"model": clip.name, "pretrained": clip.pretrained}
+    return {"dataset": dataset, **model, "task": task, "metrics": metrics, "language": "en"}
 
 
 def weights_name(run: Path, step: int, *, ema: bool = False) -> str:

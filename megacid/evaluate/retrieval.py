@@ -1,0 +1,93 @@
+"""Retrieval of images by captions and of captions by images, on sets in CLIP_benchmark's webdataset layout.
+
+    root/dataset_type.txt                 retrieval
+    root/test/nshards.txt, 0.tar, 1.tar ...   members <key>.jpg, or another image, and <key>.txt: one caption per line
+
+Shapes: N images, M captions, D embedding, B rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megacid.data.decode import BadSample
+from megacid.data.index import ShardIndex
+from megacid.errors import UserError
+from megacid.evaluate.datasets import Split, open_split
+from megacid.evaluate.execution import DEFAULT, Execution, image_features
+from megacid.models.clip import LoadedClip, Transform
+
+TOP_K = (1, 5, 10)
+CHUNK_SCORES = 1 << 24  # scores of a chunk of rows with all columns that are in memory at once, 64 MiB
+
+
+class CaptionedSplit(Split):
+    """Item i: (image uint8 [3, H, W], i), with the captions of all images in `captions`."""
+
+    def __init__(self, index: ShardIndex, transform: Transform) -> None:
+        super().__init__(index, transform, index.num_samples)
+        self.captions = [
+            self._captions(shard, row) for shard, size in enumerate(index.sizes) for row in range(int(size))
+        ]
+
+    def label(self, shard: int, row: int, where: str) -> int:
+        return int(self.starts[shard]) + row
+
+    def _captions(self, shard: int, row: int) -> list[str]:
+        try:
+            return [line for line in self.reader.caption(shard, row, strict=True).splitlines() if line.strip()]
+        except BadSample as error:
+            where = f"{self.index.tar_path(shard)}, sample {self.index.table(shard).keys[row]}"
+            raise UserError(f"{where} cannot be evaluated ({error.reason}): repair or replace the tar") from error
+
+
+def load_retrieval(root: Path, transform: Transform) -> CaptionedSplit:
+    """The test split of a retrieval set. Raises UserError when it is missing or incomplete."""
+    return CaptionedSplit(open_split(root / "test"), transform)
+
+
+def retrieval(clip: LoadedClip, root: Path, how: Execution = DEFAULT) -> dict[str, float]:
+    """Recall at k in CLIP_benchmark's names: the share of captions (images) with their image (a caption) in the top k.
+
+    A collective.
+    """
+    split = load_retrieval(root, clip.preprocess_eval)
+    with how.progress(f"retrieval {root.name}", len(split)) as progress:
+        image_ND, _ = image_features(clip, split, how, progress)
+    captions = [caption for of_image in split.captions for caption in of_image]
+    image_M = torch.tensor([image for image, of_image in enumerate(split.captions) for _ in of_image])
+    text_MD = torch.cat(
+        [
+            clip.encode_text(clip.tokenizer(captions[start : start + how.batch_size]))
+            for start in range(0, len(captions), how.batch_size)
+        ]
+    )
+    image_M = image_M.to(image_ND.device)
+    rank_M = first_ranks(text_MD, image_ND, torch.arange(len(split), device=image_M.device), image_M)
+    rank_N = first_ranks(image_ND, text_MD, image_M, torch.arange(len(split), device=image_M.device))
+    return {
+        f"{name}_retrieval_recall@{k}": (rank < k).double().mean().item()
+        for name, rank in (("image", rank_M), ("text", rank_N))
+        for k in TOP_K
+    }
+
+
+def first_ranks(
+    query_AD: torch.Tensor, item_BD: torch.Tensor, group_B: torch.Tensor, wanted_A: torch.Tensor
+) -> torch.Tensor:
+    """int64 [A]: how many items of other groups score as high as the best one of the wanted group, or higher.
+
+    Args:
+        query_AD, item_BD: normalised embeddings.
+        group_B: int64, group of each item.
+        wanted_A: int64, the group that each query looks for.
+    """
+    ranks = []
+    for start in range(0, len(query_AD), rows := max(1, CHUNK_SCORES // max(1, len(item_BD)))):
+        score = query_AD[start : start + rows] @ item_BD.T
+        own = group_B[None, :] == wanted_A[start : start + rows, None]
+        best = score.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
+        ranks.append((~(score < best) & ~own).sum(dim=1))  # NaN counts as higher
+    return torch.cat(ranks)

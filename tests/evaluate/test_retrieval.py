@@ -1,0 +1,107 @@
+"""Retrieval: recall against a plain computation, several captions per image, chunks, bad sets, the tool's result."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from offline_data import run, save_model
+from PIL import Image
+
+import megacid.evaluate.retrieval as module
+from megacid.distributed.stopping import no_progress
+from megacid.errors import UserError
+from megacid.evaluate.execution import Execution
+from megacid.evaluate.retrieval import first_ranks, load_retrieval, retrieval
+from megacid.models.clip import LoadedClip
+from megacid.models.student import build_student, loaded_student
+
+QUIET = Execution(batch_size=4, progress=lambda describe, total: nullcontext(no_progress))
+CAPTIONS = [["red"], ["green", "leaf green"], ["blue"], ["yellow", "sun", "gold"], ["white"], ["grey"], ["black"]]
+
+
+def write_set(root: Path, captions: list[list[str]] = CAPTIONS) -> Path:
+    random = np.random.default_rng(1)
+    (root / "test").mkdir(parents=True)
+    (root / "dataset_type.txt").write_text("retrieval\n")
+    (root / "test" / "nshards.txt").write_text("2\n")
+    for number, rows in enumerate((range(3), range(3, len(captions)))):
+        with tarfile.open(root / "test" / f"{number}.tar", "w") as tar:
+            for row in rows:
+                buffer = io.BytesIO()
+                Image.fromarray(random.integers(0, 255, (8, 8, 3)).astype(np.uint8)).resize((32, 32)).save(
+                    buffer, "png"
+                )
+                for ending, data in (("png", buffer.getvalue()), ("txt", "\n".join(captions[row]).encode())):
+                    info = tarfile.TarInfo(f"s{row}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return root
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_set(tmp_path_factory.mktemp("retrieval") / "colours")
+
+
+@pytest.fixture(scope="module")
+def clip() -> LoadedClip:
+    return loaded_student(build_student("digits-student", embed_dim=32, seed=5), "memory")
+
+
+def test_recalls_are_those_of_a_sort_of_all_scores(
+    clip: LoadedClip, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = load_retrieval(root, clip.preprocess_eval)
+    assert split.captions == CAPTIONS
+    image = clip.encode_image(torch.stack([split[row][0] for row in range(len(split))]))
+    owner = np.array([number for number, of_image in enumerate(CAPTIONS) for _ in of_image])
+    text = clip.encode_text(clip.tokenizer([caption for of_image in CAPTIONS for caption in of_image]))
+    score = (text @ image.T).numpy()
+    whole = retrieval(clip, root, QUIET)
+    for k in module.TOP_K:
+        best = np.argsort(-score, axis=1)[:, :k]
+        assert whole[f"image_retrieval_recall@{k}"] == pytest.approx((best == owner[:, None]).any(1).mean())
+        best = np.argsort(-score, axis=0)[:k].T
+        hits = (owner[best] == np.arange(len(CAPTIONS))[:, None]).any(1)
+        assert whole[f"text_retrieval_recall@{k}"] == pytest.approx(hits.mean())
+    assert 0 < whole["image_retrieval_recall@5"] < 1 and whole["image_retrieval_recall@10"] == 1
+    monkeypatch.setattr(module, "CHUNK_SCORES", 8)
+    assert retrieval(clip, root, QUIET) == whole
+
+
+def test_equal_scores_and_nan_are_no_hits() -> None:
+    own = torch.arange(4)
+    same = F.normalize(torch.ones(4, 8), dim=1)
+    assert first_ranks(same, same, own, own).tolist() == [3, 3, 3, 3]
+    assert first_ranks(same * torch.nan, same, own, own).tolist() == [3, 3, 3, 3]
+    assert first_ranks(torch.eye(4), torch.eye(4), own, own).tolist() == [0, 0, 0, 0]
+
+
+def test_the_tool_writes_clip_benchmarks_schema_and_refuses_other_tasks(root: Path, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", seed=3)
+    options = ("eval", "--model", f"local-dir:{model}", "--dataset-root", root, "--out", tmp_path, "--device", "cpu")
+    said = run(*options)
+    (file,) = tmp_path.glob("colours_*_zeroshot_retrieval.json")
+    result = json.loads(file.read_text())
+    assert result["dataset"] == "colours" and result["task"] == "zeroshot_retrieval" and str(file) in str(said)
+    assert set(result["metrics"]) == {f"{of}_retrieval_recall@{k}" for of in ("image", "text") for k in (1, 5, 10)}
+    said = run(*options, "--tasks", "knn", expect=2)
+    assert f"--tasks has 'knn', but {root} is a retrieval set, expected some of retrieval" in said
+
+
+def test_a_damaged_retrieval_set_is_one_error(clip: LoadedClip, tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set")
+    (root / "test" / "1.tar").unlink()
+    with pytest.raises(UserError, match=r"holds 1 tars, .* says 2"):
+        retrieval(clip, root, QUIET)
+    blank = write_set(tmp_path / "blank", [*CAPTIONS[:-1], [" "]])
+    with pytest.raises(UserError, match="blank caption"):
+        retrieval(clip, blank, QUIET)
