@@ -18,6 +18,8 @@ depends on one. The names are the contract:
     reshard:        tar, before_meta
     eval:           batch (of one rank, also while training), before_result, task_done
     synthesize:     before_meta
+    icons:          tar (one was written or found)
+    prepare_icons:  before_meta, after_meta
     offline:        file (inside every atomic write, before the rename), folder
 """
 

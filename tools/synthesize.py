@@ -35,6 +35,7 @@ from megacid.storage.atomic import write_json_atomic
 from megacid.storage.metadata import read_meta, write_meta
 from megacid.storage.npy import write_array, write_npy
 from megacid.storage.stage_directory import staged_folder
+from sample_tars import add_member, write_classification
 from synthetic_data import SceneMaker, altered, class_features
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -70,13 +71,6 @@ def encode(image: Image.Image, extension: str, quality: int = 92) -> bytes:
     return buffer.getvalue()
 
 
-def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Add a member without date and owner, so that the bytes of the tar depend on its content only."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mode = len(data), 0o644
-    tar.addfile(info, io.BytesIO(data))
-
-
 def write_train(folder: Path, samples: Iterator[Sample], place: Any, shard_sizes: list[int]) -> dict[str, int]:
     """Write img2dataset's layout; `place(number) -> (shard, row)` locates every sample. Returns the counts."""
     folder.mkdir(parents=True)
@@ -109,26 +103,13 @@ def write_train(folder: Path, samples: Iterator[Sample], place: Any, shard_sizes
 
 
 def write_benchmark(folder: Path, names: list[str], templates: list[str], splits: dict[str, Iterator[Any]]) -> None:
-    """Write CLIP_benchmark's webdataset layout; every split yields (PIL image, class)."""
-    folder.mkdir(parents=True)
-    (folder / "classnames.txt").write_text("\n".join(names) + "\n")
-    (folder / "zeroshot_classification_templates.txt").write_text("\n".join(templates) + "\n")
-    (folder / "dataset_type.txt").write_text("classification\n")
-    for split, samples in splits.items():
-        (folder / split).mkdir()
-        shards = 0
-        tar: tarfile.TarFile | None = None
-        for number, (image, label) in enumerate(samples):
-            if tar is None or number % 10_000 == 0:
-                if tar is not None:
-                    tar.close()
-                tar = tarfile.open(folder / split / f"{shards}.tar", "w")  # noqa: SIM115  closed at the next one
-                shards += 1
-            add_member(tar, f"s{number:07d}.cls", str(label).encode())
-            add_member(tar, f"s{number:07d}.png", encode(image, "png"))
-        if tar is not None:
-            tar.close()
-        (folder / split / "nshards.txt").write_text(f"{shards}\n")
+    """`write_classification` of splits that yield (PIL image, class)."""
+    write_classification(
+        folder,
+        names,
+        templates,
+        {split: ((encode(image, "png"), label) for image, label in samples) for split, samples in splits.items()},
+    )
 
 
 def source_of(args: argparse.Namespace) -> dict[str, Any]:
