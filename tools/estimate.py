@@ -106,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     print_row("peak", [f"{base + estimate.peak:.1f}" for estimate in estimates.values()])
     print_row("largest phase", [estimate.largest_phase for estimate in estimates.values()])
     print_row("host, for a checkpoint", [f"{estimate.checkpoint:.1f}" for estimate in estimates.values()])
+    print_row("host, offloaded optimizer", [f"{estimate.offloaded:.1f}" for estimate in estimates.values()])
     print_row("host, prefetched images", [f"{shared_memory(run, student):.1f}" for run in runs.values()])
     collectives = {
         ranks: step_collectives(run, student, data.num_classes or 0, ranks, args.device, data.teacher_dim)

@@ -22,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megacid.checkpoint import store
+from megacid.distributed.collectives import Group
+from megacid.distributed.consensus import fail_together
 from megacid.errors import UserError
 
 PREFIX = "clip."
@@ -137,7 +139,9 @@ class CheckpointReader:
         return out
 
 
-def restore(directory: Path, engine: NamedState, rows: dict[str, RowState], identity: dict[str, int]) -> int:
+def restore(
+    directory: Path, engine: NamedState, rows: dict[str, RowState], identity: dict[str, int], group: Group = None
+) -> int:
     """Load a checkpoint into the engine and the class rows, and return its step. A collective.
 
     An EMA of the weights that the checkpoint lacks starts with the loaded weights; one that the run lacks is dropped.
@@ -149,17 +153,12 @@ def restore(directory: Path, engine: NamedState, rows: dict[str, RowState], iden
     Raises:
         UserError: names or shapes of checkpoint and run differ; nothing was changed.
     """
-    reader = CheckpointReader(directory)
-    for key in ("num_classes", "embed_dim"):
-        if reader.manifest.get(key) != identity.get(key):
-            raise UserError(
-                f"{directory} has {key} {reader.manifest.get(key)}, expected {identity.get(key)} as in this run: start "
-                "another run, or correct data.labels"
-            )
-    updates = reader.manifest.get("updates")
-    if type(updates) is not int:
-        raise UserError(f"{directory} has updates {updates!r}, expected an integer: it was saved by another version")
-    _refuse_other_state(reader, engine, rows)
+    with fail_together(group):
+        reader = CheckpointReader(directory)
+        updates = _check_identity(reader, identity)
+    expected = _shapes(engine, rows)
+    with fail_together(group):
+        _refuse_other_state(reader, expected)
     engine.load_named_state(lambda name, kind: reader.tensor(kind, name.removeprefix(PREFIX)), updates)
     has_average = bool(reader.names("ema"))
     engine.load_average((lambda name: reader.tensor("ema", name.removeprefix(PREFIX))) if has_average else None)
@@ -169,14 +168,35 @@ def restore(directory: Path, engine: NamedState, rows: dict[str, RowState], iden
     return int(reader.manifest["step"])
 
 
-def _refuse_other_state(reader: CheckpointReader, engine: NamedState, rows: dict[str, RowState]) -> None:
-    # Loading tensor by tensor would ignore one that the run lacks, and broadcast one of another shape.
-    expected: dict[str, tuple[int, ...]] = {}
+def _check_identity(reader: CheckpointReader, identity: dict[str, int]) -> int:
+    """The number of updates before the checkpoint. Raises UserError when it has other classes or another width."""
+    for key in ("num_classes", "embed_dim"):
+        if reader.manifest.get(key) != identity.get(key):
+            raise UserError(
+                f"{reader.directory} has {key} {reader.manifest.get(key)}, expected {identity.get(key)} as in this "
+                "run: start another run, or correct data.labels"
+            )
+    updates = reader.manifest.get("updates")
+    if type(updates) is not int:
+        raise UserError(
+            f"{reader.directory} has updates {updates!r}, expected an integer: it was saved by another version"
+        )
+    return updates
+
+
+def _shapes(engine: NamedState, rows: dict[str, RowState]) -> dict[str, tuple[int, ...]]:
+    """What `CheckpointReader.shapes` gives for a checkpoint of this run. A collective."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, tensors in engine.named_state():
-        expected |= {f"{kind}/{name.removeprefix(PREFIX)}": tuple(value.shape) for kind, value in tensors.items()}
-    expected |= {f"buffer/{name.removeprefix(PREFIX)}": tuple(t.shape) for name, t in engine.named_buffers().items()}
+        shapes |= {f"{kind}/{name.removeprefix(PREFIX)}": tuple(value.shape) for kind, value in tensors.items()}
+    shapes |= {f"buffer/{name.removeprefix(PREFIX)}": tuple(t.shape) for name, t in engine.named_buffers().items()}
     for part, owner in rows.items():
-        expected |= {f"{part}/{name}": tuple(value.shape[1:]) for name, value in owner.state_rows().items()}
+        shapes |= {f"{part}/{name}": tuple(value.shape[1:]) for name, value in owner.state_rows().items()}
+    return shapes
+
+
+def _refuse_other_state(reader: CheckpointReader, expected: dict[str, tuple[int, ...]]) -> None:
+    # Loading tensor by tensor would ignore one that the run lacks, and broadcast one of another shape.
     shapes = reader.shapes()
     if any(name.startswith("ema/") for name in expected) != bool(reader.names("ema")):
         expected, shapes = ({k: v for k, v in x.items() if not k.startswith("ema/")} for x in (expected, shapes))

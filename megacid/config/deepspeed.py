@@ -103,7 +103,8 @@ def _check_precision_and_zero(config: dict[str, Any]) -> None:
         raise UserError(f'"torch_autocast.dtype" is {json.dumps(autocast.get("dtype"))}, expected "bf16"')
     if bf16 and stage == 0:
         raise UserError(
-            '"bf16" with "zero_optimization.stage" 0 keeps fp32 weights that cannot be saved by name: use stage 1'
+            '"bf16" with "zero_optimization.stage" 0 keeps fp32 weights that cannot be saved by name: use stage 1, or '
+            '"torch_autocast" in place of "bf16"'
         )
     for key in ("param_dtype", "grad_accum_dtype"):
         data_type = config.get("data_types", {}).get(key)

@@ -34,12 +34,14 @@ class MemoryEstimate(NamedTuple):
     """Memory of rank 0, which has the largest class shard, in MiB.
 
     always: parts that are there for the whole run. phases: what each phase of a step needs in addition; one at a time.
-    checkpoint: host memory while a checkpoint is written, one of the phases on a CPU.
+    checkpoint: host memory while a checkpoint is written, one of the phases on a CPU. offloaded: host memory of an
+    optimizer that `offload_optimizer` takes off a GPU.
     """
 
     always: dict[str, float]
     phases: dict[str, float]
     checkpoint: float
+    offloaded: float
 
     @property
     def peak(self) -> float:
@@ -78,6 +80,7 @@ def memory_estimate(
     always = student_sizes(run, sum(sizes), world, device, frozen, muon)
     always["batch"] = _batch(run, student, device, teacher_width)
     gradients = always.pop("student gradients")
+    offloaded = always.pop("student optimizer") if device == "cuda" and _offloads_optimizer(run) else 0.0
     head: dict[str, float] = {}
     if num_classes:
         stored, head = _classifier(run, num_classes, student.embed_dim, world, run.global_batch, device)
@@ -109,11 +112,16 @@ def memory_estimate(
     if device == "cpu":
         phases["checkpoint"] = checkpoint
     in_mib = [{name: size / MIB for name, size in part.items()} for part in (always, phases)]
-    return MemoryEstimate(in_mib[0], in_mib[1], checkpoint / MIB)
+    return MemoryEstimate(in_mib[0], in_mib[1], checkpoint / MIB, offloaded / MIB)
 
 
 def _moments(run: RunFile) -> int:
     return len(OPTIMIZERS[run.deepspeed["optimizer"]["type"]].moments)
+
+
+def _offloads_optimizer(run: RunFile) -> bool:
+    zero = run.deepspeed.get("zero_optimization", {})
+    return bool(zero.get("offload_optimizer", {}).get("device", "none") != "none")
 
 
 def student_sizes(

@@ -202,7 +202,7 @@ def resume(state: TrainState, start_from: str | None, *, going_back: bool) -> in
         # Eager, because compiling a batch of 1 takes as long as that of the training.
         with eager_towers(state.run.megacid.student.compile):
             state.engine.materialise_state(state.student.image_shape, state.student.text_length, state.run.accumulation)
-        start = restore(Path(start_from), state.engine, state.rows, state.identity)
+        start = restore(Path(start_from), state.engine, state.rows, state.identity, state.parallel.group)
         state.guard.load_state(store.read_manifest(Path(start_from))["guard"])
         log.info("resumed from %s", start_from)
     barrier(state.parallel.group)  # until here any rank may still refuse the checkpoint

@@ -325,9 +325,9 @@ def test_a_run_with_other_tensors_than_the_checkpoint_is_refused_before_anything
     saved: tuple[FakeEngine, FakeRows, Path], what: str
 ) -> None:
     engine, rows, message = OTHERS[what]
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         restore(saved[2], engine, rows, FACTS)  # type: ignore[arg-type]
-    assert engine.loaded == 0
+    assert engine.loaded == 0 and caught.value.on_every_rank
 
 
 def test_rows_that_no_file_or_two_files_hold_are_refused(saved: tuple[FakeEngine, FakeRows, Path]) -> None:

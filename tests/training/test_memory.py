@@ -82,11 +82,11 @@ def check(root: Path, world: int, stage: int, **changes: Any) -> None:
     assert MemoryEstimate(*found).peak == pytest.approx(peak, rel=0.1), found
 
 
-def estimated(file: Path, world: int) -> MemoryEstimate:
+def estimated(file: Path, world: int, device: str = "cpu") -> MemoryEstimate:
     run = load_run(file, [], world=world)
     config = run.megacid.student
     student = FeatureTower(DIM, config.embed_dim or 0, hidden=config.hidden, layers=config.layers)
-    return memory_estimate(run, student, CLASSES, world, "cpu")
+    return memory_estimate(run, student, CLASSES, world, device)
 
 
 LARGE = {"student__hidden": 2048, "student__layers": 3, "student__embed_dim": 256}
@@ -171,3 +171,12 @@ def test_a_model_that_cannot_be_estimated_does_not_end_rank_0_alone(
         f"the {what} cannot be estimated (aten._local_scalar_dense on fake tensors)"
         for what in ("peak memory", "communication")
     ]
+
+
+def test_an_offloaded_optimizer_needs_memory_of_the_host_alone(tmp_path: Path) -> None:
+    kept, moved = (
+        MemoryEstimate(*run_ranks(estimated, 1, toy.run_file(tmp_path, name, zero_optimization=zero), 2, "cuda")[0])
+        for name, zero in (("kept", {"stage": 1}), ("moved", {"stage": 1, "offload_optimizer": {"device": "cpu"}}))
+    )
+    assert moved.offloaded == kept.always["student optimizer"] > 0 and kept.offloaded == 0
+    assert "student optimizer" not in moved.always and moved.peak <= kept.peak - moved.offloaded
