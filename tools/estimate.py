@@ -42,7 +42,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--ranks", type=positive, nargs="+", default=[1], help="numbers of ranks to estimate for (default: 1)"
     )
     parser.add_argument("--num-classes", type=positive, help="number of classes, instead of reading it from the data")
-    parser.add_argument("--embed-dim", type=positive, help="embedding width, instead of reading it from the teachers")
+    parser.add_argument(
+        "--embed-dim", type=positive, help="width of the student and of all teachers together, instead of reading it"
+    )
     parser.add_argument("--feature-dim", type=positive, help="feature width, instead of reading it from the features")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)

@@ -25,7 +25,11 @@ class Teachers:
 
     @classmethod
     def of(cls, widths: Sequence[int], temperature: float | Sequence[float]) -> Teachers:
-        """temperature: of all teachers, or one of each. Raises UserError for another number of them, or one <= 0."""
+        """Teachers with one temperature, or one for each.
+
+        Raises:
+            UserError: another number of temperatures, or one <= 0.
+        """
         count = max(1, len(widths))
         values = tuple(temperature) if isinstance(temperature, Sequence) else (temperature,) * count
         if not all(math.isfinite(value) and value > 0 for value in values):
