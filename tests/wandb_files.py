@@ -43,3 +43,9 @@ def offline_starts(run: Path) -> list[tuple[str, dict[str, Any], list[dict[str, 
                 history.append({key: json.loads(value) for key, value in items.items()})
         starts.append((file.stem.removeprefix("run-"), config, history))
     return starts
+
+
+def exit_codes(run: Path) -> list[int]:
+    """The exit code of each start in a run directory; wandb shows a run with another than 0 as failed."""
+    files = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
+    return [record.exit.exit_code for file in files for record in _records(file) if record.HasField("exit")]

@@ -33,7 +33,7 @@ from megacid.training.dry_run import dry_run
 from megacid.training.guard import TooManySkips
 from megacid.training.profile import steps_to_profile
 from megacid.training.run_settings import check_packages, settings_of_this_rank
-from megacid.training.trackers import check_trackers
+from megacid.training.trackers import check_trackers, close_after_error
 
 EXIT_CODES: dict[type[Exception], int] = {
     TooManySkips: EXIT_NOT_FINITE,
@@ -139,6 +139,7 @@ def run_main(argv: list[str] | None, train: Callable[[RunFile, argparse.Namespac
         )
         return _fail(lost, EXIT_AGAIN, rank, everywhere=False)
     finally:
+        close_after_error()
         parallel_module.shutdown()
 
 

@@ -28,6 +28,7 @@ from megacid.storage.atomic import read_json, write_json_atomic
 log = logging.getLogger("megacid")
 
 _PROJECT = "megacid"
+_OF_THIS_PROCESS: list[Trackers] = []
 
 
 class Tracker(Protocol):
@@ -39,8 +40,8 @@ class Tracker(Protocol):
     def histogram(self, tag: str, edges: list[float], counts: list[int], step: int) -> None:
         """counts: of each bin; edges: of the bins, one more than counts."""
 
-    def close(self) -> None:
-        """Write everything that is buffered."""
+    def close(self, *, failed: bool) -> None:
+        """Write everything that is buffered. failed: whether an error ended the run."""
 
 
 def check_trackers(names: Iterable[str]) -> None:
@@ -63,6 +64,7 @@ class Trackers:
         """start_step: steps that the run has done already; what a crashed start logged beyond them is repeated."""
         self.directory = run.directory
         self._open: dict[str, Tracker] = {}
+        _OF_THIS_PROCESS.append(self)
         for name in run.megacid.run.trackers:
             with self._without_errors(name):
                 self._open[name] = _TRACKERS[name](run, start_step)
@@ -79,11 +81,11 @@ class Trackers:
             with self._without_errors(name):
                 tracker.histogram(tag, edges, counts, step)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """See `Tracker`."""
-        for name, tracker in [*self._open.items()]:
+        for name in [*self._open]:
             with self._without_errors(name):
-                tracker.close()
+                self._open.pop(name).close(failed=failed)
 
     @contextlib.contextmanager
     def _without_errors(self, name: str) -> Iterator[None]:
@@ -93,6 +95,22 @@ class Trackers:
             self._open.pop(name, None)
             what = self.directory / name if name == "tensorboard" else f"tracker {name}"
             log.warning("%s cannot be written any more (%s): the run continues without it", what, one_line(error))
+
+
+def close_after_error(within_s: float = 5.0) -> None:
+    """Close the trackers that an error has left open, as those of a failed run; give up after `within_s`.
+
+    It is called when the error has been printed, since an upload may take as long as the network is away.
+    """
+
+    def close() -> None:
+        for trackers in _OF_THIS_PROCESS:
+            trackers.close(failed=True)
+
+    if _OF_THIS_PROCESS:
+        thread = threading.Thread(target=close, name="close trackers", daemon=True)
+        thread.start()
+        thread.join(within_s)
 
 
 class _Tensorboard:
@@ -119,7 +137,7 @@ class _Tensorboard:
             bucket_limits=edges[1:], bucket_counts=counts, global_step=step,
         )  # fmt: skip
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         self._writer.close()
 
 
@@ -176,8 +194,8 @@ class _Wandb:
             bins = np.array(counts), np.array(edges)
             self._run.log({tag: self._histogram(np_histogram=bins)}, step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 class _Trackio:
@@ -202,8 +220,8 @@ class _Trackio:
     def histogram(self, tag: str, edges: list[float], counts: list[int], step: int) -> None:
         self._run.log({tag: self._histogram(np_histogram=(counts, edges))}, step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool) -> None:
+        self._run.finish()  # which knows no failed run
 
 
 @contextlib.contextmanager

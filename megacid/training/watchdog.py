@@ -31,6 +31,7 @@ from megacid.distributed.parallel import Parallel
 from megacid.errors import EXIT_AGAIN
 from megacid.storage.atomic import read_json, write_json_atomic
 from megacid.training.lifecycle import Launcher, Lifecycle
+from megacid.training.trackers import close_after_error
 
 _PATIENCE_S = 2.5  # for the reports of ranks whose limit ends a little later
 
@@ -84,6 +85,7 @@ class Watchdog:
             )
         if message:
             print(f"error: {message}", file=sys.stderr, flush=True)
+        close_after_error()
         os._exit(EXIT_AGAIN)  # the main thread cannot be interrupted inside a collective
 
     def _report(self, phase: str, step: int, beats: int) -> str | None:
