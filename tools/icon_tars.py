@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import multiprocessing
+import os
 import signal
 import tarfile
 from collections.abc import Iterator
@@ -116,7 +117,7 @@ def make_tars(jobs: list[TarJob], renderer: Renderer, workers: int) -> list[TarC
     if workers == 1:
         return list(_reported(jobs, (make_tar(job, renderer) for job in jobs)))
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("fork"), initializer=_start_worker, initargs=(renderer,)
+        workers, multiprocessing.get_context("fork"), initializer=_start_worker, initargs=(renderer, os.getpid())
     )
     try:
         futures = [pool.submit(_make_tar_in_worker, job) for job in jobs]
@@ -151,10 +152,12 @@ def _reported(jobs: list[TarJob], contents: Iterator[TarContent]) -> Iterator[Ta
 _renderer: Renderer | None = None  # of a worker process
 
 
-def _start_worker(renderer: Renderer) -> None:
+def _start_worker(renderer: Renderer, parent: int) -> None:
     global _renderer
     _renderer = renderer
     set_parent_death_signal(signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent cancels
 
