@@ -4,9 +4,10 @@
     tools/docs.py                      rewrite the tables of docs/configuration.md from the models in megacid/config
     tools/docs.py --check              exit 1 when they are stale; change nothing
     tools/docs.py --demo runs/demo     pictures in docs/images/, results in README.md and docs/demo.md
+    tools/docs.py --corpus data/icons  facts in docs/corpus/, a picture in docs/images/, tables in docs/corpus.md
 
 --demo reads what tools/demo.sh wrote: summary.json, the figures of the balance stage and the TensorBoard event files of
-the students. It needs matplotlib.
+the students. It needs matplotlib. --corpus reads an output of tools/prepare_icons.py.
 """
 
 import json
@@ -24,11 +25,13 @@ from PIL import Image
 from pydantic.fields import FieldInfo
 
 from argtypes import ToolParser
+from corpus_page import TITLES, facts_of, page_part
 from megacid.config.conditions import Needs
 from megacid.config.fields import Section
 from megacid.config.schema import MegacidConfig
 from megacid.errors import UserError, run_tool
-from megacid.storage.atomic import write_atomic
+from megacid.storage.atomic import write_atomic, write_json_atomic
+from megacid.storage.metadata import read_meta
 
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 FIGURES = {  # name of a figure of tools/figures.py -> caption
@@ -210,13 +213,37 @@ def from_demo(demo: Path, root: Path) -> list[Path]:
     return [*written, images / "demo-curves.png", *pages]
 
 
+# ---- --corpus ----------------------------------------------------------------------------------------------------
+
+
+def corpus_page(page: str, facts: Path) -> str:
+    """docs/corpus.md with its tables made from the JSON files in `facts`."""
+    files = [facts / f"{kind}.json" for kind in TITLES]
+    corpora = [json.loads(path.read_text()) for path in files if path.is_file()]
+    return between(page, "corpus tables", page_part(corpora))
+
+
+def from_corpus(corpus: Path, root: Path) -> list[Path]:
+    """Copy the facts and the examples of a corpus, and rewrite the tables of docs/corpus.md; returns the files."""
+    meta = read_meta(corpus, "prepare_icons")
+    summary = json.loads((corpus / "summary.json").read_text())
+    kind = summary["package"]["kind"]
+    picture, page = root / "docs" / "images" / f"corpus-{kind}.png", root / "docs" / "corpus.md"
+    facts = root / "docs" / "corpus" / f"{kind}.json"
+    write_json_atomic(facts, facts_of(summary, meta))
+    write_atomic(picture, (corpus / "examples.png").read_bytes())
+    write_atomic(page, corpus_page(page.read_text(), facts.parent).encode())
+    return [facts, picture, page]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = ToolParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit 1 when docs/configuration.md is stale")
     parser.add_argument("--demo", type=Path, help="output directory of tools/demo.sh")
+    parser.add_argument("--corpus", type=Path, help="output directory of tools/prepare_icons.py")
     args = parser.parse_args(argv)
-    if args.demo is not None:
-        for path in from_demo(args.demo, ROOT):
+    if args.demo is not None or args.corpus is not None:
+        for path in from_demo(args.demo, ROOT) if args.demo is not None else from_corpus(args.corpus, ROOT):
             print(f"{path.relative_to(ROOT)}  {path.stat().st_size:,} bytes")
         return 0
     page = CONFIGURATION.read_text()
