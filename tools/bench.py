@@ -5,6 +5,7 @@
     tools/bench.py --suite step --check               a training step with AdamW over 1,000,000 classes, 10 % sampled
     tools/bench.py --suite scale --json scale.json    the step from 10^4 to 10^7 classes with 8192 sampled rows
     tools/bench.py --suite accumulation --check       a step in one batch and in micro-batches (gradient caching)
+    tools/bench.py --suite step-time --check          the model of a step's time, fitted and tested on held-out points
     tools/bench.py --suite loader --check             the training loader compared with webdataset's pipeline
     tools/bench.py --suite student --check            contrastive training compared with open_clip_train
     tools/bench.py --suite optimizer                  row-sparse optimizers, in bytes per second
@@ -36,6 +37,7 @@ MODULES = {
     "step": "training_step",
     "scale": "training_step",
     "accumulation": "accumulation",
+    "step-time": "step_time",
     "loader": "loader",
     "student": "student",
     "optimizer": "optimizer",

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run all measurements on one GPU, most important first: the kernels' tests on the GPU, tiles, the head, optimizers, k-means'
-# assignment, the contrastive terms, a step at ten million classes. Takes about an hour. A step that fails does not stop the
-# others; it is named at the end.
+# assignment, the contrastive terms, a step at ten million classes, the model of a training step. Takes about an hour. A step
+# that fails does not stop the others; it is named at the end.
 #   bash tools/bench_gpu.sh [OUT]               write OUT/SUITE-GPU.json and the table OUT/SUITE-GPU.md (default docs/bench)
 #   PYTHON=python3 bash tools/bench_gpu.sh      use another environment than .venv
 set -uo pipefail
@@ -33,4 +33,5 @@ suite assignment --suite assignment --check
 suite contrastive --suite contrastive --check
 suite step-10m --suite step --shapes 10000000,512,4096,0.1
 suite head-init --suite head --geometry init
+suite step-time --suite step-time --clock wall --check
 [ ${#failed[@]} = 0 ] || { echo "bench_gpu: failed, or missed a limit: ${failed[*]}; see $out" >&2; exit 1; }

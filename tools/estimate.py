@@ -1,29 +1,34 @@
 #!/usr/bin/env python3
-"""Estimate the memory and the communication of a run, by part, for one or several numbers of ranks.
+"""Estimate the memory, the communication and the time of a step, by part, for one or several numbers of ranks.
 
     tools/estimate.py --deepspeed_config configs/partial_fc_1m.json --ranks 2
     tools/estimate.py --deepspeed_config configs/vit_l14_zero3.json --ranks 8 64 --num-classes 1000000 --embed-dim 1280
 
 The number of classes and the widths are read from the data, or given as options before the data exist. Activations are
 counted by a forward and backward on fake tensors. On a CPU the interpreter and its libraries are included, as measured
-in this process.
+in this process. The time is that of a model (docs/scaling.md), for H100 or for the CPU of docs/benchmarks.md; --costs
+takes what `tools/bench.py --suite step-time --json FILE` fitted on another machine.
 """
 
 import argparse
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 import checkout  # noqa: F401  import paths of a plain checkout
 from argtypes import ToolParser, positive
+from benchmarks.suite import read_report
 from megacid.config.load import load_run
 from megacid.config.schema import RunFile
 from megacid.distributed.parallel import init
 from megacid.errors import UserError, run_tool
-from megacid.training.communication import communication_estimate, step_collectives
+from megacid.training.communication import communication_estimate
 from megacid.training.components import Data, make_student, open_data
 from megacid.training.memory import memory_estimate, shared_memory
 from megacid.training.metrics import resident_memory_mib
+from megacid.training.step_time import COSTS, Costs, Step
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,6 +52,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--feature-dim", type=positive, help="feature width, instead of reading it from the features")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--costs", type=Path, metavar="FILE.json", help="costs fitted by suite step-time on this device"
+    )
     return parser.parse_args(argv)
 
 
@@ -77,8 +85,35 @@ def print_row(name: str, cells: list[str]) -> None:
     print(f"{name:<38}" + "".join(f"{cell:>24}" for cell in cells))
 
 
+def costs_of(args: argparse.Namespace) -> Costs:
+    """The costs of the device, with those of --costs in place of the stated ones."""
+    if args.costs is None:
+        return COSTS[args.device]
+    report = read_report(args.costs, "step-time")
+    if report["arguments"]["device"] != args.device:
+        raise UserError(
+            f"{args.costs} is of device {report['arguments']['device']}, expected {args.device}: pass another --device"
+        )
+    return replace(COSTS[args.device], source=str(args.costs), **report["costs"])
+
+
+def print_times(steps: dict[int, Step], costs: Costs) -> None:
+    """Print the predicted time of a step by part, with its share."""
+    times = {ranks: step.time(costs) for ranks, step in steps.items()}
+    totals = {ranks: sum(parts.values()) for ranks, parts in times.items()}
+    print(f"\nTime of a step in ms: the prediction of a model with the costs of {costs.source}; not a measurement\n")
+    for name in next(iter(times.values())):
+        cells = [f"{1e3 * parts[name]:,.1f} ({parts[name] / totals[ranks]:.0%})" for ranks, parts in times.items()]
+        print_row(name, cells)
+    print_row("total", [f"{1e3 * total:,.1f}" for total in totals.values()])
+    print_row(
+        "samples per second", [f"{steps[ranks].run.global_batch / total:,.0f}" for ranks, total in totals.items()]
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    costs = costs_of(args)
     runs = {ranks: load_run(args.deepspeed_config, args.set, world=ranks) for ranks in args.ranks}
     first = load_run(args.deepspeed_config, args.set, world=1)  # one process reads the data
     data = describe_data(first, args)
@@ -110,14 +145,15 @@ def main(argv: list[str] | None = None) -> int:
     print_row("host, for a checkpoint", [f"{estimate.checkpoint:.1f}" for estimate in estimates.values()])
     print_row("host, offloaded optimizer", [f"{estimate.offloaded:.1f}" for estimate in estimates.values()])
     print_row("host, prefetched images", [f"{shared_memory(run, student):.1f}" for run in runs.values()])
-    collectives = {
-        ranks: step_collectives(run, student, data.num_classes or 0, ranks, args.device, data.teacher_dim)
+    steps = {
+        ranks: Step.of(run, student, data.num_classes or 0, ranks, args.device, data.teacher_dim)
         for ranks, run in runs.items()
     }
-    numbers = (sum(one.number for one in each) for each in collectives.values())
+    numbers = (sum(one.number for one in step.collectives) for step in steps.values())
     print("\nCommunication of a step; MiB that a rank sends in a ring\n")
     print_row("collectives", [f"{number}" for number in numbers])
-    print_table({ranks: communication_estimate(each, ranks) for ranks, each in collectives.items()})
+    print_table({ranks: communication_estimate(step.collectives, ranks) for ranks, step in steps.items()})
+    print_times(steps, costs)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Logs what `--dry-run` estimates of a run: its peak memory and the collectives of a step."""
+"""Logs what `--dry-run` estimates of a run: its peak memory, the collectives of a step, and its time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from megacid.config.schema import RunFile
 from megacid.distributed.parallel import Parallel
 from megacid.errors import one_line
 from megacid.models.feature_tower import FeatureTower
-from megacid.training.communication import communication_estimate, step_collectives
+from megacid.training.communication import communication_estimate
 from megacid.training.memory import memory_estimate
+from megacid.training.step_time import COSTS, Step
 
 if TYPE_CHECKING:
     from megacid.models.student import Student
@@ -33,7 +34,7 @@ def report_estimates(
     if not parallel.is_first:
         return
     num_classes = head.num_classes if head else 0
-    for what, report in (("peak memory", _report_peak_memory), ("communication", _report_communication)):
+    for what, report in (("peak memory", _report_peak_memory), ("time of a step", _report_step)):
         try:
             report(run, student, num_classes, parallel.world, parallel.device.type, teacher_width)
         except Exception as error:  # such as a forward that reads a value, which fake tensors do not have
@@ -53,16 +54,20 @@ def _report_peak_memory(
     )  # fmt: skip
 
 
-def _report_communication(
+def _report_step(
     run: RunFile, student: Student | FeatureTower, num_classes: int, world: int, device: str, teacher_width: int | None
 ) -> None:
-    if world == 1:
-        return
-    collectives = step_collectives(run, student, num_classes, world, device, teacher_width)
-    parts = communication_estimate(collectives, world)
+    step, costs = Step.of(run, student, num_classes, world, device, teacher_width), COSTS[device]
+    if world > 1:
+        parts = communication_estimate(step.collectives, world)
+        log.info(
+            "collectives of a step: %d; a rank sends %.1f MiB in a ring: %s",
+            sum(one.number for one in step.collectives), sum(parts.values()), _listed(parts),
+        )  # fmt: skip
+    times = {name: 1e3 * seconds for name, seconds in step.time(costs).items()}
     log.info(
-        "collectives of a step: %d; a rank sends %.1f MiB in a ring: %s",
-        sum(one.number for one in collectives), sum(parts.values()), _listed(parts),
+        "time of a step: %.1f ms, the prediction of a model with the costs of %s, not a measurement: %s",
+        sum(times.values()), costs.source, _listed(times),
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import student, student_ranks, suite
+from benchmarks.ranks import ask_ranks
 from megacid.errors import UserError
 
 
@@ -37,7 +38,7 @@ def test_all_trainers_take_the_same_steps(world: int) -> None:
         "model": "digits-student", "image_size": 32, "batch": 4, "threads": 1, "rounds": 1, "repeats": 1,
         "trainers": list(student_ranks.TRAINERS),
     }  # fmt: skip
-    rows = student.ask_ranks(request, world)
+    rows = ask_ranks("benchmarks.student_ranks", request, world)
     student.check_losses(rows)
     assert len({loss for values in rows.values() for loss in values["losses"]}) > 1
     # As many operators, and as much memory allocated, as open_clip_train or less.

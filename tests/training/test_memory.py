@@ -163,13 +163,13 @@ def test_a_model_that_cannot_be_estimated_does_not_end_rank_0_alone(
     def refused(*_: Any) -> MemoryEstimate:
         raise RuntimeError("aten._local_scalar_dense\non fake tensors")
 
-    for name in ("memory_estimate", "step_collectives"):
-        monkeypatch.setattr(estimates, name, refused)
+    monkeypatch.setattr(estimates, "memory_estimate", refused)
+    monkeypatch.setattr(estimates.Step, "of", refused)
     with caplog.at_level("WARNING", "megacid"):
         estimates.report_estimates(None, None, None, Parallel(0, 2, 0, torch.device("cpu"), None))  # type: ignore[arg-type]
     assert caplog.messages == [
         f"the {what} cannot be estimated (aten._local_scalar_dense on fake tensors)"
-        for what in ("peak memory", "communication")
+        for what in ("peak memory", "time of a step")
     ]
 
 

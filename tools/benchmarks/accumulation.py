@@ -56,36 +56,40 @@ class Timeless:
         return False
 
 
-def batches_of(total: int, parts: int, image_shape: tuple[int, ...], length: int) -> list[Batch]:
+def batches_of(total: int, parts: int, width: int, image_shape: tuple[int, ...], length: int) -> list[Batch]:
     """One random batch, in equal parts."""
     g, size = torch.Generator().manual_seed(SEED), total // parts
     whole = {
         "image": torch.randn(total, *image_shape, generator=g),
         "text": torch.randint(1, TOKENS, (total, length), generator=g),
         "label": torch.randint(CLASSES, (total,), generator=g),
-        "teacher_image": F.normalize(torch.randn(total, WIDTH, generator=g)),
-        "teacher_text": F.normalize(torch.randn(total, WIDTH, generator=g)),
+        "teacher_image": F.normalize(torch.randn(total, width, generator=g)),
+        "teacher_text": F.normalize(torch.randn(total, width, generator=g)),
         "sample_id": torch.arange(total),
     }
     return [Batch(**dict(zip(whole, part))) for part in zip(*(values.split(size) for values in whole.values()))]
+
+
+def state_of(settings: list[str], width: int, classes: int, parallel: Parallel) -> TrainState:
+    """The state of the run file with `settings`, without data. A collective."""
+    run = load_run(RUN_FILE, settings, world=parallel.world)
+    data = Data(stream=lambda start: iter(()), teacher_dims=(width,), num_classes=classes)  # type: ignore[arg-type,return-value]
+    student = make_student(run, data).to(parallel.device)
+    run = run.with_embed_dim(width)
+    head, row_optimizer = make_classifier(run, data, width, parallel)
+    objective, evaluation = make_objective(run, head, parallel), Evaluation(run, [], student, parallel)
+    return with_engine(Components(run, data, student, head, row_optimizer, objective, evaluation), parallel)
 
 
 def build(provider: str, args: argparse.Namespace, parallel: Parallel) -> Callable[[], float]:
     """A function that takes one training step and returns its loss."""
     parts = 1 if provider == "one-batch" else args.micro_batches
     settings = [f"train_batch_size={args.batch}", f"gradient_accumulation_steps={parts}", "classifier.init=random"]
-    run = load_run(RUN_FILE, settings, world=1)
-    data = Data(stream=lambda start: iter(()), teacher_dims=(WIDTH,), num_classes=CLASSES)  # type: ignore[arg-type,return-value]
-    student = make_student(run, data).to(parallel.device)
-    run = run.with_embed_dim(WIDTH)
-    head, row_optimizer = make_classifier(run, data, WIDTH, parallel)
-    objective = make_objective(run, head, parallel)
+    state = state_of(settings, WIDTH, CLASSES, parallel)
     if provider == "averaged":
-        objective.__class__ = AveragedObjective
-    evaluation = Evaluation(run, [], student, parallel)
-    state = with_engine(Components(run, data, student, head, row_optimizer, objective, evaluation), parallel)
-    batches = itertools.cycle(batches_of(args.batch, parts, student.image_shape, student.text_length))
-    return partial(one_step, state, batches, itertools.count(), Timeless())
+        state.objective.__class__ = AveragedObjective
+    batches = batches_of(args.batch, parts, WIDTH, state.student.image_shape, state.student.text_length)
+    return partial(one_step, state, itertools.cycle(batches), itertools.count(), Timeless())
 
 
 def one_step(state: TrainState, batches: Iterator[Batch], steps: Iterator[int], stand_in: Any) -> float:

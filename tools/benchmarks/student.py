@@ -12,13 +12,12 @@ images already normalised. Loading is not part of a step.
 from __future__ import annotations
 
 import argparse
-import socket
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from argtypes import positive
 from benchmarks import measure
+from benchmarks.ranks import ask_ranks
 from benchmarks.student_ranks import PEER, TRAINERS
 from benchmarks.suite import Limit, Report, Row, make_report, print_table
 from megacid.errors import UserError
@@ -34,25 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2], help="numbers of ranks (default 1 2)")
     parser.add_argument("--models", choices=tuple(MODELS), nargs="+", default=list(MODELS), help="default: all")
     parser.set_defaults(threads=1, clock="cpu")
-
-
-def ask_ranks(request: dict[str, Any], world: int) -> dict[str, Any]:
-    """The answer of `benchmarks.student_ranks` on `world` ranks. Raises UserError when a rank fails."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
-
-    def ask(rank: int) -> dict[str, Any]:
-        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        return measure.ask_process("benchmarks.student_ranks", request, environment)
-
-    with ThreadPoolExecutor(world) as pool:
-        answers = list(pool.map(ask, range(world)))
-    for answer in answers:
-        if "skipped" in answer:
-            raise UserError(f"a rank of suite student failed ({answer['skipped']}): see the message")
-    return answers[0]
 
 
 def check_losses(found: dict[str, Any]) -> None:
@@ -76,7 +56,7 @@ def run(args: argparse.Namespace) -> Report:
                 "model": model, "image_size": MODELS[model], "batch": args.batch, "threads": args.threads,
                 "rounds": ROUNDS, "repeats": REPEATS, "trainers": list(TRAINERS),
             }  # fmt: skip
-            found = ask_ranks(request, world)
+            found = ask_ranks("benchmarks.student_ranks", request, world)
             check_losses(found)
             key = f"{args.clock}_s"
             for name, values in found.items():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +17,6 @@ from typing import Any
 
 import open_clip
 import torch
-import torch.distributed as dist
 from open_clip_train import train as open_clip_train
 from open_clip_train.scheduler import const_lr
 from torch import Tensor, nn
@@ -26,11 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.accumulation import RUN_FILE, TOKENS, Timeless
+from benchmarks.ranks import Steps, take_turns
 from megacid import train
 from megacid.config.load import load_run
 from megacid.data.batch import Batch
 from megacid.distributed.collectives import all_reduce_sum
-from megacid.distributed.consensus import gather_json
 from megacid.distributed.parallel import Parallel, init, shutdown
 from megacid.models.clip import PixelNormalization
 from megacid.models.student import Student, build_student, open_clip_tensors
@@ -41,7 +39,6 @@ from megacid.training.state import with_engine
 
 RATE, DECAY, BETAS, EPS, CLIP, STEPS, SEED = 1e-3, 0.1, (0.9, 0.98), 1e-6, 1.0, 1 << 20, 0
 BATCHES = 4
-Steps = Callable[[int], float]  # takes this many training steps and returns the last loss of this rank
 
 
 def batches_of(size: int, student: Student, rank: int) -> list[Batch]:
@@ -210,20 +207,13 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     parallel = init(always=True)
     try:
         trainers = {name: TRAINERS[name](request, parallel) for name in request["trainers"]}
-        rows: dict[str, dict[str, Any]] = {name: {"wall_s": [], "cpu_s": []} for name in trainers}
+        rows: dict[str, dict[str, Any]] = {name: {} for name in trainers}
         for name, steps in trainers.items():
             losses = torch.tensor([steps(1) for _ in range(BATCHES)], dtype=torch.float64)
             rows[name]["losses"] = (all_reduce_sum(losses, parallel.group) / parallel.world).tolist()
             rows[name] |= count_operators(steps)
-        for _, name in itertools.product(range(request["rounds"]), trainers):
-            trainers[name](1)
-            dist.barrier()
-            wall, cpu = time.perf_counter(), time.process_time()
-            trainers[name](request["repeats"])
-            own = [(time.perf_counter() - wall), (time.process_time() - cpu)]
-            everyone = gather_json(own, parallel.group)
-            rows[name]["wall_s"].append(max(wall for wall, _ in everyone) / request["repeats"])
-            rows[name]["cpu_s"].append(sum(cpu for _, cpu in everyone) / request["repeats"])
+        for name, times in take_turns(trainers, request["rounds"], request["repeats"], parallel).items():
+            rows[name] |= times
     finally:
         shutdown()
     return rows
