@@ -66,13 +66,13 @@ H100 = Costs(
     sample=3.8e-3,
     source="an H100, assumed",
 )
-# One thread of an AMD EPYC and gloo, in CPU time: fitted by tools/bench.py --suite step-time (docs/benchmarks.md).
+# One thread of an AMD EPYC and gloo, in CPU time: fitted by tools/bench.py --suite step-time (docs/benchmarks.md), which
+# does not measure loading.
 EPYC = Costs(
     tower_flop=1.90e-11,
     product_flop=2.08e-11,
     memory_byte=2.38e-10,
     link_byte=2.59e-9,
-    sample=3.8e-3,
     source="one thread of an AMD EPYC, fitted",
 )
 COSTS = {"cuda": H100, "cpu": EPYC}

@@ -264,6 +264,7 @@ def test_dry_run_says_what_the_run_needs_and_writes_nothing(
     said = capfd.readouterr().err
     assert "estimated MiB of rank 0" in said and "classifier rows" in said and "labelled_share" in said
     assert re.search(r"collectives of a step: 1\d; a rank sends [\d.]+ MiB in a ring: teacher embeddings [\d.]+", said)
+    assert re.search(r"time of a step: [\d.]+ ms, the prediction of a model .* not a measurement: forward [\d.]+", said)
     assert not (pipeline.root / "runs" / "dry").exists()
 
 
