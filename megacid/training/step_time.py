@@ -66,8 +66,8 @@ H100 = Costs(
     sample=3.8e-3,
     source="an H100, assumed",
 )
-# One thread of an AMD EPYC and gloo, in CPU time: fitted by tools/bench.py --suite step-time (docs/benchmarks.md), which
-# does not measure loading.
+# One thread of an AMD EPYC and gloo, in CPU time: fitted by tools/bench.py --suite step-time (docs/benchmarks.md),
+# which does not measure loading.
 EPYC = Costs(
     tower_flop=1.90e-11,
     product_flop=2.08e-11,

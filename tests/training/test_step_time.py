@@ -67,6 +67,11 @@ def test_losses_take_their_products_and_passes(file: Path) -> None:
     assert flop["objective: pairs"] == 8 * 2 * similarities * WIDTH
     moved = pairs_step().time(Costs(memory_byte=1.0))
     assert moved["objective: pairs"] == 4 * 6 * similarities
+    half = pairs_step('loss.form="sigmoid"').time(Costs(product_flop=1.0))
+    assert half["objective: pairs"] == flop["objective: pairs"] / 2
+    teachers = ('data.teacher=["a", "b"]', "loss.affinity=1.0", "classifier.init=random")
+    two = pairs_step(*teachers).time(Costs(product_flop=1.0))
+    assert two["objective: pairs"] == 3 * flop["objective: pairs"]
     every_class = step_of(file, "classifier.sample_rate=1.0")
     classes = every_class.time(Costs(product_flop=1.0))["objective: classes"]
     assert every_class.rows == CLASSES / 2 and classes == 4 * classifier_flops(every_class.run, CLASSES, WIDTH)
