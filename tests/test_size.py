@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULE_LINES, FUNCTION_LINES, KERNEL_LINES = 400, 60, 150
-FILES = sorted(path for top in ("megacid", "kernels", "tools") for path in (ROOT / top).rglob("*.py"))
+FILES = sorted(path for top in ("megacid", "kernels", "tools", "examples") for path in (ROOT / top).rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

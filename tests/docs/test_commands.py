@@ -26,7 +26,7 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef]
 
 BASH = [block for page in PAGES for block in blocks(page, "bash")]
-REPOSITORY = ("tools/", "tests/", "configs/", "megacid/", "kernels/", "docs/")
+REPOSITORY = ("tools/", "tests/", "configs/", "examples/", "megacid/", "kernels/", "docs/")
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("scripts", {})
 
 
