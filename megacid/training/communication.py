@@ -23,7 +23,7 @@ from megacid.models.feature_tower import FeatureTower
 from megacid.training.flops import forward_on_meta
 from megacid.training.memory import loss_spec, samples_per_chunk
 from megacid.training.observe import Observed
-from megacid.training.schedule import parameter_groups
+from megacid.training.schedule import groups_of_run
 
 if TYPE_CHECKING:
     from megacid.models.student import Student
@@ -151,8 +151,7 @@ def engine_collectives(run: RunFile, student: Student | FeatureTower, world: int
     one collective. Neither are parameters that its prefetch gathers without using them, nor offload and quantized
     communication.
     """
-    optimizer_groups = parameter_groups(student, 0.0, run.megacid.student.layer_decay)
-    groups = [[p.numel() for p in group["params"]] for group in optimizer_groups]
+    groups = [[p.numel() for p in group["params"]] for group in groups_of_run(run, student)]
     itemsize, zero = 2 if run.bf16 else 4, run.deepspeed.get("zero_optimization", {})
     total = sum(map(sum, groups))
     if run.zero_stage == 1 and is_left_open(run):

@@ -18,7 +18,7 @@ from megacid.config.schema import RunFile
 from megacid.distributed.parallel import Parallel, shard_range
 from megacid.distributed.reduction import is_left_open
 from megacid.models.feature_tower import FeatureTower
-from megacid.training.schedule import parameter_groups
+from megacid.training.schedule import groups_of_run
 from megacid_kernels import LossSpec, Weights
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ def memory_estimate(
     sizes = [p.numel() for p in student.parameters()]
     frozen = frozen_count(student)
     trained = sum(sizes) - frozen
-    groups = parameter_groups(student, 0.0, muon=run.deepspeed["optimizer"]["type"] == "Muon")
-    muon = sum(p.numel() for group in groups if group.get("muon") for p in group["params"])
+    muon = sum(p.numel() for group in groups_of_run(run, student) if group.get("muon") for p in group["params"])
     teacher_width = teacher_width or student.embed_dim
     always = student_sizes(run, sum(sizes), world, device, frozen, muon)
     always["batch"] = _batch(run, student, device, teacher_width)
@@ -102,7 +101,7 @@ def memory_estimate(
     # This rank's gradients as they came, and in fp32; of our own reduction they are in its buffer.
     per_parameter = 0 if own and (stage or world > 1) else (width if stage < 3 else 0) + (4 if stage else 0)
     # Copies of the parameters that rank 0 writes, and of their moments; ZeRO gathers one parameter at a time.
-    checkpoint = 4 * (1 + _moments(run)) * (sum(sizes[::world]) + (max(sizes) if stage else 0))
+    checkpoint = 4 * (1 + moments_of(run)) * (sum(sizes[::world]) + (max(sizes) if stage else 0))
     phases = {
         "forward and objective": gathered + activations.after_forward + embeddings + sum(head.values()),
         "backward": gathered + backward + embeddings + row_gradient,
@@ -115,7 +114,8 @@ def memory_estimate(
     return MemoryEstimate(in_mib[0], in_mib[1], checkpoint / MIB, offloaded / MIB)
 
 
-def _moments(run: RunFile) -> int:
+def moments_of(run: RunFile) -> int:
+    """Number of moments that the student's optimizer keeps for a parameter; Muon has fewer for its own."""
     return len(OPTIMIZERS[run.deepspeed["optimizer"]["type"]].moments)
 
 
@@ -138,7 +138,7 @@ def student_sizes(
         "student weights": parameters * width * (share if stage == 3 else 1.0),
         "student gradients": trained * width,
         # The moments, and the fp32 weights that DeepSpeed keeps when it partitions, also in an fp32 run.
-        "student optimizer": (trained * (_moments(run) + (stage > 0)) - muon) * share * 4,
+        "student optimizer": (trained * (moments_of(run) + (stage > 0)) - muon) * share * 4,
     }
     if run.megacid.student.ema_decay is not None:
         sizes["EMA of the student"] = trained * 4 / world

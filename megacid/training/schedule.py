@@ -97,3 +97,10 @@ def parameter_groups(
         for scale in sorted(set(scales.values()))
     ]  # fmt: skip
     return [group for group in groups if group["params"]]
+
+
+def groups_of_run(run: RunFile, module: nn.Module) -> list[dict[str, Any]]:
+    """The optimizer groups that a run file asks for."""
+    optimizer = run.deepspeed["optimizer"]
+    weight_decay = float(optimizer["params"].get("weight_decay", 0.0))
+    return parameter_groups(module, weight_decay, run.megacid.student.layer_decay, muon=optimizer["type"] == "Muon")

@@ -31,7 +31,7 @@ from megacid.training.guard import Guard
 from megacid.training.memory import report_memory
 from megacid.training.resume import abandon_later_checkpoints
 from megacid.training.run_settings import write_config
-from megacid.training.schedule import parameter_groups
+from megacid.training.schedule import groups_of_run
 
 if TYPE_CHECKING:
     from megacid.distributed.engine import Engine
@@ -175,15 +175,10 @@ def with_engine(components: Components, parallel: Parallel, flops: float | None 
     from megacid.distributed.engine import Engine
 
     run, student = components.run, components.student
-    optimizer = run.deepspeed["optimizer"]
-    groups = parameter_groups(
-        student, float(optimizer["params"].get("weight_decay", 0.0)), run.megacid.student.layer_decay,
-        muon=optimizer["type"] == "Muon",
-    )  # fmt: skip
     return TrainState(
         **vars(components),
         parallel=parallel,
-        engine=Engine(student, groups, run, parallel),
+        engine=Engine(student, groups_of_run(run, student), run, parallel),
         guard=Guard(run.gradient_clipping, run.megacid.guard, parallel.group),
         flops=flops,
     )

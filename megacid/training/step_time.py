@@ -18,7 +18,7 @@ from megacid.config.schema import RunFile
 from megacid.models.feature_tower import FeatureTower
 from megacid.training.communication import Collective, step_collectives
 from megacid.training.flops import classifier_flops, count_student
-from megacid.training.memory import loss_spec
+from megacid.training.memory import loss_spec, moments_of
 
 if TYPE_CHECKING:
     from megacid.models.student import Student
@@ -80,7 +80,6 @@ COSTS = {"cuda": H100, "cpu": EPYC}
 _LOGIT_BYTES = {"cuda": 6, "cpu": 24}  # of an exponential: written and read by two products; PyTorch's engine also sums
 # Class rows are copied and normalised; their gradient is written, projected, and summed for the norm.
 _ROW_BYTES = 36
-_ADAMW_BYTES = 28  # of an element in fp32: weight, gradient, moments
 
 
 @dataclass(frozen=True)
@@ -201,9 +200,13 @@ def row_update(step: Step, costs: Costs) -> float:
 
 
 def student_update(step: Step, costs: Costs) -> float:
-    """Seconds to copy the student's gradients for the reduction, for their norm, and for AdamW on this rank's share."""
+    """Seconds to copy the student's gradients for the reduction, for their norm, and to update this rank's share.
+
+    The update reads and writes fp32 weights and moments, and reads the gradient. Muon's products are not counted.
+    """
     share = 1 / step.world if step.run.zero_stage else 1.0
-    return step.trained * (_ADAMW_BYTES * share + 3 * (2 if step.run.bf16 else 4)) * costs.memory_byte
+    updated = 8 + 4 + 8 * moments_of(step.run)
+    return step.trained * (updated * share + 3 * (2 if step.run.bf16 else 4)) * costs.memory_byte
 
 
 def communication(step: Step, costs: Costs) -> float:

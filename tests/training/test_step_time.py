@@ -61,6 +61,13 @@ def test_gradient_caching_and_checkpointing_repeat_forwards() -> None:
     assert mse["forward"] == 4096 * 5
 
 
+def test_an_update_reads_and_writes_this_ranks_share() -> None:
+    adamw = pairs_step().time(Costs(memory_byte=1.0))["update: student"]
+    assert adamw == 1000 * (28 / 8 + 3 * 2)  # bf16 gradients are copied and their norm is taken
+    lion = pairs_step('optimizer={"type": "Lion", "params": {"lr": 1e-4}}').time(Costs(memory_byte=1.0))
+    assert lion["update: student"] == 1000 * (20 / 8 + 3 * 2)
+
+
 def test_losses_take_their_products_and_passes(file: Path) -> None:
     flop = pairs_step().time(Costs(product_flop=1.0))
     similarities = 4096 * 32768
