@@ -116,6 +116,7 @@ def make_tars(jobs: list[TarJob], renderer: Renderer, workers: int) -> list[TarC
     """
     if workers == 1:
         return list(_reported(jobs, (make_tar(job, renderer) for job in jobs)))
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("fork"), initializer=_start_worker, initargs=(renderer, os.getpid())
     )
@@ -129,6 +130,10 @@ def make_tars(jobs: list[TarJob], renderer: Renderer, workers: int) -> list[TarC
             f"a worker process of {workers} was killed, perhaps for want of memory: run the same command again with "
             "fewer --workers; finished tars are kept"
         ) from None
+    except BaseException:  # a request to stop: what a worker is writing has a temporary name
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import signal
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import prepare_icons as tool
 from icon_names import concept_of, stem_of, style_words, system_of
 from icon_report import nearest_rows
 from icon_sets import HELD_OUT, SPLITS
+from icon_tars import Renderer, TarContent, TarJob, make_tar
 from megacid import failpoints
 from megacid.data.index import ShardReader, load_index
 from megacid.errors import UserError
@@ -198,6 +201,28 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(
     assert (out / "summary.json").stat().st_mtime_ns == stamp
     with pytest.raises(UserError, match="was made with size 16, this run has 24"):
         run(package, out, "--size", 24)
+
+
+def test_an_interrupt_ends_the_workers_and_keeps_finished_tars(
+    corpus: Path, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(number: int) -> None:
+        raise KeyboardInterrupt
+
+    def first_tar_alone(job: TarJob, renderer: Renderer) -> TarContent:
+        if job.path.name != "00000.tar":
+            time.sleep(600)
+        return make_tar(job, renderer)
+
+    before = set(multiprocessing.active_children())
+    with monkeypatch.context() as patch:
+        patch.setitem(failpoints.hooks, "icons:tar", interrupt)
+        patch.setattr("icon_tars.make_tar", first_tar_alone)
+        with pytest.raises(KeyboardInterrupt):
+            run(package, tmp_path / "icons", "--workers", 2)
+    assert set(multiprocessing.active_children()) == before
+    assert [path.name for path in (tmp_path / "icons").rglob("*.tar")] == ["00000.tar"]
+    assert run(package, tmp_path / "icons") == 0 and made_files(tmp_path / "icons") == made_files(corpus)
 
 
 def members_of(root: Path) -> dict[str, bytes]:
