@@ -1,4 +1,4 @@
-"""A small classification set in the layout of `tools/eval.py --dataset-root`: pictures of five colours with noise."""
+"""Small sets in the layout of `tools/eval.py --dataset-root`: pictures of five colours with noise, captioned ones."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ COLOURS = {
     "white": (230, 230, 230),
 }
 TRAIN, TEST = 31, 23  # images
+CAPTIONS = [["red"], ["green", "leaf green"], ["blue"], ["yellow", "sun", "gold"], ["white"], ["grey"], ["black"]]
 
 
 def _png(label: int, random: np.random.Generator) -> bytes:
@@ -47,6 +48,26 @@ def write_benchmark(root: Path) -> Path:
     write_split(root / "test", TEST, 2, random)
     (root / "classnames.txt").write_text("\n".join(COLOURS) + "\n")
     (root / "zeroshot_classification_templates.txt").write_text("a photo of something {c}.\na {c} thing\n")
+    return root
+
+
+def write_retrieval_set(root: Path, captions: list[list[str]] = CAPTIONS) -> Path:
+    """Write a retrieval set, which has several captions of some images, and return its directory."""
+    random = np.random.default_rng(1)
+    (root / "test").mkdir(parents=True)
+    (root / "dataset_type.txt").write_text("retrieval\n")
+    (root / "test" / "nshards.txt").write_text("2\n")
+    for number, rows in enumerate((range(3), range(3, len(captions)))):
+        with tarfile.open(root / "test" / f"{number}.tar", "w") as tar:
+            for row in rows:
+                buffer = io.BytesIO()
+                Image.fromarray(random.integers(0, 255, (8, 8, 3)).astype(np.uint8)).resize((32, 32)).save(
+                    buffer, "png"
+                )
+                for ending, data in (("png", buffer.getvalue()), ("txt", "\n".join(captions[row]).encode())):
+                    info = tarfile.TarInfo(f"s{row}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
     return root
 
 

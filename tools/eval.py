@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Evaluate a CLIP on a local classification or retrieval set, or a classification run on a features directory.
+"""Evaluate a CLIP on local classification and retrieval sets, or a classification run on a features directory.
 
 A set of images is a directory in CLIP_benchmark's webdataset layout; its tasks are zero_shot, linear_probe and knn, or
-retrieval where its dataset_type.txt says so.
+retrieval where its dataset_type.txt says so. --suite evaluates many sets. One that fails does not stop the others; the
+exit code is then 2.
 A features directory is one of tools/synthesize.py; its tasks, on the test split, are head (nearest class row) and
 nearest_class_mean.
 
@@ -10,6 +11,9 @@ nearest_class_mean.
     tools/eval.py --run runs/digits --ema --dataset-root data/digits/test --out results
     tools/eval.py --model local-dir:export/digits --dataset-root data/digits/test --tasks zero_shot --out results
     tools/eval.py --model ViT-B-32 --pretrained laion2b_s34b_b79k --dataset-root wds/cifar10 --out results
+    tools/eval.py --run runs/digits --suite wds --tasks zero_shot --out results
+    tools/eval.py --run runs/digits --suite clip_cid14 --data wds --out results
+    torchrun --nproc_per_node 8 tools/eval.py --run runs/digits --suite clip_cid14 --data wds --out results
     tools/eval.py --run runs/partial_fc_1m --features data/features-1m --limit 10000 --out results
 
 Every task writes one JSON file that `clip_benchmark build` reads. A result file is complete or absent, and the same
@@ -17,36 +21,38 @@ command writes the same bytes. SIGTERM stops the tool at once with exit code 143
 """
 
 import argparse
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 
 import checkout  # noqa: F401  import paths of a plain checkout
 from argtypes import ToolParser, natural, positive
 from megacid.data.features import FeatureSet
+from megacid.distributed.collectives import rank
+from megacid.distributed.consensus import agree, fail_together
+from megacid.distributed.parallel import Parallel, accept_launcher_arguments
 from megacid.distributed.progress import progress_bar
-from megacid.distributed.stopping import run_alone
-from megacid.errors import UserError, run_tool
-from megacid.evaluate.datasets import dataset_type, load_benchmark
+from megacid.distributed.stopping import Progress, StopRequest, run_alone, run_stage
+from megacid.errors import UserError, printable, run_tool
+from megacid.evaluate.datasets import Benchmark
 from megacid.evaluate.execution import Execution
 from megacid.evaluate.export import student_from_run
 from megacid.evaluate.features import TASKS as FEATURE_TASKS
 from megacid.evaluate.features import accuracy, tasks_for, trained_tower
 from megacid.evaluate.knn import NEIGHBORS
-from megacid.evaluate.retrieval import retrieval
-from megacid.evaluate.tasks import (
-    RETRIEVAL_TASKS,
-    TASKS,
-    evaluate,
-    json_file,
-    result,
-    result_file,
-    weights_name,
-    write_result,
-)
+from megacid.evaluate.suite import SUITES, choose_sets, known_tasks, open_set
+from megacid.evaluate.tasks import RETRIEVAL_TASKS, TASKS, evaluate, json_file, result_file, weights_name, write_result
 from megacid.models.clip import LoadedClip, load_clip
 from megacid.models.student import loaded_student
+
+ACCURACIES = ("acc1", "acc5", "mean_per_class_recall")
+COLLECTIVE_TIMEOUT_S = 7200.0  # every rank fits the linear probe, at its own speed
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -63,7 +69,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--dataset-root", type=Path, help="directory with classnames.txt, train/, test/")
+    data.add_argument(
+        "--suite", help=f"many sets: all in this directory, or those of {', '.join(SUITES)} that are in --data"
+    )
     data.add_argument("--features", type=Path, help="features directory, for --run")
+    parser.add_argument("--data", type=Path, help="directory with the sets of a --suite that has a name")
     parser.add_argument("--dataset-name", help="name of the data in the results (default: the directory's name)")
     parser.add_argument(
         "--tasks",
@@ -87,16 +97,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, cuda:1, ... (default: cuda if available)",
+        help="cpu, cuda, cuda:1, ... (default: cuda if available, of a launcher's rank its own)",
     )
+    accept_launcher_arguments(parser)
     args = parser.parse_args(argv)
+    args.tasks = [task.strip() for task in args.tasks.split(",")] if args.tasks else None
+    check(args)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for options that do not go together."""
     if args.features and not args.run:
         raise UserError(f"--features is {args.features} without --run, expected both: add --run DIRECTORY")
     if args.limit is not None and not args.features:
         raise UserError(f"--limit is {args.limit} without --features, expected both: add --features DIRECTORY")
     known = FEATURE_TASKS if args.features else (*TASKS, *RETRIEVAL_TASKS)
-    args.tasks = [task.strip() for task in args.tasks.split(",")] if args.tasks else None
     for task in args.tasks or ():
         if task not in known:
             raise UserError(f"--tasks has {task!r}, expected some of {', '.join(known)}")
@@ -104,11 +120,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(
             "--pretrained and --precision apply to --model only, a --run has its own fp32 weights: leave them out"
         )
+    if args.data and not args.suite:
+        raise UserError(f"--data is {args.data} without --suite, expected both: add --suite NAME")
+    if args.dataset_name and args.suite:
+        raise UserError("--dataset-name names one set, expected none with --suite: leave it out")
     if args.step is not None and not args.run:
         raise UserError(f"--step is {args.step} without --run, expected both: add --run DIRECTORY")
     if args.ema and not args.run:
         raise UserError("--ema is set without --run, expected both: add --run DIRECTORY")
-    return args
 
 
 def load(args: argparse.Namespace) -> LoadedClip:
@@ -142,53 +161,127 @@ def evaluate_features(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    return run_alone(lambda: evaluate_features(args) if args.features else evaluate_set(args))
+    if args.features or os.environ.get("WORLD_SIZE", "1") == "1":
+        args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        how = Execution(args.batch_size, args.workers)
+        return run_alone(lambda: evaluate_features(args) if args.features else evaluate_sets(args, how))
+
+    def stage(parallel: Parallel, stop: StopRequest) -> None:
+        @contextlib.contextmanager
+        def images(describe: str, total: int) -> Iterator[Progress]:
+            with progress_bar(describe, "img", total, enabled=parallel.is_first) as bar:
+                yield stop.polling(bar.update)
+
+        args.device = args.device or parallel.device
+        evaluate_sets(args, Execution(args.batch_size, args.workers, parallel.group, images))
+
+    return run_stage(stage, args.out, COLLECTIVE_TIMEOUT_S)
 
 
-def evaluate_set(args: argparse.Namespace) -> int:
-    """Run the tasks on a set of images, by its kind."""
-    is_retrieval = dataset_type(args.dataset_root) == "retrieval"
-    known = tuple(RETRIEVAL_TASKS if is_retrieval else TASKS)
-    for task in args.tasks or ():
-        if task not in known:
-            kind = "retrieval" if is_retrieval else "classification"
-            raise UserError(
-                f"--tasks has {task!r}, but {args.dataset_root} is a {kind} set, expected some of {', '.join(known)}"
-            )
-    return evaluate_retrieval(args) if is_retrieval else evaluate_images(args)
+class Report:
+    """The results on the terminal of the first rank, and what has failed.
 
+    Args:
+        suite: whether a set that fails is left out; otherwise its error ends the tool.
+    """
 
-def evaluate_retrieval(args: argparse.Namespace) -> int:
-    """Run the task on a retrieval set."""
-    clip = load(args)
-    name = args.dataset_name or args.dataset_root.resolve().name
-    metrics = retrieval(clip, args.dataset_root, Execution(args.batch_size, args.workers))
-    scored = result(clip, name, RETRIEVAL_TASKS["retrieval"], metrics)
-    file = write_result(result_file(args.out, name, clip.name, clip.pretrained, scored["task"]), scored)
-    for metric, value in metrics.items():
-        print(f"{metric:30}{value:8.4f}")
-    print(f"{name}; {clip.name}, {clip.pretrained}: {file}")
-    return 0
+    def __init__(self, *, suite: bool, enabled: bool) -> None:
+        self.suite, self.enabled = suite, enabled
+        self.failed: list[str] = []
+        self.accuracies: dict[str, list[float]] = {}
 
+    def say(self, text: str, file: TextIO | None = None) -> None:
+        if self.enabled:
+            print(printable(text), file=file, flush=True)
 
-def evaluate_images(args: argparse.Namespace) -> int:
-    """Run the tasks on a classification set of images."""
-    benchmark = load_benchmark(args.dataset_root, args.dataset_name)
-    clip = load(args)
-    how = Execution(args.batch_size, args.workers)
-    rows = [("task", "acc1", "acc5", "mean_per_class_recall", "file")]
-    for task in args.tasks or TASKS:
-        scored = evaluate(task, clip, benchmark, how, neighbors=args.neighbors)
-        file = write_result(result_file(args.out, benchmark.name, clip.name, clip.pretrained, scored["task"]), scored)
-        metrics = scored["metrics"]
-        prefix = {"linear_probe": "lp_", "knn": "knn_"}.get(task, "")
-        rows.append((task, *(f"{metrics[prefix + key]:.4f}" for key in rows[0][1:4]), str(file)))
+    @contextlib.contextmanager
+    def leaving_out(self, what: str) -> Iterator[None]:
+        """A block of a suite whose UserError is printed and remembered."""
+        try:
+            yield
+        except UserError as error:
+            if not self.suite:
+                raise
+            self.failed.append(what)
+            self.say(f"left out: {what}: {error}", sys.stderr)
+
+    def add(self, task: str, scored: dict[str, Any], file: Path) -> None:
+        """Print a result."""
+        metrics, prefix = scored["metrics"], {"linear_probe": "lp_", "knn": "knn_"}.get(task, "")
+        names = [name for name in metrics if name.removeprefix(prefix) in ACCURACIES or "_recall@" in name]
+        values = "  ".join(f"{name.removeprefix(prefix)} {metrics[name]:.4f}" for name in names)
+        self.say(f"{scored['dataset']:24}{task:14}{values}  {file}")
         if not metrics.get("converged", True):
-            print(f"note: the fit has not converged after {metrics['iterations']} iterations")
-    print(f"{benchmark.name}: {benchmark.num_classes} classes; {clip.name}, {clip.pretrained}")
-    for row in rows:
-        print(f"{row[0]:14}{row[1]:>8}{row[2]:>8}{row[3]:>23}  {row[4]}")
+            self.say(f"note: the fit has not converged after {metrics['iterations']} iterations")
+        if f"{prefix}acc1" in metrics:
+            self.accuracies.setdefault(task, []).append(metrics[f"{prefix}acc1"])
+
+    def finish(self) -> None:
+        """Print the mean accuracy of a suite. UserError when something was left out."""
+        for task, values in self.accuracies.items():
+            if len(values) > 1:
+                self.say(f"{f'mean of {len(values)} sets':24}{task:14}acc1 {sum(values) / len(values):.4f}")
+        if self.failed:
+            count = f"{len(self.failed)} result" + "s" * (len(self.failed) > 1)
+            raise UserError(f"{count} left out for the reasons above, expected none: {'; '.join(self.failed)}")
+
+
+def evaluate_sets(args: argparse.Namespace, how: Execution) -> int:
+    """Run the tasks on the sets of images, one after another. A collective of the ranks of `how`.
+
+    Raises:
+        UserError: a set cannot be evaluated; for a suite, after the other sets.
+    """
+    report = Report(suite=bool(args.suite), enabled=rank(how.group) == 0)
+    sets, missing = {args.dataset_name: args.dataset_root}, []
+    if args.suite:
+        with fail_together(how.group):
+            sets, missing = choose_sets(args.suite, args.data)
+    if missing:
+        total = len(missing) + len(sets)
+        report.say(f"{args.suite}: {len(missing)} of {total} sets are not in {args.data}: {', '.join(missing)}")
+    opened = []
+    for name, root in sets.items():
+        with report.leaving_out(name):
+            benchmark = how.opened(partial(open_set, root, name))
+            opened.append((benchmark, tasks_of(benchmark, args, report)))
+    agree(str([(benchmark.name, tasks) for benchmark, tasks in opened]), "the sets and their tasks", how.group)
+    with fail_together(how.group):
+        clip = load(args)
+    report.say(f"{clip.name}, {clip.pretrained}")
+    for benchmark, tasks in opened:
+        for task in tasks:
+            with report.leaving_out(f"{benchmark.name}, {task}"):
+                scored = evaluate(task, clip, benchmark, how, neighbors=args.neighbors)
+                file = result_file(args.out, benchmark.name, clip.name, clip.pretrained, scored["task"])
+                with fail_together(how.group):
+                    if report.enabled:
+                        write_result(file, scored)
+                report.add(task, scored, file)
+    report.finish()
     return 0
+
+
+def tasks_of(benchmark: Benchmark, args: argparse.Namespace, report: Report) -> list[str]:
+    """The tasks to run on a set. UserError when a task is not one of a single set's kind."""
+    known = known_tasks(benchmark)
+    if args.tasks is None:
+        if "knn" in known and not (benchmark.root / "train").is_dir():
+            report.say(f"{benchmark.name} has no train split, so linear_probe and knn are left out")
+            return ["zero_shot"]
+        return known
+    tasks = [task for task in args.tasks if task in known]
+    if len(tasks) < len(args.tasks) and not args.suite:
+        other = next(task for task in args.tasks if task not in known)
+        kind = "classification" if benchmark.classnames else "retrieval"
+        raise UserError(
+            f"--tasks has {other!r}, but {benchmark.root} is a {kind} set, expected some of {', '.join(known)}"
+        )
+    if not tasks:
+        report.say(
+            f"{benchmark.name} is left out: its tasks are {', '.join(known)}, --tasks has {', '.join(args.tasks)}"
+        )
+    return tasks
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megacid.data.copied_ahead import copied_ahead
 from megacid.distributed.collectives import Group, gather_plain, group_device, rank, world_size
+from megacid.distributed.consensus import fail_together
 from megacid.distributed.parallel import shard_range
 from megacid.distributed.progress import progress_bar
 from megacid.distributed.stopping import Progress, stop_together
@@ -64,6 +65,18 @@ class Execution:
                 batch = next(batches, None)
             if batch is not None:
                 yield batch
+
+    def opened(self, opening: Callable[[], T]) -> T:
+        """What `opening` gives on this rank. The first rank opens before the others, which load the indexes it builds.
+
+        A collective. An error of one rank is raised on each.
+        """
+        found: list[T] = []
+        for turn in (True, False):
+            with fail_together(self.group):
+                if (rank(self.group) == 0) == turn:
+                    found.append(opening())
+        return found[0]
 
     def gather(self, part: Tensor) -> Tensor:
         """The rows of all ranks, in the order of the ranks, on the device of `part`."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megacid.distributed.consensus import fail_together
 from megacid.distributed.stopping import Progress
 from megacid.evaluate.datasets import Benchmark, Split
 from megacid.evaluate.execution import DEFAULT, Execution, image_features
@@ -116,8 +115,7 @@ def knn(
     Raises:
         UserError: a split is missing or incomplete; the same on every rank.
     """
-    with fail_together(how.group):
-        train, test = (benchmark.split(name, clip.preprocess_eval) for name in ("train", "test"))
+    train, test = how.opened(lambda: [benchmark.split(name, clip.preprocess_eval) for name in ("train", "test")])
     with how.progress(f"kNN {benchmark.name}", len(train) + len(test)) as progress:
         test_ND, test_N = image_features(clip, test, how, progress)
         similarity_NK, label_NK = nearest_rows(clip, train, test_ND, how, progress, neighbors)

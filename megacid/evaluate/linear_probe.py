@@ -109,13 +109,13 @@ def choose_strength(feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_clas
 
 
 def linear_probe(clip: LoadedClip, benchmark: Benchmark, how: Execution = DEFAULT) -> dict[str, float | int | bool]:
-    """Fit on the train split and score the test split.
+    """Fit on the train split and score the test split. A collective: the ranks share the features, and each fits.
 
     Returns:
         CLIP_benchmark's names lp_acc1, lp_acc5 and lp_mean_per_class_recall; then how the probe was fitted: its
         strength C, chosen from `STRENGTHS` by `held_out_acc1`, the sizes of both splits, the iterations of L-BFGS.
     """
-    train, test = (benchmark.split(name, clip.preprocess_eval) for name in ("train", "test"))
+    train, test = how.opened(lambda: [benchmark.split(name, clip.preprocess_eval) for name in ("train", "test")])
     with how.progress(f"features {benchmark.name}", len(train) + len(test)) as progress:
         train_ND, train_N = image_features(clip, train, how, progress)
         test_ND, test_N = image_features(clip, test, how, progress)

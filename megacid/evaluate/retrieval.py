@@ -53,7 +53,7 @@ def retrieval(clip: LoadedClip, root: Path, how: Execution = DEFAULT) -> dict[st
 
     A collective.
     """
-    split = load_retrieval(root, clip.preprocess_eval)
+    split = how.opened(lambda: load_retrieval(root, clip.preprocess_eval))
     with how.progress(f"retrieval {root.name}", len(split)) as progress:
         image_ND, _ = image_features(clip, split, how, progress)
     captions = [caption for of_image in split.captions for caption in of_image]

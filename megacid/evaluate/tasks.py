@@ -1,4 +1,4 @@
-"""The tasks on classification sets of images by name, and their results in CLIP_benchmark's schema."""
+"""The tasks on sets of images by name, and their results in CLIP_benchmark's schema."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from megacid.evaluate.datasets import Benchmark
 from megacid.evaluate.execution import DEFAULT, Execution
 from megacid.evaluate.knn import NEIGHBORS, knn
 from megacid.evaluate.linear_probe import linear_probe
+from megacid.evaluate.retrieval import retrieval
 from megacid.evaluate.zero_shot import zero_shot
 from megacid.failpoints import failpoint
 from megacid.models.clip import LoadedClip
@@ -29,7 +30,7 @@ def evaluate(
     """One result in CLIP_benchmark's schema, with its names of the metrics. A collective of the ranks of `how`.
 
     Args:
-        task: a key of TASKS. The ranks share zero_shot and knn; linear_probe is for a single process.
+        task: a key of TASKS, or of RETRIEVAL_TASKS for a retrieval set.
 
     Raises:
         UserError: the set is incomplete or a sample is bad; the same on every rank.
@@ -38,14 +39,10 @@ def evaluate(
         "zero_shot": lambda: zero_shot(clip, benchmark, how).metrics(),
         "linear_probe": lambda: linear_probe(clip, benchmark, how),
         "knn": lambda: knn(clip, benchmark, how, neighbors=neighbors),
+        "retrieval": lambda: retrieval(clip, benchmark.root, how),
     }
-    return result(clip, benchmark.name, TASKS[task], run[task]())
-
-
-def result(clip: LoadedClip, dataset: str, task: str, metrics: dict[str, Any]) -> dict[str, Any]:
-    """A result in CLIP_benchmark's schema. task: its name of it."""
-    model = {"model": clip.name, "pretrained": clip.pretrained}
-    return {"dataset": dataset, **model, "task": task, "metrics": metrics, "language": "en"}
+    model = {"model": clip.name, "pretrained": clip.pretrained, "task": (TASKS | RETRIEVAL_TASKS)[task]}
+    return {"dataset": benchmark.name, **model, "metrics": run[task](), "language": "en"}
 
 
 def weights_name(run: Path, step: int, *, ema: bool = False) -> str:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from megacid.distributed.consensus import fail_together
 from megacid.distributed.stopping import Progress, no_progress
 from megacid.evaluate.datasets import Benchmark
 from megacid.evaluate.execution import DEFAULT, Execution
@@ -64,8 +63,7 @@ def class_embeddings(
 
 def zero_shot(clip: LoadedClip, benchmark: Benchmark, how: Execution = DEFAULT) -> Predictions:
     """Classify the test split. A collective. Raises UserError if the set is incomplete, the same on every rank."""
-    with fail_together(how.group):
-        split = benchmark.split("test", clip.preprocess_eval)
+    split = how.opened(lambda: benchmark.split("test", clip.preprocess_eval))
     with how.progress(f"zero-shot {benchmark.name}", len(split)) as progress:
         class_CD = class_embeddings(clip, benchmark, how, progress)
 

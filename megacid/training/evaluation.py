@@ -53,16 +53,17 @@ def open_benchmarks(run: RunFile, parallel: Parallel) -> list[Benchmark]:
         return []
     # Where a run has such sets, because importing open_clip takes seconds.
     from megacid.evaluate.datasets import load_benchmark
+    from megacid.evaluate.execution import Execution
 
-    benchmarks: list[Benchmark] = []
-    for turn in (True, False):  # the first rank builds missing indexes before the others load them
-        with fail_together(parallel.group):
-            if parallel.is_first == turn:
-                benchmarks = [load_benchmark(root) for root in config.datasets]
-                for benchmark in benchmarks:
-                    for split in ("test", "train") if "knn" in config.tasks else ("test",):
-                        benchmark.open(split)
-                _check_names(benchmarks)
+    def opening() -> list[Benchmark]:
+        benchmarks = [load_benchmark(root) for root in config.datasets]
+        for benchmark in benchmarks:
+            for split in ("test", "train") if "knn" in config.tasks else ("test",):
+                benchmark.open(split)
+        _check_names(benchmarks)
+        return benchmarks
+
+    benchmarks = Execution(group=parallel.group).opened(opening)
     for benchmark in benchmarks:
         agree(benchmark.digest, f"the content of {benchmark.root}", parallel.group)
     return benchmarks

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmark_data import CAPTIONS, write_retrieval_set
 from offline_data import run, save_model
-from PIL import Image
 
 import megacid.evaluate.retrieval as module
 from megacid.distributed.stopping import no_progress
@@ -24,31 +22,11 @@ from megacid.models.clip import LoadedClip
 from megacid.models.student import build_student, loaded_student
 
 QUIET = Execution(batch_size=4, progress=lambda describe, total: nullcontext(no_progress))
-CAPTIONS = [["red"], ["green", "leaf green"], ["blue"], ["yellow", "sun", "gold"], ["white"], ["grey"], ["black"]]
-
-
-def write_set(root: Path, captions: list[list[str]] = CAPTIONS) -> Path:
-    random = np.random.default_rng(1)
-    (root / "test").mkdir(parents=True)
-    (root / "dataset_type.txt").write_text("retrieval\n")
-    (root / "test" / "nshards.txt").write_text("2\n")
-    for number, rows in enumerate((range(3), range(3, len(captions)))):
-        with tarfile.open(root / "test" / f"{number}.tar", "w") as tar:
-            for row in rows:
-                buffer = io.BytesIO()
-                Image.fromarray(random.integers(0, 255, (8, 8, 3)).astype(np.uint8)).resize((32, 32)).save(
-                    buffer, "png"
-                )
-                for ending, data in (("png", buffer.getvalue()), ("txt", "\n".join(captions[row]).encode())):
-                    info = tarfile.TarInfo(f"s{row}.{ending}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-    return root
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_set(tmp_path_factory.mktemp("retrieval") / "colours")
+    return write_retrieval_set(tmp_path_factory.mktemp("retrieval") / "colours")
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +76,10 @@ def test_the_tool_writes_clip_benchmarks_schema_and_refuses_other_tasks(root: Pa
 
 
 def test_a_damaged_retrieval_set_is_one_error(clip: LoadedClip, tmp_path: Path) -> None:
-    root = write_set(tmp_path / "set")
+    root = write_retrieval_set(tmp_path / "set")
     (root / "test" / "1.tar").unlink()
     with pytest.raises(UserError, match=r"holds 1 tars, .* says 2"):
         retrieval(clip, root, QUIET)
-    blank = write_set(tmp_path / "blank", [*CAPTIONS[:-1], [" "]])
+    blank = write_retrieval_set(tmp_path / "blank", [*CAPTIONS[:-1], [" "]])
     with pytest.raises(UserError, match="blank caption"):
         retrieval(clip, blank, QUIET)
