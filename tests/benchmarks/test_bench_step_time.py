@@ -12,7 +12,7 @@ from harness import run_ranks
 from benchmarks import step_time, step_time_ranks
 from benchmarks.step_time import FITTED, Grid, fit, folds_of, held_out
 
-GRID = Grid(("classifier.sample_rate=0.5",), 16, (1,), (100, 400), (2, 4))
+GRID = Grid(("classifier.sample_rate=0.5",), 16, (1,), (100, 400), (2,))
 
 
 def random_columns(rows: int) -> torch.Tensor:
