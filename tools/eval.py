@@ -13,7 +13,7 @@ nearest_class_mean.
     tools/eval.py --model ViT-B-32 --pretrained laion2b_s34b_b79k --dataset-root wds/cifar10 --out results
     tools/eval.py --run runs/digits --suite wds --tasks zero_shot --out results
     tools/eval.py --run runs/digits --suite clip_cid14 --data wds --out results
-    torchrun --nproc_per_node 8 tools/eval.py --run runs/digits --suite clip_cid14 --data wds --out results
+    deepspeed tools/eval.py --run runs/digits --suite clip_cid14 --data wds --out results
     tools/eval.py --run runs/partial_fc_1m --features data/features-1m --limit 10000 --out results
 
 Every task writes one JSON file that `clip_benchmark build` reads. A result file is complete or absent, and the same
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     def stage(parallel: Parallel, stop: StopRequest) -> None:
         @contextlib.contextmanager
         def images(describe: str, total: int) -> Iterator[Progress]:
-            with progress_bar(describe, "img", total, enabled=parallel.is_first) as bar:
+            with progress_bar(describe, "img", -(-total // parallel.world), enabled=parallel.is_first) as bar:
                 yield stop.polling(bar.update)
 
         args.device = args.device or parallel.device
