@@ -117,12 +117,12 @@ def read_package(path: Path) -> IconPackage:
 
 def _files(path: Path) -> Iterator[tuple[str, bytes]]:
     """(name, content) of the files of a package that are read."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist, expected an icon package: download it as docs/corpus.md says")
     try:
         if path.is_dir():
             for name in (*path.glob("*.json"), *path.glob("json/*.json"), *path.glob("fonts/*.[jt][st]*")):
                 yield str(name.relative_to(path)), name.read_bytes()
-        elif not path.exists():
-            raise UserError(f"{path} does not exist, expected an icon package: download it as docs/corpus.md says")
         elif zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as wheel:
                 for name in wheel.namelist():
@@ -134,8 +134,6 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
                     if member.isfile() and _is_read(member.name):
                         yield member.name, archive.extractfile(member).read()  # type: ignore[union-attr]
     except (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path} cannot be read ({one_line(error)}), {_LAYOUT}: {_AGAIN}") from None
 
 

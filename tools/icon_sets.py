@@ -85,6 +85,13 @@ class Plan:
     pairs: list[Pair]
     no_caption: list[str] = field(default_factory=list)
 
+    def digest(self) -> str:
+        """sha256 of where each icon is and of its caption, which decide the bytes of the tars."""
+        digest = hashlib.sha256()
+        for pair in self.pairs:
+            digest.update(f"{pair.key}\0{pair.split}\0{pair.icon.prefix}:{pair.icon.name}\0{pair.caption}\n".encode())
+        return digest.hexdigest()
+
 
 def plan_pairs(package: IconPackage, per_tar: int) -> Plan:
     """Give every icon of the free sets its split and key. Raises UserError when a split has no icon."""

@@ -184,7 +184,12 @@ def build(args: argparse.Namespace) -> int:
     began = time.monotonic()
     package = read_package(args.package)
     plan = plan_pairs(package, args.pairs_per_tar)
-    arguments = {"package": package.digest(), "size": args.size, "pairs_per_tar": args.pairs_per_tar}
+    arguments = {
+        "package": package.digest(),
+        "plan": plan.digest(),  # other held-out systems in another version of this tool must not reuse tars
+        "size": args.size,
+        "pairs_per_tar": args.pairs_per_tar,
+    }
     renderer = renderer_version(package.kind)
     stage = StageDirectory(args.out, "prepare_icons", arguments, notes={"renderer": renderer})
     if stage.finished() is not None:

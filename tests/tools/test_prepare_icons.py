@@ -225,6 +225,16 @@ def test_an_interrupt_ends_the_workers_and_keeps_finished_tars(
     assert run(package, tmp_path / "icons") == 0 and made_files(tmp_path / "icons") == made_files(corpus)
 
 
+def test_tars_of_other_held_out_systems_are_not_reused(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(package, tmp_path / "icons") == 0
+    swapped = HELD_OUT["iconify"]._replace(test="pixelarticons")
+    monkeypatch.setitem(HELD_OUT, "iconify", swapped)
+    with pytest.raises(UserError, match="was made with plan"):
+        run(package, tmp_path / "icons")
+
+
 def members_of(root: Path) -> dict[str, bytes]:
     with tarfile.open(root / "0.tar") as tar:
         return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
