@@ -57,16 +57,19 @@ class PairStream:
         index: the shards.
         plan: which positions of the stream this rank reads.
         options: how samples are read; the same on every rank.
+        usable_rows: those of the index and the options, for several streams that share the counts; None: made here.
 
     Raises:
         UserError: fewer usable samples than one global batch. Never raised while iterating.
     """
 
-    def __init__(self, index: ShardIndex, plan: Positions, options: PairOptions) -> None:
+    def __init__(
+        self, index: ShardIndex, plan: Positions, options: PairOptions, usable_rows: UsableRows | None = None
+    ) -> None:
         self.index, self.plan, self.options = index, plan, options
         index.check_captions()
-        self._usable_rows = UsableRows(index, options.keep, options.teacher)
-        counts = np.array([self._usable_rows.counts(shard) for shard in range(len(index.names))], np.int64)
+        self._usable_rows = usable_rows or UsableRows(index, options.keep, options.teacher)
+        counts = self._usable_rows.counts
         usable, self._without_teacher = counts.sum(axis=0).tolist()
         if usable < plan.global_batch:
             raise UserError(

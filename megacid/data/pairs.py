@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
@@ -251,8 +252,18 @@ class UsableRows:
         self.teachers = [t for t in tables if keep is None or keep.embeddings != t.directory.resolve()]
 
     def __call__(self, shard: int) -> np.ndarray:
-        """int64 rows of the tar, ascending. UserError when a teacher's meta.json counts other failures."""
-        return self._rows.get(shard, lambda: self._find(shard))
+        """int64 rows of the tar, ascending. UserError when a teacher's files disagree about the skipped samples."""
+        return self._rows.get(shard, lambda: self._checked(shard))
+
+    def _checked(self, shard: int) -> np.ndarray:
+        rows = self._find(shard)
+        if len(rows) != self.counts[shard, 0]:  # the order of all samples was derived from that number
+            raise UserError(
+                f"{self.index.names[shard]}.tar has {len(rows)} usable samples by the metadata/ of its teachers, "
+                f"expected {self.counts[shard, 0]} by their failures/: run tools/embed.py again for "
+                f"{', '.join(str(teacher.directory) for teacher in self.teachers)}"
+            )
+        return rows
 
     def _find(self, shard: int) -> np.ndarray:
         rows = self._rows_with_text(shard)
@@ -261,7 +272,6 @@ class UsableRows:
             if (failures := teacher.failures(shard)) == 0:
                 continue
             has = teacher.has(shard, rows)
-            # The order of all samples was derived from that number.
             if self._is_whole(shard) and failures is not None and has.sum() != len(rows) - failures:
                 raise UserError(
                     f"{teacher.directory}/meta.json counts {failures} samples of {self.index.names[shard]}.tar "
@@ -280,15 +290,31 @@ class UsableRows:
         """Whether all samples of the tar are kept and have a text."""
         return self.keep is None and not self.index.shards[shard]["without_text"]
 
-    def counts(self, shard: int) -> tuple[int, int]:
-        """(usable rows, rows that only lack an embedding). Opens a shard only when its numbers are not recorded."""
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """int64 [shards, 2]: usable rows of each tar, and rows that only lack an embedding."""
+        return np.array([self._count(shard) for shard in range(len(self.index.names))], np.int64)
+
+    def _count(self, shard: int) -> tuple[int, int]:
         if self.index.shards[shard]["without_text"]:
             with_text = len(self._rows_with_text(shard))
         else:
             with_text = int(self.index.sizes[shard] if self.keep is None else self.keep.counts[shard])
-        by_teacher = [failures for t in self.teachers if (failures := t.failures(shard)) != 0]
-        failures = by_teacher[0] if len(by_teacher) == 1 else None if by_teacher else 0
-        if failures and not self._is_whole(shard):
-            failures = None
-        usable = len(self(shard)) if failures is None else with_text - failures
-        return usable, with_text - usable
+        lacking = self._count_lacking(shard, with_text)
+        return with_text - lacking, lacking
+
+    def _count_lacking(self, shard: int, with_text: int) -> int:
+        """Rows that only lack an embedding. Opens the least that tells: runs have tens of thousands of tars."""
+        short = [teacher for teacher in self.teachers if teacher.failures(shard) != 0]
+        if not short:
+            return 0
+        if self._is_whole(shard) and len(short) == 1 and (count := short[0].failures(shard)) is not None:
+            return count
+        failed = [keys for teacher in short if (keys := teacher.failed_keys(shard)) is not None]
+        if len(failed) < len(short):
+            return with_text - len(self._find(shard))
+        lacking = set.union(*failed)
+        if self._is_whole(shard):
+            return len(lacking)
+        names = self.index.table(shard).keys
+        return sum(names[row] in lacking for row in self._rows_with_text(shard))

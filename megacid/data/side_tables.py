@@ -88,6 +88,7 @@ class TeacherTable:
         text = "caption_emb" if self.several_captions else "text_emb"
         self._text_files = _by_number(self.directory / text, f"{text}_*.npy")
         self._metadata_files = _by_number(self.directory / "metadata", "metadata_*.parquet")
+        self._failure_files = _by_number(self.directory / "failures", "failures_*.parquet")
         self._partitions = self._checked_partitions()
         self._failures = self._checked_failures()
         self._empty = frozenset(self.meta.get("empty", ()))  # tars without files, because no sample could be embedded
@@ -142,6 +143,14 @@ class TeacherTable:
         count = self._failures.get(self.index.names[shard], 0)
         same = self.meta.get("shards_digest") == self.index.digest and count <= self.index.sizes[shard]
         return count if same or not count else None
+
+    def failed_keys(self, shard: int) -> set[str] | None:
+        """Keys of the samples that `failures` counts; None when it does not, or when failures/ has not as many."""
+        count, path = self.failures(shard), self._failure_files.get(self._partitions.get(self.index.names[shard], -1))
+        if count is None or path is None:
+            return None
+        keys = set(key_column(read_parquet(path, _EMBED_AGAIN, ["key"]), "key", path, _EMBED_AGAIN))
+        return keys if len(keys) == count else None
 
     def _open(self, shard: int) -> _TeacherShard:
         if self.index.names[shard] in self._empty:

@@ -27,7 +27,7 @@ from megacid.data.features import FeatureSet, FeatureStream
 from megacid.data.index import load_index
 from megacid.data.jpeg import image_reader
 from megacid.data.loader import PairStream
-from megacid.data.pairs import PairOptions
+from megacid.data.pairs import PairOptions, UsableRows
 from megacid.data.side_tables import KeepTable, LabelTable
 from megacid.distributed.consensus import agree, fail_together
 from megacid.distributed.optimizers import check_host
@@ -192,9 +192,10 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
         )
         student = run.megacid.student
         normalize = PixelNormalization(student, parallel.device, channels_last=student.channels_last)
+    usable = UsableRows(index, keep, teacher)  # counted once: with several teachers that takes minutes for many tars
     return Data(
-        lambda start_step: PairStream(index, _positions(run, parallel, start_step), options),
-        samples=lambda positions: PairStream(index, positions, options),
+        lambda start_step: PairStream(index, _positions(run, parallel, start_step), options, usable),
+        samples=lambda positions: PairStream(index, positions, options, usable),
         teacher_dims=tuple(table.dim for table in teacher.tables) if teacher else (),
         teacher_has_text=teacher is not None and teacher.has_text,
         num_classes=labels.num_classes if labels else None,

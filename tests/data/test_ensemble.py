@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distill_data import data_of, run_file
 from pair_data import SIZES, save, stream, write_parquet, write_shards
 
+from megacid.data.batch import Positions
 from megacid.data.ensemble import TeacherEnsemble, open_teachers
 from megacid.data.index import ShardIndex
+from megacid.data.loader import PairStream
 from megacid.data.side_tables import KeepTable, TeacherTable
 from megacid.errors import UserError
 from megacid.storage.metadata import write_meta
@@ -33,9 +37,13 @@ def write_teacher(
     width: int,
     missing: Iterable[int] = (),
     dtype: str = "float16",
+    listed: Iterable[int] = (),
     **meta: Any,
 ) -> Path:
-    """Embeddings of the samples of `write_shards` but some, in an order of rows of its own; texts are -image."""
+    """Embeddings of the samples of `write_shards` but some, in an order of rows of its own; texts are -image.
+
+    listed: the samples that failures/ names.
+    """
     row, order, skipped = 0, np.random.default_rng(number), {}
     for partition, (name, size) in enumerate(SIZES.items()):
         samples = order.permutation([r for r in range(row, row + size) if r not in set(missing)])
@@ -45,6 +53,8 @@ def write_teacher(
         save(folder / "text_emb" / f"text_emb_{partition:05d}.npy", -image)
         keys = [f"k{sample}" for sample in samples]
         write_parquet(folder / "metadata" / f"metadata_{partition:05d}.parquet", image_path=keys)
+        if failed := [f"k{sample}" for sample in listed if row - size <= sample < row]:
+            write_parquet(folder / "failures" / f"failures_{partition:05d}.parquet", key=failed, reason=failed)
     entries = {"dim": width, "partitions": {name: i for i, name in enumerate(SIZES)}, "failures_by_shard": skipped}
     write_meta(folder, "embed", {}, **({"shards_digest": index.digest} | entries | meta))
     return folder
@@ -132,6 +142,52 @@ def test_a_sample_that_any_teacher_lacks_is_left_out_from_the_start(
     seen = list(batches)
     assert sorted(s for batch in seen for s in batch.sample_id.tolist()) == usable
     assert not any(batch.failure or batch.replaced for batch in seen)
+
+
+def teachers_that_list(tmp_path: Path, index: ShardIndex, skipped: set[int], listed: set[int]) -> list[Path]:
+    first = write_teacher(tmp_path / "a", index, 0, 2, {3, 10}, listed={3, 10})
+    return [first, write_teacher(tmp_path / "b", index, 1, 3, skipped, listed=listed)]
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["all", "some kept"])
+def test_a_run_counts_its_samples_once_and_without_the_metadata(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    """Else the streams of a start open every tar each: minutes, for which the watchdog does not wait."""
+    index = write_shards(tmp_path / "shards")
+    folders, rows = teachers_that_list(tmp_path, index, {3, 4, 20}, {3, 4, 20}), {*range(24)}
+    settings = ["data.augment=none", f"data.teacher={json.dumps([*map(str, folders)])}"]
+    if kept:
+        rows -= {1, 3}
+        for name, start in zip(SIZES, (0, 9, 16)):
+            save(tmp_path / "k" / "keep" / f"{name}.npy", np.array([start + n in rows for n in range(SIZES[name])]))
+        write_meta(tmp_path / "k", "balance", {}, shards_digest=index.digest)
+        settings.append(f"data.keep={tmp_path / 'k'}")
+    usable, read = rows - {3, 4, 10, 20}, []
+    with monkeypatch.context() as patch:
+        patch.setattr(PairStream, "statistics", lambda self: {"kept": self.order.num_samples})  # opens some tars
+        patch.setattr(TeacherTable, "has", lambda *_: pytest.fail("opened the metadata of a tar"))
+        keys = TeacherTable.failed_keys
+        patch.setattr(TeacherTable, "failed_keys", lambda t, shard: read.append((t, shard)) or keys(t, shard))
+        data = data_of(run_file(tmp_path, *settings))
+        for batches in (data.stream(0), data.stream(3), data.samples(Positions(7, 7, 1, 0, 1, 0, 1))):
+            assert batches.statistics()["kept"] == len(usable)
+    assert len(read) == len(set(read)) > 0
+    assert {s for batch in data.stream(0) for s in batch.sample_id.tolist()} == usable
+
+
+def test_failures_that_are_not_those_of_the_metadata_name_the_teachers(tmp_path: Path, index: ShardIndex) -> None:
+    folders = teachers_that_list(tmp_path, index, {3}, {4})
+    (failure,) = {b.failure for b in stream(index, teacher=open_teachers(folders, index), error_budget=0.0)} - {None}
+    assert re.search(
+        r"00000\.tar has 8 usable samples by the metadata/ .*, expected 7 by their failures/: run.*/b", failure or ""
+    )
+
+
+def test_failures_of_another_number_than_in_meta_json_are_not_used(tmp_path: Path, index: ShardIndex) -> None:
+    teacher = open_teachers(teachers_that_list(tmp_path, index, {3, 4}, {4}), index)
+    batches = stream(index, **ONE_EPOCH, total_steps=21, teacher=teacher, error_budget=0.0)
+    assert sorted(s for batch in batches for s in batch.sample_id.tolist()) == sorted({*range(24)} - {3, 4, 10})
 
 
 def test_balance_on_one_teacher_says_nothing_about_the_other(tmp_path: Path, index: ShardIndex) -> None:
