@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Evaluate a CLIP on local classification and retrieval sets, or a classification run on a features directory.
 
-A set of images is a directory in CLIP_benchmark's webdataset layout; its tasks are zero_shot, linear_probe and knn, or
-retrieval where its dataset_type.txt says so. --suite evaluates many sets. One that fails does not stop the others; the
-exit code is then 2.
+A set of images is a directory in CLIP_benchmark's webdataset layout; its tasks are zero_shot, linear_probe and knn.
+Where its dataset_type.txt says multilabel they are zero_shot and linear_probe, where it says retrieval, retrieval.
+--suite evaluates many sets. One that fails does not stop the others; the exit code is then 2.
 A features directory is one of tools/synthesize.py; its tasks, on the test split, are head (nearest class row) and
 nearest_class_mean.
 
@@ -51,7 +51,7 @@ from megacid.evaluate.tasks import RETRIEVAL_TASKS, TASKS, evaluate, json_file, 
 from megacid.models.clip import LoadedClip, load_clip
 from megacid.models.student import loaded_student
 
-ACCURACIES = ("acc1", "acc5", "mean_per_class_recall")
+ACCURACIES = ("acc1", "acc5", "mean_per_class_recall", "mean_average_precision")
 COLLECTIVE_TIMEOUT_S = 7200.0  # every rank fits the linear probe, at its own speed
 
 
@@ -77,7 +77,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset-name", help="name of the data in the results (default: the directory's name)")
     parser.add_argument(
         "--tasks",
-        help="comma-separated (default: all): zero_shot, linear_probe, knn; of a retrieval set retrieval; with "
+        help="comma-separated (default: all of the set's kind): zero_shot, linear_probe, knn; retrieval; with "
         "--features head, nearest_class_mean",
     )
     parser.add_argument(
@@ -266,14 +266,14 @@ def tasks_of(benchmark: Benchmark, args: argparse.Namespace, report: Report) -> 
     """The tasks to run on a set. UserError when a task is not one of a single set's kind."""
     known = known_tasks(benchmark)
     if args.tasks is None:
-        if "knn" in known and not (benchmark.root / "train").is_dir():
-            report.say(f"{benchmark.name} has no train split, so linear_probe and knn are left out")
+        if benchmark.classnames and not (benchmark.root / "train").is_dir():
+            report.say(f"{benchmark.name} has no train split: zero_shot is its only task")
             return ["zero_shot"]
         return known
     tasks = [task for task in args.tasks if task in known]
     if len(tasks) < len(args.tasks) and not args.suite:
         other = next(task for task in args.tasks if task not in known)
-        kind = "classification" if benchmark.classnames else "retrieval"
+        kind = "multilabel" if benchmark.multilabel else "classification" if benchmark.classnames else "retrieval"
         raise UserError(
             f"--tasks has {other!r}, but {benchmark.root} is a {kind} set, expected some of {', '.join(known)}"
         )

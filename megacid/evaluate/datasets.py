@@ -3,6 +3,7 @@
     root/classnames.txt                          one class per line, line number = class id; may have an empty name
     root/zeroshot_classification_templates.txt   one template per line, with `{c}` for the class name
     root/{train,test}/nshards.txt, 0.tar, 1.tar ...   members <key>.jpg, or another image, and <key>.cls
+    root/dataset_type.txt                        may be missing; multilabel: <key>.npy, a 0 or 1 for each class
 
 Text files are UTF-8, or have a byte order mark. Only \\n and \\r\\n end a line: a name may hold other separators of
 Unicode, and splitting at them would shift the class ids.
@@ -11,26 +12,28 @@ Shapes: B batch, N samples, H x W pixels.
 """
 
 import hashlib
+import io
 import json
 import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from megacid.data.decode import BadSample, decode_image, decode_text
 from megacid.data.index import ShardIndex, ShardReader, load_index
 from megacid.data.workers import WorkersLost, watched, worker_start
-from megacid.errors import UserError
+from megacid.errors import UserError, one_line
 from megacid.models.clip import Transform
 
 log = logging.getLogger(__name__)
 
-Sample = tuple[torch.Tensor, int]
+Sample = tuple[torch.Tensor, int | torch.Tensor]
 _BLANK = " \t\r\n"  # str.strip() alone would also strip separators of Unicode
 
 
@@ -42,6 +45,7 @@ class Benchmark:
     name: str
     classnames: list[str]
     templates: list[str]
+    multilabel: bool = False  # whether an image may have several labels, or none
     indexes: dict[str, ShardIndex] = field(default_factory=dict, repr=False)  # of the splits opened so far
 
     @property
@@ -50,12 +54,13 @@ class Benchmark:
 
     def split(self, name: str, transform: Transform) -> "Split":
         """The samples of `root/name`. Raises UserError if it is missing, incomplete or in another layout."""
-        return Split(self.open(name), transform, self.num_classes)
+        kind = MultiLabelSplit if self.multilabel else Split
+        return kind(self.open(name), transform, self.num_classes)
 
     def open(self, name: str) -> ShardIndex:
         """The index of a split, which later calls give again. Raises UserError as `split` does."""
         if name not in self.indexes:
-            self.indexes[name] = open_split(self.root / name)
+            self.indexes[name] = open_split(self.root / name, label="npy" if self.multilabel else "cls")
         return self.indexes[name]
 
     @property
@@ -74,6 +79,7 @@ class Split(Dataset[Sample]):
         self.transform = transform
         self.num_classes = num_classes
         self.starts = torch.from_numpy(index.starts)
+        self.no_label = torch.empty(0, dtype=torch.int64)  # what `batches` gives for no image
 
     def __len__(self) -> int:
         return self.index.num_samples
@@ -96,7 +102,7 @@ class Split(Dataset[Sample]):
         except BadSample as error:
             raise UserError(f"{where} cannot be evaluated ({error.reason}): repair or replace the tar") from error
 
-    def label(self, shard: int, row: int, where: str) -> int:
+    def label(self, shard: int, row: int, where: str) -> int | torch.Tensor:
         """The class id of a sample; `where` names it in errors."""
         text = self.reader.read(shard, row, "cls")
         label = _integer(decode_text(text, "replace"))
@@ -129,14 +135,40 @@ class Split(Dataset[Sample]):
             raise UserError(str(lost).replace("data.workers", "--workers")) from None
 
 
+class MultiLabelSplit(Split):
+    """Item i: (image uint8 [3, H, W], labels int64 [C], 0 or 1)."""
+
+    def __init__(self, index: ShardIndex, transform: Transform, num_classes: int) -> None:
+        super().__init__(index, transform, num_classes)
+        self.no_label = torch.empty(0, num_classes, dtype=torch.int64)
+
+    def label(self, shard: int, row: int, where: str) -> torch.Tensor:
+        data = self.reader.read(shard, row, "text")  # the member that `open_split` names
+        try:
+            label = np.load(io.BytesIO(data), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{where}: the .npy cannot be read ({one_line(error)}): write it with numpy.save") from None
+        if not isinstance(label, np.ndarray) or label.shape != (self.num_classes,) or not np.isin(label, (0, 1)).all():
+            found = f"of shape {list(label.shape)}" if isinstance(label, np.ndarray) else "no array"
+            raise UserError(
+                f"{where}: the .npy is {found}, expected {self.num_classes} values of 0 or 1, as classnames.txt names "
+                f"{self.num_classes} classes: use files of the same set"
+            )
+        return torch.from_numpy(label.astype(np.int64))
+
+
 def _collate(samples: list[Sample] | UserError) -> Any:
     return samples if isinstance(samples, UserError) else default_collate(samples)
 
 
-def load_benchmark(root: Path | str, name: str | None = None) -> Benchmark:
-    """Open a set; `name` (default: the directory's name) identifies it in results. UserError if a file is missing."""
+def load_benchmark(root: Path | str, name: str | None = None, *, multilabel: bool = False) -> Benchmark:
+    """Open a set; `name` (default: the directory's name) identifies it in results. UserError if a file is missing.
+
+    multilabel: whether to accept a set of several labels per image.
+    """
     root = Path(root)
-    if (kind := dataset_type(root)) != "classification":
+    kind = dataset_type(root)
+    if kind != "classification" and not (multilabel and kind == "multilabel"):
         raise UserError(f"{root}/dataset_type.txt says {kind[:40]!r}, expected 'classification': use another set")
     classnames = _lines(root / "classnames.txt")
     if unnamed := [number for number, line in enumerate(classnames) if not line]:
@@ -152,7 +184,7 @@ def load_benchmark(root: Path | str, name: str | None = None) -> Benchmark:
                 f"{root}/zeroshot_classification_templates.txt line {number} is {template!r}, expected the placeholder "
                 "{c} for the class name: add it"
             )
-    return Benchmark(root, name or root.resolve().name, classnames, templates)
+    return Benchmark(root, name or root.resolve().name, classnames, templates, kind == "multilabel")
 
 
 def dataset_type(root: Path) -> str:
@@ -198,8 +230,11 @@ def _integer(text: str) -> int | None:
     return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 10 else None
 
 
-def open_split(directory: Path) -> ShardIndex:
-    """The index of a split. Raises UserError if it is missing, incomplete or in another layout."""
+def open_split(directory: Path, label: Literal["cls", "npy"] = "cls") -> ShardIndex:
+    """The index of a split. Raises UserError if it is missing, incomplete or in another layout.
+
+    label: ending of the members with the labels.
+    """
     if not directory.is_dir():
         raise UserError(
             f"split {directory} is missing, but the task needs it (some published sets have no train split)"
@@ -211,7 +246,8 @@ def open_split(directory: Path) -> ShardIndex:
         raise UserError(f"{count} is missing or not a number, expected the number of tars: it may be {len(tars)}")
     if len(tars) != expected:
         raise UserError(f"{directory} holds {len(tars)} tars, {count} says {expected}: download it again")
-    index = load_index(directory)
+    # The index has .cls members next to captions; labels of another ending take the place of the captions.
+    index = load_index(directory, caption="npy" if label == "npy" else "txt")
     if index.dropped:
         raise UserError(f"{directory} has incomplete samples ({index.dropped}): repair the tars")
     return index

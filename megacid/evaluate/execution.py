@@ -108,12 +108,14 @@ class Execution:
         *,
         empty: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """(compute(images), labels [N] int64 on the CPU) of all ranks' images, in the order of the split. A collective.
+        """(compute(images), labels int64 [N], or [N, C], on the CPU) of all ranks' images, in the split's order.
+
+        A collective.
 
         Args:
             empty: what `compute` gives for no image, for a rank without images.
         """
-        parts = [(empty, torch.empty(0, dtype=torch.int64)), *self.own_images(split, compute, device, progress)]
+        parts = [(empty, split.no_label), *self.own_images(split, compute, device, progress)]
         result, label = (torch.cat(column) for column in zip(*parts, strict=True))
         return self.gather(result), self.gather(label)
 

@@ -2,6 +2,7 @@
 
 The features are the L2-normalised outputs of `encode_image` AFTER the projection, as in CLIP_benchmark. The fit is the
 L-BFGS of the CLIP paper, not CLIP_benchmark's AdamW, so results are close to its results, not equal. Deterministic.
+For a set of several labels per image (labels [N, C]), one regression per class with the same strength.
 Shapes: N samples, C classes, D features.
 """
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from megacid.errors import UserError
 from megacid.evaluate.datasets import Benchmark
 from megacid.evaluate.execution import DEFAULT, Execution, image_features
-from megacid.evaluate.zero_shot import Predictions, top_classes
+from megacid.evaluate.zero_shot import MultiLabelScores, Predictions, top_classes
 from megacid.models.clip import LoadedClip
 
 STRENGTHS = tuple(10.0**p for p in range(-2, 7))
@@ -38,6 +39,7 @@ class Probe:
 def fit(feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_classes: int, strength: float) -> Probe:
     """Minimise |W|^2 / (2 * strength) + sum of cross entropies from W = 0, without a penalty on the bias.
 
+    label_N: int64 [N], or [N, C] with 0 or 1, whose cross entropies are those of each class by itself.
     feature_ND: any float dtype, on the device that computes. strength: inverse regularisation, scikit-learn's C.
     """
     n = len(label_N)
@@ -64,7 +66,7 @@ def fit(feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_classes: int, st
         for start in range(0, n, ROWS_PER_CHUNK):  # the [N, C] scores of a large set do not fit in memory
             rows = slice(start, start + ROWS_PER_CHUNK)
             scores = feature_ND[rows] @ weight_CD.T + bias_C
-            part = F.cross_entropy(scores, label_N[rows], reduction="sum") / n
+            part = _cross_entropy(scores, label_N[rows]) / n
             part.backward()
             value = value + part.detach()
         return value
@@ -75,9 +77,28 @@ def fit(feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_classes: int, st
     return Probe(weight_CD, bias_C - weight_CD @ mean_D, state["n_iter"], state["n_iter"] < MAX_ITERATIONS)
 
 
+def _cross_entropy(score_NC: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Summed over samples, and over classes for several labels per image."""
+    if label.dim() == 2:
+        return F.binary_cross_entropy_with_logits(score_NC, label.to(score_NC.dtype), reduction="sum")
+    return F.cross_entropy(score_NC, label, reduction="sum")
+
+
+def scored(score_NC: torch.Tensor, label: torch.Tensor) -> dict[str, float]:
+    """The metrics of scores of all classes; the first is the one that chooses the strength. label: [N] or [N, C]."""
+    if label.dim() == 2:
+        return MultiLabelScores(score_NC.cpu(), label).metrics()
+    return Predictions(top_classes(score_NC), label).metrics()
+
+
 def hold_out(label_N: torch.Tensor, share: float = HOLD_OUT, seed: int = 0) -> torch.Tensor:
-    """bool [N] mask of the samples for choosing the strength: `share` of every class, never its only sample."""
+    """bool [N] mask of the samples for choosing the strength: `share` of every class, never its only sample.
+
+    For several labels per image, `share` of the samples.
+    """
     generator = torch.Generator().manual_seed(seed)
+    if label_N.dim() == 2:
+        return torch.randperm(len(label_N), generator=generator) < round(len(label_N) * share)
     held_out_N = torch.zeros(len(label_N), dtype=torch.bool)
     for c in label_N.unique():
         rows = (label_N == c).nonzero().flatten()
@@ -103,8 +124,8 @@ def choose_strength(feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_clas
         probe = fit(
             feature_ND[fit_rows.to(device)], label_N[fit_rows].to(device), num_classes=num_classes, strength=strength
         )
-        predicted = probe.scores(feature_ND[held_out_rows.to(device)]).argmax(dim=1).cpu()
-        accuracies.append((predicted == label_N[held_out_rows]).double().mean().item())
+        metrics = scored(probe.scores(feature_ND[held_out_rows.to(device)]), label_N[held_out_rows])
+        accuracies.append(next(iter(metrics.values())))
     return STRENGTHS[accuracies.index(max(accuracies))], accuracies
 
 
@@ -112,8 +133,9 @@ def linear_probe(clip: LoadedClip, benchmark: Benchmark, how: Execution = DEFAUL
     """Fit on the train split and score the test split. A collective: the ranks share the features, and each fits.
 
     Returns:
-        CLIP_benchmark's names lp_acc1, lp_acc5 and lp_mean_per_class_recall; then how the probe was fitted: its
-        strength C, chosen from `STRENGTHS` by `held_out_acc1`, the sizes of both splits, the iterations of L-BFGS.
+        CLIP_benchmark's names lp_acc1, lp_acc5 and lp_mean_per_class_recall, or lp_mean_average_precision for several
+        labels per image; then how the probe was fitted: its strength C, chosen from `STRENGTHS` by `held_out_acc1` (or
+        `held_out_mean_average_precision`), the sizes of both splits, the iterations of L-BFGS.
     """
     train, test = how.opened(lambda: [benchmark.split(name, clip.preprocess_eval) for name in ("train", "test")])
     with how.progress(f"features {benchmark.name}", len(train) + len(test)) as progress:
@@ -121,11 +143,11 @@ def linear_probe(clip: LoadedClip, benchmark: Benchmark, how: Execution = DEFAUL
         test_ND, test_N = image_features(clip, test, how, progress)
     strength, accuracies = choose_strength(train_ND, train_N, num_classes=benchmark.num_classes)
     probe = fit(train_ND, train_N.to(train_ND.device), num_classes=benchmark.num_classes, strength=strength)
-    predictions = Predictions(top_classes(probe.scores(test_ND)), test_N)
+    metrics = scored(probe.scores(test_ND), test_N)
     return {
-        **{f"lp_{name}": value for name, value in predictions.metrics().items()},
+        **{f"lp_{name}": value for name, value in metrics.items()},
         "C": strength,
-        "held_out_acc1": max(accuracies),
+        f"held_out_{next(iter(metrics))}": max(accuracies),
         "train_samples": len(train_N),
         "test_samples": len(test_N),
         "iterations": probe.iterations,

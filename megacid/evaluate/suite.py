@@ -11,13 +11,13 @@ from pathlib import Path
 
 from megacid.errors import UserError, nearest
 from megacid.evaluate.datasets import Benchmark, dataset_type, load_benchmark
-from megacid.evaluate.tasks import RETRIEVAL_TASKS, TASKS
+from megacid.evaluate.tasks import MULTILABEL_TASKS, RETRIEVAL_TASKS, TASKS
 
 # The paper's 14 sets as far as they can be told: docs/how-to/evaluate.md has the sources.
 SUITES = {
     "clip_cid14": (
         *("food101", "vtab/cifar10", "vtab/cifar100", "birdsnap", "sun397", "cars", "fgvc_aircraft"),
-        *("voc2007", "vtab/dtd", "vtab/pets", "vtab/caltech101", "vtab/flowers", "stl10", "imagenet1k"),
+        *("voc2007_multilabel", "vtab/dtd", "vtab/pets", "vtab/caltech101", "vtab/flowers", "stl10", "imagenet1k"),
     )
 }
 _FILES = ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt", "test/nshards.txt")
@@ -98,9 +98,11 @@ def open_set(root: Path, name: str | None) -> Benchmark:
     """
     if dataset_type(root) == "retrieval":
         return Benchmark(root, name or root.resolve().name, [], [])
-    return load_benchmark(root, name)
+    return load_benchmark(root, name, multilabel=True)
 
 
 def known_tasks(benchmark: Benchmark) -> list[str]:
     """The tasks of a set of this kind."""
+    if benchmark.multilabel:
+        return list(MULTILABEL_TASKS)
     return list(TASKS if benchmark.classnames else RETRIEVAL_TASKS)

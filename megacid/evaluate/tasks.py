@@ -12,7 +12,7 @@ from megacid.evaluate.execution import DEFAULT, Execution
 from megacid.evaluate.knn import NEIGHBORS, knn
 from megacid.evaluate.linear_probe import linear_probe
 from megacid.evaluate.retrieval import retrieval
-from megacid.evaluate.zero_shot import zero_shot
+from megacid.evaluate.zero_shot import zero_shot, zero_shot_multilabel
 from megacid.failpoints import failpoint
 from megacid.models.clip import LoadedClip
 from megacid.models.hub import has_own_weights
@@ -21,6 +21,7 @@ from megacid.storage.atomic import disk_errors, write_json_atomic
 _OF_AVERAGE = "-ema"
 # Our name -> CLIP_benchmark's, which has no kNN.
 TASKS = {"zero_shot": "zeroshot_classification", "linear_probe": "linear_probe", "knn": "knn"}
+MULTILABEL_TASKS = ("zero_shot", "linear_probe")  # of sets whose dataset_type.txt says "multilabel"
 RETRIEVAL_TASKS = {"retrieval": "zeroshot_retrieval"}  # of sets whose dataset_type.txt says "retrieval"
 
 
@@ -36,7 +37,9 @@ def evaluate(
         UserError: the set is incomplete or a sample is bad; the same on every rank.
     """
     run: dict[str, Callable[[], dict[str, Any]]] = {
-        "zero_shot": lambda: zero_shot(clip, benchmark, how).metrics(),
+        "zero_shot": lambda: (zero_shot_multilabel if benchmark.multilabel else zero_shot)(
+            clip, benchmark, how
+        ).metrics(),
         "linear_probe": lambda: linear_probe(clip, benchmark, how),
         "knn": lambda: knn(clip, benchmark, how, neighbors=neighbors),
         "retrieval": lambda: retrieval(clip, benchmark.root, how),

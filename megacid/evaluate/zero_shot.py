@@ -1,15 +1,16 @@
-"""Zero-shot classification: the class whose averaged caption embedding is nearest to the image.
+"""Zero-shot classification: the class whose averaged caption embedding is nearest to the image, or scores of all.
 
 Shapes: B batch, N samples, C classes, D embedding, T context, P templates, K = min(TOP, C).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from megacid.distributed.stopping import Progress, no_progress
+from megacid.errors import UserError
 from megacid.evaluate.datasets import Benchmark
 from megacid.evaluate.execution import DEFAULT, Execution
 from megacid.models.clip import LoadedClip
@@ -34,6 +35,28 @@ class Predictions:
             "acc5": hit_NK.any(dim=1).double().mean().item(),
             "mean_per_class_recall": recall.mean().item(),
         }
+
+
+@dataclass(frozen=True)
+class MultiLabelScores:
+    """Scores of every class for a split whose images may have several labels, in its order."""
+
+    score: torch.Tensor  # [N, C]
+    label: torch.Tensor  # [N, C] int64, 0 or 1
+
+    def metrics(self) -> dict[str, float]:
+        """mean_average_precision, from 0 to 1: the mean over the classes that occur, by scikit-learn."""
+        try:
+            from sklearn.metrics import average_precision_score
+        except ImportError:
+            raise UserError("the mean average precision needs scikit-learn: pip install scikit-learn") from None
+        occurs = self.label.any(dim=0)
+        if not occurs.any():
+            raise UserError(
+                f"all {len(self.label)} samples are without a label, expected some with one: use another set"
+            )
+        value = average_precision_score(self.label[:, occurs].numpy(), self.score[:, occurs].double().cpu().numpy())
+        return {"mean_average_precision": float(value)}
 
 
 def top_classes(score_BC: torch.Tensor) -> torch.Tensor:
@@ -63,12 +86,28 @@ def class_embeddings(
 
 def zero_shot(clip: LoadedClip, benchmark: Benchmark, how: Execution = DEFAULT) -> Predictions:
     """Classify the test split. A collective. Raises UserError if the set is incomplete, the same on every rank."""
+    empty = torch.empty(0, min(TOP, benchmark.num_classes), dtype=torch.int64)
+    return Predictions(*_zero_shot(clip, benchmark, how, top_classes, empty))
+
+
+def zero_shot_multilabel(clip: LoadedClip, benchmark: Benchmark, how: Execution = DEFAULT) -> MultiLabelScores:
+    """`zero_shot` for a set of several labels per image."""
+    return MultiLabelScores(*_zero_shot(clip, benchmark, how, torch.Tensor.cpu, torch.empty(0, benchmark.num_classes)))
+
+
+def _zero_shot(
+    clip: LoadedClip,
+    benchmark: Benchmark,
+    how: Execution,
+    keep: Callable[[torch.Tensor], torch.Tensor],
+    empty: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(keep(scores [B, C]), labels) of the test split. empty: what `keep` gives for no image."""
     split = how.opened(lambda: benchmark.split("test", clip.preprocess_eval))
     with how.progress(f"zero-shot {benchmark.name}", len(split)) as progress:
         class_CD = class_embeddings(clip, benchmark, how, progress)
 
         def classify(image: torch.Tensor) -> torch.Tensor:
-            return top_classes(clip.encode_image(image) @ class_CD.T)
+            return keep(clip.encode_image(image) @ class_CD.T)
 
-        empty = torch.empty(0, min(TOP, benchmark.num_classes), dtype=torch.int64)
-        return Predictions(*how.all_images(split, classify, clip.device, progress, empty=empty))
+        return how.all_images(split, classify, clip.device, progress, empty=empty)

@@ -124,7 +124,7 @@ def test_sets_that_a_suite_omits_are_no_error(colours: Path, model: Path, tmp_pa
     said = run("eval", *options, "--suite", "clip_cid14", "--data", tmp_path / "sets")
     assert set(written(tmp_path / "out")) == {("sun397", "zeroshot_classification")}
     assert "clip_cid14: 13 of 14 sets are not in" in said and "birdsnap" in said
-    assert "sun397 has no train split, so linear_probe and knn are left out" in said
+    assert "sun397 has no train split: zero_shot is its only task" in said
     said = run("eval", *options, "--suite", tmp_path / "sets", "--tasks", "knn", expect=2)
     assert "train is missing, but the task needs it" in said
     said = run("eval", *options, "--suite", tmp_path / "sets", "--tasks", "retrieval")
