@@ -50,7 +50,8 @@ def _report_peak_memory(
         log.info("estimated MiB of rank 0, %s: %s", name, _listed(parts))
     log.info(
         "estimated peak of rank 0 on %s, without the process: %.1f MiB, in the phase %s; host memory for a checkpoint: "
-        "%.1f MiB", device, memory.peak, memory.largest_phase, memory.checkpoint,
+        "%.1f MiB, for an offloaded optimizer: %.1f MiB",
+        device, memory.peak, memory.largest_phase, memory.checkpoint, memory.offloaded,
     )  # fmt: skip
 
 

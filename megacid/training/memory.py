@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("megacid")
 
 MIB = 2**20
+EMA = "EMA of the student"
 BUCKET = 500_000_000  # DeepSpeed's default reduce_bucket_size, in elements
 
 
@@ -35,7 +36,7 @@ class MemoryEstimate(NamedTuple):
 
     always: parts that are there for the whole run. phases: what each phase of a step needs in addition; one at a time.
     checkpoint: host memory while a checkpoint is written, one of the phases on a CPU. offloaded: host memory of an
-    optimizer that `offload_optimizer` takes off a GPU.
+    optimizer that `offload_optimizer` takes off a GPU, and of the average of its fp32 weights.
     """
 
     always: dict[str, float]
@@ -79,7 +80,7 @@ def memory_estimate(
     always = student_sizes(run, sum(sizes), world, device, frozen, muon)
     always["batch"] = _batch(run, student, device, teacher_width)
     gradients = always.pop("student gradients")
-    offloaded = always.pop("student optimizer") if device == "cuda" and _offloads_optimizer(run) else 0.0
+    offloaded = sum(always.pop(name, 0.0) for name in _on_the_host(run, device))
     head: dict[str, float] = {}
     if num_classes:
         stored, head = _classifier(run, num_classes, student.embed_dim, world, run.global_batch, device)
@@ -99,7 +100,8 @@ def memory_estimate(
         bucket = zero.get("reduce_bucket_size", BUCKET) * width * (2 if zero.get("overlap_comm") else 1)
         backward, reduce = backward + bucket, reduce + max(0.0, bucket - gradients)
     # This rank's gradients as they came, and in fp32; of our own reduction they are in its buffer.
-    per_parameter = 0 if own and (stage or world > 1) else (width if stage < 3 else 0) + (4 if stage else 0)
+    per_parameter = 4 * (stage > 0 and not offloaded) + (width if stage < 3 else 0)
+    per_parameter *= not (own and (stage or world > 1))
     # Copies of the parameters that rank 0 writes, and of their moments; ZeRO gathers one parameter at a time.
     checkpoint = 4 * (1 + moments_of(run)) * (sum(sizes[::world]) + (max(sizes) if stage else 0))
     phases = {
@@ -119,9 +121,10 @@ def moments_of(run: RunFile) -> int:
     return len(OPTIMIZERS[run.deepspeed["optimizer"]["type"]].moments)
 
 
-def _offloads_optimizer(run: RunFile) -> bool:
-    zero = run.deepspeed.get("zero_optimization", {})
-    return bool(zero.get("offload_optimizer", {}).get("device", "none") != "none")
+def _on_the_host(run: RunFile, device: str) -> tuple[str, ...]:
+    """The parts that `offload_optimizer` takes off a GPU: the optimizer, and the average of its fp32 weights."""
+    offload = run.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {})
+    return ("student optimizer", EMA) if device == "cuda" and offload.get("device", "none") != "none" else ()
 
 
 def student_sizes(
@@ -141,7 +144,7 @@ def student_sizes(
         "student optimizer": (trained * (moments_of(run) + (stage > 0)) - muon) * share * 4,
     }
     if run.megacid.student.ema_decay is not None:
-        sizes["EMA of the student"] = trained * 4 / world
+        sizes[EMA] = trained * 4 / world
     if frozen and device == "cpu":
         sizes["frozen weights for checkpoints"] = frozen * 4
     if is_left_open(run) and (stage or world > 1):

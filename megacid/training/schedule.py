@@ -68,8 +68,11 @@ def learning_rate_scales(module: nn.Module, layer_decay: float) -> dict[str, flo
 
 
 def hidden_matrices(module: nn.Module) -> set[str]:
-    """Names of the weight matrices in the blocks of a student's towers, which are what Muon is for: no embedding, no
-    projection to the output, no convolution. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon."""
+    """Names of the weight matrices in the towers' blocks, which Muon updates.
+
+    Embeddings, output projections and convolutions are not among them, as in Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon.
+    """
     return {
         name
         for name, p in module.named_parameters()

@@ -90,6 +90,7 @@ class Step:
     world: int
     device: str
     width: int
+    teacher_width: int
     num_classes: int
     forward_flop: float
     backward_flop: float
@@ -110,7 +111,8 @@ class Step:
         flop = count_student(student, recomputes=run.megacid.student.grad_checkpointing)
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
         collectives = step_collectives(run, student, num_classes, world, device, teacher_width)
-        return cls(run, world, device, student.embed_dim, num_classes, *flop, trained, collectives)
+        widths = student.embed_dim, teacher_width or student.embed_dim
+        return cls(run, world, device, *widths, num_classes, *flop, trained, collectives)
 
     @property
     def samples(self) -> float:
@@ -171,9 +173,11 @@ def pair_losses(step: Step, costs: Costs) -> float:
     matrices = sum(count for weight, count, _ in terms if weight) / (1 + sigmoid)
     products = sum(count for weight, _, count in terms if weight) / (1 + sigmoid)
     affinity = teachers * bool(loss.affinity)
+    # The teachers' similarities have their own widths; those of the student and their gradients have its width.
+    width = step.width * (products + 6 * affinity) + 2 * step.teacher_width * bool(loss.affinity)
     moved = matrices * _LOGIT_BYTES["cpu" if sigmoid else step.device] + 4 * affinity * _LOGIT_BYTES[step.device]
     similarities = step.samples * step.run.global_batch
-    flop = 2 * similarities * step.width * (products + 8 * affinity)
+    flop = 2 * similarities * width
     return flop * costs.product_flop + similarities * moved * costs.memory_byte
 
 
@@ -202,11 +206,13 @@ def row_update(step: Step, costs: Costs) -> float:
 def student_update(step: Step, costs: Costs) -> float:
     """Seconds to copy the student's gradients for the reduction, for their norm, and to update this rank's share.
 
-    The update reads and writes fp32 weights and moments, and reads the gradient. Muon's products are not counted.
+    The update reads and writes fp32 weights and moments, and reads the gradient. The average of the weights, which is
+    divided over the ranks at every ZeRO stage, is read and written with them. Muon's products are not counted.
     """
     share = 1 / step.world if step.run.zero_stage else 1.0
-    updated = 8 + 4 + 8 * moments_of(step.run)
-    return step.trained * (updated * share + 3 * (2 if step.run.bf16 else 4)) * costs.memory_byte
+    updated = (8 + 4 + 8 * moments_of(step.run)) * share
+    averaged = 12 / step.world if step.run.megacid.student.ema_decay is not None else 0.0
+    return step.trained * (updated + averaged + 3 * (2 if step.run.bf16 else 4)) * costs.memory_byte
 
 
 def communication(step: Step, costs: Costs) -> float:

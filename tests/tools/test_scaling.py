@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_groups_have_every_part_of_a_step_once() -> None:
     run = load_run(scaling.RUN_FILE, world=8).with_embed_dim(64)
-    parts = Step(run, 8, "cuda", 64, 1000, 1.0, 2.0, 10, [Collective("a", "all_reduce", 8)]).time(H100)
+    parts = Step(run, 8, "cuda", 64, 64, 1000, 1.0, 2.0, 10, [Collective("a", "all_reduce", 8)]).time(H100)
     grouped = [part for _, group in scaling.GROUPS.values() for part in group]
     assert sorted([*grouped, "fixed"]) == sorted(parts) and parts["fixed"] == 0
 

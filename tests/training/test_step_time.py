@@ -36,10 +36,10 @@ def step_of(file: Path, *settings: str, world: int = 2) -> Step:
     return Step.of(run, FeatureTower(24, WIDTH, hidden=32, layers=1), CLASSES, world, "cpu")
 
 
-def pairs_step(*settings: str, world: int = 8) -> Step:
+def pairs_step(*settings: str, world: int = 8, teacher_width: int = WIDTH) -> Step:
     """A step of instance and cluster terms, of a student with a forward of 5 and a backward of 10 operations."""
     run = load_run(PAIRS, list(settings), world=world).with_embed_dim(WIDTH)
-    return Step(run, world, "cuda", WIDTH, CLASSES, 5.0, 10.0, 1000, [])
+    return Step(run, world, "cuda", WIDTH, teacher_width, CLASSES, 5.0, 10.0, 1000, [])
 
 
 def test_the_student_takes_the_operations_that_give_mfu(file: Path) -> None:
@@ -66,6 +66,8 @@ def test_an_update_reads_and_writes_this_ranks_share() -> None:
     assert adamw == 1000 * (28 / 8 + 3 * 2)  # bf16 gradients are copied and their norm is taken
     lion = pairs_step('optimizer={"type": "Lion", "params": {"lr": 1e-4}}').time(Costs(memory_byte=1.0))
     assert lion["update: student"] == 1000 * (20 / 8 + 3 * 2)
+    averaged = pairs_step("student.ema_decay=0.9").time(Costs(memory_byte=1.0))
+    assert averaged["update: student"] == adamw + 1000 * 12 / 8
 
 
 def test_losses_take_their_products_and_passes(file: Path) -> None:
@@ -77,8 +79,10 @@ def test_losses_take_their_products_and_passes(file: Path) -> None:
     half = pairs_step('loss.form="sigmoid"').time(Costs(product_flop=1.0))
     assert half["objective: pairs"] == flop["objective: pairs"] / 2
     teachers = ('data.teacher=["a", "b"]', "loss.affinity=1.0", "classifier.init=random")
-    two = pairs_step(*teachers).time(Costs(product_flop=1.0))
+    two = pairs_step(*teachers, teacher_width=2 * WIDTH).time(Costs(product_flop=1.0))
     assert two["objective: pairs"] == 3 * flop["objective: pairs"]
+    wider = pairs_step(*teachers, teacher_width=4 * WIDTH).time(Costs(product_flop=1.0))
+    assert wider["objective: pairs"] - two["objective: pairs"] == 2 * 2 * similarities * 2 * WIDTH
     every_class = step_of(file, "classifier.sample_rate=1.0")
     classes = every_class.time(Costs(product_flop=1.0))["objective: classes"]
     assert every_class.rows == CLASSES / 2 and classes == 4 * classifier_flops(every_class.run, CLASSES, WIDTH)
