@@ -83,7 +83,7 @@ OPTIMIZERS = {
 
 
 def check_optimizer(config: dict[str, Any]) -> None:
-    """Raise UserError unless the optimizer works at the ZeRO stage and with the offload of a configuration."""
+    """Raise UserError unless the optimizer works with the parameters, ZeRO stage and offload of a configuration."""
     kind, zero = config["optimizer"]["type"], config.get("zero_optimization", {})
     optimizer, stage = OPTIMIZERS[kind], zero.get("stage", 0)
     if stage not in optimizer.stages:
@@ -91,6 +91,12 @@ def check_optimizer(config: dict[str, Any]) -> None:
         raise UserError(
             f'"optimizer.type" is "{kind}" at "zero_optimization.stage" {stage}, expected stage {allowed}, since '
             f"{optimizer.why}: lower the stage, or use AdamW"
+        )
+    params = config["optimizer"]["params"]
+    if issubclass(optimizer.params, _Lamb) and not (params.get("weight_decay") or params.get("use_nvlamb")):
+        raise UserError(
+            f'"optimizer.params.weight_decay" is {params.get("weight_decay", 0.0)} with "optimizer.type" "{kind}", '
+            "expected > 0, since it scales the updates of weights with decay alone: raise it, or use AdamW"
         )
     device = zero.get("offload_optimizer", {}).get("device", "none")
     if device not in ("none", *optimizer.offload):

@@ -231,7 +231,10 @@ class Engine:
             steps = copy.deepcopy([group.get("step") for group in self.optimizer.param_groups])
             self.engine.step()
             for group, step in zip(self.optimizer.param_groups, steps):
-                if step is not None:  # Apex and timm count steps by group, also those without a gradient
+                # Apex and timm count steps by group, also those without a gradient, from the first one on.
+                if step is None:
+                    group.pop("step", None)
+                else:
                     group["step"] = step
             return
         # DeepSpeed skips a step whose norm is not finite: give it such a norm.

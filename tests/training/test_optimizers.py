@@ -38,7 +38,7 @@ def documented() -> dict[str, list[str]]:
 
 
 def accepted(kind: str, zero: dict[str, Any]) -> bool:
-    optimizer = {"type": kind, "params": {"lr": 1e-3}}
+    optimizer = {"type": kind, "params": {"lr": 1e-3, "weight_decay": 0.1}}
     config = {"train_batch_size": 8, "gradient_clipping": 1.0, "optimizer": optimizer, "zero_optimization": zero}
     try:
         lint_deepspeed(config, 2)
@@ -67,6 +67,16 @@ def test_a_refusal_names_value_reason_and_remedy() -> None:
         '"optimizer.type" is "Muon" at "zero_optimization.stage" 1, expected stage 0, since it orthogonalizes the '
         "updates of whole matrices, but ZeRO gives an optimizer flat parts of them: lower the stage, or use AdamW"
     )
+
+
+@pytest.mark.parametrize("kind", ["Lamb", "apex_fused_lamb"])
+def test_lamb_without_decay_which_would_be_adam_is_refused(kind: str) -> None:
+    config = {"train_batch_size": 8, "gradient_clipping": 1.0}
+    for params in ({"lr": 1e-3}, {"lr": 1e-3, "weight_decay": 0.0}):
+        with pytest.raises(UserError, match=rf'weight_decay" is 0.0 with "optimizer.type" "{kind}", expected > 0'):
+            lint_deepspeed({**config, "optimizer": {"type": kind, "params": params}}, 1)
+    if kind == "apex_fused_lamb":
+        lint_deepspeed({**config, "optimizer": {"type": kind, "params": {"lr": 1e-3, "use_nvlamb": True}}}, 1)
 
 
 @pytest.mark.parametrize(
