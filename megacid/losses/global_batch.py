@@ -25,6 +25,7 @@ from megacid.distributed.collectives import (
 from megacid.errors import UserError
 
 STUDENT = ("image_S", "text_S")
+TEACHER = ("image_T", "text_T")
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -39,6 +40,15 @@ def check_shapes(image: Tensor, **others: Tensor) -> None:
             raise UserError(
                 f"{name} has shape {tuple(other.shape)}, expected the student's {tuple(image.shape)}: "
                 "build the student with the teacher's width"
+            )
+
+
+def check_rows(image: Tensor, **others: Tensor) -> None:
+    """Raise UserError unless all embeddings have as many rows as the student's."""
+    for name, other in others.items():
+        if len(other) != len(image):
+            raise UserError(
+                f"{name} has {len(other)} rows, expected the student's {len(image)}: pass those of the same samples"
             )
 
 

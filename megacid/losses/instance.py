@@ -20,7 +20,7 @@ from megacid.distributed.collectives import (
     scale_gradient,
     sum_over_ranks,
 )
-from megacid.losses.global_batch import STUDENT, GlobalBatch, at_least_fp32, check_shapes
+from megacid.losses.global_batch import STUDENT, TEACHER, GlobalBatch, at_least_fp32, check_rows, check_shapes
 from megacid.losses.teachers import Teachers
 from megacid_kernels import affinity_cross_entropy, contrastive_cross_entropy, sigmoid_cross_entropy
 
@@ -61,6 +61,16 @@ def gathered_student(instance: float, contrastive: float, affinity: float, form:
     if affinity > 0 or (form == "softmax" and (instance > 0 or contrastive > 0)):
         return STUDENT
     return ("text_S",) if contrastive > 0 else ()
+
+
+def gathered_teacher(instance: float, affinity: float, cluster: bool) -> tuple[str, ...]:
+    """Names of the teacher's matrices that terms of these weights need from all ranks.
+
+    cluster: whether the cluster term compares the teacher's images with the classes.
+    """
+    if instance > 0 or affinity > 0:
+        return TEACHER
+    return TEACHER[:1] if cluster else ()
 
 
 def instance_part(batch: GlobalBatch, logit_scale: Tensor, logit_bias: Tensor | None = None) -> Tensor:
@@ -164,6 +174,7 @@ def affinity_loss(
     Args:
         teacher_scale: 1 / temperature of the teacher's similarities, constant.
     """
+    check_rows(image_S, image_T=image_T, text_T=text_T)
     batch = _gather(group, grad_reduction, image_S, text_S=text_S)
     batch.start(image_T=image_T, text_T=text_T)
     return sum_over_ranks(affinity_part(batch, logit_scale, Teachers((), (teacher_scale,))), group)

@@ -14,9 +14,18 @@ from torch import Tensor
 from megacid.distributed.collectives import Gathered, GradReduction, sum_over_ranks
 from megacid.errors import UserError
 from megacid.losses.cluster import ClusterDistillation
-from megacid.losses.global_batch import GlobalBatch, check_shapes
-from megacid.losses.instance import affinity_part, contrastive_part, gathered_student, instance_part, mse_part
+from megacid.losses.global_batch import TEACHER, GlobalBatch, check_rows, check_shapes
+from megacid.losses.instance import (
+    affinity_part,
+    contrastive_part,
+    gathered_student,
+    gathered_teacher,
+    instance_part,
+    mse_part,
+)
 from megacid.losses.teachers import Teachers
+
+_FIELDS = dict(zip(TEACHER, ("teacher_image", "teacher_text")))  # of TargetBatch
 
 
 class StudentOutput(Protocol):
@@ -121,16 +130,15 @@ class Objective:
         self.teachers = Teachers.of(teacher_widths, affinity_temperature)
         self.group, self.grad_reduction, self.equal_batches = group, grad_reduction, equal_batches
         self.overlap = overlap
-        teacher = ("teacher_image", "teacher_text")
-        anchor = teacher[:1] if cluster_loss is not None and cluster_loss.weights.needs_teacher else ()
-        reads = {"instance": teacher, "cluster": ("label", *anchor), "mse": teacher, "affinity": teacher}
-        # The targets that each term reads, those that must be gathered, and those that need the student's width.
+        both = tuple(_FIELDS.values())
+        anchor = cluster > 0 and cluster_loss is not None and cluster_loss.weights.needs_teacher
+        reads = {"instance": both, "cluster": ("label", *(both[:1] if anchor else ())), "mse": both, "affinity": both}
         self._reads = {term: fields for term, fields in reads.items() if self.weights[term] > 0}
-        gathered = {field for term, fields in self._reads.items() if term != "mse" for field in fields}
-        self._teacher = {name: field for name, field in zip(("image_T", "text_T"), teacher) if field in gathered}
-        self._of_one_width = {field for term, fields in self._reads.items() if term != "affinity" for field in fields}
-        self._compares = any(self.weights[term] > 0 for term in ("instance", "contrastive", "affinity"))
+        # Names of the matrices that are gathered, and of those among them with the student's width: affinity takes any.
+        self._teacher = gathered_teacher(instance, affinity, anchor)
+        self._width_checked = gathered_teacher(instance + mse, 0.0, anchor)
         self._student = gathered_student(instance, contrastive, affinity, form)
+        self._needs_pairs = any(self.weights[term] > 0 for term in ("instance", "contrastive", "affinity"))
 
     def start(self, batch: TargetBatch) -> StartedBatch:
         """Start to gather the teacher's embeddings, which overlaps with the student's forward. A collective.
@@ -145,7 +153,7 @@ class Objective:
                         f"the {term} term needs batch.{field}, which is missing: add it to the run's data, or set the "
                         "weight to 0"
                     )
-        local = {name: getattr(batch, field) for name, field in self._teacher.items()}
+        local = {name: getattr(batch, _FIELDS[name]) for name in self._teacher}
         gathered = self._global_batch(len(next(iter(local.values())))) if local else None
         if gathered is not None:
             gathered.start(**local)
@@ -164,17 +172,19 @@ class Objective:
             cluster/kl, contrastive, mse, affinity: 0-d, detached, without their weights. The same on every rank.
 
         Raises:
-            UserError: the batch lacks a field that a term needs, or the student has another width than the teacher.
+            UserError: the batch lacks a field that a term needs, or the teacher has other numbers of rows or
+                another width than the student.
         """
         started = batch if isinstance(batch, StartedBatch) else self.start(batch)
         targets, gathered = started.targets, started.gathered or self._global_batch(len(out.image))
-        compared = ((name, field) for name, field in self._teacher.items() if field in self._of_one_width)
-        teacher = {name: getattr(targets, field) for name, field in compared}
-        check_shapes(out.image, **({"text_S": out.text} if self._compares else {}), **teacher)
-        if self._compares:
+        teacher = {name: getattr(targets, _FIELDS[name]) for name in self._teacher}
+        check_rows(out.image, **teacher)
+        check_shapes(out.image, **{name: x for name, x in teacher.items() if name in self._width_checked})
+        if self._needs_pairs:
+            check_shapes(out.image, text_S=out.text)
             student = {"image_S": out.image, "text_S": out.text}
-            gathered.start(**{name: student.pop(name) for name in self._student})
-            gathered.keep(**student)
+            gathered.start(**{name: x for name, x in student.items() if name in self._student})
+            gathered.keep(**{name: x for name, x in student.items() if name not in self._student})
         w, scale = self.weights, self._logit_scale(out)
         bias = out.logit_bias if self.form == "sigmoid" else None
         parts: dict[str, Tensor] = {}  # this rank's parts of the means over the global batch

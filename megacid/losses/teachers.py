@@ -43,6 +43,11 @@ class Teachers:
     def separate(self, image_GD: Tensor, text_GD: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Image and text columns of each teacher, and the scale of their products, which undoes the 1 / sqrt(K)."""
         count, widths = len(self.scales), self.widths or (image_GD.shape[1],)
+        if not self.widths and image_GD.shape[1] != text_GD.shape[1]:
+            raise UserError(
+                f"the teacher's images have width {image_GD.shape[1]} and its texts {text_GD.shape[1]}, expected one "
+                "width: pass embeddings of one model"
+            )
         for matrix in (image_GD, text_GD):
             if matrix.shape[1] != sum(widths):
                 raise UserError(

@@ -18,7 +18,7 @@ from megacid.classifier.sampling import num_dims
 from megacid.config.schema import RunFile
 from megacid.distributed.reduction import is_left_open
 from megacid.losses.global_batch import STUDENT
-from megacid.losses.instance import gathered_student
+from megacid.losses.instance import gathered_student, gathered_teacher
 from megacid.models.feature_tower import FeatureTower
 from megacid.training.flops import forward_on_meta
 from megacid.training.memory import loss_spec, samples_per_chunk
@@ -95,11 +95,11 @@ def objective_collectives(
     """
     loss = run.megacid.loss
     student = gathered_student(loss.instance, loss.contrastive, loss.affinity, loss.form)
-    gathers_teacher = loss.instance > 0 or loss.affinity > 0
+    teacher = gathered_teacher(loss.instance, loss.affinity, bool(loss.cluster and (loss.beta or loss.gamma)))
     found, matrix = [], run.global_batch * width
-    if gathers_teacher or (loss.cluster and (loss.beta or loss.gamma)):  # float16, as tools/embed.py writes them
-        stored = 2 * run.global_batch * (teacher_width or width)
-        found.append(Collective("teacher embeddings", "all_gather", stored, 2 if gathers_teacher else 1))
+    if teacher:
+        stored = 2 * run.global_batch * (teacher_width or width)  # float16, as tools/embed.py writes them
+        found.append(Collective("teacher embeddings", "all_gather", stored, len(teacher)))
     if student:
         found.append(Collective("student embeddings", "all_gather", 4 * matrix, len(student)))
         differentiated = sum(name in trained for name in student)

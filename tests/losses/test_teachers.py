@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -153,7 +154,31 @@ def test_teachers_that_do_not_fit_the_settings_are_refused() -> None:
     with pytest.raises(UserError, match=r"affinity_temperature is \(0.1, 0.0\), expected > 0"):
         Objective(cluster=0, affinity_temperature=(0.1, 0.0), teacher_widths=(3, 5))
     x, scale = torch.eye(4), torch.tensor(2.0)
+    with pytest.raises(UserError, match="the teacher's images have width 4 and its texts 5, expected one width"):
+        affinity_loss(x, x, x, torch.eye(4, 5), scale, 5.0)
     with pytest.raises(UserError, match="the teachers' embeddings have width 4, expected 8, the sum of 3, 5"):
         run_objective(x, x, scale, x, x, 0.1, (3, 5), affinity=1.0)
     with pytest.raises(UserError, match=r"image_T has shape \(4, 8\), expected the student's \(4, 4\)"):
         run_objective(x, x, scale, torch.eye(4, 8), torch.eye(4, 8), 0.1, (3, 5), instance=1.0, affinity=1.0)
+
+
+def refusals_of_other_samples(teachers: int, students: int) -> list[str]:
+    """What the terms with a teacher say on this rank to other numbers of rows than the student's."""
+    x_S, x_T, scale = torch.eye(students, 4), torch.eye(teachers, 4), torch.tensor(2.0)
+    calls: list[Callable[[], Tensor]] = [lambda: affinity_loss(x_S, x_S, x_T, x_T, scale, 5.0)]
+    for weights in ({"affinity": 1.0}, {"instance": 1.0}, {"mse": 1.0}):
+        calls.append(lambda w=weights: run_objective(x_S, x_S, scale, x_T, x_T, 0.1, (), **w))  # type: ignore[misc]
+    found = []
+    for call in calls:
+        with pytest.raises(UserError) as error:
+            call()
+        found.append(str(error.value))
+    return found
+
+
+@pytest.mark.parametrize("teachers", [2, 4])
+def test_a_teacher_of_other_samples_is_refused_on_every_rank(teachers: int) -> None:
+    results = run_ranks(refusals_of_other_samples, 2, teachers, 3)
+    assert results[0] == results[1]
+    said = f"image_T has {teachers} rows, expected the student's 3: pass those of the same samples"
+    assert results[0][:3] == [said] * 3 and f"has shape ({teachers}, 4), expected" in results[0][3]
