@@ -238,9 +238,10 @@ def from_corpus(corpus: Path, root: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = ToolParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit 1 when docs/configuration.md is stale")
-    parser.add_argument("--demo", type=Path, help="output directory of tools/demo.sh")
-    parser.add_argument("--corpus", type=Path, help="output directory of tools/prepare_icons.py")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="exit 1 when docs/configuration.md is stale")
+    what.add_argument("--demo", type=Path, help="output directory of tools/demo.sh")
+    what.add_argument("--corpus", type=Path, help="output directory of tools/prepare_icons.py")
     args = parser.parse_args(argv)
     if args.demo is not None or args.corpus is not None:
         for path in from_demo(args.demo, ROOT) if args.demo is not None else from_corpus(args.corpus, ROOT):

@@ -4,11 +4,14 @@
     tools/embed.py --shards data/digits/train --out data/digits/teacher --model local-dir:exports/teacher
     tools/embed.py --shards laion --out teacher --model ViT-bigG-14 --pretrained laion2b_s39b_b160k
     tools/embed.py --shards laion --out teacher --model ViT-L-14 --pretrained openai --adopt clip_retrieval_output
+    tools/embed.py --shards s --out t --model ViT-L-14 --pretrained openai --caption 'json:captions.*' --views 8
     torchrun --nproc_per_node 8 tools/embed.py ...       (or deepspeed): ranks divide the shards
 
 Writes clip-retrieval's layout, which embedding-reader and autofaiss also read, one file of each kind per tar:
 img_emb/*.npy and text_emb/*.npy (float16, L2-normalised), metadata/*.parquet, and failures/*.parquet with the reason
-for every skipped sample. SIGTERM (exit code 143) and Ctrl-C (130) stop all ranks after the current batch.
+for every skipped sample. --views also writes view_emb/*.npy, the embeddings of the crops. With json:FIELD.*,
+caption_emb/*.npy has those of all captions, and the column `captions` of metadata/*.parquet their number per sample.
+SIGTERM (exit code 143) and Ctrl-C (130) stop all ranks after the current batch.
 
 The same command continues an interrupted run; a finished or started OUT made with other arguments is refused.
 """

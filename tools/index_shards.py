@@ -14,11 +14,12 @@ import sys
 
 import checkout  # noqa: F401  import paths of a plain checkout
 from argtypes import ToolParser, share
+from megacid.data.captions import CaptionSource
 from megacid.data.index import load_index, verify_index
 from megacid.data.index_report import MAX_LOST, lost_samples, lost_share, percent, summary
 from megacid.data.tar_samples import remedy
 from megacid.distributed.progress import progress_bar
-from megacid.errors import run_tool
+from megacid.errors import UserError, run_tool
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -35,7 +36,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--keep-blank-captions",
         action="store_true",
         help='use samples whose caption is empty, or a missing value written as text such as "nan", instead of leaving '
-        "them out; stored in the index, so embedding and training follow",
+        "them out; stored in the index, so embedding and training follow. Not with json:FIELD.*",
     )
     parser.add_argument(
         "--verify",
@@ -60,6 +61,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if args.keep_blank_captions and CaptionSource.parse(args.caption).several:
+        raise UserError(
+            f"--keep-blank-captions is set, but --caption is {args.caption}, which never uses blank texts of a list: "
+            f"leave the option out, or name one caption, such as {args.caption.removesuffix('*')}0"
+        )
 
     shards = "::".join(args.shards)
     with progress_bar("verify" if args.verify else "index", "tar") as bar:

@@ -84,7 +84,8 @@ class MegacidConfig(Section):
         return self
 
     def _teachers_fit(self) -> None:
-        if compares_with_teacher(self.loss) and self.loss.cluster and self.classifier.init == "centroids":
+        joint_width = compares_with_teacher(self.loss) or self.student.embed_dim is None
+        if joint_width and self.loss.cluster and self.classifier.init == "centroids":
             raise UserError(
                 f'"megacid.classifier.init" is "centroids", which have the width of one teacher, but the student has '
                 f'that of {len(self.data.teachers)} teachers together: write "random"'

@@ -72,7 +72,6 @@ class TeacherTable:
             exchange embeddings in this dtype, so it is the same for all tars.
         has_text: whether captions were embedded.
         views: random crops of each image that were embedded; None: the whole images were embedded alone.
-        several_captions: whether a sample may have several captions, each with its embedding.
     """
 
     def __init__(self, directory: str | Path, index: ShardIndex) -> None:
@@ -84,8 +83,8 @@ class TeacherTable:
         # Writers of this layout pad the numbers to different widths, so files are found by number.
         image = "img_emb" if self.views is None else "view_emb"
         self._image_files = _by_number(self.directory / image, f"{image}_*.npy")
-        self.several_captions = CaptionSource(recorded_caption(self.meta)).several
-        text = "caption_emb" if self.several_captions else "text_emb"
+        self._several_captions = CaptionSource(recorded_caption(self.meta)).several
+        text = "caption_emb" if self._several_captions else "text_emb"
         self._text_files = _by_number(self.directory / text, f"{text}_*.npy")
         self._metadata_files = _by_number(self.directory / "metadata", "metadata_*.parquet")
         self._failure_files = _by_number(self.directory / "failures", "failures_*.parquet")
@@ -160,11 +159,11 @@ class TeacherTable:
         image = load_npy(self._image_files[number], _EMBED_AGAIN)
         text = load_npy(self._text_files[number], _EMBED_AGAIN) if self.has_text else None
         metadata = self._metadata_files.get(number, self.directory / "metadata" / f"metadata_{number:05d}.parquet")
-        columns = ["image_path", *([COUNT_COLUMN] if self.several_captions else [])]
+        columns = ["image_path", *([COUNT_COLUMN] if self._several_captions else [])]
         table = read_parquet(metadata, _EMBED_AGAIN, columns)
         keys = key_column(table, "image_path", metadata, _EMBED_AGAIN)
         first = None
-        if self.several_captions:
+        if self._several_captions:
             first = np.append(0, np.cumsum(count_column(table, COUNT_COLUMN, metadata, _EMBED_AGAIN)))
         images = len(keys) * (self.views.count if self.views else 1)
         texts = len(keys) if first is None else int(first[-1])

@@ -21,6 +21,7 @@ Kind = Literal["image", "text", "json", "cls"]
 COLUMN: dict[Kind, int] = {"image": 0, "text": 2, "json": 4, "cls": 6}
 _KIND_OF_EXTENSION: dict[str, Kind] = {**dict.fromkeys(IMAGE_EXTENSIONS, "image"), "json": "json", "cls": "cls"}
 TXT = CaptionSource()
+_KEEP_BLANK = ", or keep them with tools/index_shards.py --keep-blank-captions"  # not those of a list
 # The reasons for which a sample is lost, with the rule that it breaks and the remedy.
 LOST = {
     "key with a dot": "a key ends at the first dot of the file name, as in webdataset, so a1.b.jpg is member b.jpg of "
@@ -38,7 +39,7 @@ LOST = {
     ".cls member for tools/eval.py: add it, or name where the captions are with --caption (data.caption in a run "
     "file), such as json:caption",
     BLANK: "empty captions, and missing values written as text, such as nan, None or null, are left out: "
-    "correct them, or keep them with tools/index_shards.py --keep-blank-captions",
+    f"correct them{_KEEP_BLANK}",
     NOT_A_TEXT: "the field must hold one text, or with .* a list of texts: name another field, or the element of a "
     "list, such as json:captions.0, or all of them, json:captions.*",
     TOO_MANY: "name one of them, such as json:captions.0, or write fewer",
@@ -66,6 +67,8 @@ _OTHER_FORMATS = (
 def remedy(reason: str, caption: CaptionSource) -> str:
     """The rule that a lost sample breaks, and what to do."""
     rule = LOST[reason].replace(".txt", f".{caption.ending}")
+    if caption.several:
+        rule = rule.removesuffix(_KEEP_BLANK)
     return rule.replace("tools/index_shards.py ", f"tools/index_shards.py {caption.option}")
 
 

@@ -87,7 +87,10 @@ class Execution:
     def own_images(
         self, split: Split, compute: Callable[[Tensor], Tensor], device: torch.device, progress: Progress
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(compute(images uint8 [B, 3, H, W] on `device`), labels [B] int64 on the CPU) of this rank's images."""
+        """(compute(images uint8 [B, 3, H, W] on `device`), labels [B] int64 on the CPU) of this rank's images.
+
+        In rounds of all ranks, so every rank must take all of its batches.
+        """
 
         def batches() -> Generator[tuple[Tensor, Tensor], None, None]:
             loaded = split.batches(self.batch_size, workers=self.workers, rows=self.own(len(split)))

@@ -55,7 +55,7 @@ def weights_name(run: Path, step: int, *, ema: bool = False) -> str:
 
 def is_of_average(result: dict[str, Any]) -> bool:
     """Whether a result of `evaluate` is that of the moving average of a run's weights."""
-    return str(result.get("pretrained")).endswith(_OF_AVERAGE)
+    return re.search(rf"-step-\d+{_OF_AVERAGE}\Z", str(result.get("pretrained"))) is not None
 
 
 def result_file(folder: Path, dataset: str, model: str, pretrained: str, task: str) -> Path:

@@ -230,6 +230,15 @@ def test_many_blank_captions_end_indexing_and_one_option_keeps_them(
     assert load_index(tmp_path / "s").sizes.tolist() == [10, 1]  # and holds when a tar is added
 
 
+def test_blank_lists_are_always_left_out_and_no_option_claims_to_keep_them(tmp_path: Path) -> None:
+    write(tmp_path / "0.tar", [{"json": b'{"c": ["x"]}'}] * 8 + [{"json": b'{"c": [" "]}'}] * 2)
+    options = [str(tmp_path), "--caption", "json:c.*"]
+    with pytest.raises(UserError, match=r"2 of 10 .*blank caption.* are left out: correct them(?!, or keep)"):
+        index_shards.main(options)
+    with pytest.raises(UserError, match=r"--keep-blank-captions is set, but --caption is json:c\.\*.* json:c\.0$"):
+        index_shards.main([*options, "--keep-blank-captions"])
+
+
 def test_keeping_blanks_scans_only_tars_that_have_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megacid.data import index as module
 

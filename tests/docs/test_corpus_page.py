@@ -62,3 +62,9 @@ def test_a_new_corpus_changes_page_facts_and_picture(tmp_path: Path) -> None:
     assert "| | `qtawesome` 9.9 |" in page and "| pairs | 12 |" in page and "mystery (none)" in page
     with pytest.raises(UserError, match=r"tools/prepare_icons\.py"):
         docs_tool.from_corpus(tmp_path / "nowhere", tmp_path)
+
+
+@pytest.mark.parametrize("other", [("--check",), ("--demo", "runs/demo")])
+def test_the_page_generator_does_one_thing_per_call(other: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match=f"--corpus: not allowed with argument {other[0]}"):
+        docs_tool.main([*other, "--corpus", "nowhere"])

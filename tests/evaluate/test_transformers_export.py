@@ -26,6 +26,7 @@ from torch import Tensor
 from megacid.errors import UserError
 from megacid.evaluate.export import export_student
 from megacid.evaluate.model_card import model_card
+from megacid.evaluate.tasks import is_of_average, weights_name
 from megacid.evaluate.transformers_export import check_clip_model
 from megacid.models.clip import load_clip, preprocess_cfg, tokenizer_for
 from megacid.models.student import Student, build_student
@@ -68,6 +69,12 @@ def exported(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path
     assert "moving average" in averaged and "moving average" not in card
     export_student(student, out, name="small-clip", source={"step": 20}, card=card)
     return out
+
+
+def test_weights_whose_own_name_ends_in_ema_are_no_average_of_a_run() -> None:
+    names = [weights_name(Path("runs/my-ema"), 20, ema=ema) for ema in (False, True)]
+    results = [{"pretrained": name} for name in (*names, "/data/my-ema", None)]
+    assert [is_of_average(result) for result in results] == [False, True, False, False]
 
 
 @pytest.fixture(scope="module")

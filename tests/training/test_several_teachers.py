@@ -109,6 +109,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "temperatures of one teacher": (["data.teacher=t"], r"has 2 values, expected a number, or .* \(1\)"),
     "centroids": (["classifier.init=centroids"], "width of one teacher, but the student has that of 2 teachers"),
+    "centroids of affinity alone": (
+        ["classifier.init=centroids", "loss.instance=0", "loss.mse=0", "loss.beta=0", "loss.gamma=0",
+         "student.projection_init=random"],
+        "width of one teacher, but the student has that of 2 teachers",
+    ),
     "no teacher": (["data.teacher=[]"], r'data\.teacher" is \[\], expected a path, or a list of paths'),
     "not a path": (['data.teacher=["a",3]'], r'data\.teacher" is \["a", 3\], expected a path, or a list of paths'),
     "a variable": (['data.teacher=["a","$B"]'], "expected a path, and variables are not expanded"),
