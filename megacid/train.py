@@ -198,13 +198,12 @@ def accumulate_directly(
 ) -> StepOutput:
     """One forward and backward per micro-batch; the step's loss is their mean."""
     accumulation = state.run.accumulation
-    losses, all_terms, micro_batches, finite, observed = [], [], [], [], []
+    losses, all_terms, read, finite, observed = [], [], [], [], []
     for micro in range(accumulation):
         batch = next_batch(step, state, batches, metrics, beat)
         beat("forward")
-        on_device = batch.to(state.engine.device)
-        started = state.objective.start(on_device)  # gathers the teacher's embeddings during the student's forward
-        out = state.embed(step, micro, on_device)
+        started = state.objective.start(batch)  # gathers the teacher's embeddings during the student's forward
+        out = state.embed(step, micro, batch)
         loss, terms = state.objective(out, started)
         beat("backward")
         state.engine.backward(loss / accumulation)
@@ -212,12 +211,12 @@ def accumulate_directly(
             state.engine.micro_step()
         losses.append(loss.detach())
         all_terms.append(terms)
-        micro_batches.append(batch)
+        read.append((batch.sample_id, batch.failure))  # not the batch: its images would stay in the GPU's memory
         finite.append(torch.isfinite(out.image.detach()).all(dim=-1))
-        observed.append(observe(out, on_device))
+        observed.append(observe(out, batch))
     means = {name: torch.stack([terms[name] for terms in all_terms]).mean() for name in all_terms[0]}
     seen = torch.stack(observed).mean(0)
-    return StepOutput.of(torch.stack(losses).mean(), means, micro_batches, torch.cat(finite), seen)
+    return StepOutput.of(torch.stack(losses).mean(), means, read, torch.cat(finite), seen)
 
 
 def accumulate_with_gradient_cache(
@@ -230,7 +229,7 @@ def accumulate_with_gradient_cache(
         beat("forward")
         last = micro + 1 == accumulation
         if last:
-            cache.start(state.objective, state.engine.device)
+            cache.start(state.objective)
         with torch.set_grad_enabled(last):  # the last graph is kept, which saves a forward
             out = state.embed(step, micro, cache.batches[micro])
         cache.add(out)
@@ -243,7 +242,8 @@ def accumulate_with_gradient_cache(
         state.engine.backward(cache.surrogate(micro, out))
         if micro > 0:
             state.engine.micro_step()
-    return StepOutput.of(loss, terms, cache.batches, torch.isfinite(cache.image).all(dim=-1), observed)
+    read = [(batch.sample_id, batch.failure) for batch in cache.batches]
+    return StepOutput.of(loss, terms, read, torch.isfinite(cache.image).all(dim=-1), observed)
 
 
 def next_batch(

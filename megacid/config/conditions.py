@@ -38,6 +38,11 @@ def compares_with_teacher(loss: Any) -> bool:
     return any(name != "affinity" for name in terms_with_teacher(loss))
 
 
+def is_mean_over_samples(loss: Any) -> bool:
+    """Whether the objective is computed by micro-batch, as `Objective.is_mean_over_samples` says."""
+    return not (loss.instance or loss.contrastive or loss.affinity or loss.cluster)
+
+
 Shards = Needs("data.shards", lambda block: block.data.shards is not None)
 Features = Needs("data.features", lambda block: block.data.features is not None)
 HiddenLayers = Needs("student.layers > 0", lambda block: block.student.layers)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from megacid.classifier.label_exchange import HEADER
 from megacid.classifier.sampling import num_dims
+from megacid.config.conditions import is_mean_over_samples
 from megacid.config.schema import RunFile
 from megacid.distributed.reduction import is_left_open
 from megacid.losses.global_batch import STUDENT
@@ -109,8 +110,7 @@ def objective_collectives(
         found += _classifier(run, num_classes, width, world, device, images)
     terms = sum(weight > 0 for weight in (loss.instance, loss.contrastive, loss.mse, loss.affinity))
     if terms:
-        # mse alone is computed by micro-batch; every other objective once for the whole batch, see GradientCache.
-        times = run.accumulation if loss.mse and terms == 1 and not loss.cluster else 1
+        times = run.accumulation if is_mean_over_samples(loss) else 1  # else once for the whole batch
         found.append(Collective("losses and decision", "all_reduce", 4 * terms, times))
     found.append(Collective("losses and decision", "all_reduce", 8 * (_DECISION + len(Observed._fields))))
     return found

@@ -41,9 +41,9 @@ class GradientCache:
         self._started: StartedBatch | None = None
         self._gradients: list[tuple[Tensor | None, ...]] = []  # by micro-batch, in the order of StudentOutput
 
-    def start(self, objective: Objective, device: torch.device) -> None:
+    def start(self, objective: Objective) -> None:
         """Start the objective on the targets of all `batches`. A collective."""
-        self._started = objective.start(_Targets(*(self._concatenated(name, device) for name in _Targets._fields)))
+        self._started = objective.start(_Targets(*(self._concatenated(name) for name in _Targets._fields)))
 
     def add(self, out: StudentOutput) -> None:
         """Add the embeddings of the next of `batches`."""
@@ -86,7 +86,6 @@ class GradientCache:
         parts = [(x * grad).sum() for x, grad in zip(out, self._gradients[micro]) if grad is not None]
         return torch.stack(parts).sum()
 
-    def _concatenated(self, name: str, device: torch.device) -> Tensor | None:
-        parts = [getattr(batch, name) for batch in self.batches]
-        present = [part.to(device, non_blocking=True) for part in parts if part is not None]
+    def _concatenated(self, name: str) -> Tensor | None:
+        present = [part for batch in self.batches if (part := getattr(batch, name)) is not None]
         return torch.cat(present) if present else None

@@ -13,6 +13,7 @@ import torch
 
 from megacid.classifier import PartialFC
 from megacid.classifier.sampling import Draw, num_dims
+from megacid.config.conditions import is_mean_over_samples
 from megacid.config.optimizers import OPTIMIZERS
 from megacid.config.schema import RunFile
 from megacid.distributed.parallel import Parallel, shard_range
@@ -162,7 +163,8 @@ def _batch(run: RunFile, student: Student | FeatureTower, device: str, teacher_w
     """Bytes of the micro-batches that are held at once, with their teacher embeddings; on a GPU also of the next."""
     pixel = 4 if isinstance(student, FeatureTower) else 1
     sample = math.prod(student.image_shape) * pixel + student.text_length * 8 + 2 * teacher_width * 4
-    return run.micro_batch * (run.accumulation + (device == "cuda")) * sample
+    held = 1 if is_mean_over_samples(run.megacid.loss) else run.accumulation
+    return run.micro_batch * (held + (device == "cuda")) * sample
 
 
 def _classifier(

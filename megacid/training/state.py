@@ -121,14 +121,14 @@ class StepOutput:
         cls,
         loss: torch.Tensor,
         terms: dict[str, torch.Tensor],
-        micro_batches: list[Batch],
+        read: list[tuple[torch.Tensor, str | None]],
         finite: torch.Tensor,
         observed: torch.Tensor,
     ) -> StepOutput:
-        """The result with the sample ids and the first failure of the micro-batches."""
-        sample_ids = torch.cat([batch.sample_id for batch in micro_batches]).tolist()
-        failure = next((batch.failure for batch in micro_batches if batch.failure), None)
-        return cls(loss, terms, sample_ids, finite, observed, failure)
+        """The result with all sample ids and the first failure. read: both of each micro-batch."""
+        ids, failures = zip(*read)
+        failure = next(filter(None, failures), None)
+        return cls(loss, terms, torch.cat(ids).tolist(), finite, observed, failure)
 
     def describe(self) -> tuple[bool, str]:
         """For the guard's warnings: whether an embedding of this rank is non-finite; terms and samples as text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from megacid.models.freezing import frozen_parameters
 from megacid.models.student import SIGLIP_LOGITS, Student
 from megacid.training.components import Components, Data, make_classifier, make_objective
 from megacid.training.evaluation import Evaluation
+from megacid.training.memory import _batch
 from megacid.training.state import TrainState, with_engine
 
 BATCH, WIDTH, CLASSES, TOKENS = 16, 24, 41, 64
@@ -230,6 +232,35 @@ def test_a_mean_over_samples_needs_no_second_forward(file: Path) -> None:
     (found,) = run_ranks(both_divisions, 1, file, ['loss={"mse": 1.0}', *NO_CLASSES])
     assert_same(*found)
     assert found[1][0]["forwards"] == 4
+
+
+def batches_kept(file: Path, settings: list[str]) -> list[int]:
+    """How many micro-batches of the step are still held when the next one is read."""
+    state = build_state(file, settings)
+    read: list[weakref.ref[Batch]] = []
+    kept: list[int] = []
+
+    def batches() -> Iterator[Batch]:
+        for batch in micro_batches(state, 1):
+            kept.append(sum(ref() is not None for ref in read))
+            read.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    metrics = SimpleNamespace(waited_for_data=lambda seconds: None)
+    train.accumulate(0, state, batches(), metrics, lambda phase: None)  # type: ignore[arg-type]
+    return kept
+
+
+@pytest.mark.parametrize(("loss", "kept", "counted"), [("mse", [0, 1, 1, 1], 2), ("instance", [0, 1, 2, 3], 5)])
+def test_micro_batches_stay_in_memory_only_for_a_second_forward(
+    file: Path, loss: str, kept: list[int], counted: int
+) -> None:
+    settings = [f'loss={{"{loss}": 1.0}}', *NO_CLASSES, *division(4, 0)]
+    assert run_ranks(batches_kept, 1, file, settings) == [kept]
+    run = load_run(file, settings, world=1)
+    a_sample = 3 * 32 * 32 + 16 * 8 + 2 * WIDTH * 4
+    assert _batch(run, small_student(), "cuda", WIDTH) == counted * run.micro_batch * a_sample  # with the next one
 
 
 # ---- random operations of the student ---------------------------------------------------------------------------

@@ -88,7 +88,8 @@ def build(provider: str, args: argparse.Namespace, parallel: Parallel) -> Callab
     state = state_of(settings, WIDTH, CLASSES, parallel)
     if provider == "averaged":
         state.objective.__class__ = AveragedObjective
-    batches = batches_of(args.batch, parts, WIDTH, state.student.image_shape, state.student.text_length)
+    on_host = batches_of(args.batch, parts, WIDTH, state.student.image_shape, state.student.text_length)
+    batches = [batch.copied(lambda x: x.to(parallel.device)) for batch in on_host]
     return partial(one_step, state, itertools.cycle(batches), itertools.count(), Timeless())
 
 
