@@ -20,6 +20,7 @@ import torch
 import checkout  # noqa: F401  import paths of a plain checkout
 from argtypes import ToolParser, positive
 from benchmarks.suite import read_report
+from megacid.config.conditions import compares_with_teacher, terms_with_teacher
 from megacid.config.load import load_run
 from megacid.config.schema import RunFile
 from megacid.distributed.parallel import init
@@ -48,7 +49,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--num-classes", type=positive, help="number of classes, instead of reading it from the data")
     parser.add_argument(
-        "--embed-dim", type=positive, help="width of the student and of all teachers together, instead of reading it"
+        "--embed-dim",
+        type=positive,
+        help="width of all teachers together, instead of reading it; also the student's if student.embed_dim is null",
     )
     parser.add_argument("--feature-dim", type=positive, help="feature width, instead of reading it from the features")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -60,10 +63,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def describe_data(run: RunFile, args: argparse.Namespace) -> Data:
     """The sizes of the data: from the options where they suffice, else from the data."""
-    clusters = run.megacid.loss.cluster > 0
+    loss = run.megacid.loss
+    clusters = loss.cluster > 0
     features = run.megacid.data.features is not None
     known = args.num_classes if clusters else 0
-    width = args.embed_dim or run.megacid.student.embed_dim
+    width = args.embed_dim
+    if compares_with_teacher(loss) or not terms_with_teacher(loss):  # else the teachers may have another width
+        width = width or run.megacid.student.embed_dim
     if known is not None and (args.feature_dim if features else width):
         teacher_dims = () if features else (width,)
         return Data(lambda _: iter(()), teacher_dims, known, feature_dim=args.feature_dim)  # type: ignore[arg-type,return-value]

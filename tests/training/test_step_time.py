@@ -17,6 +17,7 @@ from megacid.config.load import load_run
 from megacid.errors import UserError
 from megacid.models.feature_tower import FeatureTower
 from megacid.training.communication import Collective
+from megacid.training.components import Data
 from megacid.training.flops import classifier_flops, student_flops
 from megacid.training.step_time import COSTS, Costs, Step
 
@@ -157,3 +158,20 @@ def test_estimate_prints_a_prediction_and_takes_fitted_costs(
     assert fixed.split() == ["fixed", *["3,600,000.0", "(100%)"] * 2]
     with pytest.raises(UserError, match="is of device cpu, expected cuda: pass another --device"):
         estimate.main([*sizes, "--device", "cuda", "--costs", str(fitted)])
+
+
+def described(loss: str, *settings: str, embed_dim: int | None = None) -> Data:
+    student = ["student.model=digits-student", "student.embed_dim=512"]
+    run = load_run(ROOT / "configs" / "clip_kd.json", [*student, f"loss={loss}", *settings], world=1)
+    options = ["--embed-dim", str(embed_dim)] if embed_dim else []
+    return estimate.describe_data(run, estimate.parse(["--deepspeed_config", "", *options]))
+
+
+def test_estimate_takes_the_students_width_for_the_teachers_only_where_they_agree() -> None:
+    affinity = '{"contrastive": 1.0, "affinity": 1.0}'
+    for loss, *settings in (['{"mse": 1.0}'], ['{"contrastive": 1.0}', "data.teacher=null"]):
+        assert described(loss, *settings).teacher_dims == (512,)
+    for teacher in ("nowhere", '["nowhere", "none"]'):
+        with pytest.raises(UserError, match=r"nowhere.*; or pass --num-classes and --embed-dim to estimate without"):
+            described(affinity, f"data.teacher={teacher}")
+    assert described(affinity, embed_dim=1280).teacher_dims == (1280,)
