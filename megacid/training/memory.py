@@ -100,21 +100,26 @@ def memory_estimate(
         zero = run.deepspeed.get("zero_optimization", {})
         bucket = zero.get("reduce_bucket_size", BUCKET) * width * (2 if zero.get("overlap_comm") else 1)
         backward, reduce = backward + bucket, reduce + max(0.0, bucket - gradients)
-    # This rank's gradients as they came, and in fp32; of our own reduction they are in its buffer.
-    per_parameter = 4 * (stage > 0 and not offloaded) + (width if stage < 3 else 0)
-    per_parameter *= not (own and (stage or world > 1))
     # Copies of the parameters that rank 0 writes, and of their moments; ZeRO gathers one parameter at a time.
     checkpoint = 4 * (1 + moments_of(run)) * (sum(sizes[::world]) + (max(sizes) if stage else 0))
     phases = {
         "forward and objective": gathered + activations.after_forward + embeddings + sum(head.values()),
         "backward": gathered + backward + embeddings + row_gradient,
         "reduction of gradients": reduce + row_gradient,
-        "optimizer step": trained * share * per_parameter + row_gradient,
+        "optimizer step": trained * share * _update_bytes(run, world, bool(offloaded)) + row_gradient,
     }
     if device == "cpu":
         phases["checkpoint"] = checkpoint
     in_mib = [{name: size / MIB for name, size in part.items()} for part in (always, phases)]
     return MemoryEstimate(in_mib[0], in_mib[1], checkpoint / MIB, offloaded / MIB)
+
+
+def _update_bytes(run: RunFile, world: int, offloaded: bool) -> int:
+    """Bytes of a parameter's gradient in an update: as it came, and in fp32. Our own reduction has it in its buffer."""
+    stage = run.zero_stage
+    if is_left_open(run) and (stage or world > 1):
+        return 0
+    return 4 * (stage > 0 and not offloaded) + ((2 if run.bf16 else 4) if stage < 3 else 0)
 
 
 def moments_of(run: RunFile) -> int:
