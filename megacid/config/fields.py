@@ -47,10 +47,13 @@ def _one_or_several_paths(value: Any) -> Any:
 
 
 def _one_or_several_temperatures(value: Any) -> Any:
-    several = isinstance(value, list | tuple) and len(value) > 1
-    if not all(type(v) in (int, float) and v >= _LOWEST_TEMPERATURE for v in (value if several else [value])):
-        raise ValueError(f"a number >= {_LOWEST_TEMPERATURE}, or a list of one for each of several teachers: raise it")
-    return tuple(map(float, value)) if several else float(value)
+    values = value if isinstance(value, list | tuple) else [value]
+    are_numbers = bool(values) and all(type(v) in (int, float) for v in values)
+    if not are_numbers or not all(v >= _LOWEST_TEMPERATURE for v in values):
+        remedy = ": raise it" if are_numbers else ""
+        raise ValueError(f"a number >= {_LOWEST_TEMPERATURE}, or a list of one for each of several teachers{remedy}")
+    temperatures = tuple(map(float, values))
+    return temperatures if temperatures[1:] else temperatures[0]
 
 
 def _each_once(value: Any) -> Any:

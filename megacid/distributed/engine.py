@@ -105,10 +105,11 @@ class Engine:
         }
         with fail_together(parallel.group):  # the hosts may have different packages and compilers
             _check_nvme(config)
-            optimizer = make_optimizer(config, groups, parallel.device.type)
+            optimizer = make_optimizer(config, groups)
             _check_config(config)
-        if optimizer is not None:
-            ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # DeepSpeed refuses others; ours are tested
+        if optimizer is not None and type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
+            # DeepSpeed refuses others. With its key zero_allow_untested_optimizer it would warn that ours are untested.
+            ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))
         with as_user_error("DeepSpeed cannot be set up"):
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=student, optimizer=optimizer, model_parameters=None if optimizer else groups, config=config

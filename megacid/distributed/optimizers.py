@@ -37,29 +37,29 @@ class MuonWithAdamW(torch.optim.Optimizer):
             part.step()
 
 
-def make_optimizer(config: dict[str, Any], groups: list[dict[str, Any]], device: str) -> torch.optim.Optimizer | None:
-    """The optimizer of a DeepSpeed configuration, in which its own keys are set; None for AdamW, which DeepSpeed makes.
+def make_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
+    """The optimizer of a DeepSpeed configuration on a host that `check_host` accepts.
+
+    None for AdamW, which DeepSpeed makes from the keys that this function completes. For another optimizer it replaces
+    "optimizer" in the configuration by the key that lets DeepSpeed take it.
 
     Args:
         groups: parameter groups, see `parameter_groups`.
-        device: type of the device.
 
     Raises:
-        UserError: the host or the student lacks what the optimizer needs.
+        UserError: the groups have none of the parameters that the optimizer is for.
     """
     kind, params = config["optimizer"]["type"], config["optimizer"]["params"]
-    check_host(config["optimizer"], device)
     if kind == "AdamW":
-        config["optimizer"]["params"] = adamw_params(params, device)
+        config["optimizer"]["params"] = adamw_params(params)
         return None
-    if kind == "Muon" and not any(group["muon"] for group in groups):
-        raise UserError('"optimizer.type" is "Muon", but no block of a tower has a matrix that is trained: use "AdamW"')
+    check_groups(config["optimizer"], groups)
     if kind == "Lamb":
         params = {**params, "max_grad_norm": None}  # the trainer clips
     elif kind == "apex_fused_lamb":
         params = {**params, "max_grad_norm": float("inf")}
     del config["optimizer"]
-    config["zero_force_ds_cpu_optimizer"] = False
+    config["zero_force_ds_cpu_optimizer"] = False  # with offload DeepSpeed would refuse another than DeepSpeedCPUAdam
     return _implementation(kind)(groups, **params)
 
 
@@ -75,8 +75,8 @@ def moment_names(kind: str, groups: Iterable[dict[str, Any]]) -> dict[nn.Paramet
 def check_host(optimizer: dict[str, Any], device: str) -> None:
     """Raise UserError when the host lacks what the "optimizer" block of a run file needs. Imports no optimizer."""
     kind = optimizer["type"]
-    if kind == "AdamW":
-        adamw_params(optimizer["params"], device)
+    if kind == "AdamW" and not optimizer["params"].get("torch_adam", True):
+        _check_compiler_of_fused_adam(device)
     if kind == "Muon" and not hasattr(torch.optim, "Muon"):
         raise UserError(
             f'"optimizer.type" is "Muon" but PyTorch {torch.__version__} has none: install torch >= 2.9, or use "AdamW"'
@@ -89,14 +89,22 @@ def check_host(optimizer: dict[str, Any], device: str) -> None:
         )
 
 
-def adamw_params(params: dict[str, Any], device: str) -> dict[str, Any]:
-    """AdamW's parameters for DeepSpeed on a device type: PyTorch's fused implementation.
+def check_groups(optimizer: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Raise UserError when parameter groups have none of the parameters that an optimizer of a run file is for."""
+    if optimizer["type"] == "Muon" and not any(group["muon"] for group in groups):
+        raise UserError('"optimizer.type" is "Muon", but no block of a tower has a matrix that is trained: use "AdamW"')
+
+
+def adamw_params(params: dict[str, Any]) -> dict[str, Any]:
+    """AdamW's parameters for DeepSpeed: PyTorch's fused implementation.
 
     DeepSpeed's own default is FusedAdam (DeepSpeedCPUAdam with offload), a C++ extension that it compiles at the first
     start. Most GPU hosts have no compiler, so "torch_adam": false asks for it.
     """
-    if params.get("torch_adam", True):
-        return {**params, "torch_adam": True, "fused": True}
+    return {**params, "torch_adam": True, "fused": True} if params.get("torch_adam", True) else params
+
+
+def _check_compiler_of_fused_adam(device: str) -> None:
     if device == "cpu":
         raise UserError('"optimizer.params.torch_adam" is false, which needs a GPU: remove it')
     from torch.utils.cpp_extension import CUDA_HOME  # warns on a host without a GPU
@@ -106,7 +114,6 @@ def adamw_params(params: dict[str, Any], device: str) -> dict[str, Any]:
             '"optimizer.params.torch_adam" is false but the CUDA compiler nvcc, which builds FusedAdam, was not found: '
             "remove the key to use PyTorch's fused AdamW, or set CUDA_HOME"
         )
-    return params
 
 
 def _implementation(kind: str) -> type[torch.optim.Optimizer]:

@@ -15,7 +15,7 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import PatchDropout
-from torch import Tensor
+from torch import Tensor, nn
 
 from megacid.errors import UserError, one_line
 from megacid.models.clip import StudentSpec, check_weights, tokenizer_for
@@ -29,11 +29,14 @@ def check_towers(
     grad_checkpointing: bool = False,
     freeze: Sequence[str] = (),
     trained: Iterable[str] = TOWERS,
-) -> None:
+) -> nn.Module:
     """Check that a student can be built, that it takes its inputs, and that both towers give the width embed_dim.
 
     Args:
         freeze, trained: as for `frozen_parameters`.
+
+    Returns:
+        The open_clip model on the meta device, in which a frozen parameter requires no gradient.
 
     Raises:
         UserError: with the remedy.
@@ -55,6 +58,10 @@ def check_towers(
                 f"{width}: {remedy}use a teacher of width {other}"
             )
     _check_tokens(spec.model, clip, tokenizer_for(spec)(["a"]))
+    for name, p in clip.named_parameters():
+        if name in frozen:
+            p.requires_grad_(False)
+    return clip
 
 
 def _is_hf(clip: Any) -> bool:

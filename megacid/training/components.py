@@ -30,7 +30,7 @@ from megacid.data.loader import PairStream
 from megacid.data.pairs import PairOptions, UsableRows
 from megacid.data.side_tables import KeepTable, LabelTable
 from megacid.distributed.consensus import agree, fail_together
-from megacid.distributed.optimizers import check_host
+from megacid.distributed.optimizers import check_groups, check_host
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
@@ -40,7 +40,7 @@ from megacid.models.feature_tower import FeatureTower
 from megacid.storage.metadata import read_meta, size_field
 from megacid.training.evaluation import Evaluation, open_benchmarks
 from megacid.training.run_settings import check_same_settings
-from megacid.training.schedule import peak_rates
+from megacid.training.schedule import groups_of_run, peak_rates
 
 if TYPE_CHECKING:
     from megacid.models.clip import StudentSpec
@@ -229,7 +229,10 @@ def check_views(run: RunFile) -> None:
 
 
 def check_student(run: RunFile) -> None:
-    """Raise UserError unless the student can be built with the teacher's width. Reads no data and builds no weights."""
+    """Raise UserError unless the student can be built with the teacher's width, and has what the optimizer is for.
+
+    Reads no data and builds no weights.
+    """
     config = run.megacid.student
     if run.megacid.data.features is not None:
         return
@@ -239,12 +242,13 @@ def check_student(run: RunFile) -> None:
     # Where a student needs it, because importing open_clip takes seconds.
     from megacid.models.towers import check_towers
 
-    check_towers(
+    clip = check_towers(
         _student_spec(run, teacher_dims),
         grad_checkpointing=config.grad_checkpointing,
         freeze=config.freeze,
         trained=trained_outputs(run.megacid.loss),
     )
+    check_groups(run.deepspeed["optimizer"], groups_of_run(run, clip))
 
 
 def trained_outputs(loss: LossConfig) -> set[str]:
@@ -272,9 +276,15 @@ def _student_spec(run: RunFile, teacher_dims: tuple[int, ...]) -> StudentSpec:
             whose = f"sum of the widths of the teachers in {', '.join(widths)}"
         raise UserError(f'"megacid.student.embed_dim" is {width}, expected {total}, the {whose}: write null or {total}')
     return StudentSpec(
-        config.model, width, config.image_size, config.context_length, config.pretrained, config.projection,
-        config.patch_dropout, run.megacid.loss.form == "sigmoid",
-    )  # fmt: skip
+        config.model,
+        width,
+        config.image_size,
+        config.context_length,
+        config.pretrained,
+        projection=config.projection,
+        patch_dropout=config.patch_dropout,
+        sigmoid=run.megacid.loss.form == "sigmoid",
+    )
 
 
 def make_student(run: RunFile, data: Data) -> Student | FeatureTower:

@@ -47,7 +47,7 @@ def test_the_parameters_of_the_run_file_reach_apex_and_its_own_clipping_is_off(
     apex_stand_in.install(monkeypatch)
     params = {"lr": 1e-2, "use_nvlamb": True, "grad_averaging": grad_averaging}
     p = torch.nn.Parameter(torch.ones(2, 3))
-    optimizer = make_optimizer({"optimizer": {"type": "apex_fused_lamb", "params": params}}, [{"params": [p]}], "cpu")
+    optimizer = make_optimizer({"optimizer": {"type": "apex_fused_lamb", "params": params}}, [{"params": [p]}])
     assert isinstance(optimizer, apex_stand_in.FusedLAMB) and optimizer.use_nvlamb
     p.grad = torch.full_like(p, 1e6)
     optimizer.step()

@@ -9,22 +9,24 @@ import pytest
 import torch.utils.cpp_extension
 import toy
 
-from megacid.distributed.optimizers import adamw_params
+from megacid.distributed.optimizers import adamw_params, check_host
 from megacid.errors import UserError
 
 
 def test_a_gpu_host_without_nvcc_gets_pytorchs_fused_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
     params = {"lr": 1e-3, "betas": [0.9, 0.98]}
-    assert adamw_params(params, "cuda") == {**params, "torch_adam": True, "fused": True}
+    assert adamw_params(params) == {**params, "torch_adam": True, "fused": True}
     assert params == {"lr": 1e-3, "betas": [0.9, 0.98]}
-    assert adamw_params(params, "cpu") == {**params, "torch_adam": True, "fused": True}
+    for device in ("cuda", "cpu"):
+        check_host({"type": "AdamW", "params": params}, device)
 
 
 def test_deepspeeds_fused_adam_is_used_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", "/usr/local/cuda")
     asked = {"lr": 1e-3, "torch_adam": False}
-    assert adamw_params(asked, "cuda") == asked
+    assert adamw_params(asked) == asked
+    check_host({"type": "AdamW", "params": asked}, "cuda")
 
 
 @pytest.mark.parametrize(
@@ -35,7 +37,7 @@ def test_fused_adam_that_cannot_be_built_is_one_line(
 ) -> None:
     monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
     with pytest.raises(UserError, match=f'"optimizer.params.torch_adam" is false.*{message}.*remove'):
-        adamw_params({"lr": 1e-3, "torch_adam": False}, device)
+        check_host({"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": False}}, device)
 
 
 @pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))])

@@ -22,6 +22,7 @@ from megacid.config.load import load_run
 from megacid.config.optimizers import OPTIMIZERS
 from megacid.distributed.optimizers import check_host, make_optimizer
 from megacid.errors import UserError
+from megacid.training.components import check_student
 from megacid.training.memory import student_sizes
 from megacid.training.schedule import hidden_matrices, parameter_groups
 
@@ -146,7 +147,7 @@ def test_updates_are_those_of_the_formula_in_fp64(kind: str) -> None:
     module = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(24, 16)]), "head": nn.Linear(16, 8)})
     groups = parameter_groups(module, 0.1, muon=kind == "Muon")
     config = {"optimizer": {"type": kind, "params": {"lr": 1e-2, "betas": [0.9, 0.95], "weight_decay": 0.1}}}
-    optimizer = make_optimizer(config, groups, "cpu") or torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
+    optimizer = make_optimizer(config, groups) or torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
     want = {name: p.detach().double() for name, p in module.named_parameters()}
     states: dict[str, dict[str, Tensor]] = {name: {} for name in want}
     for step in (1, 2, 3):
@@ -183,7 +184,17 @@ def test_muon_without_a_matrix_in_a_block_is_refused() -> None:
     groups = parameter_groups(nn.Linear(3, 4), 0.1, muon=True)
     config = {"optimizer": {"type": "Muon", "params": {"lr": 1e-3}}}
     with pytest.raises(UserError, match='is "Muon", but no block of a tower has a matrix that is trained'):
-        make_optimizer(config, groups, "cpu")
+        make_optimizer(config, groups)
+
+
+def test_muon_for_a_student_with_frozen_blocks_is_refused_before_data(tmp_path: Path) -> None:
+    settings = ["zero_optimization.stage=0", "loss.instance=0", "loss.mse=0", "loss.beta=0", "loss.gamma=0",
+                "data.teacher=null", 'student.freeze=["*resblocks*"]']  # fmt: skip
+    file = run_file(tmp_path)
+    check_student(load_run(file, [*settings, "optimizer.type=AdamW"], world=1))
+    with pytest.raises(UserError, match='is "Muon", but no block of a tower has a matrix that is trained'):
+        check_student(load_run(file, [*settings, "optimizer.type=Muon"], world=1))
+    check_student(load_run(file, [*settings[:-1], "optimizer.type=Muon"], world=1))
 
 
 def test_the_estimated_memory_of_the_optimizer_follows_its_moments(tmp_path: Path) -> None:

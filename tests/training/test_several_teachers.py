@@ -118,8 +118,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "not a path": (['data.teacher=["a",3]'], r'data\.teacher" is \["a", 3\], expected a path, or a list of paths'),
     "a variable": (['data.teacher=["a","$B"]'], "expected a path, and variables are not expanded"),
     "a temperature of 0": (
-        ["loss.affinity_temperature=[0.1,0]"], r"is \[0.1, 0\], expected a number >= 0.001, or a list",
+        ["loss.affinity_temperature=[0.1,0]"],
+        r"is \[0.1, 0\], expected a number >= 0.001, or a list of one for each of several teachers: raise it",
     ),
+    "no temperature": (["loss.affinity_temperature=[]"], r"is \[\], expected a number >= 0.001, .* teachers$"),
+    "not a temperature": (["loss.affinity_temperature=true"], r"is true, expected a number >= 0.001, .* teachers$"),
 }  # fmt: skip
 
 
@@ -134,9 +137,12 @@ def test_teachers_that_do_not_fit_are_refused_before_data_are_read(
     assert "\n" not in str(error.value)
 
 
-def test_a_list_of_one_teacher_is_that_teacher(pipeline: Pipeline) -> None:
-    (one, alone) = (
-        load_run(pipeline.run_file("one", data__teacher=teacher), world=1).resolved()
-        for teacher in ([str(pipeline.teacher)], str(pipeline.teacher))
+def test_a_list_of_one_teacher_and_of_one_temperature_is_that_one(pipeline: Pipeline) -> None:
+    changes: dict[str, Any] = {"loss__affinity": 1.0, "loss__temperature": 0.5}
+    one, alone = (
+        load_run(
+            pipeline.run_file("one", data__teacher=teacher, loss__affinity_temperature=temperature, **changes), world=1
+        ).resolved()
+        for teacher, temperature in (([str(pipeline.teacher)], [0.02]), (str(pipeline.teacher), 0.02))
     )
     assert one == alone
