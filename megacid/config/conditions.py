@@ -51,11 +51,13 @@ TeacherTerm = Needs(
     "a term that reads it (loss.instance, loss.mse, loss.affinity, or loss.cluster with beta or gamma)",
     lambda block: terms_with_teacher(block.loss),
 )
-ContrastiveTerm = Needs(
+SimilarityTerm = Needs(
     "loss.contrastive or loss.instance or loss.affinity > 0",
     lambda block: block.loss.contrastive or block.loss.instance or block.loss.affinity,
 )
-PairTerm = Needs("loss.contrastive or loss.instance > 0", lambda block: block.loss.contrastive or block.loss.instance)
+ContrastiveTerm = Needs(
+    "loss.contrastive or loss.instance > 0", lambda block: block.loss.contrastive or block.loss.instance
+)
 AffinityTerm = Needs("loss.affinity > 0", lambda block: block.loss.affinity)
 ClusterTerm = Needs("loss.cluster > 0", lambda block: block.loss.cluster)
 KL = Needs("loss.gamma > 0", lambda block: block.loss.gamma)

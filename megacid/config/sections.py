@@ -181,10 +181,10 @@ class LossConfig(Section):
     """Inside cluster: weight of KL(teacher || student). [assumed]"""
     cluster_temperature: Annotated[float, Field(gt=0), when.ClusterTerm, when.KL] = 1.0
     """Inside cluster: temperature of the KL. [assumed]"""
-    form: Annotated[Literal["softmax", "sigmoid"], when.PairTerm] = "softmax"
+    form: Annotated[Literal["softmax", "sigmoid"], when.ContrastiveTerm] = "softmax"
     """Form of contrastive and instance: CLIP's softmax over the batch, or SigLIP's sigmoid of each pair, with a learned
     logit bias."""
-    temperature: Annotated[Annotated[float, Field(ge=0.01)] | None, when.ContrastiveTerm] = None
+    temperature: Annotated[Annotated[float, Field(ge=0.01)] | None, when.SimilarityTerm] = None
     """Fixed temperature of the student's similarities; null: learned, 1/temperature <= 100."""
     affinity_temperature: Annotated[OneOrSeveralTemperatures, when.AffinityTerm] = 0.01
     """Inside affinity: temperature of the teacher's similarities, which OpenCLIP's models learn down to 0.01; a list

@@ -63,6 +63,7 @@ def load_weights(clip: Any, spec: StudentSpec, projections: Callable[[], set[str
             open_clip.load_checkpoint(clip, _file(spec))
     except Exception as error:  # a file that is no checkpoint can raise nearly any exception
         reason = f"{one_line(error)}; check that the file is complete and of this architecture and embedding width"
+        # open_clip.factory.load_checkpoint reads model.logit_bias.ndim where the file has a bias.
         if isinstance(error, AttributeError) and error.name == "ndim" and clip.logit_bias is None:
             reason = (
                 'they have a logit bias, which the model lacks: set "loss.form" to "sigmoid", or "student.model" to '

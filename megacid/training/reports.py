@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from megacid.classifier.health import health, health_warnings, hit_histogram
-from megacid.config.conditions import ContrastiveTerm
+from megacid.config.conditions import SimilarityTerm
 from megacid.config.schema import RunFile
 from megacid.training.components import Data
 from megacid.training.guard import Verdict
@@ -48,7 +48,7 @@ def _observed(run: RunFile, data: Data, observed: Observed) -> dict[str, float]:
         scalars["train/cosine_image"] = observed.cosine_image
         if data.teacher_has_text:
             scalars["train/cosine_text"] = observed.cosine_text
-    if ContrastiveTerm.holds(block) and block.loss.temperature is None:
+    if SimilarityTerm.holds(block) and block.loss.temperature is None:
         scalars["train/logit_scale"] = observed.logit_scale
     if block.loss.form == "sigmoid":
         scalars["train/logit_bias"] = observed.logit_bias

@@ -100,7 +100,8 @@ class Trackers:
 def close_after_error(within_s: float = 5.0) -> None:
     """Close the trackers that an error has left open, as those of a failed run; give up after `within_s`.
 
-    It is called when the error has been printed, since an upload may take as long as the network is away.
+    An upload may take as long as the network is away. So the message of an error is printed before; the traceback of an
+    unexpected exception follows, at most `within_s` later.
     """
 
     def close() -> None:
