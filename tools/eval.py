@@ -68,7 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--ema", action="store_true", help="evaluate the moving average of the weights (student.ema_decay), for --run"
     )
     data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--dataset-root", type=Path, help="directory with classnames.txt, train/, test/")
+    data.add_argument("--dataset-root", type=Path, help="evaluation set in CLIP_benchmark's layout")
     data.add_argument(
         "--suite", help=f"many sets: all in this directory, or those of {', '.join(SUITES)} that are in --data"
     )

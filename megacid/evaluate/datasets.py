@@ -16,6 +16,7 @@ import io
 import json
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,7 @@ class Benchmark:
 
     def split(self, name: str, transform: Transform) -> "Split":
         """The samples of `root/name`. Raises UserError if it is missing, incomplete or in another layout."""
-        kind = MultiLabelSplit if self.multilabel else Split
+        kind = MultiLabelSplit if self.multilabel else ClassSplit
         return kind(self.open(name), transform, self.num_classes)
 
     def open(self, name: str) -> ShardIndex:
@@ -70,14 +71,13 @@ class Benchmark:
         return hashlib.sha256(json.dumps([self.classnames, self.templates, splits]).encode()).hexdigest()
 
 
-class Split(Dataset[Sample]):
-    """Item i: (image uint8 [3, H, W], class id). A bad sample raises UserError: a score must cover all samples."""
+class Split(Dataset[Sample], ABC):
+    """Item i: (image uint8 [3, H, W], label). A bad sample raises UserError: a score must cover all samples."""
 
-    def __init__(self, index: ShardIndex, transform: Transform, num_classes: int) -> None:
+    def __init__(self, index: ShardIndex, transform: Transform) -> None:
         self.index = index
         self.reader = ShardReader(index)
         self.transform = transform
-        self.num_classes = num_classes
         self.starts = torch.from_numpy(index.starts)
         self.no_label = torch.empty(0, dtype=torch.int64)  # what `batches` gives for no image
 
@@ -102,18 +102,9 @@ class Split(Dataset[Sample]):
         except BadSample as error:
             raise UserError(f"{where} cannot be evaluated ({error.reason}): repair or replace the tar") from error
 
+    @abstractmethod
     def label(self, shard: int, row: int, where: str) -> int | torch.Tensor:
-        """The class id of a sample; `where` names it in errors."""
-        text = self.reader.read(shard, row, "cls")
-        label = _integer(decode_text(text, "replace"))
-        if label is None:
-            raise UserError(f"{where}: class is {text[:20]!r}, expected a class id such as 3 in the .cls member")
-        if label >= self.num_classes:
-            raise UserError(
-                f"{where}: class id is {label}, expected 0 to {self.num_classes - 1} as classnames.txt names "
-                f"{self.num_classes} classes: use files of the same set"
-            )
-        return label
+        """The label of a sample; `where` names it in errors."""
 
     def batches(
         self, batch_size: int, *, workers: int = 0, rows: range | None = None
@@ -135,7 +126,27 @@ class Split(Dataset[Sample]):
             raise UserError(str(lost).replace("data.workers", "--workers")) from None
 
 
-class MultiLabelSplit(Split):
+class ClassSplit(Split):
+    """Item i: (image uint8 [3, H, W], class id)."""
+
+    def __init__(self, index: ShardIndex, transform: Transform, num_classes: int) -> None:
+        super().__init__(index, transform)
+        self.num_classes = num_classes
+
+    def label(self, shard: int, row: int, where: str) -> int | torch.Tensor:
+        text = self.reader.read(shard, row, "cls")
+        label = _integer(decode_text(text, "replace"))
+        if label is None:
+            raise UserError(f"{where}: class is {text[:20]!r}, expected a class id such as 3 in the .cls member")
+        if label >= self.num_classes:
+            raise UserError(
+                f"{where}: class id is {label}, expected 0 to {self.num_classes - 1} as classnames.txt names "
+                f"{self.num_classes} classes: use files of the same set"
+            )
+        return label
+
+
+class MultiLabelSplit(ClassSplit):
     """Item i: (image uint8 [3, H, W], labels int64 [C], 0 or 1)."""
 
     def __init__(self, index: ShardIndex, transform: Transform, num_classes: int) -> None:

@@ -8,12 +8,14 @@ Shapes: N images, M captions, D embedding, B rows of a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from megacid.data.decode import BadSample
 from megacid.data.index import ShardIndex
+from megacid.distributed.stopping import Progress
 from megacid.errors import UserError
 from megacid.evaluate.datasets import Split, open_split
 from megacid.evaluate.execution import DEFAULT, Execution, image_features
@@ -27,7 +29,7 @@ class CaptionedSplit(Split):
     """Item i: (image uint8 [3, H, W], i), with the captions of all images in `captions`."""
 
     def __init__(self, index: ShardIndex, transform: Transform) -> None:
-        super().__init__(index, transform, index.num_samples)
+        super().__init__(index, transform)
         self.captions = [
             self._captions(shard, row) for shard, size in enumerate(index.sizes) for row in range(int(size))
         ]
@@ -56,14 +58,9 @@ def retrieval(clip: LoadedClip, root: Path, how: Execution = DEFAULT) -> dict[st
     split = how.opened(lambda: load_retrieval(root, clip.preprocess_eval))
     with how.progress(f"retrieval {root.name}", len(split)) as progress:
         image_ND, _ = image_features(clip, split, how, progress)
-    captions = [caption for of_image in split.captions for caption in of_image]
+        captions = [caption for of_image in split.captions for caption in of_image]
+        text_MD = caption_features(clip, captions, how, progress)
     image_M = torch.tensor([image for image, of_image in enumerate(split.captions) for _ in of_image])
-    text_MD = torch.cat(
-        [
-            clip.encode_text(clip.tokenizer(captions[start : start + how.batch_size]))
-            for start in range(0, len(captions), how.batch_size)
-        ]
-    )
     image_M = image_M.to(image_ND.device)
     rank_M = first_ranks(text_MD, image_ND, torch.arange(len(split), device=image_M.device), image_M)
     rank_N = first_ranks(image_ND, text_MD, image_M, torch.arange(len(split), device=image_M.device))
@@ -74,20 +71,33 @@ def retrieval(clip: LoadedClip, root: Path, how: Execution = DEFAULT) -> dict[st
     }
 
 
+def caption_features(clip: LoadedClip, captions: list[str], how: Execution, progress: Progress) -> torch.Tensor:
+    """Features [M, D] fp32 on the model's device of all captions, of which each rank encodes a slice. A collective."""
+
+    def batches() -> Iterator[torch.Tensor]:
+        own = how.own(len(captions))
+        for start in own[:: how.batch_size]:
+            yield clip.encode_text(clip.tokenizer(captions[start : min(start + how.batch_size, own.stop)]))
+            progress(0)
+
+    empty = torch.empty(0, clip.embed_dim, device=clip.device)
+    return how.gather(torch.cat([empty, *how.together(batches(), len(captions), how.batch_size)]))
+
+
 def first_ranks(
-    query_AD: torch.Tensor, item_BD: torch.Tensor, group_B: torch.Tensor, wanted_A: torch.Tensor
+    query_AD: torch.Tensor, item_BD: torch.Tensor, group_B: torch.Tensor, target_A: torch.Tensor
 ) -> torch.Tensor:
-    """int64 [A]: how many items of other groups score as high as the best one of the wanted group, or higher.
+    """int64 [A]: how many items of other groups score as high as the best one of the target group, or higher.
 
     Args:
         query_AD, item_BD: normalised embeddings.
         group_B: int64, group of each item.
-        wanted_A: int64, the group that each query looks for.
+        target_A: int64, the group that each query looks for.
     """
     ranks = []
     for start in range(0, len(query_AD), rows := max(1, CHUNK_SCORES // max(1, len(item_BD)))):
         score = query_AD[start : start + rows] @ item_BD.T
-        own = group_B[None, :] == wanted_A[start : start + rows, None]
+        own = group_B[None, :] == target_A[start : start + rows, None]
         best = score.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
         ranks.append((~(score < best) & ~own).sum(dim=1))  # NaN counts as higher
     return torch.cat(ranks)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from benchmark_data import CAPTIONS, write_retrieval_set
+from harness import run_ranks
 from offline_data import run, save_model
 
 import megacid.evaluate.retrieval as module
@@ -53,6 +54,27 @@ def test_recalls_are_those_of_a_sort_of_all_scores(
     assert 0 < whole["image_retrieval_recall@5"] < 1 and whole["image_retrieval_recall@10"] == 1
     monkeypatch.setattr(module, "CHUNK_SCORES", 8)
     assert retrieval(clip, root, QUIET) == whole
+
+
+def encoded(clip: LoadedClip, root: Path) -> tuple[dict[str, float], int]:
+    """The recalls, and the number of captions that this rank has encoded."""
+    own = 0
+    encode = LoadedClip.encode_text
+
+    def counted(clip: LoadedClip, tokens: torch.Tensor) -> torch.Tensor:
+        nonlocal own
+        own += len(tokens)
+        return encode(clip, tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoadedClip, "encode_text", counted)
+        return retrieval(clip, root, QUIET), own
+
+
+def test_ranks_share_the_captions_and_have_the_recalls_of_a_single_one(clip: LoadedClip, root: Path) -> None:
+    (whole, captions), parts = encoded(clip, root), run_ranks(encoded, 2, clip, root)
+    assert [recalls for recalls, _ in parts] == [whole, whole]
+    assert sum(own for _, own in parts) == captions and min(own for _, own in parts) > 0
 
 
 def test_equal_scores_and_nan_are_no_hits() -> None:
