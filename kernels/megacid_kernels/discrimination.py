@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from megacid_kernels.checks import check_constants, check_inputs, check_label_values
-from megacid_kernels.engines.dispatch import engine_for, resolve
+from megacid_kernels.engines.dispatch import check_precision, engine_for, resolve
 from megacid_kernels.engines.interface import EngineInputs
 from megacid_kernels.loss_spec import LossSpec
-from megacid_kernels.plan import plan_chunks, plan_slabs
+from megacid_kernels.plan import Sizes, make_plan, with_available_memory
+from megacid_kernels.precision import fp32_products
 from megacid_kernels.rows import scaled
 from megacid_kernels.schedule import Batch, Discrimination, Gradients, LossComputation, OnGradientSlab, OnGradX
 
@@ -119,19 +120,20 @@ def discrimination_with_gradients(
     check_inputs(x, w, target, spec, rows, teacher, bias, gather)
     wide = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
     chosen = resolve(spec.impl, x.device, wide)
-    if chosen == "torch" and spec.precision not in ("auto", "fp32"):
-        raise ValueError(f"precision is {spec.precision!r} with impl 'torch', expected 'auto' or 'fp32'")
+    check_precision(spec.precision, chosen, x.device)
     gradients, device = need_x or need_w, x.device.type
-    stored = gradients and spec.weight_grad != "recomputed"
     target_Gl = target[:, None] if target.ndim == 1 else target
-    with torch.no_grad(), torch.autocast(device, enabled=False):
-        inputs = EngineInputs(w, rows if gather else None, bias, spec, stored, overwrite_w and not gather)
+    sizes = Sizes(
+        len(x), len(rows) if gather and rows is not None else len(w), x.shape[1], target_Gl.shape[1], wide.itemsize,
+        gather=gather and rows is not None, converts=w.dtype != torch.float32,
+    )  # fmt: skip
+    spec = with_available_memory(spec, x.device, spec.max_rows or sizes.rows, sizes.width)
+    plan = make_plan(spec, sizes, chosen, device, gradients)
+    with torch.no_grad(), torch.autocast(device, enabled=False), fp32_products("ieee"):
+        inputs = EngineInputs(
+            w, rows if gather else None, bias, spec, plan.kind == "stored", overwrite_w and not gather
+        )
         engine = engine_for(chosen, inputs, wide)
-        if stored:
-            needs = engine.chunk_needs(labels=target_Gl.shape[1])
-            plan = plan_chunks(spec, len(x), engine.num_rows, x.shape[1], needs, device)
-        else:
-            plan = plan_slabs(spec, engine.num_rows, engine.slab_needs(len(x), gradients), gradients, device)
         batch = Batch(engine, spec, x.to(wide), target_Gl, rows, None if teacher is None else teacher.to(wide))
         computation = LossComputation(engine, spec, plan, batch)
         grads = computation.compute(need_x, need_w, on_grad_x, on_grad_slab if need_w else None)

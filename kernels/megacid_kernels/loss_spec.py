@@ -12,6 +12,8 @@ from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 DEFAULT_BUDGET_BYTES = 1 << 30
+ENOUGH_SAMPLES = 4096  # longer chunks make no product faster
+DEVICE_BYTES = 79 << 30  # of a GPU of 80 GB, what its driver reports
 MAX_LOG_SUM = 80.0  # e^80 and its products with the other factors stay finite in float32
 _MIN_CPU_BUDGET_BYTES = 1 << 26
 _MAX_SHIFT = 80.0  # exp(z - shift) of negatives with cosines near 0 is still representable in float32
@@ -93,13 +95,16 @@ class LossSpec:
         reduction: "mean" or "sum" over the labelled samples.
         group: ranks over which the classes are sharded; None: the default group, or a single process.
         impl: "auto", "torch" or "triton"; see `resolve`.
-        weight_grad: "stored" (which "auto" means) keeps the gradient [S, D] of w: 6 G S D FLOP. "recomputed" computes
-            it slab by slab with the least memory: 8 G S D FLOP.
+        weight_grad: "stored" computes the gradient [S, D] of w in chunks of samples: 6 G S D FLOP. "recomputed"
+            computes it slab by slab with the least memory: 8 G S D FLOP. "auto" is the faster one in Triton, by the
+            rule of `plan.make_plan`, and "stored" in PyTorch.
         precision: of the matrix products in Triton. "fp16" (which "auto" means) rounds unit rows to fp16 for the
             cosines and the factors of the gradient products to bf16; "bf16" rounds both to bf16 and keeps one copy of
             the rows; "fp32" rounds nothing. PyTorch accepts "auto" and "fp32" and never rounds below fp32.
         memory_budget_bytes: bound on the matrices of exponentials, with weight_grad "recomputed" on all of a slab;
-            None: 1 GiB, on a CPU 64 MiB or half of the gradient of w if that is larger.
+            None: for slabs 1 GiB (on a CPU 64 MiB), for chunks `chunk_budget`.
+        available_bytes: memory of the GPU besides the class rows and their moments, which the default budget follows;
+            the least of all ranks, which must make equal chunks. None: of this GPU in whole GiB, for `max_rows` rows.
 
     Raises:
         ValueError: a value is out of range, or scale / temperature + ln(num_classes) > 160.
@@ -120,6 +125,7 @@ class LossSpec:
     precision: str = "auto"
     memory_budget_bytes: int | None = None
     labels_loss: Literal["mlcd", "mean"] = "mlcd"
+    available_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -179,13 +185,12 @@ class LossSpec:
         return self.distributions("student") + soft_teacher
 
     def budget_bytes(self, device: str) -> int:
-        """`memory_budget_bytes` or its default; `samples_per_chunk` may use more on a CPU."""
+        """`memory_budget_bytes` or its default for slabs."""
         return self.memory_budget_bytes or (_MIN_CPU_BUDGET_BYTES if device == "cpu" else DEFAULT_BUDGET_BYTES)
 
-    def samples_per_chunk(self, batch: int, rows: int, width: int, labels: int, itemsize: int, device: str) -> int:
-        """Chunk length for which the live [chunk, rows] matrices fit the budget.
+    def bytes_per_sample(self, rows: int, width: int, labels: int, itemsize: int, device: str) -> float:
+        """Bytes of a chunk per sample: of the live matrices, and off a CPU of the labels' rows.
 
-        It follows from the widest shard (`max_rows`), because every rank must make as many all-reduces, one per chunk.
         labels: labels per sample whose rows [width] are copied; itemsize: bytes of an exponential.
         """
         rows = max(1, self.max_rows or rows)
@@ -193,13 +198,37 @@ class LossSpec:
         if self.filter_threshold is not None:
             matrices += 1 / itemsize + (not self.distributions("student"))
         per_sample = rows * max(1.0, matrices)
-        budget = self.memory_budget_bytes or DEFAULT_BUDGET_BYTES
-        if self.memory_budget_bytes is None and device == "cpu":
-            # On a CPU a product of fewer samples is as fast, so use no more than half of the gradient's size.
-            budget = min(budget, max(_MIN_CPU_BUDGET_BYTES, rows * width * itemsize // 2))
-        else:
+        if self.memory_budget_bytes is not None or device != "cpu":
             per_sample += 4 * labels * width
-        return equal_chunk_size(batch, max(1, min(batch, int(budget / (per_sample * itemsize)))))
+        return per_sample * itemsize
+
+    def chunk_budget(self, batch: int, rows: int, width: int, labels: int, itemsize: int, device: str) -> int:
+        """`memory_budget_bytes`, or its default for chunks of samples.
+
+        On a CPU, where a product of fewer samples is as fast: half of the gradient's size, at least 64 MiB and at most
+        1 GiB. On a GPU: the size of the gradient or of a chunk of min(batch, 4096) samples, whichever is larger, at
+        most half of the available memory that the gradient and the unit rows leave, and at least 1 GiB.
+        """
+        if self.memory_budget_bytes is not None:
+            return self.memory_budget_bytes
+        rows = max(1, self.max_rows or rows)
+        if device == "cpu":
+            return min(DEFAULT_BUDGET_BYTES, max(_MIN_CPU_BUDGET_BYTES, rows * width * itemsize // 2))
+        available = DEVICE_BYTES - 12 * rows * width if self.available_bytes is None else self.available_bytes
+        free = (available - 8 * rows * width) // 2
+        per_sample = self.bytes_per_sample(rows, width, labels, itemsize, device)
+        enough = math.ceil(min(batch, ENOUGH_SAMPLES) * per_sample)
+        return max(DEFAULT_BUDGET_BYTES, min(free, max(4 * rows * width, enough)))
+
+    def samples_per_chunk(self, batch: int, rows: int, width: int, labels: int, itemsize: int, device: str) -> int:
+        """Chunk length for which the live [chunk, rows] matrices fit the budget.
+
+        It follows from the widest shard (`max_rows`), because every rank must make as many all-reduces, one per chunk.
+        The arguments are those of `bytes_per_sample`.
+        """
+        budget = self.chunk_budget(batch, rows, width, labels, itemsize, device)
+        per_sample = self.bytes_per_sample(rows, width, labels, itemsize, device)
+        return equal_chunk_size(batch, max(1, min(batch, int(budget / per_sample))))
 
 
 def check_scale(scale: object) -> None:

@@ -36,6 +36,7 @@ from megacid_kernels.engines.interface import ClassBlock, Engine, NegativeStatis
 from megacid_kernels.epilogue import Coefficients
 from megacid_kernels.loss_spec import Distribution, LossSpec
 from megacid_kernels.plan import Plan
+from megacid_kernels.precision import fp32_products
 from megacid_kernels.row_statistics import RowStatistics
 from megacid_kernels.targets import Labels, Target, drop_repeated_labels, locate
 
@@ -307,9 +308,10 @@ class LossComputation:
         chunk = self._chunk
         if chunk is None:
             raise ValueError(f"weight_grad is {self.spec.weight_grad!r}, expected 'recomputed', and a needed gradient")
-        for start, stop in self.plan.slabs:
-            block = self._recomputed(chunk, start, stop)
-            take(start, stop, block.norm_backward_(chunk.add_gradient_of_w(None, block, start, stop)))
+        with fp32_products("ieee"):
+            for start, stop in self.plan.slabs:
+                block = self._recomputed(chunk, start, stop)
+                take(start, stop, block.norm_backward_(chunk.add_gradient_of_w(None, block, start, stop)))
 
     def _store_results(self, chunk: SampleChunk, part: slice) -> None:
         assert chunk.raw is not None

@@ -39,9 +39,12 @@ from megacid.distributed.collectives import (
     start_reduce_scatter_rows,
     world_size,
 )
+from megacid.distributed.consensus import gather_json
 from megacid.errors import UserError
 from megacid_kernels import Discrimination, LossSpec, Weights, discrimination_with_gradients, resolve
+from megacid_kernels.engines.dispatch import check_precision
 from megacid_kernels.margin import Margin
+from megacid_kernels.plan import with_available_memory
 
 
 class _Step(NamedTuple):
@@ -100,7 +103,8 @@ class PartialFC(ClassRows):
             computes its slabs for the norm and the optimizer computes them again, because no row may change before the
             guard's decision. A step takes 12 instead of 6 G S D FLOP, and one backward per step is allowed.
         precision: of Triton's products: "fp16" (the default of "auto"), "bf16", "fp32"; see `megacid_kernels.LossSpec`.
-        memory_budget_bytes: of the [chunk, S] matrices; None is 1 GiB, on a CPU 64 MiB or half of the row gradient.
+        memory_budget_bytes: of the [chunk, S] matrices; None: it follows the sizes of the gradient and of the group's
+            smallest GPU, see `LossSpec.chunk_budget`.
         labels_loss: of several labels per sample, "mlcd" or "mean"; see `megacid_kernels.LossSpec`.
         device: of the weight; None is the default device.
 
@@ -151,13 +155,14 @@ class PartialFC(ClassRows):
                 class_start=self.class_start, reduction=reduction, group=group, impl=impl, weight_grad=weight_grad,
                 precision=precision, memory_budget_bytes=memory_budget_bytes, labels_loss=labels_loss,
             )  # fmt: skip
-            _ = self.fused
+            check_precision(precision, "triton" if self.fused else "torch", self.weight.device)
         self._exchange = LabelExchange(num_classes, group)
         # What must be the same on every rank, besides the input.
         self._settings: dict[str, object] = {
             "num_classes": num_classes, "embed_dim": embed_dim, **rates, "log_q": log_q, "scale": scale,
             "margin": self._spec.margin, "margin_grad": margin_grad, "filter_threshold": filter_threshold,
             "reduction": reduction, "grad_reduction": grad_reduction, "labels_loss": labels_loss,
+            "weight_grad": weight_grad, "precision": precision, "memory_budget_bytes": memory_budget_bytes,
             "seed": seed if min(rates.values()) < 1 else None,
         }  # fmt: skip
         self.step = 0
@@ -240,6 +245,7 @@ class PartialFC(ClassRows):
         if self.training and self.feature_rate < 1:
             dims = sample_dims(self.embed_dim, self.feature_rate, seed=self.seed, step=self.step, device=x.device)
             x = x.index_select(1, dims)
+        self._agree_on_memory()
         with misuse.user_error():
             spec = replace(self._spec, weights=weights, max_rows=labels.max_rows)
         local = not isinstance(emb, Gathered)
@@ -260,6 +266,13 @@ class PartialFC(ClassRows):
         out = Discrimination(*PartialFCFunction.apply(x, anchor, compute, accumulate, factor))
         self._last = (Discrimination(*(part.detach() for part in out)), labels)
         return out
+
+    def _agree_on_memory(self) -> None:
+        """The default budget follows the smallest GPU of all ranks, because they must make equal chunks. A collective,
+        once and only on GPUs."""
+        spec = with_available_memory(self._spec, self.weight.device, self.num_local, self.embed_dim)
+        if spec is not self._spec:
+            self._spec = replace(spec, available_bytes=min(gather_json(spec.available_bytes, self.group)))
 
     # Like torch.compiler.disable, but imports torch._dynamo, which takes seconds, at the first call.
     _discriminate_untraced = torch._disable_dynamo(_discriminate)

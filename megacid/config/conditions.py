@@ -67,6 +67,7 @@ AngularMargin = Needs(
     "classifier.m1 > 1 or classifier.m2 > 0", lambda block: block.classifier.m1 > 1 or block.classifier.m2
 )
 Sampling = Needs("classifier.sample_rate < 1", lambda block: block.classifier.sample_rate < 1)
+TritonKernels = Needs('a classifier.impl other than "torch"', lambda block: block.classifier.impl != "torch")
 AdamW = Needs('classifier.optimizer "adamw"', lambda block: block.classifier.optimizer == "adamw")
 SGD = Needs('classifier.optimizer "sgd"', lambda block: block.classifier.optimizer == "sgd")
 Decay = Needs('schedule.kind "cosine" or "wsd"', lambda block: block.schedule.kind != "constant")

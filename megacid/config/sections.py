@@ -228,8 +228,16 @@ class ClassifierConfig(Section):
     """Weight sampled negatives by 1 / their probability, which makes the softmax denominator unbiased."""
     labels_loss: Annotated[Literal["mlcd", "mean"], when.SeveralLabels] = "mlcd"
     """Loss of several labels per sample: MLCD's, or the mean of their softmax losses with the others as negatives."""
-    weight_grad: Literal["stored", "recomputed"] = "stored"
-    """Gradient of the class rows: stored, or recomputed in slabs (less memory, twice the arithmetic)."""
+    weight_grad: Literal["stored", "recomputed", "auto"] = "stored"
+    """Gradient of the class rows: stored, or recomputed in slabs (less memory, twice the arithmetic). auto stores it,
+    but computes it in slabs where Triton's chunks would be so short that moving memory takes longer."""
+    impl: Literal["auto", "torch", "triton"] = "auto"
+    """Kernels of the classifier: auto is Triton on a GPU, else PyTorch."""
+    precision: Annotated[Literal["auto", "fp16", "bf16", "fp32"], when.TritonKernels] = "auto"
+    """Of the matrix products in Triton: fp16 (auto) cosines, bf16, or fp32. PyTorch computes in fp32."""
+    memory_budget_gb: Annotated[float, Field(gt=0)] | None = None
+    """Memory of a chunk's exponentials, or with recomputed of a slab, in GB (10^9 bytes); null: it follows the sizes of
+    the gradient and of the GPU."""
     init: FilePath = "centroids"
     """Initial rows: centroids (of data.labels), random (N(0, 0.01)), or the path of a .npy or .safetensors file or of a
     directory of per-rank insightface checkpoints."""

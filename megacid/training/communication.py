@@ -21,8 +21,8 @@ from megacid.distributed.reduction import is_left_open
 from megacid.losses.global_batch import STUDENT
 from megacid.losses.instance import gathered_student, gathered_teacher
 from megacid.models.feature_tower import FeatureTower
+from megacid.training.classifier_plan import plan_classifier
 from megacid.training.flops import forward_on_meta
-from megacid.training.memory import loss_spec, samples_per_chunk
 from megacid.training.observe import Observed
 from megacid.training.schedule import groups_of_run
 
@@ -120,14 +120,13 @@ def _classifier(
     run: RunFile, num_classes: int, width: int, world: int, device: str, images: bool | None
 ) -> list[Collective]:
     """Those of the cluster term. images: whether they have a gradient; None: other terms gather them."""
-    labels, spec = run.megacid.data.labels_per_sample, loss_spec(run, num_classes, world)
+    labels = run.megacid.data.labels_per_sample
+    spec, *_, plan = plan_classifier(run, num_classes, width, world, device)
     student, teacher = (bool(spec.distributions(source)) for source in ("student", "teacher"))
     message = HEADER + run.micro_batch * run.accumulation * labels
     # Per sample: sums of exponentials, the KL's gap, the number of owned labels, cosines of the labels.
     statistics = len(spec.distributions()) + (spec.weights.gamma > 0) + 1 + labels * (2 * student + teacher)
-    chunk = run.global_batch
-    if run.megacid.classifier.weight_grad == "stored":
-        chunk = samples_per_chunk(run, spec, width, device)
+    chunk = plan.samples or run.global_batch
     found = [
         Collective("labels", "all_gather", 8 * world * message),
         *(

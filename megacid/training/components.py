@@ -38,6 +38,7 @@ from megacid.losses import ClusterDistillation, Objective
 from megacid.models.compiled import check_compiler
 from megacid.models.feature_tower import FeatureTower
 from megacid.storage.metadata import read_meta, size_field
+from megacid.training.classifier_plan import plan_classifier
 from megacid.training.evaluation import Evaluation, open_benchmarks
 from megacid.training.run_settings import check_same_settings
 from megacid.training.schedule import groups_of_run, peak_rates
@@ -324,6 +325,7 @@ def make_classifier(
     if data.num_classes is None:
         return None, None
     config = run.megacid.classifier
+    planned = plan_classifier(run, data.num_classes, width, parallel.world, parallel.device.type)
     head = PartialFC(
         data.num_classes,
         width,
@@ -338,7 +340,10 @@ def make_classifier(
         feature_rate=config.feature_rate,
         filter_threshold=config.filter_threshold,
         log_q=config.log_q,
+        impl=config.impl,
         weight_grad=config.weight_grad,
+        precision=config.precision,
+        memory_budget_bytes=planned.spec.memory_budget_bytes,
         labels_loss=config.labels_loss,
         device=parallel.device,
     )

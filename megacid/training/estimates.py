@@ -1,4 +1,4 @@
-"""Logs what `--dry-run` estimates of a run: its peak memory, the collectives of a step, and its time."""
+"""Logs what `--dry-run` estimates of a run: its peak memory, the classifier's plan, a step's collectives and time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from megacid.config.schema import RunFile
 from megacid.distributed.parallel import Parallel
 from megacid.errors import one_line
 from megacid.models.feature_tower import FeatureTower
+from megacid.training.classifier_plan import plan_classifier
 from megacid.training.communication import communication_estimate
 from megacid.training.memory import memory_estimate
 from megacid.training.step_time import COSTS, Step
@@ -34,7 +35,11 @@ def report_estimates(
     if not parallel.is_first:
         return
     num_classes = head.num_classes if head else 0
-    for what, report in (("peak memory", _report_peak_memory), ("time of a step", _report_step)):
+    for what, report in (
+        ("peak memory", _report_peak_memory),
+        ("classifier's plan", _report_classifier),
+        ("time of a step", _report_step),
+    ):
         try:
             report(run, student, num_classes, parallel.world, parallel.device.type, teacher_width)
         except Exception as error:  # such as a forward that reads a value, which fake tensors do not have
@@ -53,6 +58,13 @@ def _report_peak_memory(
         "%.1f MiB, for an offloaded optimizer: %.1f MiB",
         device, memory.peak, memory.largest_phase, memory.checkpoint, memory.offloaded,
     )  # fmt: skip
+
+
+def _report_classifier(
+    run: RunFile, student: Student | FeatureTower, num_classes: int, world: int, device: str, teacher_width: int | None
+) -> None:
+    if num_classes:
+        log.info("classifier: %s", plan_classifier(run, num_classes, student.embed_dim, world, device))
 
 
 def _report_step(

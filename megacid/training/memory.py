@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from megacid.classifier import PartialFC
-from megacid.classifier.sampling import Draw, num_dims
+from megacid.classifier.sampling import num_dims
 from megacid.config.conditions import is_mean_over_samples
 from megacid.config.optimizers import OPTIMIZERS
 from megacid.config.schema import RunFile
 from megacid.distributed.parallel import Parallel, shard_range
 from megacid.distributed.reduction import is_left_open
 from megacid.models.feature_tower import FeatureTower
+from megacid.training.classifier_plan import plan_classifier
 from megacid.training.schedule import groups_of_run
-from megacid_kernels import LossSpec, Weights
 
 if TYPE_CHECKING:
     from megacid.models.student import Student
@@ -73,8 +73,7 @@ def memory_estimate(
     """
     from megacid.training.activations import count_activations  # imports what a start needs only for an estimate
 
-    sizes = [p.numel() for p in student.parameters()]
-    frozen = frozen_count(student)
+    sizes, frozen = [p.numel() for p in student.parameters()], frozen_count(student)
     trained = sum(sizes) - frozen
     muon = sum(p.numel() for group in groups_of_run(run, student) if group.get("muon") for p in group["params"])
     teacher_width = teacher_width or student.embed_dim
@@ -180,56 +179,27 @@ def _classifier(
     local = shard_range(num_classes, 0, world)[1]
     moments = (2 if config.optimizer == "adamw" else 1) * (4 if config.moments == "fp32" else 2)
     used = num_dims(embed_dim, config.feature_rate)
-    spec = loss_spec(run, num_classes, world)
+    spec, _, chosen, plan = plan_classifier(run, num_classes, embed_dim, world, device)
     rows = spec.max_rows or local
-    matrices = len(spec.distributions())
-    itemsize = _exponential_bytes(device)
-    per_logit = itemsize * max(1, matrices) + (config.filter_threshold is not None)
+    itemsize = 2 if chosen == "triton" and spec.precision != "fp32" else 4
+    per_logit = itemsize * max(1, len(spec.distributions())) + (config.filter_threshold is not None)
     stored: dict[str, float] = {
         "classifier rows": local * (embed_dim * 4 + 4),
         "classifier optimizer": local * (embed_dim * moments + 4 + (12 if config.lazy == "decay" else 0)),
     }
     if config.weight_grad == "recomputed":
         whole = rows * (used * 8 + gathered * per_logit)
-        return stored, {"a slab: rows, logits, gradient": min(spec.budget_bytes(device), whole)}
-    chunk = samples_per_chunk(run, spec, embed_dim, device)
+        return stored, {"a slab: rows, logits, gradient": min(plan.budget, whole)}
     gradients = rows * used * 4
     if used < embed_dim:  # the gradient over all dimensions
         gradients += rows * embed_dim * 4
+    if plan.kind == "recomputed":
+        return stored, {"their gradient": gradients, "a slab: rows, logits": plan.bytes}
     return stored, {
         "sampled rows": rows * used * 4,
         "their gradient": gradients,
-        "their logits": chunk * rows * per_logit,
+        "their logits": plan.samples * rows * per_logit,
     }
-
-
-def loss_spec(run: RunFile, num_classes: int, world: int) -> LossSpec:
-    """The classifier's loss with the number of rows that the largest shard uses in a step."""
-    config, loss = run.megacid.classifier, run.megacid.loss
-    local = rows = shard_range(num_classes, 0, world)[1]
-    if config.sample_rate < 1:
-        draw = Draw.of_step(num_classes, config.sample_rate, seed=0, step=0)
-        # A batch of more than one class is spread over the ranks like the classes are.
-        rows = min(local, draw.max_count(local) + -(-run.global_batch // world))
-    return LossSpec(
-        num_classes=num_classes,
-        scale=config.scale,
-        weights=Weights(loss.alpha, loss.beta, loss.gamma, loss.cluster_temperature),
-        filter_threshold=config.filter_threshold,
-        max_rows=rows,
-    )
-
-
-def _exponential_bytes(device: str) -> int:
-    return 2 if device == "cuda" else 4  # in Triton's engine, and in PyTorch's
-
-
-def samples_per_chunk(run: RunFile, spec: LossSpec, embed_dim: int, device: str) -> int:
-    """Samples of the global batch whose logits the classifier computes at a time."""
-    used, labels = num_dims(embed_dim, run.megacid.classifier.feature_rate), run.megacid.data.labels_per_sample
-    return spec.samples_per_chunk(
-        run.global_batch, spec.max_rows or 1, used, labels, _exponential_bytes(device), device
-    )
 
 
 def frozen_count(student: Student | FeatureTower) -> int:

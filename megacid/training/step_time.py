@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 from megacid.classifier.sampling import num_dims
 from megacid.config.schema import RunFile
 from megacid.models.feature_tower import FeatureTower
+from megacid.training.classifier_plan import plan_classifier
 from megacid.training.communication import Collective, step_collectives
 from megacid.training.flops import classifier_flops, count_student
-from megacid.training.memory import loss_spec, moments_of
+from megacid.training.memory import moments_of
 
 if TYPE_CHECKING:
     from megacid.models.student import Student
@@ -189,9 +190,10 @@ def classifier(step: Step, costs: Costs) -> float:
     used = num_dims(step.width, config.feature_rate)
     drawn = config.sample_rate * step.num_classes / step.world
     flop = run.global_batch * classifier_flops(run, step.num_classes, step.width) / step.world * step.rows / drawn
-    if config.weight_grad == "recomputed":
+    planned = plan_classifier(run, step.num_classes, step.width, step.world, step.device)
+    if planned.plan.kind == "recomputed":
         flop += 2 * run.global_batch * step.rows * used
-    matrices = len(loss_spec(run, step.num_classes, step.world).distributions())
+    matrices = len(planned.spec.distributions())
     moved = run.global_batch * step.rows * matrices * _LOGIT_BYTES[step.device] + step.rows * used * _ROW_BYTES
     return flop * costs.product_flop + moved * costs.memory_byte
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any, Literal
 
@@ -12,9 +13,10 @@ from harness import run_ranks
 from torch import Tensor
 
 from megacid import Margin, PartialFC, RowAdamW, RowSGD
+from megacid.classifier import partial_fc
 from megacid.distributed.collectives import Gathered, gather_plain, gather_rows, rank, world_size
 from megacid.errors import UserError
-from megacid_kernels import Weights
+from megacid_kernels import LossSpec, Weights
 
 CLASSES, WIDTH, BATCH = 53, 12, 22  # 53 classes divide unevenly by 2, 3 and 4
 CUTS = {1: [0, 22], 2: [0, 15, 22], 3: [0, 9, 9, 22], 4: [0, 3, 13, 14, 22]}  # uneven batches, one of them empty
@@ -215,3 +217,27 @@ def gathered_once(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", [{"sample_rate": 0.5}, {"feature_rate": 0.5}], ids=["sampled", "dims"])
 def test_gathered_embeddings_give_the_same_bits(options: dict[str, Any]) -> None:
     run_ranks(gathered_once, 2, options)
+
+
+def agreement() -> tuple[int | None, str]:
+    """The memory that the default budget follows where the ranks' GPUs differ; the error of different budgets."""
+    x, y = torch.randn(3, 4), torch.arange(3)
+
+    def pretend(spec: LossSpec, *_: Any) -> LossSpec:
+        return replace(spec, available_bytes=(90, 70)[rank()]) if spec.available_bytes is None else spec
+
+    partial_fc.with_available_memory = pretend
+    head = PartialFC(10, 4)
+    for _ in range(2):
+        head(x, y)
+        head.finish_step()
+    budgets = PartialFC(10, 4, memory_budget_bytes=(1000, 2000)[rank()])
+    with pytest.raises(UserError) as error:
+        budgets(x, y)
+    return head._spec.available_bytes, str(error.value)
+
+
+def test_ranks_agree_on_the_budget_that_decides_how_many_collectives_they_make() -> None:
+    (first, said), (second, also) = run_ranks(agreement, 2)
+    assert first == second == 70
+    assert said == also and "memory_budget_bytes: 1000 on rank 0, 2000 on rank 1" in said

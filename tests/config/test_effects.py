@@ -38,6 +38,7 @@ FOR_NOTHING = {
     "loss.temperature=0.07 loss.instance=0 data.labels=x": "without loss.contrastive or loss.instance or loss.affinity",
     "loss.form=sigmoid loss.instance=0": "without loss.contrastive or loss.instance > 0",
     "classifier.margin_grad=straight_through": "without classifier.m1 > 1 or classifier.m2 > 0",
+    "classifier.precision=fp32 classifier.impl=torch": 'without a classifier.impl other than "torch"',
     "classifier.log_q=true classifier.sample_rate=1": "without classifier.sample_rate < 1",
     "classifier.lazy=decay classifier.sample_rate=1": "without classifier.sample_rate < 1",
     "classifier.labels_loss=mean": "without data.labels_per_sample > 1",

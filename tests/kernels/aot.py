@@ -1,8 +1,8 @@
 """Compile the fused kernels for GPUs that need not be present and print the assembler's report as JSON.
 
-`python tests/kernels/aot.py [80] [90]`, by default for both architectures, needs Triton and its ptxas; TRITON_INTERPRET
-must not be set. tests/kernels/test_aot.py runs it in a separate process, because another test may have imported the
-kernels for Triton's interpreter.
+`python tests/kernels/aot.py [nearest] [80] [90] [100] [120]`, by default for all architectures, needs Triton and its
+ptxas; TRITON_INTERPRET must not be set. "nearest" compiles that kernel alone, at more widths. tests/kernels/test_aot.py
+runs it in a separate process, because another test may have imported the kernels for Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
 
-ARCHITECTURES = (80, 90)
+ARCHITECTURES = (80, 90, 100, 120)
+# Of models, besides those of `builds`: the widths at which registers were spilled once.
+WIDTHS_OF_NEAREST = tuple(("ieee", "fp16", width) for width in (640, 768, 1024, 1280))
 NO_COMPILER = 77  # exit status: Triton or ptxas is missing
 
 
@@ -166,7 +168,10 @@ def head_builds() -> Iterator[Build]:
     types |= {"largest_ptr": "*fp32", "removed_ptr": "*i64", "num_tiles": "i32", "num_rows": "i32"}
     types |= {"scale_log2": "fp32", "shift_log2": "fp32"}
     cut = {"LARGEST": True, "FILTER": True, "HAS_BIAS": True, "ROWS": tile.rows, "BLOCK": tile.block}
-    yield Build("reduce_tiles", row_statistics.reduce_tiles_kernel, types, cut, tile.warps)
+    cut |= {"TILES": row_statistics.REDUCED_TILES}
+    yield Build("reduce_tiles", row_statistics.reduce_tiles_kernel, types, cut | {"LAST": True}, tile.warps)
+    types |= {"removed_ptr": "*i32"}
+    yield Build("reduce_tiles in parts", row_statistics.reduce_tiles_kernel, types, cut | {"LAST": False}, tile.warps)
 
     types = {"value_partial_ptr": "*fp32", "label_partial_ptr": "*i32", "value_ptr": "*fp32", "label_ptr": "*i64"}
     cut = {"ROWS": 32, "BLOCK": 64}
@@ -182,7 +187,6 @@ def product_builds(arch: int) -> Iterator[Build]:
     import torch
 
     from megacid_kernels.fused.exponentials import exponentials_kernel
-    from megacid_kernels.fused.nearest import nearest_kernel
     from megacid_kernels.fused.tuning import lookup, tiles_for
 
     names = {"fp16": "float16", "bf16": "bfloat16"}
@@ -206,12 +210,20 @@ def product_builds(arch: int) -> Iterator[Build]:
         aligned = ("matrix_stride", "hidden_stride")
         title = f"exponentials{kind} {dtype} D={width}"
         yield Build(title, exponentials_kernel, types, constants, tile.warps, tile.stages, aligned)
-    for precision, dtype, width in (
-        ("ieee", "fp16", 512),
-        ("ieee", "bf16", 1000),
-        ("ieee", "fp32", 512),
-        ("tf32x3", "fp32", 512),
-    ):
+    usual = (("ieee", "fp16", 512), ("ieee", "bf16", 1000), ("ieee", "fp32", 512), ("tf32x3", "fp32", 512))
+    yield from nearest_builds(arch, usual)
+
+
+def nearest_builds(arch: int, kinds: tuple[tuple[str, str, int], ...]) -> Iterator[Build]:
+    """`nearest` for triples of precision, dtype and width."""
+    import torch
+
+    from megacid_kernels.fused.nearest import nearest_kernel
+    from megacid_kernels.fused.tuning import lookup, tiles_for
+
+    names = {"fp16": "float16", "bf16": "bfloat16"}
+    fp32 = tiles_for(torch.device("cpu"), torch.float32, 512)
+    for precision, dtype, width in kinds:
         tiles = lookup(f"sm_{arch}", names[dtype], width) if dtype in names else fp32
         assert tiles is not None
         tile = tiles.nearest
@@ -268,15 +280,15 @@ def _sgd(moments: str, *, per_row: bool) -> dict[str, str]:
     return _STEP | {"velocity_ptr": moment, "keep": factor, "shrink": factor, "lr": "fp32", "weight_decay": "fp32"}
 
 
-def ptxas_path() -> str | None:
-    """The assembler that Triton ships, or that TRITON_PTXAS_PATH names."""
+def ptxas_path(arch: int) -> str | None:
+    """The assembler for sm_`arch` that Triton ships, or that TRITON_PTXAS_PATH or TRITON_PTXAS_BLACKWELL_PATH names."""
     import triton
 
     try:
-        from triton import knobs
+        from triton.backends.nvidia.compiler import get_ptxas
 
-        return str(knobs.nvidia.ptxas.path)
-    except (ImportError, AttributeError, RuntimeError):
+        return str(get_ptxas(arch).path)
+    except (ImportError, AttributeError, RuntimeError, TypeError):  # other versions of Triton
         path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
         return str(path) if path.exists() else None
 
@@ -325,7 +337,9 @@ def measure(build: Build, arch: int, ptxas: str) -> dict[str, Any]:
         "wide_loads": wide("ld"),
         "wide_stores": wide("st"),
         "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
+        # Of the tensor cores' asynchronous products: sm_90's, and sm_100's.
         "wgmma": ptx.count("wgmma.mma_async"),
+        "tcgen05": ptx.count("tcgen05.mma"),
         "exponentials": ptx.count("ex2.approx"),
         "elements": build.constants["ROWS"] * build.constants["BLOCK"],
     }
@@ -337,16 +351,18 @@ def main() -> int:
     try:
         import triton  # noqa: F401
 
-        ptxas = ptxas_path()
     except ImportError:
-        ptxas = None
-    if ptxas is None:
-        print("Triton or its ptxas is not installed", file=sys.stderr)
+        print("Triton is not installed", file=sys.stderr)
         return NO_COMPILER
-    architectures = [int(arch) for arch in sys.argv[1:]] or ARCHITECTURES
-    measured = {
-        f"{build.name} sm_{arch}": measure(build, arch, ptxas) for arch in architectures for build in builds(arch)
-    }
+    words = sys.argv[1:]
+    measured = {}
+    for arch in [int(word) for word in words if word.isdigit()] or ARCHITECTURES:
+        ptxas = ptxas_path(arch)
+        if ptxas is None:
+            print(f"Triton has no ptxas for sm_{arch}", file=sys.stderr)
+            return NO_COMPILER
+        chosen = nearest_builds(arch, WIDTHS_OF_NEAREST) if "nearest" in words else builds(arch)
+        measured |= {f"{build.name} sm_{arch}": measure(build, arch, ptxas) for build in chosen}
     json.dump(measured, sys.stdout, indent=1)
     return 0
 

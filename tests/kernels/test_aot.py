@@ -20,26 +20,36 @@ _WRITTEN_16 = {"unit_rows": 2}
 _HEAD = {"target_cosines": (2, 0), "finish_x": (3, 1), "finish_x 4 labels": (6, 1)}
 _HEAD |= {"rows_through_norm": (2, 1), "add_labels": (3, 1)}
 # Bytes of shared memory per program; 1 KiB of each is reserved by the driver.
-_SHARED = {"sm_80": 166912 - 1024, "sm_90": 232448 - 1024}
+_SHARED = {"sm_80": 166912 - 1024, "sm_90": 232448 - 1024, "sm_100": 232448 - 1024, "sm_120": 101376 - 1024}
 
 
 # The default run covers sm_90, whose products take the tensor cores' asynchronous path.
-@pytest.fixture(scope="module", params=[pytest.param(80, marks=pytest.mark.slow), 90], ids=lambda arch: f"sm_{arch}")
+@pytest.fixture(
+    scope="module",
+    params=[arch if arch == 90 else pytest.param(arch, marks=pytest.mark.slow) for arch in aot.ARCHITECTURES],
+    ids=lambda arch: f"sm_{arch}",
+)
 def arch(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
 @pytest.fixture(scope="module")
 def compiled(arch: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    kernels = compile_for(tmp_path_factory.mktemp("triton"), str(arch))
+    assert len(kernels) == 53 and all(name.endswith(f" sm_{arch}") for name in kernels)
+    return kernels
+
+
+def compile_for(cache: Path, *words: str) -> dict[str, dict[str, Any]]:
+    """The report of `aot.py` with these arguments."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    command = [sys.executable, str(Path(aot.__file__).resolve()), str(arch)]
+    env |= {"TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, str(Path(aot.__file__).resolve()), *words]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800)
     if done.returncode == aot.NO_COMPILER:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr[-4000:]
     kernels: dict[str, dict[str, Any]] = json.loads(done.stdout)
-    assert len(kernels) == 52 and all(name.endswith(f" sm_{arch}") for name in kernels)
     return kernels
 
 
@@ -53,6 +63,14 @@ def test_every_kernel_fits_the_register_file_without_spilling(compiled: dict[str
         assert code["registers"] * code["threads"] <= 65536, f"{name}: {code['registers']} x {code['threads']}"
         most = _SHARED[name.split()[-1]] if is_product(name) else 48 << 10
         assert code["shared"] <= most, f"{name} needs {code['shared']} bytes of shared memory"
+
+
+@pytest.mark.slow
+def test_the_nearest_centroid_is_found_without_spilling_at_the_widths_of_models(tmp_path: Path) -> None:
+    kernels = compile_for(tmp_path, "nearest", *map(str, aot.ARCHITECTURES))
+    assert len(kernels) == 4 * len(aot.ARCHITECTURES)
+    for name, code in kernels.items():
+        assert code["spill_bytes"] == 0, f"{name} spills {code['spill_bytes']} bytes"
 
 
 def test_two_programs_or_more_share_a_multiprocessor(compiled: dict[str, dict[str, Any]]) -> None:
@@ -108,9 +126,11 @@ def test_rows_of_the_head_are_read_once_and_in_128_bits(
 
 
 def test_products_of_16_bit_numbers_run_on_the_tensor_cores_of_sm_90(compiled: dict[str, dict[str, Any]]) -> None:
-    wgmma_of = {name: code["wgmma"] for name, code in compiled.items() if is_product(name) and "16 D" in name}
-    assert len(wgmma_of) == 6
-    assert all((wgmma > 0) == name.endswith("sm_90") for name, wgmma in wgmma_of.items()), wgmma_of
+    """And on those of sm_100, which have another instruction. The others have no asynchronous one."""
+    for instruction, arch in (("wgmma", "sm_90"), ("tcgen05", "sm_100")):
+        number_of = {name: code[instruction] for name, code in compiled.items() if is_product(name) and "16 D" in name}
+        assert len(number_of) == 6
+        assert all((number > 0) == name.endswith(arch) for name, number in number_of.items()), number_of
 
 
 def test_an_entry_of_the_matrix_is_one_exponential_and_one_eighth_of_a_128_bit_store(

@@ -6,6 +6,8 @@ Without a GPU in Triton's interpreter, see `interpreter.py`.
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +26,8 @@ from megacid_kernels import (
     linear_margin_cross_entropy,
 )
 from megacid_kernels.fused import INTERPRET, unit_rows
+from megacid_kernels.fused.row_statistics import REDUCED_TILES, exponentials_spec
+from megacid_kernels.fused.tuning import TABLE, TABLE_VARIABLE, as_json, tiles_for
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -83,3 +87,50 @@ def test_triton_is_within_the_gate_of_16_bit_factors(weight_grad: str, device: s
         assert value is not None and right is not None
         error = float((value.cpu().double() - right).norm() / right.norm())
         assert error < 2.5e-3, f"{name} is off by {error:.1e} of its norm"
+
+
+@on_devices
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tiles", [1, REDUCED_TILES, 2 * REDUCED_TILES + 77])
+def test_partial_statistics_of_many_tiles_are_reduced_in_parts(tiles: int, bias: bool, device: str) -> None:
+    """To the sums, maxima and counts of all tiles; and a sample's bits do not depend on the other samples."""
+    samples, shift, scale = 40, 3.0, 20.0
+    g = torch.Generator().manual_seed(tiles)
+    sums, largest = (torch.randn(tiles, samples, generator=g).exp().to(device) for _ in range(2))
+    removed = torch.randint(0, 9, (tiles, samples), generator=g, dtype=torch.int32).to(device)
+    x, slot = torch.zeros(samples, 1, device=device), torch.zeros(samples, 1, dtype=torch.int64, device=device)
+
+    def reduce(part: slice) -> Any:
+        n = len(x[part])
+        spec = exponentials_spec(
+            x, (n, 5), slot[part].contiguous(), slot[part].bool(), scale=scale, shift=shift,
+            bias_S=torch.zeros(5, device=device) if bias else None, threshold=0.5, hidden_bS=None, largest=True,
+        )  # fmt: skip
+        result = spec.result(None, n, 5, x)
+        partials = (sums[:, part].contiguous(), largest[:, part].contiguous(), removed[:, part].contiguous())
+        spec.reduce(partials, result, slice(0, n))
+        return result
+
+    got, fewer = reduce(slice(0, samples)), reduce(slice(0, 3))
+    torch.testing.assert_close(got.sums.double(), sums.double().sum(0), rtol=1e-6, atol=0)
+    expected = largest.amax(0)
+    if bias:  # the partials are exponents of two
+        expected = (expected / math.log2(math.e) + shift) / scale
+    torch.testing.assert_close(got.largest, expected)
+    assert torch.equal(got.removed, removed.sum(0))
+    for whole, part in ((got.sums, fewer.sums), (got.largest, fewer.largest), (got.removed, fewer.removed)):
+        assert torch.equal(whole[:3], part)
+
+
+def test_a_table_for_another_architecture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(as_json({("sm_90", "float16", 512): TABLE["sm_90", "float16", 512]}))
+    monkeypatch.setenv(TABLE_VARIABLE, str(path))
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    message = "MEGACID_KERNEL_TABLE is .*table.json' with tiles for sm_90, expected some for sm_80"
+    with pytest.raises(ValueError, match=message):
+        tiles_for(cuda, torch.float16, 512)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert tiles_for(cuda, torch.float16, 512).measured
+    assert tiles_for(cuda, torch.bfloat16, 512) == TABLE["sm_90", "bfloat16", 512]

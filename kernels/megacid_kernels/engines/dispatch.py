@@ -6,15 +6,13 @@ import importlib
 import os
 import warnings
 from functools import lru_cache
-from typing import Literal
 
 import torch
 
 from megacid_kernels.engines.interface import Engine, EngineInputs
 from megacid_kernels.engines.torch_engine import TorchEngine
 from megacid_kernels.loss_spec import IMPLEMENTATIONS
-
-Implementation = Literal["torch", "triton"]
+from megacid_kernels.plan import Implementation
 
 
 @lru_cache
@@ -40,8 +38,8 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Implementati
     """Choose the implementation for inputs on `device` whose widest dtype is `dtype`.
 
     Args:
-        impl: "torch"; "triton"; or "auto": Triton for float32 and 16-bit inputs on CUDA if it can be imported,
-            otherwise PyTorch (on CUDA with one warning).
+        impl: "torch"; "triton"; or "auto": Triton for float32 and 16-bit inputs on CUDA from sm_80 on if it can be
+            imported (without it, one warning), otherwise PyTorch.
 
     Raises:
         ValueError: `impl` is unknown, or is "triton" without CUDA, with float64, or without the triton package.
@@ -50,7 +48,7 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Implementati
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}, expected one of {', '.join(map(repr, IMPLEMENTATIONS))}")
     if impl == "auto":
-        if device.type != "cuda" or dtype == torch.float64:
+        if device.type != "cuda" or dtype == torch.float64 or _lacks_bf16(device):
             return "torch"
         why = _why_no_triton()
         if why is not None:
@@ -70,6 +68,23 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Implementati
             f"impl is {impl!r}, but Triton cannot be imported ({why}): install triton, or pass impl='torch'"
         )
     return "triton"
+
+
+def _lacks_bf16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def check_precision(precision: str, chosen: Implementation, device: torch.device) -> None:
+    """Raise ValueError for a precision that the implementation, or the GPU, does not have."""
+    if chosen == "torch":
+        if precision not in ("auto", "fp32"):
+            raise ValueError(f"precision is {precision!r} with impl 'torch', expected 'auto' or 'fp32'")
+    elif precision != "fp32" and _lacks_bf16(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise ValueError(
+            f"precision is {precision!r} on a GPU sm_{major}{minor}, expected 'fp32' or impl='torch': the exponentials "
+            "are bf16, which needs sm_80"
+        )
 
 
 def engine_for(chosen: Implementation, inputs: EngineInputs, dtype: torch.dtype) -> Engine:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from megacid_kernels.epilogue import Coefficients
 from megacid_kernels.loss_spec import Distribution, LossSpec
-from megacid_kernels.plan import ChunkNeeds, SlabNeeds
 from megacid_kernels.row_statistics import RowStatistics
 from megacid_kernels.targets import Labels, Target
 
@@ -118,7 +117,3 @@ class Engine(Protocol):
     def finish_x(self, products: list[tuple[Tensor, Tensor]], target_grad: TargetGradient, labels: Labels) -> Tensor:
         """This shard's part [b, D] of the gradient of x, from pairs (coefficient [b], `ClassBlock.product`)."""
         ...
-
-    def chunk_needs(self, labels: int) -> ChunkNeeds: ...
-
-    def slab_needs(self, batch: int, gradients: bool) -> SlabNeeds: ...

@@ -16,7 +16,6 @@ from torch import Tensor
 from megacid_kernels.engines.interface import EngineInputs, NegativeStatistics, Samples, TargetGradient
 from megacid_kernels.epilogue import Coefficients, epilogue
 from megacid_kernels.loss_spec import Distribution, LossSpec, Source
-from megacid_kernels.plan import ChunkNeeds, SlabNeeds
 from megacid_kernels.row_statistics import RowStatistics
 from megacid_kernels.rows import are_extreme, inverse_norms, row_blocks
 from megacid_kernels.targets import Labels, Target, target_of
@@ -163,17 +162,6 @@ class TorchEngine:
         for coefficient, product in products:
             grad.addcmul_(coefficient[:, None], product)
         return grad.addcmul_(unit, torch.linalg.vecdot(unit, grad)[:, None], value=-1).mul_(inverse)
-
-    def chunk_needs(self, labels: int) -> ChunkNeeds:
-        return ChunkNeeds(self._dtype.itemsize, copied_labels=labels, min_samples=1)
-
-    def slab_needs(self, batch: int, gradients: bool) -> SlabNeeds:
-        spec, itemsize = self._inputs.spec, self._dtype.itemsize
-        matrices = max(1, len(spec.distributions()))
-        copies = (self._inputs.gather is not None) + gradients
-        per_class = itemsize * (batch * matrices + copies * self._inputs.w.shape[1])
-        per_class += batch if spec.filter_threshold is not None else 0
-        return SlabNeeds(0, per_class, max(1, self.num_rows))
 
 
 def _hide_labels_(logits_bn: Tensor, labels: Labels) -> None:

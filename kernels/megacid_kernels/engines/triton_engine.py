@@ -36,7 +36,6 @@ from megacid_kernels.fused.row_statistics import Exponentials, pitched
 from megacid_kernels.fused.target import target_cosines
 from megacid_kernels.fused.tuning import tiles_for
 from megacid_kernels.loss_spec import Distribution
-from megacid_kernels.plan import ChunkNeeds, SlabNeeds
 from megacid_kernels.row_statistics import RowStatistics
 from megacid_kernels.targets import Labels, Target, with_margin
 
@@ -47,9 +46,6 @@ _OPERANDS = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "fp32": (torch.float32, torch.float32),
 }
-_MIN_CHUNK_SAMPLES = 8  # tensor cores multiply 16, and equal chunks may be half as long as the budget allows
-_LOSS_SLAB_ROWS = 1 << 18  # a loss alone keeps no matrix; longer slabs make no product faster
-_TILE_STATISTICS = 12 / 64  # bytes per entry at most: three numbers per tile of 64 columns
 
 
 class TritonBlock:
@@ -199,20 +195,3 @@ class TritonEngine:
         return finish_x_(
             total, coefficient, target_coefficient, cos, samples.x, samples.inverse, w, self._inverse, row, labels.slot
         )
-
-    def chunk_needs(self, labels: int) -> ChunkNeeds:
-        return ChunkNeeds(self._itemsize, copied_labels=0, min_samples=_MIN_CHUNK_SAMPLES)
-
-    def slab_needs(self, batch: int, gradients: bool) -> SlabNeeds:
-        spec, width = self._inputs.spec, self._inputs.w.shape[1]
-        matrices = len(spec.distributions())
-        kept = matrices if gradients else int(spec.weights.gamma > 0)
-        per_class = batch * (kept * self._itemsize + (spec.filter_threshold is not None) + _TILE_STATISTICS)
-        per_class += width * (4 + 4 * gradients)  # the unit rows, and their gradient
-        if self._inputs.w.dtype != torch.float32:
-            per_class += 4 * width
-        return SlabNeeds(4 * self.num_rows, int(per_class), max(1, self.num_rows) if kept else _LOSS_SLAB_ROWS)
-
-    @property
-    def _itemsize(self) -> int:
-        return 4 if self._inputs.spec.precision == "fp32" else 2

@@ -9,11 +9,12 @@ so tensor cores compute them as well, at half the rate and with one block's copy
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megacid_kernels.precision import fp32_products
 
 _BLOCK_BYTES = 1 << 28
 _VERSION: Any = torch.__version__  # a TorchVersion, which compares with tuples
@@ -24,7 +25,7 @@ def product_fp32(a_mk: Tensor, b_kn: Tensor, total_mn: Tensor | None = None) -> 
     """a @ b in fp32 [m, n], added to `total_mn` in place if that is given.
 
     a_mk and b_kn share one dtype of fp32, bf16, fp16; either may be a transposed view. fp32 factors are multiplied as
-    PyTorch's settings say."""
+    PyTorch's settings say, which the schedule sets to IEEE fp32."""
     if a_mk.dtype == torch.float32:
         return a_mk @ b_kn if total_mn is None else total_mn.addmm_(a_mk, b_kn)
     if a_mk.device.type != "cuda" or not _HAS_MM:
@@ -46,7 +47,7 @@ def _widened(a_mk: Tensor, b_kn: Tensor, total_mn: Tensor | None) -> Tensor:
     n = b_kn.shape[1]
     if total_mn is None:
         total_mn = torch.zeros(m, n, dtype=torch.float32, device=a_mk.device)
-    with _tf32(a_mk.device):
+    with fp32_products("tf32") if a_mk.device.type == "cuda" else contextlib.nullcontext():
         if k > m:
             step = max(1, _BLOCK_BYTES // (4 * (m + n)))
             for start in range(0, k, step):
@@ -59,16 +60,3 @@ def _widened(a_mk: Tensor, b_kn: Tensor, total_mn: Tensor | None) -> Tensor:
                 block = slice(start, start + step)
                 total_mn[block].addmm_(a_mk[block].float(), b)
     return total_mn
-
-
-@contextlib.contextmanager
-def _tf32(device: torch.device) -> Iterator[None]:
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

@@ -7,8 +7,8 @@ With cosines c_j of a sample, z_j = scale c_j (+ bias_j) and a fixed shift:
     E_j = exp(z_j - shift);  0 where j is one of the sample's labels, is hidden by the caller or removed by the filter
 
 Every column tile writes the statistics of its rows into partials [T, b]; `reduce_tiles_kernel` (one program per 32
-samples) adds them in the order of T. There are no atomics, and the bits depend on the width of a tile only: not on the
-number of samples, nor on the order in which programs run.
+samples and 1024 tiles) reduces them to [T / 1024, b], and again until one is left. There are no atomics, and the bits
+depend on the width of a tile only: not on the number of samples, nor on the order in which programs run.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -27,6 +27,7 @@ from megacid_kernels.fused.launch import Tile, check_column, check_matrix, launc
 LOG2E = math.log2(math.e)
 _PITCH = 16  # columns: 16-bit rows then start at multiples of 32 bytes, and Triton sees that of their stride
 REDUCTION_TILE = Tile(rows=32, block=64, warps=4)
+REDUCED_TILES = 1024  # by one program: ten million classes give enough programs for a GPU
 
 
 class Exponentials(NamedTuple):
@@ -82,9 +83,9 @@ def reduce_tiles_kernel(
     sums_partial_ptr,  # [T, b] fp32
     largest_partial_ptr,  # [T, b] fp32, unused unless LARGEST
     removed_partial_ptr,  # [T, b] int32, unused unless FILTER
-    sums_ptr,  # [b] fp32 out
-    largest_ptr,  # [b] fp32 out, unused unless LARGEST
-    removed_ptr,  # [b] int64 out, unused unless FILTER
+    sums_ptr,  # [T / TILES, b] fp32 out
+    largest_ptr,  # [T / TILES, b] fp32 out, unused unless LARGEST
+    removed_ptr,  # [T / TILES, b] int32 out, int64 if LAST, unused unless FILTER
     num_tiles,
     num_rows,
     scale_log2,
@@ -92,33 +93,40 @@ def reduce_tiles_kernel(
     LARGEST: tl.constexpr,
     FILTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    LAST: tl.constexpr,
+    TILES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[None, :]
+    row_blocks = tl.cdiv(num_rows, ROWS)
+    part = tl.program_id(0) // row_blocks
+    one = tl.program_id(0) % row_blocks * ROWS + tl.arange(0, ROWS)
+    row = one[None, :]
     tile = tl.arange(0, BLOCK)[:, None]
     sums = tl.zeros((BLOCK, ROWS), tl.float32)
     largest = tl.full((BLOCK, ROWS), float("-inf"), tl.float32)
     removed = tl.zeros((BLOCK, ROWS), tl.int32)
-    start = 0
-    while start < num_tiles:  # not `range`: older interpreters accept no runtime bound
+    start = part * TILES
+    stop = tl.minimum(start + TILES, num_tiles)
+    while start < stop:  # not `range`: older interpreters accept no runtime bound
         at = (start + tile).to(tl.int64) * num_rows + row
-        mask = (start + tile < num_tiles) & (row < num_rows)
+        mask = (start + tile < stop) & (row < num_rows)
         sums += tl.load(sums_partial_ptr + at, mask=mask, other=0.0)
         if LARGEST:
             largest = tl.maximum(largest, tl.load(largest_partial_ptr + at, mask=mask, other=float("-inf")))
         if FILTER:
             removed += tl.load(removed_partial_ptr + at, mask=mask, other=0)
         start += BLOCK
-    out = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tl.store(sums_ptr + out, tl.sum(sums, axis=0), mask=out < num_rows)
+    out = part.to(tl.int64) * num_rows + one
+    tl.store(sums_ptr + out, tl.sum(sums, axis=0), mask=one < num_rows)
     if LARGEST:
         largest_row = tl.max(largest, axis=0)
-        if HAS_BIAS:  # the partials are exponents of two, not cosines
+        if HAS_BIAS and LAST:  # the partials are exponents of two, not cosines
             largest_row = (largest_row + shift_log2) / scale_log2
-        tl.store(largest_ptr + out, largest_row, mask=out < num_rows)
+        tl.store(largest_ptr + out, largest_row, mask=one < num_rows)
     if FILTER:
-        tl.store(removed_ptr + out, tl.sum(removed, axis=0).to(tl.int64), mask=out < num_rows)
+        count = tl.sum(removed, axis=0).to(removed_ptr.dtype.element_ty)
+        tl.store(removed_ptr + out, count, mask=one < num_rows)
 
 
 @dataclass(frozen=True)
@@ -172,12 +180,21 @@ class ExponentialsSpec:
     def reduce(self, partials: tuple[Tensor, Tensor, Tensor], result: Exponentials, rows: slice) -> None:
         """Reduce the partials over the tiles into these rows of the result."""
         tiles, samples = partials[0].shape
+        while tiles > REDUCED_TILES:
+            fewer = self.partials(triton.cdiv(tiles, REDUCED_TILES), samples)
+            self._reduce(partials, fewer, last=False)
+            partials, tiles = fewer, len(fewer[0])
         largest = result.sums if result.largest is None else result.largest
+        self._reduce(partials, (result.sums[rows], largest[rows], result.removed[rows]), last=True)
+
+    def _reduce(self, partials: tuple[Tensor, Tensor, Tensor], out: tuple[Tensor, Tensor, Tensor], last: bool) -> None:
+        tiles, samples = partials[0].shape
+        row_blocks, parts = triton.cdiv(samples, REDUCTION_TILE.rows), triton.cdiv(tiles, REDUCED_TILES)
         launch(
-            reduce_tiles_kernel, samples, REDUCTION_TILE,
-            *partials, result.sums[rows], largest[rows], result.removed[rows], tiles, samples,
-            self.scale_log2, self.shift_log2,
-            LARGEST=self.largest, FILTER=self.threshold is not None, HAS_BIAS=self.bias is not None,
+            reduce_tiles_kernel, row_blocks * parts * REDUCTION_TILE.rows, REDUCTION_TILE,
+            *partials, *out, tiles, samples, self.scale_log2, self.shift_log2,
+            LARGEST=self.largest, FILTER=self.threshold is not None, HAS_BIAS=self.bias is not None, LAST=last,
+            TILES=REDUCED_TILES,
         )  # fmt: skip
 
 

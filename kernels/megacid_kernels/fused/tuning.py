@@ -44,12 +44,17 @@ def _entry(forward: tuple[int, ...], nearest: tuple[int, ...], matrix: MatrixBy)
 
 
 # rows, columns, depth, warps, stages, group. 228 KiB of shared memory: 128 x 256 keeps the tensor cores of sm_90 busy
-# from L2, and for short rows two programs of 128 x 128 hide each other's epilogue.
-_WIDE_90 = _entry((128, 256, 64, 8, 4, 8), (128, 256, 64, 8, 4, 64), "in-place")
-_SHORT_90 = _entry((128, 128, 64, 8, 3, 8), (128, 256, 64, 8, 4, 64), "fused")
-# Triton's mma.sync is close to cuBLAS, so fused at any width. With 256 columns both kernels would spill registers.
-_ANY_80 = _entry((128, 128, 32, 8, 4, 8), (128, 128, 32, 8, 4, 64), "fused")
-# 99 KiB (sm_86, sm_89, sm_120) and unknown devices: a tile that fits everywhere.
+# from L2, and for short rows two programs of 128 x 128 hide each other's epilogue. With a fourth stage `nearest` would
+# spill registers at some widths (640, 768, 1280).
+_WIDE_90 = _entry((128, 256, 64, 8, 4, 8), (128, 256, 64, 8, 3, 64), "in-place")
+_SHORT_90 = _entry((128, 128, 64, 8, 3, 8), (128, 256, 64, 8, 3, 64), "fused")
+# The same of sm_100, where both kernels would spill with 256 columns.
+_WIDE_100 = _entry((128, 128, 64, 8, 3, 8), (128, 128, 64, 8, 4, 64), "in-place")
+_SHORT_100 = _entry((128, 128, 64, 8, 3, 8), (128, 128, 64, 8, 4, 64), "fused")
+# Triton's mma.sync is close to cuBLAS, so fused at any width. With 256 columns both kernels would spill on sm_80. The
+# 64 KiB fit sm_120, too.
+_MMA = _entry((128, 128, 32, 8, 4, 8), (128, 128, 32, 8, 4, 64), "fused")
+# 99 KiB (sm_86, sm_89) and unknown devices: a tile that fits everywhere.
 _ELSEWHERE = _entry((64, 128, 32, 4, 3, 8), (64, 128, 32, 4, 3, 64), "fused")
 # No tensor core has the precision of fp32: small tiles, and cuBLAS for the matrix.
 _FLOAT32 = _entry((64, 128, 16, 8, 2, 8), (64, 128, 16, 8, 2, 64), "in-place")
@@ -58,23 +63,42 @@ _INTERPRETED = _entry((128, 256, 512, 8, 1, 8), (128, 256, 512, 8, 1, 8), "fused
 
 _HALVES = ("float16", "bfloat16")
 TABLE: dict[Key, Tiles] = {
-    **{("sm_80", dtype, 512): _ANY_80 for dtype in _HALVES},
+    **{("sm_80", dtype, 512): _MMA for dtype in _HALVES},
     **{("sm_90", dtype, 512): _SHORT_90 for dtype in _HALVES},
     **{("sm_90", dtype, 768): _WIDE_90 for dtype in _HALVES},
+    **{("sm_100", dtype, 512): _SHORT_100 for dtype in _HALVES},
+    **{("sm_100", dtype, 768): _WIDE_100 for dtype in _HALVES},
+    **{("sm_120", dtype, 512): _MMA for dtype in _HALVES},
 }
 
 
 def tiles_for(device: torch.device, dtype: torch.dtype, width: int) -> Tiles:
-    """The tiles for rows of this dtype and width. Raises ValueError for a dtype without kernels and for a bad table."""
+    """The tiles for rows of this dtype and width.
+
+    Raises:
+        ValueError: a dtype without kernels; the table that MEGACID_KERNEL_TABLE names is invalid or of other devices.
+    """
     if dtype not in PRODUCT_DTYPES:
         raise ValueError(f"dtype is {dtype}, expected one of {PRODUCT_DTYPES}")
     name = str(dtype).removeprefix("torch.")
+    architecture = "interpreter" if INTERPRET else None
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        tiles = lookup(f"sm_{major}{minor}", name, width)
-    else:
-        tiles = lookup("interpreter", name, width) if INTERPRET else None
+        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    tiles = None
+    if architecture is not None:
+        _check_architecture(architecture)
+        tiles = lookup(architecture, name, width)
     return tiles or (_INTERPRETED if INTERPRET else _FLOAT32 if dtype == torch.float32 else _ELSEWHERE)
+
+
+def _check_architecture(architecture: str) -> None:
+    path = os.environ.get(TABLE_VARIABLE)
+    known = {name for name, _, _ in read_table(path)} if path else {architecture}
+    if architecture not in known:
+        raise ValueError(
+            f"{TABLE_VARIABLE} is {path!r} with tiles for {', '.join(sorted(known)) or 'nothing'}, expected some for "
+            f"{architecture}, this device: measure them with tools/tune.py, or unset it"
+        )
 
 
 def lookup(architecture: str, dtype: str, width: int) -> Tiles | None:

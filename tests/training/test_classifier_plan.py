@@ -1,0 +1,122 @@
+"""The plan of the classifier's step: what a run file may set, where it is shown, and the errors of settings that cannot
+be."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import toy
+
+import estimate
+from megacid.classifier import PartialFC
+from megacid.config.load import load_run
+from megacid.distributed.parallel import Parallel
+from megacid.errors import UserError
+from megacid.training import components, estimates
+from megacid.training.classifier_plan import plan_classifier
+
+CPU = Parallel(0, 1, 0, torch.device("cpu"), None)
+DATA: Any = SimpleNamespace(num_classes=toy.CLASSES, centroids=None)
+
+
+def run_with(tmp_path: Path, *changes: str, world: int = 1) -> Any:
+    return load_run(toy.run_file(tmp_path, "planned"), list(changes), world=world)
+
+
+def head_of(tmp_path: Path, *changes: str) -> PartialFC:
+    head, _ = components.make_classifier(run_with(tmp_path, *changes), DATA, toy.DIM, CPU)
+    assert head is not None
+    return head
+
+
+def test_the_run_file_sets_the_budget_the_precision_and_the_implementation(tmp_path: Path) -> None:
+    changes = "classifier.memory_budget_gb=0.00001 classifier.precision=fp32 classifier.weight_grad=auto".split()
+    spec = head_of(tmp_path, *changes)._spec
+    assert (spec.memory_budget_bytes, spec.precision, spec.weight_grad) == (10_000, "fp32", "auto")
+    assert head_of(tmp_path, "classifier.impl=torch")._spec.impl == "torch"
+    default = head_of(tmp_path)._spec
+    assert (default.memory_budget_bytes, default.precision, default.impl) == (None, "auto", "auto")
+
+
+def test_the_head_makes_the_chunks_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 samples of 311 class rows, and 32 numbers for each label's row, in at most 5,500 bytes: 3 chunks."""
+    changes = ["classifier.memory_budget_gb=0.0000055", "classifier.sample_rate=1"]
+    plan = plan_classifier(run_with(tmp_path, *changes), 311, toy.DIM, 1, "cpu").plan
+    assert [part.stop - part.start for part in plan.chunks] == [3, 3, 2] and plan.budget == 5500
+    head, _ = components.make_classifier(
+        run_with(tmp_path, *changes),
+        SimpleNamespace(num_classes=311, centroids=None),
+        toy.DIM,
+        CPU,  # type: ignore[arg-type]
+    )
+    assert head is not None
+    seen: list[int] = []
+    negatives = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: seen.append(len(a)) or negatives(a, b))
+    head(torch.randn(8, toy.DIM), torch.arange(8))
+    assert [length for length in seen if length < 8][:1] == [3] and 8 not in seen
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            "classifier.memory_budget_gb=1e-6",
+            'classifier.memory_budget_gb" is 1e-06, expected at least 3.77e-06, the exponentials of one sample with',
+        ),
+        (
+            "classifier.memory_budget_gb=1e-6 classifier.weight_grad=recomputed",
+            'classifier.memory_budget_gb" is 1e-06: memory_budget_bytes is 1000, expected at least .*: raise it',
+        ),
+        ("classifier.precision=fp16", "precision is 'fp16' with impl 'torch', expected 'auto' or 'fp32'"),
+        ("classifier.impl=triton", "impl is 'triton' with tensors on cpu, expected 'auto' or 'torch'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_first_step(tmp_path: Path, changes: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        head_of(tmp_path, "train_batch_size=512", *changes.split())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes", ["memory_budget_gb=0", "precision=fp8", "impl=cuda", "weight_grad=both"])
+def test_a_value_out_of_range_is_refused_by_its_key(tmp_path: Path, changes: str) -> None:
+    with pytest.raises(UserError, match=f'"megacid.classifier.{changes.partition("=")[0]}" is '):
+        run_with(tmp_path, f"classifier.{changes}")
+
+
+def test_ten_million_classes_on_one_gpu_are_planned_without_it(tmp_path: Path) -> None:
+    """On one of 80 GB, which is assumed where there is none: "auto" takes slabs for all rows, chunks for a tenth."""
+    if torch.cuda.is_available():
+        pytest.skip("the plan follows the GPU that is there")
+    changes = ["train_batch_size=4096", "classifier.weight_grad=auto", "classifier.feature_rate=1"]
+    for rate, kind in ((1, "recomputed"), (0.1, "stored")):
+        run = run_with(tmp_path, *changes, f"classifier.sample_rate={rate}")
+        plan = plan_classifier(run, 10_000_000, 512, 1, "cuda").plan
+        assert plan.kind == kind
+        assert len(plan.slabs) == 127 if rate == 1 else plan.samples == 4096
+    # Eight ranks have an eighth of the rows each.
+    run = run_with(tmp_path, *changes, "classifier.sample_rate=1", world=8)
+    assert plan_classifier(run, 10_000_000, 512, 8, "cuda").plan.kind == "stored"
+
+
+def test_dry_run_and_estimate_say_the_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run, student = run_with(tmp_path, "classifier.sample_rate=1"), SimpleNamespace(embed_dim=toy.DIM)
+    expected = str(plan_classifier(run, toy.CLASSES, toy.DIM, 1, "cpu"))
+    assert expected.startswith(
+        "gradient stored, 1 chunk of 8 samples x 1001 class rows, 0.0 MiB within a budget of 64.0"
+    )
+    with caplog.at_level(logging.INFO, logger="megacid"):
+        estimates._report_classifier(run, student, toy.CLASSES, 1, "cpu", None)  # type: ignore[arg-type]
+    assert f"classifier: {expected}" in caplog.text
+    file = toy.run_file(tmp_path, "table", classifier__sample_rate=1)
+    sizes = ["--num-classes", str(toy.CLASSES), "--feature-dim", str(toy.DIM), "--device", "cpu"]
+    assert estimate.main(["--deepspeed_config", str(file), "--ranks", "1", "2", *sizes]) == 0
+    said = capsys.readouterr().out
+    assert f"1 rank: {expected}" in said and "2 ranks: gradient stored, 1 chunk of 8 samples x 501 class rows" in said
