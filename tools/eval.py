@@ -47,7 +47,16 @@ from megacid.evaluate.features import TASKS as FEATURE_TASKS
 from megacid.evaluate.features import accuracy, tasks_for, trained_tower
 from megacid.evaluate.knn import NEIGHBORS
 from megacid.evaluate.suite import SUITES, choose_sets, known_tasks, open_set
-from megacid.evaluate.tasks import RETRIEVAL_TASKS, TASKS, evaluate, json_file, result_file, weights_name, write_result
+from megacid.evaluate.tasks import (
+    RETRIEVAL_TASKS,
+    TASKS,
+    UNPROJECTED,
+    evaluate,
+    json_file,
+    result_file,
+    weights_name,
+    write_result,
+)
 from megacid.models.clip import LoadedClip, load_clip
 from megacid.models.student import loaded_student
 
@@ -78,7 +87,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tasks",
         help="comma-separated (default: all of the set's kind): zero_shot, linear_probe, knn; retrieval; with "
-        "--features head, nearest_class_mean",
+        f"--features head, nearest_class_mean; by name alone {UNPROJECTED}",
     )
     parser.add_argument(
         "--neighbors", type=positive, default=NEIGHBORS, help=f"k of the task knn (default: {NEIGHBORS})"
@@ -112,7 +121,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--features is {args.features} without --run, expected both: add --run DIRECTORY")
     if args.limit is not None and not args.features:
         raise UserError(f"--limit is {args.limit} without --features, expected both: add --features DIRECTORY")
-    known = FEATURE_TASKS if args.features else (*TASKS, *RETRIEVAL_TASKS)
+    known = FEATURE_TASKS if args.features else (*TASKS, UNPROJECTED, *RETRIEVAL_TASKS)
     for task in args.tasks or ():
         if task not in known:
             raise UserError(f"--tasks has {task!r}, expected some of {', '.join(known)}")
@@ -207,10 +216,10 @@ class Report:
 
     def add(self, task: str, scored: dict[str, Any], file: Path) -> None:
         """Print a result."""
-        metrics, prefix = scored["metrics"], {"linear_probe": "lp_", "knn": "knn_"}.get(task, "")
+        metrics, prefix = scored["metrics"], {"linear_probe": "lp_", UNPROJECTED: "lp_", "knn": "knn_"}.get(task, "")
         names = [name for name in metrics if name.removeprefix(prefix) in ACCURACIES or "_recall@" in name]
         values = "  ".join(f"{name.removeprefix(prefix)} {metrics[name]:.4f}" for name in names)
-        self.say(f"{scored['dataset']:24}{task:14}{values}  {file}")
+        self.say(f"{scored['dataset']:24}{task:28}{values}  {file}")
         if not metrics.get("converged", True):
             self.say(f"note: the fit has not converged after {metrics['iterations']} iterations")
         if f"{prefix}acc1" in metrics:
@@ -220,7 +229,7 @@ class Report:
         """Print the mean accuracy of a suite. UserError when something was left out."""
         for task, values in self.accuracies.items():
             if len(values) > 1:
-                self.say(f"{f'mean of {len(values)} sets':24}{task:14}acc1 {sum(values) / len(values):.4f}")
+                self.say(f"{f'mean of {len(values)} sets':24}{task:28}acc1 {sum(values) / len(values):.4f}")
         if self.failed:
             count = f"{len(self.failed)} result" + "s" * (len(self.failed) > 1)
             raise UserError(f"{count} left out for the reasons above, expected none: {'; '.join(self.failed)}")
@@ -270,6 +279,7 @@ def tasks_of(benchmark: Benchmark, args: argparse.Namespace, report: Report) -> 
             report.say(f"{benchmark.name} has no train split: zero_shot is its only task")
             return ["zero_shot"]
         return known
+    known += [UNPROJECTED] * ("linear_probe" in known)
     tasks = [task for task in args.tasks if task in known]
     if len(tasks) < len(args.tasks) and not args.suite:
         other = next(task for task in args.tasks if task not in known)

@@ -1,8 +1,9 @@
 """Linear probe: L2-regularised logistic regression on frozen image features, fitted with L-BFGS.
 
-The features are the L2-normalised outputs of `encode_image` AFTER the projection, as in CLIP_benchmark. The fit is the
-L-BFGS of the CLIP paper, not CLIP_benchmark's AdamW, so results are close to its results, not equal. Deterministic.
-For a set of several labels per image (labels [N, C]), one regression per class with the same strength.
+The features are the L2-normalised outputs of `encode_image` AFTER the projection, as in CLIP_benchmark; `tasks.py` has
+a task for those before it. The fit is the L-BFGS of the CLIP paper, not CLIP_benchmark's AdamW, so results are close to
+its results, not equal. Deterministic. For several labels per image (labels [N, C]), the probe is one regression per
+class with the same strength.
 Shapes: N samples, C classes, D features.
 """
 

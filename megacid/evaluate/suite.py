@@ -102,7 +102,7 @@ def open_set(root: Path, name: str | None) -> Benchmark:
 
 
 def known_tasks(benchmark: Benchmark) -> list[str]:
-    """The tasks of a set of this kind."""
+    """The tasks of a set of this kind, but for UNPROJECTED of those with a linear probe."""
     if benchmark.multilabel:
         return list(MULTILABEL_TASKS)
     return list(TASKS if benchmark.classnames else RETRIEVAL_TASKS)

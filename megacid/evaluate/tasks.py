@@ -16,11 +16,13 @@ from megacid.evaluate.zero_shot import zero_shot, zero_shot_multilabel
 from megacid.failpoints import failpoint
 from megacid.models.clip import LoadedClip
 from megacid.models.hub import has_own_weights
+from megacid.models.unprojected import before_projection
 from megacid.storage.atomic import disk_errors, write_json_atomic
 
 _OF_AVERAGE = "-ema"
 # Our name -> CLIP_benchmark's, which has no kNN.
 TASKS = {"zero_shot": "zeroshot_classification", "linear_probe": "linear_probe", "knn": "knn"}
+UNPROJECTED = "linear_probe_pre_projection"  # linear_probe on other features: a task of its own, only where it is named
 MULTILABEL_TASKS = ("zero_shot", "linear_probe")  # of sets whose dataset_type.txt says "multilabel"
 RETRIEVAL_TASKS = {"retrieval": "zeroshot_retrieval"}  # of sets whose dataset_type.txt says "retrieval"
 
@@ -31,7 +33,7 @@ def evaluate(
     """One result in CLIP_benchmark's schema, with its names of the metrics. A collective of the ranks of `how`.
 
     Args:
-        task: a key of TASKS, or of RETRIEVAL_TASKS for a retrieval set.
+        task: a key of TASKS, UNPROJECTED, or a key of RETRIEVAL_TASKS for a retrieval set.
 
     Raises:
         UserError: the set is incomplete or a sample is bad; the same on every rank.
@@ -41,10 +43,11 @@ def evaluate(
             clip, benchmark, how
         ).metrics(),
         "linear_probe": lambda: linear_probe(clip, benchmark, how),
+        UNPROJECTED: lambda: linear_probe(before_projection(clip), benchmark, how),
         "knn": lambda: knn(clip, benchmark, how, neighbors=neighbors),
         "retrieval": lambda: retrieval(clip, benchmark.root, how),
     }
-    model = {"model": clip.name, "pretrained": clip.pretrained, "task": (TASKS | RETRIEVAL_TASKS)[task]}
+    model = {"model": clip.name, "pretrained": clip.pretrained, "task": (TASKS | RETRIEVAL_TASKS).get(task, task)}
     return {"dataset": benchmark.name, **model, "metrics": run[task](), "language": "en"}
 
 

@@ -147,6 +147,11 @@ def test_the_tool_measures_zero_shot_and_linear_probe_alone(
     probe = metrics["linear_probe"]
     assert 0.5 < probe["lp_mean_average_precision"] <= 1 and "held_out_mean_average_precision" in probe
     assert f"mean_average_precision {probe['lp_mean_average_precision']:.4f}" in said
+    run("eval", *options, "--dataset-root", root, "--tasks", "linear_probe_pre_projection")
+    (file,) = (tmp_path / "out").glob("objects_*_linear_probe_pre_projection.json")
+    unprojected = json.loads(file.read_text())
+    assert unprojected["task"] == "linear_probe_pre_projection" and unprojected["metrics"].keys() == probe.keys()
+    assert unprojected["metrics"] != probe  # of other features
     said = run("eval", *options, "--dataset-root", root, "--tasks", "knn", expect=2)
     assert f"--tasks has 'knn', but {root} is a multilabel set, expected some of zero_shot, linear_probe" in said
     with pytest.raises(UserError, match="says 'multilabel', expected 'classification'"):
