@@ -15,6 +15,7 @@ from harness import run_ranks
 from offline_data import run, save_model
 
 import megacid.evaluate.retrieval as module
+from benchmarks.anonymous_memory import PeakAnonymous, anonymous_bytes
 from megacid.distributed.stopping import no_progress
 from megacid.errors import UserError
 from megacid.evaluate.execution import Execution
@@ -83,6 +84,18 @@ def test_equal_scores_and_nan_are_no_hits() -> None:
     assert first_ranks(same, same, own, own).tolist() == [3, 3, 3, 3]
     assert first_ranks(same * torch.nan, same, own, own).tolist() == [3, 3, 3, 3]
     assert first_ranks(torch.eye(4), torch.eye(4), own, own).tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.slow
+def test_the_memory_of_100000_items_does_not_grow_with_the_queries() -> None:
+    """All scores of 4,000 queries would take 1.5 GiB. The chunks are those of 100,000 queries."""
+    item = F.normalize(torch.randn(100_000, 64, generator=torch.Generator().manual_seed(0)), dim=1)
+    number = torch.arange(len(item))
+    before = anonymous_bytes()
+    with PeakAnonymous() as peak:
+        ranks = first_ranks(item[:4000], item, number, number[:4000])
+    assert not ranks.any()
+    assert peak.bytes - before < 1 << 30
 
 
 def test_the_tool_writes_clip_benchmarks_schema_and_refuses_other_tasks(root: Path, tmp_path: Path) -> None:
