@@ -44,17 +44,18 @@ def redrawn(scale: float, *names: str) -> dict[str, str]:
 def iconify_sets() -> dict[str, dict[str, Any]]:
     """Sets for training, validation and test, one without a licence, one of a licence that is not free.
 
-    Of `tabler`, one SVG is broken, one is blank, one name is no caption, and two icons are the same drawing. The heart
-    of `bi` is also in `tabler`.
+    Of `tabler`, one SVG is broken, one is blank, one name is no caption, and two icons are the same drawing, as two of
+    `bi` are. The heart of `bi` is also in `tabler`.
     """
     train = {name: outlined(body) for name, body in SHAPES.items()}
     train |= {f"{name}-filled": body for name, body in SHAPES.items()}
     train |= {"broken": "<path d=", "blank": "<g/>", "null": SHAPES["bell"], "house": train["home"]}
     train |= {"traffic-light": SHAPES["camera"]}
     test, validation, other = redrawn(0.9, *SHAPES), redrawn(0.8, "home", "star"), redrawn(0.7, "home", "bell")
+    test |= {"heart": SHAPES["heart"], "bell-fill": outlined(test["bell"]), "sparkle": test["star"]}
     wide = {name: {"body": SHAPES[name], "width": 40, "left": -10} for name in ("home", "bell")}
     return {
-        "bi": icon_set("bi", "MIT", {**test, "heart": SHAPES["heart"], "bell-fill": outlined(test["bell"])}),
+        "bi": icon_set("bi", "MIT", test),
         "iconoir": icon_set("iconoir", "CC0-1.0", {"home": validation["home"], "cog": validation["star"]}),
         "pixelarticons": icon_set("pixelarticons", "ISC", {"house": other["home"], "bell-2": other["bell"]}),
         "secret": icon_set("secret", None, SHAPES),

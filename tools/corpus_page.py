@@ -11,11 +11,23 @@ Facts = dict[str, Any]
 TITLES = {"iconify": "@iconify/json", "fonts": "qtawesome"}
 
 
-def facts_of(summary: Facts, meta: Facts) -> Facts:
-    """What docs/corpus/KIND.json keeps of a corpus: its summary with counts for names, and what the run took."""
+def facts_of(summary: Facts, meta: Facts, before: Facts | None) -> Facts:
+    """What docs/corpus/KIND.json keeps of a corpus: its summary with counts for names, and what a whole run took.
+
+    Args:
+        before: the earlier facts. Their run stays if this one was continued and made the same tars.
+    """
     counts = {name: len(summary[name]) for name in ("no_caption", "no_picture")}
-    run = {name: meta[name] for name in ("seconds", "cpu_seconds", "workers", "renderer")}
-    return {**summary, **counts, "run": run}
+    run = {name: meta.get(name) for name in ("seconds", "cpu_seconds", "workers", "renderer")}
+    facts = {**summary, **counts, "run": run}
+    if run["cpu_seconds"] is None and before is not None and _tars_of(before) == _tars_of(facts):
+        facts["run"] = before["run"]
+    return facts
+
+
+def _tars_of(facts: Facts) -> tuple[Any, ...]:
+    """What decides the tars."""
+    return facts["package"], facts["pairs"], facts["size"], facts["run"]["renderer"]
 
 
 def page_part(corpora: list[Facts]) -> str:
@@ -76,14 +88,16 @@ _SIZES: dict[str, Callable[[Facts], str]] = {
     "icons left out for a name that is no caption": lambda facts: f"{facts['no_caption']:,}",
 }
 _COST: dict[str, Callable[[Facts], str]] = {
-    "CPU time": lambda facts: f"{facts['run']['cpu_seconds']:.0f} s",
+    "CPU time": lambda facts: (
+        "not measured" if facts["run"]["cpu_seconds"] is None else f"{facts['run']['cpu_seconds']:.0f} s"
+    ),
 }
 _REDUNDANCY: dict[str, Callable[[Facts], str]] = {
     "training pairs whose family has other members": _share("redundancy", "share_in_families"),
     "training pairs beyond one per family": _share("redundancy", "beyond_one_per_family"),
     "training pairs beyond one per picture (equal bytes)": _share("redundancy", "equal_pictures"),
-    "training pairs whose concept 2 or more systems draw": _share("redundancy", "share_of_concepts_in_2_systems"),
-    "training pairs whose concept 10 or more systems draw": _share("redundancy", "share_of_concepts_in_10_systems"),
+    "training pairs whose concept 2 or more systems draw": _share("redundancy", "share_in_concepts_of_2_systems"),
+    "training pairs whose concept 10 or more systems draw": _share("redundancy", "share_in_concepts_of_10_systems"),
     "training pairs with a near neighbour": _share("nearest", "train", "near"),
     "... of the same family": _share("nearest", "train", "near_in_family"),
     "... of another family, same concept": _share("nearest", "train", "near_other_family_same_concept"),

@@ -30,7 +30,7 @@ from megacid.config.conditions import Needs
 from megacid.config.fields import Section
 from megacid.config.schema import MegacidConfig
 from megacid.errors import UserError, run_tool
-from megacid.storage.atomic import write_atomic, write_json_atomic
+from megacid.storage.atomic import read_json, write_atomic, write_json_atomic
 from megacid.storage.metadata import read_meta
 
 CONFIGURATION = ROOT / "docs" / "configuration.md"
@@ -230,7 +230,7 @@ def from_corpus(corpus: Path, root: Path) -> list[Path]:
     kind = summary["package"]["kind"]
     picture, page = root / "docs" / "images" / f"corpus-{kind}.png", root / "docs" / "corpus.md"
     facts = root / "docs" / "corpus" / f"{kind}.json"
-    write_json_atomic(facts, facts_of(summary, meta))
+    write_json_atomic(facts, facts_of(summary, meta, read_json(facts)))
     write_atomic(picture, (corpus / "examples.png").read_bytes())
     write_atomic(page, corpus_page(page.read_text(), facts.parent).encode())
     return [facts, picture, page]

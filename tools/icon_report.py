@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from icon_packages import IconPackage, IconSet
 from icon_sets import SPLITS, Pair
 from megacid.data.order import KeyedPermutation, derive_key
+from megacid_kernels.rows import unit_rows
 
 QUERIES = 2000  # pairs of each split whose nearest neighbour is looked for
 NEAR = 0.95  # least cosine of the grey thumbnails of near-duplicates
@@ -87,8 +89,8 @@ def _redundancy(pairs: list[Pair], picture: np.ndarray) -> dict[str, Any]:
         "share_in_families": _share(families[pair.family] > 1 for pair in pairs),
         "beyond_one_per_family": _share_of(len(pairs) - len(families), len(pairs)),
         "concepts": len(systems),
-        "share_of_concepts_in_2_systems": _share(drawn_by[pair.concept] >= 2 for pair in pairs),
-        "share_of_concepts_in_10_systems": _share(drawn_by[pair.concept] >= 10 for pair in pairs),
+        "share_in_concepts_of_2_systems": _share(drawn_by[pair.concept] >= 2 for pair in pairs),
+        "share_in_concepts_of_10_systems": _share(drawn_by[pair.concept] >= 10 for pair in pairs),
         "most_drawn_concepts": dict(drawn_by.most_common(5)),
         "equal_pictures": _share_of(len(pairs) - len(np.unique(picture)), len(pairs)),
     }
@@ -123,11 +125,11 @@ def _nearest(
 
 def nearest_rows(thumbnails: np.ndarray, queries_m: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(row, cosine) [m] of the most similar row of `base` for each query, other than itself."""
-    unit = _unit(thumbnails[queries_m])
+    unit = _unit_rows(thumbnails[queries_m])
     best, cosine = np.full(len(queries_m), -1), np.full(len(queries_m), -1.0, np.float32)
     for start in range(0, len(base), _BLOCK):
         block = base[start : start + _BLOCK]
-        similarity = unit @ _unit(thumbnails[block]).T
+        similarity = unit @ _unit_rows(thumbnails[block]).T
         similarity[queries_m[:, None] == block[None, :]] = -1
         at = similarity.argmax(1)
         value = similarity[np.arange(len(at)), at]
@@ -136,10 +138,8 @@ def nearest_rows(thumbnails: np.ndarray, queries_m: np.ndarray, base: np.ndarray
     return best, cosine
 
 
-def _unit(pixels: np.ndarray) -> np.ndarray:
-    rows = pixels.astype(np.float32)
-    norm = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 0)
+def _unit_rows(pixels: np.ndarray) -> np.ndarray:
+    return unit_rows(torch.from_numpy(pixels).float()).numpy()
 
 
 def _share(flags: Iterable[bool]) -> float:

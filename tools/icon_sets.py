@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -177,12 +177,21 @@ def classification(pairs: Iterable[Pair], split: str, kind: str) -> Classificati
     return Classification(names, chosen["train"], chosen[split])
 
 
-def retrieval(pairs: Iterable[Pair], split: str) -> list[Pair]:
-    """One pair of each caption of a split, at most RETRIEVAL_PAIRS: an equal caption would be a second right answer."""
-    chosen: dict[str, Pair] = {}
+def retrieval(pairs: Iterable[Pair], split: str, picture_of: Mapping[str, int]) -> list[Pair]:
+    """At most RETRIEVAL_PAIRS pairs of a split, with each caption and each picture once: an equal one would be a second
+    right answer.
+
+    Args:
+        picture_of: by key, the same number for pictures with equal bytes.
+    """
+    chosen: list[Pair] = []
+    seen: set[str | int] = set()
     for pair in sorted((pair for pair in pairs if pair.split == split), key=_draw):
-        chosen.setdefault(pair.caption.lower(), pair)
-    return list(chosen.values())[:RETRIEVAL_PAIRS]
+        caption_and_picture = {pair.caption.lower(), picture_of[pair.key]}
+        if seen.isdisjoint(caption_and_picture):
+            seen |= caption_and_picture
+            chosen.append(pair)
+    return chosen[:RETRIEVAL_PAIRS]
 
 
 def _draw(pair: Pair) -> bytes:

@@ -111,7 +111,8 @@ def write_evaluation_sets(
 ) -> dict[str, Any]:
     """Write the sets of the held-out splits, without pictures that an earlier split has; returns their sizes."""
     sizes: dict[str, Any] = {}
-    pairs = [pair for pair, first in zip(pairs, picture) if pairs[first].split == pair.split]
+    picture_of = {pair.key: first for pair, first in zip(pairs, picture.tolist())}
+    pairs = [pair for pair in pairs if pairs[picture_of[pair.key]].split == pair.split]
     caption_of = {pair.key: pair.caption for pair in pairs}
     for split in SPLITS[1:]:
         folder = out / f"concepts-{split}"
@@ -127,7 +128,7 @@ def write_evaluation_sets(
         sizes[folder.name] = {"classes": len(chosen.names), **{part: len(rows) for part, rows in splits.items()}}
         folder = out / f"retrieval-{split}"
         shutil.rmtree(folder, ignore_errors=True)
-        keys = [pair.key for pair in retrieval(pairs, split)]
+        keys = [pair.key for pair in retrieval(pairs, split, picture_of)]
         write_retrieval(folder, ((read(key), caption_of[key]) for key in keys))
         sizes[folder.name] = {"pairs": len(keys)}
     return sizes
@@ -189,24 +190,26 @@ def build(args: argparse.Namespace) -> int:
         "plan": plan.digest(),  # other held-out systems in another version of this tool must not reuse tars
         "size": args.size,
         "pairs_per_tar": args.pairs_per_tar,
+        "renderer": renderer_version(package.kind),
     }
-    renderer = renderer_version(package.kind)
-    stage = StageDirectory(args.out, "prepare_icons", arguments, notes={"renderer": renderer})
+    stage = StageDirectory(args.out, "prepare_icons", arguments)
     if stage.finished() is not None:
         print(f"{args.out} is complete, made with the same arguments")
         return 0
     stage.begin()
+    continued = any(any((args.out / split).glob("*.tar")) for split in SPLITS)
     summary = make_corpus(args, package, plan)
     times = os.times()
     cpu_seconds = times.user + times.system + times.children_user + times.children_system
     seconds = time.monotonic() - began
+    # A continued run has no time of the whole corpus.
+    times_of_all = {} if continued else {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
     stage.commit(
         {"package": str(args.package), "version": package.version},
         pairs=summary["pairs"],
-        renderer=renderer,
-        seconds=round(seconds, 1),
-        cpu_seconds=round(cpu_seconds, 1),
+        renderer=arguments["renderer"],
         workers=args.workers,
+        **times_of_all,
     )
     report(args.out, summary, seconds, cpu_seconds)
     return 0

@@ -195,6 +195,8 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(
     assert run(package, out) == 0
     assert made_files(out) == made_files(corpus)
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items() if path != cut)
+    assert "cpu_seconds" in json.loads((corpus / "meta.json").read_text())
+    assert "cpu_seconds" not in json.loads((out / "meta.json").read_text())  # it would leave out the killed run
     stamp = (out / "summary.json").stat().st_mtime_ns
     capsys.readouterr()
     assert run(package, out) == 0 and "is complete" in capsys.readouterr().out
@@ -225,10 +227,14 @@ def test_an_interrupt_ends_the_workers_and_keeps_finished_tars(
     assert run(package, tmp_path / "icons") == 0 and made_files(tmp_path / "icons") == made_files(corpus)
 
 
-def test_tars_of_other_held_out_systems_are_not_reused(
+def test_tars_of_other_held_out_systems_or_renderers_are_not_reused(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(package, tmp_path / "icons") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(tool, "renderer_version", lambda kind: "resvg-py 0.0.1")
+        with pytest.raises(UserError, match=r"was made with renderer 'resvg-py .*', this run has 'resvg-py 0\.0\.1'"):
+            run(package, tmp_path / "icons")
     swapped = HELD_OUT["iconify"]._replace(test="pixelarticons")
     monkeypatch.setitem(HELD_OUT, "iconify", swapped)
     with pytest.raises(UserError, match="was made with plan"):
@@ -255,16 +261,21 @@ def test_classification_sets_score_concepts_on_held_out_systems(corpus: Path) ->
                 assert members[f"{name}.png"] in [read(key) for key in drawn]
 
 
-def test_retrieval_sets_have_each_caption_once(corpus: Path) -> None:
+def test_retrieval_sets_have_each_caption_and_picture_once(corpus: Path) -> None:
     pairs = pairs_of(corpus)
     for split in SPLITS[1:]:
         assert (corpus / f"retrieval-{split}" / "dataset_type.txt").read_text() == "retrieval\n"
         members = members_of(corpus / f"retrieval-{split}" / "test")
         captions = sorted(data.decode() for name, data in members.items() if name.endswith(".txt"))
-        # The heart of the test split is also a training picture.
-        assert captions == sorted({p["caption"] for p in pairs if p["split"] == split and p["caption"] != "heart"})
+        drawn = [data for name, data in members.items() if name.endswith(".png")]
+        assert len(drawn) == len(set(drawn)) == len(captions) == len({caption.lower() for caption in captions})
+        # The heart of the test split is also a training picture; its picture `sparkle` is also its star.
+        expected = {p["caption"] for p in pairs if p["split"] == split} - {"heart", "sparkle", "star"}
+        assert set(captions) - {"sparkle", "star"} == expected
+        assert len(captions) == len(expected) + (split == "test")
     pictures = {f"{pair['set']}:{pair['name']}": pair["picture"] for pair in pairs}
     assert pictures["bi:heart"] == pictures["tabler:heart-filled"]
+    assert pictures["bi:star"] == pictures["bi:sparkle"]
 
 
 def test_the_evaluation_tool_reads_both_kinds_of_sets(corpus: Path, tmp_path: Path) -> None:
