@@ -6,7 +6,7 @@ Three source roots: `megacid` at the top, `megacid_kernels` in `kernels/`, and `
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-CHECKOUT_ONLY = {"bench", "tune"}  # they need tools/benchmarks, which is not installed
+CHECKOUT_ONLY = {"bench", "bench_gpu", "tune"}  # they need tools/benchmarks, which is not installed
 
 
 class BuildPackages(build_py):

@@ -8,6 +8,7 @@
     tools/bench.py --suite step-time --check          the model of a step's time, fitted and tested on held-out points
     tools/bench.py --suite loader --check             the training loader compared with webdataset's pipeline
     tools/bench.py --suite student --check            contrastive training compared with open_clip_train
+    tools/bench.py --suite first-start                embed, cluster, train, stop and resume, as on a new machine
     tools/bench.py --suite optimizer                  row-sparse optimizers, in bytes per second
     tools/bench.py --suite contrastive                the instance loss of large batches
     tools/bench.py --suite assignment                 the nearest of many centroids
@@ -40,6 +41,7 @@ MODULES = {
     "step-time": "step_time",
     "loader": "loader",
     "student": "student",
+    "first-start": "first_start",
     "optimizer": "optimizer",
     "contrastive": "contrastive",
     "assignment": "assignment",

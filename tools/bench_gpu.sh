@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+<<<<<<< HEAD
 # Run all measurements on one GPU, most important first: the kernels' tests on the GPU, tiles, the head, optimizers, k-means'
 # assignment, the contrastive terms, a step at ten million classes, the model of a training step. Takes about an hour. A step
 # that fails does not stop the others; it is named at the end.
@@ -35,3 +36,11 @@ suite step-10m --suite step --shapes 10000000,512,4096,0.1
 suite head-init --suite head --geometry init
 suite step-time --suite step-time --clock wall --check
 [ ${#failed[@]} = 0 ] || { echo "bench_gpu: failed, or missed a limit: ${failed[*]}; see $out" >&2; exit 1; }
+=======
+# tools/bench_gpu.py in the project's environment: measure on one GPU in slices, see --help.
+#   bash tools/bench_gpu.sh [OUT] [OPTION...]           results in OUT (default docs/bench)
+#   PYTHON=python3 bash tools/bench_gpu.sh [OUT] ...    use another environment than .venv
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec "${PYTHON:-${VIRTUAL_ENV:-$PWD/.venv}/bin/python}" tools/bench_gpu.py "$@"
+>>>>>>> e493d9a (tools/bench_gpu.py: GPU measurements in slices that resume, a dry mode in Triton's interpreter; lowest versions that were tested)

@@ -18,11 +18,12 @@ import torch
 import checkout  # noqa: F401  import paths of a plain checkout
 from argtypes import ToolParser, positive
 from benchmarks import measure, tile_search
-from benchmarks.suite import Row, print_table
+from benchmarks.suite import Row, interpreted, print_table
 from megacid.errors import UserError, run_tool
 from megacid.storage.atomic import write_atomic
-from megacid_kernels.fused.tuning import Key, Tiles, as_json
+from megacid_kernels.fused.tuning import Key, Tiles, architecture_of, as_json
 
+_INTERPRETED_SHARED = 24 << 10  # bytes that let two tiles of a kernel pass, to test the search in Triton's interpreter
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -57,7 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not args.list:
         if args.out is None:
             raise UserError("--out is missing, expected a file for the table: add --out table.json, or --list")
-        if not torch.cuda.is_available():
+        if not (torch.cuda.is_available() or interpreted()):
             raise UserError(
                 "torch finds no GPU, expected the one to tune for: run this there, or list the candidates with --list"
             )
@@ -77,15 +78,16 @@ def print_candidates(args: argparse.Namespace) -> None:
 
 
 def tune(args: argparse.Namespace) -> dict[Key, Tiles]:
-    device = torch.device("cuda")
-    properties, timer = torch.cuda.get_device_properties(device), measure.CudaTimer()
-    architecture = f"sm_{properties.major}{properties.minor}"
-    print(f"{properties.name}, {architecture}; {args.samples:,} x {args.classes:,}")
+    device = torch.device("cpu" if interpreted() else "cuda")
+    timer = measure.timer_of(argparse.Namespace(device=device.type, clock="wall"))
+    architecture, shared = architecture_of(device), _INTERPRETED_SHARED
+    if device.type == "cuda":
+        shared = int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    print(f"{architecture}; {args.samples:,} x {args.classes:,}")
     table: dict[Key, Tiles] = {}
     for name in args.dtypes:
         for width in args.widths:
             case = tile_search.Case.random(args.samples, args.classes, width, DTYPES[name], device)
-            shared = int(properties.shared_memory_per_block_optin)
             chosen = {kernel: tile_search.fitting(kernel, DTYPES[name], shared) for kernel in tile_search.KERNELS}
             table[architecture, name, width], rows = tile_search.tune(case, chosen, timer)
             print(f"\n{name}, width {width}")

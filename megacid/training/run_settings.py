@@ -32,7 +32,7 @@ MAY_CHANGE = (
     "wall_clock_breakdown", "memory_breakdown", "flops_profiler", "timers", "aio",
 )  # fmt: skip
 
-DEEPSPEED = ((0, 19, 6), (0, 20))  # the first version that works, the first that is not known to; as in pyproject.toml
+DEEPSPEED = ((0, 19, 8), (0, 20))  # the first version that works, the first that is not known to; as in pyproject.toml
 
 
 def flat(tree: Any, path: str = "") -> dict[str, Any]:

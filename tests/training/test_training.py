@@ -126,17 +126,17 @@ def test_a_spike_is_judged_by_median_and_deviation_and_the_state_travels(policy:
 
 @pytest.mark.parametrize(
     ("installed", "works"),
-    [("0.19.6", True), ("0.19.10+abc", True), ("0.19.5", False), ("0.19", False), ("0.20.0", False), ("none", False)],
+    [("0.19.8", True), ("0.19.10+abc", True), ("0.19.7", False), ("0.19", False), ("0.20.0", False), ("none", False)],
 )
 def test_a_deepspeed_that_would_ignore_a_key_is_refused_at_the_start(
     installed: str, works: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert '"deepspeed>=0.19.6,<0.20"' in (ROOT / "pyproject.toml").read_text()
+    assert '"deepspeed>=0.19.8,<0.20"' in (ROOT / "pyproject.toml").read_text()
     monkeypatch.setattr("megacid.training.run_settings.versions", lambda: {"deepspeed": installed})
     if works:
         check_packages()
         return
-    with pytest.raises(UserError, match=rf"DeepSpeed {installed} is installed, expected >= 0\.19\.6 and < 0\.20"):
+    with pytest.raises(UserError, match=rf"DeepSpeed {installed} is installed, expected >= 0\.19\.8 and < 0\.20"):
         check_packages()
 
 

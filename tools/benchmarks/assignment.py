@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from argtypes import positive
 from benchmarks import measure
-from benchmarks.suite import Limit, Report, Row, make_report, parse_sizes, print_table
+from benchmarks.suite import Limit, Report, Row, make_report, of_gpu_code, parse_sizes, print_table
 from megacid.errors import UserError
 from megacid.offline.nearest import Assigner
 
@@ -208,7 +208,7 @@ def print_shape(shape: str, rows: list[Row], device: torch.device) -> None:
 def check(report: Report) -> list[Limit]:
     """The limits of the fused kernel on a GPU at shapes with a million centroids; none on a CPU."""
     limits: list[Limit] = []
-    if report["arguments"]["device"] != "cuda":
+    if not of_gpu_code(report):
         return limits
     for shape in dict.fromkeys(row["shape"] for row in report["results"]):
         rows = {row["provider"]: row for row in report["results"] if row["shape"] == shape}

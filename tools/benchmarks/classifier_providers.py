@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.measure import relative_error
 from benchmarks.published_partial_fc import EagerPartialFC
+from benchmarks.suite import interpreted
 from megacid import Margin, PartialFC, RowAdamW
 from megacid.errors import UserError
 from megacid_kernels.reference import discrimination_reference
@@ -21,6 +22,7 @@ from megacid_kernels.reference import discrimination_reference
 MARGIN, SCALE, SEED = 0.3, 64.0, 0
 # A small learning rate keeps the geometry nearly the same in all timed steps.
 LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-5, (0.9, 0.98), 0.05
+_MAX_ERROR, _MAX_ERROR_FP16 = 1e-4, 2.5e-3  # in fp32, and where the kernels round the factors of products to fp16
 PROVIDERS = {
     "eager": "published partial-FC scheme, torch.optim.AdamW",
     "eager-tuned": "the same without a one-hot matrix, with in-place scale and fused AdamW",
@@ -69,6 +71,7 @@ class Provider:
         options: dict[str, Any] = {"sample_rate": shape.rate, "scale": SCALE, "init": weight, "device": device}
         adam: dict[str, Any] = {"lr": LEARNING_RATE, "betas": BETAS, "weight_decay": WEIGHT_DECAY}
         if name == "megacid":
+            options["impl"] = implementation()
             self.head = PartialFC(shape.classes, shape.width, margin=Margin.cosface(MARGIN), seed=SEED, **options)
             if train:
                 self.optimizer = RowAdamW(self.head, **adam)
@@ -112,6 +115,11 @@ class Provider:
         return loss
 
 
+def implementation() -> str:
+    """PartialFC's implementation: the one that its device has, the kernels where they are interpreted."""
+    return "triton" if interpreted() else "auto"
+
+
 def class_rows(shape: Shape) -> Tensor:
     return torch.randn(shape.classes, shape.width, generator=torch.Generator().manual_seed(SEED)).mul_(0.01)
 
@@ -127,12 +135,14 @@ def check_accuracy(names: list[str], device: torch.device) -> None:
         slot = torch.searchsorted(rows.cpu(), got.target.cpu())
         want, _ = discrimination_reference(x, w, slot, margin=Margin.cosface(MARGIN), scale=SCALE)
         want.backward()
+        fused = isinstance(got.head, PartialFC) and got.head.fused
+        most = _MAX_ERROR_FP16 if fused else _MAX_ERROR
         values, references = (loss, got.emb.grad, row_grad), (want.detach(), x.grad, w.grad)
         for what, value, exact in zip(("loss", "embedding gradient", "weight gradient"), values, references):
             assert value is not None and exact is not None
             error = relative_error(value, exact)
-            if not error < 1e-4 or len(rows) < 0.98 * shape.rows:
+            if not error < most or len(rows) < 0.98 * shape.rows:
                 raise UserError(
                     f"the {what} of {name} on {len(rows)} rows differs from float64 by {error:.1e} of its norm, "
-                    f"expected < 1e-4 on at least {shape.rows} rows: run the tests in tests/kernels"
+                    f"expected < {most:g} on at least {shape.rows} rows: run the tests in tests/kernels"
                 )

@@ -51,8 +51,11 @@ def take_turns(names: list[str], shape: Shape, args: argparse.Namespace) -> dict
 
 
 def needed_bytes(name: str, shape: Shape, train: bool) -> int:
-    """An upper estimate: weight, moments, and copies during construction or the backward."""
-    copies = 6 if train and name != "megacid" else 3
+    """An upper estimate: weight, moments, and copies during construction or the backward; of megacid's logits only a
+    chunk of at most 1 GiB exists."""
+    if name == "megacid":
+        return 4 * 3 * (shape.classes + shape.rows) * shape.width + (2 << 30)
+    copies = 6 if train else 3
     return 4 * (copies * shape.classes * shape.width + shape.rows * (6 * shape.width + 5 * shape.batch))
 
 
@@ -96,6 +99,8 @@ def measure_shape(shape: Shape, names: list[str], args: argparse.Namespace) -> l
     else:
         results |= {name: {"seconds": seconds} for name, seconds in take_turns(fit, shape, args).items()}
         gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()  # the processes below need the memory
     for name in fit:
         if "seconds" in results[name]:
             results[name] |= ask("memory", name, shape, args)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import measure
-from benchmarks.suite import Limit, Report, Row, make_report, parse_sizes, print_table
+from benchmarks.suite import Limit, Report, Row, gpu_code, make_report, parse_sizes, print_table
 from megacid.errors import UserError
 from megacid.losses.instance import instance_loss
 
@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Report:
     device, timer = torch.device(args.device), measure.timer_of(args)
     shapes = [shape_of(text) for text in args.shapes] if args.shapes else SHAPES[args.device]
-    names = [name for name in PROVIDERS if device.type == "cuda" or name != "materialised-bf16"]
+    names = [name for name in PROVIDERS if gpu_code(device) or name != "materialised-bf16"]
     check_accuracy(names, device)
     rows = [row for shape in shapes for row in measure_shape(shape, names, args, timer)]
     print_table(rows, COLUMNS)

@@ -10,7 +10,7 @@ import argparse
 
 from argtypes import real
 from benchmarks import cost_model, head_gpu, training_step
-from benchmarks.suite import Limit, Report, make_report
+from benchmarks.suite import Limit, Report, interpreted, make_report, of_gpu_code
 from megacid.errors import UserError
 
 HELP = (
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Report:
-    on_gpu = args.device == "cuda" and not args.analytic
+    on_gpu = (args.device == "cuda" or interpreted()) and not args.analytic
     for name in ["repeats"] if on_gpu else _GPU_DEFAULTS:
         if getattr(args, name) is not None:
             where = "--analytic" if args.analytic else f"--device {args.device}"
@@ -56,4 +56,4 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def check(report: Report) -> list[Limit]:
-    return head_gpu.check(report) if report["arguments"]["device"] == "cuda" else training_step.check(report)
+    return head_gpu.check(report) if of_gpu_code(report) else training_step.check(report)

@@ -25,11 +25,10 @@ MatrixBy = Literal["fused", "in-place"]
 @functools.cache
 def _table_of(matrix: MatrixBy, device: torch.device, width: int) -> str:
     """Path of a kernel table with the usual tiles of this device and width and the given `matrix`."""
-    from megacid_kernels.fused.tuning import as_json, tiles_for
+    from megacid_kernels.fused.tuning import architecture_of, as_json, tiles_for
 
-    major, minor = torch.cuda.get_device_capability(device)
     table = {
-        (f"sm_{major}{minor}", str(dtype).removeprefix("torch."), width): replace(
+        (architecture_of(device), str(dtype).removeprefix("torch."), width): replace(
             tiles_for(device, dtype, width), matrix=matrix
         )
         for dtype in (torch.float16, torch.bfloat16)

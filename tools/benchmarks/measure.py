@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.suite import clock_of
+from benchmarks.suite import clock_of, interpreted
 from megacid.errors import UserError
 
 Run = Callable[[], object]
@@ -67,6 +67,8 @@ def timer_of(args: argparse.Namespace) -> Timer:
 
 def repeats_for(seconds: float) -> int:
     """Calls per turn: at least seven, so three rounds have more than 20; more if they are short."""
+    if interpreted():
+        return 1
     return min(_MOST_REPEATS, max(_LEAST_REPEATS, int(_TURN_S / seconds)))
 
 
@@ -76,7 +78,7 @@ def take_turns(
     """Seconds of rounds * repeats calls of every run. The runs alternate in every round, so drifting clocks affect all
     alike. A turn begins with an uncounted call, and on a GPU with an empty allocator cache."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _, name in itertools.product(range(rounds), runs):
+    for _, name in itertools.product(range(1 if interpreted() else rounds), runs):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         timer(runs[name], 1)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.classifier_providers import SCALE, SEED, Shape, class_rows
-from benchmarks.suite import Limit, Report, Row, make_report, print_table
+from benchmarks.classifier_providers import SCALE, SEED, Shape, class_rows, implementation
+from benchmarks.suite import Limit, Report, Row, gpu_code, make_report, of_gpu_code, print_table
 from megacid import PartialFC, RowAdamW, RowSGD
 from megacid.classifier.row_state import rounding_keys
 from megacid.errors import UserError
@@ -59,7 +59,7 @@ class Case:
         """A classifier after its first backward; the same rows and gradient each time."""
         shape = self.shape
         options: dict[str, Any] = {"sample_rate": shape.rate, "scale": SCALE, "seed": SEED, "device": self.device}
-        head = PartialFC(shape.classes, shape.width, init=self.weight, **options)
+        head = PartialFC(shape.classes, shape.width, init=self.weight, impl=implementation(), **options)
         head.set_step(0)
         generator = torch.Generator().manual_seed(SEED)
         target = torch.randint(shape.classes, (shape.batch,), generator=generator)
@@ -81,7 +81,7 @@ def rows_step(case: Case, kind: str, moments: Any) -> Step:
 def kernel_step(case: Case, kind: str, moments: str) -> Step:
     from megacid_kernels.fused import AdamWFactors, SGDFactors, adamw_rows_, sgd_rows_
 
-    if case.device.type != "cuda":
+    if not gpu_code(case.device):
         raise ValueError("needs a GPU")
     weight, rows = case.weight.to(case.device, copy=True), case.rows
     dtype = torch.bfloat16 if moments == "bf16" else torch.float32
@@ -207,7 +207,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 def check(report: Report) -> list[Limit]:
     """The copy fraction of AdamW on sampled rows on a GPU; no limit on a CPU."""
-    if report["arguments"]["device"] != "cuda":
+    if not of_gpu_code(report):
         return []
     limits = []
     for row in report["results"]:

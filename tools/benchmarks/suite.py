@@ -98,6 +98,17 @@ def check_k(k: int, rows: int) -> None:
         raise UserError(f"--k is {k:,} for {rows:,} rows, expected at most one cluster per row: lower --k")
 
 
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels on the CPU (TRITON_INTERPRET=1). Suites then run their GPU code, to
+    test it at small shapes: their times mean nothing."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def gpu_code(device: torch.device) -> bool:
+    """Whether the kernels run on `device`: it is a GPU, or they are interpreted."""
+    return device.type == "cuda" or interpreted()
+
+
 def clock_of(args: argparse.Namespace) -> Callable[[], float]:
     """The clock that --clock selects, in seconds."""
     return time.perf_counter if args.clock == "wall" else time.process_time
@@ -117,6 +128,8 @@ def gpu_info() -> dict[str, str]:
 def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
     """The machine that is measured; clocks, temperature and power are those at the time of the call."""
     description = machine() | {"threads": args.threads, "clock": args.clock, "torch": torch.__version__}
+    if interpreted():
+        description["interpreted"] = True
     if args.device == "cuda":
         description |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} | gpu_info()
         for name in PACKAGES:
@@ -137,6 +150,11 @@ def make_report(args: argparse.Namespace, rows: list[Row]) -> Report:
     """The report that `run` returns and --json writes."""
     arguments = {name: _plain(value) for name, value in vars(args).items()}
     return {"suite": args.suite, "machine": describe_machine(args), "arguments": arguments, "results": rows}
+
+
+def of_gpu_code(report: Report) -> bool:
+    """Whether the report is of a GPU, or of its code in the interpreter."""
+    return report["arguments"]["device"] == "cuda" or report.get("machine", {}).get("interpreted", False)
 
 
 def _plain(value: Any) -> Any:

@@ -15,8 +15,8 @@ import torch
 from argtypes import positive
 from benchmarks.classifier_providers import PROVIDERS, Shape, check_accuracy
 from benchmarks.classifier_timing import compare, measure_shape
-from benchmarks.measure import format_ms, format_value
-from benchmarks.suite import Limit, Report, Row, make_report
+from benchmarks.measure import format_ms, format_value, median
+from benchmarks.suite import Limit, Report, Row, make_report, of_gpu_code
 from megacid.errors import UserError
 
 HELP = (
@@ -30,6 +30,8 @@ SHAPES = {
 }
 # (minimum speed over eager, maximum extra memory over eager's)
 LIMITS: dict[str, tuple[float, float | None]] = {"head": (1.5, 1 / 3), "step": (4.0, None)}
+# On one H200: seconds of a step with AdamW.
+GPU_LIMITS = {Shape(10_000_000, 512, 4096, 0.1): 0.03, Shape(10_000_000, 512, 4096, 1.0): 0.25}
 REPEATS, MIN_REPEATS = 7, 5
 
 
@@ -93,6 +95,12 @@ def print_table(rows: list[Row]) -> None:
 
 def check(report: Report) -> list[Limit]:
     limits = []
+    if of_gpu_code(report):
+        for shape, rows in by_shape(report["results"]).items():
+            most, seconds = GPU_LIMITS.get(Shape.parse(shape)), median(rows["megacid"])
+            if most is not None and seconds is not None:  # all rows do not fit every GPU
+                limits.append(Limit(f"{Shape.parse(shape)}: seconds of a step", seconds, most, at_least=False))
+        return limits
     for shape, rows in by_shape(report["results"]).items():
         speed, memory = compare(rows["megacid"], rows["eager"])
         min_speed, max_memory = LIMITS[report["suite"]]

@@ -81,14 +81,17 @@ def tiles_for(device: torch.device, dtype: torch.dtype, width: int) -> Tiles:
     if dtype not in PRODUCT_DTYPES:
         raise ValueError(f"dtype is {dtype}, expected one of {PRODUCT_DTYPES}")
     name = str(dtype).removeprefix("torch.")
-    architecture = "interpreter" if INTERPRET else None
-    if device.type == "cuda":
-        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     tiles = None
-    if architecture is not None:
+    if device.type == "cuda" or INTERPRET:
+        architecture = architecture_of(device)
         _check_architecture(architecture)
         tiles = lookup(architecture, name, width)
     return tiles or (_INTERPRETED if INTERPRET else _FLOAT32 if dtype == torch.float32 else _ELSEWHERE)
+
+
+def architecture_of(device: torch.device) -> str:
+    """The architecture of the table's entries for a device: "sm_90", or "interpreter" for a CPU."""
+    return "interpreter" if device.type == "cpu" else "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def _check_architecture(architecture: str) -> None:
