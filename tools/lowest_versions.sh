@@ -12,7 +12,7 @@ export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu DS_BUILD_OPS=0 UV_CACHE_DIR=${UV_CAC
 "${PYTHON:-python3}" -m venv "$folder/env"
 "$folder/env/bin/python" -m pip install --quiet --disable-pip-version-check uv
 "$folder/env/bin/uv" pip install --quiet --python "$folder/env/bin/python" --resolution lowest-direct \
-    --editable ".[faiss,simplejpeg,demo,wandb]" "pytest>=8.3" "hypothesis>=6.100"
+    --editable ".[faiss,simplejpeg,demo,corpus,wandb]" "pytest>=8.3" "hypothesis>=6.100"
 "$folder/env/bin/uv" pip freeze --quiet --python "$folder/env/bin/python" | grep -iE "^(torch|triton|deepspeed|open.clip|numpy)"
 "$folder/env/bin/python" -m pytest -q -p no:cacheprovider tests/test_import_direction.py tests/models/test_student.py \
     tests/models/test_pretrained.py tests/kernels/test_fused_rows.py tests/kernels/test_aot.py tests/data/test_images.py \

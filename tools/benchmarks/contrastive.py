@@ -140,7 +140,7 @@ def measure_shape(shape: Shape, names: list[str], args: argparse.Namespace, time
 
 def peak(shape: Shape, name: str, args: argparse.Namespace) -> dict[str, Any]:
     request = {"shape": shape, "name": name, "device": args.device, "threads": args.threads}
-    if args.device == "cuda":
+    if gpu_code(torch.device(args.device)):
         return answer(request)
     return measure.ask_process("benchmarks.contrastive", request, measure.RETURN_FREED)
 
