@@ -44,7 +44,7 @@ def test_sixteen_bits_of_colour_keep_their_shades() -> None:
 
 
 def test_palette_with_transparency_keeps_its_colours_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
-    image = Image.fromarray(np.tile(np.arange(4, dtype=np.uint8), (4, 1)), "P")
+    image = Image.fromarray(np.tile(np.arange(4, dtype=np.uint8), (4, 1)))
     image.putpalette([10, 20, 30, 200, 0, 0, 0, 200, 0, 0, 0, 200])
     for form, transparency in (("PNG", b"\0\x80\xff\xff"), ("GIF", 1)):
         got = pixels(decode_image(encoded(image, form, transparency=transparency)))
