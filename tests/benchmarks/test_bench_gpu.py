@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -21,11 +23,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def tool(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import bench_gpu
 
-    return bench_gpu
+    handler = signal.getsignal(signal.SIGTERM)
+    yield bench_gpu
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="module")
