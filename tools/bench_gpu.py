@@ -4,7 +4,7 @@
     tools/bench_gpu.py --list                    what each slice measures
     tools/bench_gpu.py docs/bench                every slice that has no result there yet
     tools/bench_gpu.py docs/bench --slices head-512 tune-512
-    tools/bench_gpu.py /tmp/dry --dry            every slice at a toy shape on the CPU, with the kernels in Triton's
+    tools/bench_gpu.py /tmp/dry --dry            the slices at toy shapes on the CPU, with the kernels in Triton's
                                                  interpreter: tests the slices and measures nothing
 
 A slice leaves SLICE-GPU.json, small enough to commit, and its output in SLICE-GPU.md. It ends with a table of at most
@@ -42,7 +42,7 @@ DRY = "dry"  # in the place of the GPU's name
 class Slice(NamedTuple):
     about: str
     words: str  # the program and its options; {json} is the result
-    toy: str  # options of --dry, after the others: the last one counts
+    toy: str | None  # options of --dry, after the others: the last one counts; None: it has no toy shape, not in --dry
     shown: tuple[str, ...] = ()  # values of a row's "provider" that the table shows; () for all
     figure: str = ""  # the measurement that the table shows beside the time
 
@@ -124,6 +124,12 @@ SLICES = {
         "--shapes 32,16",
         figure="speed_over_materialised",
     ),
+    "step-time": Slice(
+        "the model of a training step, for tools/estimate.py --costs",
+        "tools/bench.py --json {json} --suite step-time --clock wall",
+        None,
+        figure="relative_error",
+    ),
     "head-init": Slice(
         "head-512 with random embeddings, which some peers do not skip",
         HEAD + "131072,512,4096,1 --geometry init",
@@ -154,7 +160,7 @@ def gpu_name() -> str:
 
 def run_slice(one: Slice, json_path: Path, output: Path, *, dry: bool) -> str:
     """Run the slice. Returns why it failed, or ""."""
-    words = [word.format(json=json_path) for word in [*one.words.split(), *(one.toy.split() if dry else ())]]
+    words = [word.format(json=json_path) for word in [*one.words.split(), *((one.toy or "").split() if dry else ())]]
     environment = dict(os.environ)
     if dry:
         words += ["--device", "cpu", "--threads", "1"] if words[0] == "tools/bench.py" else []
@@ -256,7 +262,8 @@ def main(argv: list[str] | None = None) -> int:
     gpu = DRY if args.dry else gpu_name()
     args.out.mkdir(parents=True, exist_ok=True)
     failed, missed = [], []
-    for name in args.slices:
+    names = [name for name in args.slices if not args.dry or SLICES[name].toy is not None]
+    for name in names:
         result = measure(name, args.out.resolve(), gpu)
         if result is None:
             failed.append(name)
@@ -266,10 +273,10 @@ def main(argv: list[str] | None = None) -> int:
         if gpu != DRY:  # toy shapes meet no limit
             print(*limits, sep="\n")
             missed += [name] if not all(limit.met for limit in limits) else []
-    print(f"\nbench_gpu: {len(args.slices) - len(failed)} of {len(args.slices)} slices have a result in {args.out}")
-    for what, names in (("failed", failed), ("missed a limit", missed)):
-        if names:
-            print(f"bench_gpu: {what}: {', '.join(names)}")
+    print(f"\nbench_gpu: {len(names) - len(failed)} of {len(names)} slices have a result in {args.out}")
+    for what, which in (("failed", failed), ("missed a limit", missed)):
+        if which:
+            print(f"bench_gpu: {what}: {', '.join(which)}")
     return 1 if failed or missed else 0
 
 

@@ -42,12 +42,15 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, done.stdout
 
 
+def toys(tool: ModuleType) -> list[str]:
+    return [name for name, one in tool.SLICES.items() if one.toy is not None]
+
+
 def test_every_slice_runs_at_a_toy_shape_and_leaves_a_small_result(tool: ModuleType, dry: tuple[Path, str]) -> None:
     out, _ = dry
-    assert {path.name for path in out.iterdir()} == {
-        f"{name}-dry.{ext}" for name in tool.SLICES for ext in ("json", "md")
-    }
-    results = {name: json.loads((out / f"{name}-dry.json").read_text()) for name in tool.SLICES}
+    slices = toys(tool)
+    assert {path.name for path in out.iterdir()} == {f"{name}-dry.{ext}" for name in slices for ext in ("json", "md")}
+    results = {name: json.loads((out / f"{name}-dry.json").read_text()) for name in slices}
     tests = ("kernel-tests", "engine-tests")
     assert all(results[name]["results"][0]["passed"] >= 1 for name in tests)
     assert [row["stage"] for row in results["first-start"]["results"]][-2:] == ["train", "resume"]
@@ -62,7 +65,7 @@ def test_every_slice_runs_at_a_toy_shape_and_leaves_a_small_result(tool: ModuleT
 
 def test_a_slice_ends_with_a_table_of_at_most_ten_lines(tool: ModuleType, dry: tuple[Path, str]) -> None:
     parts = dry[1].split("\n=== ")[1:]
-    assert [part.partition(":")[0] for part in parts] == list(tool.SLICES)
+    assert [part.partition(":")[0] for part in parts] == toys(tool)
     for part in parts:
         lines = part.partition("\n\nbench_gpu:")[0].strip().splitlines()
         assert 3 <= len(lines) <= 12, part  # its name, its time and the table
@@ -145,5 +148,5 @@ def test_repeats_are_kept_as_quantiles_that_have_the_same_median(tool: ModuleTyp
 def test_ten_million_classes_are_measured_on_the_gpus_that_hold_them() -> None:
     """Free memory of an H100 and an H200, of which a tenth stays unused, see classifier_timing.measure_shape."""
     tenth, whole = (Shape(10_000_000, 512, 4096, rate) for rate in (0.1, 1.0))
-    assert needed_bytes("megacid", tenth, train=True) < 0.9 * 79e9 < needed_bytes("megacid", whole, train=True)
+    assert needed_bytes("megacid", tenth, train=True) < 0.9 * 79 * 2**30 < needed_bytes("megacid", whole, train=True)
     assert needed_bytes("megacid", whole, train=True) < 0.9 * 139 * 2**30

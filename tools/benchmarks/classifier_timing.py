@@ -52,9 +52,10 @@ def take_turns(names: list[str], shape: Shape, args: argparse.Namespace) -> dict
 
 def needed_bytes(name: str, shape: Shape, train: bool) -> int:
     """An upper estimate: weight, moments, and copies during construction or the backward; of megacid's logits only a
-    chunk of at most 1 GiB exists."""
+    chunk."""
     if name == "megacid":
-        return 4 * 3 * (shape.classes + shape.rows) * shape.width + (2 << 30)
+        logits = min(2 * shape.batch * shape.rows, 8 << 30)
+        return 4 * 3 * (shape.classes + shape.rows) * shape.width + logits
     copies = 6 if train else 3
     return 4 * (copies * shape.classes * shape.width + shape.rows * (6 * shape.width + 5 * shape.batch))
 
