@@ -56,10 +56,10 @@ _REASONS = {
     """,
     "it is for inference, during or after training": "hybrid_engine weight_quantization",
     "it starts runs through the launcher's option --autotuning": "autotuning",
-    "the trainer sets it": "log_level zero_allow_untested_optimizer",
+    "the trainer sets it": "log_level",
     "the trainer chooses the implementation of the optimizer": """
-        zero_force_ds_cpu_optimizer optimizer.params.foreach optimizer.params.fused optimizer.params.capturable
-        optimizer.params.differentiable
+        zero_allow_untested_optimizer zero_force_ds_cpu_optimizer optimizer.params.foreach optimizer.params.fused
+        optimizer.params.capturable optimizer.params.differentiable
     """,
     "a checkpoint has two moments per parameter": "optimizer.params.amsgrad",
     "the trainer clips the joint norm of student and classifier, see gradient_clipping": """

@@ -185,7 +185,7 @@ KNOWN_TO_DEEPSPEED: dict[str, tuple[dict[str, Any], str]] = {
     "partial offload": (_zero("offload_optimizer", {"device": "cpu", "ratio": 0.5}), "own CPU optimizer divides"),
     "zenflow": (_zero("zenflow", {"topk_ratio": 0.1}), "apart from the step that student and classifier share"),
     "leaf modules": (_zero("leaf_module", {"classes": ["x"]}), "it is for mixtures of experts"),
-    "untested optimizers": ({"zero_allow_untested_optimizer": True}, "the trainer sets it"),
+    "untested optimizers": ({"zero_allow_untested_optimizer": True}, "chooses the implementation"),
     "its checkpoints": (_zero("load_from_fp32_weights", False), "the trainer writes its own"),
     "16-bit weights for its checkpoints": (
         _zero("stage3_gather_16bit_weights_on_model_save", True), "the trainer writes its own",
@@ -317,7 +317,7 @@ BASES += [
     {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
     {"flops_profiler": {"enabled": True}},
     {"torch_autocast": {"enabled": True, "dtype": "bf16"}},
-    *({"optimizer": {"type": kind, "params": {"lr": 1e-3}}} for kind in OPTIMIZERS),
+    *({"optimizer": {"type": kind, "params": {"lr": 1e-3, "weight_decay": 0.1}}} for kind in OPTIMIZERS),
 ]
 
 
