@@ -5,9 +5,11 @@
     tools/docs.py --check              exit 1 when they are stale; change nothing
     tools/docs.py --demo runs/demo     pictures in docs/images/, results in README.md and docs/demo.md
     tools/docs.py --corpus data/icons  facts in docs/corpus/, a picture in docs/images/, tables in docs/corpus.md
+    tools/docs.py --study runs/study   results in docs/study/, tables in docs/study.md
 
 --demo reads what tools/demo.sh wrote: summary.json, the figures of the balance stage and the TensorBoard event files of
-the students. It needs matplotlib. --corpus reads an output of tools/prepare_icons.py.
+the students. It needs matplotlib. --corpus reads an output of tools/prepare_icons.py, --study one of tools/study.py
+with configs/study/icons.json.
 """
 
 import json
@@ -32,6 +34,8 @@ from megacid.config.schema import MegacidConfig
 from megacid.errors import UserError, run_tool
 from megacid.storage.atomic import read_json, write_atomic, write_json_atomic
 from megacid.storage.metadata import read_meta
+from study_plan import load_study
+from study_report import load_results, report
 
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 FIGURES = {  # name of a figure of tools/figures.py -> caption
@@ -236,16 +240,45 @@ def from_corpus(corpus: Path, root: Path) -> list[Path]:
     return [facts, picture, page]
 
 
+# ---- --study -----------------------------------------------------------------------------------------------------
+
+
+def study_page(page: str, results: Path) -> str:
+    """docs/study.md with its tables made from the JSON files in `results`."""
+    file = load_study(ROOT / "configs" / "study" / "icons.json")
+    return between(page, "study tables", report(load_results(results), file, file.chosen([])))
+
+
+def from_study(out: Path, root: Path) -> list[Path]:
+    """Copy the results of a study and rewrite the tables of docs/study.md; returns the files."""
+    load_results(out / "results")  # checks them
+    page, copies = root / "docs" / "study.md", root / "docs" / "study"
+    if not page.is_file():
+        raise UserError(
+            f"{page} is missing, expected a page with the markers <!-- study tables --> and <!-- end of study tables "
+            "-->: write it first"
+        )
+    written = [copies / path.name for path in sorted((out / "results").glob("*.json"))]
+    for path in written:
+        write_atomic(path, (out / "results" / path.name).read_bytes())
+    write_atomic(page, study_page(page.read_text(), copies).encode())
+    return [*written, page]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = ToolParser(description=__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="exit 1 when docs/configuration.md is stale")
     what.add_argument("--demo", type=Path, help="output directory of tools/demo.sh")
     what.add_argument("--corpus", type=Path, help="output directory of tools/prepare_icons.py")
+    what.add_argument("--study", type=Path, help="output directory of tools/study.py")
     args = parser.parse_args(argv)
-    if args.demo is not None or args.corpus is not None:
-        for path in from_demo(args.demo, ROOT) if args.demo is not None else from_corpus(args.corpus, ROOT):
+    sources = ((args.demo, from_demo), (args.corpus, from_corpus), (args.study, from_study))
+    given = [(directory, write) for directory, write in sources if directory is not None]
+    for directory, write in given:
+        for path in write(directory, ROOT):
             print(f"{path.relative_to(ROOT)}  {path.stat().st_size:,} bytes")
+    if given:
         return 0
     page = CONFIGURATION.read_text()
     fresh = configuration_page(page)

@@ -13,11 +13,8 @@ sweep.png. After an interruption run the same command again: finished runs are k
 import argparse
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
-from collections import deque
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,10 +22,10 @@ from typing import Any
 
 import torch
 
-import checkout
+import checkout  # noqa: F401  import paths of a plain checkout
 from argtypes import ToolParser, integer, positive, seed_number, share_of_all
+from launching import run_logged, training_command
 from megacid.config.load import load_run
-from megacid.config.schema import RunFile
 from megacid.data.features import FeatureSet
 from megacid.distributed.progress import progress_bar
 from megacid.errors import UserError, run_tool
@@ -113,7 +110,8 @@ def measure(args: argparse.Namespace, point: Point, features: Path) -> dict[str,
                 f"{run.directory}"
             )
         return stored
-    launch(args, run, changes)
+    command = training_command(args.deepspeed_config, changes, args.ranks)
+    run_logged(command, args.out / f"{point.name}.out", f"training of {point.name}")
     trained = trained_tower(run.directory, FeatureSet(features), device="cuda" if torch.cuda.is_available() else "cpu")
     scores = {
         task: accuracy(task, trained, features, limit=args.limit)["acc1"] for task in tasks_for(FeatureSet(features))
@@ -128,29 +126,6 @@ def measure(args: argparse.Namespace, point: Point, features: Path) -> dict[str,
     }
     write_json_atomic(record, result)
     return result
-
-
-def launch(args: argparse.Namespace, run: RunFile, changes: list[str]) -> None:
-    """Train in a separate process, whose memory can be measured; its output goes to OUT/NAME.out."""
-    start = [sys.executable]
-    if args.ranks > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        launcher = str(Path(sys.executable).parent / "deepspeed")
-        start = [launcher, "--num_gpus", str(args.ranks), "--master_port", str(port)]
-    words = [*start, str(checkout.ROOT / "megacid" / "train.py"), "--deepspeed_config", str(args.deepspeed_config)]
-    words += [word for change in changes for word in ("--set", change)]
-    args.out.mkdir(parents=True, exist_ok=True)
-    log = args.out / f"{run.megacid.run.name}.out"
-    with open(log, "w") as out:
-        code = subprocess.run(words, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
-    if code:
-        with open(log) as lines:
-            last = "".join(deque(lines, maxlen=5)).strip()
-        raise UserError(
-            f"training of {run.megacid.run.name} ended with exit code {code}, see {log}; last lines:\n{last}"
-        )
 
 
 def curves(run: Path) -> dict[str, float]:

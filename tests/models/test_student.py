@@ -120,7 +120,8 @@ def test_student_does_not_import_deepspeed():
 
 
 def test_registering_models_twice_keeps_one_and_an_empty_directory_is_refused(tmp_path):
-    assert register_models() == register_models() == ["digits-student", "digits-teacher"]
+    shipped = ["digits-student", "digits-teacher", "icons-student", "icons-teacher"]
+    assert register_models() == register_models() == shipped
     with pytest.raises(UserError, match=str(tmp_path)):
         register_models(tmp_path)
     (tmp_path / "tiny-test.json").write_text(json.dumps(model_config("digits-student") | {"embed_dim": 32}))

@@ -1,0 +1,66 @@
+"""docs/study.md has the numbers of docs/study/*.json and no others."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from doc_blocks import ROOT
+from test_pages import docs_tool
+
+from megacid.errors import UserError
+
+PAGE, RESULTS = ROOT / "docs" / "study.md", ROOT / "docs" / "study"
+MARKERS = "<!-- study tables: written by tools/docs.py --study runs/study -->\n<!-- end of study tables -->\n"
+PARTS = f"# Study\n\n{{text}}\n\n{MARKERS}"
+
+
+def unknown_numbers(page: str) -> set[str]:
+    """Decimal numbers of the text that the tables do not have."""
+    text, tables = re.split(r"<!-- study tables.*?-->", page)
+    tables, rest = tables.split("<!-- end of study tables -->")
+    decimals = re.compile(r"\d+\.\d+")
+    return set(decimals.findall(text + rest)) - set(decimals.findall(tables))
+
+
+def drawn_study(out: Path) -> Path:
+    """Results of one arm with two seeds, as tools/study.py leaves them."""
+    (out / "results").mkdir(parents=True)
+    for seed, acc1 in ((0, 0.1), (1, 0.2)):
+        for rate in (1e-3, 2e-3, 4e-3):
+            result = {
+                "digest": "d", "arm": "plain", "seed": seed, "rate": rate, "date": "2026-01-02", "seconds": {},
+                "metrics": {"validation": {"acc1": acc1 if rate == 2e-3 else 0.0}}, "machine": {"cpu": "a", "cores": 2},
+                "versions": {},
+            }  # fmt: skip
+            (out / "results" / f"plain-{rate}-{seed}.json").write_text(json.dumps(result))
+    return out
+
+
+def test_the_tables_come_from_the_results_and_the_text_has_no_other_number(tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "study.md"
+    page.parent.mkdir()
+    page.write_text(PARTS.format(text="Plain CLIP reaches 15.00 %, the method 16.27 %."))
+    files = docs_tool.from_study(drawn_study(tmp_path / "out"), tmp_path)
+    assert len(files) == 7 and all(path.is_file() for path in files)
+    assert "| `plain` | 0.002 | 0.001, 0.002, 0.004 | 2 | 15.00 ± 63.53 |" in page.read_text()
+    assert unknown_numbers(page.read_text()) == {"16.27"}
+    assert docs_tool.study_page(page.read_text(), tmp_path / "docs" / "study") == page.read_text()
+
+
+def test_a_study_without_a_page_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"study\.md is missing"):
+        docs_tool.from_study(drawn_study(tmp_path / "out"), tmp_path)
+    shutil.rmtree(tmp_path / "out" / "results")
+    with pytest.raises(UserError, match="has no results"):
+        docs_tool.from_study(tmp_path / "out", tmp_path)
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason="there is no study yet")
+def test_the_page_has_the_numbers_of_the_committed_results() -> None:
+    page = PAGE.read_text()
+    assert page == docs_tool.study_page(page, RESULTS), "run: python tools/docs.py --study runs/study"
+    assert not unknown_numbers(page)

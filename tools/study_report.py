@@ -1,0 +1,161 @@
+"""The tables of a study: means over seeds, their intervals, and paired differences, from the results of its runs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import checkout  # noqa: F401  import paths of a plain checkout
+from megacid.errors import UserError
+from study_plan import TEACHER, StudyFile
+
+METRICS = {
+    "acc1": "zero-shot top-1",
+    "lp_acc1": "linear probe top-1",
+    "image_retrieval_recall@1": "image retrieval R@1",
+    "text_retrieval_recall@1": "text retrieval R@1",
+}
+LEVEL = 0.95
+Result = dict[str, Any]
+
+
+def load_results(directory: Path) -> list[Result]:
+    """All results of a directory, by name. Raises UserError when there is none, or one is no result of a study."""
+    results = []
+    for path in sorted(directory.glob("*.json")):
+        try:
+            result = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path} is not JSON, expected a result of tools/study.py: remove it") from None
+        if not isinstance(result, dict) or "digest" not in result:
+            raise UserError(f"{path} has no digest, expected a result of tools/study.py: remove it")
+        results.append(result)
+    if not results:
+        raise UserError(f"{directory} has no results, expected those of tools/study.py: run the study first")
+    return results
+
+
+def best_rate(tried: Sequence[Result], metric: str) -> float:
+    """The learning rate with the highest metric on the validation sets; of equal ones the lowest.
+
+    Args:
+        tried: results of one arm and seed, one per rate.
+    """
+    for result in tried:
+        if metric not in result["metrics"]["validation"]:
+            known = ", ".join(sorted(result["metrics"]["validation"]))
+            raise UserError(f'"tune_on" is {metric!r}, expected a metric of the validation sets: one of {known}')
+    best = max(tried, key=lambda result: (result["metrics"]["validation"][metric], -result["rate"]))
+    return float(best["rate"])
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The mean and half the width of its 95 % interval by Student's t; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    from scipy import stats
+
+    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), float(half)
+
+
+class Finished:
+    """The finished runs of a study's arms at their chosen learning rates."""
+
+    def __init__(self, results: Iterable[Result], file: StudyFile) -> None:
+        self.file, self.rate, self.tried = file, dict[str, float](), dict[str, list[float]]()
+        self.runs: dict[str, dict[int, Result]] = {}
+        by_arm: dict[str, list[Result]] = {}
+        for result in results:
+            if "arm" in result:
+                by_arm.setdefault(result["arm"], []).append(result)
+        first = file.study.seeds[0]
+        for arm, found in by_arm.items():
+            if arm == TEACHER:
+                self.runs[arm] = {result["seed"]: result for result in found}
+            elif arm in file.arms:
+                tried = [result for result in found if result["seed"] == first]
+                rates = file.arms[arm].rates or file.study.rates
+                if {result["rate"] for result in tried} < set(rates):
+                    continue  # the rate is not chosen yet
+                self.tried[arm] = [result["rate"] for result in tried]
+                self.rate[arm] = best_rate(tried, file.study.tune_on)
+                self.runs[arm] = {result["seed"]: result for result in found if result["rate"] == self.rate[arm]}
+
+    def values(self, arm: str, part: str, metric: str) -> dict[int, float]:
+        """Seed -> percent, of the runs that were evaluated on that part."""
+        return {
+            seed: 100 * result["metrics"][part][metric]
+            for seed, result in self.runs.get(arm, {}).items()
+            if metric in result["metrics"].get(part, {})
+        }
+
+    def differences(self, arm: str, other: str, part: str, metric: str) -> list[float]:
+        """Of the seeds that both arms have."""
+        ours, theirs = self.values(arm, part, metric), self.values(other, part, metric)
+        return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def _cell(values: Sequence[float], sign: str = "") -> str:
+    if not values:
+        return ""
+    found = interval(values)
+    if found is None:
+        return f"{values[0]:{sign}.2f} (one seed)"
+    return f"{found[0]:{sign}.2f} ± {found[1]:.2f}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    """A Markdown table whose first `left` columns are aligned to the left."""
+    rule = f"|{'---|' * left}{'---:|' * (len(header) - left)}"
+    return "\n".join([f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def _means(finished: Finished, arms: Sequence[str], part: str) -> str:
+    rows = []
+    for arm in (TEACHER, *arms):
+        values = [list(finished.values(arm, part, metric).values()) for metric in METRICS]
+        if any(values):
+            rate = f"{finished.rate[arm]:g}" if arm in finished.rate else ""
+            tried = ", ".join(f"{rate:g}" for rate in sorted(finished.tried.get(arm, [])))
+            rows.append([f"`{arm}`", rate, tried, str(max(map(len, values))), *map(_cell, values)])
+    return _table(["arm", "learning rate", "of", "seeds", *METRICS.values()], rows, 1) if rows else ""
+
+
+def _differences(finished: Finished, arms: Sequence[str], part: str) -> str:
+    rows = []
+    for arm in arms:
+        for other in finished.file.arms[arm].against:
+            values = [finished.differences(arm, other, part, metric) for metric in METRICS]
+            if any(values):
+                rows.append([f"`{arm}`", f"`{other}`", str(max(map(len, values))), *(_cell(v, "+") for v in values)])
+    return _table(["arm", "minus", "pairs of runs", *METRICS.values()], rows, 2) if rows else ""
+
+
+def _cost(results: Sequence[Result]) -> str:
+    seconds = [result.get("seconds", {}) for result in results]
+    wall, cpu = (
+        sum(value for entry in seconds for key, value in entry.items() if key.endswith(kind)) / 3600
+        for kind in ("_wall", "_cpu")
+    )
+    trained = [result for result in results if "rate" in result]
+    host, dates = results[0]["machine"], sorted(result["date"][:10] for result in results)
+    return (
+        f"{len(trained)} students; with the stages {wall:.1f} hours, {cpu:.1f} hours of CPU time. {host['cpu']}, "
+        f"{host['cores']} cores, torch {results[0]['versions'].get('torch')}; {dates[0]} to {dates[-1]}."
+    )
+
+
+def report(results: Sequence[Result], file: StudyFile, arms: Sequence[str]) -> str:
+    """Markdown: for each part the means and the paired differences of these arms, then what they cost."""
+    finished = Finished(results, file)
+    parts = []
+    for part, title in (("test", "Test sets"), ("validation", "Validation sets")):
+        tables = [table(finished, arms, part) for table in (_means, _differences)]
+        if tables[0]:
+            parts += [f"### {title}", *filter(None, tables)]
+    note = f"Percent; mean ± half of the {100 * LEVEL:.0f} % interval over seeds (Student's t); differences by seed."
+    return "\n\n".join([*parts, note, _cost(results)])
