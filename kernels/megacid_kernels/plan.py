@@ -187,11 +187,14 @@ def plan_slabs(spec: LossSpec, sizes: Sizes, chosen: Implementation, device: str
     return Plan("recomputed" if gradients else "loss-only", [], slabs, used, budget)
 
 
-def work_of(plan: Plan, spec: LossSpec, sizes: Sizes, chosen: Implementation) -> Work:
+def work_of(plan: Plan, spec: LossSpec, sizes: Sizes, chosen: Implementation, each_slab: bool = False) -> Work:
     """Products and traffic of a plan with gradients.
 
     Counted are the class rows, the matrices of exponentials, and both gradients; where an engine makes more passes over
     a matrix, such as for a filter, the traffic is a lower bound.
+
+    Args:
+        each_slab: count a call of `Gradients.each_slab`, too, which computes the gradient of a recomputed plan again.
     """
     matrices, elements, entries = len(spec.distributions()), sizes.rows * sizes.width, sizes.rows * sizes.batch
     itemsize, products = _itemsize(spec, sizes, chosen), len(spec.student_products())
@@ -208,12 +211,14 @@ def work_of(plan: Plan, spec: LossSpec, sizes: Sizes, chosen: Implementation) ->
     traffic = elements * (rows_moved + gradient) + 3 * itemsize * matrices * entries
     if again:
         traffic += 8 * pieces * products * sizes.batch * sizes.width
+    if again and each_slab:
+        flop += 2 * entries * sizes.width * (cosines + matrices)
+        traffic += elements * (4 + itemsize * (copies + cosines) + gradient) + 2 * itemsize * matrices * entries
     return Work(flop, traffic)
 
 
-def describe(plan: Plan, spec: LossSpec, sizes: Sizes, chosen: Implementation) -> str:
+def describe(plan: Plan, sizes: Sizes, chosen: Implementation, work: Work) -> str:
     """The plan in words: pieces, bytes, products and traffic."""
-    work = work_of(plan, spec, sizes, chosen)
     if plan.kind == "stored":
         pieces = f"gradient stored, {_count(plan.chunks, 'chunk')} of {plan.samples} samples x {sizes.rows} class rows"
     else:

@@ -13,7 +13,7 @@ from megacid.distributed.parallel import shard_range
 from megacid.errors import UserError
 from megacid_kernels import LossSpec, Weights, resolve
 from megacid_kernels.loss_spec import DEVICE_BYTES
-from megacid_kernels.plan import Implementation, Plan, Sizes, describe, make_plan, with_available_memory
+from megacid_kernels.plan import Implementation, Plan, Sizes, Work, describe, make_plan, with_available_memory, work_of
 
 
 class ClassifierPlan(NamedTuple):
@@ -24,8 +24,13 @@ class ClassifierPlan(NamedTuple):
     chosen: Implementation
     plan: Plan
 
+    @property
+    def work(self) -> Work:
+        """Of a training step: the row optimizer calls `each_slab` with weight_grad "recomputed"."""
+        return work_of(self.plan, self.spec, self.sizes, self.chosen, each_slab=self.spec.weight_grad == "recomputed")
+
     def __str__(self) -> str:
-        return describe(self.plan, self.spec, self.sizes, self.chosen)
+        return describe(self.plan, self.sizes, self.chosen, self.work)
 
 
 def plan_classifier(run: RunFile, num_classes: int, embed_dim: int, world: int, device: str) -> ClassifierPlan:

@@ -13,10 +13,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megacid.classifier.sampling import num_dims
+from megacid.config.conditions import is_mean_over_samples
 from megacid.config.schema import RunFile
 from megacid.models.feature_tower import FeatureTower
-from megacid.training.classifier_plan import plan_classifier
+from megacid.training.classifier_plan import ClassifierPlan, plan_classifier
 from megacid.training.communication import Collective, step_collectives
 from megacid.training.flops import classifier_flops, count_student
 from megacid.training.memory import moments_of
@@ -30,7 +30,7 @@ class Costs:
     """Seconds that a rank takes for a unit of work.
 
     tower_flop, product_flop: a floating-point operation of the student in bf16, and of the products of embeddings with
-    each other and with class rows. fp32: time of the student in fp32 over that in bf16. memory_byte: a byte read or
+    each other and with class rows. fp32: time of an operation in fp32 over that in 16 bits. memory_byte: a byte read or
     written. link_byte, network_byte: a byte that a rank sends inside its node, and that one of the node's network
     cards, one for each rank, sends to another node. hop, network_hop: the latency of a step of a ring, inside a node
     and between two. sample: a loaded sample, of one core. step: what does not depend on the size of a step. source:
@@ -80,7 +80,7 @@ COSTS = {"cuda": H100, "cpu": EPYC}
 
 _LOGIT_BYTES = {"cuda": 6, "cpu": 24}  # of an exponential: written and read by two products; PyTorch's engine also sums
 # Class rows are copied and normalised; their gradient is written, projected, and summed for the norm.
-_ROW_BYTES = 36
+_CPU_ROW_BYTES = 36
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,8 @@ def _tower_flop(step: Step, costs: Costs) -> float:
 
 def forward(step: Step, costs: Costs) -> float:
     """Seconds of the student's forwards: with gradient caching each micro-batch but the last has two."""
-    loss, accumulation = step.run.megacid.loss, step.run.accumulation
-    cached = loss.instance or loss.contrastive or loss.affinity or loss.cluster
-    forwards = (2 * accumulation - 1) / accumulation if cached else 1.0
+    accumulation = step.run.accumulation
+    forwards = 1.0 if is_mean_over_samples(step.run.megacid.loss) else (2 * accumulation - 1) / accumulation
     return _tower_flop(step, costs) * step.samples * step.forward_flop * forwards
 
 
@@ -183,19 +182,27 @@ def pair_losses(step: Step, costs: Costs) -> float:
 
 
 def classifier(step: Step, costs: Costs) -> float:
-    """Seconds of the cluster term: products, passes over the exponentials [G, R], copies of the rows and gradients."""
+    """Seconds of the cluster term: products and traffic of its plan, for R rows."""
     if not step.num_classes:
         return 0.0
-    run, config = step.run, step.run.megacid.classifier
-    used = num_dims(step.width, config.feature_rate)
-    drawn = config.sample_rate * step.num_classes / step.world
-    flop = run.global_batch * classifier_flops(run, step.num_classes, step.width) / step.world * step.rows / drawn
-    planned = plan_classifier(run, step.num_classes, step.width, step.world, step.device)
-    if planned.plan.kind == "recomputed":
-        flop += 2 * run.global_batch * step.rows * used
-    matrices = len(planned.spec.distributions())
-    moved = run.global_batch * step.rows * matrices * _LOGIT_BYTES[step.device] + step.rows * used * _ROW_BYTES
+    planned = plan_classifier(step.run, step.num_classes, step.width, step.world, step.device)
+    if step.device == "cpu":
+        flop, moved = _fitted_classifier(step, planned)
+    else:
+        flop, moved = (amount * step.rows / planned.sizes.rows for amount in planned.work)
+        if planned.chosen == "torch" or planned.spec.precision == "fp32":
+            flop *= costs.fp32
     return flop * costs.product_flop + moved * costs.memory_byte
+
+
+def _fitted_classifier(step: Step, planned: ClassifierPlan) -> tuple[float, float]:
+    """Operations and bytes to which the costs of a CPU are fitted."""
+    run, entries, matrices = step.run, step.run.global_batch * step.rows, len(planned.spec.distributions())
+    drawn = run.megacid.classifier.sample_rate * step.num_classes / step.world
+    flop = run.global_batch * classifier_flops(run, step.num_classes, step.width) / step.world * step.rows / drawn
+    if planned.plan.kind == "recomputed":  # two more products for the exponentials, one for the rows' gradient
+        flop += 3 * 2 * entries * matrices * planned.sizes.width
+    return flop, entries * matrices * _LOGIT_BYTES["cpu"] + step.rows * planned.sizes.width * _CPU_ROW_BYTES
 
 
 def row_update(step: Step, costs: Costs) -> float:

@@ -99,6 +99,11 @@ def test_traffic_counts_every_pass_over_rows_matrices_and_gradient() -> None:
     # Rows are made twice, and read by three products; every slab updates the gradient of x.
     expected = 32_000 * (16 + 6 + 4 + 12) + 6 * 64_000 + 8 * number * 64 * 32
     assert work_of(slabs, spec, sizes, "triton").bytes == expected
+    # `each_slab`: rows made and read by one product, exponentials written and read by one, and the gradient.
+    expected += 32_000 * (8 + 2 + 4 + 12) + 4 * 64_000
+    again = work_of(slabs, spec, sizes, "triton", each_slab=True)
+    assert (again.flop, again.bytes) == (12 * 64 * 32_000, expected)
+    assert work_of(chunks, spec, sizes, "triton", each_slab=True) == work_of(chunks, spec, sizes, "triton")
 
 
 @pytest.mark.parametrize("budget", [None, 1 << 28, 20_000])
@@ -122,12 +127,13 @@ def test_pytorch_keeps_its_chunks() -> None:
 
 def test_a_plan_says_its_pieces_bytes_products_and_traffic() -> None:
     spec, sizes = LossSpec(num_classes=131_072), Sizes(8192, 131_072, 768)
-    assert describe(plan_chunks(spec, sizes, "triton", "cuda"), spec, sizes, "triton") == (
+    stored, slabs = plan_chunks(spec, sizes, "triton", "cuda"), plan_slabs(spec, sizes, "triton", "cuda")
+    assert describe(stored, sizes, "triton", work_of(stored, spec, sizes, "triton")) == (
         "gradient stored, 2 chunks of 4096 samples x 131072 class rows, 1024.0 MiB within a budget of 1024.0; products "
         "4.95 TFLOP, predicted traffic 9.75 GiB (triton)"
     )
-    slabs = plan_slabs(spec, sizes, "triton", "cuda")
-    assert describe(slabs, spec, sizes, "triton").startswith("gradient recomputed, 3 slabs of 44544 class rows x 8192")
+    recomputed = describe(slabs, sizes, "triton", work_of(slabs, spec, sizes, "triton"))
+    assert recomputed.startswith("gradient recomputed, 3 slabs of 44544 class rows x 8192")
 
 
 def test_the_memory_of_a_gpu_is_read_in_whole_gibibytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from megacid import PartialFC
 from megacid.config.load import load_run
 from megacid.errors import UserError
 from megacid.models.feature_tower import FeatureTower
+from megacid.training.classifier_plan import plan_classifier
 from megacid.training.communication import Collective
 from megacid.training.components import Data
 from megacid.training.flops import classifier_flops, student_flops
@@ -88,11 +89,37 @@ def test_losses_take_their_products_and_passes(file: Path) -> None:
     classes = every_class.time(Costs(product_flop=1.0))["objective: classes"]
     assert every_class.rows == CLASSES / 2 and classes == 4 * classifier_flops(every_class.run, CLASSES, WIDTH)
     recomputed = step_of(file, "classifier.sample_rate=1.0", "classifier.weight_grad=recomputed")
-    assert recomputed.time(Costs(product_flop=1.0))["objective: classes"] == pytest.approx(classes * 4 / 3)
+    assert recomputed.time(Costs(product_flop=1.0))["objective: classes"] == pytest.approx(classes * 2)
     # Weights read and written, the gradient, two moments read and written; bf16 moments halve the last.
     for moments, size in (("fp32", 28), ("bf16", 20)):
         step = step_of(file, "classifier.sample_rate=1.0", f'classifier.moments="{moments}"')
         assert step.time(Costs(memory_byte=1.0))["update: classes"] == CLASSES / 2 * WIDTH * size
+
+
+def test_class_rows_on_a_gpu_take_the_work_of_the_printed_plan() -> None:
+    """All classes, so that the plan's rows are those of a step, of instance and cluster terms with three weights."""
+    every = ("classifier.sample_rate=1.0", "classifier.init=random")
+
+    def classes(*settings: str, **costs: float) -> float:
+        step = replace(pairs_step(*every, *settings), num_classes=1_000_000)
+        return step.time(Costs(**costs))["objective: classes"]  # type: ignore[arg-type]
+
+    product = 2 * 32768 * 125_000 * WIDTH
+    assert classes(product_flop=1.0, fp32=10.0) == 6 * product
+    assert classes("classifier.weight_grad=recomputed", product_flop=1.0) == (6 + 2 + 4) * product
+    assert classes("classifier.precision=fp32", product_flop=1.0, fp32=10.0) == 60 * product
+    assert classes("classifier.impl=torch", product_flop=1.0, fp32=10.0) == 60 * product
+    traffic = {
+        settings: classes(*settings.split(), memory_byte=1.0)
+        for settings in ("", "classifier.impl=torch", "classifier.precision=fp32", "classifier.memory_budget_gb=0.2")
+    }
+    for settings, moved in traffic.items():
+        run = load_run(PAIRS, [*every, *settings.split()], world=8).with_embed_dim(WIDTH)
+        planned = plan_classifier(run, 1_000_000, WIDTH, 8, "cuda")
+        assert moved == pytest.approx(planned.work.bytes)
+        assert f"predicted traffic {moved / 2**30:.3g} GiB" in str(planned).replace(",", "")
+    default, *others = traffic.values()
+    assert min(others) > default
 
 
 @pytest.mark.parametrize("labels", [16, 400])
