@@ -44,7 +44,7 @@ from megacid.errors import UserError
 from megacid_kernels import Discrimination, LossSpec, Weights, discrimination_with_gradients, resolve
 from megacid_kernels.engines.dispatch import check_precision
 from megacid_kernels.margin import Margin
-from megacid_kernels.plan import with_available_memory
+from megacid_kernels.plan import Implementation, with_available_memory
 
 
 class _Step(NamedTuple):
@@ -99,9 +99,11 @@ class PartialFC(ClassRows):
         log_q: divide a drawn negative's exponential by its probability of being drawn. The denominator is then an
             unbiased estimate of the sum over all classes.
         impl: "torch", "triton", or "auto": Triton on CUDA where it can be imported, else PyTorch.
-        weight_grad: "stored" (the default of "auto"), or "recomputed", which never stores the [S, D] gradient: forward
+        weight_grad: "stored" keeps the [S, D] gradient until the optimizer runs. "recomputed" never stores it: forward
             computes its slabs for the norm and the optimizer computes them again, because no row may change before the
-            guard's decision. A step takes 12 instead of 6 G S D FLOP, and one backward per step is allowed.
+            guard's decision. A step takes 12 instead of 6 G S D FLOP, and one backward per step is allowed. "auto"
+            stores it, but in Triton computes it in slabs where that is faster, by the rule of
+            `megacid_kernels.plan.make_plan`.
         precision: of Triton's products: "fp16" (the default of "auto"), "bf16", "fp32"; see `megacid_kernels.LossSpec`.
         memory_budget_bytes: of the [chunk, S] matrices; None: it follows the sizes of the gradient and of the group's
             smallest GPU, see `LossSpec.chunk_budget`.
@@ -155,7 +157,7 @@ class PartialFC(ClassRows):
                 class_start=self.class_start, reduction=reduction, group=group, impl=impl, weight_grad=weight_grad,
                 precision=precision, memory_budget_bytes=memory_budget_bytes, labels_loss=labels_loss,
             )  # fmt: skip
-            check_precision(precision, "triton" if self.fused else "torch", self.weight.device)
+            check_precision(precision, self._implementation, self.weight.device)
         self._exchange = LabelExchange(num_classes, group)
         # What must be the same on every rank, besides the input.
         self._settings: dict[str, object] = {
@@ -175,7 +177,12 @@ class PartialFC(ClassRows):
     @property
     def fused(self) -> bool:
         """Whether the classifier and the row optimizers use Triton kernels."""
-        return resolve(self._spec.impl, self.weight.device, torch.float32) == "triton"
+        return self._implementation == "triton"
+
+    @property
+    def _implementation(self) -> Implementation:
+        """ "torch" or "triton". It decides how many chunks and collectives a step has."""
+        return resolve(self._spec.impl, self.weight.device, torch.float32)
 
     def set_step(self, step: int) -> None:
         """Set the optimizer step of the next batches; every step of a row optimizer then adds 1.
@@ -297,9 +304,10 @@ class PartialFC(ClassRows):
         target_Bl = target_B.new_empty(0, 1).long() if input_error else target_B if several else target_B[:, None]
         samples = self.training and min(self.sample_rate, self.feature_rate) < 1
         gathered = [list(part.rows.shape) if isinstance(part, Gathered) else None for part in (emb, teacher)]
+        settings = self._settings | vars(weights) | {"gathered": gathered, "impl": self._implementation}
         kind = InputKind.of(
             rows_of(emb), None if teacher is None else rows_of(teacher), training=self.training,
-            step=self.step if samples else 0, settings=self._settings | vars(weights) | {"gathered": gathered},
+            step=self.step if samples else 0, settings=settings,
         )  # fmt: skip
         labels = self._exchange(target_Bl, input_error, draw, self.weight.device, pending_rows, kind)
         for part in (emb, teacher):

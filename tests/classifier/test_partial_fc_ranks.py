@@ -219,8 +219,9 @@ def test_gathered_embeddings_give_the_same_bits(options: dict[str, Any]) -> None
     run_ranks(gathered_once, 2, options)
 
 
-def agreement() -> tuple[int | None, str]:
-    """The memory that the default budget follows where the ranks' GPUs differ; the error of different budgets."""
+def agreement() -> tuple[int | None, str, str]:
+    """The memory that the default budget follows where the ranks' GPUs differ; the errors of different budgets and of a
+    rank that lacks Triton."""
     x, y = torch.randn(3, 4), torch.arange(3)
 
     def pretend(spec: LossSpec, *_: Any) -> LossSpec:
@@ -234,10 +235,14 @@ def agreement() -> tuple[int | None, str]:
     budgets = PartialFC(10, 4, memory_budget_bytes=(1000, 2000)[rank()])
     with pytest.raises(UserError) as error:
         budgets(x, y)
-    return head._spec.available_bytes, str(error.value)
+    partial_fc.resolve = lambda *_: ("triton", "torch")[rank()]
+    with pytest.raises(UserError) as lacks_triton:
+        head(x, y)
+    return head._spec.available_bytes, str(error.value), str(lacks_triton.value)
 
 
 def test_ranks_agree_on_the_budget_that_decides_how_many_collectives_they_make() -> None:
-    (first, said), (second, also) = run_ranks(agreement, 2)
+    (first, said, lacks), (second, also, lacks_too) = run_ranks(agreement, 2)
     assert first == second == 70
     assert said == also and "memory_budget_bytes: 1000 on rank 0, 2000 on rank 1" in said
+    assert lacks == lacks_too and "impl: triton on rank 0, torch on rank 1, expected the same on every rank" in lacks
