@@ -139,4 +139,5 @@ def discrimination_with_gradients(
         grads = computation.compute(need_x, need_w, on_grad_x, on_grad_slab if need_w else None)
         if target.ndim == 1:
             grads = grads._replace(result=grads.result._replace(target_cosine=grads.result.target_cosine[:, 0]))
-        return grads._replace(each_slab=computation.each_slab if plan.kind == "recomputed" else None)
+        again = plan.kind == spec.weight_grad == "recomputed"  # not for slabs that "auto" chose: they would keep memory
+        return grads._replace(each_slab=computation.each_slab if again else None)

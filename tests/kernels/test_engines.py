@@ -138,7 +138,10 @@ def test_chunks_slabs_and_losses_alone_change_nothing_but_the_order_of_sums(name
     # No chunk of 8 samples fits, so "auto" takes slabs, and returns the whole gradient.
     small = {"impl": "triton", "precision": "fp32", "memory_budget_bytes": 5900}
     auto, named = (call(spec_of(name, weight_grad=mode, **small), given, device) for mode in ("auto", "recomputed"))
-    assert auto.each_slab is not None and torch.equal(auto.w, named.w) and torch.equal(auto.x, named.x)
+    assert named.each_slab is not None and torch.equal(auto.w, named.w) and torch.equal(auto.x, named.x)
+    assert auto.each_slab is None  # it would keep the rows and the matrices of the chunk
+    with pytest.raises(ValueError, match="expected at least 8"):
+        call(spec_of(name, weight_grad="stored", **small), given, device)
     alone = call(slabs, given, device, need_x=False, need_w=False)
     assert alone.x is None and alone.w is None
     torch.testing.assert_close(alone.result.raw, whole.result.raw, rtol=1e-6, atol=1e-6)

@@ -197,3 +197,17 @@ def test_fp32_products_are_ieee_whatever_the_settings_are(weight_grad: str, tf32
         assert fp32_products() == before and SETTINGS.allow_tf32 is tf32
     finally:
         SETTINGS.allow_tf32 = False
+
+
+@pytest.mark.skipif(not hasattr(SETTINGS, "fp32_precision"), reason="torch < 2.9")
+def test_an_inherited_setting_stays_inherited() -> None:
+    x, w, target = torch.randn(6, 4), torch.randn(9, 4), torch.arange(6)
+    before = torch.backends.fp32_precision, SETTINGS.fp32_precision
+    try:
+        SETTINGS.fp32_precision = "none"
+        for parent in ("tf32", "ieee", "tf32"):
+            torch.backends.fp32_precision = parent
+            discrimination_with_gradients(x, w, target, LossSpec(num_classes=9))
+            assert SETTINGS.fp32_precision == parent
+    finally:
+        torch.backends.fp32_precision, SETTINGS.fp32_precision = before
