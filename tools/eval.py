@@ -119,6 +119,8 @@ def check(args: argparse.Namespace) -> None:
     """Raise UserError for options that do not go together."""
     if args.features and not args.run:
         raise UserError(f"--features is {args.features} without --run, expected both: add --run DIRECTORY")
+    if args.features and (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UserError(f"--features runs on {world} ranks, expected one: start the tool without a launcher")
     if args.limit is not None and not args.features:
         raise UserError(f"--limit is {args.limit} without --features, expected both: add --features DIRECTORY")
     known = FEATURE_TASKS if args.features else (*TASKS, UNPROJECTED, *RETRIEVAL_TASKS)
@@ -170,7 +172,7 @@ def evaluate_features(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    if args.features or os.environ.get("WORLD_SIZE", "1") == "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         how = Execution(args.batch_size, args.workers)
         return run_alone(lambda: evaluate_features(args) if args.features else evaluate_sets(args, how))
@@ -246,6 +248,7 @@ def evaluate_sets(args: argparse.Namespace, how: Execution) -> int:
     if args.suite:
         with fail_together(how.group):
             sets, missing = choose_sets(args.suite, args.data)
+        agree(str(list(sets)), "the sets", how.group)
     if missing:
         total = len(missing) + len(sets)
         report.say(f"{args.suite}: {len(missing)} of {total} sets are not in {args.data}: {', '.join(missing)}")
@@ -274,10 +277,12 @@ def evaluate_sets(args: argparse.Namespace, how: Execution) -> int:
 def tasks_of(benchmark: Benchmark, args: argparse.Namespace, report: Report) -> list[str]:
     """The tasks to run on a set. UserError when a task is not one of a single set's kind."""
     known = known_tasks(benchmark)
-    if args.tasks is None:
-        if benchmark.classnames and not (benchmark.root / "train").is_dir():
+    no_train = bool(benchmark.classnames) and not (benchmark.root / "train").is_dir()
+    if no_train:
+        known = ["zero_shot"]
+        if args.tasks != known:
             report.say(f"{benchmark.name} has no train split: zero_shot is its only task")
-            return ["zero_shot"]
+    if args.tasks is None:
         return known
     known += [UNPROJECTED] * ("linear_probe" in known)
     tasks = [task for task in args.tasks if task in known]
@@ -285,7 +290,8 @@ def tasks_of(benchmark: Benchmark, args: argparse.Namespace, report: Report) -> 
         other = next(task for task in args.tasks if task not in known)
         kind = "multilabel" if benchmark.multilabel else "classification" if benchmark.classnames else "retrieval"
         raise UserError(
-            f"--tasks has {other!r}, but {benchmark.root} is a {kind} set, expected some of {', '.join(known)}"
+            f"--tasks has {other!r}, but {benchmark.root} is a {kind} set{' without a train split' * no_train}, "
+            f"expected some of {', '.join(known)}"
         )
     if not tasks:
         report.say(

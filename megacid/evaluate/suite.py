@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megacid.errors import UserError, nearest
 from megacid.evaluate.datasets import Benchmark, dataset_type, load_benchmark
-from megacid.evaluate.tasks import MULTILABEL_TASKS, RETRIEVAL_TASKS, TASKS
+from megacid.evaluate.tasks import MULTILABEL_TASKS, RETRIEVAL_TASKS, TASKS, json_file
 
 # The paper's 14 sets as far as they can be told: docs/how-to/evaluate.md has the sources.
 SUITES = {
@@ -28,19 +28,21 @@ def find_sets(directory: Path) -> dict[str, Path]:
     """The data sets in a directory, by name: folders with at least one of the files of a set, also incomplete ones.
 
     Raises:
-        UserError: there is no set, or two sets have one name.
+        UserError: there is no set, or two sets have one name, or names that give one file of results.
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory, expected one with data sets in CLIP_benchmark's layout")
     sets: dict[str, Path] = {}
+    roots: dict[Path, Path] = {}  # by the file of results
     for root in sorted(_sets_in(directory, _DEPTH)):
         name = _name(root.relative_to(directory).parts)
-        if name in sets:
+        file = json_file(Path(), name)
+        if file in roots:
             raise UserError(
-                f"{directory} has two sets of the name {name} ({sets[name]}, {root}), expected different ones, which "
+                f"{directory} has two sets of the name {name} ({roots[file]}, {root}), expected different ones, which "
                 "name the results: rename a directory"
             )
-        sets[name] = root
+        sets[name] = roots[file] = root
     if not sets:
         raise UserError(
             f"{directory} has no folder with {', '.join(_FILES[:-1])} or {_FILES[-1]}, expected data sets in "

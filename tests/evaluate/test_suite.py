@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import signal
@@ -9,13 +10,15 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from benchmark_data import break_image, write_benchmark, write_retrieval_set
 from faultplan import Fault, FaultPlan
-from harness import rank_fates
-from offline_data import run, save_model
+from harness import rank_fates, run_ranks
+from offline_data import load_tool, run, save_model
 from offline_tool import tool_rank
 
 from megacid.errors import UserError
+from megacid.evaluate.execution import Execution
 from megacid.evaluate.suite import SUITES, choose_sets, find_sets
 
 
@@ -49,6 +52,10 @@ def test_the_folders_of_clip_benchmarks_repositories_give_its_names(tmp_path: Pa
     assert set(find_sets(tmp_path)) == names
     empty_set(tmp_path / "cars")
     with pytest.raises(UserError, match=r"two sets of the name cars .*rename a directory"):
+        find_sets(tmp_path)
+    shutil.rmtree(tmp_path / "cars")
+    empty_set(tmp_path / "vtab_pets")  # its results have the file names of vtab/pets
+    with pytest.raises(UserError, match=r"two sets of the name vtab/pets \(.*vtab_pets.*rename a directory"):
         find_sets(tmp_path)
     with pytest.raises(UserError, match=r"has no folder with classnames\.txt"):
         find_sets(tmp_path / "notes")
@@ -125,12 +132,45 @@ def test_sets_that_a_suite_omits_are_no_error(colours: Path, model: Path, tmp_pa
     assert set(written(tmp_path / "out")) == {("sun397", "zeroshot_classification")}
     assert "clip_cid14: 13 of 14 sets are not in" in said and "birdsnap" in said
     assert "sun397 has no train split: zero_shot is its only task" in said
-    said = run("eval", *options, "--suite", tmp_path / "sets", "--tasks", "knn", expect=2)
-    assert "train is missing, but the task needs it" in said
-    said = run("eval", *options, "--suite", tmp_path / "sets", "--tasks", "retrieval")
-    assert (
-        "sun397 is left out: its tasks are zero_shot, linear_probe, knn, " in said and "--tasks has retrieval" in said
-    )
+    suite = (*options, "--suite", tmp_path / "sets", "--tasks")
+    assert "sun397 is left out: its tasks are zero_shot, --tasks has knn" in run("eval", *suite, "knn")
+    assert "sun397 is left out: its tasks are zero_shot, --tasks has retrieval" in run("eval", *suite, "retrieval")
+    (file,) = (tmp_path / "out").glob("*.json")
+    file.unlink()
+    said = run("eval", *suite, "zero_shot,linear_probe,linear_probe_pre_projection")
+    assert set(written(tmp_path / "out")) == {("sun397", "zeroshot_classification")}
+    assert "sun397 has no train split: zero_shot is its only task" in said
+    alone = ("--dataset-root", tmp_path / "sets" / "wds_sun397", "--tasks", "zero_shot,knn")
+    said = run("eval", *options, *alone, expect=2)
+    assert "--tasks has 'knn'" in said and "is a classification set without a train split, expected some of" in said
+    shutil.copytree(colours, tmp_path / "sets" / "wds_cars")
+    said = run("eval", *suite, "retrieval")
+    assert "cars is left out: its tasks are zero_shot, linear_probe, knn, " in said
+
+
+def test_features_on_several_ranks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank would write the same file."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = run("eval", "--run", tmp_path, "--features", tmp_path, "--out", tmp_path / "out", expect=2)
+    assert "--features runs on 2 ranks, expected one" in said and not (tmp_path / "out").exists()
+
+
+def error_of_own_suite(suites: list[Path]) -> str:
+    suite = str(suites[dist.get_rank()])
+    args = argparse.Namespace(suite=suite, data=None, dataset_name=None, dataset_root=None, tasks=None)
+    try:
+        load_tool("eval").evaluate_sets(args, Execution(group=dist.group.WORLD))
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_ranks_that_see_different_sets_are_told_before_a_set_is_opened(tmp_path: Path) -> None:
+    for folder in ("one/cars", "two/cars", "two/pets"):
+        empty_set(tmp_path / folder)
+    errors = run_ranks(error_of_own_suite, 2, [tmp_path / "one", tmp_path / "two"])
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("RanksDisagree: the ranks disagree about the sets: ") and "pets" in errors[0]
 
 
 def test_two_ranks_write_what_one_writes_and_stop_together(
