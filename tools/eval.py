@@ -17,7 +17,7 @@ nearest_class_mean.
     tools/eval.py --run runs/partial_fc_1m --features data/features-1m --limit 10000 --out results
 
 Every task writes one JSON file that `clip_benchmark build` reads. A result file is complete or absent, and the same
-command writes the same bytes. SIGTERM stops the tool at once with exit code 143.
+command writes the same bytes. SIGTERM ends the tool with exit code 143, on several ranks after the batch under way.
 """
 
 import argparse

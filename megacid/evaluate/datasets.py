@@ -12,7 +12,6 @@ Shapes: B batch, N samples, H x W pixels.
 """
 
 import hashlib
-import io
 import json
 import logging
 import math
@@ -29,8 +28,9 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from megacid.data.decode import BadSample, decode_image, decode_text
 from megacid.data.index import ShardIndex, ShardReader, load_index
 from megacid.data.workers import WorkersLost, watched, worker_start
-from megacid.errors import UserError, one_line
+from megacid.errors import UserError
 from megacid.models.clip import Transform
+from megacid.storage.npy import parse_npy
 
 log = logging.getLogger(__name__)
 
@@ -155,16 +155,16 @@ class MultiLabelSplit(ClassSplit):
 
     def label(self, shard: int, row: int, where: str) -> torch.Tensor:
         data = self.reader.read(shard, row, "text")  # the member that `open_split` names
-        try:
-            label = np.load(io.BytesIO(data), allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{where}: the .npy cannot be read ({one_line(error)}): write it with numpy.save") from None
-        if not isinstance(label, np.ndarray) or label.shape != (self.num_classes,) or not np.isin(label, (0, 1)).all():
-            found = f"of shape {list(label.shape)}" if isinstance(label, np.ndarray) else "no array"
+        label = parse_npy(data, f"{where}: the .npy", "write it with numpy.save")
+        if label.shape != (self.num_classes,):
             raise UserError(
-                f"{where}: the .npy is {found}, expected {self.num_classes} values of 0 or 1, as classnames.txt names "
-                f"{self.num_classes} classes: use files of the same set"
+                f"{where}: the .npy is of shape {list(label.shape)}, expected {self.num_classes} values of 0 or 1, as "
+                f"classnames.txt names {self.num_classes} classes: use files of the same set"
             )
+        if label.dtype.kind not in "biuf":
+            raise UserError(f"{where}: the .npy is of dtype {label.dtype}, expected numbers: write 0 or 1 per class")
+        if len(others := label[(label != 0) & (label != 1)]):
+            raise UserError(f"{where}: the .npy has the value {others[0]}, expected 0 or 1: write 0 or 1 per class")
         return torch.from_numpy(label.astype(np.int64))
 
 

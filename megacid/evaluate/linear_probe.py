@@ -8,10 +8,12 @@ Shapes: N samples, C classes, D features.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from megacid.distributed.stopping import Progress, no_progress, stop_together
 from megacid.errors import UserError
 from megacid.evaluate.datasets import Benchmark
 from megacid.evaluate.execution import DEFAULT, Execution, image_features
@@ -37,11 +39,19 @@ class Probe:
         return feature_ND.double() @ self.weight.T + self.bias
 
 
-def fit(feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_classes: int, strength: float) -> Probe:
+def fit(
+    feature_ND: torch.Tensor,
+    label_N: torch.Tensor,
+    *,
+    num_classes: int,
+    strength: float,
+    progress: Progress = no_progress,
+) -> Probe:
     """Minimise |W|^2 / (2 * strength) + sum of cross entropies from W = 0, without a penalty on the bias.
 
     label_N: int64 [N], or [N, C] with 0 or 1, whose cross entropies are those of each class by itself.
     feature_ND: any float dtype, on the device that computes. strength: inverse regularisation, scikit-learn's C.
+    progress: polled in every evaluation of the loss.
     """
     n = len(label_N)
     # The bias, which has no penalty, absorbs a shift of the features: improves the conditioning, keeps the minimiser.
@@ -60,6 +70,7 @@ def fit(feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_classes: int, st
     )
 
     def closure() -> torch.Tensor:
+        progress(0)
         optimizer.zero_grad()
         total = weight_CD.square().sum() / (2 * strength * n)
         total.backward()
@@ -95,11 +106,12 @@ def scored(score_NC: torch.Tensor, label: torch.Tensor) -> dict[str, float]:
 def hold_out(label_N: torch.Tensor, share: float = HOLD_OUT, seed: int = 0) -> torch.Tensor:
     """bool [N] mask of the samples for choosing the strength: `share` of every class, never its only sample.
 
-    For several labels per image, `share` of the samples.
+    For several labels per image, `share` of the samples, at least one, never the only one.
     """
     generator = torch.Generator().manual_seed(seed)
     if label_N.dim() == 2:
-        return torch.randperm(len(label_N), generator=generator) < round(len(label_N) * share)
+        count = min(max(round(len(label_N) * share), 1), len(label_N) - 1)
+        return torch.randperm(len(label_N), generator=generator) < count
     held_out_N = torch.zeros(len(label_N), dtype=torch.bool)
     for c in label_N.unique():
         rows = (label_N == c).nonzero().flatten()
@@ -108,12 +120,17 @@ def hold_out(label_N: torch.Tensor, share: float = HOLD_OUT, seed: int = 0) -> t
     return held_out_N
 
 
-def choose_strength(feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_classes: int) -> tuple[float, list[float]]:
+def choose_strength(
+    feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_classes: int, progress: Progress = no_progress
+) -> tuple[float, list[float]]:
     """The strength with the best held-out accuracy (on ties the smallest), and the accuracies of all STRENGTHS.
 
-    label_N is on the CPU. Raises UserError if no class has two samples.
+    label_N is on the CPU. Raises UserError if no class has two samples, or, for several labels per image, if there
+    are fewer than two samples.
     """
     held_out_N = hold_out(label_N)
+    if not held_out_N.any() and label_N.dim() == 2:
+        raise UserError(f"the number of train samples is {len(label_N)}, expected at least 2: use another set")
     if not held_out_N.any():
         raise UserError(
             f"the train split has {len(label_N)} samples and no class twice, expected two samples of one class"
@@ -122,9 +139,8 @@ def choose_strength(feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_clas
     accuracies = []
     device = feature_ND.device
     for strength in STRENGTHS:
-        probe = fit(
-            feature_ND[fit_rows.to(device)], label_N[fit_rows].to(device), num_classes=num_classes, strength=strength
-        )
+        train_ND, train_N = feature_ND[fit_rows.to(device)], label_N[fit_rows].to(device)
+        probe = fit(train_ND, train_N, num_classes=num_classes, strength=strength, progress=progress)
         metrics = scored(probe.scores(feature_ND[held_out_rows.to(device)]), label_N[held_out_rows])
         accuracies.append(next(iter(metrics.values())))
     return STRENGTHS[accuracies.index(max(accuracies))], accuracies
@@ -142,9 +158,11 @@ def linear_probe(clip: LoadedClip, benchmark: Benchmark, how: Execution = DEFAUL
     with how.progress(f"features {benchmark.name}", len(train) + len(test)) as progress:
         train_ND, train_N = image_features(clip, train, how, progress)
         test_ND, test_N = image_features(clip, test, how, progress)
-    strength, accuracies = choose_strength(train_ND, train_N, num_classes=benchmark.num_classes)
-    probe = fit(train_ND, train_N.to(train_ND.device), num_classes=benchmark.num_classes, strength=strength)
-    metrics = scored(probe.scores(test_ND), test_N)
+        options: dict[str, Any] = {"num_classes": benchmark.num_classes, "progress": progress}
+        with stop_together(how.group):
+            strength, accuracies = choose_strength(train_ND, train_N, **options)
+            probe = fit(train_ND, train_N.to(train_ND.device), strength=strength, **options)
+            metrics = scored(probe.scores(test_ND), test_N)
     return {
         **{f"lp_{name}": value for name, value in metrics.items()},
         "C": strength,

@@ -15,7 +15,7 @@ import torch
 
 from megacid.data.decode import BadSample
 from megacid.data.index import ShardIndex
-from megacid.distributed.stopping import Progress
+from megacid.distributed.stopping import Progress, no_progress, stop_together
 from megacid.errors import UserError
 from megacid.evaluate.datasets import Split, open_split
 from megacid.evaluate.execution import DEFAULT, Execution, image_features
@@ -60,10 +60,12 @@ def retrieval(clip: LoadedClip, root: Path, how: Execution = DEFAULT) -> dict[st
         image_ND, _ = image_features(clip, split, how, progress)
         captions = [caption for of_image in split.captions for caption in of_image]
         text_MD = caption_features(clip, captions, how, progress)
-    image_M = torch.tensor([image for image, of_image in enumerate(split.captions) for _ in of_image])
-    image_M = image_M.to(image_ND.device)
-    rank_M = first_ranks(text_MD, image_ND, torch.arange(len(split), device=image_M.device), image_M)
-    rank_N = first_ranks(image_ND, text_MD, image_M, torch.arange(len(split), device=image_M.device))
+        image_M = torch.tensor([image for image, of_image in enumerate(split.captions) for _ in of_image])
+        image_M = image_M.to(image_ND.device)
+        image_N = torch.arange(len(split), device=image_M.device)
+        with stop_together(how.group):
+            rank_M = first_ranks(text_MD, image_ND, image_N, image_M, progress)
+            rank_N = first_ranks(image_ND, text_MD, image_M, image_N, progress)
     return {
         f"{name}_retrieval_recall@{k}": (rank < k).double().mean().item()
         for name, rank in (("image", rank_M), ("text", rank_N))
@@ -85,7 +87,11 @@ def caption_features(clip: LoadedClip, captions: list[str], how: Execution, prog
 
 
 def first_ranks(
-    query_AD: torch.Tensor, item_BD: torch.Tensor, group_B: torch.Tensor, target_A: torch.Tensor
+    query_AD: torch.Tensor,
+    item_BD: torch.Tensor,
+    group_B: torch.Tensor,
+    target_A: torch.Tensor,
+    progress: Progress = no_progress,
 ) -> torch.Tensor:
     """int64 [A]: how many items of other groups score as high as the best one of the target group, or higher.
 
@@ -93,9 +99,11 @@ def first_ranks(
         query_AD, item_BD: normalised embeddings.
         group_B: int64, group of each item.
         target_A: int64, the group that each query looks for.
+        progress: polled for every chunk of queries.
     """
     ranks = []
     for start in range(0, len(query_AD), rows := max(1, CHUNK_SCORES // max(1, len(item_BD)))):
+        progress(0)
         score = query_AD[start : start + rows] @ item_BD.T
         own = group_B[None, :] == target_A[start : start + rows, None]
         best = score.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)

@@ -55,6 +55,11 @@ class MultiLabelScores:
             raise UserError(
                 f"all {len(self.label)} samples are without a label, expected some with one: use another set"
             )
+        if bad := int((~self.score.isfinite()).any(dim=1).sum()):
+            raise UserError(
+                f"{bad} of {len(self.label)} samples have scores that are not finite, expected none: the weights may "
+                "have diverged, evaluate an earlier checkpoint"
+            )
         value = average_precision_score(self.label[:, occurs].numpy(), self.score[:, occurs].double().cpu().numpy())
         return {"mean_average_precision": float(value)}
 

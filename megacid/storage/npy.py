@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 from collections.abc import Iterable
@@ -33,6 +34,21 @@ def load_npy(path: Path, remedy: str) -> np.ndarray:
     return array
 
 
+def parse_npy(data: bytes, what: str, remedy: str) -> np.ndarray:
+    """The array of a .npy file that is in memory.
+
+    Raises UserError, which names `what` and ends with `remedy`, when it is none, is pickled, or is not as large as its
+    header says.
+    """
+    file = io.BytesIO(data)
+    try:
+        _checked_header(file, "the array", len(data))
+        file.seek(0)
+        return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+    except Exception as error:  # as in load_npy
+        raise UserError(f"{what} cannot be read ({one_line(error) or type(error).__name__}): {remedy}") from None
+
+
 class NpzHeader(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -47,7 +63,7 @@ def npz_headers(path: Path, remedy: str) -> dict[str, NpzHeader]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith(".npy")]
-            return {name.removesuffix(".npy"): _checked_header(archive, name) for name in names}
+            return {name.removesuffix(".npy"): _checked_member(archive, name) for name in names}
     except Exception as error:  # as in load_npy, and the errors of damaged archives
         raise _unreadable_npz(path, error, remedy) from None
 
@@ -56,17 +72,21 @@ def load_npz(path: Path, name: str, remedy: str) -> np.ndarray:
     """One array of an .npz archive, in memory. Raises UserError as `npz_headers`, also when its checksum is wrong."""
     try:
         with zipfile.ZipFile(path) as archive:
-            _checked_header(archive, f"{name}.npy")
+            _checked_member(archive, f"{name}.npy")
             with archive.open(f"{name}.npy") as file:
                 return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
     except Exception as error:
         raise _unreadable_npz(path, error, remedy) from None
 
 
-def _checked_header(archive: zipfile.ZipFile, name: str) -> NpzHeader:
+def _checked_member(archive: zipfile.ZipFile, name: str) -> NpzHeader:
     with archive.open(name) as file:
-        header, begin = _read_header(file), file.tell()
-    size, stored = math.prod(header.shape) * header.dtype.itemsize, archive.getinfo(name).file_size - begin
+        return _checked_header(file, name, archive.getinfo(name).file_size)
+
+
+def _checked_header(file: IO[bytes], name: str, file_size: int) -> NpzHeader:
+    header = _read_header(file)
+    size, stored = math.prod(header.shape) * header.dtype.itemsize, file_size - file.tell()
     if header.dtype.hasobject:
         raise ValueError(f"{name} holds pickled objects")
     if size != stored or size > NPZ_BYTES:

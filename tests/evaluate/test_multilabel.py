@@ -21,7 +21,7 @@ from megacid.distributed.stopping import no_progress
 from megacid.errors import UserError
 from megacid.evaluate.datasets import load_benchmark
 from megacid.evaluate.execution import Execution
-from megacid.evaluate.linear_probe import fit
+from megacid.evaluate.linear_probe import choose_strength, fit, hold_out
 from megacid.evaluate.zero_shot import MultiLabelScores, class_embeddings, zero_shot_multilabel
 from megacid.models.clip import LoadedClip
 from megacid.models.student import build_student, loaded_student
@@ -39,6 +39,13 @@ def labels_of(images: int) -> np.ndarray:
 def npy(label: np.ndarray, **options: bool) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, label, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def header_of(shape: tuple[int, ...]) -> bytes:
+    """A .npy file without the values that its header promises."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<i8", "fortran_order": False, "shape": shape})
     return buffer.getvalue()
 
 
@@ -106,6 +113,19 @@ def test_the_average_precision_of_a_known_order() -> None:
         MultiLabelScores(score, 0 * label).metrics()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_an_error_that_says_so(value: float) -> None:
+    score, label = torch.tensor([[0.9, 0.1], [value, 0.2], [0.7, 0.3]]), torch.tensor([[1, 0], [0, 1], [1, 0]])
+    with pytest.raises(UserError, match="1 of 3 samples have scores that are not finite"):
+        MultiLabelScores(score, label).metrics()
+
+
+def test_few_images_are_enough_to_choose_a_strength_but_not_one() -> None:
+    assert [int(hold_out(torch.ones(images, 2)).sum()) for images in (1, 2, 3, 10)] == [0, 1, 1, 2]
+    with pytest.raises(UserError, match="number of train samples is 1, expected at least 2"):
+        choose_strength(torch.randn(1, 4), torch.tensor([[1, 1]]), num_classes=2)
+
+
 def test_the_probe_is_one_logistic_regression_for_each_class() -> None:
     generator = torch.Generator().manual_seed(0)
     feature_ND = torch.randn(80, 6, generator=generator)
@@ -123,9 +143,15 @@ def test_the_probe_is_one_logistic_regression_for_each_class() -> None:
     ("first", "named"),
     [
         (npy(np.ones(3, np.int64)), r"the .npy is of shape \[3\], expected 4 values of 0 or 1"),
-        (npy(np.array([0, 1, 2, 0])), r"the .npy is of shape \[4\], expected 4 values of 0 or 1"),
+        (npy(np.array([0, 1, 2, 0])), "the .npy has the value 2, expected 0 or 1"),
+        (npy(np.array([1, -1, 0, 0])), "the .npy has the value -1, expected 0 or 1"),
+        (npy(np.array([0, 1, np.nan, 0])), "the .npy has the value nan, expected 0 or 1"),
+        (npy(np.array(["0", "1", "0", "0"])), "the .npy is of dtype <U1, expected numbers"),
         (npy(np.array([{}, 1, 0, 0], dtype=object), allow_pickle=True), "the .npy cannot be read"),
         (b"not an array", "the .npy cannot be read"),
+        (b"PK\x03\x04garbage", "the .npy cannot be read"),
+        (header_of((10**14,)), r"the .npy cannot be read \(the array of shape \(100000000000000,\) needs"),
+        (header_of((1 << 20,)) + bytes(8), r"the .npy cannot be read \(the array of shape \(1048576,\) needs"),
     ],
 )
 def test_bad_labels_are_one_error(clip: LoadedClip, tmp_path: Path, first: bytes, named: str) -> None:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmark_data import TEST, TRAIN, break_image, write_benchmark
+from benchmark_data import TEST, TRAIN, break_image, write_benchmark, write_retrieval_set
 from harness import run_ranks
 from offline_data import run, save_model
 from torch import Tensor
 
 import megacid.evaluate.knn as module
+import megacid.evaluate.linear_probe as linear_probe
+import megacid.evaluate.retrieval as retrieval
 from megacid.config.load import load_run
 from megacid.config.schema import RunFile
 from megacid.distributed.parallel import Parallel
@@ -25,6 +30,8 @@ from megacid.errors import UserError
 from megacid.evaluate.datasets import load_benchmark
 from megacid.evaluate.execution import Execution, image_features
 from megacid.evaluate.knn import from_keys, keys_of, knn, nearest_rows, vote
+from megacid.evaluate.suite import open_set
+from megacid.evaluate.tasks import evaluate
 from megacid.evaluate.zero_shot import class_embeddings, zero_shot
 from megacid.models.clip import LoadedClip
 from megacid.models.student import build_student, loaded_student
@@ -158,6 +165,36 @@ def test_a_request_to_stop_on_one_rank_ends_the_evaluation_of_all_in_the_same_ro
     clip: LoadedClip, root: Path
 ) -> None:
     assert run_ranks(stopped_code, 2, clip, root) == [2143, 2143]
+
+
+def stopped_after(clip: LoadedClip, root: Path, task: str, module: ModuleType, name: str) -> int:
+    """The code with which a task ends that only rank 1 is asked to stop in a poll after its function `name`."""
+    called, original = False, getattr(module, name)
+
+    def call(*args: Any) -> Any:
+        nonlocal called
+        result, called = original(*args), True
+        return result
+
+    def stop_when_called(rows: int) -> None:
+        if called and rows == 0 and torch.distributed.get_rank() == 1:
+            raise Stopped(143)
+
+    setattr(module, name, call)  # of this forked rank
+    try:
+        evaluate(task, clip, open_set(root, None), replace(QUIET, progress=lambda *_: nullcontext(stop_when_called)))
+    except Stopped as stopped:
+        return stopped.code
+    return 0
+
+
+def test_a_request_to_stop_ends_fits_and_rankings_on_all_ranks(
+    clip: LoadedClip, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_probe, "STRENGTHS", (0.1, 10.0))
+    captions = write_retrieval_set(tmp_path / "captions")
+    assert run_ranks(stopped_after, 2, clip, root, "linear_probe", linear_probe, "image_features") == [143, 143]
+    assert run_ranks(stopped_after, 2, clip, captions, "retrieval", retrieval, "caption_features") == [143, 143]
 
 
 def opened(run_file: RunFile) -> str:
