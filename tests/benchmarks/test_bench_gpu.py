@@ -32,23 +32,39 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     signal.signal(signal.SIGTERM, handler)
 
 
-@pytest.fixture(scope="module")
-def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """(results, output) of a dry run of all slices."""
+Dry = tuple[Path, str, list[str]]
+# Slices that run the program of another one at other sizes: their toy shapes are slow, their options are always read.
+REPEATED = ("head-768", "head-1m", "head-10m", "head-init", "tune-768")
+
+
+@pytest.fixture(scope="module", params=[pytest.param("each program"), pytest.param("all", marks=pytest.mark.slow)])
+def dry(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dry:
+    """(results, output, slices) of a dry run."""
+    import bench_gpu
+
+    slices = [name for name, one in bench_gpu.SLICES.items() if one.toy is not None]
+    if request.param != "all":
+        slices = [name for name in slices if name not in REPEATED]
     out = tmp_path_factory.mktemp("dry")
-    command = [sys.executable, str(ROOT / "tools" / "bench_gpu.py"), str(out), "--dry"]
+    command = [sys.executable, str(ROOT / "tools" / "bench_gpu.py"), str(out), "--dry", "--slices", *slices]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
-    return out, done.stdout
+    return out, done.stdout, slices
 
 
-def toys(tool: ModuleType) -> list[str]:
-    return [name for name, one in tool.SLICES.items() if one.toy is not None]
+def test_the_programs_of_all_slices_accept_their_options(tool: ModuleType) -> None:
+    import bench
+    import tune
+
+    for one in tool.SLICES.values():
+        program, *options = one.words.format(json="result.json").split()
+        if program != "-m":
+            # --list: tuning itself needs a GPU.
+            bench.parse(options) if program == "tools/bench.py" else tune.parse([*options, "--list"])
 
 
-def test_every_slice_runs_at_a_toy_shape_and_leaves_a_small_result(tool: ModuleType, dry: tuple[Path, str]) -> None:
-    out, _ = dry
-    slices = toys(tool)
+def test_every_slice_runs_at_a_toy_shape_and_leaves_a_small_result(tool: ModuleType, dry: Dry) -> None:
+    out, _, slices = dry
     assert {path.name for path in out.iterdir()} == {f"{name}-dry.{ext}" for name in slices for ext in ("json", "md")}
     results = {name: json.loads((out / f"{name}-dry.json").read_text()) for name in slices}
     tests = ("kernel-tests", "engine-tests")
@@ -63,16 +79,19 @@ def test_every_slice_runs_at_a_toy_shape_and_leaves_a_small_result(tool: ModuleT
     assert max(path.stat().st_size for path in out.iterdir()) < 64 << 10
 
 
-def test_a_slice_ends_with_a_table_of_at_most_ten_lines(tool: ModuleType, dry: tuple[Path, str]) -> None:
+def test_a_slice_ends_with_a_table_of_at_most_ten_lines(dry: Dry) -> None:
     parts = dry[1].split("\n=== ")[1:]
-    assert [part.partition(":")[0] for part in parts] == toys(tool)
+    assert [part.partition(":")[0] for part in parts] == dry[2]
     for part in parts:
         lines = part.partition("\n\nbench_gpu:")[0].strip().splitlines()
         assert 3 <= len(lines) <= 12, part  # its name, its time and the table
 
 
 def test_a_slice_with_a_result_is_not_measured_again(
-    tool: ModuleType, dry: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tool: ModuleType,
+    dry: Dry,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(tool, "run_slice", lambda *args, **options: pytest.fail("measured again"))
     assert tool.main([str(dry[0]), "--dry", "--slices", "head-512", "step-10m"]) == 0

@@ -187,7 +187,7 @@ def test_keeping_blank_captions_leaves_accepted_losses_accepted(tmp_path: Path) 
 
 @pytest.fixture
 def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_is_writable", lambda _: False)  # a permission would not stop root
+    monkeypatch.setattr(module, "is_writable", lambda _: False)  # a permission would not stop root
 
 
 def test_only_what_is_new_in_a_read_only_folder_is_scanned(
