@@ -63,7 +63,7 @@ def plan_classifier(run: RunFile, num_classes: int, embed_dim: int, world: int, 
         raise UserError(f"{_budget(config.memory_budget_gb)}: {error}") from error
     if config.memory_budget_gb is not None and plan.bytes > plan.budget:
         raise UserError(
-            f"{_budget(config.memory_budget_gb)}, expected at least {plan.bytes / 1e9:.3g}, the exponentials of one "
+            f"{_budget(config.memory_budget_gb)}, expected at least {plan.bytes / 1e9}, the exponentials of one "
             f"sample with {sizes.rows} class rows: raise it, or write null for the default"
         )
     return ClassifierPlan(spec, sizes, chosen, plan)
@@ -79,8 +79,9 @@ def _loss_spec(run: RunFile, num_classes: int, world: int) -> LossSpec:
     local = rows = shard_range(num_classes, 0, world)[1]
     if config.sample_rate < 1:
         draw = Draw.of_step(num_classes, config.sample_rate, seed=0, step=0)
-        # A batch of more than one class is spread over the ranks like the classes are.
-        rows = min(local, draw.max_count(local) + -(-run.global_batch // world))
+        # Labels of more than one class are spread over the ranks like the classes are.
+        labels = run.global_batch * run.megacid.data.labels_per_sample
+        rows = min(local, draw.max_count(local) + -(-labels // world))
     return LossSpec(
         num_classes=num_classes,
         scale=config.scale,
@@ -90,5 +91,5 @@ def _loss_spec(run: RunFile, num_classes: int, world: int) -> LossSpec:
         impl=config.impl,
         weight_grad=config.weight_grad,
         precision=config.precision,
-        memory_budget_bytes=None if config.memory_budget_gb is None else max(1, int(config.memory_budget_gb * 1e9)),
+        memory_budget_bytes=None if config.memory_budget_gb is None else max(1, round(config.memory_budget_gb * 1e9)),
     )

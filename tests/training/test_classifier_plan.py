@@ -4,6 +4,7 @@ be."""
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,7 +68,7 @@ def test_the_head_makes_the_chunks_of_the_plan(tmp_path: Path, monkeypatch: pyte
     [
         (
             "classifier.memory_budget_gb=1e-6",
-            'classifier.memory_budget_gb" is 1e-06, expected at least 3.77e-06, the exponentials of one sample with',
+            'classifier.memory_budget_gb" is 1e-06, expected at least 3.768e-06, the exponentials of one sample with',
         ),
         (
             "classifier.memory_budget_gb=1e-6 classifier.weight_grad=recomputed",
@@ -81,6 +82,27 @@ def test_what_cannot_be_is_refused_before_the_first_step(tmp_path: Path, changes
     with pytest.raises(UserError, match=message) as error:
         head_of(tmp_path, "train_batch_size=512", *changes.split())
     assert "\n" not in str(error.value)
+
+
+def test_the_budget_that_a_refusal_names_is_accepted(tmp_path: Path) -> None:
+    changes = ["train_batch_size=512", "classifier.memory_budget_gb=1e-6"]
+    with pytest.raises(UserError, match="expected at least") as error:
+        head_of(tmp_path, *changes)
+    named = str(error.value).partition("expected at least ")[2].partition(",")[0]
+    run = run_with(tmp_path, changes[0], f"classifier.memory_budget_gb={named}")
+    plan = plan_classifier(run, toy.CLASSES, toy.DIM, 1, "cpu").plan
+    assert plan.samples == 1 and plan.bytes == plan.budget
+
+
+def test_every_label_of_a_sample_may_be_a_row_of_its_own(tmp_path: Path) -> None:
+    """Half of 16,384 classes are drawn on one of 8 ranks; 64 samples with 8 labels each use up to 64 of its others."""
+    rows = []
+    for labels in (1, 8):
+        run = run_with(tmp_path, "train_batch_size=64", "classifier.sample_rate=0.5", world=8)
+        data = run.megacid.data.model_copy(update={"labels_per_sample": labels})
+        run = replace(run, megacid=run.megacid.model_copy(update={"data": data}))
+        rows.append(plan_classifier(run, 16_384, toy.DIM, 8, "cpu").sizes.rows)
+    assert rows[1] - rows[0] == 64 - 8
 
 
 @pytest.mark.parametrize("changes", ["memory_budget_gb=0", "precision=fp8", "impl=cuda", "weight_grad=both"])

@@ -74,6 +74,13 @@ def test_every_setting_of_the_block_is_either_free_or_refused_with_both_values(
     assert f"megacid.{path}: {shown[0]!r} -> {shown[1]!r}" in str(refused.value)
 
 
+def test_a_run_that_runs_out_of_memory_may_lower_the_classifiers_budget(begun: tuple[RunFile, Path]) -> None:
+    run, directory = begun
+    classifier = run.megacid.classifier.model_copy(update={"memory_budget_gb": 0.5})
+    lower = run.megacid.model_copy(update={"classifier": classifier})
+    check_same_settings(dataclasses.replace(run, megacid=lower), directory)
+
+
 def test_what_may_change_is_named_by_settings_that_exist() -> None:
     known = {f"megacid.{path}" for path in FIELDS} | {f"megacid.{section}" for section in defaults()}
     assert {key for key in MAY_CHANGE if key.startswith("megacid.")} <= known
