@@ -83,7 +83,7 @@ def memory_estimate(
     offloaded = sum(always.pop(name, 0.0) for name in _on_the_host(run, device))
     head: dict[str, float] = {}
     if num_classes:
-        stored, head = _classifier(run, num_classes, student.embed_dim, world, run.global_batch, device)
+        stored, head = _classifier(run, num_classes, student.embed_dim, world, device)
         always |= stored
     row_gradient = head.get("their gradient", 0.0)
     embeddings = run.global_batch * 4 * (4 * student.embed_dim + 2 * teacher_width)
@@ -172,34 +172,27 @@ def _batch(run: RunFile, student: Student | FeatureTower, device: str, teacher_w
 
 
 def _classifier(
-    run: RunFile, num_classes: int, embed_dim: int, world: int, gathered: int, device: str
+    run: RunFile, num_classes: int, embed_dim: int, world: int, device: str
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes of the class shard and its optimizer, and of what the cluster term needs in a step."""
     config = run.megacid.classifier
     local = shard_range(num_classes, 0, world)[1]
     moments = (2 if config.optimizer == "adamw" else 1) * (4 if config.moments == "fp32" else 2)
     used = num_dims(embed_dim, config.feature_rate)
-    spec, _, chosen, plan = plan_classifier(run, num_classes, embed_dim, world, device)
+    spec, *_, plan = plan_classifier(run, num_classes, embed_dim, world, device)
     rows = spec.max_rows or local
-    itemsize = 2 if chosen == "triton" and spec.precision != "fp32" else 4
-    per_logit = itemsize * max(1, len(spec.distributions())) + (config.filter_threshold is not None)
     stored: dict[str, float] = {
         "classifier rows": local * (embed_dim * 4 + 4),
         "classifier optimizer": local * (embed_dim * moments + 4 + (12 if config.lazy == "decay" else 0)),
     }
+    step: dict[str, float] = {}
+    if plan.kind == "stored" or used < embed_dim:  # slabs read all dimensions in place
+        step["sampled rows"] = rows * used * 4
     if config.weight_grad == "recomputed":
-        whole = rows * (used * 8 + gathered * per_logit)
-        return stored, {"a slab: rows, logits, gradient": min(plan.budget, whole)}
-    gradients = rows * used * 4
-    if used < embed_dim:  # the gradient over all dimensions
-        gradients += rows * embed_dim * 4
-    if plan.kind == "recomputed":
-        return stored, {"their gradient": gradients, "a slab: rows, logits": plan.bytes}
-    return stored, {
-        "sampled rows": rows * used * 4,
-        "their gradient": gradients,
-        "their logits": plan.samples * rows * per_logit,
-    }
+        return stored, step | {"a slab: rows, logits, gradient": plan.bytes}
+    # With a part of the dimensions there is also the gradient over all of them.
+    step["their gradient"] = rows * 4 * (used + embed_dim * (used < embed_dim))
+    return stored, step | {"their logits" if plan.kind == "stored" else "a slab: rows, logits": plan.bytes}
 
 
 def frozen_count(student: Student | FeatureTower) -> int:

@@ -18,7 +18,7 @@ from megacid.classifier import PartialFC
 from megacid.config.load import load_run
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
-from megacid.training import components, estimates
+from megacid.training import components, estimates, memory
 from megacid.training.classifier_plan import plan_classifier
 
 CPU = Parallel(0, 1, 0, torch.device("cpu"), None)
@@ -124,6 +124,20 @@ def test_ten_million_classes_on_one_gpu_are_planned_without_it(tmp_path: Path) -
     # Eight ranks have an eighth of the rows each.
     run = run_with(tmp_path, *changes, "classifier.sample_rate=1", world=8)
     assert plan_classifier(run, 10_000_000, 512, 8, "cuda").plan.kind == "stored"
+
+
+@pytest.mark.parametrize("weight_grad", ["auto", "recomputed"])
+def test_slabs_of_a_part_of_the_dimensions_read_a_copy_of_the_rows(tmp_path: Path, weight_grad: str) -> None:
+    """[S, D / 2] fp32; all dimensions are read in place."""
+    if torch.cuda.is_available():
+        pytest.skip("the plan follows the GPU that is there")
+    changes = ["train_batch_size=4096", f"classifier.weight_grad={weight_grad}", "classifier.sample_rate=1"]
+    for rate, copied in ((1, None), (0.5, 10_000_000 * 256 * 4)):
+        run = run_with(tmp_path, *changes, f"classifier.feature_rate={rate}")
+        planned = plan_classifier(run, 10_000_000, 512, 1, "cuda")
+        assert planned.plan.kind == "recomputed"
+        _, step = memory._classifier(run, 10_000_000, 512, 1, "cuda")
+        assert step.get("sampled rows") == copied and planned.plan.bytes in step.values()
 
 
 def test_dry_run_and_estimate_say_the_plan(
