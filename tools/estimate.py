@@ -28,7 +28,7 @@ from megacid.errors import UserError, run_tool
 from megacid.training.classifier_plan import plan_classifier
 from megacid.training.communication import communication_estimate
 from megacid.training.components import Data, make_student, open_data
-from megacid.training.memory import memory_estimate, shared_memory
+from megacid.training.memory import memory_estimate, memory_warning, shared_memory, student_bytes
 from megacid.training.metrics import resident_memory_mib
 from megacid.training.step_time import COSTS, Costs, Step
 
@@ -152,10 +152,14 @@ def main(argv: list[str] | None = None) -> int:
     print_row("host, for a checkpoint", [f"{estimate.checkpoint:.1f}" for estimate in estimates.values()])
     print_row("host, offloaded optimizer", [f"{estimate.offloaded:.1f}" for estimate in estimates.values()])
     print_row("host, prefetched images", [f"{shared_memory(run, student):.1f}" for run in runs.values()])
+    for ranks, estimate in estimates.items():
+        if warning := memory_warning(estimate.peak, data.num_classes or 0, args.device):
+            print(f"\n{ranks} rank{'s' * (ranks > 1)}: {warning}")
     if data.num_classes:
         print("\nClassifier, a step of rank 0\n")
         for ranks, run in runs.items():
-            plan = plan_classifier(run, data.num_classes, student.embed_dim, ranks, args.device)
+            reserved = student_bytes(run, student, ranks, args.device)
+            plan = plan_classifier(run, data.num_classes, student.embed_dim, ranks, args.device, reserved)
             print(f"{ranks} rank{'s' * (ranks > 1)}: {plan}")
     steps = {
         ranks: Step.of(run, student, data.num_classes or 0, ranks, args.device, data.teacher_dim)

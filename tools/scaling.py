@@ -20,7 +20,7 @@ from megacid.config.load import load_run
 from megacid.errors import run_tool
 from megacid.training.communication import step_collectives
 from megacid.training.components import Data, make_student
-from megacid.training.memory import memory_estimate
+from megacid.training.memory import memory_estimate, student_bytes
 from megacid.training.step_time import H100, Step
 
 RUN_FILE = Path(__file__).resolve().parents[1] / "configs" / "vit_b32_laion225m_8gpu.json"
@@ -66,7 +66,8 @@ def predict() -> list[Case]:
     for gpus, classes in itertools.product(GPUS, CLASSES):
         run = load_run(RUN_FILE, world=gpus).with_embed_dim(WIDTH)
         collectives = step_collectives(run, student, classes, gpus, "cuda")
-        step = replace(base, run=run, world=gpus, num_classes=classes, collectives=collectives)
+        reserved = student_bytes(run, student, gpus, "cuda")
+        step = replace(base, run=run, world=gpus, num_classes=classes, collectives=collectives, student_bytes=reserved)
         times = step.time(H100)
         seconds = {name: sum(times[part] for part in parts) for name, (_, parts) in GROUPS.items()}
         peak = memory_estimate(run, student, classes, gpus, "cuda").peak

@@ -103,8 +103,9 @@ class LossSpec:
             the rows; "fp32" rounds nothing. PyTorch accepts "auto" and "fp32" and never rounds below fp32.
         memory_budget_bytes: bound on the matrices of exponentials, with weight_grad "recomputed" on all of a slab;
             None: for slabs 1 GiB (on a CPU 64 MiB), for chunks `chunk_budget`.
-        available_bytes: memory of the GPU besides the class rows and their moments, which the default budget follows;
-            the least of all ranks, which must make equal chunks. None: of this GPU in whole GiB, for `max_rows` rows.
+        available_bytes: memory of the GPU that class rows, their moments and the student leave, which the default
+            budget follows; the least of all ranks, which must make equal chunks. None: of this GPU in whole GiB, for
+            `max_rows` rows and no student.
 
     Raises:
         ValueError: a value is out of range, or scale / temperature + ln(num_classes) > 160.
@@ -207,7 +208,8 @@ class LossSpec:
 
         On a CPU, where a product of fewer samples is as fast: half of the gradient's size, at least 64 MiB and at most
         1 GiB. On a GPU: the size of the gradient or of a chunk of min(batch, 4096) samples, whichever is larger, at
-        most half of the available memory that the gradient and the unit rows leave, and at least 1 GiB.
+        most a quarter of the available memory that the gradient and the unit rows leave, since activations need the
+        rest, and at least 1 GiB.
         """
         if self.memory_budget_bytes is not None:
             return self.memory_budget_bytes
@@ -215,7 +217,7 @@ class LossSpec:
         if device == "cpu":
             return min(DEFAULT_BUDGET_BYTES, max(_MIN_CPU_BUDGET_BYTES, rows * width * itemsize // 2))
         available = DEVICE_BYTES - 12 * rows * width if self.available_bytes is None else self.available_bytes
-        free = (available - 8 * rows * width) // 2
+        free = (available - 8 * rows * width) // 4
         per_sample = self.bytes_per_sample(rows, width, labels, itemsize, device)
         enough = math.ceil(min(batch, ENOUGH_SAMPLES) * per_sample)
         return max(DEFAULT_BUDGET_BYTES, min(free, max(4 * rows * width, enough)))

@@ -81,14 +81,16 @@ class Work(NamedTuple):
         return self.flop + _FLOP_PER_BYTE * self.bytes
 
 
-def with_available_memory(spec: LossSpec, device: torch.device, classes: int, width: int) -> LossSpec:
-    """The spec with the memory that `classes` fp32 rows of this width and their two moments leave on this GPU, in case
-    the default budget depends on it."""
+def with_available_memory(
+    spec: LossSpec, device: torch.device, classes: int, width: int, reserved: int = 0
+) -> LossSpec:
+    """The spec with the memory that `classes` fp32 rows of this width, their two moments and `reserved` bytes leave on
+    this GPU, in case the default budget depends on it."""
     if device.type != "cuda" or spec.available_bytes is not None or spec.memory_budget_bytes is not None:
         return spec
     # In whole GiB: equal GPUs may differ by a few pages.
     whole = torch.cuda.get_device_properties(device).total_memory >> 30 << 30
-    return replace(spec, available_bytes=whole - 12 * classes * width)
+    return replace(spec, available_bytes=whole - 12 * classes * width - reserved)
 
 
 def make_plan(spec: LossSpec, sizes: Sizes, chosen: Implementation, device: str, gradients: bool = True) -> Plan:

@@ -107,6 +107,7 @@ class PartialFC(ClassRows):
         precision: of Triton's products: "fp16" (the default of "auto"), "bf16", "fp32"; see `megacid_kernels.LossSpec`.
         memory_budget_bytes: of the [chunk, S] matrices; None: it follows the sizes of the gradient and of the group's
             smallest GPU, see `LossSpec.chunk_budget`.
+        reserved_bytes: memory of the GPU that the default budget leaves to others, such as the student's weights.
         labels_loss: of several labels per sample, "mlcd" or "mean"; see `megacid_kernels.LossSpec`.
         device: of the weight; None is the default device.
 
@@ -142,6 +143,7 @@ class PartialFC(ClassRows):
         weight_grad: str = "auto",
         precision: str = "auto",
         memory_budget_bytes: int | None = None,
+        reserved_bytes: int = 0,
         labels_loss: Literal["mlcd", "mean"] = "mlcd",
         device: torch.device | str | None = None,
     ):
@@ -150,6 +152,7 @@ class PartialFC(ClassRows):
         misuse.check_sizes(num_classes, embed_dim, world_size(group), rates)
         super().__init__(num_classes, embed_dim, group=group, seed=seed, init=init, device=device)
         self.sample_rate, self.feature_rate, self.log_q = sample_rate, feature_rate, log_q
+        self._reserved_bytes = reserved_bytes
         with misuse.user_error():
             self._gradient_factor = gradient_factor(group, grad_reduction)
             self._spec = LossSpec(
@@ -277,7 +280,8 @@ class PartialFC(ClassRows):
     def _agree_on_memory(self) -> None:
         """The default budget follows the smallest GPU of all ranks, because they must make equal chunks. A collective,
         once and only on GPUs."""
-        spec = with_available_memory(self._spec, self.weight.device, self.num_local, self.embed_dim)
+        sizes = self.num_local, self.embed_dim, self._reserved_bytes
+        spec = with_available_memory(self._spec, self.weight.device, *sizes)
         if spec is not self._spec:
             self._spec = replace(spec, available_bytes=min(gather_json(spec.available_bytes, self.group)))
 

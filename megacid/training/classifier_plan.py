@@ -33,13 +33,16 @@ class ClassifierPlan(NamedTuple):
         return describe(self.plan, self.sizes, self.chosen, self.work)
 
 
-def plan_classifier(run: RunFile, num_classes: int, embed_dim: int, world: int, device: str) -> ClassifierPlan:
+def plan_classifier(
+    run: RunFile, num_classes: int, embed_dim: int, world: int, device: str, student_bytes: int = 0
+) -> ClassifierPlan:
     """The plan of a run with the cluster term.
 
     Args:
         num_classes: over all ranks.
         world: number of ranks.
         device: "cpu" or "cuda"; where there is no GPU, one of 80 GB is assumed.
+        student_bytes: of the GPU, see `memory.student_bytes`; the default budget leaves them.
 
     Raises:
         UserError: `classifier.memory_budget_gb` does not hold one sample, or one class of a slab.
@@ -49,10 +52,10 @@ def plan_classifier(run: RunFile, num_classes: int, embed_dim: int, world: int, 
     chosen: Implementation = "torch" if config.impl == "torch" or device == "cpu" else "triton"
     if device == "cuda" and torch.cuda.is_available():
         gpu = torch.device("cuda", torch.cuda.current_device())
-        spec = with_available_memory(spec, gpu, local, embed_dim)
+        spec = with_available_memory(spec, gpu, local, embed_dim, student_bytes)
         chosen = resolve("auto", gpu, torch.float32) if config.impl == "auto" else chosen
     elif device == "cuda":
-        spec = replace(spec, available_bytes=DEVICE_BYTES - 12 * local * embed_dim)
+        spec = replace(spec, available_bytes=DEVICE_BYTES - 12 * local * embed_dim - student_bytes)
     sizes = Sizes(
         run.global_batch, spec.max_rows or 1, num_dims(embed_dim, config.feature_rate),
         run.megacid.data.labels_per_sample, gather=config.sample_rate < 1 and config.feature_rate == 1,

@@ -23,6 +23,7 @@ from megacid.losses.instance import gathered_student, gathered_teacher
 from megacid.models.feature_tower import FeatureTower
 from megacid.training.classifier_plan import plan_classifier
 from megacid.training.flops import forward_on_meta
+from megacid.training.memory import student_bytes
 from megacid.training.observe import Observed
 from megacid.training.schedule import groups_of_run
 
@@ -67,7 +68,8 @@ def step_collectives(
         teacher_width: of all teachers together; None: the student's.
     """
     trained = STUDENT if run.accumulation > 1 else _trained_embeddings(student)  # a GradientCache differentiates both
-    found = objective_collectives(run, num_classes, student.embed_dim, world, device, trained, teacher_width)
+    reserved = student_bytes(run, student, world, device)
+    found = objective_collectives(run, num_classes, student.embed_dim, world, device, trained, teacher_width, reserved)
     return found + engine_collectives(run, student, world)
 
 
@@ -87,12 +89,14 @@ def objective_collectives(
     device: str,
     trained: Sequence[str] = STUDENT,
     teacher_width: int | None = None,
+    reserved: int = 0,
 ) -> list[Collective]:
     """Those of the loss terms and of the guard's decision; the arguments are those of `step_collectives`.
 
     Args:
         width: D.
         trained: names of the student's embeddings that have a gradient.
+        reserved: bytes of the student on a GPU, which the classifier's budget leaves.
     """
     loss = run.megacid.loss
     student = gathered_student(loss.instance, loss.contrastive, loss.affinity, loss.form)
@@ -107,7 +111,7 @@ def objective_collectives(
         found.append(Collective("their gradients", "reduce_scatter", 4 * matrix, differentiated))
     if loss.cluster:
         images = None if "image_S" in student else "image_S" in trained
-        found += _classifier(run, num_classes, width, world, device, images)
+        found += _classifier(run, num_classes, width, world, device, images, reserved)
     terms = sum(weight > 0 for weight in (loss.instance, loss.contrastive, loss.mse, loss.affinity))
     if terms:
         times = run.accumulation if is_mean_over_samples(loss) else 1  # else once for the whole batch
@@ -117,11 +121,11 @@ def objective_collectives(
 
 
 def _classifier(
-    run: RunFile, num_classes: int, width: int, world: int, device: str, images: bool | None
+    run: RunFile, num_classes: int, width: int, world: int, device: str, images: bool | None, reserved: int
 ) -> list[Collective]:
     """Those of the cluster term. images: whether they have a gradient; None: other terms gather them."""
     labels = run.megacid.data.labels_per_sample
-    spec, *_, plan = plan_classifier(run, num_classes, width, world, device)
+    spec, *_, plan = plan_classifier(run, num_classes, width, world, device, reserved)
     student, teacher = (bool(spec.distributions(source)) for source in ("student", "teacher"))
     message = HEADER + run.micro_batch * run.accumulation * labels
     # Per sample: sums of exponentials, the KL's gap, the number of owned labels, cosines of the labels.

@@ -40,6 +40,7 @@ from megacid.models.feature_tower import FeatureTower
 from megacid.storage.metadata import read_meta, size_field
 from megacid.training.classifier_plan import plan_classifier
 from megacid.training.evaluation import Evaluation, open_benchmarks
+from megacid.training.memory import student_bytes
 from megacid.training.run_settings import check_same_settings
 from megacid.training.schedule import groups_of_run, peak_rates
 
@@ -111,7 +112,8 @@ def build_components(run: RunFile, parallel: Parallel) -> Components:
         if store.list_steps(run.directory):
             check_same_settings(run, run.directory)
         failpoint("start:building", step=0)
-        head, row_optimizer = make_classifier(run, data, student.embed_dim, parallel)
+        reserved = student_bytes(run, student, parallel.world, parallel.device.type)
+        head, row_optimizer = make_classifier(run, data, student.embed_dim, parallel, reserved)
         objective = make_objective(run, head, parallel, data.teacher_dims)
     evaluation = Evaluation(run, benchmarks, student, parallel)
     return Components(run, data, student, head, row_optimizer, objective, evaluation)
@@ -319,13 +321,16 @@ def refuse_batch_norm(student: nn.Module, run: RunFile) -> None:
 
 
 def make_classifier(
-    run: RunFile, data: Data, width: int, parallel: Parallel
+    run: RunFile, data: Data, width: int, parallel: Parallel, reserved: int = 0
 ) -> tuple[PartialFC | None, RowAdamW | RowSGD | None]:
-    """The class-sharded classifier and its row-sparse optimizer; (None, None) for a run without the cluster term."""
+    """The class-sharded classifier and its row-sparse optimizer; (None, None) for a run without the cluster term.
+
+    reserved: bytes of the GPU that the classifier's default budget leaves to the student.
+    """
     if data.num_classes is None:
         return None, None
     config = run.megacid.classifier
-    planned = plan_classifier(run, data.num_classes, width, parallel.world, parallel.device.type)
+    planned = plan_classifier(run, data.num_classes, width, parallel.world, parallel.device.type, reserved)
     head = PartialFC(
         data.num_classes,
         width,
@@ -344,6 +349,7 @@ def make_classifier(
         weight_grad=config.weight_grad,
         precision=config.precision,
         memory_budget_bytes=planned.spec.memory_budget_bytes,
+        reserved_bytes=reserved,
         labels_loss=config.labels_loss,
         device=parallel.device,
     )

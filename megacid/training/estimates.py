@@ -12,7 +12,7 @@ from megacid.errors import one_line
 from megacid.models.feature_tower import FeatureTower
 from megacid.training.classifier_plan import plan_classifier
 from megacid.training.communication import communication_estimate
-from megacid.training.memory import memory_estimate
+from megacid.training.memory import memory_estimate, memory_warning, student_bytes
 from megacid.training.step_time import COSTS, Step
 
 if TYPE_CHECKING:
@@ -58,13 +58,16 @@ def _report_peak_memory(
         "%.1f MiB, for an offloaded optimizer: %.1f MiB",
         device, memory.peak, memory.largest_phase, memory.checkpoint, memory.offloaded,
     )  # fmt: skip
+    if warning := memory_warning(memory.peak, num_classes, device):
+        log.warning("%s", warning)
 
 
 def _report_classifier(
     run: RunFile, student: Student | FeatureTower, num_classes: int, world: int, device: str, teacher_width: int | None
 ) -> None:
     if num_classes:
-        log.info("classifier: %s", plan_classifier(run, num_classes, student.embed_dim, world, device))
+        reserved = student_bytes(run, student, world, device)
+        log.info("classifier: %s", plan_classifier(run, num_classes, student.embed_dim, world, device, reserved))
 
 
 def _report_step(

@@ -21,6 +21,7 @@ from megacid.distributed.reduction import is_left_open
 from megacid.models.feature_tower import FeatureTower
 from megacid.training.classifier_plan import plan_classifier
 from megacid.training.schedule import groups_of_run
+from megacid_kernels.loss_spec import DEVICE_BYTES
 
 if TYPE_CHECKING:
     from megacid.models.student import Student
@@ -73,17 +74,15 @@ def memory_estimate(
     """
     from megacid.training.activations import count_activations  # imports what a start needs only for an estimate
 
-    sizes, frozen = [p.numel() for p in student.parameters()], frozen_count(student)
-    trained = sum(sizes) - frozen
-    muon = sum(p.numel() for group in groups_of_run(run, student) if group.get("muon") for p in group["params"])
+    sizes = [p.numel() for p in student.parameters()]
+    trained = sum(sizes) - frozen_count(student)
     teacher_width = teacher_width or student.embed_dim
-    always = student_sizes(run, sum(sizes), world, device, frozen, muon)
+    always, gradients, offloaded = _student(run, student, world, device)
+    kept = int(sum(always.values()))
     always["batch"] = _batch(run, student, device, teacher_width)
-    gradients = always.pop("student gradients")
-    offloaded = sum(always.pop(name, 0.0) for name in _on_the_host(run, device))
     head: dict[str, float] = {}
     if num_classes:
-        stored, head = _classifier(run, num_classes, student.embed_dim, world, device)
+        stored, head = _classifier(run, num_classes, student.embed_dim, world, device, kept)
         always |= stored
     row_gradient = head.get("their gradient", 0.0)
     embeddings = run.global_batch * 4 * (4 * student.embed_dim + 2 * teacher_width)
@@ -111,6 +110,36 @@ def memory_estimate(
         phases["checkpoint"] = checkpoint
     in_mib = [{name: size / MIB for name, size in part.items()} for part in (always, phases)]
     return MemoryEstimate(in_mib[0], in_mib[1], checkpoint / MIB, offloaded / MIB)
+
+
+def student_bytes(run: RunFile, student: Student | FeatureTower, world: int, device: str) -> int:
+    """Bytes of a GPU that the student's weights, optimizer and average have for the whole run; 0 for a CPU, where the
+    classifier's budget does not depend on them."""
+    return 0 if device == "cpu" else int(sum(_student(run, student, world, device)[0].values()))
+
+
+def _student(
+    run: RunFile, student: Student | FeatureTower, world: int, device: str
+) -> tuple[dict[str, float], float, float]:
+    """Bytes of the student's parts on this device, the bytes of all gradients, and those of what the host keeps."""
+    muon = sum(p.numel() for group in groups_of_run(run, student) if group.get("muon") for p in group["params"])
+    parameters = sum(p.numel() for p in student.parameters())
+    parts = student_sizes(run, parameters, world, device, frozen_count(student), muon)
+    gradients = parts.pop("student gradients")
+    return parts, gradients, sum(parts.pop(name, 0.0) for name in _on_the_host(run, device))
+
+
+def memory_warning(peak: float, num_classes: int, device: str) -> str | None:
+    """What to say about a peak, in MiB, that the GPU does not hold; one of 80 GB is assumed where there is none."""
+    found = torch.cuda.is_available()
+    size = (torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if found else DEVICE_BYTES) / MIB
+    if device != "cuda" or peak <= size:
+        return None
+    lower = "set classifier.memory_budget_gb below the budget of the classifier's plan, or " if num_classes else ""
+    return (
+        f"the estimated peak of rank 0 is {peak:,.0f} MiB, expected at most {size:,.0f}, the memory of the GPU: "
+        f"{lower}raise gradient_accumulation_steps"
+    )
 
 
 def _update_bytes(run: RunFile, world: int, offloaded: bool) -> int:
@@ -172,14 +201,14 @@ def _batch(run: RunFile, student: Student | FeatureTower, device: str, teacher_w
 
 
 def _classifier(
-    run: RunFile, num_classes: int, embed_dim: int, world: int, device: str
+    run: RunFile, num_classes: int, embed_dim: int, world: int, device: str, reserved: int = 0
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes of the class shard and its optimizer, and of what the cluster term needs in a step."""
     config = run.megacid.classifier
     local = shard_range(num_classes, 0, world)[1]
     moments = (2 if config.optimizer == "adamw" else 1) * (4 if config.moments == "fp32" else 2)
     used = num_dims(embed_dim, config.feature_rate)
-    spec, *_, plan = plan_classifier(run, num_classes, embed_dim, world, device)
+    spec, *_, plan = plan_classifier(run, num_classes, embed_dim, world, device, reserved)
     rows = spec.max_rows or local
     stored: dict[str, float] = {
         "classifier rows": local * (embed_dim * 4 + 4),

@@ -19,7 +19,7 @@ from megacid.models.feature_tower import FeatureTower
 from megacid.training.classifier_plan import ClassifierPlan, plan_classifier
 from megacid.training.communication import Collective, step_collectives
 from megacid.training.flops import classifier_flops, count_student
-from megacid.training.memory import moments_of
+from megacid.training.memory import moments_of, student_bytes
 
 if TYPE_CHECKING:
     from megacid.models.student import Student
@@ -97,6 +97,7 @@ class Step:
     backward_flop: float
     trained: int
     collectives: list[Collective]
+    student_bytes: int = 0  # see `plan_classifier`
 
     @classmethod
     def of(
@@ -112,8 +113,9 @@ class Step:
         flop = count_student(student, recomputes=run.megacid.student.grad_checkpointing)
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
         collectives = step_collectives(run, student, num_classes, world, device, teacher_width)
+        reserved = student_bytes(run, student, world, device)
         widths = student.embed_dim, teacher_width or student.embed_dim
-        return cls(run, world, device, *widths, num_classes, *flop, trained, collectives)
+        return cls(run, world, device, *widths, num_classes, *flop, trained, collectives, reserved)
 
     @property
     def samples(self) -> float:
@@ -185,7 +187,7 @@ def classifier(step: Step, costs: Costs) -> float:
     """Seconds of the cluster term: products and traffic of its plan, for R rows."""
     if not step.num_classes:
         return 0.0
-    planned = plan_classifier(step.run, step.num_classes, step.width, step.world, step.device)
+    planned = plan_classifier(step.run, step.num_classes, step.width, step.world, step.device, step.student_bytes)
     if step.device == "cpu":
         flop, moved = _fitted_classifier(step, planned)
     else:

@@ -41,8 +41,8 @@ def plan_of(batch: int, rows: int, width: int, gpu_gib: int, classes: int | None
         ((32_768, 1 << 20, 1024), 79, 8, 4096),
         ((16_384, 1 << 20, 768), 139, 4, 4096),
         ((32_768, 125_000, 512), 79, 8, 4096),
-        # Ten million classes: half of what the shard leaves holds 1,192 samples.
-        ((4096, 10_000_000, 512), 139, 4, 1024),
+        # Five million classes: a quarter of what the shard leaves holds 2,451 samples.
+        ((4096, 5_000_000, 512), 139, 2, 2048),
     ],
 )
 def test_chunks_have_4096_samples_where_they_fit(
@@ -53,15 +53,17 @@ def test_chunks_have_4096_samples_where_they_fit(
     assert plan.bytes == 2 * samples * shape[1] <= plan.budget
 
 
-def test_a_tenth_of_ten_million_classes_is_one_chunk_and_all_of_them_on_80_gb_are_slabs() -> None:
+def test_a_tenth_of_ten_million_classes_is_two_chunks_and_all_of_them_on_80_gb_are_slabs() -> None:
     sampled = plan_of(4096, 1_004_096, 512, 79, classes=10_000_000)
-    assert (sampled.kind, len(sampled.chunks), sampled.samples) == ("stored", 1, 4096)
+    assert (sampled.kind, len(sampled.chunks), sampled.samples) == ("stored", 2, 2048)
+    assert plan_of(4096, 1_004_096, 512, 139, classes=10_000_000).samples == 4096
     # The shard leaves nothing, so the budget is 1 GiB: 78 chunks of 53 samples would update the 19 GiB of gradient.
     sizes, spec = Sizes(4096, 10_000_000, 512), LossSpec(num_classes=10_000_000)
     stored = plan_chunks(spec, sizes, "triton", "cuda")
     whole = plan_of(4096, 10_000_000, 512, 79)
     assert (len(stored.chunks), stored.samples) == (78, 53) and stored.budget == GIB
     assert (whole.kind, len(whole.slabs), whole.rows) == ("recomputed", 127, 79_104) and whole.bytes <= GIB
+    assert plan_of(4096, 10_000_000, 512, 139) == whole
     slow, fast = (work_of(plan, spec, sizes, "triton") for plan in (stored, whole))
     assert slow.flop == 6 * 4096 * 10_000_000 * 512 and fast.flop == 8 * 4096 * 10_000_000 * 512
     assert slow.bytes > 11 * fast.bytes and slow.cost > 3.9 * fast.cost
@@ -143,6 +145,8 @@ def test_the_memory_of_a_gpu_is_read_in_whole_gibibytes(monkeypatch: pytest.Monk
         properties = type("Properties", (), {"total_memory": 79 * GIB + 4096 * (200 + pages)})
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, properties=properties: properties)
         assert with_available_memory(spec, cuda, 1000, 64).available_bytes == 79 * GIB - 12 * 1000 * 64
+        student = with_available_memory(spec, cuda, 1000, 64, reserved=5 * GIB)
+        assert student.available_bytes == 74 * GIB - 12 * 1000 * 64
     given = LossSpec(num_classes=1000, memory_budget_bytes=1 << 20)
     assert with_available_memory(given, cuda, 1000, 64) is given
     assert with_available_memory(spec, torch.device("cpu"), 1000, 64) is spec

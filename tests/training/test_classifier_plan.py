@@ -14,10 +14,11 @@ import torch
 import toy
 
 import estimate
-from megacid.classifier import PartialFC
+from megacid.classifier import PartialFC, partial_fc
 from megacid.config.load import load_run
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
+from megacid.models.feature_tower import FeatureTower
 from megacid.training import components, estimates, memory
 from megacid.training.classifier_plan import plan_classifier
 
@@ -120,10 +121,66 @@ def test_ten_million_classes_on_one_gpu_are_planned_without_it(tmp_path: Path) -
         run = run_with(tmp_path, *changes, f"classifier.sample_rate={rate}")
         plan = plan_classifier(run, 10_000_000, 512, 1, "cuda").plan
         assert plan.kind == kind
-        assert len(plan.slabs) == 127 if rate == 1 else plan.samples == 4096
+        assert len(plan.slabs) == 127 if rate == 1 else plan.samples == 2048
     # Eight ranks have an eighth of the rows each.
     run = run_with(tmp_path, *changes, "classifier.sample_rate=1", world=8)
     assert plan_classifier(run, 10_000_000, 512, 8, "cuda").plan.kind == "stored"
+
+
+def test_the_default_budget_leaves_the_student_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of what rows, moments, gradient and student leave of 79 GiB; the head of a run plans with the same."""
+    if torch.cuda.is_available():
+        pytest.skip("the plan follows the GPU that is there")
+    run = run_with(tmp_path, "train_batch_size=4096", "classifier.sample_rate=1", "classifier.feature_rate=1")
+    alone, beside = (plan_classifier(run, 5_000_000, 512, 1, "cuda", bytes_).plan for bytes_ in (0, 4 << 30))
+    assert alone.budget == ((79 << 30) - 20 * 5_000_000 * 512) // 4 and alone.budget - beside.budget == 1 << 30
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(partial_fc, "with_available_memory", lambda spec, *sizes: seen.append(sizes) or spec)
+    head, _ = components.make_classifier(run_with(tmp_path), DATA, toy.DIM, CPU, 4 << 30)
+    assert head is not None
+    head(torch.randn(8, toy.DIM), torch.arange(8))
+    assert seen == [(head.weight.device, toy.CLASSES, toy.DIM, 4 << 30)]
+
+
+def test_the_bytes_of_the_student_are_those_that_the_estimate_has_for_the_whole_run(tmp_path: Path) -> None:
+    student = FeatureTower(toy.DIM, toy.DIM, hidden=32, layers=1)
+    parameters = sum(p.numel() for p in student.parameters())
+    for stage, offload, share in (
+        (1, {}, 4 + 12 / 4),
+        (0, {}, 4 + 8),
+        (1, {"offload_optimizer": {"device": "cpu"}}, 4),
+    ):
+        zero = {"stage": stage, **offload}
+        run = load_run(toy.run_file(tmp_path, "student", zero_optimization=zero), [], world=4)
+        kept = {
+            name: size for name, size in memory.student_sizes(run, parameters, 4, "cuda").items() if "buffer" in name
+        }
+        assert memory.student_bytes(run, student, 4, "cuda") == int(parameters * share + sum(kept.values()))
+    assert memory.student_bytes(run, student, 4, "cpu") == 0
+
+
+def test_dry_run_and_estimate_warn_of_a_peak_that_no_gpu_holds(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows and moments of 20 million classes of width 1,280 have 307 GB."""
+    warning = "MiB, expected at most 80,896, the memory of the GPU: set classifier.memory_budget_gb below the budget of"
+    if torch.cuda.is_available():
+        pytest.skip("the limit is that of the GPU that is there")
+    file = toy.run_file(tmp_path, "large", train_batch_size=16, student__embed_dim=1280)
+    options = ["--deepspeed_config", str(file), "--ranks", "1", "16", "--device", "cuda"]
+    assert estimate.main([*options, "--num-classes", "20000000", "--feature-dim", str(toy.DIM)]) == 0
+    said = capsys.readouterr().out
+    assert "1 rank: the estimated peak of rank 0 is" in said and said.count(warning) == 1
+    peak = memory.MemoryEstimate({"classifier rows": 90_000.0}, {"forward": 1.0}, 0.0, 0.0)
+    monkeypatch.setattr(estimates, "memory_estimate", lambda *_: peak)
+    with caplog.at_level(logging.WARNING, logger="megacid"):
+        for device, classes in (("cuda", 7), ("cuda", 0), ("cpu", 7)):
+            estimates._report_peak_memory(None, None, classes, 1, device, None)  # type: ignore[arg-type]
+    assert len(caplog.messages) == 2 and f"is 90,001 {warning}" in caplog.messages[0]
+    assert "memory_budget_gb" not in caplog.messages[1]
 
 
 @pytest.mark.parametrize("weight_grad", ["auto", "recomputed"])
