@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 from pathlib import Path
@@ -93,3 +95,16 @@ def tensors(directory: Path) -> dict[str, Tensor]:
 def differing(want: dict[str, Tensor], got: dict[str, Tensor]) -> list[str]:
     """Names of the tensors that are not the same bits in both."""
     return sorted(want.keys() ^ got.keys()) + [name for name in want if name in got and not want[name].equal(got[name])]
+
+
+def estimated(argv: list[str]) -> str:
+    """What tools/estimate.py prints, run in a fork: PyTorch refuses to fork after a backward on fake tensors."""
+    return str(run_ranks(_estimate_here, 1, argv, timeout_s=300)[0])
+
+
+def _estimate_here(argv: list[str]) -> str:
+    import estimate
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert estimate.main(argv) == 0
+    return out.getvalue()

@@ -13,7 +13,6 @@ import pytest
 import torch
 import toy
 
-import estimate
 from megacid.classifier import PartialFC, partial_fc
 from megacid.config.load import load_run
 from megacid.distributed.parallel import Parallel
@@ -160,10 +159,7 @@ def test_the_bytes_of_the_student_are_those_that_the_estimate_has_for_the_whole_
 
 
 def test_dry_run_and_estimate_warn_of_a_peak_that_no_gpu_holds(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows and moments of 20 million classes of width 1,280 have 307 GB."""
     warning = "MiB, expected at most 80,896, the memory of the GPU: set classifier.memory_budget_gb below the budget of"
@@ -171,8 +167,7 @@ def test_dry_run_and_estimate_warn_of_a_peak_that_no_gpu_holds(
         pytest.skip("the limit is that of the GPU that is there")
     file = toy.run_file(tmp_path, "large", train_batch_size=16, student__embed_dim=1280)
     options = ["--deepspeed_config", str(file), "--ranks", "1", "16", "--device", "cuda"]
-    assert estimate.main([*options, "--num-classes", "20000000", "--feature-dim", str(toy.DIM)]) == 0
-    said = capsys.readouterr().out
+    said = toy.estimated([*options, "--num-classes", "20000000", "--feature-dim", str(toy.DIM)])
     assert "1 rank: the estimated peak of rank 0 is" in said and said.count(warning) == 1
     peak = memory.MemoryEstimate({"classifier rows": 90_000.0}, {"forward": 1.0}, 0.0, 0.0)
     monkeypatch.setattr(estimates, "memory_estimate", lambda *_: peak)
@@ -197,9 +192,7 @@ def test_slabs_of_a_part_of_the_dimensions_read_a_copy_of_the_rows(tmp_path: Pat
         assert step.get("sampled rows") == copied and planned.plan.bytes in step.values()
 
 
-def test_dry_run_and_estimate_say_the_plan(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_dry_run_and_estimate_say_the_plan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run, student = run_with(tmp_path, "classifier.sample_rate=1"), SimpleNamespace(embed_dim=toy.DIM)
     expected = str(plan_classifier(run, toy.CLASSES, toy.DIM, 1, "cpu"))
     assert expected.startswith(
@@ -210,6 +203,5 @@ def test_dry_run_and_estimate_say_the_plan(
     assert f"classifier: {expected}" in caplog.text
     file = toy.run_file(tmp_path, "table", classifier__sample_rate=1)
     sizes = ["--num-classes", str(toy.CLASSES), "--feature-dim", str(toy.DIM), "--device", "cpu"]
-    assert estimate.main(["--deepspeed_config", str(file), "--ranks", "1", "2", *sizes]) == 0
-    said = capsys.readouterr().out
+    said = toy.estimated(["--deepspeed_config", str(file), "--ranks", "1", "2", *sizes])
     assert f"1 rank: {expected}" in said and "2 ranks: gradient stored, 1 chunk of 8 samples x 501 class rows" in said

@@ -171,15 +171,12 @@ def test_more_gpus_and_fewer_classes_never_take_longer_to_compute() -> None:
         assert computed[world, classes] <= computed.get((world // 8, classes), float("inf"))
 
 
-def test_estimate_prints_a_prediction_and_takes_fitted_costs(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_estimate_prints_a_prediction_and_takes_fitted_costs(file: Path, tmp_path: Path) -> None:
     report: dict[str, Any] = {"suite": "step-time", "machine": {}, "arguments": {"device": "cpu"}, "results": []}
     fitted = tmp_path / "fitted.json"
     fitted.write_text(json.dumps(report | {"costs": {"step": 3600.0}}))
     sizes = ["--deepspeed_config", str(file), "--num-classes", "1001", "--feature-dim", "32", "--ranks", "1", "2"]
-    assert estimate.main([*sizes, "--device", "cpu", "--costs", str(fitted)]) == 0
-    said = capsys.readouterr().out
+    said = toy.estimated([*sizes, "--device", "cpu", "--costs", str(fitted)])
     assert f"the prediction of a model with the costs of {fitted}; not a measurement" in said
     fixed = next(line for line in said.splitlines() if line.startswith("fixed"))
     assert fixed.split() == ["fixed", *["3,600,000.0", "(100%)"] * 2]
