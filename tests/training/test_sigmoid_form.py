@@ -69,7 +69,7 @@ def test_the_bias_starts_at_siglips_value_moves_and_is_logged(run: Path) -> None
 @pytest.mark.parametrize("ema", [False, True])
 def test_the_export_has_the_bias_and_open_clip_computes_the_same_logits(run: Path, tmp_path: Path, ema: bool) -> None:
     student, _ = student_from_run(run, ema=ema)
-    export_student(student, tmp_path, name="tiny-sigmoid", source={})
+    export_student(student, tmp_path, name="digits-sigmoid", source={})
     config = json.loads((tmp_path / "open_clip_config.json").read_text())["model_cfg"]
     assert (config["init_logit_bias"], config["init_logit_scale"]) == (-10.0, math.log(10))
     stock = open_clip.create_model(f"local-dir:{tmp_path}", output_dict=True).eval()
@@ -82,7 +82,7 @@ def test_the_export_has_the_bias_and_open_clip_computes_the_same_logits(run: Pat
         theirs["logit_scale"] * theirs["image_features"] @ theirs["text_features"].T + theirs["logit_bias"],
     )
     with pytest.raises(UserError, match=r"has init_logit_bias -10.0, which CLIPModel of transformers cannot express"):
-        export_student(student, tmp_path, name="tiny-sigmoid", source={}, card="card")
+        export_student(student, tmp_path, name="digits-sigmoid", source={}, card="card")
 
 
 def test_the_form_cannot_change_within_a_run(run: Path, pipeline: Pipeline) -> None:
@@ -117,9 +117,9 @@ def test_weights_without_a_bias_start_with_siglips_scale_and_bias_and_others_wit
 
 def test_weights_with_a_bias_start_a_student_without_one_only_from_their_own_configuration(tmp_path: Path) -> None:
     student = sigmoid_student()
-    export_student(student, tmp_path, name="tiny-sigmoid", source={})
+    export_student(student, tmp_path, name="digits-sigmoid", source={})
     with pytest.raises(UserError, match=r'they have a logit bias.*set "loss.form" to "sigmoid", or "student.model"'):
-        build_student("digits-student", embed_dim=64, pretrained=str(tmp_path / "tiny-sigmoid.pt"), seed=0)
+        build_student("digits-student", embed_dim=64, pretrained=str(tmp_path / "digits-sigmoid.pt"), seed=0)
     again = build_student(f"local-dir:{tmp_path}", embed_dim=None, seed=1).clip.state_dict()
     assert all(torch.equal(again[name], t) for name, t in student.clip.state_dict().items())
 
