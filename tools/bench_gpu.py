@@ -44,7 +44,7 @@ class Slice(NamedTuple):
     words: str  # the program and its options; {json} is the result
     toy: str | None  # options of --dry, after the others: the last one counts; None: it has no toy shape, not in --dry
     shown: tuple[str, ...] = ()  # values of a row's "provider" that the table shows; () for all
-    figure: str = ""  # the measurement that the table shows beside the time
+    figure: str = ""  # the measurement that the table shows after the time
 
 
 HEAD = "tools/bench.py --json {json} --suite head --shapes "

@@ -109,11 +109,10 @@ def make_plan(spec: LossSpec, sizes: Sizes, chosen: Implementation, device: str,
     """
     if not gradients:
         return plan_slabs(spec, sizes, chosen, device, gradients=False)
-    if spec.weight_grad == "auto" and chosen == "triton" and _slabs_are_faster(spec, sizes, device):
-        return plan_slabs(spec, sizes, chosen, device)
-    if spec.weight_grad == "recomputed":
-        return plan_slabs(spec, sizes, chosen, device)
-    return plan_chunks(spec, sizes, chosen, device)
+    in_slabs = spec.weight_grad == "recomputed" or (
+        spec.weight_grad == "auto" and chosen == "triton" and _slabs_are_faster(spec, sizes, device)
+    )
+    return (plan_slabs if in_slabs else plan_chunks)(spec, sizes, chosen, device)
 
 
 def _slabs_are_faster(spec: LossSpec, sizes: Sizes, device: str) -> bool:

@@ -131,8 +131,8 @@ def test_the_default_budget_leaves_the_student_its_memory(tmp_path: Path, monkey
     if torch.cuda.is_available():
         pytest.skip("the plan follows the GPU that is there")
     run = run_with(tmp_path, "train_batch_size=4096", "classifier.sample_rate=1", "classifier.feature_rate=1")
-    alone, beside = (plan_classifier(run, 5_000_000, 512, 1, "cuda", bytes_).plan for bytes_ in (0, 4 << 30))
-    assert alone.budget == ((79 << 30) - 20 * 5_000_000 * 512) // 4 and alone.budget - beside.budget == 1 << 30
+    alone, with_student = (plan_classifier(run, 5_000_000, 512, 1, "cuda", bytes_).plan for bytes_ in (0, 4 << 30))
+    assert alone.budget == ((79 << 30) - 20 * 5_000_000 * 512) // 4 and alone.budget - with_student.budget == 1 << 30
     seen: list[tuple[Any, ...]] = []
     monkeypatch.setattr(partial_fc, "with_available_memory", lambda spec, *sizes: seen.append(sizes) or spec)
     head, _ = components.make_classifier(run_with(tmp_path), DATA, toy.DIM, CPU, 4 << 30)
