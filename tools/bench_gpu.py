@@ -51,7 +51,7 @@ HEAD = "tools/bench.py --json {json} --suite head --shapes "
 FEW = ("cublas-3gemm", "eager-sync-free", "torch-compile", "megacid-fused", "megacid-in-place", "megacid-recomputed")
 AGAINST_CUBLAS = "cublas-3gemm liger-tuned megacid-fused megacid-in-place megacid-recomputed megacid-loss-only"
 TOY_HEAD = "--shapes 40,16,2,1 --geometry init --providers cublas-3gemm"
-TESTS = "-m pytest -q -p no:cacheprovider -m gpu"
+TESTS = "-m pytest -q -p no:cacheprovider -n 8 -m gpu"  # most of their time is the compilation of kernels
 TUNE = "tools/tune.py --out {json} --dtypes float16 --widths "
 TOY_TUNE = "--widths 32 --samples 8 --classes 100"
 SLICES = {
@@ -59,13 +59,13 @@ SLICES = {
         "the tests of the kernels on the GPU",
         f"{TESTS} tests/kernels/test_fused_rows.py tests/kernels/test_fused_head.py "
         "tests/kernels/test_triton_numerics.py",
-        "-m not(gpu) -k a_broken_row",
+        "-n 0 -m not(gpu) -k a_broken_row",
     ),
     "engine-tests": Slice(
         "the tests of losses, of the classifier and of the nearest centroid on the GPU",
         f"{TESTS} tests/kernels/test_engines.py tests/kernels/test_assigner.py tests/kernels/test_contrastive.py "
         "tests/classifier/test_sampling.py",
-        "-m not(gpu) -k a_budget_too_small",
+        "-n 0 -m not(gpu) -k a_budget_too_small",
     ),
     "first-start": Slice(
         "embed, cluster, a training of 50 steps that is stopped and resumed",

@@ -27,7 +27,7 @@ Timer = Callable[[Run, int], list[float]]
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
 _FLUSH_BYTES = 1 << 28  # several times the L2 of any GPU
 _DIGEST_ELEMENTS = 1 << 24
-_TURN_S, _LEAST_REPEATS, _MOST_REPEATS = 0.7, 7, 100
+_TURN_S, _LEAST_REPEATS, _MOST_REPEATS = 0.3, 7, 100
 
 
 class CudaTimer:
