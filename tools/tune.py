@@ -72,6 +72,8 @@ def print_candidates(args: argparse.Namespace) -> None:
     for kernel in tile_search.KERNELS:
         for name in args.dtypes:
             for tile in tile_search.candidates(kernel, DTYPES[name].itemsize):
+                if tile.descriptors and args.architecture.startswith("sm_8"):
+                    continue
                 excess = tile_search.excess(tile, DTYPES[name].itemsize, shared)
                 use = f"skipped: {excess}" if excess else "measured"
                 print(f"| {kernel} | {name} | {tile_search.tile_name(tile)} | {use} |")
@@ -80,15 +82,19 @@ def print_candidates(args: argparse.Namespace) -> None:
 def tune(args: argparse.Namespace) -> dict[Key, Tiles]:
     device = torch.device("cpu" if interpreted() else "cuda")
     timer = measure.timer_of(argparse.Namespace(device=device.type, clock="wall"))
-    architecture, shared = architecture_of(device), _INTERPRETED_SHARED
+    architecture, shared, has_descriptors = architecture_of(device), _INTERPRETED_SHARED, True
     if device.type == "cuda":
+        has_descriptors = torch.cuda.get_device_capability(device) >= (9, 0)
         shared = int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
     print(f"{architecture}; {args.samples:,} x {args.classes:,}")
     table: dict[Key, Tiles] = {}
     for name in args.dtypes:
         for width in args.widths:
             case = tile_search.Case.random(args.samples, args.classes, width, DTYPES[name], device)
-            chosen = {kernel: tile_search.fitting(kernel, DTYPES[name], shared) for kernel in tile_search.KERNELS}
+            chosen = {
+                kernel: tile_search.fitting(kernel, DTYPES[name], shared, descriptors=has_descriptors)
+                for kernel in tile_search.KERNELS
+            }
             table[architecture, name, width], rows = tile_search.tune(case, chosen, timer)
             print(f"\n{name}, width {width}")
             print_table(sorted(rows, key=lambda row: (row["kernel"], -row.get("tflops", 0.0))), COLUMNS)

@@ -133,16 +133,24 @@ def test_products_of_16_bit_numbers_run_on_the_tensor_cores_of_sm_90(compiled: d
         assert all((number > 0) == name.endswith(arch) for name, number in number_of.items()), number_of
 
 
+def test_the_head_of_sm_90_reads_its_factors_through_tensor_descriptors(compiled: dict[str, dict[str, Any]]) -> None:
+    for name, code in compiled.items():
+        by_descriptors = name.endswith("sm_90") and name.startswith("exponentials") and "16 D" in name
+        assert (code["tile_loads"] > 0) == by_descriptors, f"{name}: {code['tile_loads']} copies of tiles"
+
+
 def test_an_entry_of_the_matrix_is_one_exponential_and_one_eighth_of_a_128_bit_store(
     compiled: dict[str, dict[str, Any]],
 ) -> None:
-    """Fused: no load. In place: also an eighth of a load. Without the filter, which has a matrix of its own."""
+    """Fused: no load; with tensor descriptors the halves of a tile are copied as a whole. In place: also an eighth of
+    a load. Without the filter, which has a matrix of its own."""
     checked = 0
     for name, code in compiled.items():
         each = code["elements"] // code["threads"]
         if name.startswith(("exponentials fp16", "exponentials bf16", "in_place fp16 sm")):
             assert code["exponentials"] == each, f"{name}: {code['exponentials']} exponentials for {each} entries"
-            assert code["wide_stores"] == each // 8, f"{name}: {code['wide_stores']} stores"
+            stores = (code["wide_stores"], code["tile_stores"])
+            assert stores == ((0, 2) if code["tile_loads"] else (each // 8, 0)), f"{name}: {stores} stores"
             assert code["wide_loads"] == (each // 8 if "in_place" in name else 0), f"{name}: {code['wide_loads']} loads"
             checked += 1
     assert checked == 3

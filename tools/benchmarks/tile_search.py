@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -39,15 +40,25 @@ def candidates(kernel: Kernel, itemsize: int) -> list[ProductTile]:
     while it is still in L2; `nearest` goes through all rows first. fp32 halves columns and depth."""
     columns, depths = ((128, 256), (32, 64)) if itemsize == 2 else ((64, 128), (16, 32))
     sizes = itertools.product((64, 128), columns, depths, (4, 8), (2, 3, 4))
-    return [ProductTile(*size, group=8 if kernel == "forward" else 64) for size in sizes]
+    tiles = [ProductTile(*size, group=8 if kernel == "forward" else 64) for size in sizes]
+    # With descriptors the tile that fills the registers of its warps: smaller ones read their factors more often.
+    full = [tile for tile in tiles if itemsize == 2 and _accumulators(tile) == _MAX_ACCUMULATORS]
+    return tiles + [replace(tile, descriptors=True) for tile in full]
+
+
+def _accumulators(tile: ProductTile) -> int:
+    """fp32 sums per thread."""
+    return tile.rows * tile.columns // (32 * tile.warps)
 
 
 def excess(tile: ProductTile, itemsize: int, shared_bytes: int) -> str:
     """Why the tile is too large for `shared_bytes` of shared memory or for the registers; "" if it fits."""
     shared = tile.stages * (tile.rows + tile.columns) * tile.depth * itemsize
+    if tile.descriptors:  # and half of the tile on its way to memory
+        shared += tile.rows * tile.columns // 2 * itemsize
     if shared > shared_bytes:
         return f"{shared / 1024:.0f} KiB of shared memory, {shared_bytes / 1024:.0f} KiB available"
-    accumulators = tile.rows * tile.columns // (32 * tile.warps)
+    accumulators = _accumulators(tile)
     if accumulators > _MAX_ACCUMULATORS:
         return f"{accumulators} accumulators per thread, at most {_MAX_ACCUMULATORS} leave room in the registers"
     return ""
@@ -87,8 +98,13 @@ def in_place(case: Case) -> Tensor:
 RUNS: dict[Kernel, Callable[[Case, ProductTile | None], Tensor]] = {"forward": forward, "nearest": search}
 
 
-def fitting(kernel: Kernel, dtype: torch.dtype, shared_bytes: int) -> list[ProductTile]:
-    return [tile for tile in candidates(kernel, dtype.itemsize) if not excess(tile, dtype.itemsize, shared_bytes)]
+def fitting(kernel: Kernel, dtype: torch.dtype, shared_bytes: int, *, descriptors: bool) -> list[ProductTile]:
+    """The candidates that fit; `descriptors`: whether the GPU has them (sm_90 and later)."""
+    return [
+        tile
+        for tile in candidates(kernel, dtype.itemsize)
+        if not excess(tile, dtype.itemsize, shared_bytes) and (descriptors or not tile.descriptors)
+    ]
 
 
 def tune(case: Case, tiles: dict[Kernel, list[ProductTile]], timer: measure.Timer) -> tuple[Tiles, list[Row]]:
@@ -131,7 +147,8 @@ def _row(kernel: str, tile: str, seconds: list[float], flop: float) -> Row:
 
 
 def tile_name(tile: ProductTile) -> str:
-    return f"{tile.rows}x{tile.columns}x{tile.depth}, {tile.warps} warps, {tile.stages} stages, group {tile.group}"
+    name = f"{tile.rows}x{tile.columns}x{tile.depth}, {tile.warps} warps, {tile.stages} stages, group {tile.group}"
+    return name + (", descriptors" if tile.descriptors else "")
 
 
 def _failure(run: Callable[[], Tensor], expected: Tensor) -> str:

@@ -2,23 +2,33 @@
 
 Legend: b samples, S rows of w on this rank, D width, l labels per sample, T column tiles. See `row_statistics` for E.
 
-Grid: one program per [tile.rows, tile.columns] tile of x . w, ordered in groups of row tiles (`tile_of_program`). A
-program makes its product in fp32, turns it into exponentials, writes their row sums into partials [T, b] and, if asked,
-stores the tile. Per entry of [b, S] nothing is read and 2 bytes are written (fp32 operands: 4; without a matrix: none).
-A filter or a given mask adds one byte per entry.
+Grid: one program per [tile.rows, tile.columns] tile of x . w, ordered in groups of row tiles (`position_of`). With
+tensor descriptors the grid is persistent: as many programs as run at once, which take turns over the tiles. A program
+makes the product of a tile in fp32, turns it into exponentials, writes their row sums into partials [T, b] and, if
+asked, stores the tile. Per entry of [b, S] nothing is read and 2 bytes are written (fp32 operands: 4; without a
+matrix: none). A filter or a given mask adds one byte per entry.
 
 The bits of a row depend on tile.columns and tile.depth, not on the other rows.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megacid_kernels.fused.launch import INTERPRET, cast, launch
-from megacid_kernels.fused.product import ProductTile, check_factors, product, tile_of_program
+from megacid_kernels.fused.product import (
+    ProductTile,
+    check_factors,
+    position_of,
+    product,
+    product_of_descriptors,
+)
 from megacid_kernels.fused.row_statistics import (
     LOG2E,
     Exponentials,
@@ -34,15 +44,72 @@ _PARTIAL_BYTES = 1 << 28  # limit of the partial row statistics, see `_rows_per_
 _LOG2E = tl.constexpr(LOG2E)
 
 
+@triton.jit
+def _finish(
+    cos,
+    first,
+    slot_ptr,
+    own_ptr,
+    bias_ptr,
+    hidden_ptr,
+    sample,
+    inside,
+    hits,
+    num_columns,
+    hidden_stride,
+    scale_log2,
+    shift_log2,
+    threshold,
+    LABELS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FILTER: tl.constexpr,
+    HAS_HIDDEN: tl.constexpr,
+    LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(exponentials, their sums, largest cosine or exponent, how many the filter removed) of the BLOCK columns from
+    `first` on; the last two are the sums where they are not asked for."""
+    # An excluded entry is -inf: its exponential is 0, and it is neither a maximum nor above a threshold.
+    slot = first + tl.arange(0, BLOCK)
+    column = slot[None, :]
+    if hits > 0:
+        cos = without_labels(cos, slot_ptr, own_ptr, sample, inside, column, LABELS)
+    if first + BLOCK > num_columns:
+        cos = tl.where(column < num_columns, cos, float("-inf"))
+    if HAS_HIDDEN or FILTER:
+        hidden_at = hidden_ptr + sample[:, None] * hidden_stride + column
+        mask = inside[:, None] & (column < hidden_stride)
+    if HAS_HIDDEN:
+        cos = tl.where(tl.load(hidden_at, mask=mask, other=0) != 0, float("-inf"), cos)
+    if FILTER:
+        hidden = cos > threshold
+        tl.store(hidden_at, hidden.to(tl.uint8), mask=mask)
+        cos = tl.where(hidden, float("-inf"), cos)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + tl.minimum(slot, num_columns - 1))
+        exponent = tl.fma(cos, scale_log2, bias[None, :] * _LOG2E - shift_log2)
+    else:
+        exponent = tl.fma(cos, scale_log2, -shift_log2)
+    exponential = tl.exp2(exponent)
+    sums = tl.sum(exponential, axis=1)
+    largest = sums
+    removed = sums
+    if LARGEST:
+        largest = tl.max(exponent if HAS_BIAS else cos, axis=1)
+    if FILTER:
+        removed = tl.sum(hidden.to(tl.int32), axis=1)
+    return exponential, sums, largest, removed
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_columns"])
 def exponentials_kernel(
-    x_ptr,  # [b, D] fp16, bf16 or fp32
-    w_ptr,  # [S, D] same dtype
+    x_ptr,  # [b, D] fp16, bf16 or fp32, or with DESCRIPTORS its descriptor
+    w_ptr,  # [S, D] same dtype, or its descriptor
     slot_ptr,  # [b, l] int64
     own_ptr,  # [b, l] uint8
     bias_ptr,  # [S] fp32, unused unless HAS_BIAS
     hidden_ptr,  # [b, S] uint8: in with HAS_HIDDEN, out with FILTER, else unused
-    matrix_ptr,  # [b, S] bf16 or fp32 out, unused unless STORE
+    matrix_ptr,  # [b, S] bf16 or fp32 out, or its descriptor, unused unless STORE
     sums_ptr,  # [T, b] fp32 out
     largest_ptr,  # [T, b] fp32 out, unused unless LARGEST
     removed_ptr,  # [T, b] int32 out, unused unless FILTER
@@ -60,54 +127,58 @@ def exponentials_kernel(
     HAS_HIDDEN: tl.constexpr,
     LARGEST: tl.constexpr,
     STORE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     INTERPRET: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    row_tile, column_tile = tile_of_program(tl.cdiv(num_rows, ROWS), tl.cdiv(num_columns, BLOCK), GROUP)
-    first = column_tile * BLOCK
-    sample = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    slot = first + tl.arange(0, BLOCK)
-    inside = sample < num_rows
-    x_row = tl.minimum(sample, num_rows - 1)
-    w_row = tl.minimum(slot, num_columns - 1)
-    hits = count_labels(slot_ptr, own_ptr, sample, inside, first, first + BLOCK, LABELS)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + w_row)
-    cos = product(x_ptr, w_ptr, x_row, w_row.to(tl.int64), D, "ieee", INTERPRET, ROWS, BLOCK, DEPTH)
-
-    # An excluded entry is -inf: its exponential is 0, and it is neither a maximum nor above a threshold.
-    column = slot[None, :]
-    if hits > 0:
-        cos = without_labels(cos, slot_ptr, own_ptr, sample, inside, column, LABELS)
-    if first + BLOCK > num_columns:
-        cos = tl.where(column < num_columns, cos, float("-inf"))
-    if HAS_HIDDEN:
-        mask = inside[:, None] & (column < hidden_stride)
-        given_mask = tl.load(hidden_ptr + sample[:, None] * hidden_stride + column, mask=mask, other=0)
-        cos = tl.where(given_mask != 0, float("-inf"), cos)
-    partial = column_tile.to(tl.int64) * num_rows + sample
-    if FILTER:
-        hidden = cos > threshold
-        mask = inside[:, None] & (column < hidden_stride)
-        tl.store(hidden_ptr + sample[:, None] * hidden_stride + column, hidden.to(tl.uint8), mask=mask)
-        tl.store(removed_ptr + partial, tl.sum(hidden.to(tl.int32), axis=1), mask=inside)
-        cos = tl.where(hidden, float("-inf"), cos)
-    if HAS_BIAS:
-        exponent = tl.fma(cos, scale_log2, bias[None, :] * _LOG2E - shift_log2)
-    else:
-        exponent = tl.fma(cos, scale_log2, -shift_log2)
-    if LARGEST:
-        tl.store(largest_ptr + partial, tl.max(exponent if HAS_BIAS else cos, axis=1), mask=inside)
-    exponential = tl.exp2(exponent)
-    tl.store(sums_ptr + partial, tl.sum(exponential, axis=1), mask=inside)
-    if STORE:
-        # Up to the stride, not to S: the mask then covers whole 128-bit stores. The padding becomes 0.
-        mask = inside[:, None] & (column < matrix_stride)
-        offset = sample[:, None] * matrix_stride + column
-        tl.store(matrix_ptr + offset, cast(exponential, matrix_ptr.dtype.element_ty, INTERPRET), mask=mask)
+    row_tiles, column_tiles = tl.cdiv(num_rows, ROWS), tl.cdiv(num_columns, BLOCK)
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
+        row_tile, column_tile = position_of(tile, row_tiles, column_tiles, GROUP)
+        first = column_tile * BLOCK
+        sample = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        inside = sample < num_rows
+        hits = count_labels(slot_ptr, own_ptr, sample, inside, first, first + BLOCK, LABELS)
+        partial = column_tile.to(tl.int64) * num_rows + sample
+        if DESCRIPTORS:
+            cos = product_of_descriptors(x_ptr, w_ptr, row_tile * ROWS, first, D, "ieee", INTERPRET, ROWS, BLOCK, DEPTH)
+            # In halves: the first is on its way to memory while the second is computed, in half of the shared memory.
+            HALF: tl.constexpr = BLOCK // 2
+            left, right = tl.split(tl.permute(tl.reshape(cos, (ROWS, 2, HALF)), (0, 2, 1)))
+            exponential, sums, largest, removed = _finish(
+                left, first, slot_ptr, own_ptr, bias_ptr, hidden_ptr, sample, inside, hits, num_columns, hidden_stride,
+                scale_log2, shift_log2, threshold, LABELS, HAS_BIAS, FILTER, HAS_HIDDEN, LARGEST, HALF,
+            )  # fmt: skip
+            if STORE:
+                matrix_ptr.store([row_tile * ROWS, first], cast(exponential, matrix_ptr.dtype, INTERPRET))
+            exponential, more, largest2, removed2 = _finish(
+                right, first + HALF, slot_ptr, own_ptr, bias_ptr, hidden_ptr, sample, inside, hits, num_columns,
+                hidden_stride, scale_log2, shift_log2, threshold, LABELS, HAS_BIAS, FILTER, HAS_HIDDEN, LARGEST, HALF,
+            )  # fmt: skip
+            if STORE:
+                matrix_ptr.store([row_tile * ROWS, first + HALF], cast(exponential, matrix_ptr.dtype, INTERPRET))
+            sums, largest, removed = sums + more, tl.maximum(largest, largest2), removed + removed2
+        else:
+            x_row = tl.minimum(sample, num_rows - 1)
+            w_row = tl.minimum(first + tl.arange(0, BLOCK), num_columns - 1)
+            cos = product(x_ptr, w_ptr, x_row, w_row.to(tl.int64), D, "ieee", INTERPRET, ROWS, BLOCK, DEPTH)
+            exponential, sums, largest, removed = _finish(
+                cos, first, slot_ptr, own_ptr, bias_ptr, hidden_ptr, sample, inside, hits, num_columns, hidden_stride,
+                scale_log2, shift_log2, threshold, LABELS, HAS_BIAS, FILTER, HAS_HIDDEN, LARGEST, BLOCK,
+            )  # fmt: skip
+            if STORE:
+                # Up to the stride, not to S: the mask then covers whole 128-bit stores. The padding becomes 0.
+                column = (first + tl.arange(0, BLOCK))[None, :]
+                mask = inside[:, None] & (column < matrix_stride)
+                offset = sample[:, None] * matrix_stride + column
+                tl.store(matrix_ptr + offset, cast(exponential, matrix_ptr.dtype.element_ty, INTERPRET), mask=mask)
+        tl.store(sums_ptr + partial, sums, mask=inside)
+        if LARGEST:
+            tl.store(largest_ptr + partial, largest, mask=inside)
+        if FILTER:
+            tl.store(removed_ptr + partial, removed, mask=inside)
 
 
 def exponentials(
@@ -160,17 +231,26 @@ def exponentials(
     step = _rows_per_launch(tiles, tile.rows, 4 * (1 + largest + (threshold is not None)))
     for start in range(0, samples, step):
         rows = slice(start, min(start + step, samples))
-        x, length = x_bD[rows], rows.stop - start
+        length = rows.stop - start
+        matrix: Any = w_SD if result.matrix is None else result.matrix[rows]
+        descriptors, x, w = tile.factors(x_bD[rows], w_SD)
+        count = triton.cdiv(length, tile.rows) * tiles
+        if descriptors:
+            count = tile.programs(count, x_bD.device)
+            if result.matrix is not None:  # up to the stride: the padding becomes 0
+                shape, strides = [length, pitch(columns)], list(result.matrix.stride())
+                matrix = TensorDescriptor(matrix, shape, strides, [tile.rows, tile.columns // 2])
         partials = spec.partials(tiles, length)
         launch(
-            exponentials_kernel, triton.cdiv(length, tile.rows) * tiles * tile.rows, tile.launch_tile,
-            x, w_SD, spec.slot[rows], spec.own[rows], w_SD if spec.bias is None else spec.bias,
-            w_SD if hidden is None else hidden[rows], w_SD if result.matrix is None else result.matrix[rows], *partials,
+            exponentials_kernel, count * tile.rows, tile.launch_tile,
+            x, w, spec.slot[rows], spec.own[rows], w_SD if spec.bias is None else spec.bias,
+            w_SD if hidden is None else hidden[rows], matrix, *partials,
             length, columns, pitch(columns), 0 if hidden is None else hidden.stride(0),
             spec.scale_log2, spec.shift_log2, threshold or 0.0,
-            D=width, STORE=store, INTERPRET=INTERPRET, **spec.constants, **tile.constants,
+            D=width, STORE=store, DESCRIPTORS=descriptors, INTERPRET=INTERPRET, **spec.constants, **tile.constants,
         )  # fmt: skip
         spec.reduce(partials, result, rows)
+        del partials  # before those of the next rows are allocated
     return result
 
 

@@ -90,7 +90,7 @@ INTERPRET = not isinstance(cast, triton.JITFunction)
 
 def launch(kernel: Any, num_rows: int, tile: Tile, *args: Any, **constants: Any) -> None:
     """Run `kernel` with one program per `tile.rows` of `num_rows`, on the device of args[0]; nothing for no rows."""
-    device = args[0].device
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))  # not of a tensor descriptor
     if device.type == "cpu" and not INTERPRET:
         raise ValueError(
             "the tensors are on the cpu, expected a GPU: on a CPU these kernels only run in Triton's interpreter (for "

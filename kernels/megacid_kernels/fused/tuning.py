@@ -5,7 +5,7 @@ Autotuning would spoil the data of in-place kernels, let ranks choose differentl
 MEGACID_KERNEL_TABLE names a JSON file whose entries take precedence over the table here (`tools/tune.py` measures one):
 
     [{"architecture": "sm_90", "dtype": "float16", "width": 512, "matrix": "fused",
-      "forward": {"rows": 128, "columns": 256, "depth": 64, "warps": 8, "stages": 4, "group": 8},
+      "forward": {"rows": 128, "columns": 128, "depth": 64, "warps": 4, "stages": 3, "group": 8, "descriptors": true},
       "nearest": {"rows": 128, "columns": 256, "depth": 64, "warps": 8, "stages": 4, "group": 64}}]
 
 An entry serves widths up to its own and above the next smaller entry of its architecture and dtype; the largest also
@@ -39,16 +39,14 @@ class Tiles:
     measured: bool = False  # on such a device; else estimated from its data sheet and the compiler's report
 
 
-def _entry(forward: tuple[int, ...], nearest: tuple[int, ...], matrix: MatrixBy) -> Tiles:
+def _entry(forward: tuple[Any, ...], nearest: tuple[Any, ...], matrix: MatrixBy) -> Tiles:
     return Tiles(ProductTile(*forward), ProductTile(*nearest), matrix)
 
 
-# rows, columns, depth, warps, stages, group. 228 KiB of shared memory: 128 x 256 keeps the tensor cores of sm_90 busy
-# from L2, and for short rows two programs of 128 x 128 hide each other's epilogue. With a fourth stage `nearest` would
-# spill registers at some widths (640, 768, 1280).
-_WIDE_90 = _entry((128, 256, 64, 8, 4, 8), (128, 256, 64, 8, 3, 64), "in-place")
-_SHORT_90 = _entry((128, 128, 64, 8, 3, 8), (128, 256, 64, 8, 3, 64), "fused")
-# The same of sm_100, where both kernels would spill with 256 columns.
+# rows, columns, depth, warps, stages, group, descriptors. Two programs of four warps share a multiprocessor of sm_90:
+# one makes exponentials while the other keeps the tensor cores busy.
+_DESCRIPTORS_90 = _entry((128, 128, 64, 4, 3, 8, True), (128, 256, 64, 8, 3, 64), "fused")
+# Both kernels would spill on sm_100 with 256 columns.
 _WIDE_100 = _entry((128, 128, 64, 8, 3, 8), (128, 128, 64, 8, 4, 64), "in-place")
 _SHORT_100 = _entry((128, 128, 64, 8, 3, 8), (128, 128, 64, 8, 4, 64), "fused")
 # Triton's mma.sync is close to cuBLAS, so fused at any width. With 256 columns both kernels would spill on sm_80. The
@@ -64,8 +62,7 @@ _INTERPRETED = _entry((128, 256, 512, 8, 1, 8), (128, 256, 512, 8, 1, 8), "fused
 _HALVES = ("float16", "bfloat16")
 TABLE: dict[Key, Tiles] = {
     **{("sm_80", dtype, 512): _MMA for dtype in _HALVES},
-    **{("sm_90", dtype, 512): _SHORT_90 for dtype in _HALVES},
-    **{("sm_90", dtype, 768): _WIDE_90 for dtype in _HALVES},
+    **{("sm_90", dtype, 512): _DESCRIPTORS_90 for dtype in _HALVES},
     **{("sm_100", dtype, 512): _SHORT_100 for dtype in _HALVES},
     **{("sm_100", dtype, 768): _WIDE_100 for dtype in _HALVES},
     **{("sm_120", dtype, 512): _MMA for dtype in _HALVES},
