@@ -57,12 +57,15 @@ def shape_of(width: int) -> Shape:
     return next((shape for shape in head_gpu.SHAPES if shape.width == width), Shape(131_072, width, 4096))
 
 
-def kernels(shape: Shape) -> dict[str, Kernel]:
-    """The kernels on tensors without memory, see `absent_gpu`."""
+def case_of(shape: Shape) -> Case:
+    """Tensors without memory, see `absent_gpu`."""
     x, w = (torch.empty(n, shape.width, device="cuda") for n in (shape.batch, shape.classes))
     target = torch.empty(shape.batch, dtype=torch.int64, device="cuda")
-    case = Case(shape, MARGIN, x, w, target, int(_BUDGET_GIB * 2**30))
-    return head_kernels.kernels(case) | {"adamw_rows_": optimizer_kernel(w)}
+    return Case(shape, MARGIN, x, w, target, int(_BUDGET_GIB * 2**30))
+
+
+def kernels(case: Case) -> dict[str, Kernel]:
+    return head_kernels.kernels(case) | {"adamw_rows_": optimizer_kernel(case.w)}
 
 
 def optimizer_kernel(w: torch.Tensor) -> Kernel:
@@ -80,11 +83,13 @@ def run(args: argparse.Namespace) -> Report:
     rows: list[Row] = []
     with absent_gpu(args.architecture) as launches:
         for shape in map(shape_of, args.widths):
-            for name, kernel in kernels(shape).items():
+            case = case_of(shape)
+            for name, kernel in kernels(case).items():
                 launches.clear()
                 kernel.run()
                 if launches:  # cuBLAS's product launches no kernel of ours
                     row: Row = {"provider": name, "shape": shape.option, "architecture": args.architecture}
+                    row["samples"] = float(case.chunk)
                     row |= described(launches[0], kernel.work, args.architecture)
                     rows.append(row | compared(row, times.get((name, shape.option))))
     print_table(rows, RESOURCES)
@@ -188,7 +193,9 @@ def _ms(key: str) -> Callable[[Row], str]:
 
 _NAME: dict[str, Callable[[Row], str]] = {
     "kernel": lambda row: str(row["provider"]),
-    "shape": lambda row: str(Shape.parse(row["shape"])),
+    "classes x width, samples": lambda row: (
+        f"{Shape.parse(row['shape']).classes:,} x {Shape.parse(row['shape']).width}, {row['samples']:,.0f}"
+    ),
 }
 RESOURCES = _NAME | {
     "tile": lambda row: f"{row['tile_rows']:.0f} x {row['tile_columns']:.0f}, {row['warps']:.0f} warps",
