@@ -203,7 +203,7 @@ def product_builds(arch: int) -> Iterator[Build]:
         assert tiles is not None
         masks = kind in (" filter and bias", " hidden")
         tile = tiles.forward.with_room_for_masks() if masks else tiles.forward
-        types = _NEGATIVES | _factors(tile, dtype, "x_ptr", "w_ptr") | {"matrix_stride": "i32"}
+        types = _NEGATIVES | _factors(tile, dtype) | {"matrix_stride": "i32"}
         types |= {"matrix_ptr": "*fp32" if dtype == "fp32" else "*bf16"}
         if tile.descriptors:
             types["matrix_ptr"] = f"tensordesc<bf16[{tile.rows}, {tile.columns // 2}]>"
@@ -230,21 +230,19 @@ def nearest_builds(arch: int, kinds: tuple[tuple[str, str, int], ...]) -> Iterat
         tiles = lookup(f"sm_{arch}", names[dtype], width) if dtype in names else fp32
         assert tiles is not None
         tile = tiles.nearest
-        types = _factors(tile, dtype, "x_ptr", "c_ptr") | {"half_norm_ptr": "*fp32", "value_ptr": "*fp32"}
+        types = {"x_ptr": "*" + dtype, "c_ptr": "*" + dtype, "half_norm_ptr": "*fp32", "value_ptr": "*fp32"}
         types |= {"label_ptr": "*i32", "num_rows": "i32", "num_columns": "i32", "tiles_per_strip": "i32"}
         constants = {"D": width, "HAS_NORM": dtype != "bf16", "PRECISION": precision, "INTERPRET": False} | _cut(tile)
-        constants |= {"DESCRIPTORS": tile.descriptors}
         title = f"nearest {precision} {dtype} D={width}"
         yield Build(title, nearest_kernel, types, constants, tile.warps, tile.stages)
 
 
-def _factors(tile: Any, dtype: str, x: str, w: str) -> dict[str, str]:
+def _factors(tile: Any, dtype: str) -> dict[str, str]:
     """Types of both factors: pointers or descriptors."""
     if not tile.descriptors:
-        return {x: "*" + dtype, w: "*" + dtype}
-    return {
-        name: f"tensordesc<{dtype}[{length}, {tile.depth}]>" for name, length in ((x, tile.rows), (w, tile.columns))
-    }
+        return {"x_ptr": "*" + dtype, "w_ptr": "*" + dtype}
+    rows = {"x_ptr": tile.rows, "w_ptr": tile.columns}
+    return {name: f"tensordesc<{dtype}[{length}, {tile.depth}]>" for name, length in rows.items()}
 
 
 def _cut(tile: Any) -> dict[str, int]:

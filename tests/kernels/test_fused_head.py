@@ -645,16 +645,15 @@ def test_of_equally_near_centroids_the_lower_label_is_taken(
 ) -> None:
     """With small integers products are exact, and rows have several best centroids in different tiles and strips."""
     random = torch.Generator().manual_seed(0)
-    x, c = (torch.randint(-2, 3, (n, 24), generator=random).float() for n in (50, 300))
+    x, c = (torch.randint(-2, 3, (n, 20), generator=random).float() for n in (50, 300))
     c[150:] = c[:150].flip(0)
     norm = c.square().sum(1) / 2 if half_norm else None
     value = x @ c.T - (norm if norm is not None else 0)
     want = lowest_of_the_largest(value)
     assert ((value == want[0][:, None]).sum(1) > 1).all()
-    arguments = x.to(device, dtype), c.to(device, dtype), norm if norm is None else norm.to(device)
-    for strips, tile in ((1, SMALL), (3, SMALL), (3, BY_DESCRIPTORS), (64, SMALL), (64, BY_DESCRIPTORS)):
+    for strips in (1, 3, 64):
         monkeypatch.setattr(module_of("nearest"), "_MAX_STRIPS", strips)
-        got = nearest(*arguments, tile=tile)
+        got = nearest(x.to(device, dtype), c.to(device, dtype), norm if norm is None else norm.to(device), tile=SMALL)
         assert torch.equal(got[0].cpu(), want[0]) and torch.equal(got[1].cpu(), want[1])
 
 
@@ -693,7 +692,7 @@ def test_a_table_of_tiles_takes_precedence_over_the_package(tmp_path: Path, monk
     path = tmp_path / "table.json"
     mine = {
         ("sm_90", "float16", width): dataclasses.replace(
-            tuning.TABLE["sm_90", "float16", 512], forward=dataclasses.replace(SMALL, group=group), measured=True
+            tuning.TABLE["sm_90", "float16", 512], forward=dataclasses.replace(SMALL, group=group)
         )
         for width, group in ((256, 3), (1024, 5))
     }
@@ -714,6 +713,7 @@ def test_a_table_of_tiles_takes_precedence_over_the_package(tmp_path: Path, monk
         ({"forward": {"rows": 100, "columns": 64, "depth": 64, "warps": 4, "stages": 2}}, "rows of a tile is 100"),
         ({"colour": 1}, "an entry has"),
         ({"nearest": {"rows": 64}}, "missing"),
+        ({"nearest": dataclasses.asdict(BY_DESCRIPTORS)}, "nearest has descriptors, expected pointers"),
     ],
 )
 def test_an_invalid_table_is_refused_by_name(

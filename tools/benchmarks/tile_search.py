@@ -30,6 +30,7 @@ KERNELS: tuple[Kernel, ...] = ("forward", "nearest")
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 SHARED_BYTES |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), 99 << 10)
 _MAX_ACCUMULATORS = 128  # per thread, of 255 registers: addresses, masks and the epilogue need the rest
+_GROUPS, _REGROUPED = (4, 8, 16, 32, 64), 3  # the groups that are tried for the fastest tiles, and for how many of them
 _SCALE, _SEED = 64.0, 0
 _ROUNDS = 3
 _SUM_TOLERANCE = 1e-3  # tiles differ in the order of their sums
@@ -41,9 +42,16 @@ def candidates(kernel: Kernel, itemsize: int) -> list[ProductTile]:
     columns, depths = ((128, 256), (32, 64)) if itemsize == 2 else ((64, 128), (16, 32))
     sizes = itertools.product((64, 128), columns, depths, (4, 8), (2, 3, 4))
     tiles = [ProductTile(*size, group=8 if kernel == "forward" else 64) for size in sizes]
+    if kernel == "nearest":
+        return tiles
     # With descriptors the tile that fills the registers of its warps: smaller ones read their factors more often.
     full = [tile for tile in tiles if itemsize == 2 and _accumulators(tile) == _MAX_ACCUMULATORS]
     return tiles + [replace(tile, descriptors=True) for tile in full]
+
+
+def other_groups(tile: ProductTile) -> list[ProductTile]:
+    """The tile in other orders of the programs, which change what stays in L2 and not the result."""
+    return [replace(tile, group=group) for group in _GROUPS if group != tile.group]
 
 
 def _accumulators(tile: ProductTile) -> int:
@@ -125,13 +133,17 @@ def tune(case: Case, tiles: dict[Kernel, list[ProductTile]], timer: measure.Time
             else:
                 runs[tile_name(tile)] = run
         timed = _times(runs, timer)
-        by_name = {tile_name(tile): tile for tile in tiles[kernel]}
-        for name, seconds in timed.items():
-            rows.append(_row(kernel, name, seconds, flop))
         if not timed:
             raise ValueError(
                 f"none of {len(tiles[kernel])} tiles of {kernel} runs: {rows[-1]['skipped'] if rows else 'none fits'}"
             )
+        by_name = {tile_name(tile): tile for tile in tiles[kernel]}
+        fastest = sorted(timed, key=lambda name: measure.quantiles(timed[name])[1])[:_REGROUPED]
+        groups = {tile_name(tile): tile for name in fastest for tile in other_groups(by_name[name])}
+        by_name |= groups
+        timed |= _times({name: functools.partial(RUNS[kernel], case, tile) for name, tile in groups.items()}, timer)
+        for name, seconds in timed.items():
+            rows.append(_row(kernel, name, seconds, flop))
         name = min(timed, key=lambda name: measure.quantiles(timed[name])[1])
         best[kernel] = (measure.quantiles(timed[name])[1], by_name[name])
     matrix: Any = "fused"
@@ -139,7 +151,7 @@ def tune(case: Case, tiles: dict[Kernel, list[ProductTile]], timer: measure.Time
         seconds = _times({"in-place": functools.partial(in_place, case)}, timer)["in-place"]
         rows.append(_row("in-place", "", seconds, flop))
         matrix = "in-place" if measure.quantiles(seconds)[1] < best["forward"][0] else "fused"
-    return Tiles(best["forward"][1], best["nearest"][1], matrix, measured=True), rows
+    return Tiles(best["forward"][1], best["nearest"][1], matrix), rows
 
 
 def _row(kernel: str, tile: str, seconds: list[float], flop: float) -> Row:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megacid_kernels.fused.launch import INTERPRET, Tile, check_column, launch
-from megacid_kernels.fused.product import ProductTile, check_factors, position_of, product, product_of_descriptors
+from megacid_kernels.fused.product import ProductTile, check_factors, position_of, product
 from megacid_kernels.fused.tuning import tiles_for
 
 Precision = Literal["ieee", "tf32x3"]
@@ -31,8 +31,8 @@ _PROGRAMS = 2048  # several waves on any GPU: the last one, partly empty, is a s
 
 @triton.jit(do_not_specialize=["num_rows", "num_columns", "tiles_per_strip"])
 def nearest_kernel(
-    x_ptr,  # [b, D] fp16, bf16 or fp32, or with DESCRIPTORS its descriptor
-    c_ptr,  # [K, D] same dtype, or its descriptor
+    x_ptr,  # [b, D] fp16, bf16 or fp32
+    c_ptr,  # [K, D] same dtype
     half_norm_ptr,  # [K] fp32, unused unless HAS_NORM
     value_ptr,  # [T, b] fp32 out
     label_ptr,  # [T, b] int32 out
@@ -42,7 +42,6 @@ def nearest_kernel(
     D: tl.constexpr,
     HAS_NORM: tl.constexpr,
     PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     INTERPRET: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -62,12 +61,7 @@ def nearest_kernel(
         c_row = tl.minimum(column, num_columns - 1)
         if HAS_NORM:  # before the product, which hides the load's latency
             half_norm = tl.load(half_norm_ptr + c_row)
-        if DESCRIPTORS:
-            value = product_of_descriptors(
-                x_ptr, c_ptr, row_tile * ROWS, first, D, PRECISION, INTERPRET, ROWS, BLOCK, DEPTH
-            )
-        else:
-            value = product(x_ptr, c_ptr, x_row, c_row.to(tl.int64), D, PRECISION, INTERPRET, ROWS, BLOCK, DEPTH)
+        value = product(x_ptr, c_ptr, x_row, c_row.to(tl.int64), D, PRECISION, INTERPRET, ROWS, BLOCK, DEPTH)
         if HAS_NORM:
             value -= half_norm[None, :]
         if first + BLOCK > num_columns:
@@ -145,12 +139,10 @@ def nearest(
     strips = triton.cdiv(column_tiles, tiles_per_strip)
     value_partial = torch.empty(strips, samples, dtype=torch.float32, device=x_bD.device)
     label_partial = torch.empty(strips, samples, dtype=torch.int32, device=x_bD.device)
-    descriptors, x, c = tile.factors(x_bD, c_KD)
     launch(
         nearest_kernel, row_tiles * strips * tile.rows, tile.launch_tile,
-        x, c, half_norm, value_partial, label_partial, samples, count, tiles_per_strip,
-        D=width, HAS_NORM=half_norm_K is not None, PRECISION=precision, DESCRIPTORS=descriptors, INTERPRET=INTERPRET,
-        **tile.constants,
+        x_bD, c_KD, half_norm, value_partial, label_partial, samples, count, tiles_per_strip,
+        D=width, HAS_NORM=half_norm_K is not None, PRECISION=precision, INTERPRET=INTERPRET, **tile.constants,
     )  # fmt: skip
     launch(
         best_strip_kernel, samples, Tile(32, triton.next_power_of_2(strips), 4),

@@ -36,15 +36,18 @@ class Tiles:
     forward: ProductTile
     nearest: ProductTile
     matrix: MatrixBy  # exponentials "fused" into the product, or "in-place" over a cuBLAS product
-    measured: bool = False  # on such a device; else estimated from its data sheet and the compiler's report
+
+    def __post_init__(self) -> None:
+        if self.nearest.descriptors:
+            raise ValueError("nearest has descriptors, expected pointers: its kernel has no other form")
 
 
 def _entry(forward: tuple[Any, ...], nearest: tuple[Any, ...], matrix: MatrixBy) -> Tiles:
     return Tiles(ProductTile(*forward), ProductTile(*nearest), matrix)
 
 
-# rows, columns, depth, warps, stages, group, descriptors. Two programs of four warps share a multiprocessor of sm_90:
-# one makes exponentials while the other keeps the tensor cores busy.
+# rows, columns, depth, warps, stages, group, descriptors. Measured on an H100. Two programs of four warps share a
+# multiprocessor: one makes exponentials while the other keeps the tensor cores busy.
 _DESCRIPTORS_90 = _entry((128, 128, 64, 4, 3, 8, True), (128, 256, 64, 8, 3, 64), "fused")
 # Both kernels would spill on sm_100 with 256 columns.
 _WIDE_100 = _entry((128, 128, 64, 8, 3, 8), (128, 128, 64, 8, 4, 64), "in-place")
@@ -135,7 +138,7 @@ def _parsed(entry: dict[str, Any]) -> tuple[Key, Tiles]:
         raise ValueError(f"matrix is {entry['matrix']!r}, expected one of {get_args(MatrixBy)}")
     forward, nearest = ProductTile(**entry["forward"]), ProductTile(**entry["nearest"])
     key = (str(entry["architecture"]), str(entry["dtype"]), int(entry["width"]))
-    return key, Tiles(forward, nearest, entry["matrix"], measured=True)
+    return key, Tiles(forward, nearest, entry["matrix"])
 
 
 def as_json(table: dict[Key, Tiles]) -> str:
