@@ -1,18 +1,19 @@
 """Compiles kernels for a GPU that need not be present, from the calls that would launch them there.
 
 Inside `absent_gpu` tensors on "cuda" have shapes and no memory (PyTorch's fake tensors), and the launch of a Triton
-kernel compiles it for the given architecture and runs nothing. Types, constants and alignments are therefore those of
-the launcher's own call.
+kernel is recorded and can be compiled for the given architecture. Types, constants and alignments are therefore those
+of the launcher's own call.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -27,10 +28,7 @@ from megacid.errors import UserError
 class Launch(NamedTuple):
     kernel: str  # name of the Triton function
     constants: dict[str, Any]  # arguments by keyword, such as the sizes of a tile
-    programs: int
-    warps: int  # of a program
-    shared_bytes: int  # of a program
-    cubin: bytes
+    compile: Callable[[], Any]  # triton's CompiledKernel; call it inside the context
 
 
 @contextlib.contextmanager
@@ -54,10 +52,9 @@ def absent_gpu(architecture: str) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     run = function.run
 
-    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        compiled = run(kernel, *args, grid=grid, warmup=True, **keywords)
-        warps, shared_bytes = compiled.metadata.num_warps, compiled.metadata.shared
-        launches.append(Launch(kernel.__name__, keywords, grid[0], warps, shared_bytes, compiled.asm["cubin"]))
+    def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        compile_only = functools.partial(run, kernel, *args, grid=grid, warmup=True, **keywords)
+        launches.append(Launch(kernel.__name__, keywords, compile_only))
 
     # Triton keeps compiled kernels per device: another architecture is another device.
     device = SimpleNamespace(
@@ -70,7 +67,7 @@ def absent_gpu(architecture: str) -> Iterator[list[Launch]]:
     with FakeTensorMode(), warnings.catch_warnings(), contextlib.ExitStack() as patches:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # 0: aligned, as PyTorch's are
         for owner, name, value in (
-            (function, "run", compile_only),
+            (function, "run", launch),
             (torch.cuda, "device", contextlib.nullcontext),
             (torch.cuda, "get_device_capability", lambda device=None: divmod(target.arch, 10)),
             (torch.cuda, "get_device_properties", lambda device=None: properties),

@@ -104,22 +104,23 @@ def run(args: argparse.Namespace) -> Report:
 
 def described(launch: Launch, work: Work, architecture: str) -> Row:
     """The figures of one kernel."""
-    code, tile = disassemble(launch.cubin), (launch.constants["ROWS"], launch.constants["BLOCK"])
-    fitting = programs_by(code.registers, launch.shared_bytes, launch.warps, MULTIPROCESSORS[architecture])
+    compiled, tile = launch.compile(), (launch.constants["ROWS"], launch.constants["BLOCK"])
+    code, warps, shared = disassemble(compiled.asm["cubin"]), compiled.metadata.num_warps, compiled.metadata.shared
+    fitting = programs_by(code.registers, shared, warps, MULTIPROCESSORS[architecture])
     figures = {
         "tile_rows": tile[0],
         "tile_columns": tile[1],
-        "warps": launch.warps,
+        "warps": warps,
         "registers": code.registers,
         "spilled_bytes": code.spilled_bytes,
-        "shared_bytes": launch.shared_bytes,
+        "shared_bytes": shared,
         "flop": work.flop,
         **{f"programs_by_{name}": count for name, count in fitting.items()},
         **instructions(code),
     }
     row: Row = {name: float(value) for name, value in figures.items()}
     if architecture in RATES:
-        row |= {f"{name}_s": s for name, s in bounds(work, code, tile, launch.warps, RATES[architecture]).items()}
+        row |= {f"{name}_s": s for name, s in bounds(work, code, tile, warps, RATES[architecture]).items()}
         row["predicted_s"] = max(bounds_of(row).values())
     return row
 
