@@ -32,6 +32,7 @@ class _InForward(torch.autograd.Function):
         ctx.save_for_backward(grads.x, grads.w)
         ctx.dtypes = x.dtype, w.dtype
         ctx.mark_non_differentiable(*grads.result[1:])
+        ctx.set_materialize_grads(False)  # else backward allocates zeros as the gradients of the statistics
         return tuple(grads.result)
 
     @staticmethod

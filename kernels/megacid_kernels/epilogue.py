@@ -13,17 +13,17 @@ from torch import Tensor
 
 from megacid_kernels.loss_spec import Distribution, LossSpec
 from megacid_kernels.row_statistics import RowStatistics
+from megacid_kernels.targets import BatchLabels, Target
 
 
 class Coefficients(NamedTuple):
     """Losses of a chunk and the coefficients of its gradients."""
 
-    raw: Tensor  # [3, b] the terms without their weights
-    student_target: Tensor  # [b, l] d loss / d psi of the student's labels
-    teacher_target: Tensor | None  # [b, l] d loss / d target cosine of the teacher
+    raw: Tensor  # [3, b] the terms without their weights; 0 without a label, NaN where no rank holds a label's class
+    student_target: Tensor | None  # [b, l] d loss / d target cosine of the student; 0 where another rank owns the class
+    teacher_target: Tensor | None  # [b, l] the same of the teacher
     student: dict[Distribution, Tensor]  # [b] d loss / d student cosine, divided by the exponential
     teacher: dict[Distribution, Tensor]  # [b] d loss / d teacher cosine, divided by the exponential
-    student_negative: Tensor | None = None  # [b, l] d loss / d student cosine of labels as negatives of other labels
 
 
 class SoftmaxLoss(NamedTuple):
@@ -78,12 +78,11 @@ def _mean_over_labels(negatives: Tensor, logit: Tensor, plain: Tensor, present: 
     return SoftmaxLoss(loss.sum(1) / count[:, 0], residual / count, -inverse, as_negative / count)
 
 
-def epilogue(spec: LossSpec, stats: RowStatistics, present: Tensor, share: Tensor) -> Coefficients:
-    """Losses and coefficients from `stats` of all ranks.
-
-    present: [b, l] bool, which labels exist. share: [b] weight of each sample in the loss, 0 for unlabelled samples.
-    """
-    w, s = spec.weights, spec.scale
+def epilogue(
+    spec: LossSpec, stats: RowStatistics, labels: BatchLabels, student_here: Target | None, teacher_here: Target | None
+) -> Coefficients:
+    """Losses and coefficients from `stats` of all ranks and the targets of this one."""
+    w, s, present, share = spec.weights, spec.scale, labels.present, labels.share
     raw, teacher_target = [torch.zeros_like(share) for _ in range(3)], None
     student_target, student_negative = torch.zeros_like(present, dtype=share.dtype), None
     student: dict[Distribution, Tensor] = {}
@@ -126,4 +125,13 @@ def epilogue(spec: LossSpec, stats: RowStatistics, present: Tensor, share: Tenso
         student[of_student] = student.get(of_student, 0) + divide_by_z(factor, p_student.log_z)
         student[of_teacher] = -divide_by_z(factor, p_teacher.log_z)
         student_target = student_target + factor[:, None] * (p_teacher.residual - p_student.residual)
-    return Coefficients(torch.stack(raw), student_target, teacher_target, student, teacher, student_negative)
+    own = labels.located.own
+    if student_here is not None:
+        student_target = student_target * student_here.dpsi  # 0 where another rank owns the class
+        if student_negative is not None:
+            student_target += student_negative * own
+    if teacher_here is not None and teacher_target is not None:
+        teacher_target = teacher_target * own
+    lost = stats.owned < labels.num_labels - 0.5
+    losses = torch.stack(raw).masked_fill(~present.any(1), 0.0).masked_fill(lost, torch.nan)
+    return Coefficients(losses, student_target, teacher_target, student, teacher)

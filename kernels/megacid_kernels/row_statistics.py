@@ -27,14 +27,15 @@ class RowStatistics(NamedTuple):
 
     def start_all_reduce(self, group: dist.ProcessGroup | None, world: int) -> Callable[[], RowStatistics]:
         """Start ONE sum all-reduce of everything; the returned function waits for it and returns the sums."""
+        if world == 1:
+            return lambda: self
         by_label = [None if value is None else value.unbind(1) for value in (self.psi, self.cos, self.teacher_cos)]
         rows = [*self.sums.values(), self.gap, self.owned, *(row for rows in by_label for row in rows or ())]
         packed = torch.stack([row for row in rows if row is not None])
-        pending = dist.all_reduce(packed, group=group, async_op=True) if world > 1 else None
+        pending = dist.all_reduce(packed, group=group, async_op=True)
 
         def result() -> RowStatistics:
-            if pending is not None:
-                pending.wait()
+            pending.wait()
             reduced = iter(packed.unbind())
             sums = {distribution: next(reduced) for distribution in self.sums}
             gap, owned = None if self.gap is None else next(reduced), next(reduced)

@@ -26,19 +26,20 @@ matrix of cosines outlives its exponentials.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from megacid_kernels.engines.interface import ClassBlock, Engine, NegativeStatistics, TargetGradient
+from megacid_kernels.engines.interface import ClassBlock, Engine, NegativeStatistics, Samples, TargetGradient
 from megacid_kernels.epilogue import Coefficients
 from megacid_kernels.loss_spec import Distribution, LossSpec
 from megacid_kernels.plan import Plan
 from megacid_kernels.precision import fp32_products
 from megacid_kernels.row_statistics import RowStatistics
-from megacid_kernels.targets import Labels, Target, drop_repeated_labels, locate
+from megacid_kernels.targets import Labels, Target
 
 OnGradX = Callable[[Tensor], None]
 OnGradientSlab = Callable[[int, int, Tensor], object]  # (start, stop, gradient of rows [start, stop) of w)
@@ -92,12 +93,7 @@ class Batch:
         rows: Tensor | None,
         teacher: Tensor | None,
     ):
-        target_Gl = drop_repeated_labels(target_Gl) if target_Gl.shape[1] > 1 else target_Gl
-        self.present = target_Gl >= 0
-        self.labels = locate(target_Gl, rows, spec.class_start, engine.num_rows)
-        self.labelled = self.present.any(1)
-        count = self.labelled.sum().to(x_GD.dtype)
-        self.sample_weight = 1 / count.clamp_min(1) if spec.reduction == "mean" else torch.ones_like(count)
+        self.labels = engine.labels(target_Gl, rows)
         self.student = engine.samples(x_GD)
         self.teacher = None
         if teacher is not None and spec.weights.needs_teacher:
@@ -112,11 +108,10 @@ class SampleChunk:
         self.student = batch.student.samples(part)
         self.teacher = batch.teacher.samples(part) if batch.teacher is not None else None
         self.labels = batch.labels.samples(part)
-        self.present, self.share = batch.present[part], batch.labelled[part] * batch.sample_weight
-        self.removed = torch.zeros(len(self.present), dtype=torch.int64, device=self.present.device)
-        self.largest: Tensor | None = None
+        self.removed: Tensor | None = None  # None: no filter
+        self.largest: Tensor | None = None  # None: no student term
         self.raw: Tensor | None = None  # [3, b]
-        self.target_cosine: Tensor | None = None  # [b, l]
+        self.target_cosine: Tensor | None = None  # [b, l], None: no student term
         self.slab: NegativeStatistics | None = None  # of the latest slab
         # The KL needs this product before the all-reduce, for its gap between the cosines.
         self.early = {spec.softened("teacher")} if spec.weights.gamma > 0 else set()
@@ -132,7 +127,8 @@ class SampleChunk:
         slab = block.negatives(self.student, self.teacher, self._labels_in(start, stop), keep | self.early)
         for name, sums in slab.sums.items():
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
-        self.removed = self.removed + slab.removed
+        if slab.removed is not None:
+            self.removed = slab.removed if self.removed is None else self.removed + slab.removed
         if slab.largest is not None:
             self.largest = slab.largest if self.largest is None else torch.maximum(self.largest, slab.largest)
         self.slab = slab
@@ -142,33 +138,27 @@ class SampleChunk:
         """Start the all-reduce of the row statistics; the returned function waits for it."""
         weights, gap, student, teacher = self.spec.weights, None, None, None
         if self.teacher is not None and weights.gamma > 0:
-            difference = self.teacher.unit - self.student.unit
-            gap = torch.linalg.vecdot(difference, self._products[self.spec.softened("teacher")])
+            gap = self.engine.gap(self.student, self.teacher, self._products[self.spec.softened("teacher")])
         if weights.needs_student:
-            student = self._student_target = self.engine.target(self.student, self.labels, True)
+            student = self._student_target = self.engine.target(self.student, self.labels.located, True)
         if self.teacher is not None:
-            teacher = self._teacher_target = self.engine.target(self.teacher, self.labels, False)
-        owned = self.labels.own.sum(1).to(self.share.dtype)
+            teacher = self._teacher_target = self.engine.target(self.teacher, self.labels.located, False)
         psi, cos = (None, None) if student is None else (student.psi, student.cos)
-        stats = RowStatistics(self._sums, gap, owned, psi, cos, None if teacher is None else teacher.cos)
+        teacher_cos = None if teacher is None else teacher.cos
+        stats = RowStatistics(self._sums, gap, self.labels.owned, psi, cos, teacher_cos)
         return stats.start_all_reduce(self.spec.group, self.spec.world)
 
     def finish_statistics(self, stats: RowStatistics) -> None:
         """Compute losses and gradient coefficients from the reduced statistics."""
-        rows = self._coefficients = self.engine.coefficients(stats, self.present, self.share)
-        # A label whose class no rank holds makes the loss NaN instead of silently wrong.
-        lost = stats.owned < self.present.sum(1) - 0.5
-        self.raw = rows.raw.masked_fill(~self.present.any(1), 0.0).masked_fill(lost, torch.nan)
-        self.target_cosine = stats.cos
-        if self._student_target is not None:
-            # dpsi is 0 where another rank owns the class.
-            coefficient = rows.student_target * self._student_target.dpsi
-            if rows.student_negative is not None:
-                coefficient += rows.student_negative * self.labels.own
-            self._target_grads.append(TargetGradient(coefficient, self._student_target.cos, self.student))
-        if self.teacher is not None and self._teacher_target is not None and rows.teacher_target is not None:
-            coefficient = rows.teacher_target * self.labels.own
-            self._target_grads.append(TargetGradient(coefficient, self._teacher_target.cos, self.teacher))
+        student, teacher = self._student_target, self._teacher_target
+        rows = self._coefficients = self.engine.coefficients(stats, self.labels, student, teacher)
+        self.raw, self.target_cosine = rows.raw, stats.cos
+        for coefficient, target, samples in (
+            (rows.student_target, student, self.student),
+            (rows.teacher_target, teacher, self.teacher),
+        ):
+            if coefficient is not None and target is not None and samples is not None:
+                self._target_grads.append(TargetGradient(coefficient, target.cos, samples))
 
     def recompute_exponentials(self, block: ClassBlock, start: int, stop: int) -> None:
         keep = set(self.spec.distributions())
@@ -192,7 +182,7 @@ class SampleChunk:
         # The order of `_products` is the order of the additions, the same for every plan.
         pairs = [(by_name[name], product) for name, product in self._products.items() if name in by_name]
         self._products = {}
-        return self.engine.finish_x(pairs, self._target_grads[0], self.labels)
+        return self.engine.finish_x(pairs, self._target_grads[0], self.labels.located)
 
     def add_gradient_of_w(self, grad_nD: Tensor | None, block: ClassBlock, start: int, stop: int) -> Tensor:
         """Add the latest slab to the gradient of its rows, and free its matrices."""
@@ -202,22 +192,22 @@ class SampleChunk:
             grad_nD = block.add_gradient(grad_nD, slab.matrices.pop(name), self._features(name))
         assert grad_nD is not None
         labels, target_grads = self._labels_in(start, stop), self._target_grads
-        if labels is not self.labels:
+        if labels is not self.labels.located:
             target_grads = [
                 grad._replace(coefficient=torch.where(labels.own, grad.coefficient, 0)) for grad in target_grads
             ]
         block.add_target_gradients_(grad_nD, labels, target_grads)
         return grad_nD
 
-    def _features(self, name: Distribution) -> Tensor:
+    def _features(self, name: Distribution) -> list[tuple[Tensor, Samples]]:
         assert self._coefficients is not None
         student, teacher = self._coefficients.student.get(name), self._coefficients.teacher.get(name)
         pairs = ((student, self.student), (teacher, self.teacher))
-        parts = [c[:, None] * samples.unit for c, samples in pairs if c is not None and samples is not None]
-        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        return [(c, samples) for c, samples in pairs if c is not None and samples is not None]
 
     def _labels_in(self, start: int, stop: int) -> Labels:
-        return self.labels if (start, stop) == (0, self.engine.num_rows) else self.labels.in_rows(start, stop)
+        labels = self.labels.located
+        return labels if (start, stop) == (0, self.engine.num_rows) else labels.in_rows(start, stop)
 
 
 class LossComputation:
@@ -225,11 +215,10 @@ class LossComputation:
 
     def __init__(self, engine: Engine, spec: LossSpec, plan: Plan, batch: Batch):
         self.engine, self.spec, self.plan, self.batch = engine, spec, plan, batch
-        x, size = batch.student.x, len(batch.student.x)
-        self._raw = x.new_zeros(3)
-        self._target_cosine = x.new_zeros(batch.present.shape)
-        self._largest = x.new_full((size,), -torch.inf)
-        self._removed = torch.zeros(size, dtype=torch.int64, device=x.device)
+        self._raw: Tensor | None = None
+        self._target_cosine: Tensor | None = None
+        self._largest: Tensor | None = None
+        self._removed: Tensor | None = None
         self._grad_x: Tensor | None = None
         self._grad_w: Tensor | None = None
         self._chunk: SampleChunk | None = None  # of the whole batch, for `each_slab`
@@ -238,20 +227,28 @@ class LossComputation:
         self, need_x: bool, need_w: bool, on_grad_x: OnGradX | None = None, on_grad_slab: OnGradientSlab | None = None
     ) -> Gradients:
         """The loss and the requested gradients; callbacks as in `discrimination_with_gradients`."""
-        x = self.batch.student.x
-        self._grad_x = torch.zeros_like(x) if need_x else None
         take = on_grad_slab or (self._assemble if need_w else None)
         if self.plan.kind == "stored":
-            self._compute_chunks(take, on_grad_x)
+            self._compute_chunks(need_x, take, on_grad_x)
         else:
             self._compute_slabs(need_x, take, on_grad_x)
-        raw, w = self._raw * self.batch.sample_weight, self.spec.weights
-        terms = [weight * term for weight, term in zip((w.alpha, w.beta, w.gamma), raw.unbind())]
-        result = Discrimination(torch.stack(terms).sum(), raw, self._target_cosine, self._largest, self._removed)
-        return Gradients(result, self._grad_x, self._grad_w)
+        return Gradients(self._result(), self._grad_x, self._grad_w)
 
-    def _compute_chunks(self, take: OnGradientSlab | None, on_grad_x: OnGradX | None) -> None:
-        rows, need_x = self.engine.num_rows, self._grad_x is not None
+    def _result(self) -> Discrimination:
+        """The loss and the statistics; those that no term or filter needed have their neutral values."""
+        x, w, labels = self.batch.student.x, self.spec.weights, self.batch.labels
+        raw = x.new_zeros(3) if self._raw is None else self._raw * labels.sample_weight
+        terms = [weight * term for weight, term in zip((w.alpha, w.beta, w.gamma), raw.unbind()) if weight > 0]
+        loss = functools.reduce(torch.add, terms) if terms else x.new_zeros(())
+        cosine, largest, removed = self._target_cosine, self._largest, self._removed
+        cosine = x.new_zeros(labels.present.shape) if cosine is None else cosine
+        largest = x.new_full((len(x),), -torch.inf) if largest is None else largest
+        if removed is None:
+            removed = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return Discrimination(loss, raw, cosine, largest, removed)
+
+    def _compute_chunks(self, need_x: bool, take: OnGradientSlab | None, on_grad_x: OnGradX | None) -> None:
+        rows = self.engine.num_rows
         block, grad_w = self.engine.block(0, rows, True), None
         for part in self.plan.chunks:
             last = part is self.plan.chunks[-1]
@@ -270,8 +267,8 @@ class LossComputation:
                 self._finish_x(chunk, part, on_grad_x if last else None)
             if take is not None:
                 grad_w = chunk.add_gradient_of_w(grad_w, block, 0, rows)
-        if not self.plan.chunks and on_grad_x is not None and self._grad_x is not None:
-            on_grad_x(self._grad_x)
+        if not self.plan.chunks and need_x:
+            self._finish_x(None, slice(0, 0), on_grad_x)
         if take is not None:
             x = self.batch.student.x
             take(0, rows, x.new_zeros(rows, x.shape[1]) if grad_w is None else block.norm_backward_(grad_w))
@@ -315,18 +312,16 @@ class LossComputation:
 
     def _store_results(self, chunk: SampleChunk, part: slice) -> None:
         assert chunk.raw is not None
-        self._raw += chunk.raw.sum(1)
-        if chunk.target_cosine is not None:
-            self._target_cosine[part] = chunk.target_cosine
-        if chunk.largest is not None:
-            self._largest[part] = chunk.largest
-        self._removed[part] = chunk.removed
+        raw, size = chunk.raw.sum(1), len(self.batch.student.x)
+        self._raw = raw if self._raw is None else self._raw + raw
+        self._target_cosine = _placed(self._target_cosine, chunk.target_cosine, part, size)
+        self._largest = _placed(self._largest, chunk.largest, part, size)
+        self._removed = _placed(self._removed, chunk.removed, part, size)
 
-    def _finish_x(self, chunk: SampleChunk, part: slice, on_grad_x: OnGradX | None) -> None:
-        assert self._grad_x is not None
-        grad = chunk.gradient_of_x()
-        if grad is not None:
-            self._grad_x[part] = grad
+    def _finish_x(self, chunk: SampleChunk | None, part: slice, on_grad_x: OnGradX | None) -> None:
+        x = self.batch.student.x
+        grad = None if chunk is None else chunk.gradient_of_x()
+        self._grad_x = _placed(self._grad_x, torch.zeros_like(x[part]) if grad is None else grad, part, len(x))
         if on_grad_x is not None:
             on_grad_x(self._grad_x)
 
@@ -338,3 +333,21 @@ class LossComputation:
         if self._grad_w is None:
             self._grad_w = grad_nD.new_empty(rows, grad_nD.shape[1])
         self._grad_w[start:stop] = grad_nD
+
+
+@overload
+def _placed(whole: Tensor | None, value: Tensor, part: slice, size: int) -> Tensor: ...
+
+
+@overload
+def _placed(whole: Tensor | None, value: Tensor | None, part: slice, size: int) -> Tensor | None: ...
+
+
+def _placed(whole: Tensor | None, value: Tensor | None, part: slice, size: int) -> Tensor | None:
+    """`whole`, of `size` samples, with those of `part`. The value itself, without a copy, if `part` is all of them."""
+    if value is None or len(value) == size:
+        return value
+    if whole is None:
+        whole = value.new_empty(size, *value.shape[1:])
+    whole[part] = value
+    return whole

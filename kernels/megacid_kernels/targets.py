@@ -36,6 +36,35 @@ class Labels(NamedTuple):
         return Labels(own, (self.slot - start).clamp(0, max(stop - start - 1, 0)))
 
 
+class BatchLabels(NamedTuple):
+    """The labels of a batch or of a chunk, and what each sample weighs."""
+
+    located: Labels
+    present: Tensor  # [G or b, l] bool, which labels exist
+    num_labels: Tensor  # [G or b]
+    owned: Tensor  # [G or b] number of labels whose class this rank holds
+    share: Tensor  # [G or b] weight of the sample in the loss; 0 without a label
+    sample_weight: Tensor  # 0-d, weight of every labelled sample
+
+    def samples(self, part: slice) -> BatchLabels:
+        present, num_labels, owned, share = (tensor[part] for tensor in self[1:5])
+        return BatchLabels(self.located.samples(part), present, num_labels, owned, share, self.sample_weight)
+
+
+def batch_labels(
+    target_Gl: Tensor, rows_S: Tensor | None, spec: LossSpec, num_rows: int, dtype: torch.dtype
+) -> BatchLabels:
+    """Find the labels of a batch; its numbers get `dtype`."""
+    if target_Gl.shape[1] > 1:
+        target_Gl = drop_repeated_labels(target_Gl)
+    present = target_Gl >= 0
+    located = locate(target_Gl, rows_S, spec.class_start, num_rows)
+    labelled = present.any(1)
+    count = labelled.sum().to(dtype)
+    weight = 1 / count.clamp_min(1) if spec.reduction == "mean" else torch.ones_like(count)
+    return BatchLabels(located, present, present.sum(1), located.own.sum(1).to(dtype), labelled * weight, weight)
+
+
 def locate(target_Gl: Tensor, rows_S: Tensor | None, class_start: int, num_rows: int) -> Labels:
     """Find the labels among this rank's rows, without host synchronisation."""
     local = target_Gl - class_start

@@ -20,7 +20,7 @@ from torch import Tensor
 from megacid_kernels.epilogue import Coefficients
 from megacid_kernels.loss_spec import Distribution, LossSpec
 from megacid_kernels.row_statistics import RowStatistics
-from megacid_kernels.targets import Labels, Target
+from megacid_kernels.targets import BatchLabels, Labels, Target
 
 
 class EngineInputs(NamedTuple):
@@ -60,7 +60,7 @@ class NegativeStatistics(NamedTuple):
     matrices: dict[Distribution, Tensor]  # [b, n], those that were requested
     sums: dict[Distribution, Tensor]  # [b]
     largest: Tensor | None  # [b] largest logit / scale of the student; None without a student distribution
-    removed: Tensor  # [b] int64, negatives removed by the filter
+    removed: Tensor | None  # [b] int64, negatives removed by the filter; None without a filter
 
 
 class ClassBlock(Protocol):
@@ -84,8 +84,9 @@ class ClassBlock(Protocol):
         """matrix @ unit rows [b, D], added to `total_bD` in place if given."""
         ...
 
-    def add_gradient(self, grad_nD: Tensor | None, matrix_bn: Tensor, features_bD: Tensor) -> Tensor:
-        """grad + matrix.T @ features, in place if grad is given; becomes the gradient of w in `norm_backward_`."""
+    def add_gradient(self, grad_nD: Tensor | None, matrix_bn: Tensor, features: list[tuple[Tensor, Samples]]) -> Tensor:
+        """grad + matrix.T @ (sum of coefficient [b] * unit rows), in place if grad is given; becomes the gradient of w
+        in `norm_backward_`."""
         ...
 
     def add_target_gradients_(self, grad_nD: Tensor, labels: Labels, target_grads: list[TargetGradient]) -> None:
@@ -102,6 +103,10 @@ class Engine(Protocol):
 
     def samples(self, x_GD: Tensor) -> Samples: ...
 
+    def labels(self, target_Gl: Tensor, rows: Tensor | None) -> BatchLabels:
+        """See `targets.batch_labels`."""
+        ...
+
     def block(self, start: int, stop: int, products: bool) -> ClassBlock:
         """products: more than `ClassBlock.negatives` will be called."""
         ...
@@ -110,7 +115,13 @@ class Engine(Protocol):
         """Call it after every row has been in a block."""
         ...
 
-    def coefficients(self, stats: RowStatistics, present: Tensor, share: Tensor) -> Coefficients:
+    def gap(self, student: Samples, teacher: Samples, product_bD: Tensor) -> Tensor:
+        """[b] sum_j E_j (cosT_j - cosS_j) from the product of the KL's teacher."""
+        ...
+
+    def coefficients(
+        self, stats: RowStatistics, labels: BatchLabels, student: Target | None, teacher: Target | None
+    ) -> Coefficients:
         """See `epilogue.epilogue`."""
         ...
 

@@ -10,6 +10,8 @@ would synchronise, their exponentials may overflow, which makes gradients inf or
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from megacid_kernels.epilogue import Coefficients, epilogue
 from megacid_kernels.loss_spec import Distribution, LossSpec, Source
 from megacid_kernels.row_statistics import RowStatistics
 from megacid_kernels.rows import are_extreme, inverse_norms, row_blocks
-from megacid_kernels.targets import Labels, Target, target_of
+from megacid_kernels.targets import BatchLabels, Labels, Target, batch_labels, target_of
 
 
 class TorchBlock:
@@ -44,7 +46,7 @@ class TorchBlock:
         self, student: Samples, teacher: Samples | None, labels: Labels, keep: set[Distribution]
     ) -> NegativeStatistics:
         spec, threshold = self.spec, self.spec.filter_threshold
-        stats = NegativeStatistics({}, {}, None, torch.zeros_like(labels.slot[:, 0]))
+        stats = NegativeStatistics({}, {}, None, None)
         hidden: Tensor | None = None  # [b, n] bool, negatives removed by the filter
         sources: list[tuple[Source, Samples | None]] = [("student", student), ("teacher", teacher)]
         for source, samples in sources:
@@ -87,7 +89,8 @@ class TorchBlock:
     def product(self, matrix_bn: Tensor, total_bD: Tensor | None = None) -> Tensor:
         return matrix_bn @ self.w if total_bD is None else total_bD.addmm_(matrix_bn, self.w)
 
-    def add_gradient(self, grad_nD: Tensor | None, matrix_bn: Tensor, features_bD: Tensor) -> Tensor:
+    def add_gradient(self, grad_nD: Tensor | None, matrix_bn: Tensor, features: list[tuple[Tensor, Samples]]) -> Tensor:
+        features_bD = functools.reduce(torch.add, [factor[:, None] * samples.unit for factor, samples in features])
         if grad_nD is None:
             return torch.mm(matrix_bn.T, features_bD)
         return grad_nD.addmm_(matrix_bn.T, features_bD)
@@ -126,6 +129,9 @@ class TorchEngine:
         unit = x_GD * inverse
         return Samples(x_GD, inverse, unit, unit)
 
+    def labels(self, target_Gl: Tensor, rows: Tensor | None) -> BatchLabels:
+        return batch_labels(target_Gl, rows, self._inputs.spec, self.num_rows, self._dtype)
+
     def block(self, start: int, stop: int, products: bool) -> TorchBlock:
         inputs, gather = self._inputs, self._inputs.gather
         w_nD = inputs.w[start:stop] if gather is None else inputs.w.index_select(0, gather[start:stop])
@@ -151,8 +157,13 @@ class TorchEngine:
         spec = self._inputs.spec if margin else None
         return target_of(samples.unit, self._label_rows(labels.slot), labels.own, spec)
 
-    def coefficients(self, stats: RowStatistics, present: Tensor, share: Tensor) -> Coefficients:
-        return epilogue(self._inputs.spec, stats, present, share)
+    def gap(self, student: Samples, teacher: Samples, product_bD: Tensor) -> Tensor:
+        return torch.linalg.vecdot(teacher.unit - student.unit, product_bD)
+
+    def coefficients(
+        self, stats: RowStatistics, labels: BatchLabels, student: Target | None, teacher: Target | None
+    ) -> Coefficients:
+        return epilogue(self._inputs.spec, stats, labels, student, teacher)
 
     def finish_x(self, products: list[tuple[Tensor, Tensor]], target_grad: TargetGradient, labels: Labels) -> Tensor:
         unit, inverse = target_grad.samples.unit, target_grad.samples.inverse

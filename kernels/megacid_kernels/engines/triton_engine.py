@@ -6,7 +6,8 @@ block.
     unit_rows       reads fp32 rows of w; writes unit rows in 16 bits, once per block
     exponentials    reads 16-bit unit rows; writes the bf16 matrix and its fp32 row sums. The cosines stay in registers,
                     or occupy the same bytes ("in-place", where cuBLAS computes the product faster; see `tuning`)
-    target_cosines  reads fp32 rows of x and of the labels' classes; writes fp32 cosines and sines
+    locate_labels   reads the labels; writes the rows that hold their classes, and the samples' weights
+    target_margins  reads rows of x and of the labels' classes; writes fp32 cosines, psi and its derivative
     -- all-reduce, under the product for the gradient of x: all coefficients need the sums of all ranks --
     row_epilogue    reads the reduced sums; writes losses and coefficients
     cuBLAS          reads the matrix; writes both gradient products in fp32
@@ -30,14 +31,16 @@ from megacid_kernels.fused.exponentials_inplace import exponentials_
 from megacid_kernels.fused.gemm import product_fp32
 from megacid_kernels.fused.gradient_epilogue import finish_x_, rows_through_norm_
 from megacid_kernels.fused.label_gradient import add_labels_, label_order
+from megacid_kernels.fused.labels import locate_labels
 from megacid_kernels.fused.normalize import unit_rows
-from megacid_kernels.fused.row_epilogue import row_epilogue
-from megacid_kernels.fused.row_statistics import Exponentials, pitched
-from megacid_kernels.fused.target import target_cosines
+from megacid_kernels.fused.row_epilogue import SoftmaxRows, row_epilogue
+from megacid_kernels.fused.row_statistics import Exponentials, difference_along, pitched
+from megacid_kernels.fused.target import target_cosines, target_margins
 from megacid_kernels.fused.tuning import tiles_for
 from megacid_kernels.loss_spec import Distribution
+from megacid_kernels.margin import SIN_FLOOR, Margin
 from megacid_kernels.row_statistics import RowStatistics
-from megacid_kernels.targets import Labels, Target, with_margin
+from megacid_kernels.targets import BatchLabels, Labels, Target, drop_repeated_labels, with_margin
 
 # precision -> dtypes of the unit rows in the first product, and in that of the gradient of x
 _OPERANDS = {
@@ -54,12 +57,8 @@ class TritonBlock:
     def __init__(self, inputs: EngineInputs, start: int, stop: int, products: bool):
         """products: `product` will be called as well as `negatives`."""
         self._spec = inputs.spec
-        gather = None if inputs.gather is None else inputs.gather[start:stop]
-        if inputs.w.dtype == torch.float32:
-            # Read in place, without a copy.
-            self._w, self._gather = (inputs.w[start:stop] if gather is None else inputs.w), gather
-        else:
-            self._w, self._gather = (inputs.w[start:stop] if gather is None else inputs.w[gather]).float(), None
+        self._gather = None if inputs.gather is None else inputs.gather[start:stop]
+        self._w = inputs.w[start:stop] if self._gather is None else inputs.w
         self._bias = None if inputs.bias is None else inputs.bias[start:stop].float()
         dtypes = tuple(dict.fromkeys(_OPERANDS[inputs.spec.precision]))
         *units, self.inverse = unit_rows(self._w, self._gather, dtypes if products else dtypes[:1])
@@ -70,7 +69,7 @@ class TritonBlock:
         self, student: Samples, teacher: Samples | None, labels: Labels, keep: set[Distribution]
     ) -> NegativeStatistics:
         spec, threshold = self._spec, self._spec.filter_threshold
-        stats = NegativeStatistics({}, {}, None, torch.zeros_like(labels.slot[:, 0]))
+        stats = NegativeStatistics({}, {}, None, None)
         hidden: Tensor | None = None  # [b, n] bool, negatives removed by the filter
         operands = [(student.operand, distribution) for distribution in spec.distributions("student")]
         if threshold is not None and not operands:
@@ -128,14 +127,22 @@ class TritonBlock:
         assert self._second is not None
         return product_fp32(matrix_bn, self._second, total_bD)
 
-    def add_gradient(self, grad_nD: Tensor | None, matrix_bn: Tensor, features_bD: Tensor) -> Tensor:
-        return product_fp32(matrix_bn.T, features_bD.to(matrix_bn.dtype), grad_nD)
+    def add_gradient(self, grad_nD: Tensor | None, matrix_bn: Tensor, features: list[tuple[Tensor, Samples]]) -> Tensor:
+        (coefficient, samples), *more = features
+        factors = torch.empty(samples.unit.shape, dtype=matrix_bn.dtype, device=matrix_bn.device)
+        if more:
+            ((other, others),) = more
+            torch.addcmul(coefficient[:, None] * samples.unit, other[:, None], others.unit, out=factors)
+        else:
+            torch.mul(coefficient[:, None], samples.unit, out=factors)
+        return product_fp32(matrix_bn.T, factors, grad_nD)
 
     def add_target_gradients_(self, grad_nD: Tensor, labels: Labels, target_grads: list[TargetGradient]) -> None:
-        order = label_order(*reversed(labels))
-        row = labels.slot if self._gather is None or not len(grad_nD) else self._gather[labels.slot]
+        order = label_order(labels.slot, labels.own)
         for coefficient, cos, samples in target_grads:
-            add_labels_(grad_nD, order, coefficient, cos, samples.x, samples.inverse, self._w, self.inverse, row)
+            add_labels_(
+                grad_nD, order, coefficient, cos, samples.x, samples.inverse, self._w, self._gather, self.inverse
+            )
 
     def norm_backward_(self, grad_nD: Tensor) -> Tensor:
         rows_through_norm_(grad_nD, self._w, self._gather, self.inverse)
@@ -146,7 +153,7 @@ class TritonEngine:
     def __init__(self, inputs: EngineInputs):
         self._inputs = inputs
         self.num_rows = len(inputs.w) if inputs.gather is None else len(inputs.gather)
-        self._inverse = torch.zeros(self.num_rows, device=inputs.w.device)  # 1 / |w|, filled block by block
+        self._inverse = torch.empty(0 if inputs.single_block else self.num_rows, device=inputs.w.device)  # 1 / |w|
 
     def samples(self, x_GD: Tensor) -> Samples:
         x, operand = x_GD.contiguous(), _OPERANDS[self._inputs.spec.precision][0]
@@ -155,43 +162,74 @@ class TritonEngine:
 
     def block(self, start: int, stop: int, products: bool) -> TritonBlock:
         block = TritonBlock(self._inputs, start, stop, products)
-        self._inverse[start:stop] = block.inverse
+        if self._inputs.single_block:
+            self._inverse = block.inverse
+        else:
+            self._inverse[start:stop] = block.inverse
         return block
 
+    def labels(self, target_Gl: Tensor, rows: Tensor | None) -> BatchLabels:
+        spec = self._inputs.spec
+        target = drop_repeated_labels(target_Gl) if target_Gl.shape[1] > 1 else target_Gl.contiguous()
+        own, slot, *others = locate_labels(target, rows, self.num_rows, spec.class_start, mean=spec.reduction == "mean")
+        return BatchLabels(Labels(own, slot), *others)
+
     def target(self, samples: Samples, labels: Labels, margin: bool) -> Target:
-        w, row = self._label_rows(labels)
-        cos, sin = target_cosines(samples.x, samples.inverse, w, self._inverse, row, labels.slot, labels.own)
-        return with_margin(cos, sin, labels.own, self._inputs.spec if margin else None)
+        spec, inputs = self._inputs.spec, self._inputs
+        pairs = (
+            samples.x, samples.inverse, inputs.w, inputs.gather, self._inverse, labels.slot, labels.own
+        )  # fmt: skip
+        chosen = (spec.margin or Margin()) if margin else Margin()
+        if not isinstance(chosen, Margin) or chosen.m1 != 1:
+            cos, sin = target_cosines(*pairs)
+            return with_margin(cos, sin, labels.own, spec)
+        cos, psi, dpsi = target_margins(
+            *pairs, m2=chosen.m2, m3=chosen.m3, easy_margin=chosen.easy_margin, exact=spec.margin_grad == "exact",
+            sin_floor=SIN_FLOOR,
+        )  # fmt: skip
+        return Target(cos, psi, dpsi)
 
-    def _label_rows(self, labels: Labels) -> tuple[Tensor, Tensor]:
-        """A matrix of fp32 rows, and the index int64 [b, l] of each label's row in it."""
-        w, gather, row = self._inputs.w, self._inputs.gather, labels.slot
-        if gather is not None and self.num_rows:
-            row = gather[row]
-        if w.dtype == torch.float32 or not self.num_rows:
-            return w.float(), row
-        return w[row.flatten()].float(), torch.arange(row.numel(), device=row.device).view(row.shape)
+    def gap(self, student: Samples, teacher: Samples, product_bD: Tensor) -> Tensor:
+        return difference_along(teacher.unit, student.unit, product_bD)
 
-    def coefficients(self, stats: RowStatistics, present: Tensor, share: Tensor) -> Coefficients:
-        spec, weights = self._inputs.spec, self._inputs.spec.weights
-        if weights.beta > 0 or weights.gamma > 0 or present.shape[1] > 1 or stats.psi is None:
-            return epilogue(spec, stats, present, share)
-        plain = Distribution("student", 1.0)
-        loss, coefficient, residual = row_epilogue(
-            stats.sums[plain], stats.psi[:, 0], share * weights.alpha, scale=spec.scale, shift=spec.shift()
+    def coefficients(
+        self, stats: RowStatistics, labels: BatchLabels, student: Target | None, teacher: Target | None
+    ) -> Coefficients:
+        spec, w = self._inputs.spec, self._inputs.spec.weights
+        if labels.present.shape[1] > 1:
+            return epilogue(spec, stats, labels, student, teacher)
+
+        def softmax(distribution: Distribution) -> SoftmaxRows:
+            target, temperature = stats.psi if distribution.source == "student" else stats.teacher_cos, distribution[1]
+            assert target is not None
+            return SoftmaxRows(stats.sums[distribution], target, spec.scale / temperature, spec.shift(temperature))
+
+        plain_student, plain_teacher = Distribution("student", 1.0), Distribution("teacher", 1.0)
+        soft_student, soft_teacher = spec.softened("student"), spec.softened("teacher")
+        rows = row_epilogue(
+            labels.share, labels.num_labels, stats.owned,
+            student=softmax(plain_student) if w.alpha > 0 else None,
+            teacher=softmax(plain_teacher) if w.beta > 0 else None,
+            kl=(softmax(soft_student), softmax(soft_teacher)) if w.gamma > 0 else None,
+            gap_b=stats.gap, dpsi_b=None if student is None else student.dpsi, own_b=labels.located.own,
+            weights=(w.alpha, w.beta, w.gamma),
+        )  # fmt: skip
+        of_student = {plain_student: rows.coefficients[0]} if w.alpha > 0 else {}
+        if w.gamma > 0:
+            of_student |= {soft_student: rows.coefficients[2], soft_teacher: rows.coefficients[3]}
+        return Coefficients(
+            rows.raw,
+            rows.student[:, None] if w.needs_student else None,
+            rows.teacher[:, None] if w.beta > 0 else None,
+            of_student,
+            {plain_teacher: rows.coefficients[1]} if w.beta > 0 else {},
         )
-        zero = torch.zeros_like(loss)
-        return Coefficients(torch.stack([loss, zero, zero]), residual[:, None], None, {plain: coefficient}, {})
 
     def finish_x(self, products: list[tuple[Tensor, Tensor]], target_grad: TargetGradient, labels: Labels) -> Tensor:
         (coefficient, total), *more = products
-        if more:
-            total = coefficient[:, None] * total
-            for other, product in more:
-                total.addcmul_(other[:, None], product)
-            coefficient = torch.ones_like(coefficient)
-        w, row = self._label_rows(labels)
         target_coefficient, cos, samples = target_grad
         return finish_x_(
-            total, coefficient, target_coefficient, cos, samples.x, samples.inverse, w, self._inverse, row, labels.slot
-        )
+            total, coefficient, target_coefficient, cos, samples.x, samples.inverse, self._inputs.w,
+            self._inputs.gather, self._inverse, labels.slot,
+            more=[(product, factor) for factor, product in more],
+        )  # fmt: skip

@@ -17,12 +17,15 @@ Each row is one program's; sums over D are in the order of the columns. Rows wid
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from megacid_kernels.fused.launch import (
+    ROW_DTYPES,
     Tile,
     block_columns,
     check_column,
@@ -43,15 +46,15 @@ def _with_labels(
     inverse_w_ptr,
     grad_cos_ptr,
     cos_ptr,
-    row_ptr,
+    rows_ptr,
     slot_ptr,
     sample,
     inside,
     column,
-    num_w,
     num_slots,
     D: tl.constexpr,
     LABELS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """total + sum over labels of grad_cos (w_y - cos unit), [ROWS, BLOCK]. Unrolled: the compiler then merges the loads
@@ -60,60 +63,89 @@ def _with_labels(
         at = sample * LABELS + label
         grad_cos = tl.load(grad_cos_ptr + at, mask=inside, other=0.0)
         cos = tl.load(cos_ptr + at, mask=inside, other=0.0)
-        row = tl.load(row_ptr + at, mask=inside, other=-1)
         slot = tl.load(slot_ptr + at, mask=inside, other=-1)
-        valid = (grad_cos != 0.0) & (row >= 0) & (row < num_w) & (slot >= 0) & (slot < num_slots)
+        valid = (grad_cos != 0.0) & (slot >= 0) & (slot < num_slots)
+        row = slot
+        if HAS_ROWS:
+            row = tl.load(rows_ptr + slot, mask=valid, other=0)
         inverse = tl.load(inverse_w_ptr + slot, mask=valid, other=0.0)
         mask = valid[:, None]
         if D % BLOCK != 0:
             mask = mask & (column < D)
-        w = tl.load(w_ptr + row[:, None] * D + column, mask=mask, other=0.0) * inverse[:, None]
+        w = tl.load(w_ptr + row[:, None] * D + column, mask=mask, other=0.0).to(tl.float32) * inverse[:, None]
         total += grad_cos[:, None] * (w - cos[:, None] * unit)
     return total
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_w", "num_slots"])
+@triton.jit
+def _combined(
+    product_ptr, coefficient_ptr, second_ptr, second_coefficient_ptr, third_ptr, third_coefficient_ptr, sample, inside,
+    at, mask, PRODUCTS: tl.constexpr,
+):  # fmt: skip
+    """The sum of the products, each times its coefficient."""
+    coefficient = tl.load(coefficient_ptr + sample, mask=inside, other=0.0)[:, None]
+    total = tl.load(product_ptr + at, mask=mask, other=0.0) * coefficient
+    if PRODUCTS > 1:
+        coefficient = tl.load(second_coefficient_ptr + sample, mask=inside, other=0.0)[:, None]
+        total += tl.load(second_ptr + at, mask=mask, other=0.0) * coefficient
+    if PRODUCTS > 2:
+        coefficient = tl.load(third_coefficient_ptr + sample, mask=inside, other=0.0)[:, None]
+        total += tl.load(third_ptr + at, mask=mask, other=0.0) * coefficient
+    return total
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_slots"])
 def finish_x_kernel(
     product_ptr,  # [b, D] fp32, in; the gradient, out
     coefficient_ptr,  # [b] fp32
+    second_ptr,  # [b, D] fp32, unused unless PRODUCTS > 1, as its coefficient
+    second_coefficient_ptr,  # [b] fp32
+    third_ptr,  # [b, D] fp32, unused unless PRODUCTS > 2, as its coefficient
+    third_coefficient_ptr,  # [b] fp32
     grad_cos_ptr,  # [b, l] fp32
     cos_ptr,  # [b, l] fp32
     x_ptr,  # [b, D] fp32
     inverse_x_ptr,  # [b] fp32
-    w_ptr,  # [L, D] fp32
+    w_ptr,  # [L, D] fp32, fp16 or bf16
+    rows_ptr,  # [S] int64, or anything with HAS_ROWS = False
     inverse_w_ptr,  # [S] fp32
-    row_ptr,  # [b, l] int64
     slot_ptr,  # [b, l] int64
     num_rows,
-    num_w,
     num_slots,
     D: tl.constexpr,
     LABELS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sample, inside, _source = program_slots(product_ptr, num_rows, False, ROWS)
     row = sample[:, None] * D
-    coefficient = tl.load(coefficient_ptr + sample, mask=inside, other=0.0)[:, None]
     inverse = tl.load(inverse_x_ptr + sample, mask=inside, other=0.0)[:, None]
     products = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, D, BLOCK):
         column, mask = block_columns(start, inside, D, BLOCK)
         unit = tl.load(x_ptr + row + column, mask=mask, other=0.0) * inverse
-        grad = tl.load(product_ptr + row + column, mask=mask, other=0.0) * coefficient
+        grad = _combined(
+            product_ptr, coefficient_ptr, second_ptr, second_coefficient_ptr, third_ptr, third_coefficient_ptr, sample,
+            inside, row + column, mask, PRODUCTS,
+        )  # fmt: skip
         grad = _with_labels(
-            grad, unit, w_ptr, inverse_w_ptr, grad_cos_ptr, cos_ptr, row_ptr, slot_ptr, sample, inside, column,
-            num_w, num_slots, D, LABELS, BLOCK,
+            grad, unit, w_ptr, inverse_w_ptr, grad_cos_ptr, cos_ptr, rows_ptr, slot_ptr, sample, inside,
+            column, num_slots, D, LABELS, HAS_ROWS, BLOCK,
         )  # fmt: skip
         products += unit * grad
     along = tl.sum(products, axis=1)[:, None]
     for start in range(0, D, BLOCK):
         column, mask = block_columns(start, inside, D, BLOCK)
         unit = tl.load(x_ptr + row + column, mask=mask, other=0.0) * inverse
-        grad = tl.load(product_ptr + row + column, mask=mask, other=0.0) * coefficient
+        grad = _combined(
+            product_ptr, coefficient_ptr, second_ptr, second_coefficient_ptr, third_ptr, third_coefficient_ptr, sample,
+            inside, row + column, mask, PRODUCTS,
+        )  # fmt: skip
         grad = _with_labels(
-            grad, unit, w_ptr, inverse_w_ptr, grad_cos_ptr, cos_ptr, row_ptr, slot_ptr, sample, inside, column,
-            num_w, num_slots, D, LABELS, BLOCK,
+            grad, unit, w_ptr, inverse_w_ptr, grad_cos_ptr, cos_ptr, rows_ptr, slot_ptr, sample, inside,
+            column, num_slots, D, LABELS, HAS_ROWS, BLOCK,
         )  # fmt: skip
         tl.store(product_ptr + row + column, (grad - unit * along) * inverse, mask=mask)
 
@@ -121,7 +153,7 @@ def finish_x_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def rows_through_norm_kernel(
     grad_ptr,  # [S, D] fp32, in and out
-    w_ptr,  # [L, D] fp32
+    w_ptr,  # [L, D] fp32, fp16 or bf16
     rows_ptr,  # [S] int64, or anything with HAS_ROWS = False
     inverse_ptr,  # [S] fp32
     square_ptr,  # [S] fp32 out
@@ -137,13 +169,13 @@ def rows_through_norm_kernel(
     products = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, D, BLOCK):
         column, mask = block_columns(start, inside, D, BLOCK)
-        unit = tl.load(w_ptr + w_row + column, mask=mask, other=0.0) * inverse
+        unit = tl.load(w_ptr + w_row + column, mask=mask, other=0.0).to(tl.float32) * inverse
         products += unit * tl.load(grad_ptr + row + column, mask=mask, other=0.0)
     along = tl.sum(products, axis=1)[:, None]
     squares = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, D, BLOCK):
         column, mask = block_columns(start, inside, D, BLOCK)
-        unit = tl.load(w_ptr + w_row + column, mask=mask, other=0.0) * inverse
+        unit = tl.load(w_ptr + w_row + column, mask=mask, other=0.0).to(tl.float32) * inverse
         grad = (tl.load(grad_ptr + row + column, mask=mask, other=0.0) - unit * along) * inverse
         tl.store(grad_ptr + row + column, grad, mask=mask)
         squares += grad * grad
@@ -158,10 +190,11 @@ def finish_x_(
     x_bD: Tensor,
     inverse_x_b: Tensor,
     w_LD: Tensor,
+    rows_S: Tensor | None,
     inverse_w_S: Tensor,
-    row_bl: Tensor,
     slot_bl: Tensor,
     *,
+    more: Sequence[tuple[Tensor, Tensor]] = (),
     tile: Tile | None = None,
 ) -> Tensor:
     """Turn the product E w into this shard's part of the gradient of x, in place. Linear: add the parts of the shards.
@@ -171,9 +204,11 @@ def finish_x_(
         coefficient_b: fp32, see `row_epilogue`.
         grad_cos_bl: fp32, d loss / d target cosine; 0 where the label is on another rank.
         cos_bl: fp32, the target cosine.
-        x_bD, w_LD: fp32, contiguous, rows of any length.
+        x_bD, w_LD: contiguous, rows of any length; x is fp32, w also fp16 or bf16.
+        rows_S: int64, the row of w_LD of each slot; None: all rows, S = L.
         inverse_x_b, inverse_w_S: fp32, 1 / length; 0 for a zero row.
-        row_bl, slot_bl: int64, the label's row of w_LD and its index into inverse_w_S; read where grad_cos is not 0.
+        slot_bl: int64, the label's index into the S rows; read where grad_cos is not 0.
+        more: at most two further pairs of a product and its coefficient, which are added.
         tile: None: `tile_of(D)`.
 
     Returns:
@@ -182,14 +217,18 @@ def finish_x_(
     check_matrix("product", product_bD, (torch.float32,))
     samples, width = product_bD.shape
     inverse_x, inverse_w = check_label_terms(
-        product_bD, samples, inverse_w_S.numel(), grad_cos_bl, cos_bl, x_bD, inverse_x_b, w_LD, inverse_w_S, row_bl
+        product_bD, samples, inverse_w_S.numel(), grad_cos_bl, cos_bl, x_bD, inverse_x_b, w_LD, rows_S, inverse_w_S
     )
     check_matrix("slot", slot_bl, (torch.int64,), tuple(grad_cos_bl.shape), product_bD)
-    coefficient = check_column("coefficient", coefficient_b, samples, torch.float32, product_bD)
+    pairs: list[Tensor] = []
+    for product, coefficient in ((product_bD, coefficient_b), *more):
+        check_matrix("product", product, (torch.float32,), (samples, width), product_bD)
+        pairs += [product, check_column("coefficient", coefficient, samples, torch.float32, product_bD)]
     launch(
         finish_x_kernel, samples, tile or tile_of(width),
-        product_bD, coefficient, grad_cos_bl, cos_bl, x_bD, inverse_x, w_LD, inverse_w, row_bl, slot_bl,
-        samples, len(w_LD), len(inverse_w), D=width, LABELS=grad_cos_bl.shape[1],
+        *pairs, *pairs[:2] * (2 - len(more)), grad_cos_bl, cos_bl, x_bD, inverse_x, w_LD,
+        w_LD if rows_S is None else rows_S, inverse_w, slot_bl, samples, len(inverse_w),
+        D=width, LABELS=grad_cos_bl.shape[1], HAS_ROWS=rows_S is not None, PRODUCTS=1 + len(more),
     )  # fmt: skip
     return product_bD
 
@@ -201,7 +240,7 @@ def rows_through_norm_(
 
     Args:
         grad_SD: fp32, contiguous, with respect to w[rows] / |w[rows]|. Overwritten.
-        w_LD: fp32, contiguous.
+        w_LD: fp32, fp16 or bf16, contiguous.
         rows_S: int64, each in [0, L); None: all rows, S = L.
         inverse_S: fp32, 1 / |w[rows]|; 0 for a zero row, whose gradient becomes 0.
         tile: None: `tile_of(D)`.
@@ -209,7 +248,7 @@ def rows_through_norm_(
     Returns:
         The squared length of every row's gradient, fp32 [S].
     """
-    check_matrix("w", w_LD, (torch.float32,))
+    check_matrix("w", w_LD, ROW_DTYPES)
     num_rows, width = check_rows(rows_S, len(w_LD), w_LD), w_LD.shape[1]
     check_matrix("grad", grad_SD, (torch.float32,), (num_rows, width), w_LD)
     inverse = check_column("inverse", inverse_S, num_rows, torch.float32, w_LD)

@@ -27,11 +27,14 @@ from megacid_kernels.fused.launch import (
     tile_of,
 )
 
+_OWN = 1 << 62
+_OFFSET = tl.constexpr(_OWN)
+
 
 class LabelOrder(NamedTuple):
     """Entries sorted by slot, see `label_order`."""
 
-    slot: Tensor  # [n] int64 ascending; 2^62 for labels of other ranks
+    key: Tensor  # [n] int64 ascending: slot - 2^62 of the labels of this rank, then those of other ranks, >= 0
     entry: Tensor  # [n] int64, index into the flattened [b, l]
 
 
@@ -43,42 +46,46 @@ def tile_of_row(width: int) -> Tile:
 
 def label_order(slot_bl: Tensor, own_bl: Tensor) -> LabelOrder:
     """The order in which `add_labels_` adds: sort once per chunk, use it for the student's and the teacher's sum."""
-    return LabelOrder(*torch.sort(slot_bl.masked_fill(~own_bl, 1 << 62).reshape(-1), stable=True))
+    return LabelOrder(*torch.sort(torch.add(slot_bl, own_bl, alpha=-_OWN).view(-1), stable=True))
 
 
 @triton.jit(do_not_specialize=["num_entries", "num_slots"])
 def add_labels_kernel(
     grad_ptr,  # [S, D] fp32, in and out
-    order_slot_ptr,  # [n] int64
+    order_key_ptr,  # [n] int64
     order_entry_ptr,  # [n] int64
     grad_cos_ptr,  # [b, l] fp32
     cos_ptr,  # [b, l] fp32
     x_ptr,  # [b, D] fp32
     inverse_x_ptr,  # [b] fp32
-    w_ptr,  # [L, D] fp32
+    w_ptr,  # [L, D] fp32, fp16 or bf16
+    rows_ptr,  # [S] int64, or anything with HAS_ROWS = False
     inverse_w_ptr,  # [S] fp32
-    row_ptr,  # [b, l] int64
     num_entries,
     num_slots,
     D: tl.constexpr,
     LABELS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     first = tl.program_id(0)
-    slot = tl.load(order_slot_ptr + first)
-    before = tl.load(order_slot_ptr + first - 1, mask=first > 0, other=-1)
-    if (slot != before) & (slot < num_slots):
-        row = tl.load(row_ptr + tl.load(order_entry_ptr + first))
+    key = tl.load(order_key_ptr + first)
+    before = tl.load(order_key_ptr + first - 1, mask=first > 0, other=0)  # no label of this rank has the key 0
+    slot = key + _OFFSET
+    if (key != before) & (slot < num_slots):
+        row = slot
+        if HAS_ROWS:
+            row = tl.load(rows_ptr + slot)
         inverse_w = tl.load(inverse_w_ptr + slot)
         inside = tl.full((ROWS,), 1, tl.int1)
         for start in range(0, D, BLOCK):
             column, mask = block_columns(start, inside, D, BLOCK)
-            unit = tl.load(w_ptr + row * D + column, mask=mask, other=0.0) * inverse_w
+            unit = tl.load(w_ptr + row * D + column, mask=mask, other=0.0).to(tl.float32) * inverse_w
             total = tl.load(grad_ptr + slot * D + column, mask=mask, other=0.0)
             position = first
-            next_slot = slot
-            while next_slot == slot:
+            next_key = key
+            while next_key == key:
                 entry = tl.load(order_entry_ptr + position)
                 sample = entry // LABELS
                 grad_cos = tl.load(grad_cos_ptr + entry)
@@ -86,7 +93,7 @@ def add_labels_kernel(
                 x = tl.load(x_ptr + sample * D + column, mask=mask, other=0.0) * tl.load(inverse_x_ptr + sample)
                 total += grad_cos * (x - cos * unit)
                 position += 1
-                next_slot = tl.load(order_slot_ptr + position, mask=position < num_entries, other=-1)
+                next_key = tl.load(order_key_ptr + position, mask=position < num_entries, other=0)
             tl.store(grad_ptr + slot * D + column, total, mask=mask)
 
 
@@ -98,8 +105,8 @@ def add_labels_(
     x_bD: Tensor,
     inverse_x_b: Tensor,
     w_LD: Tensor,
+    rows_S: Tensor | None,
     inverse_w_S: Tensor,
-    row_bl: Tensor,
     *,
     tile: Tile | None = None,
 ) -> Tensor:
@@ -109,9 +116,9 @@ def add_labels_(
         grad_SD: fp32, contiguous, with respect to the unit rows. Added to.
         order: `label_order(slot, own)`.
         grad_cos_bl, cos_bl: fp32, d loss / d target cosine, and that cosine.
-        x_bD, w_LD: fp32, contiguous, rows of any length.
+        x_bD, w_LD: contiguous, rows of any length; x is fp32, w also fp16 or bf16.
+        rows_S: int64, the row of w_LD of each slot; None: all rows, S = L.
         inverse_x_b, inverse_w_S: fp32, 1 / length; 0 for a zero row.
-        row_bl: int64, the row of w_LD of each label of this rank.
         tile: None: `tile_of_row(D)`.
 
     Returns:
@@ -121,13 +128,13 @@ def add_labels_(
     num_slots, width = grad_SD.shape
     samples, labels = len(x_bD), grad_cos_bl.shape[-1]
     inverse_x, inverse_w = check_label_terms(
-        grad_SD, samples, num_slots, grad_cos_bl, cos_bl, x_bD, inverse_x_b, w_LD, inverse_w_S, row_bl
+        grad_SD, samples, num_slots, grad_cos_bl, cos_bl, x_bD, inverse_x_b, w_LD, rows_S, inverse_w_S
     )
-    for name, index in (("order.slot", order.slot), ("order.entry", order.entry)):
+    for name, index in (("order.key", order.key), ("order.entry", order.entry)):
         check_column(name, index, samples * labels, torch.int64, grad_SD)
     launch(
         add_labels_kernel, samples * labels, tile or tile_of_row(width),
-        grad_SD, *order, grad_cos_bl, cos_bl, x_bD, inverse_x, w_LD, inverse_w, row_bl, samples * labels, num_slots,
-        D=width, LABELS=labels,
+        grad_SD, *order, grad_cos_bl, cos_bl, x_bD, inverse_x, w_LD, w_LD if rows_S is None else rows_S, inverse_w,
+        samples * labels, num_slots, D=width, LABELS=labels, HAS_ROWS=rows_S is not None,
     )  # fmt: skip
     return grad_SD

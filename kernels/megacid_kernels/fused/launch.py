@@ -22,6 +22,7 @@ from torch import Tensor
 # With 128 threads, 16 elements of every operand per thread: AdamW's four operands and temporaries stay in registers.
 _TILE_ELEMENTS = 2048
 _MIN_BLOCK, _MAX_BLOCK = 16, 4096
+ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of rows that kernels read and convert to fp32
 
 
 def _power_of_two(value: int) -> bool:
@@ -145,19 +146,26 @@ def check_label_terms(
     x_bD: Tensor,
     inverse_x_b: Tensor,
     w_LD: Tensor,
+    rows_S: Tensor | None,
     inverse_w_S: Tensor,
-    row_bl: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(inverse_x [b], inverse_w [S]) after checking the arguments that `finish_x_` and `add_labels_` share: b =
     `samples`, S = `num_slots`, the width and device of `like` [n, D]. Raises ValueError."""
     width, shape = like.shape[1], (samples, grad_cos_bl.shape[-1])
     check_matrix("x", x_bD, (torch.float32,), (samples, width), like)
-    check_matrix("w", w_LD, (torch.float32,), (len(w_LD), width), like)
     for name, value in (("grad_cos", grad_cos_bl), ("cos", cos_bl)):
         check_matrix(name, value, (torch.float32,), shape, like)
-    check_matrix("row", row_bl, (torch.int64,), shape, like)
     inverse_x = check_column("inverse_x", inverse_x_b, samples, torch.float32, like)
-    return inverse_x, check_column("inverse_w", inverse_w_S, num_slots, torch.float32, like)
+    return inverse_x, check_class_rows(w_LD, rows_S, inverse_w_S, num_slots, like)
+
+
+def check_class_rows(w_LD: Tensor, rows_S: Tensor | None, inverse_w_S: Tensor, num_slots: int, like: Tensor) -> Tensor:
+    """inverse_w [S] after checking w, the rows of it that are used, and 1 / their lengths: S = `num_slots`, the width
+    and device of `like` [n, D]. Raises ValueError."""
+    check_matrix("w", w_LD, ROW_DTYPES, (len(w_LD), like.shape[1]), like)
+    if check_rows(rows_S, len(w_LD), like) != num_slots:
+        raise ValueError(f"rows selects {check_rows(rows_S, len(w_LD), like)} rows of w, expected {num_slots}")
+    return check_column("inverse_w", inverse_w_S, num_slots, torch.float32, like)
 
 
 def check_rows(rows_S: Tensor | None, num_rows: int, like: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 Legend: L rows in memory, S rows of this step, D width.
 
-Grid: one program per `tile.rows` rows. Per row it reads w once (D fp32; three times where D exceeds one block of 4096
+Grid: one program per `tile.rows` rows. Per row it reads w once (three times where D exceeds one block of 4096
 columns) and writes the unit row in each output dtype and 1 / |w| in fp32. A row's sum of squares is one program's, in
 the order of its columns. The row's largest number gives the power of two that keeps the squares in range: other rows
 keep their bits.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megacid_kernels.fused.launch import (
     INTERPRET,
+    ROW_DTYPES,
     Tile,
     block_columns,
     cast,
@@ -26,8 +27,6 @@ from megacid_kernels.fused.launch import (
     program_slots,
     tile_of,
 )
-
-UNIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
@@ -49,7 +48,7 @@ def inverse_norm(scaled_squares, scale):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def unit_rows_kernel(
-    w_ptr,  # [L, D] fp32
+    w_ptr,  # [L, D] fp32, fp16 or bf16
     rows_ptr,  # [S] int64, or anything with HAS_ROWS = False
     first_ptr,  # [S, D] out
     second_ptr,  # [S, D] out, or anything with HAS_SECOND = False
@@ -67,19 +66,20 @@ def unit_rows_kernel(
     largest = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, D, BLOCK):
         column, mask = block_columns(start, inside, D, BLOCK)
-        largest = tl.maximum(largest, tl.abs(tl.load(w_ptr + w_row + column, mask=mask, other=0.0)))
+        w = tl.load(w_ptr + w_row + column, mask=mask, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(w))
     scale = power_of_two_for(tl.max(largest, axis=1))
     squares = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, D, BLOCK):
         column, mask = block_columns(start, inside, D, BLOCK)
-        w = tl.load(w_ptr + w_row + column, mask=mask, other=0.0) * scale[:, None]
+        w = tl.load(w_ptr + w_row + column, mask=mask, other=0.0).to(tl.float32) * scale[:, None]
         squares += w * w
     inverse = inverse_norm(tl.sum(squares, axis=1), scale)
     # Where D is one block the loops vanish and the compiler merges this load with those above; a store in between would
     # prevent that.
     for start in range(0, D, BLOCK):
         column, mask = block_columns(start, inside, D, BLOCK)
-        w = tl.load(w_ptr + w_row + column, mask=mask, other=0.0)
+        w = tl.load(w_ptr + w_row + column, mask=mask, other=0.0).to(tl.float32)
         unit = w * inverse[:, None]
         tl.store(first_ptr + row + column, cast(unit, first_ptr.dtype.element_ty, INTERPRET), mask=mask)
         if HAS_SECOND:
@@ -97,7 +97,7 @@ def unit_rows(
     """w[rows] / |w[rows]| in each of `dtypes`.
 
     Args:
-        w_LD: fp32 [L, D], contiguous.
+        w_LD: fp32, fp16 or bf16 [L, D], contiguous.
         rows_S: int64 [S], each in [0, L); None: all rows, S = L.
         dtypes: one or two of fp32, fp16, bf16. Lengths and quotients are fp32 and rounded once to these.
         tile: None: `tile_of(D)`.
@@ -106,10 +106,10 @@ def unit_rows(
         A matrix [S, D] per dtype, then 1 / |w[rows]|, fp32 [S]. A zero row stays zero and has inverse 0; so does one
         shorter than 1.2e-38, the smallest normal number.
     """
-    check_matrix("w", w_LD, (torch.float32,))
+    check_matrix("w", w_LD, ROW_DTYPES)
     num_rows = check_rows(rows_S, len(w_LD), w_LD)
-    if not 1 <= len(dtypes) <= 2 or any(dtype not in UNIT_DTYPES for dtype in dtypes):
-        raise ValueError(f"dtypes is {dtypes}, expected one or two of {UNIT_DTYPES}")
+    if not 1 <= len(dtypes) <= 2 or any(dtype not in ROW_DTYPES for dtype in dtypes):
+        raise ValueError(f"dtypes is {dtypes}, expected one or two of {ROW_DTYPES}")
     width = w_LD.shape[1]
     units = [torch.empty(num_rows, width, dtype=dtype, device=w_LD.device) for dtype in dtypes]
     inverse = torch.empty(num_rows, dtype=torch.float32, device=w_LD.device)

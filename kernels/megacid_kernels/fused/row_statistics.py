@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megacid_kernels.fused.launch import Tile, check_column, check_matrix, launch
+from megacid_kernels.fused.launch import Tile, block_columns, check_column, check_matrix, launch, tile_of
 
 LOG2E = math.log2(math.e)
 _PITCH = 16  # columns: 16-bit rows then start at multiples of 32 bytes, and Triton sees that of their stride
@@ -36,7 +36,7 @@ class Exponentials(NamedTuple):
     matrix: Tensor | None  # [b, S] exp(z - shift), rows `pitch(S)` apart; fp32, or bf16 from 16-bit inputs
     sums: Tensor  # [b] fp32, sums of the exponentials before they are rounded to the matrix's dtype
     largest: Tensor | None  # [b] fp32, largest z / scale of a negative that counts, -inf without any
-    removed: Tensor  # [b] int64, how many negatives the filter removed; 0 without a threshold
+    removed: Tensor | None  # [b] int64, how many negatives the filter removed; None without a threshold
     hidden: Tensor | None  # [b, S] bool, which negatives it removed; None without a threshold
 
 
@@ -129,6 +129,38 @@ def reduce_tiles_kernel(
         tl.store(removed_ptr + out, count, mask=one < num_rows)
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def difference_along_kernel(
+    a_ptr,  # [b, D] fp32, as the next two
+    b_ptr,
+    c_ptr,
+    out_ptr,  # [b] fp32 out
+    num_rows,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < num_rows
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, D, BLOCK):
+        column, mask = block_columns(start, inside, D, BLOCK)
+        at = row[:, None] * D + column
+        difference = tl.load(a_ptr + at, mask=mask, other=0.0) - tl.load(b_ptr + at, mask=mask, other=0.0)
+        total += difference * tl.load(c_ptr + at, mask=mask, other=0.0)
+    tl.store(out_ptr + row, tl.sum(total, axis=1), mask=inside)
+
+
+def difference_along(a_bD: Tensor, b_bD: Tensor, c_bD: Tensor, *, tile: Tile | None = None) -> Tensor:
+    """(a - b) . c of every row, fp32 [b]; all fp32 [b, D], contiguous. tile: None: `tile_of(D)`."""
+    shape = (len(a_bD), a_bD.shape[-1])
+    for name, x in (("a", a_bD), ("b", b_bD), ("c", c_bD)):
+        check_matrix(name, x, (torch.float32,), shape, a_bD)
+    out = torch.empty(shape[0], device=a_bD.device)
+    launch(difference_along_kernel, shape[0], tile or tile_of(shape[1]), a_bD, b_bD, c_bD, out, shape[0], D=shape[1])
+    return out
+
+
 @dataclass(frozen=True)
 class ExponentialsSpec:
     """The checked arguments that `exponentials` and `exponentials_` share."""
@@ -162,12 +194,17 @@ class ExponentialsSpec:
         }
 
     def result(self, matrix: Tensor | None, samples: int, columns: int, like: Tensor) -> Exponentials:
-        """Exponentials with the row statistics of no columns at all, to be filled by `reduce`."""
+        """Exponentials whose row statistics `reduce` fills; without columns, those of none."""
+
+        def rows(fill: float, dtype: torch.dtype = torch.float32) -> Tensor:
+            empty = torch.empty(samples, dtype=dtype, device=like.device)
+            return empty if columns else empty.fill_(fill)
+
         return Exponentials(
             matrix,
-            torch.zeros(samples, device=like.device),
-            torch.full((samples,), -torch.inf, device=like.device) if self.largest else None,
-            torch.zeros(samples, dtype=torch.int64, device=like.device),
+            rows(0),
+            rows(-math.inf) if self.largest else None,
+            rows(0, torch.int64) if self.threshold is not None else None,
             pitched(samples, columns, torch.bool, like.device) if self.threshold is not None else None,
         )
 
@@ -184,8 +221,10 @@ class ExponentialsSpec:
             fewer = self.partials(triton.cdiv(tiles, REDUCED_TILES), samples)
             self._reduce(partials, fewer, last=False)
             partials, tiles = fewer, len(fewer[0])
-        largest = result.sums if result.largest is None else result.largest
-        self._reduce(partials, (result.sums[rows], largest[rows], result.removed[rows]), last=True)
+        sums, largest, removed = (
+            result.sums if x is None else x for x in (result.sums, result.largest, result.removed)
+        )
+        self._reduce(partials, (sums[rows], largest[rows], removed[rows]), last=True)
 
     def _reduce(self, partials: tuple[Tensor, Tensor, Tensor], out: tuple[Tensor, Tensor, Tensor], last: bool) -> None:
         tiles, samples = partials[0].shape

@@ -1,0 +1,94 @@
+"""How many launches the head needs on a GPU: for small shards the host's time for them is the time of a step.
+
+Without a GPU counted in Triton's interpreter, see `interpreter.py`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from interpreter import assert_holds_in_the_interpreter, on_devices
+from launch_counter import counted_launches
+
+from megacid_kernels import (
+    LossSpec,
+    Margin,
+    Weights,
+    discrimination_with_gradients,
+    linear_margin_cross_entropy,
+    linear_margin_discrimination,
+)
+from megacid_kernels.fused import INTERPRET
+
+BATCH, CLASSES, WIDTH = 24, 150, 48
+ALL_TERMS = Weights(0.4, 0.6, 1.0, 2.0)
+
+if not INTERPRET:
+
+    def test_every_comparison_holds_in_the_interpreter() -> None:
+        assert_holds_in_the_interpreter(__file__)
+
+
+def inputs(device: str, sampled: bool) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(7)
+    rows = torch.arange(0, CLASSES, 2) if sampled else None
+    x, teacher = (torch.randn(BATCH, WIDTH, generator=g).to(device) for _ in range(2))
+    w = torch.randn(CLASSES if rows is None else len(rows), WIDTH, generator=g).to(device)
+    target = (2 * torch.randint(-1, CLASSES // 2, (BATCH,), generator=g)).clamp_min(-1).to(device)
+    return {"x": x, "w": w, "target": target, "teacher": teacher, "rows": None if rows is None else rows.to(device)}
+
+
+def assert_at_most(limit: int, launches: Counter[str]) -> None:
+    total = launches.total()
+    assert total <= limit, f"{total} launches, expected <= {limit}: {launches.most_common()}"
+    assert launches["exponentials_kernel"] and launches["product_fp32"] and launches["rows_through_norm_kernel"]
+
+
+@on_devices
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_cross_entropy_and_its_gradients_are_at_most_25_launches(
+    sampled: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = inputs(device, sampled)
+    x, w = (given[name].requires_grad_() for name in ("x", "w"))
+    with counted_launches(monkeypatch) as launches:
+        loss = linear_margin_cross_entropy(
+            x, w, given["target"], rows=given["rows"], num_classes=CLASSES, margin=Margin.arcface(0.3), impl="triton"
+        )
+        loss.backward()
+    assert_at_most(25, launches)
+    assert launches["target_cosines_kernel"] == 1 and x.grad is not None and w.grad is not None
+
+
+@on_devices
+@pytest.mark.parametrize("sampled", [False, True])
+def test_three_terms_and_their_gradients_are_at_most_45_launches(
+    sampled: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a temperature, which makes the most matrices. Through autograd, and without it."""
+    given = inputs(device, sampled)
+    x, w = (given[name].requires_grad_() for name in ("x", "w"))
+    spec = LossSpec(CLASSES, margin=Margin.arcface(0.3), weights=ALL_TERMS, impl="triton")
+    options = {name: given[name] for name in ("rows", "teacher")}
+    with counted_launches(monkeypatch) as launches:
+        linear_margin_discrimination(x, w, given["target"], spec, **options).loss.backward()
+    assert_at_most(45, launches)
+    with counted_launches(monkeypatch) as launches:
+        discrimination_with_gradients(x.detach(), w.detach(), given["target"], spec, **options)
+    assert_at_most(42, launches)
+
+
+@on_devices
+def test_a_further_chunk_repeats_the_work_of_a_chunk_only(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = inputs(device, False)
+    totals = []
+    for chunks in (1, 2, 3):
+        spec = LossSpec(CLASSES, impl="triton", memory_budget_bytes=2 * CLASSES * BATCH // chunks)
+        with counted_launches(monkeypatch) as launches:
+            discrimination_with_gradients(given["x"], given["w"], given["target"], spec)
+        assert launches["exponentials_kernel"] == chunks
+        totals.append(launches.total())
+    assert totals[2] - totals[1] <= 20, totals
