@@ -4,7 +4,8 @@ Legend: G gathered batch, D width, S rows of w on this rank, l labels per sample
 
 An operator takes tensors and plain values, so the margin is passed as its numbers and the group by its name. The loss
 is the last operator: forward computes its gradients as further results, in the dtype of the loss, and backward scales
-them and rounds them to the dtypes of the inputs.
+them and rounds them to the dtypes of the inputs. Outside of a graph `linear_margin_discrimination` gives the same
+numbers: there PyTorch's handling of an operator with 24 arguments would take as long as several launches.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def linear_margin_cross_entropy(
         "reduction": reduction, "impl": impl, "weight_grad": weight_grad, "precision": precision,
         "memory_budget_bytes": memory_budget_bytes, "labels_loss": labels_loss,
     }  # fmt: skip
-    if margin is not None and not isinstance(margin, Margin):
+    if not torch.compiler.is_compiling() or (margin is not None and not isinstance(margin, Margin)):
         spec = LossSpec(**options, margin=margin, group=group)
         return linear_margin_discrimination(x, w, target, spec, rows=rows, bias=bias).loss
     numbers, train = margin or Margin(), torch.is_grad_enabled()

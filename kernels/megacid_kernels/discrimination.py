@@ -126,7 +126,7 @@ def discrimination_with_gradients(
     target_Gl = target[:, None] if target.ndim == 1 else target
     sizes = Sizes(
         len(x), len(rows) if gather and rows is not None else len(w), x.shape[1], target_Gl.shape[1], wide.itemsize,
-        gather=gather and rows is not None, converts=w.dtype != torch.float32,
+        gather=gather and rows is not None,
     )  # fmt: skip
     spec = with_available_memory(spec, x.device, spec.max_rows or sizes.rows, sizes.width)
     plan = make_plan(spec, sizes, chosen, device, gradients)

@@ -141,7 +141,7 @@ class LossSpec:
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
         check_scale(self.scale)
-        if self.margin is not None and (isinstance(self.margin, type) or not isinstance(self.margin, TargetMargin)):
+        if self.margin is not None and (isinstance(self.margin, type) or not hasattr(self.margin, "target")):
             raise ValueError(f"margin is {self.margin!r}, expected a Margin such as Margin.cosface(0.3), or None")
         threshold = self.filter_threshold
         if threshold is not None and not (isinstance(threshold, Real) and math.isfinite(threshold)):

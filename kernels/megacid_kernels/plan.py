@@ -32,7 +32,6 @@ class Sizes(NamedTuple):
     labels: int = 1  # per sample
     itemsize: int = 4  # bytes of a number of PyTorch's engine: 4, or 8 for float64 inputs
     gather: bool = False  # the rows are selected from w
-    converts: bool = False  # w is not float32
 
 
 class ChunkNeeds(NamedTuple):
@@ -118,14 +117,16 @@ def make_plan(spec: LossSpec, sizes: Sizes, chosen: Implementation, device: str,
 def _slabs_are_faster(spec: LossSpec, sizes: Sizes, device: str) -> bool:
     widest = sizes._replace(rows=spec.max_rows or sizes.rows)
     try:
+        chunks = plan_chunks(spec, widest, "triton", device)
+    except ValueError:
+        chunks = None
+    if chunks is not None and len(chunks.chunks) <= 1:
+        return False  # it passes over the gradient once, as slabs do, and computes no product twice
+    try:
         slabs = plan_slabs(spec, widest, "triton", device)
     except ValueError:
         return False
-    try:
-        chunks = plan_chunks(spec, widest, "triton", device)
-    except ValueError:
-        return True
-    return work_of(slabs, spec, widest, "triton").cost < work_of(chunks, spec, widest, "triton").cost
+    return chunks is None or work_of(slabs, spec, widest, "triton").cost < work_of(chunks, spec, widest, "triton").cost
 
 
 def chunk_needs(spec: LossSpec, sizes: Sizes, chosen: Implementation) -> ChunkNeeds:
@@ -144,8 +145,6 @@ def slab_needs(spec: LossSpec, sizes: Sizes, chosen: Implementation, gradients: 
     kept = matrices if gradients else int(spec.weights.gamma > 0)
     size = sizes.batch * (kept * itemsize + filters + _TILE_STATISTICS)
     size += sizes.width * (4 + 4 * gradients)  # the unit rows, and their gradient
-    if sizes.converts:
-        size += 4 * sizes.width
     return SlabNeeds(4 * sizes.rows, int(size), max(1, sizes.rows) if kept else _LOSS_SLAB_ROWS)
 
 

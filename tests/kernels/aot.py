@@ -80,7 +80,8 @@ def row_builds() -> Iterator[Build]:
     yield build(sgd_rows_kernel, "sgd_rows plain", 512, _sgd("bf16", per_row=False) | plain, **constants)
 
 
-_FP32_ROWS = {"x_ptr": "*fp32", "w_ptr": "*fp32", "inverse_x_ptr": "*fp32", "inverse_w_ptr": "*fp32", "row_ptr": "*i64"}
+_FP32_ROWS = {"x_ptr": "*fp32", "w_ptr": "*fp32", "inverse_x_ptr": "*fp32", "inverse_w_ptr": "*fp32"}
+_FP32_ROWS |= {"rows_ptr": "*i64"}
 _LABELS = {"grad_cos_ptr": "*fp32", "cos_ptr": "*fp32"}
 
 
@@ -104,18 +105,26 @@ def head_builds() -> Iterator[Build]:
         types = _FP32_ROWS | {
             "slot_ptr": "*i64",
             "own_ptr": "*u8",
-            "cos_ptr": "*fp32",
-            "sin_ptr": "*fp32",
             "num_pairs": "i32",
+            **{f"{name}_ptr": "*fp32" for name in ("cos", "second", "dpsi")},
+            **{name: "fp32" for name in ("m2", "m3", "cos_m2", "sin_m2", "last", "sin_floor")},
         }
-        yield Build(f"target_cosines D={width}", target.target_cosines_kernel, types, cut | {"LABELS": 1}, tile.warps)
-        types = _FP32_ROWS | _LABELS | {"product_ptr": "*fp32", "coefficient_ptr": "*fp32", "slot_ptr": "*i64"}
-        types |= {"num_rows": "i32", "num_w": "i32", "num_slots": "i32"}
-        for count in (1, 4) if width == 512 else (1,):
-            name = "finish_x" if count == 1 else f"finish_x {count} labels"
-            yield Build(
-                f"{name} D={width}", gradient_epilogue.finish_x_kernel, types, cut | {"LABELS": count}, tile.warps
-            )
+        for name, margin in (("target_cosines", False), ("target_margins", True)):
+            constants = cut | {"LABELS": 1, "HAS_ROWS": True, "EASY": False}
+            constants |= {"MARGIN": margin, "ANGLE": margin, "EXACT": margin}
+            yield Build(f"{name} D={width}", target.target_cosines_kernel, types, constants, tile.warps)
+        types = _FP32_ROWS | _LABELS | {"slot_ptr": "*i64", "num_rows": "i32", "num_slots": "i32"}
+        for name in ("product", "coefficient", "second", "second_coefficient", "third", "third_coefficient"):
+            types[f"{name}_ptr"] = "*fp32"
+        for name, labels, products in (
+            ("finish_x", 1, 1),
+            ("finish_x 4 labels", 4, 1),
+            ("finish_x 3 products", 1, 3),
+        )[: 3 if width == 512 else 1]:
+            constants = cut | {"LABELS": labels, "PRODUCTS": products, "HAS_ROWS": True}
+            yield Build(f"{name} D={width}", gradient_epilogue.finish_x_kernel, types, constants, tile.warps)
+        types = {f"{name}_ptr": "*fp32" for name in ("a", "b", "c", "out")} | {"num_rows": "i32"}
+        yield Build(f"difference_along D={width}", row_statistics.difference_along_kernel, types, cut, tile.warps)
         types = {
             "grad_ptr": "*fp32",
             "w_ptr": "*fp32",
@@ -130,9 +139,9 @@ def head_builds() -> Iterator[Build]:
             cut | {"HAS_ROWS": True},
             tile.warps,
         )
-        types = _FP32_ROWS | _LABELS | {"grad_ptr": "*fp32", "order_slot_ptr": "*i64", "order_entry_ptr": "*i64"}
+        types = _FP32_ROWS | _LABELS | {"grad_ptr": "*fp32", "order_key_ptr": "*i64", "order_entry_ptr": "*i64"}
         tile = label_gradient.tile_of_row(width)
-        cut |= {"ROWS": tile.rows, "BLOCK": tile.block, "LABELS": 1}
+        cut |= {"ROWS": tile.rows, "BLOCK": tile.block, "LABELS": 1, "HAS_ROWS": True}
         yield Build(
             f"add_labels D={width}",
             label_gradient.add_labels_kernel,
@@ -177,9 +186,28 @@ def head_builds() -> Iterator[Build]:
     cut = {"ROWS": 32, "BLOCK": 64}
     yield Build("best_strip", best_strip_kernel, types | {"num_rows": "i32", "num_strips": "i32"}, cut, 4)
 
-    types = {f"{name}_ptr": "*fp32" for name in ("sums", "psi", "share", "loss", "coefficient", "grad_psi")}
-    types |= {"num_rows": "i32", "scale": "fp32", "shift": "fp32"}
-    yield Build("row_epilogue", row_epilogue_kernel, types, {"ROWS": TILE.rows, "BLOCK": TILE.block}, TILE.warps)
+    types = {name: "*fp32" for name in row_epilogue_kernel.arg_names if name.endswith("_ptr")} | {"own_ptr": "*u8"}
+    types |= {"num_rows": "i32"} | {name: "fp32" for name in ("alpha", "beta", "gamma", "scale", "shift")}
+    types |= {"soft_scale": "fp32", "soft_shift": "fp32"}
+    cut = {"ROWS": TILE.rows, "BLOCK": TILE.block}
+    for name, more in (("row_epilogue", False), ("row_epilogue three terms", True)):
+        constants = cut | {"ALPHA": True, "BETA": more, "GAMMA": more, "MERGED": more}
+        yield Build(name, row_epilogue_kernel, types, constants, TILE.warps)
+    yield from label_builds()
+
+
+def label_builds() -> Iterator[Build]:
+    from megacid_kernels.fused.labels import LOCATE_TILE, SHARE_TILE, locate_kernel, share_kernel
+
+    types = {"target_ptr": "*i64", "rows_ptr": "*i64", "own_ptr": "*u8", "slot_ptr": "*i64", "present_ptr": "*u8"}
+    types |= {"num_labels_ptr": "*fp32", "owned_ptr": "*fp32"}
+    types |= {"num_samples": "i32", "num_rows": "i32", "class_start": "i32"}
+    cut = {"ROWS": LOCATE_TILE.rows, "BLOCK": LOCATE_TILE.block}
+    for name, labels, has_rows in (("locate", 1, False), ("locate 4 labels in rows", 4, True)):
+        yield Build(name, locate_kernel, types, cut | {"LABELS": labels, "HAS_ROWS": has_rows}, LOCATE_TILE.warps)
+    types = {"num_labels_ptr": "*fp32", "share_ptr": "*fp32", "sample_weight_ptr": "*fp32", "num_samples": "i32"}
+    cut = {"ROWS": SHARE_TILE.rows, "BLOCK": SHARE_TILE.block, "MEAN": True}
+    yield Build("share", share_kernel, types, cut, SHARE_TILE.warps)
 
 
 def product_builds(arch: int) -> Iterator[Build]:

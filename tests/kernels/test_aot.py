@@ -17,7 +17,8 @@ _READ = {"unit_rows": 1, "adamw_rows fp32": 4, "sgd_rows fp32": 3}
 _WRITTEN = {"unit_rows": 0, "adamw_rows fp32": 3, "sgd_rows fp32": 2}
 _WRITTEN_16 = {"unit_rows": 2}
 # The same of the head's kernels on rows: matrices read, matrices written.
-_HEAD = {"target_cosines": (2, 0), "finish_x": (3, 1), "finish_x 4 labels": (6, 1)}
+_HEAD = {"target_cosines": (2, 0), "finish_x": (3, 1), "finish_x 4 labels": (6, 1), "finish_x 3 products": (5, 1)}
+_HEAD |= {"target_margins": (2, 0), "difference_along": (3, 0)}
 _HEAD |= {"rows_through_norm": (2, 1), "add_labels": (3, 1)}
 # Bytes of shared memory per program; 1 KiB of each is reserved by the driver.
 _SHARED = {"sm_80": 166912 - 1024, "sm_90": 232448 - 1024, "sm_100": 232448 - 1024, "sm_120": 101376 - 1024}
@@ -36,7 +37,7 @@ def arch(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="module")
 def compiled(arch: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     kernels = compile_for(tmp_path_factory.mktemp("triton"), str(arch))
-    assert len(kernels) == 53 and all(name.endswith(f" sm_{arch}") for name in kernels)
+    assert len(kernels) == 62 and all(name.endswith(f" sm_{arch}") for name in kernels)
     return kernels
 
 

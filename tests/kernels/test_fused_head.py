@@ -24,6 +24,8 @@ from megacid_kernels.fused import (
     INTERPRET,
     Exponentials,
     ProductTile,
+    RowLosses,
+    SoftmaxRows,
     Tile,
     add_labels_,
     exponentials,
@@ -198,9 +200,9 @@ def test_exponentials_and_row_statistics_are_as_exact_as_pytorch(case: Case, met
         *(logits(c).amax(1) / case.scale for c in (plain_cos, cos)),
     )
     assert_no_worse(got_largest.exp(), plain_largest.exp(), want_largest.exp(), 1e-6)
-    assert torch.equal(got.removed.cpu(), hidden.sum(1))
-    assert (got.hidden is None) == (threshold is None)
-    if got.hidden is not None:
+    assert (got.hidden is None) == (got.removed is None) == (threshold is None)
+    if got.hidden is not None and got.removed is not None:
+        assert torch.equal(got.removed.cpu(), hidden.sum(1))
         assert torch.equal(got.hidden.cpu(), hidden) and hidden.any() and not hidden.all()
 
 
@@ -219,7 +221,7 @@ def test_what_the_filter_hides_of_the_student_is_hidden_of_the_teacher(method: s
     hidden = make(x, threshold=0.1).hidden
     assert hidden is not None and hidden.any()
     got, whole = make(teacher, hidden_bS=hidden), make(teacher)
-    assert got.matrix is not None and whole.matrix is not None and got.hidden is None and not got.removed.any()
+    assert got.matrix is not None and whole.matrix is not None and got.hidden is None and got.removed is None
     assert torch.equal(got.matrix, whole.matrix.masked_fill(hidden, 0))
     torch.testing.assert_close(got.sums, got.matrix.float().sum(1), rtol=4e-3, atol=0)
 
@@ -274,7 +276,13 @@ def test_without_a_negative_the_sums_are_zero(device: str) -> None:
     ):
         assert got.matrix is not None and got.matrix.shape[0] == 3 and not got.matrix.any()
         assert got.largest is not None and (got.largest == -torch.inf).all()
-        assert not got.sums.any() and not got.removed.any() and got.hidden is not None and not got.hidden.any()
+        assert (
+            not got.sums.any()
+            and got.removed is not None
+            and not got.removed.any()
+            and got.hidden is not None
+            and not got.hidden.any()
+        )
     for got in (
         exponentials(x[:0], w, slot[:0], none[:0], **options),
         exponentials_(torch.ones(0, 1, device=device), slot[:0], none[:0], **options),
@@ -341,11 +349,8 @@ def test_target_cosines_and_sines_keep_their_digits(width: int, tile: Tile | Non
     sign = 1.0 - 2.0 * (torch.arange(b) % 2)
     x = 3 * sign[:, None] * (unit(w[rows[slot[:, 0]]]) + angle[:, None] * unit(numbers(b, width, seed=2)))
     norms = [1 / x.norm(dim=1), 1 / w[rows].norm(dim=1)]
-    invalid = torch.full_like(slot, 1 << 50)
-    got = target_cosines(
-        x.to(device), norms[0].to(device), w.to(device), norms[1].to(device),
-        *(torch.where(own, index, invalid).to(device) for index in (rows[slot], slot)), own.to(device), tile=tile,
-    )  # fmt: skip
+    given = [x, norms[0], w, rows, norms[1], slot.masked_fill(~own, 1 << 50), own]
+    got = target_cosines(*(part.to(device) for part in given), tile=tile)
     plain = plain_target((x * norms[0][:, None])[:, None], w[rows[slot]] * norms[1][slot][..., None])
     exact = [n.double() for n in norms]
     want = plain_target((x.double() * exact[0][:, None])[:, None], w[rows[slot]].double() * exact[1][slot][..., None])
@@ -365,14 +370,20 @@ def test_target_sines_of_all_zero_rows_are_those_of_cosine_0(device: str) -> Non
     inverse = [torch.where(rows.norm(dim=1) > 0, 1 / rows.norm(dim=1), 0.0) for rows in (x, w)]
 
     def cosines(own: Tensor) -> tuple[Tensor, Tensor]:
-        parts = (x, inverse[0], w, inverse[1], slot, slot, own)
-        cos, sin = target_cosines(*(part.to(device) for part in parts))
+        parts = [part.to(device) for part in (x, inverse[0], w, inverse[1], slot, own)]
+        cos, sin = target_cosines(*parts[:3], None, *parts[3:])
         return cos.cpu(), sin.cpu()
 
     cos, sin = cosines(own)
     assert cos[:3].flatten().tolist() == [0.0] * 3 and sin[:3].flatten().tolist() == [1.0] * 3
     torch.testing.assert_close(cos[3].square() + sin[3].square(), torch.ones(1))
     assert not any(part.any() for part in cosines(~own)), "a label of another rank"
+
+
+def epilogue_of(sums: Tensor, psi: Tensor, share: Tensor, *, scale: float, shift: float) -> RowLosses:
+    """Of the student's cross entropy, with labels of this rank and no margin."""
+    ones = torch.ones_like(share)
+    return row_epilogue(share, ones, ones, student=SoftmaxRows(sums, psi, scale, shift), dpsi_b=ones)
 
 
 @on_devices
@@ -383,9 +394,8 @@ def test_row_epilogue_is_the_softplus_of_float64(scale: float, device: str) -> N
     log_n = torch.linspace(-20, 80, 301)[torch.randperm(301, generator=torch.Generator().manual_seed(0))]
     sums, share = log_n.exp(), torch.rand(301, generator=torch.Generator().manual_seed(1)) / 4096
     sums[:3], share[5:9] = 0.0, 0.0
-    loss, coefficient, grad_cos = (
-        part.cpu() for part in row_epilogue(*(t.to(device) for t in (sums, psi, share)), scale=scale, shift=shift)
-    )
+    rows = epilogue_of(*(t.to(device) for t in (sums, psi, share)), scale=scale, shift=shift)
+    loss, coefficient, grad_cos = rows.raw[0].cpu(), rows.coefficients[0].cpu(), rows.student.cpu()
 
     def formulas(n: Tensor, p: Tensor, each: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         target = p * scale - shift
@@ -407,7 +417,8 @@ def test_row_epilogue_is_the_softplus_of_float64(scale: float, device: str) -> N
 def test_a_diverged_sample_stays_nan_in_the_epilogue(device: str) -> None:
     nan, one = torch.full((1,), torch.nan, device=device), torch.ones(1, device=device)
     for sums, psi in ((nan, one), (one, nan)):
-        assert all(part.isnan().all() for part in row_epilogue(sums, psi, one, scale=64.0, shift=0.0))
+        rows = epilogue_of(sums, psi, one, scale=64.0, shift=0.0)
+        assert all(part.isnan().all() for part in (rows.raw[0], rows.coefficients[0], rows.student))
 
 
 class LabelTerms(NamedTuple):
@@ -481,9 +492,8 @@ def test_gradient_of_x_is_finished_as_exactly_as_by_pytorch(
     want = finished(terms.double(), product.double(), coefficient.double())
     plain = finished(terms, product, coefficient)
     on = terms.to(device)
-    invalid = torch.full_like(on.slot, 1 << 50)
-    index = [torch.where(on.own, value, invalid) for value in (on.row, on.slot)]
-    arguments = [on.grad_cos, on.cos, on.x, on.inverse_x, on.w, on.inverse_w, *index]
+    slot = on.slot.masked_fill(~on.own, 1 << 50)
+    arguments = [on.grad_cos, on.cos, on.x, on.inverse_x, on.w, on.rows, on.inverse_w, slot]
     got = product.to(device)
     assert finish_x_(got, coefficient.to(device), *arguments, tile=tile) is got
     assert_no_worse(got, plain, want, 1e-6, terms=want.abs().amax(1, keepdim=True))
@@ -511,15 +521,14 @@ def test_labels_are_added_to_the_gradient_of_w_in_one_order(
     want, plain = added(terms.double(), start.double()), added(terms, start)
     on, got = terms.to(device), start.to(device)
     order = label_order(on.slot, on.own)
-    row = torch.where(on.own, on.row, 1 << 50)
-    arguments = [order, on.grad_cos, on.cos, on.x, on.inverse_x, on.w, on.inverse_w, row]
+    arguments = [order, on.grad_cos, on.cos, on.x, on.inverse_x, on.w, on.rows, on.inverse_w]
     assert add_labels_(got, *arguments, tile=tile) is got
     assert_no_worse(got, plain, want, 2e-6, terms=want.abs().amax(1, keepdim=True))
     untouched = torch.ones(len(terms.rows), dtype=torch.bool)
     untouched[terms.slot[terms.own]] = False
     assert untouched.any() and torch.equal(got.cpu()[untouched], start[untouched])
     assert torch.equal(add_labels_(start.to(device), *arguments, tile=tile), got)
-    assert torch.equal(add_labels_(start.to(device)[:0], *arguments[:6], on.inverse_w[:0], row), got[:0])
+    assert torch.equal(add_labels_(start.to(device)[:0], *arguments[:6], on.rows[:0], on.inverse_w[:0]), got[:0])
 
 
 @on_devices
@@ -590,7 +599,7 @@ def test_the_kernels_together_are_the_loss_and_its_gradients(
         else:
             cos = pitched(b, len(rows), first, x.device).copy_(unit_x.float() @ units[0].float().T)
             negatives_here = exponentials_(cos, slot, own, scale=scale, shift=shift, tile=IN_PLACE)
-        cos, sin = target_cosines(x, inverse_x, w_LD, inverse_w, rows[slot], slot, own, tile=MANY_ROWS)
+        cos, sin = target_cosines(x, inverse_x, w_LD, rows, inverse_w, slot, own, tile=MANY_ROWS)
         psi_here, dpsi = (torch.where(own, part, 0) for part in margin.target(cos, sin))
         sums, psi = sums + negatives_here.sums[:, None], psi + psi_here
         shards.append(
@@ -605,18 +614,19 @@ def test_the_kernels_together_are_the_loss_and_its_gradients(
             | {"cos": cos, "dpsi": dpsi}
         )
     share = torch.full((b,), 1 / b, device=device)
-    loss, coefficient, grad_psi = row_epilogue(sums, psi, share, scale=scale, shift=shift)
+    losses = epilogue_of(sums, psi, share, scale=scale, shift=shift)
+    loss, coefficient, grad_psi = losses.raw[0], losses.coefficients[0], losses.student
     grad_x, grad_w_parts = torch.zeros_like(x), []
     for s in shards:
-        matrix, row, grad_cos = s["matrix"].float(), s["rows"][s["slot"]], grad_psi[:, None] * s["dpsi"]
+        matrix, grad_cos = s["matrix"].float(), grad_psi[:, None] * s["dpsi"]
         grad_x += finish_x_(
-            matrix @ s["unit_w"].float(), coefficient, grad_cos, s["cos"], x, inverse_x, w_LD, s["inverse_w"], row,
-            s["slot"], tile=MANY_ROWS,
+            matrix @ s["unit_w"].float(), coefficient, grad_cos, s["cos"], x, inverse_x, w_LD, s["rows"],
+            s["inverse_w"], s["slot"], tile=MANY_ROWS,
         )  # fmt: skip
         scaled = (coefficient[:, None] * unit_rows(x, tile=MANY_ROWS)[0]).to(second)
         grad_w = matrix.T @ scaled.float()
         order = label_order(s["slot"], s["own"])
-        add_labels_(grad_w, order, grad_cos, s["cos"], x, inverse_x, w_LD, s["inverse_w"], row)
+        add_labels_(grad_w, order, grad_cos, s["cos"], x, inverse_x, w_LD, s["rows"], s["inverse_w"])
         square = rows_through_norm_(grad_w, w_LD, s["rows"], s["inverse_w"], tile=MANY_ROWS)
         torch.testing.assert_close(square, grad_w.square().sum(1))
         grad_w_parts.append(grad_w)

@@ -85,10 +85,10 @@ def test_three_terms_and_their_gradients_are_at_most_45_launches(
 def test_a_further_chunk_repeats_the_work_of_a_chunk_only(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = inputs(device, False)
     totals = []
-    for chunks in (1, 2, 3):
+    for chunks in (2, 3):
         spec = LossSpec(CLASSES, impl="triton", memory_budget_bytes=2 * CLASSES * BATCH // chunks)
         with counted_launches(monkeypatch) as launches:
             discrimination_with_gradients(given["x"], given["w"], given["target"], spec)
         assert launches["exponentials_kernel"] == chunks
         totals.append(launches.total())
-    assert totals[2] - totals[1] <= 20, totals
+    assert totals[1] - totals[0] <= 20, totals

@@ -74,11 +74,11 @@ def _backward_kernels(x: Tensor, inverse_x: Tensor, w: Tensor, inverse_w: Tensor
     one, zero = coefficient[:, None] * 2, coefficient[:, None] * 0
     return {
         "finish_x_": Kernel(
-            functools.partial(finish_x_, grad_x, coefficient, one, zero, x, inverse_x, w, inverse_w, slot, slot),
+            functools.partial(finish_x_, grad_x, coefficient, one, zero, x, inverse_x, w, None, inverse_w, slot),
             Work(_cells(x), 16 * x.numel()),
         ),
         "add_labels_": Kernel(
-            functools.partial(add_labels_, grad_w, order, zero, zero, x, inverse_x, w, inverse_w, slot),
+            functools.partial(add_labels_, grad_w, order, zero, zero, x, inverse_x, w, None, inverse_w),
             Work(_cells(x), 16 * x.numel()),  # of distinct labels
         ),
         "rows_through_norm_": Kernel(

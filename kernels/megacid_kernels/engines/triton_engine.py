@@ -180,7 +180,7 @@ class TritonEngine:
             samples.x, samples.inverse, inputs.w, inputs.gather, self._inverse, labels.slot, labels.own
         )  # fmt: skip
         chosen = (spec.margin or Margin()) if margin else Margin()
-        if not isinstance(chosen, Margin) or chosen.m1 != 1:
+        if type(chosen) is not Margin or chosen.m1 != 1:
             cos, sin = target_cosines(*pairs)
             return with_margin(cos, sin, labels.own, spec)
         cos, psi, dpsi = target_margins(

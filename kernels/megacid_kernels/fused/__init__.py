@@ -4,14 +4,15 @@ from megacid_kernels.fused.exponentials import exponentials
 from megacid_kernels.fused.exponentials_inplace import exponentials_
 from megacid_kernels.fused.gradient_epilogue import finish_x_, rows_through_norm_
 from megacid_kernels.fused.label_gradient import LabelOrder, add_labels_, label_order
+from megacid_kernels.fused.labels import locate_labels
 from megacid_kernels.fused.launch import INTERPRET, Tile, tile_of
 from megacid_kernels.fused.nearest import nearest
 from megacid_kernels.fused.normalize import unit_rows
 from megacid_kernels.fused.product import ProductTile
-from megacid_kernels.fused.row_epilogue import row_epilogue
+from megacid_kernels.fused.row_epilogue import RowLosses, SoftmaxRows, row_epilogue
 from megacid_kernels.fused.row_statistics import Exponentials, pitch, pitched
 from megacid_kernels.fused.row_update import AdamWFactors, SGDFactors, adamw_rows_, sgd_rows_
-from megacid_kernels.fused.target import target_cosines
+from megacid_kernels.fused.target import target_cosines, target_margins
 from megacid_kernels.fused.tuning import Tiles, tiles_for
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "Exponentials",
     "LabelOrder",
     "ProductTile",
+    "RowLosses",
     "SGDFactors",
+    "SoftmaxRows",
     "Tile",
     "Tiles",
     "adamw_rows_",
@@ -29,6 +32,7 @@ __all__ = [
     "exponentials_",
     "finish_x_",
     "label_order",
+    "locate_labels",
     "nearest",
     "pitch",
     "pitched",
@@ -36,6 +40,7 @@ __all__ = [
     "rows_through_norm_",
     "sgd_rows_",
     "target_cosines",
+    "target_margins",
     "tile_of",
     "tiles_for",
     "unit_rows",

@@ -11,6 +11,7 @@ see the call. Kernels use no atomics and add in a fixed order, so two calls with
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ class Tile:
             raise ValueError(f"warps of a tile is {self.warps}, expected at most 32")
 
 
+@functools.cache
 def tile_of(width: int) -> Tile:
     """The default tile for rows of this width. A row of up to 4096 columns is one block and stays in registers."""
     block = min(max(triton.next_power_of_2(width), _MIN_BLOCK), _MAX_BLOCK)

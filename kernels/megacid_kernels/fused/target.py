@@ -169,7 +169,8 @@ def target_margins(
     are those of `target_cosines`.
     """
     cos, psi, dpsi = (torch.empty(slot_bl.shape, device=x_bD.device) for _ in range(3))
-    constants = {"MARGIN": True, "ANGLE": m2 != 0, "EASY": easy_margin, "EXACT": exact}
+    angle = m2 != 0
+    constants = {"MARGIN": True, "ANGLE": angle, "EASY": angle and easy_margin, "EXACT": angle and exact}
     _launch(
         x_bD, inverse_x_b, w_LD, rows_S, inverse_w_S, slot_bl, own_bl, (cos, psi, dpsi), (m2, m3), sin_floor,
         constants, tile,
