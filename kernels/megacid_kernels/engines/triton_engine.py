@@ -170,18 +170,19 @@ class TritonEngine:
 
     def labels(self, target_Gl: Tensor, rows: Tensor | None) -> BatchLabels:
         spec = self._inputs.spec
-        target = drop_repeated_labels(target_Gl) if target_Gl.shape[1] > 1 else target_Gl.contiguous()
-        own, slot, *others = locate_labels(target, rows, self.num_rows, spec.class_start, mean=spec.reduction == "mean")
+        target = drop_repeated_labels(target_Gl) if target_Gl.shape[1] > 1 else target_Gl
+        own, slot, *others = locate_labels(
+            target.contiguous(), None if rows is None else rows.contiguous(), self.num_rows, spec.class_start,
+            mean=spec.reduction == "mean",
+        )  # fmt: skip
         return BatchLabels(Labels(own, slot), *others)
 
     def target(self, samples: Samples, labels: Labels, margin: bool) -> Target:
-        spec, inputs = self._inputs.spec, self._inputs
-        pairs = (
-            samples.x, samples.inverse, inputs.w, inputs.gather, self._inverse, labels.slot, labels.own
-        )  # fmt: skip
-        chosen = (spec.margin or Margin()) if margin else Margin()
+        inputs, spec = self._inputs, self._inputs.spec
+        pairs = (samples.x, samples.inverse, inputs.w, inputs.gather, self._inverse, labels.slot, labels.own)
+        chosen = (spec.margin if margin else None) or Margin()
         if type(chosen) is not Margin or chosen.m1 != 1:
-            cos, sin = target_cosines(*pairs)
+            cos, sin = target_cosines(*pairs)  # the interpreter has no atan2 for m1
             return with_margin(cos, sin, labels.own, spec)
         cos, psi, dpsi = target_margins(
             *pairs, m2=chosen.m2, m3=chosen.m3, easy_margin=chosen.easy_margin, exact=spec.margin_grad == "exact",
@@ -196,7 +197,7 @@ class TritonEngine:
         self, stats: RowStatistics, labels: BatchLabels, student: Target | None, teacher: Target | None
     ) -> Coefficients:
         spec, w = self._inputs.spec, self._inputs.spec.weights
-        if labels.present.shape[1] > 1:
+        if labels.present.shape[1] > 1 or not stats.sums:
             return epilogue(spec, stats, labels, student, teacher)
 
         def softmax(distribution: Distribution) -> SoftmaxRows:
