@@ -48,39 +48,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--clusters", required=True, type=Path, metavar="DIR", help="directory written by tools/cluster.py")
     add("--out", required=True, type=Path, metavar="OUT", help="directory to write or continue")
     add("--shards", metavar="TARS", help="directory, braces, glob or .tar (default: where tools/embed.py read them)")
-    goal = parser.add_mutually_exclusive_group(required=True)
-    goal.add_argument(
-        "--target-keep", type=share_of_all, metavar="SHARE", help="share of samples to keep; searches the threshold"
-    )
-    goal.add_argument(
-        "--threshold", type=real(0, 2), help="Euclidean distance of unit embeddings below which a pair is linked"
-    )
-    goal.add_argument(
-        "--eps", type=real(0, 2), help="link pairs of a cosine above 1 - EPS, as in SemDeDup: --threshold sqrt(2 EPS)"
-    )
-    add(
-        "--link",
-        choices=("components", "greedy", "semdedup"),
-        default="components",
-        help="components (default): connected components of the links; greedy: keep a sample unless it is linked to "
-        "a preferred one that is kept; semdedup: unless it is linked to a preferred one, kept or removed",
-    )
-    add(
-        "--keep",
-        choices=("nearest", "farthest", "random", "caption"),
-        default="nearest",
-        help="which sample of a group is kept: nearest to the centroid (default), farthest from it, any, or the one "
-        "with the best image-text cosine",
-    )
-    add("--cap", type=positive, metavar="N", help="samples kept per cluster, at most (default: no limit)")
-    add(
-        "--neighbor-clusters",
-        type=natural,
-        default=0,
-        metavar="M",
-        help="also compare every sample with the M other clusters whose centroids are nearest to it: copies can lie on "
-        "both sides of a border (default 0; 4 finds nearly all)",
-    )
+    linking_arguments(parser)
     add("--seed", type=seed_number, default=0, help="of --keep random and of the threshold search (default 0)")
     add(
         "--search-rows",
@@ -100,6 +68,46 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--gallery-groups", type=natural, default=40, metavar="N", help="groups shown in gallery.html (default 40)")
     accept_launcher_arguments(parser)
     return parser.parse_args(argv)
+
+
+def linking_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say which samples are near and which of them are kept."""
+    add = parser.add_argument
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument(
+        "--target-keep", type=share_of_all, metavar="SHARE", help="share of samples to keep; searches the threshold"
+    )
+    goal.add_argument(
+        "--threshold",
+        type=real(0, 2),
+        help="Euclidean distance below which a pair is linked; of unit embeddings, so it says the same as a cosine",
+    )
+    goal.add_argument(
+        "--eps", type=real(0, 2), help="link pairs of a cosine above 1 - EPS, as in SemDeDup: --threshold sqrt(2 EPS)"
+    )
+    add(
+        "--link",
+        choices=("components", "greedy", "semdedup"),
+        default="components",
+        help="components (default): connected components of the links; greedy: keep a sample unless it is linked to "
+        "a preferred one that is kept; semdedup: unless it is linked to a preferred one, kept or removed",
+    )
+    add(
+        "--keep",
+        choices=("nearest", "farthest", "random", "caption", "medoid"),
+        default="nearest",
+        help="which sample of a group is kept: nearest to the centroid (default), farthest from it, any, the one with "
+        "the best image-text cosine, or the medoid: nearest to the mean of its group (with --link components)",
+    )
+    add("--cap", type=positive, metavar="N", help="samples kept per cluster, at most (default: no limit)")
+    add(
+        "--neighbor-clusters",
+        type=natural,
+        default=0,
+        metavar="M",
+        help="also compare every sample with the M other clusters whose centroids are nearest to it: copies can lie on "
+        "both sides of a border (default 0; 4 finds nearly all)",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

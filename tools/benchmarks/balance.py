@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--neighbor-clusters", type=natural, nargs="*", default=[0, 4], help="as in tools/balance.py; a run for each"
     )
     parser.add_argument("--link", choices=("components", "greedy"), default="components", help="as in tools/balance.py")
+    parser.add_argument("--keep", choices=("nearest", "medoid"), default="nearest", help="as in tools/balance.py")
     parser.add_argument(
         "--large", type=natural, default=0, help="also run one cluster with this many members (the limit is for 300000)"
     )
@@ -132,9 +133,10 @@ def _stages(args: argparse.Namespace, n: int, k: int, neighbor_clusters: list[in
         rows_of_runs = []
         for neighbors in neighbor_clusters:
             out = folder / f"balance-{neighbors}"
-            request = {name: getattr(args, name) for name in ("threshold", "link", "threads", "clock")}
+            request = {name: getattr(args, name) for name in ("threshold", "link", "keep", "threads", "clock")}
             request |= {"folder": str(folder), "out": str(out), "neighbor_clusters": neighbors}
             row: Row = {"rows": n, "k": k, "dim": args.dim, "neighbor_clusters": neighbors, "link": args.link}
+            row["keep"] = args.keep
             row |= ask_process("benchmarks.balance", request, {})
             if "skipped" not in row:
                 masks = [
@@ -164,9 +166,8 @@ def main() -> None:
     request: dict[str, Any] = json.loads(sys.argv[1])
     torch.set_num_threads(request["threads"])
     torch.mm(torch.ones(8, 8), torch.ones(8, 8))  # allocate the library's own buffers before counting
-    settings = BalanceSettings(
-        threshold=request["threshold"], link=request["link"], neighbor_clusters=request["neighbor_clusters"]
-    )
+    names = ("threshold", "link", "keep", "neighbor_clusters")
+    settings = BalanceSettings(**{name: request[name] for name in names})
     folder, clock = Path(request["folder"]), clock_of(argparse.Namespace(clock=request["clock"]))
     own, began = anonymous_bytes(), clock()
     with PeakAnonymous() as peak:

@@ -21,7 +21,7 @@ from megacid.offline.nearest import Assigner
 from megacid.offline.rows import Rows
 from megacid.storage.stage_directory import PartialResults
 
-Keep = Literal["nearest", "farthest", "random", "caption"]
+Keep = Literal["nearest", "farthest", "random", "caption", "medoid"]
 FARTHEST = 2.0  # the largest distance of two unit vectors
 
 
@@ -49,6 +49,11 @@ class BalanceSettings:
         for name, value, choices in (("link", self.link, get_args(Link)), ("keep", self.keep, get_args(Keep))):
             if value not in choices:
                 raise UserError(f"--{name} is {value!r}, expected one of {', '.join(choices)}")
+        if self.keep == "medoid" and self.link != "components":
+            raise UserError(
+                f"--link is {self.link!r}, expected components with --keep medoid, since the other rules need an order "
+                "of preference before there are groups: take --link components or another --keep"
+            )
         if self.cap is not None and self.cap < 1:
             raise UserError(f"--cap is {self.cap}, expected at least 1 sample per cluster")
         if self.neighbor_clusters < 0:

@@ -1,7 +1,8 @@
 """Image semantic balance: which samples are kept, and which of them represents each of the others.
 
 Inside every cluster, near pairs are linked and one sample per group is kept (`linking`); the threshold is given, or
-searched for a target share (`threshold_search`); a second pass links groups of neighbouring clusters (`cross_cluster`).
+searched for a target share (`threshold_search`); a second pass links groups of neighbouring clusters (`cross_cluster`);
+each group may then be represented by its medoid (`medoids`).
 
 Legend: n samples with an embedding, in order of the embedding partitions.
 """
@@ -20,6 +21,7 @@ from megacid.distributed.stopping import Progress, no_progress
 from megacid.offline.balance.context import BalanceContext, Keep
 from megacid.offline.balance.cross_cluster import find_candidates, link_neighbors
 from megacid.offline.balance.linking import check_unit
+from megacid.offline.balance.medoids import represent_by_medoids
 from megacid.offline.balance.threshold_search import (
     MAX_PASSES,
     SHARE_TOLERANCE,
@@ -45,7 +47,8 @@ class Decision:
     threshold: float  # Euclidean distance below which pairs were linked
     curve: Curve  # points visited by the search; empty when the threshold was given
     searched_rows: int  # samples the threshold was searched on, 0 when it was given
-    first_pass: np.ndarray  # int64 [n], representatives of the first pass; `representative` itself without a second one
+    # int64 [n], representatives after the first pass, before medoids; `representative` itself without a second pass.
+    first_pass: np.ndarray
 
     @property
     def removed_across_clusters(self) -> int:
@@ -66,7 +69,7 @@ def preference(
     Raises:
         UserError: naming an embedding that is zero or not finite.
     """
-    if keep == "nearest":
+    if keep in ("nearest", "medoid"):  # with medoids this is the order of the cap alone
         return -score.astype(np.float32)
     if keep == "farthest":
         return score.astype(np.float32)
@@ -149,5 +152,9 @@ def _link(context: BalanceContext, threshold: float, curve: Curve, searched: int
         with context.stop_together():
             candidates = find_candidates(context, rows, threshold)
         representative = link_neighbors(context, representative, threshold, context.gather(candidates))
+    if settings.keep == "medoid":
+        merged = representative is not first_pass
+        representative = represent_by_medoids(context, representative)
+        first_pass = first_pass if merged else representative
     keep = clusters.keep_mask(representative, settings.cap)
     return Decision(keep, representative, threshold, curve, searched, first_pass)

@@ -1,0 +1,76 @@
+"""The medoid of every duplicate group: its sample nearest to the mean of the group's unit rows.
+
+It is also the sample whose squared distances to the others have the least sum: sum_j |x_i - x_j|^2 = m |x_i - mean|^2 +
+a constant. Means and distances are in float64 and blocks do not depend on the number of ranks, so neither do the bits.
+Of equally near samples the first row is the medoid. Both samples of a pair are equally near, so pairs are not read.
+
+Legend: n samples, m rows of some groups, G groups, B rows of a block, D width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megacid.failpoints import failpoint
+from megacid.offline.balance.context import BalanceContext
+from megacid.offline.balance.linking import UnitRows
+
+_BLOCK_ROWS = 4096  # rows in float64 at once; with their means they take 0.1 GB at D = 1280
+_PART_ROWS = 8192  # rows in one partial result, which may have twice as many, or one larger group
+_TIE = 1e-12  # squared distances this near to each other differ by rounding alone
+
+
+def represent_by_medoids(context: BalanceContext, representative: np.ndarray) -> np.ndarray:
+    """The representatives int64 [n] of the same groups, each the medoid of its group. A collective.
+
+    Args:
+        representative: int64 [n], a row of its group for every row; that row is its own.
+
+    Raises:
+        UserError: naming an embedding that is zero or not finite.
+    """
+    removed = np.flatnonzero(representative != np.arange(len(representative)))
+    rows = np.concatenate([removed, np.unique(representative[removed])])
+    rows = rows[np.lexsort((rows, representative[rows]))]
+    starts = np.flatnonzero(np.diff(representative[rows], prepend=-1, append=-1))
+    sizes, medoid = np.diff(starts), rows[starts[:-1]]
+    read = np.flatnonzero(sizes > 2)
+    mine = [np.empty(0, np.int64)]
+    with context.stop_together():
+        for low, high in context.parts(sizes[read] / _PART_ROWS * context.part_pairs):
+            name = f"medoids-{low}-{high}"
+            part = context.load(name, (high - low,))
+            if part is None:
+                part = _medoids(context, [rows[starts[group] : starts[group + 1]] for group in read[low:high]])
+                context.save(name, part)
+                failpoint("balance:medoids", step=low)
+            mine.append(part)
+    medoid[read] = context.gather(np.concatenate(mine))
+    out = representative.copy()
+    out[rows] = np.repeat(medoid, sizes)
+    return out
+
+
+def _medoids(context: BalanceContext, groups: list[np.ndarray]) -> np.ndarray:
+    """The medoid of each group, int64 [G]. groups: int64, rows ascending, none empty."""
+    rows, sizes = np.concatenate(groups), np.array([len(group) for group in groups])
+    group = np.repeat(np.arange(len(groups)), sizes)
+    unit: UnitRows | Tensor = UnitRows(context.rows, rows, torch.device("cpu"))
+    if len(rows) <= 2 * _PART_ROWS:
+        unit = unit[:]  # a larger group is read in blocks, twice
+    blocks = [slice(low, low + _BLOCK_ROWS) for low in range(0, len(rows), _BLOCK_ROWS)]
+    mean_GD = np.zeros((len(groups), context.rows.dim))
+    for block in blocks:
+        context.progress(0)
+        first = np.flatnonzero(np.diff(group[block], prepend=-1))
+        mean_GD[group[block][first]] += np.add.reduceat(unit[block].double().numpy(), first, axis=0)
+    mean_GD /= sizes[:, None]
+    distance = np.empty(len(rows))
+    for block in blocks:
+        context.progress(0)
+        distance[block] = ((unit[block].double().numpy() - mean_GD[group[block]]) ** 2).sum(1)
+    least = np.minimum.reduceat(distance, np.cumsum(sizes) - sizes)
+    near = np.flatnonzero(distance <= least[group] + _TIE)
+    return rows[near[np.unique(group[near], return_index=True)[1]]]
