@@ -293,6 +293,7 @@ class LossComputation:
             block.release_rows()
             if take is not None:
                 take(start, stop, block.norm_backward_(chunk.add_gradient_of_w(None, block, start, stop)))
+            del block  # before the rows of the next slab are copied
 
     def _recomputed(self, chunk: SampleChunk, start: int, stop: int) -> ClassBlock:
         block = self.engine.block(start, stop, True)
@@ -309,6 +310,7 @@ class LossComputation:
             for start, stop in self.plan.slabs:
                 block = self._recomputed(chunk, start, stop)
                 take(start, stop, block.norm_backward_(chunk.add_gradient_of_w(None, block, start, stop)))
+                del block
 
     def _store_results(self, chunk: SampleChunk, part: slice) -> None:
         assert chunk.raw is not None

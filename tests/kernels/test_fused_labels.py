@@ -189,6 +189,8 @@ def test_several_products_are_one_pass_of_the_gradient_of_x(device: str) -> None
         more = [(products[i], factors[i]) for i in range(1, count)]
         got = finish_x_(products[0].clone(), factors[0], *rest, more=more)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="13 rows of w are used, expected 5: pass rows with the row of each slot"):
+        finish_x_(products[0], factors[0], zero, zero, x, inverse, x, None, inverse[:5], slot)
 
 
 @on_devices

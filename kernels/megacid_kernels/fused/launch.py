@@ -165,8 +165,8 @@ def check_class_rows(w_LD: Tensor, rows_S: Tensor | None, inverse_w_S: Tensor, n
     """inverse_w [S] after checking w, the rows of it that are used, and 1 / their lengths: S = `num_slots`, the width
     and device of `like` [n, D]. Raises ValueError."""
     check_matrix("w", w_LD, ROW_DTYPES, (len(w_LD), like.shape[1]), like)
-    if check_rows(rows_S, len(w_LD), like) != num_slots:
-        raise ValueError(f"rows selects {check_rows(rows_S, len(w_LD), like)} rows of w, expected {num_slots}")
+    if (used := check_rows(rows_S, len(w_LD), like)) != num_slots:
+        raise ValueError(f"{used} rows of w are used, expected {num_slots}: pass rows with the row of each slot")
     return check_column("inverse_w", inverse_w_S, num_slots, torch.float32, like)
 
 
