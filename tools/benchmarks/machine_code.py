@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> Report:
                     row |= described(launches[0], kernel.work, args.architecture)
                     rows.append(row | compared(row, times.get((name, shape.option))))
     print_table(rows, RESOURCES)
+    print("\nInstructions up to the last matrix instruction / after it. Loads, stores and copies: count x bits.")
     print_table(rows, INSTRUCTIONS)
     if args.architecture in RATES:
         print(f"\n{assumptions(args.architecture)}")
@@ -205,7 +206,6 @@ RESOURCES = _NAME | {
     "shared KiB:": lambda row: f"{row['shared_bytes'] / 1024:.1f}",
     "programs per multiprocessor (limited by)": residency,
 }
-# "a / b": up to the last matrix instruction / after it.
 INSTRUCTIONS = _NAME | {
     "instructions:": _both("total"),
     "matrix:": lambda row: f"{row.get('before_matrix', 0.0):.0f}",
