@@ -11,7 +11,6 @@ import contextlib
 import functools
 import importlib
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -46,9 +45,10 @@ def absent_gpu(architecture: str) -> Iterator[list[Launch]]:
     try:
         driver: Any = importlib.import_module("triton.runtime").driver
         function: Any = importlib.import_module("triton.runtime.jit").JITFunction
-        target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", number_of(architecture), 32)
+        make_target = importlib.import_module("triton.backends.compiler").GPUTarget
     except ImportError as error:
         raise UserError(f"Triton cannot be imported ({error}): install triton, which compiles the kernels") from error
+    target = make_target("cuda", int(architecture.removeprefix("sm_")), 32)
     launches: list[Launch] = []
     run = function.run
 
@@ -74,8 +74,3 @@ def absent_gpu(architecture: str) -> Iterator[list[Launch]]:
         ):
             patches.enter_context(mock.patch.object(owner, name, value))
         yield launches
-
-
-def number_of(architecture: str) -> int:
-    """90 for "sm_90"."""
-    return int(re.sub(r"\D", "", architecture))

@@ -40,10 +40,10 @@ class Rates(NamedTuple):
     warp_instructions_per_s: float
 
 
-# Data sheet of the H100 SXM: 989 TFLOP/s of dense bf16 products and 3.35 TB/s. With 4096 FLOP per cycle on each of 132
+# Data sheet of the H100 SXM: 989 TFLOP/s of dense bf16 products and 3.35 TB/s. With 4096 FLOP per cycle on each of its
 # multiprocessors (Hopper white paper) that is a clock of 1.83 GHz.
 H100_SHEET_FLOP_PER_S, H100_SHEET_BYTES_PER_S = 989e12, 3.35e12
-_H100_CLOCK_HZ = H100_SHEET_FLOP_PER_S / (132 * 4096)
+_H100_CYCLES_PER_S = H100_SHEET_FLOP_PER_S / 4096  # of all multiprocessors together
 # Measured on an H100 80GB HBM3, torch 2.11: a bf16 product of 8192 x 8192 x 8192, and a device copy.
 H100_FLOP_PER_S, H100_BYTES_PER_S = 798e12, 3.0e12
 _SPECIAL_PER_CYCLE = 16  # per multiprocessor, CUDA C++ programming guide, throughput of arithmetic instructions
@@ -52,8 +52,8 @@ RATES = {
         "H100",
         H100_FLOP_PER_S,
         H100_BYTES_PER_S,
-        132 * _SPECIAL_PER_CYCLE * _H100_CLOCK_HZ,
-        132 * _SCHEDULERS * _H100_CLOCK_HZ,
+        _SPECIAL_PER_CYCLE * _H100_CYCLES_PER_S,
+        _SCHEDULERS * _H100_CYCLES_PER_S,
     )
 }
 
