@@ -28,18 +28,21 @@ from megacid.classifier.row_state import (
     MissingRowsError,
     ReadRows,
     copy_rows,
+    read_rows,
     round_to_bf16,
     rounding_bits,
     rounding_keys,
+    sqrt,
+    write_rows,
 )
 from megacid.errors import UserError
 
 Moments = Literal["fp32", "bf16"]
 Lazy = Literal["none", "decay"]
 
-# Bytes of fp32 rows per block. On a CPU (per thread) a block and its temporaries fit the core's cache; on a GPU a block
-# is large enough to hide kernel launches.
-_CPU_BLOCK_BYTES, _GPU_BLOCK_BYTES = 1 << 18, 1 << 26
+# Bytes of fp32 rows per block. On a CPU (per thread) a block and its temporaries mostly fit the core's cache and hide the
+# calls; on a GPU a block is large enough to hide kernel launches.
+_CPU_BLOCK_BYTES, _GPU_BLOCK_BYTES = 1 << 19, 1 << 26
 # The decay clock counts integer units of 2^-44. Integer sums do not round, so a resumed run whose clock starts at zero
 # gets the same differences, and the factors are exact to 2^-45 per step.
 _DECAY_UNIT = 1 << 44
@@ -184,11 +187,11 @@ class RowOptimizer(HeadOptimizer):
                 torch.mul(grad_SD[part], grad_scale, out=grad)
             else:
                 grad = grad_SD[part]
-            weight = _read_rows(self.head.weight, where, spare_weight)
-            moments = [_read_rows(state, where, buffer) for state, buffer in zip(stored, spare_averages)]
+            weight = read_rows(self.head.weight, where, spare_weight)
+            moments = [read_rows(state, where, buffer) for state, buffer in zip(stored, spare_averages)]
             cut = tuple(factor[part] if isinstance(factor, Tensor) else factor for factor in factors)
             self._update(weight, moments, grad, spare, cut)
-            _write_rows(self.head.weight, where, weight)
+            write_rows(self.head.weight, where, weight)
             if keys is not None:
                 # The weight is written back: its buffer and `spare` are free.
                 bits = rounding_bits(keys[0][part], keys[1], spare.view(torch.int32), spare_weight.view(torch.int32))
@@ -196,7 +199,7 @@ class RowOptimizer(HeadOptimizer):
                 halves = bits & 0xFFFF, bits.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
                 moments = [round_to_bf16(moment, half) for moment, half in zip(moments, halves)]
             for state, moment in zip(stored, moments):
-                _write_rows(state, where, moment)
+                write_rows(state, where, moment)
 
     def state_rows(self) -> dict[str, Tensor]:
         """This rank's state for a checkpoint: the moments, fp32 or bf16 [L, D], and "updates" int32 [L]; with lazy =
@@ -243,24 +246,6 @@ class RowOptimizer(HeadOptimizer):
 def _block_rows(grad_SD: Tensor) -> int:
     size = _CPU_BLOCK_BYTES * torch.get_num_threads() if grad_SD.device.type == "cpu" else _GPU_BLOCK_BYTES
     return max(1, size // (4 * grad_SD.shape[1]))
-
-
-def _read_rows(state_LD: Tensor, where: slice | Tensor, buffer_bD: Tensor) -> Tensor:
-    """Rows `where` in fp32: a view if possible, else a copy in the buffer."""
-    if isinstance(where, slice):
-        rows = state_LD[where]
-        return rows if rows.dtype == torch.float32 else buffer_bD.copy_(rows)
-    if state_LD.dtype == torch.float32:
-        return torch.index_select(state_LD, 0, where, out=buffer_bD)
-    return buffer_bD.copy_(state_LD.index_select(0, where))
-
-
-def _write_rows(state_LD: Tensor, where: slice | Tensor, rows_bD: Tensor) -> None:
-    """Write back the result of `_read_rows`, unless it is a view of the state."""
-    if not isinstance(where, slice):
-        state_LD.index_copy_(0, where, rows_bD)
-    elif state_LD.dtype != torch.float32:
-        state_LD[where] = rows_bD
 
 
 def _column(x_S: Tensor) -> Tensor:
@@ -329,7 +314,7 @@ class RowAdamW(RowOptimizer):
         keep1, keep2, shrink, rate, eps = factors
         mean.mul_(keep1).add_(grad_bD, alpha=1 - beta1)
         square.mul_(keep2).addcmul_(grad_bD, grad_bD, value=1 - beta2)
-        torch.sqrt(square, out=spare_bD).add_(eps)
+        sqrt(square, out=spare_bD).add_(eps)
         torch.div(mean, spare_bD, out=spare_bD)
         assert isinstance(rate, Tensor)
         weight_bD.mul_(shrink).addcmul_(spare_bD, rate, value=-1)

@@ -400,7 +400,7 @@ def test_step_once_compared_with_itself(
     [
         ("head", ["--shapes", "2000,16,8,1"], {"eager", "eager-tuned", "megacid"}),
         ("scale", ["--shapes", "2000,16,8,0.5"], {"eager", "megacid"}),
-        ("optimizer", ["--shapes", "2000,16,8,0.2"], {"rows", "kernel", "dense", "dense-S"}),
+        ("optimizer", ["--shapes", "2000,16,8,0.2"], {"rows", "rows-decay", "kernel", "dense", "dense-S"}),
         ("contrastive", ["--shapes", "64,16"], {"megacid", "materialised"}),
     ],
 )

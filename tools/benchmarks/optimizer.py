@@ -2,10 +2,11 @@
 
 Legend: L classes, D width, S sampled rows.
 
-rows      RowAdamW or RowSGD, as the trainer calls it
-kernel    the fused Triton kernel alone (GPU only)
-dense     torch.optim, fused, over all L rows with a dense gradient
-dense-S   the same over a matrix of S rows: the cost of the bytes alone, without sampling
+rows        RowAdamW or RowSGD, as the trainer calls it
+rows-decay  the same with lazy = "decay"
+kernel      the fused Triton kernel alone (GPU only)
+dense       torch.optim, fused, over all L rows with a dense gradient
+dense-S     the same over a matrix of S rows: the cost of the bytes alone, without sampling
 
 GB/s counts what a step must read and write: of S rows, or of all L for dense. "of copy" divides it by the rate of a
 copy of the weights on the same device. The first step of every provider is compared with float64 before any is timed.
@@ -26,11 +27,12 @@ from benchmarks import measure
 from benchmarks.classifier_providers import SCALE, SEED, Shape, class_rows, implementation
 from benchmarks.suite import Limit, Report, Row, gpu_code, make_report, of_gpu_code, print_table
 from megacid import PartialFC, RowAdamW, RowSGD
+from megacid.classifier.row_optimizer import Lazy
 from megacid.classifier.row_state import rounding_keys
 from megacid.errors import UserError
 
 HELP = "row-sparse AdamW and SGD compared with dense optimizers: time, bytes per second, fraction of a device copy"
-SHAPES = {"cpu": [Shape(100_000, 256, 256, 0.1)], "cuda": [Shape(1_000_000, 512, 4096, 0.1)]}
+SHAPES = {"cpu": [Shape(100_000, 256, 256, rate) for rate in (0.1, 1.0)], "cuda": [Shape(1_000_000, 512, 4096, 0.1)]}
 LR, BETAS, EPS, DECAY, MOMENTUM = 1e-3, (0.9, 0.98), 1e-8, 0.05, 0.9
 MIN_COPY_FRACTION = 0.75
 ROUNDS = 3
@@ -68,13 +70,13 @@ class Case:
         return head
 
 
-def rows_step(case: Case, kind: str, moments: Any) -> Step:
+def rows_step(case: Case, kind: str, moments: Any, *, lazy: Lazy = "none") -> Step:
     head = case.head()
     optimizer: RowAdamW | RowSGD
     if kind == "adamw":
-        optimizer = RowAdamW(head, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, moments=moments)
+        optimizer = RowAdamW(head, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, moments=moments, lazy=lazy)
     else:
-        optimizer = RowSGD(head, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, moments=moments)
+        optimizer = RowSGD(head, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, moments=moments, lazy=lazy)
     return Step(optimizer.step, lambda: head.weight[case.rows], case.grad.numel())
 
 
@@ -124,6 +126,7 @@ class Provider(NamedTuple):
 
 PROVIDERS = {
     "rows": Provider(rows_step, ("fp32", "bf16")),
+    "rows-decay": Provider(functools.partial(rows_step, lazy="decay")),
     "kernel": Provider(kernel_step, ("fp32", "bf16")),
     "dense": Provider(functools.partial(dense_step, of_all=True)),
     "dense-S": Provider(functools.partial(dense_step, of_all=False)),
