@@ -40,8 +40,8 @@ from megacid.errors import UserError
 Moments = Literal["fp32", "bf16"]
 Lazy = Literal["none", "decay"]
 
-# Bytes of fp32 rows per block. On a CPU (per thread) a block and its temporaries mostly fit the core's cache and hide the
-# calls; on a GPU a block is large enough to hide kernel launches.
+# Bytes of fp32 rows per block. On a CPU (per thread) a block is small enough for the caches and large enough to hide
+# the cost of the calls; on a GPU it hides kernel launches.
 _CPU_BLOCK_BYTES, _GPU_BLOCK_BYTES = 1 << 19, 1 << 26
 # The decay clock counts integer units of 2^-44. Integer sums do not round, so a resumed run whose clock starts at zero
 # gets the same differences, and the factors are exact to 2^-45 per step.
