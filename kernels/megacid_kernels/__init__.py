@@ -3,7 +3,11 @@
 from megacid_kernels.affinity import affinity_cross_entropy
 from megacid_kernels.contrastive import contrastive_cross_entropy
 from megacid_kernels.cross_entropy import linear_margin_cross_entropy
-from megacid_kernels.discrimination import discrimination_with_gradients, linear_margin_discrimination
+from megacid_kernels.discrimination import (
+    discrimination_with_gradients,
+    linear_margin_discrimination,
+    through_norm_,
+)
 from megacid_kernels.engines.dispatch import resolve
 from megacid_kernels.loss_spec import LossSpec, TargetMargin, Weights
 from megacid_kernels.margin import Margin
@@ -25,4 +29,5 @@ __all__ = [
     "linear_margin_discrimination",
     "resolve",
     "sigmoid_cross_entropy",
+    "through_norm_",
 ]

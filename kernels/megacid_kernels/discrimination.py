@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megacid_kernels.checks import check_constants, check_inputs, check_label_values
 from megacid_kernels.engines.dispatch import check_precision, engine_for, resolve
-from megacid_kernels.engines.interface import EngineInputs
+from megacid_kernels.engines.interface import DeferredNorm, EngineInputs
 from megacid_kernels.loss_spec import LossSpec
 from megacid_kernels.plan import Sizes, make_plan, with_available_memory
 from megacid_kernels.precision import fp32_products
@@ -28,8 +28,10 @@ class _InForward(torch.autograd.Function):
         ctx: Any, x: Tensor, w: Tensor, target: Tensor, spec: LossSpec, options: dict[str, Any], grad_enabled: bool
     ) -> tuple[Tensor, ...]:
         need_x, need_w = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
-        grads = discrimination_with_gradients(x, w, target, spec, **options, need_x=need_x, need_w=need_w)
-        ctx.save_for_backward(grads.x, grads.w)
+        options = options | {"need_x": need_x, "need_w": need_w, "defer_norm": True}
+        grads = discrimination_with_gradients(x, w, target, spec, **options)
+        # w itself: autograd then refuses a backward after w has changed.
+        ctx.save_for_backward(grads.x, grads.w, *(() if grads.norm is None else (w, grads.norm.inverse)))
         ctx.dtypes = x.dtype, w.dtype
         ctx.mark_non_differentiable(*grads.result[1:])
         ctx.set_materialize_grads(False)  # else backward allocates zeros as the gradients of the statistics
@@ -37,8 +39,16 @@ class _InForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads = [None if g is None else scaled(g, grad_loss, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
-        return grads[0], grads[1], None, None, None, None
+        (grad_x, grad_w, *norm), (x_dtype, w_dtype) = ctx.saved_tensors, ctx.dtypes
+        x = None if grad_x is None else scaled(grad_x, grad_loss, x_dtype)
+        w = None
+        if norm:
+            rows, inverse = norm
+            w = torch.empty_like(rows)  # not in place: there may be another backward
+            through_norm_(grad_w, DeferredNorm(rows, None, inverse), grad_loss, w)
+        elif grad_w is not None:
+            w = scaled(grad_w, grad_loss, w_dtype)
+        return x, w, None, None, None, None
 
 
 def linear_margin_discrimination(
@@ -84,6 +94,23 @@ def linear_margin_discrimination(
     return Discrimination(*_InForward.apply(x, w, target, spec, options, torch.is_grad_enabled()))
 
 
+def through_norm_(grad_SD: Tensor, norm: DeferredNorm, factor: Tensor, out_SD: Tensor | None = None) -> Tensor:
+    """Finish a gradient whose norm was deferred, see `discrimination_with_gradients`.
+
+    Args:
+        grad_SD: `Gradients.w`. Overwritten without `out_SD`.
+        norm: `Gradients.norm`. Its class rows must be those of the forward.
+        factor: 0-d, the gradient of the loss. Multiplies the result.
+        out_SD: for the result, rounded once to its dtype.
+
+    Returns:
+        The squared length of every row of the result, fp32 [S].
+    """
+    from megacid_kernels.fused import rows_through_norm_  # the one engine that defers it needs triton
+
+    return rows_through_norm_(grad_SD, *norm, factor=factor.float(), out_SD=out_SD)
+
+
 def discrimination_with_gradients(
     x: Tensor,
     w: Tensor,
@@ -99,6 +126,7 @@ def discrimination_with_gradients(
     gather: bool = False,
     on_grad_x: OnGradX | None = None,
     on_grad_slab: OnGradientSlab | None = None,
+    defer_norm: bool = False,
 ) -> Gradients:
     """`linear_margin_discrimination` without autograd: the loss and its gradients at once.
 
@@ -114,6 +142,8 @@ def discrimination_with_gradients(
             over the ranks can overlap.
         on_grad_slab: called with (start, stop, gradient of rows [start, stop) of the S): per slab with a recomputed
             gradient, else once. The whole gradient then never exists and `Gradients.w` is None.
+        defer_norm: leave the norm's backward to `through_norm_`, which multiplies by the gradient of the loss as well;
+            `Gradients.norm` says whether it is left: with Triton and a stored gradient that no `on_grad_slab` takes.
 
     Raises:
         ValueError: as in `linear_margin_discrimination`; or `spec.precision` is not available in PyTorch.
@@ -131,13 +161,12 @@ def discrimination_with_gradients(
     spec = with_available_memory(spec, x.device, spec.max_rows or sizes.rows, sizes.width)
     plan = make_plan(spec, sizes, chosen, device, gradients)
     with torch.no_grad(), torch.autocast(device, enabled=False), fp32_products("ieee"):
-        inputs = EngineInputs(
-            w, rows if gather else None, bias, spec, plan.kind == "stored", overwrite_w and not gather
-        )
+        used, overwrite_w = rows if gather else None, overwrite_w and not gather
+        inputs = EngineInputs(w, used, bias, spec, plan.kind == "stored", overwrite_w)
         engine = engine_for(chosen, inputs, wide)
         batch = Batch(engine, spec, x.to(wide), target_Gl, rows, None if teacher is None else teacher.to(wide))
         computation = LossComputation(engine, spec, plan, batch)
-        grads = computation.compute(need_x, need_w, on_grad_x, on_grad_slab if need_w else None)
+        grads = computation.compute(need_x, need_w, on_grad_x, on_grad_slab if need_w else None, defer_norm)
         if target.ndim == 1:
             grads = grads._replace(result=grads.result._replace(target_cosine=grads.result.target_cosine[:, 0]))
         again = plan.kind == spec.weight_grad == "recomputed"  # not for slabs that "auto" chose: they would keep memory

@@ -33,7 +33,14 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
-from megacid_kernels.engines.interface import ClassBlock, Engine, NegativeStatistics, Samples, TargetGradient
+from megacid_kernels.engines.interface import (
+    ClassBlock,
+    DeferredNorm,
+    Engine,
+    NegativeStatistics,
+    Samples,
+    TargetGradient,
+)
 from megacid_kernels.epilogue import Coefficients
 from megacid_kernels.loss_spec import Distribution, LossSpec
 from megacid_kernels.plan import Plan
@@ -70,6 +77,7 @@ class Gradients(NamedTuple):
         result: the detached loss and statistics.
         x: [G, D] this shard's partial sum of the gradient of x, float32 (float64); None if not requested.
         w: [S, D] gradient of w, float32 (float64); None if not requested or passed to `on_grad_slab`.
+        norm: if not None, w is the gradient of the unit rows, and `through_norm_` makes the gradient of w of it.
         each_slab: with weight_grad "recomputed", a function that calls take(start, stop, slab) for every slab of the
             gradient of w again, with the same bits. It reads the rows of a slab when its turn comes, so rows of earlier
             slabs may have changed by then. None otherwise.
@@ -78,6 +86,7 @@ class Gradients(NamedTuple):
     result: Discrimination
     x: Tensor | None
     w: Tensor | None
+    norm: DeferredNorm | None = None
     each_slab: Callable[[OnGradientSlab], None] | None = None
 
 
@@ -224,15 +233,20 @@ class LossComputation:
         self._chunk: SampleChunk | None = None  # of the whole batch, for `each_slab`
 
     def compute(
-        self, need_x: bool, need_w: bool, on_grad_x: OnGradX | None = None, on_grad_slab: OnGradientSlab | None = None
+        self,
+        need_x: bool,
+        need_w: bool,
+        on_grad_x: OnGradX | None = None,
+        on_grad_slab: OnGradientSlab | None = None,
+        defer_norm: bool = False,
     ) -> Gradients:
-        """The loss and the requested gradients; callbacks as in `discrimination_with_gradients`."""
-        take = on_grad_slab or (self._assemble if need_w else None)
+        """The loss and the requested gradients; arguments as in `discrimination_with_gradients`."""
+        take, norm = on_grad_slab or (self._assemble if need_w else None), None
         if self.plan.kind == "stored":
-            self._compute_chunks(need_x, take, on_grad_x)
+            norm = self._compute_chunks(need_x, take, on_grad_x, defer_norm and on_grad_slab is None)
         else:
             self._compute_slabs(need_x, take, on_grad_x)
-        return Gradients(self._result(), self._grad_x, self._grad_w)
+        return Gradients(self._result(), self._grad_x, self._grad_w, norm)
 
     def _result(self) -> Discrimination:
         """The loss and the statistics; those that no term or filter needed have their neutral values."""
@@ -247,7 +261,9 @@ class LossComputation:
             removed = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         return Discrimination(loss, raw, cosine, largest, removed)
 
-    def _compute_chunks(self, need_x: bool, take: OnGradientSlab | None, on_grad_x: OnGradX | None) -> None:
+    def _compute_chunks(
+        self, need_x: bool, take: OnGradientSlab | None, on_grad_x: OnGradX | None, defer_norm: bool
+    ) -> DeferredNorm | None:
         rows = self.engine.num_rows
         block, grad_w = self.engine.block(0, rows, True), None
         for part in self.plan.chunks:
@@ -269,9 +285,15 @@ class LossComputation:
                 grad_w = chunk.add_gradient_of_w(grad_w, block, 0, rows)
         if not self.plan.chunks and need_x:
             self._finish_x(None, slice(0, 0), on_grad_x)
-        if take is not None:
-            x = self.batch.student.x
-            take(0, rows, x.new_zeros(rows, x.shape[1]) if grad_w is None else block.norm_backward_(grad_w))
+        if take is None:
+            return None
+        x, norm = self.batch.student.x, block.deferred_norm() if defer_norm else None
+        if grad_w is None:
+            grad_w = x.new_zeros(rows, x.shape[1])
+        elif norm is None:
+            grad_w = block.norm_backward_(grad_w)
+        take(0, rows, grad_w)
+        return norm
 
     def _compute_slabs(self, need_x: bool, take: OnGradientSlab | None, on_grad_x: OnGradX | None) -> None:
         whole = slice(0, len(self.batch.student.x))

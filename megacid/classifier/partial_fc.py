@@ -41,7 +41,7 @@ from megacid.distributed.collectives import (
 )
 from megacid.distributed.consensus import gather_json
 from megacid.errors import UserError
-from megacid_kernels import Discrimination, LossSpec, Weights, discrimination_with_gradients, resolve
+from megacid_kernels import Discrimination, LossSpec, Weights, discrimination_with_gradients, resolve, through_norm_
 from megacid_kernels.engines.dispatch import check_precision
 from megacid_kernels.margin import Margin
 from megacid_kernels.plan import Implementation, with_available_memory
@@ -342,6 +342,7 @@ class PartialFC(ClassRows):
             need_x=step.need_x, need_w=step.need_row_grad, overwrite_w=dims is not None,
             gather=rows is not None and dims is None, on_grad_x=start_scatter if step.scatter_x else None,
             on_grad_slab=add_norm if self._spec.weight_grad == "recomputed" else None,
+            defer_norm=self._spec.weight_grad != "recomputed",
         )  # fmt: skip
         return ForwardGradients(gradients, scatter[0]() if scatter else gradients.x, norm_sq)
 
@@ -356,10 +357,12 @@ class PartialFC(ClassRows):
 
         used = step.labels.rows
         rows = torch.arange(self.num_local, device=grad_loss.device) if used is None else used
-        each_slab, grad = forward.gradients.each_slab, forward.gradients.w
+        each_slab, grad, norm = forward.gradients.each_slab, forward.gradients.w, forward.gradients.norm
         if grad is not None:
             # In place: [S, D] is the largest tensor of the step.
-            new: RowGradient = StoredRowGradient(rows, widen(grad.mul_(grad_loss)).float())
+            norm_sq = None if norm is None else through_norm_(grad, norm, grad_loss).sum()
+            grad = grad.mul_(grad_loss) if norm is None else grad
+            new: RowGradient = StoredRowGradient(rows, widen(grad).float(), norm_sq)
         elif each_slab is not None:
             new = RecomputedRowGradient(rows, self.embed_dim, each_slab, forward.norm_sq, grad_loss.detach(), widen)
         else:

@@ -17,10 +17,10 @@ OnRowGradient = Callable[[Tensor, Tensor], object]  # (local row ids [n], gradie
 
 
 class StoredRowGradient:
-    """rows_S: local ids, sorted and unique; grad_SD: fp32."""
+    """rows_S: local ids, sorted and unique; grad_SD: fp32; norm_sq: its squared norm, 0-d fp32, if it is known."""
 
-    def __init__(self, rows_S: Tensor, grad_SD: Tensor):
-        self.rows, self._grad = rows_S, grad_SD
+    def __init__(self, rows_S: Tensor, grad_SD: Tensor, norm_sq: Tensor | None = None):
+        self.rows, self._grad, self._norm_sq = rows_S, grad_SD, norm_sq
         self._sparse: Tensor | None = None
 
     def add(self, other: StoredRowGradient, rows_U: Tensor | None, *, same_rows: bool) -> StoredRowGradient:
@@ -37,11 +37,14 @@ class StoredRowGradient:
         return StoredRowGradient(rows_U, total)
 
     def matrix(self) -> Tensor:
+        """The gradient, which the caller may change."""
+        self._norm_sq = None
         # An operation in place on a sparse tensor may give it other values.
         return self._grad if self._sparse is None else self._sparse._values()
 
     def sparse(self, num_rows: int) -> Tensor:
         """The gradient as a sparse tensor [num_rows, D] on the same memory."""
+        self._norm_sq = None
         if self._sparse is None:
             size = num_rows, self._grad.shape[1]
             # Without checks, which would synchronise with the device.
@@ -57,6 +60,8 @@ class StoredRowGradient:
         self.matrix().mul_(factor)
 
     def norm_sq(self) -> Tensor:
+        if self._norm_sq is not None:
+            return self._norm_sq
         if self._grad.device.type == "cpu":
             return self.matrix().square().sum()
         return torch.linalg.vector_norm(self.matrix()).square()  # without a second [S, D]

@@ -144,7 +144,7 @@ def label_builds() -> Iterator[Build]:
         yield from finish_x_builds(x, column, w)
         call = functools.partial(difference_along, x, x, x)
         yield Build(f"difference_along D={width}", "difference_along_kernel", call)
-        call = functools.partial(rows_through_norm_, *w[:1], *w)
+        call = functools.partial(rows_through_norm_, *w[:1], *w, factor=_empty(1))
         yield Build(f"rows_through_norm D={width}", "rows_through_norm_kernel", call)
         call = functools.partial(add_labels_, w[0], label_order(slot, own), each, each, x, column, *w)
         yield Build(f"add_labels D={width}", "add_labels_kernel", call)

@@ -542,13 +542,19 @@ def test_rows_go_through_the_norm_and_give_their_squared_length(width: int, tile
         inverse = torch.where(chosen.norm(dim=1) > 0, 1 / chosen.norm(dim=1), 0)
         plain = through_norm(part, chosen * inverse[:, None], inverse)
         want = through_norm(part.double(), chosen.double() * inverse.double()[:, None], inverse.double())
-        got = part.to(device)
+        got = part.to(device, copy=True)
         square = rows_through_norm_(
             got, w.to(device), None if rows is None else rows.to(device), inverse.to(device), tile=tile
         )
         assert_no_worse(got, plain, want, 1e-6, terms=want.abs().amax(1, keepdim=True))
         assert_no_worse(square, plain.square().sum(1), want.square().sum(1), 1e-6)
         assert not square[(chosen == 0).all(1).to(device)].any()
+        # Times the gradient of the loss, into another matrix, rounded once.
+        factor, out = torch.tensor(3.0, device=device), torch.empty_like(got, dtype=torch.bfloat16)
+        given = part.to(device, copy=True), w.to(device), None if rows is None else rows.to(device), inverse.to(device)
+        larger = rows_through_norm_(*given, factor=factor, out_SD=out, tile=tile)
+        assert torch.equal(given[0].cpu(), part) and torch.equal(out, (got * 3).bfloat16())
+        torch.testing.assert_close(larger, 9 * square, rtol=1e-6, atol=0)
 
 
 def by_float64(x: Tensor, w: Tensor, y: Tensor, margin: Margin, scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -63,6 +63,14 @@ class NegativeStatistics(NamedTuple):
     removed: Tensor | None  # [b] int64, negatives removed by the filter; None without a filter
 
 
+class DeferredNorm(NamedTuple):
+    """What the backward of the norm of class rows still needs, see `discrimination.through_norm_`."""
+
+    w: Tensor  # [L, D] fp32, fp16 or bf16
+    rows: Tensor | None  # int64 [S] those that are used; None: all
+    inverse: Tensor  # [S] 1 / their length
+
+
 class ClassBlock(Protocol):
     """Class rows [start, stop) of an engine. Slots are counted from `start`."""
 
@@ -95,6 +103,10 @@ class ClassBlock(Protocol):
 
     def norm_backward_(self, grad_nD: Tensor) -> Tensor:
         """Backward of the row normalisation, in place: the sums above -> the gradient of w."""
+        ...
+
+    def deferred_norm(self) -> DeferredNorm | None:
+        """For a `norm_backward_` that the caller does later, together with its own factor; None if there is none."""
         ...
 
 

@@ -117,6 +117,9 @@ class TorchBlock:
                 part.addcmul_(w, along.mul_(inverse).mul_(inverse), value=-1)
         return grad_nD
 
+    def deferred_norm(self) -> None:
+        return None
+
 
 class TorchEngine:
     def __init__(self, inputs: EngineInputs, dtype: torch.dtype):

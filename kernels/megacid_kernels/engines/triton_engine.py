@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacid_kernels.engines.interface import EngineInputs, NegativeStatistics, Samples, TargetGradient
+from megacid_kernels.engines.interface import DeferredNorm, EngineInputs, NegativeStatistics, Samples, TargetGradient
 from megacid_kernels.epilogue import Coefficients, epilogue
 from megacid_kernels.fused.exponentials import exponentials
 from megacid_kernels.fused.exponentials_inplace import exponentials_
@@ -147,6 +147,9 @@ class TritonBlock:
     def norm_backward_(self, grad_nD: Tensor) -> Tensor:
         rows_through_norm_(grad_nD, self._w, self._gather, self.inverse)
         return grad_nD
+
+    def deferred_norm(self) -> DeferredNorm:
+        return DeferredNorm(self._w, self._gather, self.inverse)
 
 
 class TritonEngine:

@@ -10,7 +10,8 @@ x is added: where cos is close to +-1 and the margin's derivative is large, the 
 `finish_x_kernel`: one program per `tile.rows` samples. Reads the product, x and the rows of this rank's labels (8 + 4 l
 bytes per element), writes 4.
 `rows_through_norm_kernel`: one program per `tile.rows` of the S rows. Reads the gradient and w (8 bytes per element),
-writes 4 and the squared length of each row's gradient.
+writes 4 and the squared length of each row's gradient. It also multiplies by the gradient of the loss, so that takes no
+pass of its own.
 
 Each row is one program's; sums over D are in the order of the columns. Rows wider than 4096 are read twice.
 """
@@ -25,9 +26,11 @@ import triton.language as tl
 from torch import Tensor
 
 from megacid_kernels.fused.launch import (
+    INTERPRET,
     ROW_DTYPES,
     Tile,
     block_columns,
+    cast,
     check_column,
     check_label_terms,
     check_matrix,
@@ -152,14 +155,18 @@ def finish_x_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def rows_through_norm_kernel(
-    grad_ptr,  # [S, D] fp32, in and out
+    grad_ptr,  # [S, D] fp32
     w_ptr,  # [L, D] fp32, fp16 or bf16
     rows_ptr,  # [S] int64, or anything with HAS_ROWS = False
     inverse_ptr,  # [S] fp32
+    factor_ptr,  # [1] fp32, unused unless HAS_FACTOR
+    out_ptr,  # [S, D] fp32, fp16 or bf16 out; may be grad_ptr
     square_ptr,  # [S] fp32 out
     num_rows,
     D: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    INTERPRET: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -177,7 +184,9 @@ def rows_through_norm_kernel(
         column, mask = block_columns(start, inside, D, BLOCK)
         unit = tl.load(w_ptr + w_row + column, mask=mask, other=0.0).to(tl.float32) * inverse
         grad = (tl.load(grad_ptr + row + column, mask=mask, other=0.0) - unit * along) * inverse
-        tl.store(grad_ptr + row + column, grad, mask=mask)
+        if HAS_FACTOR:
+            grad *= tl.load(factor_ptr)
+        tl.store(out_ptr + row + column, cast(grad, out_ptr.dtype.element_ty, INTERPRET), mask=mask)
         squares += grad * grad
     tl.store(square_ptr + slot, tl.sum(squares, axis=1), mask=inside)
 
@@ -234,28 +243,41 @@ def finish_x_(
 
 
 def rows_through_norm_(
-    grad_SD: Tensor, w_LD: Tensor, rows_S: Tensor | None, inverse_S: Tensor, *, tile: Tile | None = None
+    grad_SD: Tensor,
+    w_LD: Tensor,
+    rows_S: Tensor | None,
+    inverse_S: Tensor,
+    *,
+    factor: Tensor | None = None,
+    out_SD: Tensor | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
-    """Turn the gradient of the unit rows into that of w[rows], in place.
+    """Turn the gradient of the unit rows into that of w[rows], in place or into `out_SD`.
 
     Args:
-        grad_SD: fp32, contiguous, with respect to w[rows] / |w[rows]|. Overwritten.
+        grad_SD: fp32, contiguous, with respect to w[rows] / |w[rows]|. Overwritten without `out_SD`.
         w_LD: fp32, fp16 or bf16, contiguous.
         rows_S: int64, each in [0, L); None: all rows, S = L.
         inverse_S: fp32, 1 / |w[rows]|; 0 for a zero row, whose gradient becomes 0.
+        factor: one fp32 number on the device, multiplies the result.
+        out_SD: fp32, fp16 or bf16, contiguous; rounded once.
         tile: None: `tile_of(D)`.
 
     Returns:
-        The squared length of every row's gradient, fp32 [S].
+        The squared length of every row of the result before it is rounded, fp32 [S].
     """
     check_matrix("w", w_LD, ROW_DTYPES)
     num_rows, width = check_rows(rows_S, len(w_LD), w_LD), w_LD.shape[1]
     check_matrix("grad", grad_SD, (torch.float32,), (num_rows, width), w_LD)
+    out = grad_SD if out_SD is None else out_SD
+    check_matrix("out", out, ROW_DTYPES, (num_rows, width), w_LD)
     inverse = check_column("inverse", inverse_S, num_rows, torch.float32, w_LD)
+    if factor is not None:
+        factor = check_column("factor", factor.reshape(-1), 1, torch.float32, w_LD)
     square = torch.empty(num_rows, dtype=torch.float32, device=w_LD.device)
     launch(
         rows_through_norm_kernel, num_rows, tile or tile_of(width),
-        grad_SD, w_LD, w_LD if rows_S is None else rows_S, inverse, square, num_rows,
-        D=width, HAS_ROWS=rows_S is not None,
+        grad_SD, w_LD, w_LD if rows_S is None else rows_S, inverse, square if factor is None else factor, out, square,
+        num_rows, D=width, HAS_ROWS=rows_S is not None, HAS_FACTOR=factor is not None, INTERPRET=INTERPRET,
     )  # fmt: skip
     return square
