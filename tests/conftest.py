@@ -19,10 +19,13 @@ torch.set_num_threads(1)
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        marks = {mark.name for mark in item.iter_markers()}  # item.keywords has names of folders, too
+        if "gpu" in marks and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-        if "slow" in item.keywords and "slow" not in (config.getoption("markexpr") or ""):
+        if "slow" in marks and "slow" not in (config.getoption("markexpr") or ""):
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+        if "parity" in marks and not os.environ.get("MEGACID_PARITY_PYTHON"):
+            item.add_marker(pytest.mark.skip(reason="parity: run tools/clip_benchmark_parity.sh"))
 
 
 @pytest.fixture(scope="session")

@@ -46,8 +46,9 @@ from megacid.evaluate.export import student_from_run
 from megacid.evaluate.features import TASKS as FEATURE_TASKS
 from megacid.evaluate.features import accuracy, tasks_for, trained_tower
 from megacid.evaluate.knn import NEIGHBORS
-from megacid.evaluate.suite import SUITES, choose_sets, known_tasks, open_set
+from megacid.evaluate.suite import SUITES, choose_sets, known_tasks, named_tasks, open_set
 from megacid.evaluate.tasks import (
+    ADAMW,
     RETRIEVAL_TASKS,
     TASKS,
     UNPROJECTED,
@@ -87,7 +88,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tasks",
         help="comma-separated (default: all of the set's kind): zero_shot, linear_probe, knn; retrieval; with "
-        f"--features head, nearest_class_mean; by name alone {UNPROJECTED}",
+        f"--features head, nearest_class_mean; by name alone {UNPROJECTED}, {ADAMW}",
     )
     parser.add_argument(
         "--neighbors", type=positive, default=NEIGHBORS, help=f"k of the task knn (default: {NEIGHBORS})"
@@ -123,7 +124,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--features runs on {world} ranks, expected one: start the tool without a launcher")
     if args.limit is not None and not args.features:
         raise UserError(f"--limit is {args.limit} without --features, expected both: add --features DIRECTORY")
-    known = FEATURE_TASKS if args.features else (*TASKS, UNPROJECTED, *RETRIEVAL_TASKS)
+    known = FEATURE_TASKS if args.features else (*TASKS, UNPROJECTED, ADAMW, *RETRIEVAL_TASKS)
     for task in args.tasks or ():
         if task not in known:
             raise UserError(f"--tasks has {task!r}, expected some of {', '.join(known)}")
@@ -218,7 +219,8 @@ class Report:
 
     def add(self, task: str, scored: dict[str, Any], file: Path) -> None:
         """Print a result."""
-        metrics, prefix = scored["metrics"], {"linear_probe": "lp_", UNPROJECTED: "lp_", "knn": "knn_"}.get(task, "")
+        metrics = scored["metrics"]
+        prefix = "lp_" if task.startswith("linear_probe") else "knn_" if task == "knn" else ""
         names = [name for name in metrics if name.removeprefix(prefix) in ACCURACIES or "_recall@" in name]
         values = "  ".join(f"{name.removeprefix(prefix)} {metrics[name]:.4f}" for name in names)
         self.say(f"{scored['dataset']:24}{task:28}{values}  {file}")
@@ -284,7 +286,7 @@ def tasks_of(benchmark: Benchmark, args: argparse.Namespace, report: Report) -> 
             report.say(f"{benchmark.name} has no train split: zero_shot is its only task")
     if args.tasks is None:
         return known
-    known += [UNPROJECTED] * ("linear_probe" in known)
+    known += named_tasks(benchmark) if "linear_probe" in known else []
     tasks = [task for task in args.tasks if task in known]
     if len(tasks) < len(args.tasks) and not args.suite:
         other = next(task for task in args.tasks if task not in known)

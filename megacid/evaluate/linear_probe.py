@@ -1,14 +1,14 @@
-"""Linear probe: L2-regularised logistic regression on frozen image features, fitted with L-BFGS.
+"""Linear probe: a linear classifier on frozen image features. Here it is L2-regularised logistic regression.
 
 The features are the L2-normalised outputs of `encode_image` AFTER the projection, as in CLIP_benchmark; `tasks.py` has
-a task for those before it. The fit is the L-BFGS of the CLIP paper, not CLIP_benchmark's AdamW, so results are close to
-its results, not equal. Deterministic. For several labels per image (labels [N, C]), the probe is one regression per
+a task for those before it. The regression is fitted with the L-BFGS of the CLIP paper; `adamw_probe.py` has
+CLIP_benchmark's AdamW. Deterministic. For several labels per image (labels [N, C]), the probe is one regression per
 class with the same strength.
 Shapes: N samples, C classes, D features.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,13 +120,11 @@ def hold_out(label_N: torch.Tensor, share: float = HOLD_OUT, seed: int = 0) -> t
     return held_out_N
 
 
-def choose_strength(
-    feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_classes: int, progress: Progress = no_progress
-) -> tuple[float, list[float]]:
-    """The strength with the best held-out accuracy (on ties the smallest), and the accuracies of all STRENGTHS.
+def held_out_rows(label_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The row numbers (int64) of the samples to fit on and of those that `hold_out` holds out.
 
-    label_N is on the CPU. Raises UserError if no class has two samples, or, for several labels per image, if there
-    are fewer than two samples.
+    Raises:
+        UserError: no class has two samples, or, for several labels per image, there are fewer than two samples.
     """
     held_out_N = hold_out(label_N)
     if not held_out_N.any() and label_N.dim() == 2:
@@ -135,40 +133,72 @@ def choose_strength(
         raise UserError(
             f"the train split has {len(label_N)} samples and no class twice, expected two samples of one class"
         )
-    fit_rows, held_out_rows = (~held_out_N).nonzero().flatten(), held_out_N.nonzero().flatten()
+    return (~held_out_N).nonzero().flatten(), held_out_N.nonzero().flatten()
+
+
+def choose_strength(
+    feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_classes: int, progress: Progress = no_progress
+) -> tuple[float, list[float]]:
+    """The strength with the best held-out accuracy (on ties the smallest), and the accuracies of all STRENGTHS.
+
+    label_N is on the CPU. Raises UserError as `held_out_rows` does.
+    """
+    fit_rows, held_rows = held_out_rows(label_N)
     accuracies = []
     device = feature_ND.device
     for strength in STRENGTHS:
         train_ND, train_N = feature_ND[fit_rows.to(device)], label_N[fit_rows].to(device)
         probe = fit(train_ND, train_N, num_classes=num_classes, strength=strength, progress=progress)
-        metrics = scored(probe.scores(feature_ND[held_out_rows.to(device)]), label_N[held_out_rows])
+        metrics = scored(probe.scores(feature_ND[held_rows.to(device)]), label_N[held_rows])
         accuracies.append(next(iter(metrics.values())))
     return STRENGTHS[accuracies.index(max(accuracies))], accuracies
 
 
-def linear_probe(clip: LoadedClip, benchmark: Benchmark, how: Execution = DEFAULT) -> dict[str, float | int | bool]:
+@dataclass(frozen=True)
+class Fitted:
+    """What a probe that was fitted on the train split gives."""
+
+    score_NC: torch.Tensor  # of the test split
+    held_out: float  # accuracy, or mean average precision, of the held-out samples with the chosen regularisation
+    settings: dict[str, float | int | bool]  # how the probe was fitted, for the result
+
+
+# (train_ND, train_N on the CPU, test_ND, number of classes, progress) -> Fitted
+Recipe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, Progress], Fitted]
+
+
+def lbfgs(
+    train_ND: torch.Tensor, train_N: torch.Tensor, test_ND: torch.Tensor, num_classes: int, progress: Progress
+) -> Fitted:
+    """Logistic regression; its settings are the strength C, chosen from `STRENGTHS`, and the iterations."""
+    strength, accuracies = choose_strength(train_ND, train_N, num_classes=num_classes, progress=progress)
+    label_N = train_N.to(train_ND.device)
+    probe = fit(train_ND, label_N, num_classes=num_classes, strength=strength, progress=progress)
+    settings = {"C": strength, "iterations": probe.iterations, "converged": probe.converged}
+    return Fitted(probe.scores(test_ND), max(accuracies), settings)
+
+
+def linear_probe(
+    clip: LoadedClip, benchmark: Benchmark, how: Execution = DEFAULT, *, recipe: Recipe = lbfgs
+) -> dict[str, float | int | bool]:
     """Fit on the train split and score the test split. A collective: the ranks share the features, and each fits.
 
     Returns:
         CLIP_benchmark's names lp_acc1, lp_acc5 and lp_mean_per_class_recall, or lp_mean_average_precision for several
-        labels per image; then how the probe was fitted: its strength C, chosen from `STRENGTHS` by `held_out_acc1` (or
-        `held_out_mean_average_precision`), the sizes of both splits, the iterations of L-BFGS.
+        labels per image; then `held_out_acc1` (or `held_out_mean_average_precision`), by which the regularisation was
+        chosen, the recipe's settings and the sizes of both splits.
     """
     train, test = how.opened(lambda: [benchmark.split(name, clip.preprocess_eval) for name in ("train", "test")])
     with how.progress(f"features {benchmark.name}", len(train) + len(test)) as progress:
         train_ND, train_N = image_features(clip, train, how, progress)
         test_ND, test_N = image_features(clip, test, how, progress)
-        options: dict[str, Any] = {"num_classes": benchmark.num_classes, "progress": progress}
         with stop_together(how.group):
-            strength, accuracies = choose_strength(train_ND, train_N, **options)
-            probe = fit(train_ND, train_N.to(train_ND.device), strength=strength, **options)
-            metrics = scored(probe.scores(test_ND), test_N)
+            fitted = recipe(train_ND, train_N, test_ND, benchmark.num_classes, progress)
+            metrics = scored(fitted.score_NC, test_N)
     return {
         **{f"lp_{name}": value for name, value in metrics.items()},
-        "C": strength,
-        f"held_out_{next(iter(metrics))}": max(accuracies),
+        f"held_out_{next(iter(metrics))}": fitted.held_out,
+        **fitted.settings,
         "train_samples": len(train_N),
         "test_samples": len(test_N),
-        "iterations": probe.iterations,
-        "converged": probe.converged,
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megacid.errors import UserError, nearest
 from megacid.evaluate.datasets import Benchmark, dataset_type, load_benchmark
-from megacid.evaluate.tasks import MULTILABEL_TASKS, RETRIEVAL_TASKS, TASKS, json_file
+from megacid.evaluate.tasks import ADAMW, MULTILABEL_TASKS, RETRIEVAL_TASKS, TASKS, UNPROJECTED, json_file
 
 # The paper's 14 sets as far as they can be told: docs/how-to/evaluate.md has the sources.
 SUITES = {
@@ -104,7 +104,14 @@ def open_set(root: Path, name: str | None) -> Benchmark:
 
 
 def known_tasks(benchmark: Benchmark) -> list[str]:
-    """The tasks of a set of this kind, but for UNPROJECTED of those with a linear probe."""
+    """The tasks of a set of this kind, but for those of `named_tasks`."""
     if benchmark.multilabel:
         return list(MULTILABEL_TASKS)
     return list(TASKS if benchmark.classnames else RETRIEVAL_TASKS)
+
+
+def named_tasks(benchmark: Benchmark) -> list[str]:
+    """The tasks of a set of this kind that run only where they are named."""
+    if benchmark.multilabel:
+        return [UNPROJECTED]
+    return [UNPROJECTED, ADAMW] if benchmark.classnames else []

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megacid.evaluate.adamw_probe import adamw
 from megacid.evaluate.datasets import Benchmark
 from megacid.evaluate.execution import DEFAULT, Execution
 from megacid.evaluate.knn import NEIGHBORS, knn
@@ -22,7 +23,8 @@ from megacid.storage.atomic import disk_errors, write_json_atomic
 _OF_AVERAGE = "-ema"
 # Our name -> CLIP_benchmark's, which has no kNN.
 TASKS = {"zero_shot": "zeroshot_classification", "linear_probe": "linear_probe", "knn": "knn"}
-UNPROJECTED = "linear_probe_pre_projection"  # linear_probe on other features: a task of its own, only where it is named
+# linear_probe on other features, and with another fit: tasks of their own, only where they are named.
+UNPROJECTED, ADAMW = "linear_probe_pre_projection", "linear_probe_adamw"
 MULTILABEL_TASKS = ("zero_shot", "linear_probe")  # of sets whose dataset_type.txt says "multilabel"
 RETRIEVAL_TASKS = {"retrieval": "zeroshot_retrieval"}  # of sets whose dataset_type.txt says "retrieval"
 
@@ -33,7 +35,7 @@ def evaluate(
     """One result in CLIP_benchmark's schema, with its names of the metrics. A collective of the ranks of `how`.
 
     Args:
-        task: a key of TASKS, UNPROJECTED, or a key of RETRIEVAL_TASKS for a retrieval set.
+        task: a key of TASKS, UNPROJECTED, ADAMW, or a key of RETRIEVAL_TASKS for a retrieval set.
 
     Raises:
         UserError: the set is incomplete or a sample is bad; the same on every rank.
@@ -44,6 +46,7 @@ def evaluate(
         ).metrics(),
         "linear_probe": lambda: linear_probe(clip, benchmark, how),
         UNPROJECTED: lambda: linear_probe(before_projection(clip), benchmark, how),
+        ADAMW: lambda: linear_probe(clip, benchmark, how, recipe=adamw),
         "knn": lambda: knn(clip, benchmark, how, neighbors=neighbors),
         "retrieval": lambda: retrieval(clip, benchmark.root, how),
     }

@@ -27,7 +27,7 @@ from megacid.config.schema import RunFile
 from megacid.distributed.parallel import Parallel
 from megacid.distributed.stopping import Stopped, no_progress
 from megacid.errors import UserError
-from megacid.evaluate.datasets import load_benchmark
+from megacid.evaluate.datasets import Benchmark, load_benchmark
 from megacid.evaluate.execution import Execution, image_features
 from megacid.evaluate.knn import from_keys, keys_of, knn, nearest_rows, vote
 from megacid.evaluate.suite import open_set
@@ -75,6 +75,16 @@ def test_the_classifier_is_open_clips(clip: LoadedClip, root: Path) -> None:
     templates = [template.replace("{c}", "{}") for template in benchmark.templates]
     want = open_clip.build_zero_shot_classifier(clip.model, clip.tokenizer, benchmark.classnames, templates).T
     torch.testing.assert_close(class_embeddings(clip, benchmark, QUIET), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [5, 10, 23])
+def test_the_classifier_has_the_bits_of_open_clips_for_equal_batches(clip: LoadedClip, classes: int) -> None:
+    """open_clip encodes the captions of 10 classes at a time."""
+    names = [f"thing {number}" for number in range(classes)]
+    benchmark = Benchmark(Path(), "things", names, ["a photo of a {c}.", "the {c}", "{c}"])
+    templates = [template.replace("{c}", "{}") for template in benchmark.templates]
+    want = open_clip.build_zero_shot_classifier(clip.model, clip.tokenizer, names, templates).T
+    assert torch.equal(class_embeddings(clip, benchmark, replace(QUIET, batch_size=10 * len(templates))), want)
 
 
 def test_knn_is_the_weighted_vote_of_the_nearest_train_images(
@@ -193,7 +203,8 @@ def test_a_request_to_stop_ends_fits_and_rankings_on_all_ranks(
 ) -> None:
     monkeypatch.setattr(linear_probe, "STRENGTHS", (0.1, 10.0))
     captions = write_retrieval_set(tmp_path / "captions")
-    assert run_ranks(stopped_after, 2, clip, root, "linear_probe", linear_probe, "image_features") == [143, 143]
+    for task in ("linear_probe", "linear_probe_adamw"):
+        assert run_ranks(stopped_after, 2, clip, root, task, linear_probe, "image_features") == [143, 143]
     assert run_ranks(stopped_after, 2, clip, captions, "retrieval", retrieval, "caption_features") == [143, 143]
 
 
