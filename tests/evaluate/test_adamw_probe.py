@@ -122,7 +122,7 @@ def measured(clip: LoadedClip, root: Path) -> dict[str, Any]:
     return evaluate("linear_probe_adamw", clip, load_benchmark(root), QUIET)["metrics"]
 
 
-def test_the_tool_writes_clip_benchmarks_names_and_every_rank_has_the_same_result(root: Path, tmp_path: Path) -> None:
+def test_the_tool_has_clip_benchmarks_names_and_one_result_on_all_ranks(root: Path, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", seed=5)
     options = ("eval", "--model", f"local-dir:{model}", "--out", tmp_path, "--batch-size", 8, "--device", "cpu")
     said = run(*options, "--dataset-root", root, "--tasks", "linear_probe_adamw")
