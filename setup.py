@@ -20,6 +20,7 @@ setup(
         *find_packages(include=["megacid", "megacid.*"]),
         *find_packages("kernels", include=["megacid_kernels", "megacid_kernels.*"]),
         "megacid_tools",
+        "megacid_tools.figure_kinds",
     ],
     package_dir={
         "megacid": "megacid",

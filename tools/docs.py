@@ -15,6 +15,7 @@ with configs/study/icons.json.
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from types import NoneType, UnionType
@@ -28,10 +29,12 @@ from pydantic.fields import FieldInfo
 
 from argtypes import ToolParser
 from corpus_page import TITLES, facts_of, page_part
+from figure_kinds.curves import choose_tags, curves_figure, read_curves
 from megacid.config.conditions import Needs
 from megacid.config.fields import Section
 from megacid.config.schema import MegacidConfig
 from megacid.errors import UserError, run_tool
+from megacid.offline.figure_style import figure_style, save_figure
 from megacid.storage.atomic import read_json, write_atomic, write_json_atomic
 from megacid.storage.metadata import read_meta
 from study_plan import load_study
@@ -52,12 +55,6 @@ STUDENTS = {
     "student_instance": "instance",
     "student_cluster": "instance + cluster",
     "student_balanced": "instance + cluster, balanced data",
-}
-CURVES = {  # TensorBoard tag -> title of the panel
-    "train/instance": "instance loss",
-    "train/cluster/student_ce": "CE(student, pseudo label)",
-    "classifier/target_cosine": "cosine to the own cluster",
-    "train/grad_norm": "joint gradient norm",
 }
 
 
@@ -158,38 +155,12 @@ def _shrink(source: Path, target: Path) -> None:
         small.quantize(256).save(target, optimize=True)
 
 
-def _scalars(run: Path, tag: str) -> tuple[list[int], list[float]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
-    return [point.step for point in points], [point.value for point in points]
-
-
 def draw_curves(demo: Path, target: Path) -> None:
-    """The curves that TensorBoard shows for the students, as one picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(9, 5.5), layout="constrained")
-    for axis, (tag, title) in zip(axes.flat, CURVES.items()):
-        for number, (name, label) in enumerate(STUDENTS.items()):
-            steps, values = _scalars(demo / name, tag)
-            if steps:
-                axis.plot(steps, values, color=f"C{number}", label=label)
-        axis.set_title(title, fontsize=10)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[1]:
-        axis.set_xlabel("step")
-    handles, labels = axes[1, 1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
+    """The training curves of the students, as one picture."""
+    runs = {label: read_curves(demo / name) for name, label in STUDENTS.items()}
+    with figure_style(), tempfile.TemporaryDirectory() as folder:
+        picture, *_ = save_figure(curves_figure(runs, choose_tags(runs, None)), Path(folder) / "curves")
+        _shrink(picture, target)
 
 
 def from_demo(demo: Path, root: Path) -> list[Path]:
@@ -207,7 +178,6 @@ def from_demo(demo: Path, root: Path) -> list[Path]:
         _shrink(source, images / f"demo-{name}.png")
         written.append(images / f"demo-{name}.png")
     draw_curves(demo, images / "demo-curves.png")
-    _shrink(images / "demo-curves.png", images / "demo-curves.png")
     pages = {
         root / "README.md": ("demo table", f"{demo_table(summary)}\n\n{README_PICTURE}"),
         root / "docs" / "demo.md": ("demo results", f"{demo_table(summary)}\n\n{demo_pictures()}"),

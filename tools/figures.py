@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Draw Figure 2 of the CLIP-CID paper for a finished balance stage.
+"""Draw the figures of the CLIP-CID paper, and those of a study, from files that other tools wrote.
 
-    tools/figures.py --demo runs/demo --out runs/demo/figures
-    tools/figures.py --balance balance --out figures
-    tools/figures.py --balance balance --out figures --cluster 4711
+    tools/figures.py balance --balance balance --out figures                    Figure 2
+    tools/figures.py results new=results/new old=results/old --out figures      Figure 1
+    tools/figures.py weights new=runs/new old=ViT-B-32,laion400m_e32 --out figures   Figure 4
+    tools/figures.py patches new=runs/new old=runs/old --images test/0.tar --out figures   Figure 5
+    tools/figures.py study configs/study/icons.json --results runs/study/results --out figures
+    tools/figures.py curves runs/new runs/old --out figures
 
-Writes fig2a_perceptual (copies of an image), fig2b_semantic (similar images), fig2c_process (one cluster before and
-after) and fig2d_clusters (cluster sizes) as .png and .pdf, and index.html with captions and numbers. Existing files are
-replaced. Needs matplotlib.
+Each figure is written as .png, .svg and .pdf; existing files are replaced. Equal input gives equal files. The word
+"balance" may be left out. Needs matplotlib. `tools/figures.py KIND --help` lists the options of a kind.
 """
 
 import argparse
@@ -15,51 +17,37 @@ import sys
 from pathlib import Path
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser, integer, natural, positive, real
+from argtypes import ToolParser
+from figure_kinds import balance, curves, patches, results, study, weights
 from megacid.distributed.stopping import run_alone
-from megacid.errors import UserError, run_tool
-from megacid.offline.balance.figures import Choice, make_figures, read_balanced
+from megacid.errors import run_tool
+
+KINDS = {
+    "balance": balance,
+    "results": results,
+    "weights": weights,
+    "patches": patches,
+    "study": study,
+    "curves": curves,
+}
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
+def arguments(argv: list[str]) -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--demo", type=Path, metavar="DIR", help="directory written by tools/demo.sh")
-    source.add_argument("--balance", type=Path, metavar="DIR", help="directory written by tools/balance.py")
-    for name, tool in (("clusters", "cluster"), ("embeddings", "embed")):
-        text = f"directory written by tools/{tool}.py (default: the one that tools/balance.py read)"
-        parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=text)
-    parser.add_argument(
-        "--shards", type=Path, metavar="DIR", help="the tars (default: those that tools/balance.py read)"
-    )
-    parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="directory to write")
-    parser.add_argument("--groups", type=positive, default=9, metavar="N", help="groups in (a) and in (b) (default 9)")
-    parser.add_argument(
-        "--members", type=integer(2), default=6, metavar="N", help="images per group, at most (default 6)"
-    )
-    parser.add_argument(
-        "--perceptual",
-        type=real(0, 2),
-        metavar="DISTANCE",
-        help="(a) shows groups whose removed images are all nearer than this to the kept one, (b) the others (default: "
-        "half the threshold)",
-    )
-    parser.add_argument(
-        "--cluster",
-        type=natural,
-        metavar="NUMBER",
-        help="cluster of (c) (default: one of median size among those with at least two groups)",
-    )
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for name, kind in KINDS.items():
+        text = str(kind.__doc__)
+        part = kinds.add_parser(name, description=text, help=text.splitlines()[0])
+        kind.add_arguments(part)
+        part.add_argument("--out", required=True, type=Path, metavar="OUT", help="directory to write")
+    if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+        argv = ["balance", *argv]
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = arguments(argv)
-    choice = Choice(args.groups, args.members, args.perceptual, args.cluster)
-    if args.demo is not None and (args.clusters or args.embeddings or args.shards):
-        raise UserError("--demo implies --clusters, --embeddings and --shards: leave them out, or use --balance")
-    balanced = read_balanced(args.balance or args.demo / "balance", args.clusters, args.embeddings, args.shards)
-    for path in make_figures(balanced, choice, args.out):
+    args = arguments(sys.argv[1:] if argv is None else argv)
+    for path in KINDS[args.kind].draw(args):
         print(path)
     return 0
 

@@ -65,6 +65,7 @@ MISTAKES = [
         for option in ("--groups", "--members", "--perceptual", "--cluster")
         for value in NEVER
     ],
+    *[(("figures", "patches", "none", "--out", "out", "--images", "none.png", "--count"), value) for value in NEVER],
     *[((*EVAL, option), value) for option in ("--limit", "--batch-size", "--workers", "--step") for value in NEVER],
     *[
         ((*KMEANS, option), value)

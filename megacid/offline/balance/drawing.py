@@ -5,65 +5,25 @@ Legend: n samples with an embedding, k clusters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from megacid.errors import UserError
 from megacid.offline.balance.cluster_process import ClusterProcess, layout
 from megacid.offline.balance.gallery import KEPT, REMOVED, Show
 from megacid.offline.balance.groups import Group
 from megacid.offline.balance.report import size_statistics
-from megacid.storage.atomic import writing
+from megacid.offline.figure_style import COLOURS, COLUMN, GREY, PAGE, add_legend, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMN, PAGE = 3.4, 7.0  # widths in inches: one column of a two-column paper, and both
-GROUP_COLOURS = ("#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#0072B2", "#B8A800", "#000000")
-_ALONE = "#9a9a9a"
-_STYLE: dict[Any, Any] = {
-    "font.size": 7,
-    "font.family": "sans-serif",
-    "axes.titlesize": 7,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-    "pdf.fonttype": 42,  # text stays text
-}
-
-
-@contextmanager
-def figure_style() -> Iterator[None]:
-    """Applies the style of all figures. Raises UserError when matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("matplotlib is not installed, the figures need it: pip install matplotlib") from None
-    with matplotlib.rc_context(_STYLE):
-        yield
-
-
-def save_figure(figure: Figure, stem: Path) -> list[Path]:
-    """Writes .png at 300 dpi and .pdf, without a date: equal input gives equal bytes. Returns the paths."""
-    paths = []
-    for ending, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
-        paths.append(stem.with_name(f"{stem.name}.{ending}"))
-        with writing(paths[-1]) as temporary:
-            figure.savefig(temporary, dpi=300, metadata=metadata)
-    return paths
-
 
 def group_colour(component: int) -> str:
     """The colour of a component, -1 for a sample alone. Colours repeat after the palette."""
-    return _ALONE if component < 0 else GROUP_COLOURS[component % len(GROUP_COLOURS)]
+    return GREY if component < 0 else COLOURS[component % len(COLOURS)]
 
 
 def size_curve(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +51,7 @@ def group_figure(groups: list[Group], keep: np.ndarray, show: Show) -> Figure:
             x, line = 0.0, line + 1
         places.append((x, -line_height * line))
         x += len(group.rows) + gap
-    figure, axes = _new(COLUMN, COLUMN / width * line_height * (line + 1) + 0.04)
+    figure, axes = new_figure(COLUMN, COLUMN / width * line_height * (line + 1) + 0.04)
     ax = axes[0, 0]
     for group, (x, y) in zip(groups, places):
         for column, (row, distance) in enumerate(zip(group.rows.tolist(), group.distances.tolist())):
@@ -120,7 +80,7 @@ def process_figure(shown: ClusterProcess | None, show: Show) -> Figure:
     images = [show(int(row))[0] for row in shown.rows]
     colours = [group_colour(c) for c in shown.component.tolist()]
     thick = min(1.8, 22 * side)  # points; wide frames would hide small images
-    figure, axes = _new(PAGE, PAGE / 3 + 0.2, 3)
+    figure, axes = new_figure(PAGE, PAGE / 3 + 0.2, columns=3)
     before, links, after = axes[0]
     before.set_title(f"before: {len(images):,} samples")
     links.set_title(f"{len(shown.links):,} pairs below the threshold")
@@ -148,30 +108,23 @@ def process_figure(shown: ClusterProcess | None, show: Show) -> Figure:
 
 def size_figure(before: np.ndarray, after: np.ndarray) -> Figure:
     """Cluster sizes by rank before and after, on logarithmic axes. before, after: int64 [k]."""
-    figure, axes = _new(COLUMN, 2.4)
-    ax = axes[0, 0]
+    figure, axes = new_figure(COLUMN, 2.4)
+    ax, lines = axes[0, 0], {}
     for name, sizes, colour, dashes in (("before", before, REMOVED, "--"), ("after", after, KEPT, "-")):
         factor = size_statistics(sizes)["imbalance"]
         note = f"{name}: {int(sizes.sum()):,} samples" + (f", imbalance {factor:.2f}" if factor is not None else "")
-        ax.plot(*size_curve(sizes), color=colour, linestyle=dashes, label=note)
+        (lines[note],) = ax.plot(*size_curve(sizes), color=colour, linestyle=dashes)
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlabel("cluster, by size")
     ax.set_ylabel("samples in the cluster")
     ax.grid(which="major", alpha=0.3, linewidth=0.5)
-    ax.legend(loc="best")
+    add_legend(figure, lines, "upper")
     return figure
 
 
-def _new(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)
-
-
 def _text_figure(text: str, width: float) -> Figure:
-    figure, axes = _new(width, 1.0)
+    figure, axes = new_figure(width, 1.0)
     axes[0, 0].axis("off")
     axes[0, 0].text(0.5, 0.5, text, ha="center", va="center", transform=axes[0, 0].transAxes)
     return figure

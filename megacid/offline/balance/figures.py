@@ -20,6 +20,7 @@ from megacid.offline.balance.gallery import image_reader, page
 from megacid.offline.balance.groups import Groups, perceptual_distance, representative_distance
 from megacid.offline.balance.inputs import BalanceInputs, SampleLocations, read_inputs
 from megacid.offline.balance.report import cluster_sizes, size_statistics
+from megacid.offline.figure_style import COLOURS, figure_style, save_figure
 from megacid.storage.atomic import write_text
 from megacid.storage.metadata import read_meta
 from megacid.storage.npy import load_npy
@@ -95,7 +96,7 @@ def _read_array(path: Path, size: int) -> np.ndarray:
 
 
 def make_figures(balanced: Balanced, choice: Choice, out: Path) -> list[Path]:
-    """Writes fig2a to fig2d as .png and .pdf, and index.html. Returns the paths."""
+    """Writes fig2a to fig2d as .png, .svg and .pdf, and index.html. Returns the paths."""
     inputs, keep, representative = balanced.inputs, balanced.keep, balanced.representative
     groups = Groups(representative, representative_distance(inputs.rows, representative))
     limit = perceptual_distance(balanced.threshold, choice.perceptual)
@@ -109,7 +110,7 @@ def make_figures(balanced: Balanced, choice: Choice, out: Path) -> list[Path]:
     perceptual = groups.perceptual(limit, choice.groups, choice.members)
     semantic = groups.near(balanced.threshold, limit, choice.groups, choice.members)
     paths, sections = [], []
-    with drawing.figure_style(), image_reader(balanced.locations) as show:
+    with figure_style(), image_reader(balanced.locations) as show:
         a, b = (drawing.group_figure(part, keep, show) for part in (perceptual, semantic))
         c, d = drawing.process_figure(shown, show), drawing.size_figure(before, after)
         for name, heading, figure, caption in (
@@ -118,7 +119,7 @@ def make_figures(balanced: Balanced, choice: Choice, out: Path) -> list[Path]:
             ("fig2c_process", "(c) Semantic balance of one cluster", c, _caption_c(shown, balanced, choice)),
             ("fig2d_clusters", "(d) Samples per cluster", d, _caption_d(before, after)),
         ):
-            paths += drawing.save_figure(figure, out / name)
+            paths += save_figure(figure, out / name)
             image = f'<img style="height:auto;max-width:100%;border:0" src="{name}.png" alt="{html.escape(heading)}">'
             sections.append((heading, caption, f'<p>{image}</p><p><a href="{name}.pdf">{name}.pdf</a></p>'))
     report = balanced.report
@@ -160,7 +161,7 @@ def _caption_c(shown: ClusterProcess | None, balanced: Balanced, choice: Choice)
         f"{len(shown.links):,} pairs nearer than {balanced.threshold:.4f}, {int(shown.kept.sum()):,} kept{across}. "
         f"Images are placed by the first two principal components of their embeddings ({shown.explained:.0%} of the "
         "variance) and moved where they would overlap. Each colour is one group (colours repeat after "
-        f"{len(drawing.GROUP_COLOURS)}), grey is a sample without a group, and removed images are pale."
+        f"{len(COLOURS)}), grey is a sample without a group, and removed images are pale."
     )
 
 

@@ -10,17 +10,16 @@ from megacid.errors import UserError
 from megacid.offline.balance import cluster_process as cluster_process_module
 from megacid.offline.balance.cluster_process import choose_cluster, cluster_process, layout, spread_overlaps
 from megacid.offline.balance.drawing import (
-    figure_style,
     group_colour,
     group_figure,
     process_figure,
-    save_figure,
     size_curve,
     size_figure,
 )
 from megacid.offline.balance.figures import Choice
 from megacid.offline.balance.gallery import group_rows, page
 from megacid.offline.balance.groups import Groups, perceptual_distance, representative_distance
+from megacid.offline.figure_style import figure_style, save_figure
 from megacid.offline.rows import ArrayRows
 
 # Groups {0, 1}, {2, 3, 4}, {5, 6}, {7, 8} of spread 0.5, 0.2, 0.05, 0.3; 9 is alone.
@@ -141,7 +140,7 @@ def test_drawings_show_every_image_and_repeat_bit_for_bit(tmp_path: Path) -> Non
         first, again = (
             save_figure(process_figure(shown, show), tmp_path / name / "figure") for name in ("first", "again")
         )
-    assert [path.suffix for path in first] == [".png", ".pdf"]
+    assert [path.suffix for path in first] == [".png", ".svg", ".pdf"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
 
 

@@ -11,10 +11,11 @@ import pytest
 from pair_data import encoded, gradient, put
 
 from megacid.data.index import ShardIndex, load_index
-from megacid.offline.balance.drawing import figure_style, group_figure
+from megacid.offline.balance.drawing import group_figure
 from megacid.offline.balance.gallery import group_rows, image_reader
 from megacid.offline.balance.groups import Groups
 from megacid.offline.balance.inputs import SampleLocations
+from megacid.offline.figure_style import figure_style
 
 GROUPS = Groups(np.array([0, 0, 0, 3, 3, 3]), np.array([0, 0.1, 0.2, 0, 0.1, 0.2]))
 KEEP = np.array([True, False, False] * 2)
