@@ -66,7 +66,7 @@ def test_only_a_stored_gradient_can_wait(device: str) -> None:
 @on_devices
 def test_the_classifiers_norm_is_that_of_its_gradient_until_somebody_changes_it(device: str) -> None:
     x, _, target = inputs(device)
-    head = PartialFC(70, 48, impl="triton", sample_rate=0.8, seed=0).to(device)
+    head = PartialFC(70, 48, impl="triton", sample_rate=0.8, seed=0, device=device)
     for backwards in (1, 2):
         head(x, target).mul(2.0).backward()
         known = head.grad_norm_sq()
