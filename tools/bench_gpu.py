@@ -81,7 +81,11 @@ SLICES = {
         "cublas_fraction",
     ),
     "head-768": Slice(
-        "the same, 131,072 x 768", HEAD + "131072,768,8192,1", TOY_HEAD, FEW, "cublas_fraction"
+        "the same with fewer peers, 131,072 x 768",
+        f"{HEAD}131072,768,8192,1 --providers {AGAINST_CUBLAS} eager-sync-free torch-compile",
+        TOY_HEAD,
+        FEW,
+        "cublas_fraction",
     ),
     "step-10m": Slice(
         "a step with AdamW, 10,000,000 classes x 512, a tenth of them and all",

@@ -120,15 +120,19 @@ def implementation() -> str:
     return "triton" if interpreted() else "auto"
 
 
-def class_rows(shape: Shape) -> Tensor:
-    return torch.randn(shape.classes, shape.width, generator=torch.Generator().manual_seed(SEED)).mul_(0.01)
+def class_rows(shape: Shape, device: torch.device | str = "cpu") -> Tensor:
+    """In the host's memory, which a device has not twice; drawn on `device`, in blocks."""
+    generator, rows = torch.Generator(device).manual_seed(SEED), torch.empty(shape.classes, shape.width)
+    for part in rows.split(1 << 20):
+        part.copy_(torch.randn(part.shape, generator=generator, device=device).mul_(0.01))
+    return rows
 
 
 def check_accuracy(names: list[str], device: torch.device) -> None:
     """Raises UserError unless loss and gradients, with and without sampling, agree with float64 on the rows used."""
     for name, rate in itertools.product(names, (1.0, 0.5)):
         shape = Shape(1000, 48, 60, rate)
-        weight = class_rows(shape)
+        weight = class_rows(shape, device)
         got = Provider(name, shape, weight, device, train=False)
         loss, (rows, row_grad) = got.backward(0), got.row_grad()
         x, w = (t.detach().cpu().double().requires_grad_() for t in (got.emb, weight[rows.cpu()]))

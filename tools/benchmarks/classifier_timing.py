@@ -28,7 +28,7 @@ _REQUEST_OPTIONS = ("suite", "repeats", "threads", "device", "clock")
 def take_turns(names: list[str], shape: Shape, args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of every repeat by provider. Raises UserError if their losses differ."""
     device = torch.device(args.device)
-    weight = class_rows(shape)
+    weight = class_rows(shape, device)
     runs = {name: Provider(name, shape, weight, device, train=args.suite != "head") for name in names}
     del weight
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -68,7 +68,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     if args.what == "time":
         return {"seconds": take_turns([name], shape, args)[name]}
     device = torch.device(args.device)
-    provider = Provider(name, shape, class_rows(shape), device, train=args.suite != "head")
+    provider = Provider(name, shape, class_rows(shape, device), device, train=args.suite != "head")
     provider.run(0)
     return {"peak_extra_bytes": float(measure.peak_extra_bytes(lambda: provider.run(1), device))}
 
@@ -98,7 +98,8 @@ def measure_shape(shape: Shape, names: list[str], args: argparse.Namespace) -> l
         for name in fit:
             results[name] = ask("time", name, shape, args)
     else:
-        results |= {name: {"seconds": seconds} for name, seconds in take_turns(fit, shape, args).items()}
+        taken_turns = take_turns(fit, shape, args) if fit else {}
+        results |= {name: {"seconds": seconds} for name, seconds in taken_turns.items()}
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()  # the processes below need the memory
