@@ -73,6 +73,16 @@ def test_a_wrong_gradient_of_the_classifier_is_refused_before_any_speed(monkeypa
         classifier_providers.check_accuracy(["megacid"], CPU)
 
 
+def test_the_products_alone_are_computed_in_the_chunks_of_the_classifier() -> None:
+    shape = Shape(40_000, 8, 500)
+    weight = classifier_providers.class_rows(shape)
+    products = classifier_providers.Products(shape, weight)
+    assert len(products.chunks) > 1
+    cosines = products.x.double() @ weight.double().T
+    for got, exact in zip(products.compute(), (cosines @ weight.double(), cosines.T @ products.x.double())):
+        assert measure.relative_error(got, exact) < 1e-5
+
+
 def test_a_wrong_optimizer_step_is_refused(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
     case = optimizer.Case(Shape(300, 16, 8, 0.2), CPU)
     monkeypatch.setattr(optimizer, "DECAY", 0.06)
@@ -398,7 +408,7 @@ def test_step_once_compared_with_itself(
 @pytest.mark.parametrize(
     ("name", "options", "providers"),
     [
-        ("head", ["--shapes", "2000,16,8,1"], {"eager", "eager-tuned", "megacid"}),
+        ("head", ["--shapes", "2000,16,8,1"], {"eager", "eager-tuned", "megacid", "3gemm"}),
         ("scale", ["--shapes", "2000,16,8,0.5"], {"eager", "megacid"}),
         ("optimizer", ["--shapes", "2000,16,8,0.2"], {"rows", "rows-decay", "kernel", "dense", "dense-S"}),
         ("contrastive", ["--shapes", "64,16"], {"megacid", "materialised"}),

@@ -17,6 +17,8 @@ from benchmarks.published_partial_fc import EagerPartialFC
 from benchmarks.suite import interpreted
 from megacid import Margin, PartialFC, RowAdamW
 from megacid.errors import UserError
+from megacid_kernels.loss_spec import LossSpec
+from megacid_kernels.plan import Sizes, plan_chunks
 from megacid_kernels.reference import discrimination_reference
 
 MARGIN, SCALE, SEED = 0.3, 64.0, 0
@@ -28,6 +30,7 @@ PROVIDERS = {
     "eager-tuned": "the same without a one-hot matrix, with in-place scale and fused AdamW",
     "megacid": "PartialFC, RowAdamW",
 }
+PRODUCTS = "3gemm"  # the fourth provider of the suite head on a CPU
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,36 @@ class Provider:
         self.head.zero_grad()
         self.emb.grad = None
         return loss
+
+
+class Products:
+    """The three products of PartialFC's chunks alone, on a CPU: cosines, gradients of embeddings and of class rows."""
+
+    def __init__(self, shape: Shape, weight: Tensor):
+        self.x = torch.randn(shape.batch, shape.width, generator=torch.Generator().manual_seed(SEED + 1))
+        self.weight = weight[: shape.rows]
+        sizes = Sizes(shape.batch, shape.rows, shape.width, gather=shape.rate < 1)
+        self.chunks = plan_chunks(LossSpec(shape.classes), sizes, "torch", "cpu").chunks
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """The gradients of x and of the weight if the gradient of the cosines were the cosines."""
+        grad_x, grad_w = torch.empty_like(self.x), None
+        for part in self.chunks:
+            x = self.x[part]
+            cosines = x @ self.weight.T
+            grad_x[part] = cosines @ self.weight
+            grad_w = torch.mm(cosines.T, x) if grad_w is None else grad_w.addmm_(cosines.T, x)
+        assert grad_w is not None
+        return grad_x, grad_w
+
+    def run(self, step: int) -> None:
+        self.compute()
+
+
+def make_provider(name: str, shape: Shape, weight: Tensor, device: torch.device, *, train: bool) -> Provider | Products:
+    if name == PRODUCTS:
+        return Products(shape, weight)
+    return Provider(name, shape, weight, device, train=train)
 
 
 def implementation() -> str:

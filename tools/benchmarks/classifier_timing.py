@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from benchmarks.classifier_providers import Provider, Shape, class_rows
+from benchmarks.classifier_providers import PRODUCTS, Shape, class_rows, make_provider
 from benchmarks.suite import Row, clock_of
 from megacid.errors import UserError
 
@@ -29,7 +29,7 @@ def take_turns(names: list[str], shape: Shape, args: argparse.Namespace) -> dict
     """Seconds of every repeat by provider. Raises UserError if their losses differ."""
     device = torch.device(args.device)
     weight = class_rows(shape, device)
-    runs = {name: Provider(name, shape, weight, device, train=args.suite != "head") for name in names}
+    runs = {name: make_provider(name, shape, weight, device, train=args.suite != "head") for name in names}
     del weight
     seconds: dict[str, list[float]] = {name: [] for name in names}
     first: dict[str, float] = {}
@@ -43,7 +43,8 @@ def take_turns(names: list[str], shape: Shape, args: argparse.Namespace) -> dict
             wait()
             if step >= WARM_UP:
                 seconds[name].append(clock() - start)
-            first.setdefault(name, float(loss))
+            if loss is not None:
+                first.setdefault(name, float(loss))
     most = 1e-4 if shape.rate == 1 else 0.5  # with sampling, each provider draws its own rows
     if not all(abs(one - other) <= most * other for one in first.values() for other in first.values()):
         raise UserError(f"the providers' losses are {first}, expected equal losses: no speed is printed")
@@ -53,7 +54,7 @@ def take_turns(names: list[str], shape: Shape, args: argparse.Namespace) -> dict
 def needed_bytes(name: str, shape: Shape, train: bool) -> int:
     """An upper estimate: weight, moments, and copies during construction or the backward; of megacid's logits only a
     chunk."""
-    if name == "megacid":
+    if name in ("megacid", PRODUCTS):
         logits = min(2 * shape.batch * shape.rows, 8 << 30)
         return 4 * 3 * (shape.classes + shape.rows) * shape.width + logits
     copies = 6 if train else 3
@@ -68,7 +69,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     if args.what == "time":
         return {"seconds": take_turns([name], shape, args)[name]}
     device = torch.device(args.device)
-    provider = Provider(name, shape, class_rows(shape, device), device, train=args.suite != "head")
+    provider = make_provider(name, shape, class_rows(shape, device), device, train=args.suite != "head")
     provider.run(0)
     return {"peak_extra_bytes": float(measure.peak_extra_bytes(lambda: provider.run(1), device))}
 
@@ -87,7 +88,7 @@ def measure_shape(shape: Shape, names: list[str], args: argparse.Namespace) -> l
     taken, free = 0, 0.9 * measure.free_bytes(torch.device(args.device))
     results: dict[str, dict[str, Any]] = {name: {} for name in names}
     # The tuned variant comes last: it is skipped if memory is short.
-    for name in sorted(results, key=("megacid", "eager", "eager-tuned").index):
+    for name in sorted(results, key=("megacid", PRODUCTS, "eager", "eager-tuned").index):
         needed = needed_bytes(name, shape, args.suite != "head") + taken
         if needed > free:
             results[name] = {"skipped": f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"}
