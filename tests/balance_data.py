@@ -50,6 +50,20 @@ def brute_greedy(x: torch.Tensor, threshold: float) -> np.ndarray:
     return representative
 
 
+def brute_medoids(x: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """The first row of each group whose squared distances to the others have the least sum, int64 [n], by row.
+
+    x: float16 [n, D]; group: int [n].
+    """
+    unit = torch.nn.functional.normalize(torch.from_numpy(x.astype(np.float32)), dim=1).double().numpy()
+    out = np.empty(len(x), np.int64)
+    for value in np.unique(group):
+        members = np.flatnonzero(group == value)
+        total = ((unit[members, None] - unit[None, members]) ** 2).sum(axis=(1, 2)) / len(members)
+        out[members] = members[np.flatnonzero(total < total.min() + 1e-11)[0]]
+    return out
+
+
 def labelled(x: np.ndarray, k: int, metric: str = "cosine", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(labels int32 [n] of the nearest centroid, centroids float32 [k, D], random rows), as after a step of k-means."""
     rng = np.random.default_rng(seed)

@@ -5,7 +5,10 @@
     tools/balance.py --embeddings teacher --clusters clusters --out balance --threshold 0.35 --keep caption
     tools/balance.py --embeddings teacher --clusters clusters --out balance --threshold 0.1 --neighbor-clusters 4
     tools/balance.py --embeddings teacher --clusters clusters --out balance --eps 0.05 --link semdedup --keep farthest
+    tools/balance.py --embeddings teacher --cells 1000 --out balance --target-keep 0.563 --keep medoid
     torchrun --nproc_per_node 8 tools/balance.py ...       (or deepspeed): ranks divide the clusters
+
+With --cells it works before clustering; then tools/cluster.py --keep OUT makes clusters of the samples that are kept.
 
 Writes, for every tar, keep/<tar>.npy (bool, one value per sample) and representative/<tar>.npy (int64, the sample kept
 for each, numbered over all tars; -1: without an embedding), and report.json, gallery.html and, when the shards have
@@ -45,11 +48,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
     add = parser.add_argument
     add("--embeddings", required=True, type=Path, metavar="DIR", help="directory written by tools/embed.py")
-    add("--clusters", required=True, type=Path, metavar="DIR", help="directory written by tools/cluster.py")
+    clusters = parser.add_mutually_exclusive_group(required=True)
+    clusters.add_argument("--clusters", type=Path, metavar="DIR", help="directory written by tools/cluster.py")
+    clusters.add_argument(
+        "--cells",
+        type=positive,
+        metavar="K",
+        help="make K coarse clusters for the comparisons in OUT/cells, as tools/cluster.py --k K would; more cells are "
+        "faster and miss more pairs on their borders, unless --neighbor-clusters finds them",
+    )
+    add("--memory-gb", type=real(0, 1e6, without=(0,)), default=4.0, help="--cells: memory bound of a rank (default 4)")
     add("--out", required=True, type=Path, metavar="OUT", help="directory to write or continue")
     add("--shards", metavar="TARS", help="directory, braces, glob or .tar (default: where tools/embed.py read them)")
     linking_arguments(parser)
-    add("--seed", type=seed_number, default=0, help="of --keep random and of the threshold search (default 0)")
+    add("--seed", type=seed_number, default=0, help="of --keep random, --cells and the threshold search (default 0)")
     add(
         "--search-rows",
         type=positive,
@@ -138,6 +150,7 @@ def run(args: argparse.Namespace, settings: BalanceSettings, parallel: Parallel,
             settings,
             parallel,
             shards=args.shards,
+            memory_gb=args.memory_gb,
             gallery_groups=args.gallery_groups,
             start_progress=start,
         )

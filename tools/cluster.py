@@ -3,6 +3,7 @@
 
     tools/cluster.py --embeddings data/digits/teacher --out data/digits/clusters --k 100
     torchrun --nproc_per_node 8 tools/cluster.py --embeddings teacher --out clusters --k 1000000 --method hierarchical
+    tools/cluster.py --embeddings teacher --out clusters --k 100000 --keep balance
     tools/cluster.py --embeddings new/teacher --out new/clusters --assign-only data/digits/clusters --top-labels 3
 
 The same command continues an interrupted run; a finished or started OUT made with other arguments is refused. A
@@ -12,7 +13,7 @@ continued run gives the same bits as an uninterrupted one. SIGTERM (exit code 14
 import argparse
 import logging
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import checkout  # noqa: F401  import paths of a plain checkout
@@ -24,11 +25,11 @@ from megacid.distributed.stopping import StopRequest, run_stage
 from megacid.errors import run_tool
 from megacid.offline.cluster.cost import describe_cost
 from megacid.offline.cluster.stage import assign_only, cluster
-from megacid.offline.cluster.state import TWO_LEVELS_K, KMeansSettings, default_method
+from megacid.offline.cluster.state import PLUS_PLUS_K, TWO_LEVELS_K, KMeansSettings, default_settings
 from megacid.offline.rows import EmbeddingRows
+from megacid.storage.metadata import read_meta
 
 COLLECTIVE_TIMEOUT_S = 7200.0  # ranks may have disks of different speed
-PLUS_PLUS_K = 4096  # up to this many clusters a flat k-means++ takes no longer than a few iterations
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -45,24 +46,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="assign labels from the centroids of this finished directory; of the options below only --backend and "
         "--top-labels apply",
     )
+    add(
+        "--keep",
+        type=Path,
+        metavar="BALANCE_DIR",
+        help="train on the samples that this output of tools/balance.py keeps (default: all); all samples get labels",
+    )
     add("--iterations", type=positive, default=20, help="hierarchical: of each level (default 20)")
     tolerance = "stop when the objective improves by less than this fraction (default 0: never)"
     add("--tolerance", type=real(0, 1, without=(1,)), default=0.0, help=tolerance)
     add("--seed", type=seed_number, default=0, help="seed of all random choices (default 0)")
-    add(
-        "--method",
-        choices=("flat", "hierarchical"),
-        help="flat: one k-means over all rows; hierarchical: about sqrt(k) coarse clusters, k-means inside each, then "
-        f"--refine (default: hierarchical from {TWO_LEVELS_K} clusters on, where it is faster)",
-    )
-    add("--refine", type=natural, default=6, help="hierarchical: final iterations over all k (default 6)")
-    add(
-        "--refine-cells",
-        type=natural,
-        default=16,
-        help="hierarchical: in a --refine iteration a row is compared with the centroids of this many nearest coarse "
-        "clusters (default 16; 0: with all k, as slow as a flat iteration); labels are always chosen among all k",
-    )
+    add_method(parser)
     add("--metric", choices=("cosine", "euclidean"), default="cosine", help="default: cosine")
     add(
         "--init",
@@ -89,6 +83,25 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def add_method(parser: argparse.ArgumentParser) -> None:
+    """Options of flat and hierarchical clustering."""
+    add = parser.add_argument
+    add(
+        "--method",
+        choices=("flat", "hierarchical"),
+        help="flat: one k-means over all rows; hierarchical: about sqrt(k) coarse clusters, k-means inside each, then "
+        f"--refine (default: hierarchical from {TWO_LEVELS_K} clusters on, where it is faster)",
+    )
+    add("--refine", type=natural, default=6, help="hierarchical: final iterations over all k (default 6)")
+    add(
+        "--refine-cells",
+        type=natural,
+        default=16,
+        help="hierarchical: in a --refine iteration a row is compared with the centroids of this many nearest coarse "
+        "clusters (default 16; 0: with all k, as slow as a flat iteration); labels are always chosen among all k",
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     settings = None if args.assign_only else settings_of(args)
@@ -96,20 +109,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def settings_of(args: argparse.Namespace) -> KMeansSettings:
-    method = args.method or default_method(args.k)
-    init = args.init or ("k-means++" if method == "hierarchical" or args.k <= PLUS_PLUS_K else "random")
-    given = {field.name: getattr(args, field.name) for field in fields(KMeansSettings)}
-    return KMeansSettings(**given | {"init": init, "method": method})
+    return default_settings(**{field.name: getattr(args, field.name) for field in fields(KMeansSettings)})
 
 
 def run(args: argparse.Namespace, settings: KMeansSettings | None, parallel: Parallel, stop: StopRequest) -> None:
     with fail_together(parallel.group):
         rows = EmbeddingRows(args.embeddings)
+        estimated = settings
+        if settings and args.keep:
+            kept = read_meta(args.keep, expect="balance")["kept"]
+            estimated = replace(settings, train_sample=min(settings.train_sample or kept, kept))
     with fail_together(parallel.group):
         if parallel.is_first:
             print(
-                describe_cost(settings, rows.num_rows, rows.dim, parallel.world, parallel.device)
-                if settings
+                describe_cost(estimated, rows.num_rows, rows.dim, parallel.world, parallel.device)
+                if estimated
                 else f"{rows.num_rows:,} rows of width {rows.dim}, labels from the centroids of {args.assign_only}"
             )
         else:
@@ -124,7 +138,7 @@ def run(args: argparse.Namespace, settings: KMeansSettings | None, parallel: Par
         if settings is None:
             meta = assign_only(args.embeddings, args.assign_only, args.out, parallel, backend=args.backend, **options)
         else:
-            meta = cluster(args.embeddings, args.out, settings, parallel, **options)
+            meta = cluster(args.embeddings, args.out, settings, parallel, keep=args.keep, **options)
     if parallel.is_first:
         print(
             f"{args.out}: k {meta['k']:,}, objective {meta['final_objective']:.6f}, imbalance {meta['imbalance']:.3f}, "

@@ -124,10 +124,9 @@ class Runner:
         kind, _, item = stage.name.partition("/")
         work: dict[str, Callable[[str], None]] = {
             TEACHER: lambda _: self.make_teacher(),
-            "embeddings": lambda _: self.embed(self.plan.shards, self.out / "embeddings", "embeddings"),
+            "embeddings": lambda _: self.embed(),
             "clusters": self.cluster,
             "subsets": self.choose,
-            "copies": self.copy,
         }
         seconds: dict[str, float] = {}
         with measured(seconds, "stage"):
@@ -138,33 +137,27 @@ class Runner:
         self.train(TEACHER, self.plan.file.study.teacher, tuple(self.plan.teacher_changes()))
         self.tool("export", "export", "--run", self.out / "runs" / TEACHER, "--out", self.out / TEACHER)
 
-    def embed(self, shards: Path, out: Path, log: str) -> None:
-        self.tool("embed", log, "--shards", shards, "--out", out, "--model", f"local-dir:{self.out / TEACHER}")
+    def embed(self) -> None:
+        where = ("--shards", self.plan.shards, "--out", self.out / "embeddings")
+        self.tool("embed", "embeddings", *where, "--model", f"local-dir:{self.out / TEACHER}")
 
     def cluster(self, name: str) -> None:
         found = self.plan.file.clusters[name]
-        source = self.out / "embeddings" if found.of is None else self.out / "copies" / found.of / "embeddings"
-        where = ("--embeddings", source, "--out", self.out / "clusters" / name)
-        self.tool("cluster", f"clusters-{name}", *where, "--k", found.k, "--top-labels", found.top_labels)
-
-    def balance(self, name: str, *more: object) -> None:
-        found = self.plan.file.subsets[name]
-        clusters = self.out / "clusters" / str(found.clusters)
-        where = ("--embeddings", self.out / "embeddings", "--clusters", clusters, "--out", self.out / "subsets" / name)
-        how = ("--target-keep", found.share, "--keep", found.keep, "--neighbor-clusters", ACROSS)
-        self.tool("balance", f"subsets-{name}", "--shards", self.plan.shards, *where, *how, *more)
+        where = ("--embeddings", self.out / "embeddings", "--out", self.out / "clusters" / name)
+        keep = () if found.of is None else ("--keep", self.out / "subsets" / found.of)
+        self.tool("cluster", f"clusters-{name}", *where, "--k", found.k, "--top-labels", found.top_labels, *keep)
 
     def choose(self, name: str) -> None:
-        like = self.plan.file.subsets[name].random_as
-        if like is None:
-            self.balance(name)
-        else:
-            random_subset(self.plan.shards, self.out / "subsets" / like, self.out / "subsets" / name)
-
-    def copy(self, name: str) -> None:
-        out = self.out / "copies" / name
-        self.balance(name, "--reshard", out / "tars")
-        self.embed(out / "tars", out / "embeddings", f"copies-{name}")
+        found, out = self.plan.file.subsets[name], self.out / "subsets" / name
+        if found.random_as is not None:
+            random_subset(self.plan.shards, self.out / "subsets" / found.random_as, out)
+            return
+        where = ("--shards", self.plan.shards, "--embeddings", self.out / "embeddings", "--out", out)
+        inside: tuple[object, ...] = ("--cells", found.cells)
+        if found.clusters is not None:
+            inside = ("--clusters", self.out / "clusters" / found.clusters)
+        how = ("--target-keep", found.share, "--keep", found.keep, "--neighbor-clusters", ACROSS)
+        self.tool("balance", f"subsets-{name}", *where, *inside, *how)
 
     # ---- runs ----
 

@@ -41,7 +41,7 @@ class Clusters(Section):
     top_labels: Width = 1
     """Number of labels stored per pair."""
     of: str | None = None
-    """Subset that is clustered, whose pairs are copied and embedded again; null: all pairs."""
+    """Subset whose pairs are clustered; null: all pairs."""
 
 
 class Subset(Section):
@@ -50,8 +50,10 @@ class Subset(Section):
     share: FractionAboveZero | None = None
     """Share of the pairs that balance keeps. Set this or random_as."""
     clusters: str | None = None
-    """Clusters inside which balance compares pairs. Required with share."""
-    keep: Literal["nearest", "farthest", "random", "caption"] = "nearest"
+    """Clusters inside which balance compares pairs. Set this or cells with share."""
+    cells: Count | None = None
+    """Number of coarse clusters that balance makes for itself, so that it can come before clustering."""
+    keep: Literal["nearest", "farthest", "random", "caption", "medoid"] = "nearest"
     """Which pair of a group balance keeps."""
     random_as: str | None = None
     """Name of the subset whose size a random one has."""
@@ -220,8 +222,10 @@ def _check_names(file: StudyFile) -> None:
         where = f"subsets.{name}"
         if (subset.share is None) == (subset.random_as is None):
             raise UserError(f"{where} has both or none of share and random_as, expected one: correct it")
-        if (subset.share is None) != (subset.clusters is None):
-            raise UserError(f"{where} has one of share and clusters, expected both or none: correct it")
+        if (subset.share is None) != (subset.clusters is None and subset.cells is None):
+            raise UserError(f"{where} has one of share and clusters (or cells), expected both or none: correct it")
+        if subset.clusters is not None and subset.cells is not None:
+            raise UserError(f"{where} has clusters and cells, expected one of them: correct it")
         references.append((f"{where}.clusters", subset.clusters, clusters))
         references.append((f"{where}.random_as", subset.random_as, subsets))
         if subset.random_as is not None and file.subsets.get(subset.random_as, subset).share is None:
@@ -320,42 +324,39 @@ class Plan:
 
     def clusters(self, name: str) -> Stage:
         found = self.file.clusters[name]
-        before = self.embeddings if found.of is None else self.copies(found.of)
+        before = self.embeddings if found.of is None else self.subset(found.of)
         return Stage(f"clusters/{name}", {"k": found.k, "top_labels": found.top_labels}, (before,))
 
     def subset(self, name: str) -> Stage:
         found = self.file.subsets[name]
         if found.random_as is not None:
             return Stage(f"subsets/{name}", {"random": True}, (self.subset(found.random_as),))
-        assert found.clusters is not None
-        return Stage(f"subsets/{name}", {"share": found.share, "keep": found.keep}, (self.clusters(found.clusters),))
-
-    def copies(self, subset: str) -> Stage:
-        """The pairs of a subset as tars of their own, with embeddings."""
-        return Stage(f"copies/{subset}", {}, (self.subset(subset),))
+        settings: dict[str, Any] = {"share": found.share, "keep": found.keep}
+        if found.clusters is None:
+            return Stage(f"subsets/{name}", settings | {"cells": found.cells}, (self.embeddings,))
+        return Stage(f"subsets/{name}", settings, (self.clusters(found.clusters),))
 
     def run(self, arm: str, rate: float, seed: int) -> Run:
         """Raises UserError when the arm's settings are no valid run file."""
         found, study = self.file.arms[arm], self.file.study
         clusters = self.file.clusters[found.clusters] if found.clusters is not None else None
-        shards, embeddings = self.shards, self.out / "embeddings"
         needs: list[Stage] = [self.embeddings if found.teacher else self.index]
         values: dict[str, Any] = {"run.name": run_name(arm, rate, seed), "run.dir": str(self.out / "runs")}
         values |= {"run.seed": seed, LEARNING_RATE: rate}
         if clusters is not None:
             needs.append(self.clusters(str(found.clusters)))
             values["data.labels"] = str(self.out / needs[-1].name)
-        copied = clusters.of if clusters is not None else None
-        if copied is not None:
-            if found.subset not in (None, copied):
-                raise UserError(f"{arm} has the subset {found.subset!r} and clusters of {copied!r}: name one of them")
-            shards, embeddings = self.out / "copies" / copied / "tars", self.out / "copies" / copied / "embeddings"
-        elif found.subset is not None:
-            needs.append(self.subset(found.subset))
+        subset = found.subset
+        if clusters is not None and clusters.of is not None:
+            if subset not in (None, clusters.of):
+                raise UserError(f"{arm} has the subset {subset!r} and clusters of {clusters.of!r}: name one of them")
+            subset = clusters.of
+        if subset is not None:
+            needs.append(self.subset(subset))
             values["data.keep"] = str(self.out / needs[-1].name)
-        values["data.shards"] = str(shards)
+        values["data.shards"] = str(self.shards)
         if found.teacher:
-            values["data.teacher"] = str(embeddings)
+            values["data.teacher"] = str(self.out / "embeddings")
         changes = (*found.set, *(f"{key}={json.dumps(value)}" for key, value in values.items()))
         try:
             settings = settings_of(load_run(study.student, list(changes), world=study.ranks))

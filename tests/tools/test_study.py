@@ -65,9 +65,13 @@ def test_stages_come_after_what_they_need_and_once() -> None:
     assert [stage.name for stage in plan.stages(["plain"])] == ["teacher"]
     assert [stage.name for stage in plan.stages(CORE)] == ["teacher", "embeddings", "clusters/k4096"]
     before = [stage.name for stage in plan.stages(["balanced-before", "random-43.7"])]
-    assert before[3:] == [
-        "subsets/balanced-43.7", "copies/balanced-43.7", "clusters/k4096-of-balanced-43.7", "subsets/random-43.7",
+    assert before == [
+        "teacher", "embeddings", "subsets/balanced-before",
+        "clusters/k4096-of-balanced-before", "clusters/k4096", "subsets/balanced-43.7", "subsets/random-43.7",
     ]  # fmt: skip
+    changes = plan.run("balanced-before", 1e-3, 0).changes
+    assert 'data.keep="out/subsets/balanced-before"' in changes, "clusters of a subset train on that subset"
+    assert 'data.labels="out/clusters/k4096-of-balanced-before"' in changes
     names = [stage.name for stage in plan.stages(plan.file.chosen([]))]
     assert len(names) == len(set(names))
 
@@ -103,7 +107,9 @@ def edited(tmp_path: Path, old: str, new: str) -> Path:
         ('"loss.mse=2.0"', '"loss.mes=2.0"', 'arm mse: unknown key "megacid.loss.mes": did you mean "mse"'),
         ('balanced-20: {share: 0.8, clusters: "k4096"}', "balanced-20: {share: 0.8}", "one of share and clusters"),
         ('random_as: "balanced-20"', 'random_as: "random-60"', "expected a subset with a share"),
-        ('of: "balanced-43.7"', 'of: "random-60"', "clusters.k4096-of-balanced-43.7.of is 'random-60', expected a"),
+        ('of: "balanced-before"', 'of: "random-60"', "clusters.k4096-of-balanced-before.of is 'random-60', expected a"),
+        ('cells: 256', 'cells: 0', "subsets.balanced-before.cells"),
+        ('cells: 256', 'cells: 256, clusters: "k256"', "subsets.balanced-before has clusters and cells, expected one"),
         ('k256: {k: 256}', "k256: {k: 0}", "clusters.k256.k"),
         ('k256: {k: 256}', "k256: 256", "clusters.k256 is 256, expected a block"),
     ],
@@ -157,8 +163,11 @@ def small_study(root: Path, steps: int = 4) -> Path:
         corpus: "{root}", teacher: "{root}/teacher.json", student: "{root}/student.json"
         ranks: 1, seeds: [3, 4], rates: [1e-3, 2e-3], base: "plain"
         validation: ["classes"], test: ["retrieval"]
-        clusters: {{k5: {{k: 5}}, k3: {{k: 3, of: "balanced"}}}}
-        subsets: {{balanced: {{share: 0.5, clusters: "k5"}}, random: {{random_as: "balanced"}}}}
+        clusters: {{k5: {{k: 5}}, k3: {{k: 3, of: "first"}}}}
+        subsets: {{
+          balanced: {{share: 0.5, clusters: "k5"}}, random: {{random_as: "balanced"}}
+          first: {{share: 0.5, cells: 4, keep: "medoid"}}
+        }}
         arms: {{{SMALL_ARMS}}}
         }}"""
     )
@@ -239,6 +248,22 @@ def test_rates_are_chosen_on_validation_and_what_is_finished_is_kept(
 
     small_study(corpus, steps=6)
     assert "has the digest" in run_tool_inside(*words, expect=2) and not processes.started
+
+
+def test_balance_before_clustering_copies_no_pairs(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: dict[str, list[str]] = {}
+    monkeypatch.setattr(launching, "run_logged", lambda words, log, *rest: commands.update({log.stem: list(words)}))
+    runner = tool.Runner(Plan(load_study(small_study(corpus)), tmp_path, corpus, "digest"))
+    monkeypatch.setattr(tool, "run_logged", launching.run_logged)
+    for stage in runner.plan.stages(["before"]):
+        runner.stage(stage)
+    assert list(commands) == ["teacher", "export", "embeddings", "subsets-first", "clusters-k3"]
+    balance, cluster = (" ".join(commands[name]) for name in ("subsets-first", "clusters-k3"))
+    assert "--cells 4" in balance and "--keep medoid" in balance and "--clusters" not in balance
+    assert f"--embeddings {tmp_path}/embeddings" in cluster and f"--keep {tmp_path}/subsets/first" in cluster
+    assert not any("--reshard" in words for words in commands.values())
 
 
 def test_a_random_subset_has_as_many_pairs_as_the_balanced_one_and_others(pipeline: Pipeline, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ class BalanceSettings:
     seed: int = 0
     search_rows: int = 200_000  # samples, in whole clusters, on which the threshold is searched, at least
     block: int = 1024  # rows of one block of pairwise products
+    cells: int | None = None  # clusters to make for the stage; None: they are given
 
     def __post_init__(self) -> None:
         if (self.threshold is None) == (self.target_keep is None):
@@ -63,9 +64,9 @@ class BalanceSettings:
                 f"--neighbor-clusters is {self.neighbor_clusters}, expected 0 with --link semdedup, which compares "
                 "samples of one cluster: take --link greedy or components"
             )
-        for name, rows in (("search-rows", self.search_rows), ("block", self.block)):
-            if rows < 1:
-                raise UserError(f"--{name} is {rows}, expected at least 1")
+        for name, number in (("search-rows", self.search_rows), ("block", self.block), ("cells", self.cells)):
+            if number is not None and number < 1:
+                raise UserError(f"--{name} is {number}, expected at least 1")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from megacid.offline.balance import drawing
 from megacid.offline.balance.cluster_process import ClusterProcess, choose_cluster, cluster_process
 from megacid.offline.balance.gallery import image_reader, page
 from megacid.offline.balance.groups import Groups, perceptual_distance, representative_distance
-from megacid.offline.balance.inputs import BalanceInputs, SampleLocations, read_inputs
+from megacid.offline.balance.inputs import CELLS, BalanceInputs, SampleLocations, read_inputs
 from megacid.offline.balance.report import cluster_sizes, size_statistics
 from megacid.offline.figure_style import COLOURS, figure_style, save_figure
 from megacid.storage.atomic import write_text
@@ -67,7 +67,8 @@ def read_balanced(
     """
     meta = read_meta(balance, expect="balance")
     source = meta["source"]
-    clusters, embeddings = Path(clusters or source["clusters"]), Path(embeddings or source["embeddings"])
+    clusters = Path(clusters or source.get("clusters", balance / CELLS))
+    embeddings = Path(embeddings or source["embeddings"])
     inputs = read_inputs(embeddings, clusters, shards or Path(source["shards"]))
     index = inputs.index
     if meta["shards_digest"] != index.digest or meta["arguments"]["labels"] != inputs.labels_digest():

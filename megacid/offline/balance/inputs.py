@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from megacid.data.captions import recorded_caption
-from megacid.data.index import ShardIndex, ShardReader, load_index, read_sample_json
+from megacid.data.index import ShardIndex, ShardReader, read_sample_json
 from megacid.distributed.stopping import Progress, no_progress
-from megacid.errors import UserError
 from megacid.offline.cluster.results import read_labels
 from megacid.offline.rows import EmbeddingRows
-from megacid.storage.parquet import join_by_key
+from megacid.offline.tars import load_tars, rows_in_tar
+
+CELLS = "cells"  # folder in the output of the stage for the clusters that it makes itself
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,9 @@ class BalanceInputs:
     def locate(self) -> SampleLocations:
         """Joins samples and tars by key."""
         shard, row = np.empty(self.rows.num_rows, np.int32), np.empty(self.rows.num_rows, np.int64)
-        number = {name: i for i, name in enumerate(self.index.names)}
-        remedy = f"run tools/embed.py again for {self.rows.directory}"
-        for partition, stem in enumerate(self.rows.stems):
+        for partition in range(len(self.rows.stems)):
             where = slice(int(self.rows.starts[partition]), int(self.rows.starts[partition + 1]))
-            keys, tar = self.index.table(number[stem]).keys, self.index.tar_path(number[stem])
-            shard[where] = number[stem]
-            row[where] = join_by_key(self.rows.keys(partition), keys, tar, remedy, require_all=True)
+            shard[where], row[where] = rows_in_tar(self.rows, self.index, partition)
         return SampleLocations(self.index, shard, row)
 
 
@@ -96,12 +92,9 @@ def read_inputs(embeddings: Path, clusters: Path, shards: str | Path | None = No
         UserError: an input is damaged, or they do not belong together.
     """
     rows = EmbeddingRows(embeddings)
-    label, score, k = read_labels(clusters, rows)
-    folder = shards or rows.meta["source"]["shards"]
-    index = load_index(folder, caption=recorded_caption(rows.meta))
-    if index.digest != rows.meta["shards_digest"]:
-        raise UserError(
-            f"{embeddings} was made from other shards than {folder}: give the shards it was made from with --shards, "
-            "or run tools/embed.py again"
-        )
-    return BalanceInputs(rows, index, Path(clusters), label, score, k)
+    return add_labels(rows, load_tars(rows, shards), clusters)
+
+
+def add_labels(rows: EmbeddingRows, index: ShardIndex, clusters: Path) -> BalanceInputs:
+    """Reads and checks the labels of the embeddings. Raises as `read_inputs`."""
+    return BalanceInputs(rows, index, Path(clusters), *read_labels(clusters, rows))

@@ -87,8 +87,11 @@ def write_outputs(
     failpoint("balance:gallery")
     names = ("target_keep", "link", "keep", "cap", "neighbor_clusters", "seed")
     facts: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    source = inputs.source
+    if settings.cells is not None:
+        del source["clusters"]  # they are in `out`, which may be moved
     stage.commit(
-        inputs.source,
+        source,
         shards_digest=index.digest,
         kept=kept,
         total=index.num_samples,
@@ -97,7 +100,7 @@ def write_outputs(
         model=inputs.rows.meta["model"],
         gallery_bytes=(out / "gallery.html").stat().st_size,
         has_subset=has_subset,
-        arguments=stage.arguments,
+        arguments=stage.work.fingerprint,
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from megacid.distributed.collectives import barrier
 from megacid.distributed.consensus import any_rank
@@ -21,25 +22,29 @@ from megacid.errors import UserError
 from megacid.offline.balance.clusters import group_by_cluster
 from megacid.offline.balance.context import BalanceContext, BalanceSettings
 from megacid.offline.balance.deduplicate import decide, preference
-from megacid.offline.balance.inputs import BalanceInputs, read_inputs
+from megacid.offline.balance.inputs import CELLS, BalanceInputs, add_labels
 from megacid.offline.balance.outputs import finished_outputs, write_outputs
 from megacid.offline.cluster.results import read_centroids
+from megacid.offline.cluster.stage import cluster
+from megacid.offline.cluster.state import default_settings
 from megacid.offline.nearest import Assigner, prepare
 from megacid.offline.rows import EmbeddingRows
+from megacid.offline.tars import load_tars
 from megacid.storage.metadata import read_meta
-from megacid.storage.stage_directory import StageDirectory
+from megacid.storage.stage_directory import PartialResults, StageDirectory
 
 log = logging.getLogger(__name__)
 
 
 def balance(
     embeddings: Path,
-    clusters: Path,
+    clusters: Path | None,
     out: Path,
     settings: BalanceSettings,
     parallel: Parallel,
     *,
     shards: str | Path | None = None,
+    memory_gb: float = 4.0,
     gallery_groups: int = 40,
     start_progress: StartProgress = lambda total: no_progress,
 ) -> dict[str, Any]:
@@ -48,24 +53,29 @@ def balance(
     Samples without an embedding are not kept: they could not be decoded.
 
     Args:
-        embeddings, clusters: folders written by tools/embed.py and tools/cluster.py.
+        embeddings, clusters: folders written by tools/embed.py and tools/cluster.py. clusters: None with
+            `settings.cells`, for which OUT/cells gets what tools/cluster.py writes for as many clusters and this seed.
         out: the folder to write.
         shards: the tars; None: the one recorded by tools/embed.py.
+        memory_gb: bound on the memory of one rank that makes the cells.
         gallery_groups: groups shown in gallery.html.
         start_progress: when the function it returns raises Stopped, all ranks stop.
 
     Raises:
         UserError: an input is damaged, inputs do not belong together, or `out` was made with other arguments.
     """
-    group, device = parallel.group, parallel.device
-    progress = start_progress(0)
+    group = parallel.group
     with stop_together(group):
-        inputs = read_inputs(embeddings, clusters, shards)
-        text = _caption_rows(inputs.rows) if settings.keep == "caption" else None
-        centroids = read_centroids(clusters, inputs.rows.dim) if settings.neighbor_clusters else None
-        arguments = _arguments(settings, inputs, centroids and centroids[0])
-        stage = StageDirectory(out, "balance", arguments | {"gallery_groups": gallery_groups})
-        finished = finished_outputs(stage, inputs.index)
+        rows = EmbeddingRows(embeddings)
+        index = load_tars(rows, shards)
+        _check_cells(clusters, settings.cells, rows)
+        text = _caption_rows(rows) if settings.keep == "caption" else None
+        arguments = _arguments(settings, rows) | {"gallery_groups": gallery_groups}
+        if clusters is not None:
+            inputs = add_labels(rows, index, clusters)
+            arguments |= _identity(settings, inputs)
+        stage = StageDirectory(out, "balance", arguments)
+        finished = finished_outputs(stage, index)
     # Ranks may read files at different times, so they have to agree.
     if not any_rank(not finished, group):
         with stop_together(group):
@@ -76,22 +86,47 @@ def balance(
     with stop_together(group):
         if parallel.is_first:
             stage.begin()
+    if settings.cells is not None:
+        cells = default_settings(settings.cells, seed=settings.seed, memory_gb=memory_gb)
+        cluster(embeddings, out / CELLS, cells, parallel, start_progress=start_progress)
+        with stop_together(group):
+            inputs = add_labels(rows, index, out / CELLS)
+            # Links inside of other cells are not used: if cells are made again, they may be rounded differently.
+            stage.work = PartialResults(out, arguments | _identity(settings, inputs))
+    _decide_and_write(stage, inputs, text, settings, parallel, start_progress)
+    return read_meta(out, expect="balance")
+
+
+def _decide_and_write(
+    stage: StageDirectory,
+    inputs: BalanceInputs,
+    text: EmbeddingRows | None,
+    settings: BalanceSettings,
+    parallel: Parallel,
+    start_progress: StartProgress,
+) -> None:
+    """The work of a stage that has begun. text: caption embeddings, for keep="caption"."""
+    group, device, rows = parallel.group, parallel.device, inputs.rows
+    progress = start_progress(0)
+    with stop_together(group):
+        if parallel.is_first:
             stage.work.begin()
-        priority = preference(settings.keep, inputs.score, settings.seed, inputs.rows, text, progress)
-        sorted_rows = group_by_cluster(inputs.label, priority, inputs.k)
+        priority = preference(settings.keep, inputs.score, settings.seed, rows, text, progress)
+        clusters = group_by_cluster(inputs.label, priority, inputs.k)
+        assigner = _assigner(inputs, device) if settings.neighbor_clusters else None
     barrier(group)
-    progress = start_progress(inputs.rows.num_rows)
-    assigner = Assigner(prepare(*centroids, device), centroids[1], device) if centroids else None
-    decision = decide(
-        BalanceContext(
-            inputs.rows, sorted_rows, settings, device, assigner, group, partial=stage.work, progress=progress
-        )
-    )
+    progress = start_progress(rows.num_rows)
+    context = BalanceContext(rows, clusters, settings, device, assigner, group, partial=stage.work, progress=progress)
+    decision = decide(context)
     with stop_together(group):
         if parallel.is_first:
             write_outputs(stage, inputs, decision, settings, progress)
     barrier(group)
-    return read_meta(out, expect="balance")
+
+
+def _assigner(inputs: BalanceInputs, device: torch.device) -> Assigner:
+    centroids, metric = read_centroids(inputs.clusters, inputs.rows.dim)
+    return Assigner(prepare(centroids, metric, device), metric, device)
 
 
 def _caption_rows(image: EmbeddingRows) -> EmbeddingRows:
@@ -105,11 +140,26 @@ def _caption_rows(image: EmbeddingRows) -> EmbeddingRows:
     return text
 
 
-def _arguments(settings: BalanceSettings, inputs: BalanceInputs, centroids: np.ndarray | None) -> dict[str, Any]:
-    """Everything that decides the result, as JSON: settings, identity of the embeddings, digests of the clusters."""
+def _check_cells(clusters: Path | None, cells: int | None, rows: EmbeddingRows) -> None:
+    if (clusters is None) == (cells is None):
+        raise ValueError("expected either clusters or settings.cells")
+    if cells is not None and cells > rows.num_rows:
+        raise UserError(f"--cells is {cells}, expected at most the {rows.num_rows:,} embedded samples: lower it")
+
+
+def _arguments(settings: BalanceSettings, rows: EmbeddingRows) -> dict[str, Any]:
+    """What decides the result apart from the clusters, as JSON: settings and identity of the embeddings."""
     names = ("shards_digest", "model", "weights", "precision", "num_samples", "dim")
-    arguments = asdict(settings) | {name: inputs.rows.meta.get(name) for name in names}
-    arguments |= {"k": inputs.k, "labels": inputs.labels_digest()}
-    if centroids is not None:
-        arguments["centroids"] = hashlib.sha256(centroids.tobytes()).hexdigest()
+    arguments = asdict(settings) | {name: rows.meta.get(name) for name in names}
+    if settings.cells is None:
+        del arguments["cells"]
     return arguments
+
+
+def _identity(settings: BalanceSettings, inputs: BalanceInputs) -> dict[str, Any]:
+    """The clusters as JSON: digests of the labels and, if they are used, of the centroids."""
+    identity = {"k": inputs.k, "labels": inputs.labels_digest()}
+    if settings.neighbor_clusters:
+        centroids, _ = read_centroids(inputs.clusters, inputs.rows.dim)
+        identity["centroids"] = hashlib.sha256(centroids.tobytes()).hexdigest()
+    return identity

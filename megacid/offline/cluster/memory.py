@@ -48,7 +48,7 @@ def spare_bytes(n: int, dim: int, settings: KMeansSettings, device: torch.device
         need = (fixed + minimum) / 1e9
         raise UserError(
             f"memory bound is {settings.memory_gb:g} GB, {k} clusters of width {dim} need {need:.3g} GB: raise "
-            "--memory-gb or lower --k"
+            "--memory-gb or make fewer clusters"
         )
     return spare
 

@@ -94,6 +94,8 @@ def start_run(
     Raises:
         UserError: k > n, the memory bound is too small, or a row is invalid.
     """
+    if isinstance(rows, SubsetRows):
+        extra_bytes += rows.chosen.nbytes
     if settings.train_sample is not None:
         rows = _training_sample(rows, settings)
     n = rows.num_rows
@@ -127,7 +129,7 @@ def _check_amount(n: int, k: int, group: Group) -> None:
     if n < 2 * k and collectives.rank(group) == 0:
         log.warning(
             f"{n} rows to train on for {k} clusters are {n / k:.2f} per cluster, fewer than 2: most clusters will be "
-            "single rows, lower --k or give more data"
+            "single rows, make fewer of them or give more data"
         )
 
 

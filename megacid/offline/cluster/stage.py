@@ -5,6 +5,7 @@ Legend: K clusters, D width.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from megacid.offline.cluster.kmeans import kmeans
 from megacid.offline.cluster.lloyd import imbalance_factor
 from megacid.offline.cluster.state import KMeansSettings, KMeansState
 from megacid.offline.nearest import Assigner, Backend, check_backend
-from megacid.offline.rows import EmbeddingRows
+from megacid.offline.rows import EmbeddingRows, Rows, SubsetRows
+from megacid.offline.tars import kept_rows
 from megacid.storage.metadata import read_meta
 from megacid.storage.npy import read_array, write_array
 from megacid.storage.parquet import parquet_shape
@@ -39,6 +41,7 @@ def cluster(
     settings: KMeansSettings,
     parallel: Parallel,
     *,
+    keep: Path | None = None,
     top_labels: int = 1,
     start_progress: StartProgress = lambda total: no_progress,
 ) -> dict[str, Any]:
@@ -48,6 +51,7 @@ def cluster(
     kept; its missing or damaged files are written again. All ranks stop together when the progress raises Stopped.
 
     Args:
+        keep: Folder written by tools/balance.py; the centroids are those of the samples that it kept. None: of all.
         top_labels: Nearest clusters to write per sample.
         start_progress: Called with a number of rows to process; returns the function that counts them.
 
@@ -59,6 +63,14 @@ def cluster(
         rows = EmbeddingRows(embeddings)
         _check_top_labels(top_labels, settings.k)
         identity = _identity(rows)
+    trained: Rows = rows
+    source: dict[str, str] = {}
+    if keep is not None:
+        kept = kept_rows(rows, keep, parallel)
+        identity["keep"] = hashlib.sha256(kept.tobytes()).hexdigest()
+        source["keep"] = str(keep.resolve())
+        trained = SubsetRows(rows, kept)
+    with stop_together(group):
         arguments = _arguments(settings, top_labels) | identity
         stage = StageDirectory(out, "cluster", arguments)
         meta = stage.finished()
@@ -75,17 +87,17 @@ def cluster(
         if parallel.is_first:
             stage.begin()
     if state is None:
-        state = _train(rows, out, settings, parallel, identity, start_progress)
+        state = _train(trained, out, settings, parallel, identity, start_progress)
     assigner = Assigner(state.centroids, settings.metric, parallel.device, settings.backend)
     sizes, similarity = assign_labels(out, rows, assigner, parallel, top_labels, start_progress(rows.num_rows))
     with stop_together(group):
         _check_sizes(sizes, rows, warn=parallel.is_first)
     result = {"iterations": state.iteration, "iterations_asked": settings.iterations, "objective": state.objective}
-    return _finish(stage, rows, state.centroids, parallel, sizes, similarity, {}, arguments | result)
+    return _finish(stage, rows, state.centroids, parallel, sizes, similarity, source, arguments | result)
 
 
 def _train(
-    rows: EmbeddingRows,
+    rows: Rows,
     out: Path,
     settings: KMeansSettings,
     parallel: Parallel,

@@ -22,6 +22,7 @@ from megacid.storage.atomic import writing
 Init = Literal["random", "k-means++"]
 Method = Literal["flat", "hierarchical"]
 TWO_LEVELS_K = 512  # from this many clusters two levels take less time than k-means++ over all rows
+PLUS_PLUS_K = 4096  # up to this many clusters a flat k-means++ takes no longer than a few iterations
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,13 @@ def default_method(k: int) -> Method:
     flat k-means++ is the faster one. A rule and not a measurement, as in `nearest.chosen_backend`.
     """
     return "hierarchical" if k >= TWO_LEVELS_K else "flat"
+
+
+def default_settings(k: int, *, method: Method | None = None, init: Init | None = None, **given: Any) -> KMeansSettings:
+    """Settings of k clusters; method and init by k where they are None. given: other fields of KMeansSettings."""
+    method = method or default_method(k)
+    init = init or ("k-means++" if method == "hierarchical" or k <= PLUS_PLUS_K else "random")
+    return KMeansSettings(k, method=method, init=init, **given)
 
 
 @dataclass

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from balance_data import brute_components, decided, labelled, unit_rows
+from balance_data import brute_components, brute_medoids, decided, labelled, unit_rows
 from harness import run_ranks
-from offline_data import balance_args, cluster_args, embed_args, run, save_model, write_shards
 
 from megacid.errors import UserError
 from megacid.offline.balance import medoids
@@ -19,20 +17,6 @@ from megacid.offline.balance.context import BalanceSettings
 from megacid.offline.balance.deduplicate import Decision
 from megacid.offline.rows import ArrayRows
 from megacid.storage.stage_directory import PartialResults
-
-
-def definition(x: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """The first row of each group whose squared distances to the others have the least sum, int64 [n], by row.
-
-    x: float16 [n, D]; group: int [n].
-    """
-    unit = torch.nn.functional.normalize(torch.from_numpy(x.astype(np.float32)), dim=1).double().numpy()
-    out = np.empty(len(x), np.int64)
-    for value in np.unique(group):
-        members = np.flatnonzero(group == value)
-        total = ((unit[members, None] - unit[None, members]) ** 2).sum(axis=(1, 2)) / len(members)
-        out[members] = members[np.flatnonzero(total < total.min() + 1e-11)[0]]
-    return out
 
 
 def toy(copies: int = 60) -> tuple[ArrayRows, Clusters, np.ndarray]:
@@ -63,7 +47,7 @@ def test_each_group_keeps_the_sample_with_the_least_sum_of_squared_distances(thr
     settings = BalanceSettings(threshold=threshold, keep="medoid", neighbor_clusters=neighbors, block=16)
     decision = decided(rows, clusters, settings, centroids=centroids)
     group = brute_groups(rows, clusters, threshold, bool(neighbors))
-    expected = definition(rows.array, group)
+    expected = brute_medoids(rows.array, group)
     np.testing.assert_array_equal(decision.representative, expected)
     np.testing.assert_array_equal(decision.keep, expected == np.arange(700))
     # The groups are those of the default; which of their samples is kept differs.
@@ -165,34 +149,3 @@ def test_an_embedding_without_a_length_is_named() -> None:
     )
     with pytest.raises(UserError, match="row 1 of the array is zero or holds NaN or infinity"):
         medoids.represent_by_medoids(context, np.zeros(3, np.int64))
-
-
-# ---- the tool ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("medoid")
-    write_shards(folder / "shards")
-    save_model(folder / "model", seed=1)
-    run("embed", *embed_args(folder))
-    run("cluster", *cluster_args(folder))
-    return folder
-
-
-def test_tool_keeps_the_medoids(stage: Path) -> None:
-    run("balance", *balance_args(stage, "medoid", "--target-keep", 0.4, "--keep", "medoid", "--neighbor-clusters", 3))
-    x = np.concatenate([np.load(path) for path in sorted((stage / "emb" / "img_emb").iterdir())])
-    number = np.delete(np.arange(36), 16)  # sample 16 could not be decoded
-    representative = np.concatenate([np.load(path) for path in sorted((stage / "medoid/representative").iterdir())])
-    assert representative[16] == -1 and np.bincount(representative[number]).max() > 3
-    np.testing.assert_array_equal(representative[number], number[definition(x, representative[number])])
-    flags = np.concatenate([np.load(path) for path in sorted((stage / "medoid" / "keep").iterdir())])
-    np.testing.assert_array_equal(flags, representative == np.arange(36))
-    assert json.loads((stage / "medoid" / "meta.json").read_text())["keep"] == "medoid"
-
-
-def test_argument_mistakes_are_one_line(stage: Path) -> None:
-    output = run("balance", *balance_args(stage, "no", "--eps", 0.1, "--keep", "medoid", "--link", "greedy"), expect=2)
-    assert "--link is 'greedy', expected components" in output and len(output.strip().splitlines()) == 1
-    assert not (stage / "no").exists()
