@@ -55,7 +55,7 @@ def needed_bytes(name: str, shape: Shape, train: bool) -> int:
     """An upper estimate: weight, moments, and copies during construction or the backward; of megacid's logits only a
     chunk."""
     if name in ("megacid", PRODUCTS):
-        logits = min(2 * shape.batch * shape.rows, 8 << 30)
+        logits = min(2 * shape.batch * shape.rows, 4 << 30)
         return 4 * 3 * (shape.classes + shape.rows) * shape.width + logits
     copies = 6 if train else 3
     return 4 * (copies * shape.classes * shape.width + shape.rows * (6 * shape.width + 5 * shape.batch))

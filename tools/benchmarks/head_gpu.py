@@ -248,7 +248,7 @@ def _limits_of(shape: Shape, block: str, rows: dict[str, Row], budget: int) -> l
     limits = []
     if block == "margin":
         over = measure.ratio(time, measure.median(rows.get("cublas-3gemm", {})))
-        bound = 1.15 if shape.width >= 768 else 1.25
+        bound = 1.10 if shape.width >= 768 else 1.20
         limits.append(Limit(f"{where}: time over that of three cuBLAS products", over, bound, at_least=False))
         matrix = min(2 * shape.batch * shape.classes, budget) + 4 * shape.classes * shape.width
         extra = measure.ratio(ours.get("peak_extra_bytes"), float(matrix))
@@ -261,7 +261,7 @@ def _limits_of(shape: Shape, block: str, rows: dict[str, Row], budget: int) -> l
         if shape.classes >= 10_000_000:
             gib = measure.ratio(rows.get("megacid-loss-only", {}).get("peak_extra_bytes"), float(2**30))
             limits.append(Limit(f"{where}: GiB of the loss alone", gib, 1.0, at_least=False))
-    elif shape.classes >= MIN_CLASSES_OF_PEERS:
+    elif block == "plain" and shape.classes >= MIN_CLASSES_OF_PEERS:
         for family, names in PEER_FAMILIES.items():
             peer = _fastest(rows, names)
             reasons = [rows[n]["skipped"] for n in names if n in rows and "skipped" in rows[n]]

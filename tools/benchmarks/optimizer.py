@@ -38,7 +38,7 @@ MIN_COPY_FRACTION = 0.75
 ROUNDS = 3
 # bytes read and written per element: weight, gradient, moments
 BYTES = {("adamw", "fp32"): 28, ("adamw", "bf16"): 20, ("sgd", "fp32"): 20, ("sgd", "bf16"): 16}
-_MAX_ERROR = 1e-4  # of the change of the weights, near lr, while the weights are near 1 and fp32 has seven digits
+_MAX_ERROR = 1e-4  # of the change of the weights, besides the rounding of the weights themselves
 
 
 class Step(NamedTuple):
@@ -143,10 +143,11 @@ def check_accuracy(name: str, case: Case, kind: str, step: Step) -> None:
     else:
         want = -LR * (grad + DECAY * before)
     error = measure.relative_error(step.rows().double() - before, want)
-    if not error < _MAX_ERROR:
+    most = _MAX_ERROR + 2.0**-24 * float(before.norm() / want.norm())
+    if not error < most:
         raise UserError(
             f"the first {kind} step of {name} at {case.shape} differs from float64 by {error:.1e} of its length, "
-            f"expected < {_MAX_ERROR:g}: no speed is printed; run the tests in tests/kernels"
+            f"expected < {most:.1e}: no speed is printed; run the tests in tests/kernels"
         )
 
 
