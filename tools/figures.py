@@ -21,6 +21,7 @@ from argtypes import ToolParser
 from figure_kinds import balance, curves, patches, results, study, weights
 from megacid.distributed.stopping import run_alone
 from megacid.errors import run_tool
+from megacid.offline.figure_style import figure_style
 
 KINDS = {
     "balance": balance,
@@ -47,7 +48,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(sys.argv[1:] if argv is None else argv)
-    for path in KINDS[args.kind].draw(args):
+    with figure_style():  # entered before any input is read, since it needs matplotlib
+        paths = KINDS[args.kind].draw(args)
+    for path in paths:
         print(path)
     return 0
 

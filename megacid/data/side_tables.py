@@ -7,6 +7,7 @@ Shapes: m requested rows, d embedding width, l labels per sample.
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -285,7 +286,6 @@ class KeepTable:
     """Masks of the samples that `tools/balance.py` kept.
 
     Attributes:
-        counts: int64 [shards], kept samples per shard.
         embeddings: the directory of the embeddings that they were chosen by; None when it is not recorded.
     """
 
@@ -296,7 +296,11 @@ class KeepTable:
         embeddings = source.get("embeddings") if isinstance(source, dict) else None
         self.embeddings = Path(embeddings) if isinstance(embeddings, str) else None
         self._shards: LRUCache[np.ndarray] = LRUCache(_OPEN_SHARDS)
-        self.counts = np.array([np.count_nonzero(self._mask(shard)) for shard in range(len(index.names))], np.int64)
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """int64 [shards], kept samples per shard. Reads all masks. UserError when one is damaged."""
+        return np.array([np.count_nonzero(self._mask(shard)) for shard in range(len(self.index.names))], np.int64)
 
     def _mask(self, shard: int) -> np.ndarray:
         path = self.directory / "keep" / f"{self.index.names[shard]}.npy"

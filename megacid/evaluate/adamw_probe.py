@@ -66,14 +66,20 @@ def fit(
 
 
 def choose_weight_decay(
-    feature_ND: Tensor, label_N: Tensor, *, num_classes: int, seed: int = SEED, progress: Progress = no_progress
+    feature_ND: Tensor,
+    label_N: Tensor,
+    split: tuple[Tensor, Tensor],
+    *,
+    num_classes: int,
+    seed: int = SEED,
+    progress: Progress = no_progress,
 ) -> tuple[float, float]:
     """The weight decay with the best held-out accuracy that a search in WEIGHT_DECAYS finds, and that accuracy.
 
     The search takes the best of every 16th value, then of that one and its neighbours at distances 8, 4, 2 and 1. Of
-    equal ones it takes the smallest. label_N is on the CPU. Raises UserError if no class has two samples.
+    equal ones it takes the smallest. label_N is on the CPU; split: its `held_out_rows`.
     """
-    fit_rows, held_rows = held_out_rows(label_N)
+    fit_rows, held_rows = split
     device = feature_ND.device
     train_ND, train_N = feature_ND[fit_rows.to(device)], label_N[fit_rows].to(device)
     held_ND, held_N = feature_ND[held_rows.to(device)], label_N[held_rows]
@@ -95,9 +101,9 @@ def choose_weight_decay(
 
 def adamw(train_ND: Tensor, train_N: Tensor, test_ND: Tensor, num_classes: int, progress: Progress) -> Fitted:
     """A recipe of `linear_probe`, for one label per image. The settings have CLIP_benchmark's names."""
-    weight_decay, held_out = choose_weight_decay(train_ND, train_N, num_classes=num_classes, progress=progress)
-    # CLIP_benchmark appends the held-out samples to the others.
-    order = torch.cat(held_out_rows(train_N))
+    split = held_out_rows(train_N)
+    weight_decay, held_out = choose_weight_decay(train_ND, train_N, split, num_classes=num_classes, progress=progress)
+    order = torch.cat(split)  # CLIP_benchmark appends the held-out samples to the others
     feature_ND, label_N = train_ND[order.to(train_ND.device)], train_N[order].to(train_ND.device)
     linear = fit(feature_ND, label_N, num_classes=num_classes, weight_decay=weight_decay, progress=progress)
     settings = {"weight_decay": weight_decay, "epochs": EPOCHS, "seed": SEED, "fewshot_k": -1, "normalized": True}

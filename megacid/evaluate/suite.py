@@ -35,7 +35,7 @@ def find_sets(directory: Path) -> dict[str, Path]:
     sets: dict[str, Path] = {}
     roots: dict[Path, Path] = {}  # by the file of results
     for root in sorted(_sets_in(directory, _DEPTH)):
-        name = _name(root.relative_to(directory).parts)
+        name = set_name(root.relative_to(directory).as_posix())
         file = json_file(Path(), name)
         if file in roots:
             raise UserError(
@@ -60,9 +60,9 @@ def _sets_in(directory: Path, depth: int) -> Iterator[Path]:
                 yield from _sets_in(folder, depth - 1)
 
 
-def _name(parts: tuple[str, ...]) -> str:
-    """CLIP_benchmark's name of the set in a folder."""
-    name = "/".join(parts).removeprefix("wds/").removeprefix("wds_")
+def set_name(path: str) -> str:
+    """The name of a set in results: CLIP_benchmark's without its prefix wds/. path: its folder, or a name with it."""
+    name = path.removeprefix("wds/").removeprefix("wds_")
     return f"vtab/{name.removeprefix('vtab-')}" if name.startswith("vtab-") else name
 
 

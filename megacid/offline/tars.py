@@ -23,11 +23,17 @@ from megacid.storage.metadata import read_meta
 from megacid.storage.parquet import join_by_key
 
 
-def load_tars(rows: EmbeddingRows, shards: str | Path | None = None) -> ShardIndex:
+def load_tars(
+    rows: EmbeddingRows,
+    shards: str | Path | None = None,
+    *,
+    remedy: str = "give the shards it was made from with --shards",
+) -> ShardIndex:
     """The index of the tars of some embeddings.
 
     Args:
         shards: the tars; None: those recorded by tools/embed.py.
+        remedy: of the message when the tars are others.
 
     Raises:
         UserError: the tars cannot be read, or are others.
@@ -36,8 +42,7 @@ def load_tars(rows: EmbeddingRows, shards: str | Path | None = None) -> ShardInd
     index = load_index(folder, caption=recorded_caption(rows.meta))
     if index.digest != rows.meta["shards_digest"]:
         raise UserError(
-            f"{rows.directory} was made from other shards than {folder}: give the shards it was made from with "
-            "--shards, or run tools/embed.py again"
+            f"{rows.directory} was made from other shards than {folder}: {remedy}, or run tools/embed.py again"
         )
     return index
 
@@ -54,7 +59,8 @@ def kept_rows(rows: EmbeddingRows, keep: Path, parallel: Parallel) -> np.ndarray
     """The embedding rows that balance kept, int64, ascending. A collective: ranks divide the partitions.
 
     Args:
-        keep: folder written by tools/balance.py; the tars are read where it read them.
+        keep: folder written by tools/balance.py; the tars are read where it read them, or else where tools/embed.py
+            did.
 
     Raises:
         UserError: a file is damaged, or the folders were made from different tars.
@@ -66,10 +72,24 @@ def kept_rows(rows: EmbeddingRows, keep: Path, parallel: Parallel) -> np.ndarray
             raise UserError(
                 f"{keep} was made from other shards than {rows.directory}: run tools/balance.py on {rows.directory}"
             )
-        index = load_tars(rows, meta["source"]["shards"])
+        index = _recorded_tars(rows, meta["source"]["shards"])
         table = KeepTable(keep, index)
         for partition in range(*shard_range(len(rows.stems), parallel.rank, parallel.world)):
             shard, row = rows_in_tar(rows, index, partition)
             masks.append(np.isin(row, table.kept(shard)))
     mask = torch.from_numpy(np.concatenate(masks)).to(torch.uint8).to(parallel.device)
     return np.flatnonzero(gather_plain(mask, parallel.group).cpu().numpy())
+
+
+def _recorded_tars(rows: EmbeddingRows, shards: str) -> ShardIndex:
+    """The tars that were recorded by balance, or else by embed. UserError when neither can be read."""
+    problems = {}
+    for folder in dict.fromkeys((shards, rows.meta["source"]["shards"])):
+        try:
+            return load_tars(rows, folder, remedy="put those back")
+        except UserError as error:
+            problems[folder] = str(error)
+    raise UserError(
+        f"the tars of {rows.directory} cannot be read from {' or '.join(problems)} ({next(iter(problems.values()))}): "
+        "move them back, or put a link to them there"
+    )

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks import machine_code
+from benchmarks import machine_code, sass
 from benchmarks.kernel_bounds import H100_BYTES_PER_S, MULTIPROCESSORS, RATES, Work, bounds, predicted, programs_by
 from benchmarks.sass import MachineCode, read
 from megacid.errors import UserError
@@ -192,11 +193,24 @@ def test_only_measurements_of_the_same_gpu_shape_and_budget_are_compared(tmp_pat
     write_head_report(tmp_path / "optimizer-h100.json", "NVIDIA H100", [4.0])
     assert machine_code.measured(tmp_path, "H100") == {}
     write_head_report(tmp_path / "head-512-h100.json", "NVIDIA H100 80GB HBM3", [5.0, 6.0, 8.0])
-    times = machine_code.measured(tmp_path, "H100")
+    write_head_report(tmp_path / "head-512-pcie.json", "NVIDIA H100 PCIe", [7.0])  # of lower rates
+    times = machine_code.measured(tmp_path, RATES["sm_90"].gpu)
     assert times == {("unit_rows", machine_code.shape_of(512).option): 6.0}
     row = {"predicted_s": 4.0}
     assert machine_code.compared(row, 6.0) == {"measured_s": 6.0, "measured_over_predicted": 1.5}
     assert machine_code.compared(row, None) == {} == machine_code.compared({}, 6.0)
+
+
+def test_a_disassembler_that_fails_is_an_error_with_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvdisasm"
+    program.write_text("#!/bin/sh\necho 'fatal: unknown sm_120' >&2\necho more >&2\nexit 1\n")
+    program.chmod(0o755)
+    knobs = SimpleNamespace(nvidia=SimpleNamespace(cuobjdump=SimpleNamespace(path=str(program))))
+    monkeypatch.setattr(sass.importlib, "import_module", lambda name: knobs)
+    with pytest.raises(UserError, match=r"nvdisasm failed \(fatal: unknown sm_120\): set TRITON_CUOBJDUMP_PATH"):
+        sass.disassemble(b"no machine code")
 
 
 def test_the_default_shapes_are_those_that_suite_head_measures() -> None:

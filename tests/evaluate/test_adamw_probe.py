@@ -24,6 +24,7 @@ from megacid.errors import UserError
 from megacid.evaluate.adamw_probe import WEIGHT_DECAYS, adamw, choose_weight_decay, fit
 from megacid.evaluate.datasets import load_benchmark
 from megacid.evaluate.execution import Execution
+from megacid.evaluate.linear_probe import held_out_rows
 from megacid.evaluate.tasks import evaluate
 from megacid.models.clip import LoadedClip
 from megacid.models.student import build_student, loaded_student
@@ -87,11 +88,13 @@ def test_the_search_finds_the_peak_of_an_accuracy_with_a_single_one(monkeypatch:
 
     monkeypatch.setattr(module, "fit", fit_nothing)
     monkeypatch.setattr(module, "scored", accuracy)
-    assert choose_weight_decay(*clusters(50, 0), num_classes=CLASSES) == (WEIGHT_DECAYS[peak], 1.0)
+    feature_ND, label_N = clusters(50, 0)
+    given = feature_ND, label_N, held_out_rows(label_N)
+    assert choose_weight_decay(*given, num_classes=CLASSES) == (WEIGHT_DECAYS[peak], 1.0)
     assert len(tried) == len(set(tried)) <= 15
     assert (WEIGHT_DECAYS[0], WEIGHT_DECAYS[-1], len(WEIGHT_DECAYS)) == (1e-6, 100.0, 97)
     monkeypatch.setattr(module, "scored", lambda *_: {"acc1": 0.5})
-    assert choose_weight_decay(*clusters(50, 0), num_classes=CLASSES) == (WEIGHT_DECAYS[0], 0.5)
+    assert choose_weight_decay(*given, num_classes=CLASSES) == (WEIGHT_DECAYS[0], 0.5)
 
 
 def test_the_final_fit_has_the_held_out_samples_too(monkeypatch: pytest.MonkeyPatch) -> None:

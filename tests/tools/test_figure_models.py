@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
+import sys
 import tarfile
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from safetensors.torch import save_file
 
 pytest.importorskip("matplotlib")
 
+import figures
 from figure_kinds import patches, towers, weights
 from figure_kinds.labels import source
 from megacid.errors import UserError
@@ -86,15 +90,27 @@ def test_a_model_is_a_run_an_export_or_an_architecture_with_weights(
     (tmp_path / "my_run").mkdir()
     save_file(open_clip_tensors(student), tmp_path / "a.safetensors")
     texts = (f"local-dir:{export}", f"ours={tmp_path / 'my_run'}", f"digits-student,{tmp_path / 'a.safetensors'}")
-    found = towers.load_models([source(text) for text in texts], "cpu")
+    loaded: list[weakref.ref[LoadedClip]] = []
+
+    def measure(clip: LoadedClip) -> tuple[str, torch.Tensor]:
+        gc.collect()
+        assert all(other() is None for other in loaded), "one model is in memory at a time"
+        loaded.append(weakref.ref(clip))
+        return clip.pretrained, towers.last_linear(towers.blocks_of(clip)[0], clip).weight.detach().clone()
+
+    found = towers.of_models([source(text) for text in texts], "cpu", measure)
     assert list(found) == ["student", "ours", "digits-student"]
-    assert found["ours"].pretrained == "my_run-step-7"
-    first, second = (
-        towers.last_linear(towers.blocks_of(found[name])[0], found[name]).weight for name in ("ours", "digits-student")
-    )
-    assert torch.equal(first, second)
+    assert found["ours"][0] == "my_run-step-7"
+    assert torch.equal(found["ours"][1], found["digits-student"][1])
     with pytest.raises(UserError, match="two of the sources are called 'student'"):
-        towers.load_models([source(texts[0]), source(texts[0])], "cpu")
+        towers.of_models([source(texts[0]), source(texts[0])], "cpu", measure)
+
+
+@pytest.mark.parametrize("kind", ["weights", "curves", "results"])
+def test_a_missing_matplotlib_is_named_before_any_input_is_read(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="matplotlib is not installed"):
+        figures.main([kind, "missing", "--out", "none"])
 
 
 @pytest.mark.parametrize(("name", "kind"), [("resnet", "ModifiedResNet"), ("timm-resnet", "ResNet")])

@@ -82,7 +82,9 @@ def test_a_model_without_a_set_of_the_others_is_an_error_that_names_it(two: tool
     with pytest.raises(UserError, match=r"ViT-B-32, old has no result on vtab/pets, .* --datasets food101 voc2007"):
         table(tmp_path / "new", tmp_path / "old")
     only = write(tmp_path / "other", "other", {"cars": 0.5})
-    with pytest.raises(UserError, match="no data set has results of all models"):
+    with pytest.raises(
+        UserError, match=r"evaluate it with tools/eval\.py, since no data set has results of all models$"
+    ):
         table(tmp_path / "new", only)
 
 
@@ -90,6 +92,40 @@ def test_two_results_of_a_model_that_differ_are_an_error_and_equal_ones_are_not(
     assert len(table(write(tmp_path / "a"), write(tmp_path / "b")).models) == 1
     with pytest.raises(UserError, match=r"different results of ViT-B-32, new on food101"):
         table(tmp_path / "a", write(tmp_path / "c", values={"food101": 0.4}))
+
+
+def test_results_of_clip_benchmark_have_our_names_of_sets_tasks_and_models(tmp_path: Path) -> None:
+    export = f"local-dir:{tmp_path / 'student'}"
+    metrics = {"lp_acc1": 0.6, "weight_decay": 0.1, "epochs": 10}
+    names = {
+        "theirs": {"dataset": "wds/vtab/pets", "model": export, "pretrained": "", "task": "linear_probe"},
+        "ours": {"dataset": "vtab/pets", "model": "student", "pretrained": export, "task": "linear_probe_adamw"},
+        "l-bfgs": {"dataset": "vtab/pets", "model": "student", "pretrained": export, "task": "linear_probe"},
+    }
+    for name, of_result in names.items():
+        own = {"lp_acc1": 0.8, "C": 1.0} if name == "l-bfgs" else metrics
+        write_result(tmp_path / "all" / f"{name}.json", {**of_result, "metrics": own, "language": "en"})
+    sources = [Source(None, str(tmp_path / "all"))]
+    by_adamw = tool.read_results(sources, "linear_probe_adamw")
+    assert by_adamw == {"student": {"vtab/pets": metrics}}
+    assert tool.tabulate(by_adamw, tool.METRICS["linear_probe_adamw"]).percent.tolist() == [[60.0]]
+    assert tool.read_results(sources, "linear_probe") == {"student": {"vtab/pets": {"lp_acc1": 0.8, "C": 1.0}}}
+    with pytest.raises(UserError, match="no result of linear_probe, only of linear_probe_adamw"):
+        tool.read_results([Source(None, str(tmp_path / "all" / "theirs.json"))], "linear_probe")
+
+
+@pytest.mark.parametrize("sets", [["food101", "cars"], ["food101", "food101"]])
+def test_exports_whose_folders_have_one_name_are_two_models(tmp_path: Path, sets: list[str]) -> None:
+    found = {"model": "student", "task": "linear_probe", "metrics": {"lp_acc1": 0.5}}
+    files = [str(tmp_path / f"{name}.json") for name in ("a", "b")]
+    for name, dataset, file in zip(("a", "b"), sets, files):
+        write_result(
+            Path(file), {"dataset": dataset, "pretrained": f"local-dir:{tmp_path / name / 'student'}", **found}
+        )
+    message = r"'student' has results of 2 models \(\S+/a/student; \S+/b/student\).*LABEL=PATH"
+    with pytest.raises(UserError, match=message):
+        tool.read_results([Source(None, file) for file in files], "linear_probe")
+    assert list(tool.read_results([Source(file, file) for file in files], "linear_probe")) == files
 
 
 @pytest.mark.parametrize(

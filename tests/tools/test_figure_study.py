@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ pytest.importorskip("matplotlib")
 from figure_kinds import study as tool
 from figure_kinds.sweeps import AXES, sweeps
 from megacid.offline.figure_style import GREY, figure_style
-from study_plan import Plan, load_study
+from study_plan import Plan, Subset, load_study
 from study_report import TEACHER, Finished, interval
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +116,27 @@ def test_sweeps_are_the_arms_that_differ_in_one_setting_alone() -> None:
         assert line.name.startswith(kind)
     few = ["instance-cluster", "r-0.1", "k-256", "balanced-20"]
     assert not any(sweeps(finished(few, [0]), few).values()), "two values are no sweep"
+
+
+def test_subsets_balanced_on_other_clusters_or_cells_are_other_lines() -> None:
+    file = load_study(ICONS)
+    subsets, arms, done = dict(file.subsets), dict(file.arms), results(["instance-cluster", "balanced-20"], [0])
+    places = {"k4096": {"clusters": "k4096"}, "k1024": {"clusters": "k1024"}, "64 cells": {"cells": 64}}
+    for place, balanced_on in places.items():
+        for share in (0.8, 0.6):
+            name = f"{place}-{share}"
+            subsets[name] = Subset(share=share, **balanced_on)
+            subsets[f"random-{name}"] = Subset(random_as=name)
+            for arm in (name, f"random-{name}"):
+                arms[arm] = arms["balanced-20"].model_copy(update={"subset": arm})
+                done += [one | {"arm": arm} for one in done if one["arm"] == "balanced-20"]
+    chosen = ["instance-cluster", *arms.keys() - file.arms.keys()]
+    lines = sweeps(Finished(done, replace(file, subsets=subsets, arms=arms)), chosen)["removed"]
+    assert {line.name: line.arms for line in lines} == {
+        f"{kind} in {place}{stays}": {0: "instance-cluster", 20: f"{prefix}{place}-0.8", 40: f"{prefix}{place}-0.6"}
+        for place in places
+        for kind, stays, prefix in (("balanced", ", nearest stays", ""), ("random, as many as balanced", "", "random-"))
+    }
 
 
 def test_lines_and_bands_of_a_sweep_are_means_and_intervals() -> None:

@@ -49,7 +49,7 @@ H100_FLOP_PER_S, H100_BYTES_PER_S = 798e12, 3.0e12
 _SPECIAL_PER_CYCLE = 16  # per multiprocessor, CUDA C++ programming guide, throughput of arithmetic instructions
 RATES = {
     "sm_90": Rates(
-        "H100",
+        "H100 80GB HBM3",
         H100_FLOP_PER_S,
         H100_BYTES_PER_S,
         _SPECIAL_PER_CYCLE * _H100_CYCLES_PER_S,

@@ -94,4 +94,10 @@ def _tool(name: str, *words: str) -> str:
         path = getattr(knobs, name).path
     except RuntimeError as error:
         raise UserError(f"triton finds no {name} ({error}): set TRITON_{name.upper()}_PATH to one") from error
-    return subprocess.run([path, *words], capture_output=True, text=True, check=True, timeout=60).stdout
+    try:
+        return subprocess.run([path, *words], capture_output=True, text=True, check=True, timeout=60).stdout
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr.strip() or f"exit code {error.returncode}").splitlines()[0]
+        raise UserError(
+            f"{path} failed ({said}): set TRITON_{name.upper()}_PATH to one that knows this GPU architecture"
+        ) from error

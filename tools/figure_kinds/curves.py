@@ -14,7 +14,7 @@ import numpy as np
 
 from figure_kinds.labels import check_distinct, source
 from megacid.errors import UserError, nearest
-from megacid.offline.figure_style import COLOURS, DASHES, PAGE, add_legend, figure_style, new_figure, save_figure
+from megacid.offline.figure_style import COLOURS, DASHES, PAGE, add_legend, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,5 +99,4 @@ def draw(args: argparse.Namespace) -> list[Path]:
     check_distinct(labels)
     runs = {label: read_curves(Path(run.text)) for label, run in zip(labels, args.runs)}
     titles = choose_tags(runs, args.tags)
-    with figure_style():
-        return save_figure(curves_figure(runs, titles), args.out / "curves")
+    return save_figure(curves_figure(runs, titles), args.out / "curves")

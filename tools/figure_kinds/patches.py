@@ -19,13 +19,13 @@ from PIL import Image
 
 from argtypes import positive
 from figure_kinds.labels import source
-from figure_kinds.towers import SPEC, load_models, patch_features
+from figure_kinds.towers import SPEC, of_models, patch_features
 from megacid.data.decode import BadSample, decode_image
 from megacid.data.tar_headers import TarDamage, members
 from megacid.data.tar_samples import IMAGE_EXTENSIONS
 from megacid.errors import UserError
 from megacid.models.clip import LoadedClip
-from megacid.offline.figure_style import PAGE, figure_style, new_figure, save_figure
+from megacid.offline.figure_style import PAGE, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -133,10 +133,7 @@ def patches_figure(pictures: np.ndarray, colours: dict[str, np.ndarray]) -> Figu
 
 def draw(args: argparse.Namespace) -> list[Path]:
     pictures = read_pictures(args.images, args.count)
-    seen, colours = None, {}
-    for label, clip in load_models(args.models, args.device).items():
-        images, colours[label] = model_view(clip, pictures)
-        seen = images if seen is None or images.shape[1] > seen.shape[1] else seen  # the one with most pixels
-    assert seen is not None
-    with figure_style():
-        return save_figure(patches_figure(seen, colours), args.out / "fig5_patches")
+    views = of_models(args.models, args.device, lambda clip: model_view(clip, pictures))
+    seen = max((images for images, _ in views.values()), key=lambda images: images.shape[1])  # with most pixels
+    colours = {label: colours for label, (_, colours) in views.items()}
+    return save_figure(patches_figure(seen, colours), args.out / "fig5_patches")

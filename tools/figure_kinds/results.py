@@ -17,10 +17,10 @@ import numpy as np
 import study_report
 from figure_kinds.labels import Source, source
 from megacid.errors import UserError, nearest
-from megacid.evaluate.suite import SUITES
-from megacid.evaluate.tasks import UNPROJECTED
-from megacid.models.hub import display_name, has_own_weights
-from megacid.offline.figure_style import COLOURS, MARKERS, PAGE, add_legend, figure_style, new_figure, save_figure
+from megacid.evaluate.suite import SUITES, set_name
+from megacid.evaluate.tasks import ADAMW, UNPROJECTED
+from megacid.models.hub import LOCAL_DIR, display_name, has_own_weights
+from megacid.offline.figure_style import COLOURS, MARKERS, PAGE, add_legend, new_figure, save_figure
 from megacid.storage.atomic import read_json
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ _PROBE = ("lp_acc1", "lp_mean_average_precision")
 METRICS = {
     "linear_probe": _PROBE,
     UNPROJECTED: _PROBE,
+    ADAMW: _PROBE,
     "zeroshot_classification": ("acc1", "mean_average_precision"),
     "knn": ("knn_acc1",),
     "zeroshot_retrieval": ("image_retrieval_recall@5",),
@@ -39,6 +40,7 @@ TITLES = study_report.METRICS | {
     **dict.fromkeys(("lp_mean_average_precision", "mean_average_precision"), "mAP"),
     "knn_acc1": "kNN top-1",
 }
+_FEATURES_OR_FIT = {UNPROJECTED: ", features before the projection", ADAMW: ", AdamW"}  # in titles
 _SPOKES = 3  # data sets of a radar, at least
 
 
@@ -81,14 +83,14 @@ class Table:
 
 
 def read_results(sources: Sequence[Source], task: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Metrics by model and data set, of the results of this task.
+    """Metrics by model and data set, of the results of this task. Names of data sets lack CLIP_benchmark's "wds/".
 
     Raises:
         UserError: no result of the task, a file that is none, two results of a model on a data set that differ, or a
             label of two models.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    weights: dict[str, set[str]] = {}  # by label
+    models: dict[str, str] = {}  # by label
     tasks = set()
     for given in sources:
         path = Path(given.text)
@@ -96,23 +98,21 @@ def read_results(sources: Sequence[Source], task: str) -> dict[str, dict[str, di
         for file in files:
             result = read_json(file)
             _check(file, result)
-            tasks.add(result["task"])
-            if result["task"] != task:
+            tasks.add(_task(result))
+            if _task(result) != task:
                 continue
-            model = given.label or _weights(result)
-            weights.setdefault(model, set()).add(_weights(result))
-            of_model = found.setdefault(model, {})
-            if of_model.setdefault(result["dataset"], result["metrics"]) != result["metrics"]:
+            model, dataset = _model(result), set_name(result["dataset"])
+            label = given.label or (display_name(model) if has_own_weights(model) else model)
+            if (other := models.setdefault(label, model)) != model:
                 raise UserError(
-                    f"{file} and an earlier file have different results of {_weights(result)} on {result['dataset']}, "
-                    "expected one: leave one of them out"
+                    f"the label {label!r} has results of 2 models ({'; '.join(sorted((model, other)))}), expected one: "
+                    "give each model its own, LABEL=PATH"
                 )
-    for label, own in weights.items():
-        if len(own) > 1:
-            raise UserError(
-                f"the label {label!r} has results of {len(own)} models ({'; '.join(sorted(own))}), expected one: leave "
-                "the label out, or give each model its own"
-            )
+            if found.setdefault(label, {}).setdefault(dataset, result["metrics"]) != result["metrics"]:
+                raise UserError(
+                    f"{file} and an earlier file have different results of {model} on {dataset}, expected one: leave "
+                    "one of them out"
+                )
     if not found:
         known = f", only of {', '.join(sorted(tasks))}" if tasks else ""
         where = ", ".join(given.text for given in sources)
@@ -129,10 +129,22 @@ def _check(file: Path, result: Any) -> None:
         raise UserError(f"{file} {reason}, expected a result of tools/eval.py or CLIP_benchmark: leave it out")
 
 
-def _weights(result: dict[str, Any]) -> str:
-    """The model of a result: that of the hub or a directory, or an architecture with the name of its weights."""
-    model, pretrained = str(result["model"]), str(result["pretrained"])
-    return display_name(pretrained) if has_own_weights(pretrained) else f"{model}, {pretrained}"
+def _task(result: dict[str, Any]) -> str:
+    """The task by our name: CLIP_benchmark's linear_probe has AdamW's weight decay, ours the strength C of L-BFGS."""
+    by_adamw = result["task"] == "linear_probe" and "weight_decay" in result["metrics"]
+    return ADAMW if by_adamw else str(result["task"])
+
+
+def _model(result: dict[str, Any]) -> str:
+    """The model of a result: hf-hub:ORG/NAME, local-dir:PATH, or an architecture with the name of its weights.
+
+    A model with weights of its own is in `pretrained` of tools/eval.py, and in `model` of CLIP_benchmark.
+    """
+    names = result["pretrained"], result["model"]
+    own = next(filter(has_own_weights, names), None)
+    if own is None:
+        return f"{result['model']}, {result['pretrained']}"
+    return f"{LOCAL_DIR}{Path(own.removeprefix(LOCAL_DIR)).resolve()}" if own.startswith(LOCAL_DIR) else own
 
 
 def tabulate(
@@ -157,10 +169,11 @@ def tabulate(
     common = [name for name in datasets if all(name in of_model for of_model in found.values())]
     for model, of_model in found.items():
         if missing := [name for name in datasets if name not in of_model]:
-            remedy = f"pass --datasets {' '.join(common)}" if common else "no data set has results of all models"
+            choice = f"or pass --datasets {' '.join(common)}"
+            remedy = choice if common else "since no data set has results of all models"
             raise UserError(
                 f"{model} has no result on {', '.join(missing)}, expected those of the other models: evaluate it with "
-                f"tools/eval.py, or {remedy}"
+                f"tools/eval.py, {remedy}"
             )
     chosen = []
     for name in datasets:
@@ -241,10 +254,8 @@ def bars_figure(table: Table, title: str) -> Figure:
 def draw(args: argparse.Namespace) -> list[Path]:
     found = read_results(args.results, args.task)
     table = tabulate(found, [args.metric] if args.metric else METRICS[args.task], args.datasets)
-    where = ", features before the projection" if args.task == UNPROJECTED else ""
-    title = f"{TITLES.get(table.metric, table.metric)} (%){where}"
-    with figure_style():
-        paths = []
-        if len(table.datasets) >= _SPOKES:
-            paths += save_figure(radar_figure(table, title), args.out / "fig1a_radar")
-        return paths + save_figure(bars_figure(table, title), args.out / "fig1b_bars")
+    title = f"{TITLES.get(table.metric, table.metric)} (%){_FEATURES_OR_FIT.get(args.task, '')}"
+    paths = []
+    if len(table.datasets) >= _SPOKES:
+        paths += save_figure(radar_figure(table, title), args.out / "fig1a_radar")
+    return paths + save_figure(bars_figure(table, title), args.out / "fig1b_bars")

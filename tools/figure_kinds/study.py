@@ -23,7 +23,6 @@ from megacid.offline.figure_style import (
     MARKERS,
     PAGE,
     add_legend,
-    figure_style,
     new_figure,
     save_figure,
 )
@@ -188,11 +187,10 @@ def draw(args: argparse.Namespace) -> list[Path]:
             f"some: {remedy}"
         )
     differences = difference_rows(finished, arms, args.part, args.metrics)
-    with figure_style():
-        paths = save_figure(arms_figure(rows), args.out / "study_arms")
-        if differences:
-            paths += save_figure(differences_figure(differences), args.out / "study_differences")
-        for name, lines in sweeps(finished, [arm for arm in arms if arm in rows]).items():
-            if lines:
-                paths += save_figure(sweep_figure(AXES[name], lines, rows), args.out / f"study_sweep_{name}")
+    paths = save_figure(arms_figure(rows), args.out / "study_arms")
+    if differences:
+        paths += save_figure(differences_figure(differences), args.out / "study_differences")
+    for name, lines in sweeps(finished, [arm for arm in arms if arm in rows]).items():
+        if lines:
+            paths += save_figure(sweep_figure(AXES[name], lines, rows), args.out / f"study_sweep_{name}")
     return paths

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from megacid.config.schema import defaults
-from study_plan import LEARNING_RATE, Arm, StudyFile
+from study_plan import LEARNING_RATE, Arm, StudyFile, Subset
 from study_report import Finished
 
 _LEAST = 3  # values of a sweep
@@ -68,13 +68,18 @@ def _removed(file: StudyFile, arm: Arm) -> list[tuple[float, str]]:
     """(percent of the pairs removed, how they are chosen) of an arm; one with all pairs begins every line."""
     name = arm.subset or file.clusters[str(arm.clusters)].of
     if name is None:
-        kinds = {subset.keep for subset in file.subsets.values() if subset.share is not None}
-        return [(0.0, kind) for kind in (*sorted(f"balanced, {keep} stays" for keep in kinds), "random")]
-    subset = file.subsets[name]
+        return [(0.0, kind) for kind in sorted({_choice(file, subset)[1] for subset in file.subsets.values()})]
+    return [_choice(file, file.subsets[name])]
+
+
+def _choice(file: StudyFile, subset: Subset) -> tuple[float, str]:
+    """(percent of the pairs removed, how they are chosen) of a subset."""
     like = file.subsets[subset.random_as] if subset.random_as is not None else subset
     assert like.share is not None
-    kind = "random" if subset.random_as is not None else f"balanced, {subset.keep} stays"
-    return [(round(100 * (1 - like.share), 6), kind)]
+    inside = f"{like.cells} cells" if like.clusters is None else like.clusters
+    balanced = f"balanced in {inside}"
+    kind = f"{balanced}, {subset.keep} stays" if like is subset else f"random, as many as {balanced}"
+    return round(100 * (1 - like.share), 6), kind
 
 
 def _named(axis: str, lines: dict[Any, dict[float, str]]) -> list[Sweep]:

@@ -5,9 +5,9 @@ Shapes: B images, H x W patches, C features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from open_clip.timm_model import TimmModel
@@ -22,6 +22,7 @@ from megacid.models.clip import LoadedClip, load_clip
 from megacid.models.hub import has_own_weights
 from megacid.models.student import loaded_student
 
+T = TypeVar("T")
 SPEC = "run directory, local-dir:PATH, hf-hub:ORG/NAME, or open_clip's ARCHITECTURE,WEIGHTS with a tag or a file"
 
 
@@ -37,11 +38,18 @@ def load_model(given: Source, device: str) -> tuple[str, LoadedClip]:
     return given.label or clip.name, clip
 
 
-def load_models(sources: Sequence[Source], device: str) -> dict[str, LoadedClip]:
-    """Models by label. Raises UserError when one cannot be loaded, or two have one label."""
-    models = [load_model(given, device) for given in sources]
-    check_distinct(label for label, _ in models)
-    return dict(models)
+def of_models(sources: Sequence[Source], device: str, measure: Callable[[LoadedClip], T]) -> dict[str, T]:
+    """What `measure` returns of each model, by label. One model is in memory at a time.
+
+    Raises UserError when one cannot be loaded, or two have one label.
+    """
+    found: dict[str, T] = {}
+    for given in sources:
+        label, clip = load_model(given, device)
+        check_distinct([*found, label])
+        found[label] = measure(clip)
+        del clip  # before the next one is loaded
+    return found
 
 
 def blocks_of(clip: LoadedClip) -> list[nn.Module]:

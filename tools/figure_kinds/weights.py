@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from figure_kinds.labels import source
-from figure_kinds.towers import SPEC, blocks_of, last_linear, load_models
+from figure_kinds.towers import SPEC, blocks_of, last_linear, of_models
 from megacid.errors import UserError
 from megacid.models.clip import LoadedClip
-from megacid.offline.figure_style import COLOURS, PAGE, add_legend, figure_style, new_figure, save_figure
+from megacid.offline.figure_style import COLOURS, PAGE, add_legend, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,6 +86,5 @@ def weights_figure(models: dict[str, tuple[LayerWeights, LayerWeights]]) -> Figu
 
 
 def draw(args: argparse.Namespace) -> list[Path]:
-    models = {label: layer_weights(clip) for label, clip in load_models(args.models, "cpu").items()}
-    with figure_style():
-        return save_figure(weights_figure(models), args.out / "fig4_weights")
+    models = of_models(args.models, "cpu", layer_weights)
+    return save_figure(weights_figure(models), args.out / "fig4_weights")

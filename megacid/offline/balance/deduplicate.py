@@ -105,23 +105,31 @@ def decide(context: BalanceContext) -> Decision:
     flop = (sizes**2).sum() * context.rows.dim
     log.info("%d clusters, the largest has %d samples, at most %.3g flop", len(sizes), sizes.max(initial=0), flop)
     if settings.target_keep is None:
-        return _link(context, threshold, curve, searched)
-    return _link_to_target(context, threshold, curve, searched)
+        decision = _link(context, threshold, curve, searched)
+    else:
+        decision, context = _link_to_target(context, threshold, curve, searched)
+    # Without a cap the medoids do not change the share kept, so those of the chosen pass suffice.
+    return _with_medoids(context, decision) if settings.keep == "medoid" and settings.cap is None else decision
 
 
-def _link_to_target(context: BalanceContext, threshold: float, curve: Curve, searched: int) -> Decision:
-    """Repeats the passes over all samples until the share kept is the target, or as near as it gets. A collective."""
+def _link_to_target(
+    context: BalanceContext, threshold: float, curve: Curve, searched: int
+) -> tuple[Decision, BalanceContext]:
+    """Repeats the passes over all samples until the share kept is the target, or as near as it gets. A collective.
+
+    Returns the decision of the best pass, and the context of that pass.
+    """
     target = context.settings.target_keep
     assert target is not None
     tolerance = max(SHARE_TOLERANCE, 0.5 / max(context.rows.num_rows, 1))
     passes: Curve = []
-    best: Decision | None = None
+    best: tuple[Decision, BalanceContext] | None = None
     following: float | None = threshold
     while following is not None and len(passes) < MAX_PASSES:
         decision = _link(context, following, curve, searched)
         passes.append((following, float(decision.keep.mean())))
-        if best is None or abs(passes[-1][1] - target) < abs(float(best.keep.mean()) - target):
-            best = decision
+        if best is None or abs(passes[-1][1] - target) < abs(float(best[0].keep.mean()) - target):
+            best = decision, context
         if abs(passes[-1][1] - target) <= tolerance:
             return best
         if searched == context.rows.num_rows:  # the search has tried all thresholds on all samples
@@ -152,9 +160,18 @@ def _link(context: BalanceContext, threshold: float, curve: Curve, searched: int
         with context.stop_together():
             candidates = find_candidates(context, rows, threshold)
         representative = link_neighbors(context, representative, threshold, context.gather(candidates))
-    if settings.keep == "medoid":
-        merged = representative is not first_pass
-        representative = represent_by_medoids(context, representative)
-        first_pass = first_pass if merged else representative
     keep = clusters.keep_mask(representative, settings.cap)
-    return Decision(keep, representative, threshold, curve, searched, first_pass)
+    decision = Decision(keep, representative, threshold, curve, searched, first_pass)
+    return _with_medoids(context, decision) if settings.keep == "medoid" and settings.cap is not None else decision
+
+
+def _with_medoids(context: BalanceContext, decision: Decision) -> Decision:
+    """The decision with each group represented by its medoid. A collective."""
+    representative = represent_by_medoids(context, decision.representative)
+    merged = decision.first_pass is not decision.representative
+    return replace(
+        decision,
+        keep=context.clusters.keep_mask(representative, context.settings.cap),
+        representative=representative,
+        first_pass=decision.first_pass if merged else representative,
+    )

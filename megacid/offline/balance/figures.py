@@ -18,9 +18,10 @@ from megacid.offline.balance import drawing
 from megacid.offline.balance.cluster_process import ClusterProcess, choose_cluster, cluster_process
 from megacid.offline.balance.gallery import image_reader, page
 from megacid.offline.balance.groups import Groups, perceptual_distance, representative_distance
-from megacid.offline.balance.inputs import CELLS, BalanceInputs, SampleLocations, read_inputs
+from megacid.offline.balance.inputs import CELLS, BalanceInputs, SampleLocations, damaged_cells, read_inputs
 from megacid.offline.balance.report import cluster_sizes, size_statistics
 from megacid.offline.figure_style import COLOURS, figure_style, save_figure
+from megacid.offline.rows import EmbeddingRows
 from megacid.storage.atomic import write_text
 from megacid.storage.metadata import read_meta
 from megacid.storage.npy import load_npy
@@ -67,8 +68,11 @@ def read_balanced(
     """
     meta = read_meta(balance, expect="balance")
     source = meta["source"]
-    clusters = Path(clusters or source.get("clusters", balance / CELLS))
     embeddings = Path(embeddings or source["embeddings"])
+    cells = meta.get("arguments", {}).get("cells")
+    if clusters is None and cells is not None and (bad := damaged_cells(balance, cells, EmbeddingRows(embeddings))):
+        raise UserError(f"{bad} is damaged or missing: run tools/balance.py again with the same arguments")
+    clusters = Path(clusters or source.get("clusters", balance / CELLS))
     inputs = read_inputs(embeddings, clusters, shards or Path(source["shards"]))
     index = inputs.index
     if meta["shards_digest"] != index.digest or meta["arguments"]["labels"] != inputs.labels_digest():

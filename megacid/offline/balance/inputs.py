@@ -17,8 +17,10 @@ import numpy as np
 from megacid.data.index import ShardIndex, ShardReader, read_sample_json
 from megacid.distributed.stopping import Progress, no_progress
 from megacid.offline.cluster.results import read_labels
+from megacid.offline.cluster.stage import first_damaged
 from megacid.offline.rows import EmbeddingRows
 from megacid.offline.tars import load_tars, rows_in_tar
+from megacid.storage.stage_directory import finished_meta
 
 CELLS = "cells"  # folder in the output of the stage for the clusters that it makes itself
 
@@ -79,6 +81,14 @@ class SampleLocations:
             for shard, row in zip(self.shard[rows].tolist(), self.row[rows].tolist()):
                 progress(0)
                 yield self.index.table(shard).keys[row], read_sample_json(reader, shard, row)
+
+
+def damaged_cells(out: Path, cells: int, rows: EmbeddingRows) -> Path | None:
+    """The first file of the clusters in the stage's output that is missing or damaged."""
+    folder = out / CELLS
+    if finished_meta(folder, "cluster") is None:
+        return folder / "meta.json"
+    return first_damaged(folder, cells, rows, range(len(rows.stems)), 1)
 
 
 def read_inputs(embeddings: Path, clusters: Path, shards: str | Path | None = None) -> BalanceInputs:

@@ -18,7 +18,7 @@ from megacid.offline.balance.context import BalanceContext
 from megacid.offline.balance.linking import UnitRows
 
 _BLOCK_ROWS = 4096  # rows in float64 at once; with their means they take 0.1 GB at D = 1280
-_PART_ROWS = 8192  # rows in one partial result, which may have twice as many, or one larger group
+_PART_ROWS = 8192  # rows in one partial result, which may have twice as many, or one larger group and as many more
 _TIE = 1e-12  # squared distances this near to each other differ by rounding alone
 
 

@@ -21,7 +21,8 @@ from megacid.offline.balance.context import BalanceSettings
 from megacid.offline.balance.deduplicate import Decision
 from megacid.offline.balance.gallery import gallery_page, image_reader
 from megacid.offline.balance.groups import Groups, representative_distance
-from megacid.offline.balance.inputs import BalanceInputs, SampleLocations
+from megacid.offline.balance.inputs import BalanceInputs, SampleLocations, damaged_cells
+from megacid.offline.rows import EmbeddingRows
 from megacid.storage.atomic import write_text
 from megacid.storage.npy import read_array, write_array
 from megacid.storage.stage_directory import StageDirectory
@@ -29,7 +30,7 @@ from megacid.storage.stage_directory import StageDirectory
 log = logging.getLogger(__name__)
 
 
-def finished_outputs(stage: StageDirectory, index: ShardIndex) -> bool:
+def finished_outputs(stage: StageDirectory, index: ShardIndex, rows: EmbeddingRows, cells: int | None) -> bool:
     """Whether the stage is finished and all of its files are complete. Logs the first one that is not."""
     meta, out = stage.finished(), stage.path
     if meta is None:
@@ -45,6 +46,8 @@ def finished_outputs(stage: StageDirectory, index: ShardIndex) -> bool:
         return _warn_damaged(page)
     if meta["has_subset"] and read_array(out / "subset.npy", (int(meta["kept"]),), "V") is None:
         return _warn_damaged(out / "subset.npy")
+    if cells is not None and (damaged := damaged_cells(out, cells, rows)) is not None:
+        return _warn_damaged(damaged)
     return True
 
 
@@ -87,9 +90,8 @@ def write_outputs(
     failpoint("balance:gallery")
     names = ("target_keep", "link", "keep", "cap", "neighbor_clusters", "seed")
     facts: dict[str, Any] = {name: getattr(settings, name) for name in names}
-    source = inputs.source
-    if settings.cells is not None:
-        del source["clusters"]  # they are in `out`, which may be moved
+    own = settings.cells is not None  # the clusters are in `out`, which may be moved
+    source = {name: path for name, path in inputs.source.items() if not (own and name == "clusters")}
     stage.commit(
         source,
         shards_digest=index.digest,

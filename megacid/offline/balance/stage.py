@@ -73,9 +73,9 @@ def balance(
         arguments = _arguments(settings, rows) | {"gallery_groups": gallery_groups}
         if clusters is not None:
             inputs = add_labels(rows, index, clusters)
-            arguments |= _identity(settings, inputs)
+            arguments, assigner = _with_clusters(arguments, settings, inputs, parallel.device)
         stage = StageDirectory(out, "balance", arguments)
-        finished = finished_outputs(stage, index)
+        finished = finished_outputs(stage, index, rows, settings.cells)
     # Ranks may read files at different times, so they have to agree.
     if not any_rank(not finished, group):
         with stop_together(group):
@@ -92,14 +92,16 @@ def balance(
         with stop_together(group):
             inputs = add_labels(rows, index, out / CELLS)
             # Links inside of other cells are not used: if cells are made again, they may be rounded differently.
-            stage.work = PartialResults(out, arguments | _identity(settings, inputs))
-    _decide_and_write(stage, inputs, text, settings, parallel, start_progress)
+            arguments, assigner = _with_clusters(arguments, settings, inputs, parallel.device)
+            stage.work = PartialResults(out, arguments)
+    _decide_and_write(stage, inputs, assigner, text, settings, parallel, start_progress)
     return read_meta(out, expect="balance")
 
 
 def _decide_and_write(
     stage: StageDirectory,
     inputs: BalanceInputs,
+    assigner: Assigner | None,
     text: EmbeddingRows | None,
     settings: BalanceSettings,
     parallel: Parallel,
@@ -113,7 +115,6 @@ def _decide_and_write(
             stage.work.begin()
         priority = preference(settings.keep, inputs.score, settings.seed, rows, text, progress)
         clusters = group_by_cluster(inputs.label, priority, inputs.k)
-        assigner = _assigner(inputs, device) if settings.neighbor_clusters else None
     barrier(group)
     progress = start_progress(rows.num_rows)
     context = BalanceContext(rows, clusters, settings, device, assigner, group, partial=stage.work, progress=progress)
@@ -122,11 +123,6 @@ def _decide_and_write(
         if parallel.is_first:
             write_outputs(stage, inputs, decision, settings, progress)
     barrier(group)
-
-
-def _assigner(inputs: BalanceInputs, device: torch.device) -> Assigner:
-    centroids, metric = read_centroids(inputs.clusters, inputs.rows.dim)
-    return Assigner(prepare(centroids, metric, device), metric, device)
 
 
 def _caption_rows(image: EmbeddingRows) -> EmbeddingRows:
@@ -156,10 +152,13 @@ def _arguments(settings: BalanceSettings, rows: EmbeddingRows) -> dict[str, Any]
     return arguments
 
 
-def _identity(settings: BalanceSettings, inputs: BalanceInputs) -> dict[str, Any]:
-    """The clusters as JSON: digests of the labels and, if they are used, of the centroids."""
-    identity = {"k": inputs.k, "labels": inputs.labels_digest()}
-    if settings.neighbor_clusters:
-        centroids, _ = read_centroids(inputs.clusters, inputs.rows.dim)
-        identity["centroids"] = hashlib.sha256(centroids.tobytes()).hexdigest()
-    return identity
+def _with_clusters(
+    arguments: dict[str, Any], settings: BalanceSettings, inputs: BalanceInputs, device: torch.device
+) -> tuple[dict[str, Any], Assigner | None]:
+    """The arguments with digests of the labels and, if they are used, of the centroids; and the latter's assigner."""
+    arguments = arguments | {"k": inputs.k, "labels": inputs.labels_digest()}
+    if not settings.neighbor_clusters:
+        return arguments, None
+    centroids, metric = read_centroids(inputs.clusters, inputs.rows.dim)
+    arguments["centroids"] = hashlib.sha256(centroids.tobytes()).hexdigest()
+    return arguments, Assigner(prepare(centroids, metric, device), metric, device)

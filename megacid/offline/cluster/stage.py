@@ -226,7 +226,7 @@ def _is_complete(stage: StageDirectory, k: int, rows: EmbeddingRows, top: int, p
     """Whether all files of a finished folder are intact. A collective: ranks divide the label files."""
     with stop_together(parallel.group):
         mine = range(parallel.rank, len(rows.stems), parallel.world)
-        damaged = _first_damaged(stage.path, k, rows, mine, top)
+        damaged = first_damaged(stage.path, k, rows, mine, top)
     if any_rank(damaged is not None, parallel.group):
         log.warning("%s is damaged or missing: making it again", damaged or "a file that another rank checked")
         return False
@@ -237,7 +237,7 @@ def _is_complete(stage: StageDirectory, k: int, rows: EmbeddingRows, top: int, p
     return True
 
 
-def _first_damaged(out: Path, k: int, rows: EmbeddingRows, partitions: range, top: int) -> Path | None:
+def first_damaged(out: Path, k: int, rows: EmbeddingRows, partitions: range, top: int) -> Path | None:
     """The first file of a finished folder that is missing or damaged; of the label files only those of `partitions`."""
     if read_array(out / "centroids.npy", (k, rows.dim), "f") is None:
         return out / "centroids.npy"

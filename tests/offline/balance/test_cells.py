@@ -16,7 +16,7 @@ from offline_data import embed_args, results, run, save_model, write_embeddings,
 from offline_tool import KILLED, Tool
 
 from megacid.distributed.parallel import Parallel
-from megacid.errors import EXIT_AGAIN
+from megacid.errors import EXIT_AGAIN, UserError
 from megacid.offline.balance.context import BalanceSettings
 from megacid.offline.balance.figures import read_balanced
 from megacid.offline.balance.stage import balance
@@ -95,6 +95,18 @@ def test_damaged_outputs_and_cells_are_made_again_with_the_same_bits(stage: Path
     assert results(stage / "damaged") == results(stage / "first")
 
 
+def test_damaged_cells_alone_are_made_again_too_and_figures_say_how(stage: Path) -> None:
+    out = Path(shutil.copytree(stage / "first", stage / "cells-damaged"))
+    settings = BalanceSettings(target_keep=0.45, keep="medoid", neighbor_clusters=2, seed=3, cells=7)
+    for name, damage in (("labels/00002.parquet", b"cut"), ("meta.json", None)):
+        file = out / "cells" / name
+        file.unlink() if damage is None else file.write_bytes(damage)
+        with pytest.raises(UserError, match=rf"cells/{name} is damaged or missing: run tools/balance\.py again"):
+            read_balanced(out)
+        balance(stage / "emb", None, out, settings, ALONE)
+        assert results(out) == results(stage / "first")
+
+
 KILLS = ["cluster:iteration", "cluster:before_meta", "balance:search", "balance:cross_cluster", "balance:medoids"]
 
 
@@ -169,6 +181,23 @@ def test_kept_rows_follow_the_keys_not_the_order_of_the_embeddings(stage: Path, 
     first = len(table)
     turned = sorted([first - 1 - row for row in expected if row < first] + [row for row in expected if row >= first])
     assert kept_rows(EmbeddingRows(copy), stage / "first", ALONE).tolist() == turned != expected
+
+
+def test_kept_rows_are_found_after_a_move_of_the_tars(stage: Path, tmp_path: Path) -> None:
+    keep, emb = (Path(shutil.copytree(stage / name, tmp_path / name)) for name in ("first", "emb"))
+
+    def moved(folder: Path) -> None:
+        meta = json.loads((folder / "meta.json").read_text())
+        meta["source"]["shards"] = str(tmp_path / f"old-{folder.name}")
+        (folder / "meta.json").write_text(json.dumps(meta))
+
+    moved(keep)
+    assert kept_rows(EmbeddingRows(emb), keep, ALONE).tolist() == np.flatnonzero(kept(stage)).tolist()
+    moved(emb)
+    with pytest.raises(UserError, match=r"emb cannot be read from \S+/old-first or \S+/old-emb \(.*put a link to them"):
+        kept_rows(EmbeddingRows(emb), keep, ALONE)
+    (tmp_path / "old-emb").symlink_to(stage / "shards")
+    assert kept_rows(EmbeddingRows(emb), keep, ALONE).tolist() == np.flatnonzero(kept(stage)).tolist()
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

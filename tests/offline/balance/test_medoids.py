@@ -11,7 +11,7 @@ from balance_data import brute_components, brute_medoids, decided, labelled, uni
 from harness import run_ranks
 
 from megacid.errors import UserError
-from megacid.offline.balance import medoids
+from megacid.offline.balance import deduplicate, medoids
 from megacid.offline.balance.clusters import Clusters, group_by_cluster
 from megacid.offline.balance.context import BalanceSettings
 from megacid.offline.balance.deduplicate import Decision
@@ -130,6 +130,25 @@ def test_the_share_is_reached_and_the_cap_keeps_the_medoids_nearest_to_the_centr
         members = clusters.members(cluster)
         own = members[decision.representative[members] == members]
         assert own[:cap].tolist() == members[decision.keep[members]].tolist()
+
+
+@pytest.mark.parametrize("cap", [None, 20])
+def test_medoids_are_computed_once_unless_the_share_depends_on_them(
+    monkeypatch: pytest.MonkeyPatch, cap: int | None
+) -> None:
+    rows, clusters, centroids = toy()
+    passes: dict[str, list[object]] = {"_link": [], "represent_by_medoids": []}
+    for name, calls in passes.items():
+        whole = getattr(deduplicate, name)
+        monkeypatch.setattr(deduplicate, name, lambda *a, calls=calls, whole=whole: calls.append(a) or whole(*a))
+    how = {"keep": "medoid", "neighbor_clusters": 5, "cap": cap}
+    found = decided(rows, clusters, BalanceSettings(target_keep=0.3, search_rows=60, **how), centroids=centroids)
+    links, medoid_passes = map(len, passes.values())
+    assert links > 2 and medoid_passes == (1 if cap is None else links)
+    given = decided(rows, clusters, BalanceSettings(found.threshold, **how), centroids=centroids)
+    np.testing.assert_array_equal(found.representative, given.representative)
+    np.testing.assert_array_equal(found.keep, given.keep)
+    assert found.removed_across_clusters == given.removed_across_clusters > 0
 
 
 @pytest.mark.parametrize("link", ["greedy", "semdedup"])
