@@ -9,12 +9,14 @@ from megacid_kernels.discrimination import (
     through_norm_,
 )
 from megacid_kernels.engines.dispatch import resolve
+from megacid_kernels.engines.interface import DeferredNorm
 from megacid_kernels.loss_spec import LossSpec, TargetMargin, Weights
 from megacid_kernels.margin import Margin
 from megacid_kernels.schedule import Discrimination, Gradients, OnGradientSlab
 from megacid_kernels.sigmoid import sigmoid_cross_entropy
 
 __all__ = [
+    "DeferredNorm",
     "Discrimination",
     "Gradients",
     "LossSpec",

@@ -10,6 +10,7 @@ numbers: there PyTorch's handling of an operator with 24 arguments would take as
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from megacid_kernels.loss_spec import LossSpec, TargetMargin
 from megacid_kernels.margin import Margin
 from megacid_kernels.rows import scaled
 
+_PROXY = "torch.fx.experimental.proxy_tensor"
 _NAME = "megacid_kernels::linear_margin_cross_entropy"
 _ARGUMENTS = """Tensor x, Tensor w, Tensor target, Tensor? rows, Tensor? bias, float m1, float m2, float m3,
     bool easy_margin, str margin_grad, float scale, float? filter_threshold, SymInt num_classes, SymInt class_start,
@@ -82,7 +84,7 @@ def linear_margin_cross_entropy(
         "reduction": reduction, "impl": impl, "weight_grad": weight_grad, "precision": precision,
         "memory_budget_bytes": memory_budget_bytes, "labels_loss": labels_loss,
     }  # fmt: skip
-    if not torch.compiler.is_compiling() or (margin is not None and not isinstance(margin, Margin)):
+    if not _is_traced(x) or (margin is not None and type(margin) is not Margin):
         spec = LossSpec(**options, margin=margin, group=group)
         return linear_margin_discrimination(x, w, target, spec, rows=rows, bias=bias).loss
     numbers, train = margin or Margin(), torch.is_grad_enabled()
@@ -91,6 +93,17 @@ def linear_margin_cross_entropy(
         group=_name_of(group), need_x=train and x.requires_grad, need_w=train and w.requires_grad, **options,
     )[0]  # fmt: skip
     return loss
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether there are no values: under torch.compile, make_fx and FakeTensorMode, and on the meta device."""
+    fake, proxy = (sys.modules.get(name) for name in ("torch._subclasses.fake_tensor", _PROXY))
+    return (
+        torch.compiler.is_compiling()
+        or x.is_meta
+        or (fake is not None and isinstance(x, fake.FakeTensor))
+        or (proxy is not None and proxy.get_proxy_mode() is not None)
+    )
 
 
 def _name_of(group: dist.ProcessGroup | None) -> str:
@@ -138,7 +151,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.save_for_backward(*output[1:])
 
 
-def _scale(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _scale(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * len(_NAMES)
     pairs = zip(ctx.saved_tensors, ctx.dtypes)
     grads = [None if dtype is None else scaled(grad, grad_loss, dtype) for grad, dtype in pairs]
     return *grads, *(None for _ in range(len(_NAMES) - 2))

@@ -21,7 +21,8 @@ from megacid_kernels.schedule import Batch, Discrimination, Gradients, LossCompu
 
 
 class _InForward(torch.autograd.Function):
-    """The loss is the last operator, so forward computes its gradients and backward only scales them."""
+    """The loss is the last operator, so forward computes its gradients. Backward multiplies them by its input, and that
+    of w goes through the norm."""
 
     @staticmethod
     def forward(
@@ -38,14 +39,16 @@ class _InForward(torch.autograd.Function):
         return tuple(grads.result)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 6
         (grad_x, grad_w, *norm), (x_dtype, w_dtype) = ctx.saved_tensors, ctx.dtypes
         x = None if grad_x is None else scaled(grad_x, grad_loss, x_dtype)
         w = None
         if norm:
-            rows, inverse = norm
+            rows, inverse = norm[0].contiguous(), norm[1]
             w = torch.empty_like(rows)  # not in place: there may be another backward
-            through_norm_(grad_w, DeferredNorm(rows, None, inverse), grad_loss, w)
+            through_norm_(grad_w, DeferredNorm(rows, None, inverse, rows._version), grad_loss, w)
         elif grad_w is not None:
             w = scaled(grad_w, grad_loss, w_dtype)
         return x, w, None, None, None, None
@@ -105,10 +108,18 @@ def through_norm_(grad_SD: Tensor, norm: DeferredNorm, factor: Tensor, out_SD: T
 
     Returns:
         The squared length of every row of the result, fp32 [S].
+
+    Raises:
+        RuntimeError: the class rows have changed since the forward.
     """
+    if norm.w._version != norm.version:
+        raise RuntimeError(
+            f"the class rows are at version {norm.w._version}, expected version {norm.version} of the forward: call "
+            "backward before the rows change, as by an optimizer's step"
+        )
     from megacid_kernels.fused import rows_through_norm_  # the one engine that defers it needs triton
 
-    return rows_through_norm_(grad_SD, *norm, factor=factor.float(), out_SD=out_SD)
+    return rows_through_norm_(grad_SD, *norm[:3], factor=factor.float(), out_SD=out_SD)
 
 
 def discrimination_with_gradients(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -28,7 +28,6 @@ class Distribution(NamedTuple):
     temperature: float
 
 
-@runtime_checkable
 class TargetMargin(Protocol):
     """A margin on the target class. `Margin` implements it."""
 
@@ -141,7 +140,9 @@ class LossSpec:
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
         check_scale(self.scale)
-        if self.margin is not None and (isinstance(self.margin, type) or not hasattr(self.margin, "target")):
+        if self.margin is not None and (
+            isinstance(self.margin, type) or not callable(getattr(self.margin, "target", None))
+        ):
             raise ValueError(f"margin is {self.margin!r}, expected a Margin such as Margin.cosface(0.3), or None")
         threshold = self.filter_threshold
         if threshold is not None and not (isinstance(threshold, Real) and math.isfinite(threshold)):

@@ -256,6 +256,8 @@ class LossComputation:
         loss = functools.reduce(torch.add, terms) if terms else x.new_zeros(())
         cosine, largest, removed = self._target_cosine, self._largest, self._removed
         cosine = x.new_zeros(labels.present.shape) if cosine is None else cosine
+        if self._chunk is not None:
+            cosine = cosine.clone()  # `each_slab` reads it later, when the caller may have changed the result
         largest = x.new_full((len(x),), -torch.inf) if largest is None else largest
         if removed is None:
             removed = torch.zeros(len(x), dtype=torch.int64, device=x.device)

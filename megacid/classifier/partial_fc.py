@@ -342,7 +342,7 @@ class PartialFC(ClassRows):
             need_x=step.need_x, need_w=step.need_row_grad, overwrite_w=dims is not None,
             gather=rows is not None and dims is None, on_grad_x=start_scatter if step.scatter_x else None,
             on_grad_slab=add_norm if self._spec.weight_grad == "recomputed" else None,
-            defer_norm=self._spec.weight_grad != "recomputed",
+            defer_norm=dims is None and self._spec.weight_grad != "recomputed",
         )  # fmt: skip
         return ForwardGradients(gradients, scatter[0]() if scatter else gradients.x, norm_sq)
 

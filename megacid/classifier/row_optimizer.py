@@ -28,11 +28,11 @@ from megacid.classifier.row_state import (
     MissingRowsError,
     ReadRows,
     copy_rows,
+    correctly_rounded_sqrt,
     read_rows,
     round_to_bf16,
     rounding_bits,
     rounding_keys,
-    sqrt,
     write_rows,
 )
 from megacid.errors import UserError
@@ -314,7 +314,7 @@ class RowAdamW(RowOptimizer):
         keep1, keep2, shrink, rate, eps = factors
         mean.mul_(keep1).add_(grad_bD, alpha=1 - beta1)
         square.mul_(keep2).addcmul_(grad_bD, grad_bD, value=1 - beta2)
-        sqrt(square, out=spare_bD).add_(eps)
+        correctly_rounded_sqrt(square, out=spare_bD).add_(eps)
         torch.div(mean, spare_bD, out=spare_bD)
         assert isinstance(rate, Tensor)
         weight_bD.mul_(shrink).addcmul_(spare_bD, rate, value=-1)

@@ -96,24 +96,33 @@ def write_rows(state_LD: Tensor, where: slice | Tensor, rows_bD: Tensor) -> None
     if isinstance(where, slice):
         if state_LD.dtype != torch.float32:
             state_LD[where] = rows_bD
-    elif state_LD.device.type == "cpu":
+    elif _is_one_cpu_thread(state_LD):
         # NumPy copies whole rows, index_copy_ one element at a time. NumPy has no bf16, so copy the bits.
         bits = torch.int32 if state_LD.dtype == torch.float32 else torch.int16
         state_LD.view(bits).numpy()[where.numpy()] = rows_bD.view(bits).numpy()
+        torch.autograd.graph.increment_version(state_LD)
     else:
         state_LD.index_copy_(0, where, rows_bD)
 
 
-def sqrt(x_bD: Tensor, out: Tensor) -> Tensor:
-    """Write the square root of x_bD into `out` and return it.
+def correctly_rounded_sqrt(x_bD: Tensor, out: Tensor) -> Tensor:
+    """Write the square root of x_bD fp32 into `out` and return it. Any number of threads of a CPU gives the same bits.
 
-    On a CPU PyTorch calls MKL, which takes up to 30 times as long for denormals and 5 times for zeros: the second
-    moments of classes far from all samples.
+    On a CPU PyTorch calls MKL, which rounds some roots wrongly and takes up to 30 times as long for denormals and 5
+    times for zeros: the second moments of classes far from all samples. NumPy does neither, in one thread. The root of
+    a float64 has enough digits that rounding it gives the same.
     """
     if x_bD.device.type != "cpu":
         return torch.sqrt(x_bD, out=out)
-    np.sqrt(x_bD.numpy(), out=out.numpy())
-    return out
+    if _is_one_cpu_thread(x_bD):
+        np.sqrt(x_bD.numpy(), out=out.numpy())
+        return out
+    return out.copy_(x_bD.double().sqrt_())
+
+
+def _is_one_cpu_thread(x: Tensor) -> bool:
+    """Whether PyTorch computes x in one thread, so that nothing is lost to NumPy, which has one."""
+    return x.device.type == "cpu" and torch.get_num_threads() == 1
 
 
 def rounding_keys(ids_S: Tensor, updates_S: Tensor, width: int, *, seed: int) -> tuple[Tensor, Tensor]:

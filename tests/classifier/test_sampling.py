@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import megacid_kernels.rows
 from megacid import Margin, RowAdamW, RowSGD
+from megacid.classifier import row_state
 from megacid.classifier.label_exchange import GatheredLabels, LabelExchange
 from megacid.classifier.partial_fc import PartialFC
 from megacid.classifier.sampling import Draw, hash_ids, sample_dims
@@ -331,7 +332,9 @@ class Synchronisations(TorchFunctionMode):
 def test_a_step_of_the_head_reads_the_device_once(
     kwargs: dict, optimizer: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(megacid_kernels.rows, "is_on_host", lambda x: False)  # norms are computed as on a device
+    # As on a device: norms, and no NumPy, which one CPU thread takes for blocks of rows.
+    monkeypatch.setattr(megacid_kernels.rows, "is_on_host", lambda x: False)
+    monkeypatch.setattr(row_state, "_is_one_cpu_thread", lambda x: False)
     head = PartialFC(500, 16, **{"sample_rate": 0.1, **kwargs})
     rows = optimizer(head)
     x, y = torch.randn(25, 16, requires_grad=True), torch.randint(0, 500, (25,))

@@ -31,9 +31,10 @@ def tables(text: str) -> list[list[list[str]]]:
     ]
 
 
-def results(name: str) -> dict[str, dict[str, Any]]:
-    report = json.loads((BENCH / f"head-{name}-h100.json").read_text())
-    return {row["provider"]: row for row in report["results"] if row["block"] == "margin"}
+def results(name: str, folder: Path = BENCH) -> dict[str, dict[str, Any]]:
+    """The rows of the block with a margin, and of the kernels, by provider."""
+    report = json.loads((folder / f"head-{name}-h100.json").read_text())
+    return {row["provider"]: row for row in report["results"] if row["block"] != "plain"}
 
 
 @pytest.mark.parametrize(("index", "width"), [(0, "512"), (1, "768")])
@@ -81,3 +82,15 @@ def test_the_summary_of_the_benchmark_files_is_theirs() -> None:
     ):
         (line,) = [line for line in text.splitlines() if line.startswith(f"| {words}")]
         assert f"| {seconds[stage]:.1f} |" in line
+
+
+def test_the_first_and_the_present_figures_are_those_of_both_reports() -> None:
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    rows = tables(page.partition("## What the first GPU changed")[2])[0][2:]
+    reports = results("512", BENCH / "first"), results("512")
+    kinds = ("megacid-fused", "ratio", "megacid-loss-only", "exponentials")
+    for kind, row in zip(kinds, rows, strict=True):
+        for cell, report in zip(row[1:], reports, strict=True):
+            seconds = report["megacid-fused" if kind == "ratio" else kind]["seconds"][1]
+            over = seconds / report["cublas-3gemm"]["seconds"][1]
+            assert cell == (f"{over:.2f}x" if kind == "ratio" else f"{1e3 * seconds:.3f}"), row

@@ -729,7 +729,7 @@ def test_a_table_of_tiles_takes_precedence_over_the_package(tmp_path: Path, monk
         ({"forward": {"rows": 100, "columns": 64, "depth": 64, "warps": 4, "stages": 2}}, "rows of a tile is 100"),
         ({"colour": 1}, "an entry has"),
         ({"nearest": {"rows": 64}}, "missing"),
-        ({"nearest": dataclasses.asdict(BY_DESCRIPTORS)}, "nearest has descriptors, expected pointers"),
+        ({"nearest": dataclasses.asdict(BY_DESCRIPTORS)}, '"nearest" has descriptors true, expected false'),
     ],
 )
 def test_an_invalid_table_is_refused_by_name(

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from megacid import Margin
 from megacid_kernels import (
@@ -195,3 +197,32 @@ def test_the_group_is_found_by_its_name(explicit: bool, compiled: bool) -> None:
     for loss, x, _ in parts:
         torch.testing.assert_close((loss, x), expected[:2])
     torch.testing.assert_close(torch.cat([part[2] for part in parts]), expected[2])
+
+
+def test_without_values_the_loss_is_the_operator() -> None:
+    """On the meta device, with fake tensors and while make_fx traces."""
+    x, w, target = tensors()
+
+    def loss_of(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+        return linear_margin_cross_entropy(x, w, target, margin=Margin(m3=0.1), scale=16.0)
+
+    assert loss_of(*(t.to("meta") for t in (x, w, target))).is_meta
+    with FakeTensorMode() as mode:
+        assert loss_of(*(mode.from_tensor(t) for t in (x, w, target))).shape == ()
+    graph = make_fx(loss_of)(x, w, target)
+    assert sum("linear_margin_cross_entropy" in str(node.target) for node in graph.graph.nodes) == 1
+    assert torch.equal(graph(x, w, target), loss_of(x, w, target))
+
+
+def test_a_margin_of_a_derived_class_is_obeyed_in_a_graph_as_outside() -> None:
+    class Double(Margin):
+        def target(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+            return 2 * cos, torch.full_like(cos, 2.0)
+
+    x, w, target = tensors()
+
+    def loss_of(x: Tensor) -> Tensor:
+        return linear_margin_cross_entropy(x, w, target, margin=Double(), scale=16.0)
+
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(loss_of, backend="aot_eager")(x), loss_of(x))

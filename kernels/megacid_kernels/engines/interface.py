@@ -69,6 +69,7 @@ class DeferredNorm(NamedTuple):
     w: Tensor  # [L, D] fp32, fp16 or bf16
     rows: Tensor | None  # int64 [S] those that are used; None: all
     inverse: Tensor  # [S] 1 / their length
+    version: int  # of w: PyTorch counts its changes in place
 
 
 class ClassBlock(Protocol):

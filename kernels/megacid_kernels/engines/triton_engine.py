@@ -3,7 +3,7 @@
 Legend: G gathered batch, b samples of one chunk, l labels per sample, D width, S rows of w on this rank, n rows of a
 block.
 
-    unit_rows       reads fp32 rows of w; writes unit rows in 16 bits, once per block
+    unit_rows       reads rows of w; writes unit rows in 16 bits, once per block
     exponentials    reads 16-bit unit rows; writes the bf16 matrix and its fp32 row sums. The cosines stay in registers,
                     or occupy the same bytes ("in-place", where cuBLAS computes the product faster; see `tuning`)
     locate_labels   reads the labels; writes the rows that hold their classes, and the samples' weights
@@ -149,12 +149,12 @@ class TritonBlock:
         return grad_nD
 
     def deferred_norm(self) -> DeferredNorm:
-        return DeferredNorm(self._w, self._gather, self.inverse)
+        return DeferredNorm(self._w, self._gather, self.inverse, self._w._version)
 
 
 class TritonEngine:
     def __init__(self, inputs: EngineInputs):
-        self._inputs = inputs
+        inputs = self._inputs = inputs._replace(w=inputs.w.contiguous())
         self.num_rows = len(inputs.w) if inputs.gather is None else len(inputs.gather)
         self._inverse = torch.empty(0 if inputs.single_block else self.num_rows, device=inputs.w.device)  # 1 / |w|
 
@@ -185,7 +185,7 @@ class TritonEngine:
         pairs = (samples.x, samples.inverse, inputs.w, inputs.gather, self._inverse, labels.slot, labels.own)
         chosen = (spec.margin if margin else None) or Margin()
         if type(chosen) is not Margin or chosen.m1 != 1:
-            cos, sin = target_cosines(*pairs)  # the interpreter has no atan2 for m1
+            cos, sin = target_cosines(*pairs)  # m1 and other margins: PyTorch's operators
             return with_margin(cos, sin, labels.own, spec)
         cos, psi, dpsi = target_margins(
             *pairs, m2=chosen.m2, m3=chosen.m3, easy_margin=chosen.easy_margin, exact=spec.margin_grad == "exact",

@@ -92,7 +92,7 @@ INTERPRET = not isinstance(cast, triton.JITFunction)
 
 
 def launch(kernel: Any, num_rows: int, tile: Tile, *args: Any, **constants: Any) -> None:
-    """Run `kernel` with one program per `tile.rows` of `num_rows`, on the device of args[0]; nothing for no rows."""
+    """Run `kernel` with one program per `tile.rows` of `num_rows`, if any, on the device of the first tensor."""
     device = next(arg.device for arg in args if isinstance(arg, Tensor))  # not of a tensor descriptor
     if device.type == "cpu" and not INTERPRET:
         raise ValueError(

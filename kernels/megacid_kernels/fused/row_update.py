@@ -235,6 +235,7 @@ def adamw_rows_(
         weight_LD, *step.moments, grad_SD, step.rows, *step.keys, keep1, keep2, shrink, rate, eps, step.grad_scale,
         step.num_rows, float(1 - betas[0]), float(1 - betas[1]), COLUMNS=isinstance(keep1, Tensor), **step.constants,
     )  # fmt: skip
+    step.count_change()
 
 
 def sgd_rows_(
@@ -259,6 +260,7 @@ def sgd_rows_(
         weight_LD, *step.moments, grad_SD, step.rows, *step.keys, keep, shrink, step.grad_scale,
         step.num_rows, float(lr), float(weight_decay), COLUMNS=isinstance(keep, Tensor), **step.constants,
     )  # fmt: skip
+    step.count_change()
 
 
 class _StepArguments:
@@ -301,6 +303,11 @@ class _StepArguments:
             "SCALE_IN_MEMORY": isinstance(grad_scale, Tensor),
             "BF16": bf16,
         }
+
+    def count_change(self) -> None:
+        """Tell autograd of the change in place, which it does not see: a backward that saved the rows then fails."""
+        for changed in (self.like, *self.moments):
+            torch.autograd.graph.increment_version(changed)
 
     def column(self, name: str, x: Tensor) -> Tensor:
         return check_column(name, x, self.num_rows, torch.float32, self.like)

@@ -39,7 +39,7 @@ class Tiles:
 
     def __post_init__(self) -> None:
         if self.nearest.descriptors:
-            raise ValueError("nearest has descriptors, expected pointers: its kernel has no other form")
+            raise ValueError('"nearest" has descriptors true, expected false: its kernel reads through pointers only')
 
 
 def _entry(forward: tuple[Any, ...], nearest: tuple[Any, ...], matrix: MatrixBy) -> Tiles:
