@@ -96,7 +96,7 @@ def write_rows(state_LD: Tensor, where: slice | Tensor, rows_bD: Tensor) -> None
     if isinstance(where, slice):
         if state_LD.dtype != torch.float32:
             state_LD[where] = rows_bD
-    elif _is_one_cpu_thread(state_LD):
+    elif _has_few_cpu_threads(state_LD, most=2):
         # NumPy copies whole rows, index_copy_ one element at a time. NumPy has no bf16, so copy the bits.
         bits = torch.int32 if state_LD.dtype == torch.float32 else torch.int16
         state_LD.view(bits).numpy()[where.numpy()] = rows_bD.view(bits).numpy()
@@ -114,15 +114,15 @@ def correctly_rounded_sqrt(x_bD: Tensor, out: Tensor) -> Tensor:
     """
     if x_bD.device.type != "cpu":
         return torch.sqrt(x_bD, out=out)
-    if _is_one_cpu_thread(x_bD):
+    if _has_few_cpu_threads(x_bD, most=4):
         np.sqrt(x_bD.numpy(), out=out.numpy())
         return out
     return out.copy_(x_bD.double().sqrt_())
 
 
-def _is_one_cpu_thread(x: Tensor) -> bool:
-    """Whether PyTorch computes x in one thread, so that nothing is lost to NumPy, which has one."""
-    return x.device.type == "cpu" and torch.get_num_threads() == 1
+def _has_few_cpu_threads(x: Tensor, most: int) -> bool:
+    """Whether PyTorch computes x in at most so many threads that NumPy's single one is faster."""
+    return x.device.type == "cpu" and torch.get_num_threads() <= most
 
 
 def rounding_keys(ids_S: Tensor, updates_S: Tensor, width: int, *, seed: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from megacid.classifier.row_state import correctly_rounded_sqrt, read_rows, write_rows
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 8])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)

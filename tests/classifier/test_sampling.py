@@ -332,9 +332,9 @@ class Synchronisations(TorchFunctionMode):
 def test_a_step_of_the_head_reads_the_device_once(
     kwargs: dict, optimizer: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As on a device: norms, and no NumPy, which one CPU thread takes for blocks of rows.
+    # As on a device: norms, and no NumPy, which few CPU threads take for blocks of rows.
     monkeypatch.setattr(megacid_kernels.rows, "is_on_host", lambda x: False)
-    monkeypatch.setattr(row_state, "_is_one_cpu_thread", lambda x: False)
+    monkeypatch.setattr(row_state, "_has_few_cpu_threads", lambda x, most: False)
     head = PartialFC(500, 16, **{"sample_rate": 0.1, **kwargs})
     rows = optimizer(head)
     x, y = torch.randn(25, 16, requires_grad=True), torch.randint(0, 500, (25,))
