@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from benchmarks.classifier_providers import PRODUCTS, Shape, class_rows, make_provider
+from benchmarks.classifier_providers import PRODUCTS, SEED, Shape, class_rows, make_provider
 from benchmarks.suite import Row, clock_of
 from megacid.errors import UserError
 
@@ -28,6 +28,7 @@ _REQUEST_OPTIONS = ("suite", "repeats", "threads", "device", "clock")
 def take_turns(names: list[str], shape: Shape, args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of every repeat by provider. Raises UserError if their losses differ."""
     device = torch.device(args.device)
+    torch.manual_seed(SEED)  # the published scheme draws its rows with PyTorch's generator
     weight = class_rows(shape, device)
     runs = {name: make_provider(name, shape, weight, device, train=args.suite != "head") for name in names}
     del weight
