@@ -22,7 +22,7 @@ from megacid.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Two kernels of suite head, and two that nobody should use: rows of 128 numbers per thread, and fp32 factors, which no
+# Two kernels of suite head, and two counterexamples: rows of 128 numbers per thread, and fp32 factors, which no
 # tensor core takes.
 GOOD_AND_BAD = """
 import functools, sys

@@ -5,7 +5,9 @@ Without a GPU counted in Triton's interpreter, see `interpreter.py`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +43,13 @@ def inputs(device: str, sampled: bool) -> dict[str, Any]:
     return {"x": x, "w": w, "target": target, "teacher": teacher, "rows": None if rows is None else rows.to(device)}
 
 
+def documented(what: str) -> int:
+    """The launches that docs/kernels.md states."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "kernels.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| {what} |")]
+    return int(row.split("|")[2])
+
+
 def assert_at_most(limit: int, launches: Counter[str]) -> None:
     total = launches.total()
     assert total <= limit, f"{total} launches, expected <= {limit}: {launches.most_common()}"
@@ -60,22 +69,26 @@ def test_a_cross_entropy_and_its_gradients_are_at_most_25_launches(
         )
         loss.backward()
     assert_at_most(25, launches)
+    assert launches.total() == documented("cross entropy") or not INTERPRET
     assert launches["target_cosines_kernel"] == 1 and x.grad is not None and w.grad is not None
 
 
 @on_devices
 @pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize(("temperature", "what"), [(1.0, "temperature 1"), (2.0, "another temperature")])
 def test_three_terms_and_their_gradients_are_at_most_45_launches(
-    sampled: bool, device: str, monkeypatch: pytest.MonkeyPatch
+    temperature: float, what: str, sampled: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a temperature, which makes the most matrices. Through autograd, and without it."""
+    """A temperature other than 1 makes the most matrices. Through autograd, and without it."""
     given = inputs(device, sampled)
     x, w = (given[name].requires_grad_() for name in ("x", "w"))
-    spec = LossSpec(CLASSES, margin=Margin.arcface(0.3), weights=ALL_TERMS, impl="triton")
+    weights = dataclasses.replace(ALL_TERMS, temperature=temperature)
+    spec = LossSpec(CLASSES, margin=Margin.arcface(0.3), weights=weights, impl="triton")
     options = {name: given[name] for name in ("rows", "teacher")}
     with counted_launches(monkeypatch) as launches:
         linear_margin_discrimination(x, w, given["target"], spec, **options).loss.backward()
     assert_at_most(45, launches)
+    assert launches.total() == documented(f"three terms, {what}") or not INTERPRET
     with counted_launches(monkeypatch) as launches:
         discrimination_with_gradients(x.detach(), w.detach(), given["target"], spec, **options)
     assert_at_most(42, launches)
