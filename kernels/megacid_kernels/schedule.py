@@ -46,7 +46,7 @@ from megacid_kernels.loss_spec import Distribution, LossSpec
 from megacid_kernels.plan import Plan
 from megacid_kernels.precision import fp32_products
 from megacid_kernels.row_statistics import RowStatistics
-from megacid_kernels.targets import Labels, Target
+from megacid_kernels.targets import Labels, Target, drop_repeated_labels
 
 OnGradX = Callable[[Tensor], None]
 OnGradientSlab = Callable[[int, int, Tensor], object]  # (start, stop, gradient of rows [start, stop) of w)
@@ -102,7 +102,7 @@ class Batch:
         rows: Tensor | None,
         teacher: Tensor | None,
     ):
-        self.labels = engine.labels(target_Gl, rows)
+        self.labels = engine.labels(drop_repeated_labels(target_Gl) if target_Gl.shape[1] > 1 else target_Gl, rows)
         self.student = engine.samples(x_GD)
         self.teacher = None
         if teacher is not None and spec.weights.needs_teacher:

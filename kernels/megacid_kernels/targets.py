@@ -54,9 +54,7 @@ class BatchLabels(NamedTuple):
 def batch_labels(
     target_Gl: Tensor, rows_S: Tensor | None, spec: LossSpec, num_rows: int, dtype: torch.dtype
 ) -> BatchLabels:
-    """Find the labels of a batch; its numbers get `dtype`."""
-    if target_Gl.shape[1] > 1:
-        target_Gl = drop_repeated_labels(target_Gl)
+    """Find the labels of a batch, no class twice in one sample; its numbers get `dtype`."""
     present = target_Gl >= 0
     located = locate(target_Gl, rows_S, spec.class_start, num_rows)
     labelled = present.any(1)

@@ -360,8 +360,11 @@ class PartialFC(ClassRows):
         each_slab, grad, norm = forward.gradients.each_slab, forward.gradients.w, forward.gradients.norm
         if grad is not None:
             # In place: [S, D] is the largest tensor of the step.
-            norm_sq = None if norm is None else through_norm_(grad, norm, grad_loss).sum()
-            grad = grad.mul_(grad_loss) if norm is None else grad
+            norm_sq = None
+            if norm is None:
+                grad.mul_(grad_loss)
+            else:
+                norm_sq = through_norm_(grad, norm, grad_loss).sum()
             new: RowGradient = StoredRowGradient(rows, widen(grad).float(), norm_sq)
         elif each_slab is not None:
             new = RecomputedRowGradient(rows, self.embed_dim, each_slab, forward.norm_sq, grad_loss.detach(), widen)

@@ -52,9 +52,10 @@ def test_labels_are_located_as_in_pytorch(
     moved = None if chosen is None else chosen.to(device)
     got = locate_labels(target.to(device), moved, rows, start, mean=reduction == "mean")
     own = want.located.own
-    assert torch.equal(got.own.cpu(), own) and torch.equal(got.slot.cpu()[own], want.located.slot[own])
+    slot = got.located.slot.cpu()
+    assert torch.equal(got.located.own.cpu(), own) and torch.equal(slot[own], want.located.slot[own])
     assert not rows or not batch or (own.any() and not own.all())
-    assert ((got.slot.cpu() >= 0) & (got.slot.cpu() < max(1, rows))).all()
+    assert ((slot >= 0) & (slot < max(1, rows))).all()
     for name in ("present", "num_labels", "owned"):
         assert torch.equal(getattr(got, name).cpu().double(), getattr(want, name).double()), name
     torch.testing.assert_close(got.share.cpu(), want.share, rtol=1e-7, atol=0)

@@ -40,7 +40,7 @@ from megacid_kernels.fused.tuning import tiles_for
 from megacid_kernels.loss_spec import Distribution
 from megacid_kernels.margin import SIN_FLOOR, Margin
 from megacid_kernels.row_statistics import RowStatistics
-from megacid_kernels.targets import BatchLabels, Labels, Target, drop_repeated_labels, with_margin
+from megacid_kernels.targets import BatchLabels, Labels, Target, with_margin
 
 # precision -> dtypes of the unit rows in the first product, and in that of the gradient of x
 _OPERANDS = {
@@ -173,12 +173,10 @@ class TritonEngine:
 
     def labels(self, target_Gl: Tensor, rows: Tensor | None) -> BatchLabels:
         spec = self._inputs.spec
-        target = drop_repeated_labels(target_Gl) if target_Gl.shape[1] > 1 else target_Gl
-        own, slot, *others = locate_labels(
-            target.contiguous(), None if rows is None else rows.contiguous(), self.num_rows, spec.class_start,
+        return locate_labels(
+            target_Gl.contiguous(), None if rows is None else rows.contiguous(), self.num_rows, spec.class_start,
             mean=spec.reduction == "mean",
         )  # fmt: skip
-        return BatchLabels(Labels(own, slot), *others)
 
     def target(self, samples: Samples, labels: Labels, margin: bool) -> Target:
         inputs, spec = self._inputs, self._inputs.spec

@@ -8,29 +8,16 @@ per 1024 samples; each counts the labelled samples of the whole batch, 4 bytes p
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from megacid_kernels.fused.launch import Tile, check_matrix, check_rows, launch
+from megacid_kernels.targets import BatchLabels, Labels
 
 LOCATE_TILE = Tile(rows=256, block=1, warps=4)
 SHARE_TILE = Tile(rows=1024, block=1024, warps=4)
-
-
-class LocatedLabels(NamedTuple):
-    """Result of `locate_labels`."""
-
-    own: Tensor  # [G, l] bool, this rank holds the class
-    slot: Tensor  # [G, l] int64, the row that holds it; 0 where not own
-    present: Tensor  # [G, l] bool, the label exists
-    num_labels: Tensor  # [G] fp32
-    owned: Tensor  # [G] fp32, number of own labels
-    share: Tensor  # [G] fp32, weight of the sample; 0 without a label
-    sample_weight: Tensor  # 0-d fp32, weight of every labelled sample
 
 
 @triton.jit(do_not_specialize=["num_samples", "num_rows", "class_start"])
@@ -114,8 +101,8 @@ def share_kernel(
 
 def locate_labels(
     target_Gl: Tensor, rows_S: Tensor | None, num_rows: int, class_start: int, *, mean: bool
-) -> LocatedLabels:
-    """Find the labels among this rank's rows.
+) -> BatchLabels:
+    """Find the labels among this rank's rows; the slot of a label that is not own is 0.
 
     Args:
         target_Gl: int64, contiguous, global class ids, -1 for no label; no class twice in one sample.
@@ -137,4 +124,4 @@ def locate_labels(
     )  # fmt: skip
     # An empty batch has a weight as well.
     launch(share_kernel, max(1, samples), SHARE_TILE, num_labels, share, sample_weight, samples, MEAN=mean)
-    return LocatedLabels(own, slot, present, num_labels, owned, share, sample_weight)
+    return BatchLabels(Labels(own, slot), present, num_labels, owned, share, sample_weight)
