@@ -219,6 +219,15 @@ def all_reduce_max(x: Tensor, group: Group = None) -> Tensor:
     return x
 
 
+def broadcast(x: Tensor, group: Group = None) -> Tensor:
+    """The x of the first rank, on the device of this rank's x, which has the same shape and type."""
+    if world_size(group) == 1:
+        return x
+    sent = x.to(group_device(group)).contiguous()
+    dist.broadcast(sent, src=0, group=group)
+    return sent.to(x.device)
+
+
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:

@@ -75,7 +75,8 @@ class Assigner:
         self.metric, self.device = metric, device
         self.backend = chosen_backend(backend, device, centroids_KD.shape[1])
         self.centroids_KD = centroids_KD.to(device, torch.float32)
-        self.half_norm_K = (self.centroids_KD.double().pow(2).sum(1) / 2).float()
+        parts = self.centroids_KD.split(TILE_CENTROIDS)  # fp64 copies of all centroids would need four times as much
+        self.half_norm_K = torch.cat([(part.double().pow(2).sum(1) / 2).float() for part in parts])
         self._merit: Tensor | None = None  # reused by all tiles: page faults cost as much as a pass over it
         self._index: Any = None
         if self.backend == "faiss":

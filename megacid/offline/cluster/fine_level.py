@@ -37,8 +37,9 @@ log = logging.getLogger(__name__)
 _EXTRA_STEPS = 8  # of k-means++ in every cell
 
 
-def fine_level(run: KMeansRun, cells: Cells, partial: PartialResults, count: int) -> tuple[Tensor, Tensor]:
-    """(centroids fp32 [K, D] in order of the cells, their weights float64 [K] for `merge_nearest`); K is `count`."""
+def fine_level(run: KMeansRun, cells: Cells, partial: PartialResults, count: int) -> list[np.ndarray]:
+    """For each filled cell float64 [centroids, D + 1], mapped from disk: its centroids, and in the last column their
+    weights for `merge_nearest`; `count` centroids in all. `joined` joins them."""
     starts = _starts(run, cells, partial, count)
     budget = centroid_budgets([start[1] for start in starts], count)
     filled = np.flatnonzero(budget)
@@ -62,8 +63,18 @@ def fine_level(run: KMeansRun, cells: Cells, partial: PartialResults, count: int
     shapes = {cell: (int(budget[cell]), run.rows.dim + 1) for cell in filled.tolist()}
     costs = cells.sizes.astype(np.float64) * budget
     rows_done = cells.sizes * run.settings.iterations
-    arrays = np.concatenate(_each_cell(run, partial, "fine", shapes, costs, rows_done, fine))
-    return torch.from_numpy(arrays[:, :-1].astype(np.float32)), torch.from_numpy(arrays[:, -1].copy())
+    return _each_cell(run, partial, "fine", shapes, costs, rows_done, fine)
+
+
+def joined(cells: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """(centroids fp32 [K, D], weights float64 [K]) of all cells."""
+    count, columns = sum(len(array) for array in cells), cells[0].shape[1]
+    centroids_KD, weight_K = np.empty((count, columns - 1), np.float32), np.empty(count)
+    at = 0
+    for array in cells:
+        centroids_KD[at : at + len(array)], weight_K[at : at + len(array)] = array[:, :-1], array[:, -1]
+        at += len(array)
+    return torch.from_numpy(centroids_KD), torch.from_numpy(weight_K)
 
 
 def _starts(run: KMeansRun, cells: Cells, partial: PartialResults, count: int) -> list[np.ndarray]:

@@ -30,7 +30,7 @@ from megacid.distributed.stopping import Group, Progress, no_progress, stop_toge
 from megacid.failpoints import failpoint
 from megacid.offline.cluster.accumulate import Accumulator
 from megacid.offline.cluster.cells import Cells, balance_load, group_by_label
-from megacid.offline.cluster.fine_level import fine_level
+from megacid.offline.cluster.fine_level import fine_level, joined
 from megacid.offline.cluster.kmeans import kmeans
 from megacid.offline.cluster.lloyd import iterate
 from megacid.offline.cluster.merging import NEIGHBOURS, merge_nearest
@@ -86,12 +86,16 @@ def two_level(
     cells = Cells(partial, run.rows.num_rows, len(coarse_CD), tile_rows(device))
     _assign_cells(run, coarse_CD, cells)
     if state is None:
-        centroids_KD, weight_K = fine_level(run, cells, partial, min(run.rows.num_rows, seed_count(settings.k)))
+        fine = fine_level(run, cells, partial, min(run.rows.num_rows, seed_count(settings.k)))
         failpoint("cluster:merge")
-        merged_KD = merge_nearest(
-            centroids_KD, weight_K, settings.k, settings.metric, lambda c_KD: _neighbours(run, c_KD, coarse_CD)
+        state = KMeansState(
+            run.on_first_rank(
+                lambda: merge_nearest(
+                    *joined(fine), settings.k, settings.metric, lambda c_KD: _neighbours(run, c_KD, coarse_CD)
+                ),
+                (settings.k, run.rows.dim),
+            )
         )
-        state = KMeansState(merged_KD)
     else:
         log.info("continuing after iteration %d of %d over all clusters", state.iteration, settings.refine)
     if settings.refine:

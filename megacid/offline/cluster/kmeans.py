@@ -62,8 +62,9 @@ def kmeans(
             log.info(
                 "k-means++: %d centroids from a sample of %d of %d rows", settings.k, sample_rows(n, settings.k, dim), n
             )
+        first_KD = run.on_first_rank(lambda: initial_centroids(run.rows, settings, device, progress), (settings.k, dim))
+        state = KMeansState(first_KD)
         with stop_together(group):
-            state = KMeansState(initial_centroids(run.rows, settings, device, progress))
             failpoint("cluster:init")
     else:
         log.info("continuing after iteration %d of %d", state.iteration, settings.iterations)

@@ -3,15 +3,15 @@
 A cluster that lies across the border of two cells gets centroids on both sides. The levels therefore start with more
 than k centroids, and the pairs whose merge adds least to the summed error (Ward's criterion) are merged: two centroids
 in one cluster are the cheapest. Each round makes half of the remaining merges, of pairs that share no centroid, taken
-from each centroid's nearest neighbours. All ranks do this with the same float64 inputs and stable sorts, so they get
-the same bits; nothing is saved, and a restart before the first iteration repeats it.
+from each centroid's nearest neighbours. One rank does this and sends the result to the others. Pairs are handled in
+blocks, whose size does not change a bit. Nothing is saved, and a restart before the first iteration repeats it.
 
-Legend: K centroids, D width, M neighbours.
+Legend: K centroids, D width, M neighbours, E pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -21,6 +21,14 @@ from megacid.offline.nearest import Metric
 
 NEIGHBOURS = 4  # of each centroid that it may be merged with
 _PAIRS_PER_MERGE = 8
+_BLOCK_BYTES = 1 << 24  # of the pairs that are handled at once: larger blocks are not faster
+_PAIR_BYTES = 48  # per value: two rows in fp32, and five in fp64
+_CENTROID_BYTES = 512  # per centroid: its pairs, their costs and orders
+
+
+def merging_bytes(count: int, dim: int) -> int:
+    """Peak bytes of `merge_nearest` for `count` centroids, with the centroids and a second copy for the search."""
+    return count * (8 * dim + _CENTROID_BYTES) + max(_BLOCK_BYTES, _PAIR_BYTES * dim)
 
 
 def merge_cost(x_ED: Tensor, y_ED: Tensor, x_weight_E: Tensor, y_weight_E: Tensor, metric: Metric) -> Tensor:
@@ -40,7 +48,7 @@ def merge_cost(x_ED: Tensor, y_ED: Tensor, x_weight_E: Tensor, y_weight_E: Tenso
 def merge_nearest(
     centroids_KD: Tensor, weight_K: Tensor, k: int, metric: Metric, neighbours: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The centroids after K - k merges, fp32 [k, D].
+    """The centroids after K - k merges, fp32 [k, D]: the first rows of `centroids_KD`, which is overwritten.
 
     Args:
         centroids_KD: fp32, on the CPU.
@@ -55,30 +63,60 @@ def merge_nearest(
             near_KM = neighbours(centroids_KD)
             own_KM = torch.arange(len(near_KM))[:, None].expand_as(near_KM)
             pairs = _each_once(torch.stack([own_KM.flatten(), near_KM.flatten()]), len(centroids_KD))
-        low_ED, high_ED = centroids_KD[pairs].double()
-        cost_E = merge_cost(low_ED, high_ED, weight_K[pairs[0]], weight_K[pairs[1]], metric)
+        cost_E = _costs(centroids_KD, weight_K, pairs, metric)
         if pairs.shape[1] > _PAIRS_PER_MERGE * left:  # the others are too expensive to be merged
             cheap = cost_E.argsort(stable=True)[: _PAIRS_PER_MERGE * left].sort().values
             pairs, cost_E = pairs[:, cheap], cost_E[cheap]
         stay, gone = pairs[:, _disjoint(pairs, cost_E.numpy(), -(-left // 2))]
-        weight_E = weight_K[stay] + weight_K[gone]
-        # Of two clusters without rows either centroid will do.
-        share = torch.where(weight_E > 0, weight_K[stay] / weight_E.clamp_min(1e-300), 1.0)[:, None]
-        middle = share * centroids_KD[stay].double() + (1 - share) * centroids_KD[gone].double()
-        if metric == "cosine":
-            # The weight becomes the length of the new sum; where the two cancel, the direction stays.
-            length = middle.norm(dim=1, keepdim=True)
-            weight_E = weight_E * length[:, 0]
-            middle = torch.where(length > 1e-12, middle / length.clamp_min(1e-12), centroids_KD[stay].double())
-        centroids_KD, weight_K = centroids_KD.clone(), weight_K.clone()
-        centroids_KD[stay], weight_K[stay] = middle.float(), weight_E
+        weight_K = weight_K.clone()
+        for block in _blocks(len(stay), centroids_KD.shape[1]):
+            _merge(centroids_KD, weight_K, stay[block], gone[block], metric)
         kept = torch.ones(len(centroids_KD), dtype=torch.bool)
         kept[gone] = False
-        centroids_KD, weight_K = centroids_KD[kept], weight_K[kept]
+        centroids_KD, weight_K = _compact(centroids_KD, kept), weight_K[kept]
         number = kept.cumsum(0) - 1
         number[gone] = number[stay]
         pairs = _each_once(number[pairs], len(centroids_KD))
     return centroids_KD
+
+
+def _blocks(count: int, dim: int) -> Iterator[slice]:
+    """Slices of `count` pairs."""
+    step = max(_BLOCK_BYTES // (_PAIR_BYTES * dim), 1)
+    return (slice(low, low + step) for low in range(0, count, step))
+
+
+def _costs(centroids_KD: Tensor, weight_K: Tensor, pairs: Tensor, metric: Metric) -> Tensor:
+    """`merge_cost` of all pairs, float64 [E]."""
+    cost_E = torch.empty(pairs.shape[1], dtype=torch.float64)
+    for block in _blocks(len(cost_E), centroids_KD.shape[1]):
+        low, high = pairs[:, block]
+        x_ED, y_ED = centroids_KD[low].double(), centroids_KD[high].double()
+        cost_E[block] = merge_cost(x_ED, y_ED, weight_K[low], weight_K[high], metric)
+    return cost_E
+
+
+def _merge(centroids_KD: Tensor, weight_K: Tensor, stay: Tensor, gone: Tensor, metric: Metric) -> None:
+    """Replace the centroids and weights of `stay` by those of the merged pairs, in place."""
+    weight_E = weight_K[stay] + weight_K[gone]
+    # Of two clusters without rows either centroid will do.
+    share = torch.where(weight_E > 0, weight_K[stay] / weight_E.clamp_min(1e-300), 1.0)[:, None]
+    middle = share * centroids_KD[stay].double() + (1 - share) * centroids_KD[gone].double()
+    if metric == "cosine":
+        # The weight becomes the length of the new sum; where the two cancel, the direction stays.
+        length = middle.norm(dim=1, keepdim=True)
+        weight_E = weight_E * length[:, 0]
+        middle = torch.where(length > 1e-12, middle / length.clamp_min(1e-12), centroids_KD[stay].double())
+    centroids_KD[stay], weight_K[stay] = middle.float(), weight_E
+
+
+def _compact(centroids_KD: Tensor, kept: Tensor) -> Tensor:
+    """Move the kept rows to the front, in place; returns them."""
+    rows = kept.nonzero()[:, 0]
+    for block in _blocks(len(rows), centroids_KD.shape[1]):
+        # A row never moves behind one that is read later.
+        centroids_KD[block.start : block.start + len(rows[block])] = centroids_KD[rows[block]]
+    return centroids_KD[: len(rows)]
 
 
 def _each_once(pairs: Tensor, count: int) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +73,14 @@ class KMeansRun:
 
     def assigner(self, centroids_KD: Tensor) -> Assigner:
         return Assigner(centroids_KD, self.settings.metric, self.device, self.settings.backend)
+
+    def on_first_rank(self, compute: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
+        """What `compute` returns on the first rank, fp32 of this shape on the CPU, on every rank. A collective."""
+        result = torch.empty(0)
+        with stop_together(self.group):
+            if self.rank == 0:
+                result = compute()
+        return collectives.broadcast(result if self.rank == 0 else torch.empty(shape), self.group)
 
 
 def start_run(
