@@ -5,11 +5,11 @@
     tools/docs.py --check              exit 1 when they are stale; change nothing
     tools/docs.py --demo runs/demo     pictures in docs/images/, results in README.md and docs/demo.md
     tools/docs.py --corpus data/icons  facts in docs/corpus/, a picture in docs/images/, tables in docs/corpus.md
-    tools/docs.py --study runs/study   results in docs/study/, tables in docs/study.md
+    tools/docs.py --study STUDY.json runs/study    results in docs/study/STUDY/, tables in docs/study.md
 
 --demo reads what tools/demo.sh wrote: summary.json, the figures of the balance stage and the TensorBoard event files of
-the students. It needs matplotlib. --corpus reads an output of tools/prepare_icons.py, --study one of tools/study.py
-with configs/study/icons.json.
+the students. It needs matplotlib. --corpus reads an output of tools/prepare_icons.py, --study the file and the
+output directory of a study of tools/study.py.
 """
 
 import json
@@ -37,7 +37,7 @@ from megacid.errors import UserError, run_tool
 from megacid.offline.figure_style import figure_style, save_figure
 from megacid.storage.atomic import read_json, write_atomic, write_json_atomic
 from megacid.storage.metadata import read_meta
-from study_plan import load_study
+from study_plan import StudyFile, load_study
 from study_report import load_results, report
 
 CONFIGURATION = ROOT / "docs" / "configuration.md"
@@ -213,25 +213,21 @@ def from_corpus(corpus: Path, root: Path) -> list[Path]:
 # ---- --study -----------------------------------------------------------------------------------------------------
 
 
-def study_page(page: str, results: Path) -> str:
-    """docs/study.md with its tables made from the JSON files in `results`."""
-    file = load_study(ROOT / "configs" / "study" / "icons.json")
-    return between(page, "study tables", report(load_results(results), file, file.chosen([])))
+def study_page(page: str, file: StudyFile, results: Path) -> str:
+    """docs/study.md with the tables of a study made from the JSON files in `results`."""
+    return between(page, f"{file.path.stem} tables", report(load_results(results), file, file.chosen([])))
 
 
-def from_study(out: Path, root: Path) -> list[Path]:
-    """Copy the results of a study and rewrite the tables of docs/study.md; returns the files."""
+def from_study(file: StudyFile, out: Path, root: Path) -> list[Path]:
+    """Copy the results of a study and rewrite its tables in docs/study.md; returns the files."""
     load_results(out / "results")  # checks them
-    page, copies = root / "docs" / "study.md", root / "docs" / "study"
+    page, copies = root / "docs" / "study.md", root / "docs" / "study" / file.path.stem
     if not page.is_file():
-        raise UserError(
-            f"{page} is missing, expected a page with the markers <!-- study tables --> and <!-- end of study tables "
-            "-->: write it first"
-        )
+        raise UserError(f"{page} is missing, expected the page with the markers of the tables: restore it")
     written = [copies / path.name for path in sorted((out / "results").glob("*.json"))]
     for path in written:
         write_atomic(path, (out / "results" / path.name).read_bytes())
-    write_atomic(page, study_page(page.read_text(), copies).encode())
+    write_atomic(page, study_page(page.read_text(), file, copies).encode())
     return [*written, page]
 
 
@@ -241,14 +237,20 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--check", action="store_true", help="exit 1 when docs/configuration.md is stale")
     what.add_argument("--demo", type=Path, help="output directory of tools/demo.sh")
     what.add_argument("--corpus", type=Path, help="output directory of tools/prepare_icons.py")
-    what.add_argument("--study", type=Path, help="output directory of tools/study.py")
+    what.add_argument(
+        "--study", type=Path, nargs=2, metavar=("STUDY.json", "OUT"), help="file and output directory of a study"
+    )
     args = parser.parse_args(argv)
-    sources = ((args.demo, from_demo), (args.corpus, from_corpus), (args.study, from_study))
-    given = [(directory, write) for directory, write in sources if directory is not None]
-    for directory, write in given:
-        for path in write(directory, ROOT):
+    written: list[Path] | None = None
+    if args.demo is not None:
+        written = from_demo(args.demo, ROOT)
+    elif args.corpus is not None:
+        written = from_corpus(args.corpus, ROOT)
+    elif args.study is not None:
+        written = from_study(load_study(args.study[0]), args.study[1], ROOT)
+    if written is not None:
+        for path in written:
             print(f"{path.relative_to(ROOT)}  {path.stat().st_size:,} bytes")
-    if given:
         return 0
     page = CONFIGURATION.read_text()
     fresh = configuration_page(page)

@@ -176,11 +176,18 @@ def make_digits(args: argparse.Namespace, stage: Path) -> dict[str, Any]:
     pixels, labels = load_digits(return_X_y=True)
     pixels = pixels.reshape(-1, 8, 8)
     rng = np.random.default_rng(args.seed)
-    test = np.zeros(len(labels), bool)
+    if args.test_share + args.validation_share >= 1:
+        raise UserError(
+            f"--test-share and --validation-share are {args.test_share + args.validation_share:g} in all, expected "
+            "less than 1: lower one of them"
+        )
+    split = np.zeros(len(labels), np.int8)  # 0: training, 1: test, 2: validation
     for digit in range(10):
         rows = rng.permutation(np.flatnonzero(labels == digit))
-        test[rows[: round(len(rows) * args.test_share)]] = True
-    train_rows = np.flatnonzero(~test)
+        tests = round(len(rows) * args.test_share)
+        split[rows[:tests]] = 1
+        split[rows[tests : tests + round(len(rows) * args.validation_share)]] = 2
+    train_rows = np.flatnonzero(split == 0)
     originals = len(train_rows)
     copies = round(originals * args.redundancy / (1 - args.redundancy))
     # Pairs with number < originals are originals; the others are copies of the pair in `origin`.
@@ -210,12 +217,13 @@ def make_digits(args: argparse.Namespace, stage: Path) -> dict[str, Any]:
             yield Sample(number, of, label, data, extension, digit_caption(label, pair_rng), change)
 
     counts = write_train(stage / "train", samples(), place, shard_sizes)
-    splits = {
-        name: ((digit_image(pixels[row], args.size), int(labels[row])) for row in rows)
-        for name, rows in (("train", train_rows), ("test", np.flatnonzero(test)))
-    }
-    write_benchmark(stage / "test", list(DIGITS), list(DIGIT_TEMPLATES), splits)
-    return finish_pairs(stage, source_of(args), counts, int(test.sum()))
+    for number, held_out in ((1, "test"), (2, "validation"))[: 1 + bool(args.validation_share)]:
+        splits = {
+            name: ((digit_image(pixels[row], args.size), int(labels[row])) for row in rows)
+            for name, rows in (("train", train_rows), ("test", np.flatnonzero(split == number)))
+        }
+        write_benchmark(stage / held_out, list(DIGITS), list(DIGIT_TEMPLATES), splits)
+    return finish_pairs(stage, source_of(args), counts, int((split == 1).sum()))
 
 
 # ---- scenes ---------------------------------------------------------------------------------------------------------
@@ -314,6 +322,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     digits.add_argument("--size", type=positive, default=32, help="side of the images in pixels")
     digits.add_argument("--redundancy", type=share, default=0.4, help="share of copies among the training pairs")
     digits.add_argument("--test-share", type=share, default=0.2, help="share of each digit held out for the test split")
+    digits.add_argument(
+        "--validation-share",
+        type=share,
+        default=0.0,
+        help="share of each digit for a second test split, OUT/validation",
+    )
     digits.add_argument("--shards", type=positive, default=7, help="number of training tars")
     scenes = kind("scenes", make_scenes, "captioned scenes of coloured shapes with known clusters and planted copies")
     scenes.add_argument("--num", type=positive, default=20_000, help="number of training pairs, including copies")

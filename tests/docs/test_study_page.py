@@ -14,16 +14,17 @@ from test_pages import docs_tool
 from megacid.errors import UserError
 
 PAGE, RESULTS = ROOT / "docs" / "study.md", ROOT / "docs" / "study"
-MARKERS = "<!-- study tables: written by tools/docs.py --study runs/study -->\n<!-- end of study tables -->\n"
+STUDIES = ROOT / "configs" / "study"
+MARKERS = "<!-- icons tables: written by tools/docs.py -->\n<!-- end of icons tables -->\n"
 PARTS = f"# Study\n\n{{text}}\n\n{MARKERS}"
 
 
 def unknown_numbers(page: str) -> set[str]:
     """Decimal numbers of the text that the tables do not have."""
-    text, tables = re.split(r"<!-- study tables.*?-->", page)
-    tables, rest = tables.split("<!-- end of study tables -->")
+    tables = re.compile(r"<!-- (\w+) tables.*?<!-- end of \1 tables -->", re.DOTALL)
     decimals = re.compile(r"\d+\.\d+")
-    return set(decimals.findall(text + rest)) - set(decimals.findall(tables))
+    known = {number for match in tables.finditer(page) for number in decimals.findall(match[0])}
+    return set(decimals.findall(tables.sub("", page))) - known
 
 
 def drawn_study(out: Path) -> Path:
@@ -44,23 +45,28 @@ def test_the_tables_come_from_the_results_and_the_text_has_no_other_number(tmp_p
     page = tmp_path / "docs" / "study.md"
     page.parent.mkdir()
     page.write_text(PARTS.format(text="Plain CLIP reaches 15.00 %, the method 16.27 %."))
-    files = docs_tool.from_study(drawn_study(tmp_path / "out"), tmp_path)
+    icons = docs_tool.load_study(STUDIES / "icons.json")
+    files = docs_tool.from_study(icons, drawn_study(tmp_path / "out"), tmp_path)
     assert len(files) == 7 and all(path.is_file() for path in files)
     assert "| `plain` | 0.002 | 0.001, 0.002, 0.004 | 2 | 15.00 ± 63.53 |" in page.read_text()
     assert unknown_numbers(page.read_text()) == {"16.27"}
-    assert docs_tool.study_page(page.read_text(), tmp_path / "docs" / "study") == page.read_text()
+    assert docs_tool.study_page(page.read_text(), icons, tmp_path / "docs" / "study" / "icons") == page.read_text()
 
 
 def test_a_study_without_a_page_is_refused(tmp_path: Path) -> None:
+    icons = docs_tool.load_study(STUDIES / "icons.json")
     with pytest.raises(UserError, match=r"study\.md is missing"):
-        docs_tool.from_study(drawn_study(tmp_path / "out"), tmp_path)
+        docs_tool.from_study(icons, drawn_study(tmp_path / "out"), tmp_path)
     shutil.rmtree(tmp_path / "out" / "results")
     with pytest.raises(UserError, match="has no results"):
-        docs_tool.from_study(tmp_path / "out", tmp_path)
+        docs_tool.from_study(icons, tmp_path / "out", tmp_path)
 
 
 @pytest.mark.skipif(not PAGE.is_file(), reason="there is no study yet")
 def test_the_page_has_the_numbers_of_the_committed_results() -> None:
-    page = PAGE.read_text()
-    assert page == docs_tool.study_page(page, RESULTS), "run: python tools/docs.py --study runs/study"
+    page, names = PAGE.read_text(), [folder.name for folder in RESULTS.iterdir()]
+    assert names
+    for name in names:
+        file = docs_tool.load_study(STUDIES / f"{name}.json")
+        assert page == docs_tool.study_page(page, file, RESULTS / name), f"run tools/docs.py --study for {name}"
     assert not unknown_numbers(page)

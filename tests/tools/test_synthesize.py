@@ -130,6 +130,20 @@ def test_no_test_digit_is_among_the_training_pairs(digits: Path) -> None:
     assert not any(pixels in exact for pixels, _ in test)
 
 
+def test_a_validation_split_has_digits_of_its_own(digits: Path, tmp_path: Path) -> None:
+    assert run("digits", "--out", tmp_path / "d", "--validation-share", 0.2) == 0
+    parts = [
+        {pixels for pixels, _ in benchmark_images(tmp_path / "d" / folder / split)}
+        for folder, split in (("test", "test"), ("validation", "test"), ("validation", "train"))
+    ]
+    test, validation, train = parts
+    assert len(test) == len(validation) == 359 and len(train) == 1079
+    assert not test & validation and not validation & train and not test & train
+    assert test == {pixels for pixels, _ in benchmark_images(digits / "test" / "test")}
+    with pytest.raises(UserError, match=r"1\.1 in all, expected less than 1"):
+        run("digits", "--out", tmp_path / "e", "--validation-share", 0.9)
+
+
 def test_digits_split_is_stratified_and_named_as_the_benchmark_wants(digits: Path) -> None:
     root = digits / "test"
     counts = np.bincount([label for _, label in benchmark_images(root / "test")], minlength=10)
