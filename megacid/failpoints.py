@@ -13,6 +13,7 @@ depends on one. The names are the contract:
     embed:          partition, image_written, text_written, metadata_written, shard_done, before_meta, done
     cluster:        init, iteration, iteration_saved, labels, labelled, before_meta, after_meta
                     two levels: coarse, cells, start, fine, merge, refine, refine_saved
+    cluster_order:  block (its rows are distributed), file (of the copy)
     balance:        search, cluster, part, candidate_clusters, pair, cross_cluster, keep, report, gallery, before_meta,
                     after_meta
     reshard:        tar, before_meta

@@ -57,7 +57,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="make K coarse clusters for the comparisons in OUT/cells, as tools/cluster.py --k K would; more cells are "
         "faster and miss more pairs on their borders, unless --neighbor-clusters finds them",
     )
-    add("--memory-gb", type=real(0, 1e6, without=(0,)), default=4.0, help="--cells: memory bound of a rank (default 4)")
+    add(
+        "--memory-gb",
+        type=real(0, 1e6, without=(0,)),
+        default=4.0,
+        help="memory bound of a rank for --cells, and for a copy of embeddings that exceed the memory (default 4)",
+    )
     add("--out", required=True, type=Path, metavar="OUT", help="directory to write or continue")
     add("--shards", metavar="TARS", help="directory, braces, glob or .tar (default: where tools/embed.py read them)")
     linking_arguments(parser)

@@ -6,21 +6,18 @@ Legend: n rows, D width, B rows of a block.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from megacid.data.lru import LRUCache
-from megacid.data.memmap import MappedRows
 from megacid.errors import UserError
 from megacid.offline.embed.partitions import PartitionFiles, partition_files
+from megacid.offline.row_files import RowFiles
 from megacid.storage.metadata import read_meta
 from megacid.storage.npy import load_npy
 from megacid.storage.parquet import key_column, parquet_shape, read_parquet
 
-_OPEN_MAPS = 128
 _REMEDY = "run tools/embed.py again, it embeds only what is missing or damaged"
 _LENGTH_TOLERANCE = 0.02  # of a float16 unit vector; the widest rows deviate by less than 0.002
 
@@ -108,24 +105,7 @@ class SubsetRows:
         return self.rows.name(int(self.chosen[row]))
 
 
-class _Maps(Sequence[np.ndarray]):
-    """Arrays that are memory-mapped on access, with a bounded number of open maps: a map keeps its file open, and a
-    process may have 1,024 open files and 65,530 maps, but LAION400M has 82,816 embedding files."""
-
-    def __init__(self, count: int, map_one: Callable[[int], np.ndarray]) -> None:
-        self._count, self._map_one = count, map_one
-        self._open: LRUCache[np.ndarray] = LRUCache(_OPEN_MAPS)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, partition: Any) -> Any:
-        if not 0 <= partition < self._count:
-            raise IndexError(partition)
-        return self._open.get(partition, lambda: self._map_one(partition))
-
-
-class EmbeddingRows(MappedRows):
+class EmbeddingRows(RowFiles):
     """One modality ("img" or "text") of a folder written by `tools/embed.py`, partitions in order of their number.
 
     Attributes:
@@ -147,7 +127,9 @@ class EmbeddingRows(MappedRows):
         self.numbers = [numbers[stem] for stem in self.stems]
         self._empty = set(self.meta.get("empty", ()))  # tars without any embedded sample have no files
         self._check_present()
-        super().__init__(_Maps(len(self.stems), lambda partition: self._map(partition, dim)), dim)
+        headers = [self._header(partition, dim) for partition in range(len(self.stems))]
+        rows_of, offsets, dtypes = zip(*headers)
+        super().__init__(lambda partition: self._path(self.numbers[partition]), rows_of, offsets, dtypes, dim, _REMEDY)
         self.rows_of = np.diff(self.starts)
         for partition, stem in enumerate(self.stems):
             if stem not in self._empty:
@@ -185,17 +167,19 @@ class EmbeddingRows(MappedRows):
         files = self._files(number)
         return files.image if self.modality == "img" else files.text
 
-    def _map(self, partition: int, dim: int) -> np.ndarray:
+    def _header(self, partition: int, dim: int) -> tuple[int, int, np.dtype]:
+        """(rows, byte of the first row, dtype) of a partition."""
         if self.stems[partition] in self._empty:
-            return np.empty((0, dim), np.float16)
+            return 0, 0, np.dtype(np.float16)
         path = self._path(self.numbers[partition])
         array = load_npy(path, _REMEDY)
-        if array.ndim != 2 or array.shape[1] != dim or array.dtype.kind != "f":
+        fits = array.ndim == 2 and array.shape[1] == dim and array.dtype.kind == "f" and array.flags.c_contiguous
+        if not (fits and isinstance(array, np.memmap)):
             raise UserError(
                 f"{path} is {array.dtype} of shape {array.shape}, expected floating point and (n, {dim}) as in "
-                f"meta.json: {_REMEDY}"
+                f"meta.json, in C order: {_REMEDY}"
             )
-        return array
+        return len(array), array.offset, array.dtype
 
     def keys(self, partition: int) -> list[str]:
         """The keys of one partition, in row order."""
@@ -210,5 +194,6 @@ class EmbeddingRows(MappedRows):
         return keys
 
     def name(self, row: int) -> str:
-        partition, inside = self.partition_of(row)
+        partition = int(np.searchsorted(self.starts, row, side="right")) - 1
+        inside = row - int(self.starts[partition])
         return f"row {inside} of {self._path(self.numbers[partition])} (shard {self.stems[partition]})"

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from megacid.data.workers import worker_start
 from megacid.distributed.stopping import StopRequest
 from megacid.errors import EXIT_AGAIN
+from megacid.offline import cluster_order
 from megacid.offline.embed.stage import ShardBatchSampler
 
 TERM = 128 + signal.SIGTERM
@@ -254,6 +255,20 @@ def test_second_pass_and_copy_killed_anywhere_give_the_same_bits(stage: Path, to
     for files in (mine, expected):
         del files["meta.json"]["source"]  # type: ignore[attr-defined]  # names the folder of the masks
     assert mine == expected and "sizes.json" in mine
+
+
+def test_the_copy_in_cluster_order_killed_anywhere_gives_the_same_bits(
+    stage: Path, tool: Callable[[str], Tool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory is too small for the embeddings, and the bound for more than 12 of the 35 rows in a file."""
+    monkeypatch.setattr(cluster_order, "machine_memory", lambda: 0)
+    pair, more = tool("balance"), ["--memory-gb", 2.5e-6]
+    ends = pair.fates(2, kill("cluster_order:block", rank=1, step=1), more=more)
+    assert ends == [EXIT_AGAIN, KILLED], pair.output
+    assert pair.fates(1, kill("cluster_order:file", step=1), more=more) == [KILLED], pair.output
+    assert len(list(pair.out.glob(".work/cluster-order-0*"))) == 4  # a file, one with its .part, another .part
+    assert pair.fates(2, more=more) == [0, 0], pair.output
+    pair.equals(stage / REFERENCE["balance"])
 
 
 def test_cluster_keeps_the_labels_that_fit(stage: Path, tool: Callable[[str], Tool]) -> None:

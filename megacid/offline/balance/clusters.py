@@ -43,6 +43,12 @@ class Clusters:
         starts = np.concatenate([[0], np.cumsum(self.sizes * inside)]).astype(np.int64)
         return rows, Clusters(np.searchsorted(rows, order), starts, self.priority[rows])
 
+    def places(self) -> list[np.ndarray]:
+        """The place of every row in `order`, in one array, int64 [n]."""
+        place = np.empty(len(self.order), np.int64)
+        place[self.order] = np.arange(len(self.order))
+        return [place]
+
     def labels(self) -> np.ndarray:
         """int32 [n]: the cluster of every sample, -1 for none."""
         label = np.full(len(self.priority), -1, np.int32)

@@ -27,6 +27,7 @@ from megacid.offline.balance.outputs import finished_outputs, write_outputs
 from megacid.offline.cluster.results import read_centroids
 from megacid.offline.cluster.stage import cluster
 from megacid.offline.cluster.state import default_settings
+from megacid.offline.cluster_order import in_cluster_order
 from megacid.offline.nearest import Assigner, prepare
 from megacid.offline.rows import EmbeddingRows
 from megacid.offline.tars import load_tars
@@ -57,7 +58,7 @@ def balance(
             `settings.cells`, for which OUT/cells gets what tools/cluster.py writes for as many clusters and this seed.
         out: the folder to write.
         shards: the tars; None: the one recorded by tools/embed.py.
-        memory_gb: bound on the memory of one rank that makes the cells.
+        memory_gb: bound on the memory of one rank that makes the cells, or copies the embeddings in cluster order.
         gallery_groups: groups shown in gallery.html.
         start_progress: when the function it returns raises Stopped, all ranks stop.
 
@@ -94,7 +95,7 @@ def balance(
             # Links inside of other cells are not used: if cells are made again, they may be rounded differently.
             arguments, assigner = _with_clusters(arguments, settings, inputs, parallel.device)
             stage.work = PartialResults(out, arguments)
-    _decide_and_write(stage, inputs, assigner, text, settings, parallel, start_progress)
+    _decide_and_write(stage, inputs, assigner, text, settings, parallel, memory_gb, start_progress)
     return read_meta(out, expect="balance")
 
 
@@ -105,6 +106,7 @@ def _decide_and_write(
     text: EmbeddingRows | None,
     settings: BalanceSettings,
     parallel: Parallel,
+    memory_gb: float,
     start_progress: StartProgress,
 ) -> None:
     """The work of a stage that has begun. text: caption embeddings, for keep="caption"."""
@@ -116,8 +118,11 @@ def _decide_and_write(
         priority = preference(settings.keep, inputs.score, settings.seed, rows, text, progress)
         clusters = group_by_cluster(inputs.label, priority, inputs.k)
     barrier(group)
+    ordered = in_cluster_order(rows, clusters.places, stage.work, group, memory_gb, progress)
     progress = start_progress(rows.num_rows)
-    context = BalanceContext(rows, clusters, settings, device, assigner, group, partial=stage.work, progress=progress)
+    context = BalanceContext(
+        ordered, clusters, settings, device, assigner, group, partial=stage.work, progress=progress
+    )
     decision = decide(context)
     with stop_together(group):
         if parallel.is_first:

@@ -9,6 +9,7 @@ others have left. Each part is stored as two arrays: its rows sorted by cell, an
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -66,6 +67,16 @@ class Cells:
             for part, (order, begins) in enumerate(self._parts)
         ]
         return np.concatenate(members)
+
+    def places(self) -> Iterator[np.ndarray]:
+        """The place of every row among all rows sorted by cell and number, int64, part by part; after `open`."""
+        first_C = np.cumsum(self.sizes) - self.sizes  # of the rows of this part in each cell
+        for order, begins in self._parts:
+            count_C = np.diff(begins)
+            place = np.empty(len(order), np.int64)
+            place[order] = np.arange(len(order)) + np.repeat(first_C - begins[:-1], count_C)
+            first_C = first_C + count_C
+            yield place
 
 
 def group_by_label(label: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -37,6 +37,7 @@ from megacid.offline.cluster.merging import NEIGHBOURS, merge_nearest
 from megacid.offline.cluster.run import KMeansRun, start_run
 from megacid.offline.cluster.seeding import seed_count
 from megacid.offline.cluster.state import KMeansSettings, KMeansState, fingerprint, load_state, save_state
+from megacid.offline.cluster_order import in_cluster_order
 from megacid.offline.nearest import tile_rows
 from megacid.offline.rows import Rows
 from megacid.storage.stage_directory import PartialResults
@@ -85,6 +86,8 @@ def two_level(
     coarse_CD = _coarse_level(run, partial, identity)
     cells = Cells(partial, run.rows.num_rows, len(coarse_CD), tile_rows(device))
     _assign_cells(run, coarse_CD, cells)
+    ordered = in_cluster_order(run.rows, cells.places, partial, group, settings.memory_gb, progress)
+    run = replace(run, rows=ordered)
     if state is None:
         fine = fine_level(run, cells, partial, min(run.rows.num_rows, seed_count(settings.k)))
         failpoint("cluster:merge")

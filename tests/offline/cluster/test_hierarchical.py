@@ -104,6 +104,8 @@ def test_cells_hold_every_row_once(tmp_path: Path) -> None:
     assert cells.sizes.tolist() == np.bincount(label, minlength=6).tolist()
     for cell in range(6):
         np.testing.assert_array_equal(cells.members(cell), np.flatnonzero(label == cell))
+    place, order = np.concatenate(list(cells.places())), np.argsort(label, kind="stable")
+    np.testing.assert_array_equal(place[order], np.arange(700))
 
 
 def test_balance_load_is_even_and_complete() -> None:

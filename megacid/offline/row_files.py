@@ -1,0 +1,119 @@
+"""Rows in binary files, read with few system calls: files stay open, and rows near each other are one read.
+
+Legend: n rows, D width, m requested rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import resource
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megacid.data.lru import LRUCache
+from megacid.errors import UserError
+
+_GAP_BYTES = 1 << 15  # rows that are not needed: reading these takes about as long as another call
+_READ_BYTES = 1 << 22  # of one read of chosen rows, at most: those that are not consecutive are copied once more
+
+
+def open_file_limit() -> int:
+    """Files that one reader keeps open: a quarter of what the process may open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 20 if soft == resource.RLIM_INFINITY else max(soft // 4, 16)
+
+
+class RowFiles:
+    """Consecutive rows in several files of one width, as one matrix.
+
+    Read calls instead of memory maps: touching a mapped page behind the end of a truncated file would kill the process,
+    and a map of a file takes thousands of times as long as reading a row of it.
+
+    Attributes:
+        starts: First row of each file, int64 [files + 1].
+    """
+
+    def __init__(
+        self,
+        path_of: Callable[[int], Path],
+        rows_of: Sequence[int],
+        offsets: Sequence[int],
+        dtypes: Sequence[np.dtype],
+        dim: int,
+        remedy: str,
+    ) -> None:
+        """
+        Args:
+            path_of: Path of a file, by its number.
+            rows_of, offsets, dtypes: Of every file: number of rows, byte of the first row, and dtype.
+            remedy: End of the message when a file cannot be read.
+        """
+        self.starts = np.concatenate([[0], np.cumsum(np.asarray(rows_of, np.int64))]).astype(np.int64)
+        self.num_rows, self.dim = int(self.starts[-1]), dim
+        self.dtype = np.result_type(*set(dtypes)) if len(dtypes) else np.dtype(np.float16)
+        self._path_of, self._offsets, self._dtypes, self._remedy = path_of, offsets, dtypes, remedy
+        self._open: LRUCache[int] = LRUCache(max(min(len(rows_of), open_file_limit()), 1), os.close)
+        weakref.finalize(self, self._open.clear)
+        row_bytes = max(dim * self.dtype.itemsize, 1)
+        self._gap, self._most = _GAP_BYTES // row_bytes + 1, max(_READ_BYTES // row_bytes, 1)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop), floating point [stop - start, D]. Raises UserError when a file has become shorter."""
+        stop = min(stop, self.num_rows)
+        out = np.empty((max(stop - start, 0), self.dim), self.dtype)
+        file, at = int(np.searchsorted(self.starts, start, side="right")) - 1, start
+        while at < stop:
+            end = min(stop, int(self.starts[file + 1]))
+            if end > at:
+                self._read(file, at - int(self.starts[file]), out[at - start : end - start])
+            file, at = file + 1, end
+        return out
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """The given rows (int64 [m], any order), floating point [m, D]. Raises as `read`."""
+        out = np.empty((len(rows), self.dim), self.dtype)
+        if not len(rows):
+            return out
+        step = np.diff(rows)
+        order = None if (step >= 0).all() else np.argsort(rows, kind="stable")
+        if order is not None:
+            rows = rows[order]
+            step = np.diff(rows)
+        file = np.searchsorted(self.starts, rows, side="right") - 1
+        inside = rows - self.starts[file]
+        consecutive = step == 1
+        cut = (step > self._gap) | (np.diff(file) != 0) | (np.diff(rows // self._most) != 0)
+        bounds = [0, *(np.flatnonzero(cut) + 1).tolist(), len(rows)]
+        loose = np.concatenate([[0], np.cumsum(~consecutive)])  # equal at both ends of rows without a gap
+        for low, high in itertools.pairwise(bounds):
+            first, last = int(inside[low]), int(inside[high - 1])
+            if order is None and loose[low] == loose[high - 1]:
+                self._read(int(file[low]), first, out[low:high])
+                continue
+            block = np.empty((last - first + 1, self.dim), self.dtype)
+            self._read(int(file[low]), first, block)
+            where = slice(low, high) if order is None else order[low:high]
+            out[where] = block[inside[low:high] - first]
+        return out
+
+    def _read(self, file: int, first: int, out: np.ndarray) -> None:
+        """Fill `out` [rows, D], contiguous, with the rows of a file from `first` on."""
+        dtype = self._dtypes[file]
+        into = out if dtype == self.dtype else np.empty(out.shape, dtype)
+        view = into.reshape(-1).view(np.uint8).data
+        at = self._offsets[file] + first * self.dim * dtype.itemsize
+        try:
+            descriptor = self._open.get(file, lambda: os.open(self._path_of(file), os.O_RDONLY | os.O_CLOEXEC))
+            while len(view):
+                count = os.preadv(descriptor, [view], at)
+                if not count:
+                    raise OSError(f"it ends before row {first + len(out)}")
+                view, at = view[count:], at + count
+        except OSError as error:
+            raise UserError(f"{self._path_of(file)} cannot be read ({error}): {self._remedy}") from None
+        if into is not out:
+            out[:] = into
