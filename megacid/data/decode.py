@@ -73,6 +73,7 @@ _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
     codecs.BOM_UTF8: "utf-8-sig",
 }
+_MARKS = tuple(_BYTE_ORDER_MARKS)
 
 
 class BadSample(Exception):  # noqa: N818  a fault of the data that the loader handles and counts
@@ -150,7 +151,9 @@ def opened_image(data: bytes, *, max_pixels: float, shard: str, key: str) -> Ite
 
 def decode_text(data: bytes, errors: str = "strict") -> str:
     """Decode UTF-8, or the encoding that a byte order mark names; the mark is no part of the text."""
-    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
+    if not data.startswith(_MARKS):
+        return data.decode("utf-8", errors=errors)
+    encoding = next(name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark))
     return data.decode(encoding, errors=errors)
 
 

@@ -349,8 +349,7 @@ def _index_tar(
     path: Path, caption: CaptionSource, *, keep_blank: bool, allow_bad: bool
 ) -> tuple[dict[str, Any], ShardTable]:
     try:
-        size = path.stat().st_size  # taken before reading: a tar that is still growing will not match the index
-        scan = scan_tar(path, caption, keep_blank=keep_blank)
+        scan = scan_tar(path, caption, keep_blank=keep_blank, hashed=True)
         if scan.damage and not scan.keys and (other := other_format(path)):
             scan.damage = f"it is {other[0]}"
             if not allow_bad:
@@ -360,7 +359,6 @@ def _index_tar(
                 f"{path} is damaged ({scan.damage}) after {len(scan.keys)} intact samples: fetch it again, "
                 f"or run tools/index_shards.py {caption.option}--allow-bad to use the intact ones"
             )
-        digest = file_sha256(path)
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}): correct its permissions, or fetch it again"
@@ -368,12 +366,12 @@ def _index_tar(
     table = ShardTable(scan.keys, np.array(scan.members, np.int64).reshape(-1, 8))
     entry = {
         "name": path.name.removesuffix(".tar"),
-        "bytes": size,
+        "bytes": scan.bytes,
         "samples": len(scan.keys),
         "without_text": int((table.text[:, 1] < 0).sum()),
         "blank": scan.blank,
         "blank_kept": keep_blank,
-        "sha256": digest,
+        "sha256": scan.sha256,
         "keys_sha256": keys_sha256(scan.keys),
         "dropped": {reason: len(names) for reason, names in scan.dropped.items()},
         "dropped_names": {reason: names[:_LISTED] for reason, names in scan.dropped.items()},

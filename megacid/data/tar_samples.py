@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from megacid.data.captions import BAD_JSON, BLANK, NO_FIELD, NOT_A_TEXT, TOO_MANY, CaptionError, CaptionSource, is_blank
 from megacid.data.decode import FORMATS, OTHER_EXTENSIONS, decode_text
+from megacid.data.tar_bytes import TarBytes
 from megacid.data.tar_headers import Member, TarDamage, is_safe, members
 from megacid.errors import UserError
 
@@ -21,6 +22,7 @@ Kind = Literal["image", "text", "json", "cls"]
 COLUMN: dict[Kind, int] = {"image": 0, "text": 2, "json": 4, "cls": 6}
 _KIND_OF_EXTENSION: dict[str, Kind] = {**dict.fromkeys(IMAGE_EXTENSIONS, "image"), "json": "json", "cls": "cls"}
 TXT = CaptionSource()
+_ABSENT = -1, -1  # offset and size
 _KEEP_BLANK = ", or keep them with tools/index_shards.py --keep-blank-captions"  # not those of a list
 # The reasons for which a sample is lost, with the rule that it breaks and the remedy.
 LOST = {
@@ -81,6 +83,8 @@ class TarScan:
         keys: the key of every sample, in tar order.
         members: for every sample the 8 columns of `ShardTable.members`.
         dropped: names of the skipped members and samples by reason.
+        bytes: size of the tar.
+        sha256: of the whole tar, if it was hashed.
         blank: number of blank captions.
         damage: the reason why the tar could not be read to its end; None for an intact tar.
     """
@@ -90,6 +94,8 @@ class TarScan:
     keys: list[str] = field(default_factory=list)
     members: list[list[int]] = field(default_factory=list)
     dropped: dict[str, list[str]] = field(default_factory=dict)
+    bytes: int = 0
+    sha256: str | None = None
     blank: int = 0
     damage: str | None = None
     _seen: set[str] = field(default_factory=set)
@@ -102,17 +108,17 @@ class TarScan:
         # Escaped: a name that is not UTF-8 could not be logged or stored.
         self.dropped.setdefault(reason, []).append(name if is_safe(name) else repr(name)[1:-1])
 
-    def add(self, group: MemberGroup, file: BinaryIO) -> None:
-        """Use a group as a sample, or drop it with a reason. file: the tar, to read the caption from."""
-        for key in (dotted := group.dotted_keys()):
+    def add(self, group: MemberGroup, tar: TarBytes) -> None:
+        """Use a group as a sample, or drop it with a reason. tar: where the caption is read."""
+        for key in (dotted := group.dotted_keys() if group.dotted else []):
             self.drop("key with a dot", key)
-        if group.key not in self._seen and (problem := self._caption_problem(group, file)):
+        if group.key not in self._seen and (problem := self._caption_problem(group, tar)):
             del group.members["text"]
             if "cls" not in group.members:  # a class makes it a sample nevertheless
                 self._seen.add(group.key)
                 self.drop(problem, group.key)
                 return
-        complete = "image" in group.members and bool({"text", "cls"} & group.members.keys())
+        complete = "image" in group.members and ("text" in group.members or "cls" in group.members)
         if group.at_damage and not (complete and self._kinds and self._kinds <= group.members.keys()):
             # More members may have followed: keep it only when it has the kinds of the other samples.
             self.drop(_APART if group.key in self._seen else "sample at the cut", group.key)
@@ -129,17 +135,17 @@ class TarScan:
             self._seen.add(group.key)
             self._kinds |= group.members.keys()
             self.keys.append(group.key)
-            self.members.append([v for kind in COLUMN for v in group.members.get(kind, (-1, -1))])
+            self.members.append([v for kind in COLUMN for v in group.members.get(kind, _ABSENT)])
 
-    def _caption_problem(self, group: MemberGroup, file: BinaryIO) -> str | None:
+    def _caption_problem(self, group: MemberGroup, tar: TarBytes) -> str | None:
         """The reason why the caption of an image cannot be used; None for a good one, and where there is none."""
-        if not {"image", "text"} <= group.members.keys():
+        if "image" not in group.members or "text" not in group.members:
             return None
         offset, size = group.members["text"]
         if size > self.caption.max_bytes:
             return BAD_JSON if self.caption.field else None  # the reader refuses a text of that size
         try:
-            texts = self.caption.extract(os.pread(file.fileno(), size, offset))
+            texts = self.caption.extract(tar.read(offset, size))
         except CaptionError as error:
             return str(error)
         blank = is_blank(decode_text(texts[0], "replace"))
@@ -159,7 +165,7 @@ class TarScan:
         self._incomplete.clear()
 
 
-@dataclass
+@dataclass(slots=True)
 class MemberGroup:
     """Neighbouring members with one key; a sample when it has an image and a text or class."""
 
@@ -183,51 +189,52 @@ class MemberGroup:
         return [f"{self.key}.{name}" for name in names]
 
 
-def member_groups(path: Path, scan: TarScan) -> Iterator[MemberGroup]:
+def member_groups(tar: TarBytes, scan: TarScan) -> Iterator[MemberGroup]:
     """The groups of a tar in order; skipped members are recorded in `scan`.
 
     Raises:
-        OSError: the tar cannot be opened or read.
+        OSError: the tar cannot be read.
         TarDamage: the tar is damaged; raised after the group that was cut.
     """
     group: MemberGroup | None = None
     kinds = _kinds(scan.caption)
-    with open(path, "rb") as file:
-        try:
-            stop = 0
-            for member in members(file, os.fstat(file.fileno()).st_size):
-                start, stop = stop, member.stop
-                if (split := _accept(member, scan)) is None:
-                    continue
-                ending = split[1].lower()
-                kind = kinds.get(ending)
-                name, dot, extension = split[1].rpartition(".")
-                if group is not None and group.key == split[0] and kind == "image" and group.image not in ("", ending):
-                    # Of several images the one whose extension comes first in the list is used.
-                    if IMAGE_EXTENSIONS.index(ending) < IMAGE_EXTENSIONS.index(group.image):
-                        del group.members["image"]
-                    else:
-                        kind = None
-                if group is None or group.key != split[0] or kind in group.members:
-                    if group is not None:
-                        yield group
-                    group = MemberGroup(split[0])
-                group.spans.append((start, stop))
-                if kind is not None:
-                    group.members[kind] = (member.offset, member.size)
-                    if kind == "image":
-                        group.image = ending
-                    elif kind == "json" and scan.caption.field:
-                        group.members["text"] = group.members["json"]
-                elif ending in OTHER_EXTENSIONS:
-                    group.not_decoded = ending
-                elif dot and (dotted := kinds.get(extension.lower(), "json")) != "json":
+    stop = 0
+    try:
+        for member in members(tar):
+            start, stop = stop, member.stop
+            if (split := _accept(member, scan)) is None:
+                continue
+            key, rest = split
+            ending = rest.lower()
+            kind = kinds.get(ending)
+            if group is not None and group.key == key and kind == "image" and group.image not in ("", ending):
+                # Of several images the one whose extension comes first in the list is used.
+                if IMAGE_EXTENSIONS.index(ending) < IMAGE_EXTENSIONS.index(group.image):
+                    del group.members["image"]
+                else:
+                    kind = None
+            if group is None or group.key != key or kind in group.members:
+                if group is not None:
+                    yield group
+                group = MemberGroup(key)
+            group.spans.append((start, stop))
+            if kind is not None:
+                group.members[kind] = (member.offset, member.size)
+                if kind == "image":
+                    group.image = ending
+                elif kind == "json" and scan.caption.field:
+                    group.members["text"] = group.members["json"]
+            elif ending in OTHER_EXTENSIONS:
+                group.not_decoded = ending
+            else:
+                name, dot, extension = rest.rpartition(".")
+                if dot and (dotted := kinds.get(extension.lower(), "json")) != "json":
                     group.dotted.setdefault(name, set()).add(dotted)
-        except (TarDamage, OSError):
-            if group is not None:
-                group.at_damage = True
-                yield group
-            raise
+    except (TarDamage, OSError):
+        if group is not None:
+            group.at_damage = True
+            yield group
+        raise
     if group is not None:
         yield group
 
@@ -241,21 +248,30 @@ def _kinds(caption: CaptionSource) -> dict[str, Kind]:
     return {caption.ending: "text", **_KIND_OF_EXTENSION}
 
 
-def scan_tar(path: Path, caption: CaptionSource = TXT, *, keep_blank: bool = False) -> TarScan:
+def scan_tar(path: Path, caption: CaptionSource = TXT, *, keep_blank: bool = False, hashed: bool = False) -> TarScan:
     """Read the headers and captions of a tar and group its members into samples.
 
+    hashed: read the whole tar, once, and set `sha256`; otherwise only headers and captions are read.
+
     Raises:
-        OSError: it cannot be opened.
-        UserError: the caption source names images.
+        OSError: it cannot be opened; with `hashed`, it cannot be read.
+        UserError: the caption source names images; with `hashed`, the tar was written to meanwhile.
     """
     scan = TarScan(caption, keep_blank)
-    with open(path, "rb") as file:
+    with TarBytes(path, hashed=hashed) as tar:
+        scan.bytes = tar.size
         try:
-            for group in member_groups(path, scan):
-                scan.add(group, file)
+            for group in member_groups(tar, scan):
+                scan.add(group, tar)
         except (TarDamage, OSError) as error:
             scan.damage = str(error)
-    scan.finish()
+        scan.finish()
+        scan.sha256 = tar.sha256() if hashed else None
+        if hashed and scan.sha256 is None:
+            raise UserError(
+                f"{path} was written to while it was read, expected a complete tar: run the same command again when "
+                "nothing writes to it"
+            )
     return scan
 
 
@@ -269,8 +285,8 @@ def other_format(path: Path) -> tuple[str, str] | None:
 def extensions(path: Path, limit: int = 1000) -> list[str]:
     """The endings of the first `limit` members of a tar, the most frequent first."""
     counts: Counter[str] = Counter()
-    with contextlib.suppress(TarDamage, OSError), open(path, "rb") as file:
-        for member in islice(members(file, os.fstat(file.fileno()).st_size), limit):
+    with contextlib.suppress(TarDamage, OSError), TarBytes(path) as tar:
+        for member in islice(members(tar), limit):
             if not member.directory and is_safe(member.name):
                 counts[os.path.splitext(member.name)[1] or "no ending"] += 1
     return [ending for ending, _ in counts.most_common(8)]
@@ -287,7 +303,7 @@ def _accept(member: Member, scan: TarScan) -> tuple[str, str] | None:
         scan.drop("unsafe name", member.name)
         return None
     directory, _, base = member.name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    if not dot or not stem:
+    stem, _, extension = base.partition(".")
+    if not stem or stem == base:
         return None
     return (f"{directory}/{stem}" if directory else stem), extension

@@ -7,7 +7,6 @@ model over the patches of all pictures, so colours compare within a row of the f
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,6 +20,7 @@ from argtypes import positive
 from figure_kinds.labels import source
 from figure_kinds.towers import SPEC, of_models, patch_features
 from megacid.data.decode import BadSample, decode_image
+from megacid.data.tar_bytes import TarBytes
 from megacid.data.tar_headers import TarDamage, members
 from megacid.data.tar_samples import IMAGE_EXTENSIONS
 from megacid.errors import UserError
@@ -68,14 +68,11 @@ def read_pictures(paths: Sequence[Path], count: int) -> list[Image.Image]:
 
 
 def _of_tar(path: Path, count: int) -> list[Image.Image]:
-    with open(path, "rb") as file:
-        entries = members(file, os.fstat(file.fileno()).st_size)
+    with TarBytes(path) as tar:
+        entries = members(tar)
         shown = (one for one in entries if one.regular and one.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
         chosen = list(islice(shown, count))
-        data = []
-        for one in chosen:
-            file.seek(one.offset)
-            data.append(file.read(one.size))
+        data = [tar.read(one.offset, one.size) for one in chosen]
     return [decode_image(encoded, shard=path.name, key=one.name) for encoded, one in zip(data, chosen)]
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from megacid.data.index import ShardIndex
 from megacid.data.index_files import content_digest, keys_sha256
 from megacid.data.side_tables import KeepTable
+from megacid.data.tar_bytes import TarBytes
 from megacid.data.tar_headers import TarDamage
 from megacid.data.tar_samples import TarScan, member_groups
 from megacid.distributed.collectives import barrier
@@ -100,8 +101,8 @@ def copy_rows(index: ShardIndex, shard: int, rows: np.ndarray, target: Path, pro
     spans: list[list[int]] = []
     copied = 0
     # A group of members that the index skipped (no image, a repeated key) has no row.
-    with contextlib.suppress(TarDamage), _reading(source):
-        for group in member_groups(source, TarScan(index.caption)):
+    with contextlib.suppress(TarDamage), _reading(source), TarBytes(source) as tar:
+        for group in member_groups(tar, TarScan(index.caption)):
             row = row_at.get(group.members.get("image", (-1, -1))[0])
             if row is None or table.keys[row] != group.key:
                 continue
@@ -113,9 +114,9 @@ def copy_rows(index: ShardIndex, shard: int, rows: np.ndarray, target: Path, pro
                     spans.append([start, stop])
     if copied != len(rows):
         raise _changed(source, f"{copied} of {len(rows)} kept samples are at their place")
-    with writing(target) as temporary, open(source, "rb", buffering=0) as tar, open(temporary, "wb") as copy:
+    with writing(target) as temporary, open(source, "rb", buffering=0) as original, open(temporary, "wb") as copy:
         for start, stop in spans:
-            _copy(tar, copy, start, stop, source, progress)
+            _copy(original, copy, start, stop, source, progress)
         copy.write(bytes(1024))
         copy.write(bytes(-copy.tell() % _RECORD))
 
