@@ -64,7 +64,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="memory bound of a rank for --cells, and for a copy of embeddings that exceed the memory (default 4)",
     )
     add("--out", required=True, type=Path, metavar="OUT", help="directory to write or continue")
-    add("--shards", metavar="TARS", help="directory, braces, glob or .tar (default: where tools/embed.py read them)")
+    add(
+        "--shards",
+        metavar="TARS",
+        help="directory, braces, glob, .tar or URL (default: where tools/embed.py read them)",
+    )
     linking_arguments(parser)
     add("--seed", type=seed_number, default=0, help="of --keep random, --cells and the threshold search (default 0)")
     add(

@@ -50,7 +50,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         required=True,
         nargs="+",
         metavar="TARS",
-        help="directory with *.tar, .tar files, or a quoted glob or brace pattern",
+        help="directory with *.tar, .tar files, a quoted glob or brace pattern, or URLs of these",
     )
     parser.add_argument(
         "--caption",

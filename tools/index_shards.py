@@ -4,6 +4,7 @@
     tools/index_shards.py data/digits/train
     tools/index_shards.py data/digits/train --verify      # hash every tar; exit code 1 when something differs
     tools/index_shards.py 'cc12m/{00000..01242}.tar' --caption json:caption
+    MEGACID_CACHE_DIR=/nvme/cache tools/index_shards.py s3://bucket/laion
 
 Training builds a missing index itself.
 """
@@ -15,8 +16,9 @@ import sys
 import checkout  # noqa: F401  import paths of a plain checkout
 from argtypes import ToolParser, share
 from megacid.data.captions import CaptionSource
-from megacid.data.index import load_index, verify_index
+from megacid.data.index import load_index
 from megacid.data.index_report import MAX_LOST, lost_samples, lost_share, percent, summary
+from megacid.data.index_verify import verify_index
 from megacid.data.tar_samples import remedy
 from megacid.distributed.progress import progress_bar
 from megacid.errors import UserError, run_tool
@@ -24,7 +26,7 @@ from megacid.errors import UserError, run_tool
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
-    parser.add_argument("shards", nargs="+", help="directory with *.tar, .tar files, or a quoted glob or brace pattern")
+    parser.add_argument("shards", nargs="+", help="directory with *.tar, .tar files, quoted globs or braces, URLs")
     parser.add_argument(
         "--caption",
         default="txt",
@@ -84,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
                 allow_bad=args.allow_bad,
                 max_lost=args.max_lost,
                 on_shard=on_shard,
+                ask=True,
             )
     if args.verify:
         print("\n".join(problems) or f"{shards[:200]}: all tars match the index; images were not decoded")

@@ -44,6 +44,8 @@ def is_mean_over_samples(loss: Any) -> bool:
 
 
 Shards = Needs("data.shards", lambda block: block.data.shards is not None)
+RemoteShards = Needs("a URL in data.shards", lambda block: "://" in (block.data.shards or ""))
+CacheDirectory = Needs("data.cache_dir", lambda block: block.data.cache_dir is not None)
 Features = Needs("data.features", lambda block: block.data.features is not None)
 HiddenLayers = Needs("student.layers > 0", lambda block: block.student.layers)
 Workers = Needs("data.workers > 0", lambda block: block.data.workers)

@@ -110,8 +110,14 @@ class DataConfig(Section):
     """Training data and the outputs of the offline tools."""
 
     shards: FilePaths | None = None
-    """Tar shards in img2dataset's or webdataset's layout: a directory, a brace pattern, a glob, a .tar file, or several
-    of them as a list or joined by `::`. Set exactly one of shards and features."""
+    """Tar shards in img2dataset's or webdataset's layout: a directory, a brace pattern, a glob, a .tar file, a URL of
+    one of these (s3://, gs://, hf://, https://), or several of them as a list or joined by `::`. Set exactly one of
+    shards and features."""
+    cache_dir: Annotated[FilePath | None, when.RemoteShards] = None
+    """Directory on a local disk for the tars of URLs, shared by all ranks and runs of a node; null: the one that the
+    variable MEGACID_CACHE_DIR names."""
+    cache_gb: Annotated[float, Field(gt=0, le=10**9), when.RemoteShards, when.CacheDirectory] = 100.0
+    """Size of cache_dir in GB (10^9 bytes): at least that of the blocks of tars that are read and fetched at a time."""
     caption: Annotated[str, when.Shards] = "txt"
     """Where the captions are: `txt`, the ending of another text member, `json:FIELD`, or `json:FIELD.*` for a list of
     which each epoch draws one caption. As for tools/embed.py."""

@@ -10,7 +10,7 @@ and resuming needs the step only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -105,7 +105,7 @@ class Positions:
         first = step * self.global_batch + micro * self.micro_batch * self.world + self.rank * self.micro_batch
         return range(first, first + self.micro_batch)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Generator[list[int], None, None]:
         # Lazy: the list of all positions of a long run would not fit into memory.
         for step in range(self.start_step, self.total_steps):
             for micro in range(self.accumulation):

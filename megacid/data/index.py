@@ -14,10 +14,11 @@ whose column `text` is the member that holds the caption.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,19 +33,18 @@ from megacid.data.index_files import (
     is_writable,
     keys_sha256,
     load_table,
-    matches,
     reusable_entries,
     save_entries,
     save_table,
     stored_by_tar,
-    stored_entries,
 )
 from megacid.data.index_report import MAX_LOST, check_losses, lost_share, summary, unused_files
 from megacid.data.lru import LRUCache
+from megacid.data.remote.cache import ShardCache
 from megacid.data.shard_paths import ShardPaths, find_shards
 from megacid.data.tar_samples import COLUMN, LOST, Kind, other_format, remedy, scan_tar
 from megacid.errors import UserError
-from megacid.storage.atomic import disk_errors, file_sha256
+from megacid.storage.atomic import disk_errors
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +116,16 @@ class ShardIndex:
     def tar_path(self, shard: int) -> Path:
         return self.paths.tars[shard]
 
+    def open_tar(self, shard: int) -> int:
+        """A descriptor of a tar. Raises OSError, and UserError for a remote tar that cannot be fetched."""
+        return self.paths.open(self.paths.tars[shard], self.shards[shard])
+
+    @contextlib.contextmanager
+    def local_tar(self, shard: int) -> Iterator[Path]:
+        """A path at which a tar can be read during the block."""
+        with self.paths.local(self.paths.tars[shard], self.shards[shard]) as (path, _):
+            yield path
+
     def table(self, shard: int) -> ShardTable:
         """The samples of shard number `shard`; the 64 most recently used tables stay in memory."""
         if shard in self.in_memory:
@@ -135,6 +145,9 @@ def load_index(
     allow_bad: bool = False,
     max_lost: float = MAX_LOST,
     on_shard: Callable[[int, int], None] | None = None,
+    cache: ShardCache | None = None,
+    ask: bool = False,
+    fetch_limit: int | None = None,
 ) -> ShardIndex:
     """Load the index of some tars; build or repair it when it is missing or does not match the tars.
 
@@ -148,11 +161,13 @@ def load_index(
             that the index has are accepted until they change.
         max_lost: share of all samples, or of those in tars that were added or changed, that may be lost.
         on_shard: called as (done, total) while building.
+        cache, ask: for remote tars, see `find_shards`.
+        fetch_limit: bytes of remote tars that may be fetched to index them; None: any number, and changed ones too.
 
     Raises:
         UserError: no such directory, no tar, no sample, many lost samples, or a tar that is damaged or cannot be read.
     """
-    source, paths = CaptionSource.parse(caption), find_shards(shards)
+    source, paths = CaptionSource.parse(caption), find_shards(shards, cache, ask=ask)
     unused = unused_files(paths.directory) if paths.directory else ""
     if not paths.tars:
         unused = f" but {unused}" if unused else ": give the directory that img2dataset or tools/synthesize.py wrote"
@@ -172,6 +187,7 @@ def load_index(
             allow_bad=allow_bad,
             max_lost=1.0 if allow_bad else max_lost,
             on_shard=on_shard,
+            fetch_limit=fetch_limit,
         )
     for entry in index.shards:
         if entry["damage"]:
@@ -179,37 +195,6 @@ def load_index(
                 "%s.tar is damaged (%s): using its %d intact samples", entry["name"], entry["damage"], entry["samples"]
             )
     return index
-
-
-def verify_index(
-    shards: str | Path, on_shard: Callable[[int, int], None] | None = None, *, caption: str = "txt"
-) -> list[str]:
-    """Hash every tar and compare it with the stored index. Returns one sentence per mismatch; changes nothing."""
-    source, paths = CaptionSource.parse(caption), find_shards(shards)
-    stored: dict[Path, dict[str, Any]] = {}
-    for folder in paths.folders:
-        entries = stored_entries(folder / source.index_folder)
-        if entries is None:
-            return [f"{folder / source.index_folder}/index.json is missing or unreadable"]
-        stored |= {folder / f"{entry['name']}.tar": entry for entry in entries}
-    problems = [f"{path.name} is not in the index" for path in paths.tars if path not in stored]
-    if paths.directory is None:
-        stored = {path: stored[path] for path in paths.tars if path in stored}
-    for done, (path, entry) in enumerate(stored.items(), 1):
-        if not path.is_file():
-            problems.append(f"{path.name} is in the index but not on disk")
-        elif path.stat().st_size != entry["bytes"]:
-            problems.append(f"{path.name} has {path.stat().st_size} bytes, the index says {entry['bytes']}")
-        elif file_sha256(path) != entry["sha256"]:
-            problems.append(f"{path.name} has the right size but another sha256")
-        else:
-            try:
-                load_table(path.parent / source.index_folder, entry)
-            except UserError as error:
-                problems.append(str(error))
-        if on_shard:
-            on_shard(done, len(stored))
-    return problems
 
 
 class ShardReader:
@@ -240,7 +225,7 @@ class ShardReader:
             reason = f"no {kind} member" if size < 0 else f"{kind} of {size} bytes, more than {limit}"
             raise BadSample(self.index.names[shard], table.keys[row], reason)
         try:
-            descriptor = self._open.get(shard, lambda: os.open(self.index.tar_path(shard), os.O_RDONLY))
+            descriptor = self._open.get(shard, lambda: self._open_tar(shard))
             data = os.pread(descriptor, size, offset)
         except (OSError, OverflowError) as error:  # a manipulated index may hold any offset
             raise BadSample(self.index.names[shard], table.keys[row], f"cannot be read: {error}") from error
@@ -249,6 +234,11 @@ class ShardReader:
                 self.index.names[shard], table.keys[row], f"{len(data)} of {size} bytes of the {kind}: the tar was cut"
             )
         return data
+
+    def _open_tar(self, shard: int) -> int:
+        if self.index.paths.remote:  # frees the space of tars that were removed from the cache
+            self._open.drop(lambda descriptor: os.fstat(descriptor).st_nlink == 0)
+        return self.index.open_tar(shard)
 
     def caption(self, shard: int, row: int, *, strict: bool = False) -> str:
         """The caption of one sample, the first of several, as in `captions`."""
@@ -285,7 +275,7 @@ def _unchanged(
     paths: ShardPaths, stored: dict[Path, dict[str, Any]], keep_blank: bool | None
 ) -> list[dict[str, Any]] | None:
     """The stored entries when they match the files on disk; None when the index has to be (partly) rebuilt."""
-    found = [stored[tar] for tar in paths.tars if tar in stored and matches(stored[tar], tar)]
+    found = [stored[tar] for tar in paths.tars if tar in stored and paths.matches(tar, stored[tar])]
     decided = all(keep_blank in (None, entry["blank_kept"]) for entry in found)
     if decided and len(found) == len(paths.tars) and not (paths.directory and len(stored) > len(found)):
         return found
@@ -308,6 +298,7 @@ def _build(
     allow_bad: bool,
     max_lost: float,
     on_shard: Callable[[int, int], None] | None,
+    fetch_limit: int | None,
 ) -> ShardIndex:
     writable = {folder: is_writable(folder / caption.index_folder) for folder in paths.folders}
     for folder in (folder for folder, ok in writable.items() if not ok):
@@ -315,13 +306,17 @@ def _build(
             "%s cannot be written: what its index lacks stays in memory and is built again at every start",
             folder / caption.index_folder,
         )
-    reusable = reusable_entries(paths.tars, caption.index_folder, stored, verify=verify, keep_blank=keep_blank)
+    reusable = reusable_entries(paths, caption.index_folder, stored, verify=verify, keep_blank=keep_blank)
+    if fetch_limit is not None and paths.remote:
+        paths.check_fetches([tar for tar, (entry, _) in zip(paths.tars, reusable) if not entry], stored, fetch_limit)
     entries: list[dict[str, Any]] = []
     in_memory: dict[int, ShardTable] = {}
     for number, (path, (entry, keep)) in enumerate(zip(paths.tars, reusable)):
         folder = path.parent / caption.index_folder
         if entry is None:
-            entry, table = _index_tar(path, caption, keep_blank=keep, allow_bad=allow_bad)
+            with paths.local(path, None) as (local, recorded):
+                entry, table = _index_tar(local, caption, keep_blank=keep, allow_bad=allow_bad)
+            entry |= recorded
             if writable[path.parent]:
                 with disk_errors(folder):
                     save_table(folder, entry, table)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from megacid.data.shard_paths import ShardPaths
 from megacid.errors import UserError
 from megacid.storage.atomic import atomic_path, disk_errors, file_sha256, read_json, write_json_atomic
 from megacid.storage.npy import load_npy, write_npy
@@ -114,13 +115,8 @@ def stored_by_tar(folders: list[Path], index_folder: str) -> dict[Path, dict[str
     }
 
 
-def matches(entry: dict[str, Any], path: Path) -> bool:
-    """Whether an entry is of a tar with this name and size."""
-    return bool(entry["name"] == path.name.removesuffix(".tar") and entry["bytes"] == path.stat().st_size)
-
-
 def reusable_entries(
-    tars: list[Path],
+    paths: ShardPaths,
     index_folder: str,
     stored: dict[Path, dict[str, Any]],
     *,
@@ -131,17 +127,21 @@ def reusable_entries(
 
     keep_blank: None: as in `stored`, the entries of index.json; new tars as all stored ones if those agree, else False.
     """
-    decisions = [stored[tar]["blank_kept"] if keep_blank is None and tar in stored else keep_blank for tar in tars]
+    decisions = [
+        stored[tar]["blank_kept"] if keep_blank is None and tar in stored else keep_blank for tar in paths.tars
+    ]
     entries = [
-        _reusable_entry(tar.parent / index_folder, tar, verify=verify, keep_blank=decision)
-        for tar, decision in zip(tars, decisions)
+        _reusable_entry(tar.parent / index_folder, tar, paths, verify=verify, keep_blank=decision)
+        for tar, decision in zip(paths.tars, decisions)
     ]
     known = [*stored.values(), *(entry for entry in entries if entry)]
     all_keep = {entry["blank_kept"] for entry in known} == {True}
     return [(entry, all_keep if decision is None else decision) for entry, decision in zip(entries, decisions)]
 
 
-def _reusable_entry(folder: Path, path: Path, *, verify: bool, keep_blank: bool | None) -> dict[str, Any] | None:
+def _reusable_entry(
+    folder: Path, path: Path, paths: ShardPaths, *, verify: bool, keep_blank: bool | None
+) -> dict[str, Any] | None:
     """The entry that an earlier, perhaps interrupted, run stored for this tar, when it still matches.
 
     keep_blank: the decision on blank captions that it gets, and must have if the tar has some. None: any.
@@ -150,12 +150,12 @@ def _reusable_entry(folder: Path, path: Path, *, verify: bool, keep_blank: bool 
     if not isinstance(stored, dict) or stored.get("version") != VERSION:
         return None
     entry: dict[str, Any] = stored.get("entry", {})
-    if not is_entry(entry) or not matches(entry, path):
+    if not is_entry(entry) or not paths.matches(path, entry):
         return None
     decision = entry["blank_kept"] if keep_blank is None else keep_blank
     if entry["blank"] and entry["blank_kept"] != decision:
         return None
-    if verify and entry["sha256"] != file_sha256(path):
+    if verify and path not in paths.remote and entry["sha256"] != file_sha256(path):
         log.warning("%s has the right size but another sha256: indexing it again", path)
         return None
     try:

@@ -26,6 +26,7 @@ from megacid.data.batch import Batch, Positions
 from megacid.data.index import ShardIndex
 from megacid.data.order import SampleOrder
 from megacid.data.pairs import PairOptions, Pairs, UsableRows
+from megacid.data.remote.ahead import fetch_ahead
 from megacid.data.workers import WorkersLost, watched, worker_start
 from megacid.errors import UserError
 
@@ -60,7 +61,8 @@ class PairStream:
         usable_rows: those of the index and the options, for several streams that share the counts; None: made here.
 
     Raises:
-        UserError: fewer usable samples than one global batch. Never raised while iterating.
+        UserError: fewer usable samples than one global batch, or a cache that is too small for the remote tars that
+            are read at a time. Never raised while iterating.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class PairStream:
         self.order = SampleOrder(counts[:, 0], seed=options.seed, block_shards=options.block_shards)
         self.samples_read, self.bad_samples = 0, 0
         replacement_stride = _coprime(plan.global_batch, self.order.num_samples)
+        self._fetch_ahead = fetch_ahead(index.paths, index.shards, self.order, plan, options.workers * options.prefetch)
         self._pairs = Pairs(index, self.order, self._usable_rows, options, replacement_stride)
 
     def _left_out(self) -> str:
@@ -97,8 +100,9 @@ class PairStream:
 
     def __iter__(self) -> Iterator[Batch]:
         failure: str | None = None
-        with contextlib.closing(self._read()) as batches:
-            for positions in self.plan:
+        plan = self._fetch_ahead.over(self.plan) if self._fetch_ahead else iter(self.plan)
+        with contextlib.closing(plan), contextlib.closing(self._read()) as batches:
+            for positions in plan:
                 if failure is None:
                     batch = next(batches)
                     if isinstance(batch, str):

@@ -28,6 +28,13 @@ class LRUCache(Generic[V]):
                 self._release(old)
         return value
 
+    def drop(self, unwanted: Callable[[V], bool]) -> None:
+        """Release the values for which `unwanted` is true."""
+        for key in [key for key, value in self._items.items() if unwanted(value)]:
+            value = self._items.pop(key)
+            if self._release:
+                self._release(value)
+
     def clear(self) -> None:
         """Release all values."""
         while self._items:

@@ -8,7 +8,7 @@ number of ranks and workers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from megacid.errors import UserError
 
+Block = tuple[int, int, np.ndarray]  # first position, end, shards
 _ROUNDS = 4
 _MASK64 = (1 << 64) - 1
 
@@ -121,6 +122,18 @@ class SampleOrder:
             # A batch lies in one epoch or spans two: two plans are enough.
             self._plans = dict([*list(self._plans.items())[-1:], (epoch, plan)])
         return plan
+
+    def blocks(self, position: int) -> Iterator[Block]:
+        """(First position, end, int64 shards) of the block that holds a position and of all that follow, endlessly."""
+        epoch, offset = divmod(position, self.num_samples)
+        while True:
+            plan = self._plan(epoch)
+            ends, start = plan.block_starts[1:], epoch * self.num_samples
+            for b in range(int(np.searchsorted(ends, offset, side="right")), len(ends)):
+                if plan.block_starts[b] < ends[b]:
+                    shards = plan.shard_order[b * self.block_shards : (b + 1) * self.block_shards]
+                    yield start + int(plan.block_starts[b]), start + int(ends[b]), shards[self.sizes[shards] > 0]
+            epoch, offset = epoch + 1, 0
 
     def locate(self, position: int) -> tuple[int, int, int]:
         """(epoch, shard, row) of one position; `row` counts the usable samples of the shard."""

@@ -1,20 +1,26 @@
-"""The tars that a setting or an option names: directories, tars, globs and brace patterns, joined by `::`."""
+"""The tars that a setting or an option names: directories, tars, globs, brace patterns and URLs, joined by `::`."""
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from braceexpand import braceexpand
 
+from megacid.data.remote import store
+from megacid.data.remote.cache import DIRECTORY_VARIABLE, GB, CachedTar, ShardCache
+from megacid.data.remote.store import RemoteObject
 from megacid.errors import UserError
 
 _MAX_TARS = 1_000_000
+_FEW = 100  # more remote tars are not indexed at the start of a run
 _URL = re.compile(r"pipe:|file:|[a-z][a-z0-9+.-]*://?", re.IGNORECASE)
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 
@@ -24,14 +30,18 @@ class ShardPaths:
     """The tars that were named.
 
     Attributes:
-        tars: sorted by name, which is unique.
+        tars: sorted by name, which is unique. The path of a remote one is where its index is, without a file.
         source: what was given, with absolute paths.
         directory: the directory when all tars of one are meant; None otherwise.
+        remote: what is known of the remote ones.
+        cache: where those are read; None without any.
     """
 
     tars: list[Path]
     source: str
     directory: Path | None
+    remote: dict[Path, RemoteObject] = field(default_factory=dict)
+    cache: ShardCache | None = None
 
     @property
     def root(self) -> Path:
@@ -43,31 +53,145 @@ class ShardPaths:
         """The directories of the tars; an empty one, too, when it was named alone."""
         return [self.directory] if self.directory else list(dict.fromkeys(tar.parent for tar in self.tars))
 
+    def matches(self, tar: Path, entry: dict[str, Any]) -> bool:
+        """Whether an entry of the index is of this tar, by name and size, and by the store's version of a remote one.
+
+        What a store was not asked for, or does not tell, is not compared: the content is checked by every fetch.
+        """
+        if entry["name"] != tar.name.removesuffix(".tar"):
+            return False
+        if tar not in self.remote:
+            return bool(entry["bytes"] == tar.stat().st_size)
+        known = self.remote[tar]
+        return known.size in (None, entry["bytes"]) and known.version in (None, entry.get("version"))
+
+    def cached(self, tar: Path, entry: dict[str, Any]) -> CachedTar | None:
+        """The tar of an entry as the cache knows it; None for a local one."""
+        known = self.remote.get(tar)
+        return None if known is None else CachedTar(known.url, entry["bytes"], entry["sha256"])
+
+    def open(self, tar: Path, entry: dict[str, Any]) -> int:
+        """A descriptor of a tar. Raises OSError for a local one, UserError for a remote one that cannot be fetched."""
+        cached = self.cached(tar, entry)
+        if cached is None or self.cache is None:
+            return os.open(tar, os.O_RDONLY)
+        return self.cache.open_tar(cached)
+
+    def remote_problem(self, tar: Path, entry: dict[str, Any]) -> str | None:
+        """What differs between an entry of the index and the remote tar, which is fetched when it is not cached."""
+        known = self.remote[tar]
+        if not self.matches(tar, entry):
+            return (
+                f"{known.url} has {known.size} bytes and version {known.version}, the index says {entry['bytes']} and "
+                f"{entry.get('version')}"
+            )
+        try:
+            os.close(self.open(tar, entry))
+        except UserError as error:
+            return str(error)
+        return None
+
+    @contextlib.contextmanager
+    def local(self, tar: Path, entry: dict[str, Any] | None) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """A path at which a tar can be read during the block, and what the index records of it if it is remote.
+
+        entry: of the index; None: the tar is not indexed yet.
+        """
+        known = self.remote.get(tar)
+        if known is None or self.cache is None:
+            yield tar, {}
+        elif entry is not None:
+            with self.cache.local(CachedTar(known.url, entry["bytes"], entry["sha256"])) as path:
+                yield path, {}
+        else:
+            with self.cache.added(known.url) as (path, found):
+                name = tar.name.removesuffix(".tar")
+                try:
+                    yield path, {"name": name, "url": known.url, "version": found.version}
+                except UserError as error:
+                    raise UserError(str(error).replace(str(path), known.url)) from None
+
+    def check_fetches(self, tars: list[Path], stored: dict[Path, dict[str, Any]], limit: int) -> None:
+        """Refuse to index remote tars of more than `limit` bytes, or ones that have changed.
+
+        Args:
+            tars: those that are to be indexed.
+            stored: the entries of an earlier index, by tar.
+
+        Raises:
+            UserError: names a tar, and the command that indexes it.
+        """
+        missing = [self.remote[tar] for tar in tars if tar in self.remote]
+        command = f"run {DIRECTORY_VARIABLE}={self.cache and self.cache.directory} tools/index_shards.py {self.source}"
+        for tar in tars:
+            if tar in self.remote and tar in stored and not self.matches(tar, stored[tar]):
+                raise UserError(f"{self.remote[tar].url} has changed since it was indexed: put it back, or {command}")
+        few = store.stat_all(missing[:_FEW])
+        size = sum(known.size or 0 for known in few)
+        if size > limit or len(missing) > _FEW:
+            raise UserError(
+                f"{len(missing):,} remote tars of {self} are not indexed, of at least {size / GB:.3g} GB, which would "
+                f"take long: {command}"
+            )
+
     def __str__(self) -> str:
         """For messages."""
         text = str(self.directory or self.source)
         return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
-def find_shards(spec: str | Path) -> ShardPaths:
-    """The tars of one or more directories, .tar files, globs or brace patterns.
+def find_shards(spec: str | Path, cache: ShardCache | None = None, *, ask: bool = False) -> ShardPaths:
+    """The tars of one or more directories, .tar files, globs, brace patterns or URLs of these.
+
+    Args:
+        cache: for remote tars; None: the one that the environment names.
+        ask: ask the stores for the size and version of every remote tar; False: only those that a listing tells.
 
     Raises:
-        UserError: one does not exist or is remote, or two tars have the same name.
+        UserError: one does not exist or cannot be read, or two tars have the same name.
     """
     parts = _split(str(spec))
     if len(parts) == 1 and os.path.isdir(parts[0]):
         directory = Path(parts[0])
         return ShardPaths(tars_of(directory), str(directory.resolve()), directory)
+    remote: dict[Path, RemoteObject] = {}
+    if any(map(_is_remote, parts)):
+        cache = cache or ShardCache.of_environment(next(filter(_is_remote, parts)))
     by_name: dict[str, Path] = {}
-    for tar in (tar for part in parts for tar in _tars_of_part(part)):
-        if (other := by_name.setdefault(tar.name, tar)) is not tar:
-            raise UserError(
-                f"{other} and {tar} have the same name, expected unique ones, which samples are known by: rename one "
-                "of them, or name it once"
-            )
+    for part in parts:
+        for tar in _remote_tars(part, cache, remote) if cache and _is_remote(part) else _tars_of_part(part):
+            if (other := by_name.setdefault(tar.name, tar)) is not tar:
+                both = " and ".join(remote[path].url if path in remote else str(path) for path in (other, tar))
+                raise UserError(
+                    f"{both} have the same name, expected unique ones, which samples are known by: rename one of them, "
+                    "or name it once"
+                )
+    if ask:
+        remote |= zip(remote, store.stat_all(list(remote.values())))
     tars = [by_name[name] for name in sorted(by_name)]
-    return ShardPaths(tars, "::".join(os.path.abspath(part) for part in parts), None)
+    source = "::".join(part if _is_remote(part) else os.path.abspath(part) for part in parts)
+    return ShardPaths(tars, source, None, remote, cache if remote else None)
+
+
+def _is_remote(part: str) -> bool:
+    return store.is_url(part) and not os.path.exists(part)
+
+
+def _remote_tars(part: str, cache: ShardCache, remote: dict[Path, RemoteObject]) -> Iterator[Path]:
+    """Where the indexes of the tars of a URL are; adds the tars to `remote`."""
+    for url in _expand_braces(part):
+        is_tar = url.endswith(".tar") and not store.has_magic(url)
+        tars = [RemoteObject(url)] if is_tar else store.list_tars(url)
+        if not tars:
+            raise UserError(
+                f"shards {url[:200]} has no .tar file that its store lists: correct it, or name the tars, such as "
+                "https://example.org/laion/{00000..00099}.tar"
+            )
+        for tar in tars:
+            path = cache.folder(tar.url) / tar.url.rpartition("/")[2]
+            path.parent.mkdir(exist_ok=True)
+            remote[path] = tar
+            yield path
 
 
 def tars_of(directory: Path) -> list[Path]:
@@ -81,7 +205,7 @@ def tars_of(directory: Path) -> list[Path]:
 
 
 def _split(text: str) -> list[str]:
-    """The parts between `::`, with ~ expanded. UserError for what is not a local path."""
+    """The parts between `::`, with ~ expanded. UserError for what is neither a local path nor a URL that is read."""
     if "\0" in text:
         raise UserError(f"shards is {text[:80]!r}, expected a path without zero characters: correct it")
     parts = [text] if os.path.exists(text) else [part for part in text.split("::") if part]
@@ -93,10 +217,12 @@ def _split(text: str) -> list[str]:
         if _URL.match(part):
             if part.lower().startswith("file:"):
                 raise UserError(f"shards is {part[:200]!r}, a URL of local files: write the path alone")
-            raise UserError(
-                f"shards is {part[:200]!r}: remote shards are not read yet; copy them to a disk (such as with aws s3 "
-                "sync, gsutil rsync or wget) or mount them, and give that directory"
-            )
+            if not store.is_url(part):
+                raise UserError(
+                    f"shards is {part[:200]!r}, expected a path or a URL with s3://, gs://, hf:// or https://: copy "
+                    "the tars to a disk and give that directory"
+                )
+            continue
         if "$" in part:
             raise UserError(f"shards is {part[:200]!r}, and variables are not expanded: write the whole path")
     return [part if os.path.exists(part) else os.path.expanduser(part) for part in parts]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,6 +29,7 @@ from megacid.data.index import load_index
 from megacid.data.jpeg import image_reader
 from megacid.data.loader import PairStream
 from megacid.data.pairs import PairOptions, UsableRows
+from megacid.data.remote.cache import ShardCache
 from megacid.data.side_tables import KeepTable, LabelTable
 from megacid.distributed.consensus import agree, fail_together
 from megacid.distributed.optimizers import check_groups, check_host
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from megacid.models.student import Student
 
 log = logging.getLogger("megacid")
+
+_FETCH_LIMIT = 2 * 10**9  # bytes of remote tars that the start of a run may fetch to index them
 
 
 class Stream(Protocol):
@@ -164,9 +168,11 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
         check_views(run)
         read_image = image_reader(config.decoder)
         # The first rank builds a missing index before the others load it.
-        first = load_index(shards, caption=config.caption) if parallel.is_first else None
+        cache = ShardCache.open(config.cache_dir, config.cache_gb) if config.cache_dir else None
+        load = partial(load_index, shards, caption=config.caption, cache=cache, fetch_limit=_FETCH_LIMIT)
+        first = load() if parallel.is_first else None
     with fail_together(parallel.group):
-        index = first or load_index(shards, caption=config.caption)
+        index = first or load()
     agree(index.digest, f"the content of {shards}", parallel.group)
     teacher, labels, keep = None, None, None
     with fail_together(parallel.group):

@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "megacid.run.timeout_s", "megacid.run.save_timeout_s", "megacid.run.start_timeout_s",
     "megacid.run.save_in_background", "megacid.run.check_every",
     "megacid.data.workers", "megacid.data.worker_timeout_s", "megacid.data.prefetch", "megacid.data.error_budget",
+    "megacid.data.cache_dir", "megacid.data.cache_gb",
     "megacid.student.grad_checkpointing", "megacid.student.ema_decay", "megacid.classifier.memory_budget_gb",
     "megacid.guard", "megacid.eval",
     "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization",

@@ -34,6 +34,8 @@ FOR_NOTHING = {
     ),
     "data.worker_timeout_s=60": "without data.workers > 0",
     "data.prefetch=4": "without data.workers > 0",
+    "data.cache_dir=/nvme/cache": "without a URL in data.shards",
+    "data.cache_gb=10 data.shards=s3://bucket/laion": "without data.cache_dir",
     "loss.cluster_temperature=2 loss.gamma=0": "without loss.gamma > 0",
     "loss.temperature=0.07 loss.instance=0 data.labels=x": "without loss.contrastive or loss.instance or loss.affinity",
     "loss.form=sigmoid loss.instance=0": "without loss.contrastive or loss.instance > 0",

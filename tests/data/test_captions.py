@@ -15,7 +15,8 @@ from pair_data import write_shards as write_pairs
 
 from megacid.data.captions import BAD_JSON, BLANK, NO_FIELD, NOT_A_TEXT, TOO_MANY, CaptionSource, is_blank
 from megacid.data.decode import BadSample
-from megacid.data.index import ShardReader, load_index, verify_index
+from megacid.data.index import ShardReader, load_index
+from megacid.data.index_verify import verify_index
 from megacid.data.side_tables import TeacherTable
 from megacid.errors import UserError
 from tools import index_shards

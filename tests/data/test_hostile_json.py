@@ -15,7 +15,8 @@ from pair_data import stream, write_shards
 from megacid.checkpoint import store
 from megacid.config.load import load_run
 from megacid.data.features import FeatureSet
-from megacid.data.index import ShardIndex, load_index, verify_index
+from megacid.data.index import ShardIndex, load_index
+from megacid.data.index_verify import verify_index
 from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
 from megacid.errors import UserError
 

@@ -22,7 +22,8 @@ from megacid.checkpoint.state import CheckpointReader
 from megacid.classifier.initialization import load_rows
 from megacid.config.load import load_run
 from megacid.data.features import FeatureSet
-from megacid.data.index import ShardIndex, load_index, verify_index
+from megacid.data.index import ShardIndex, load_index
+from megacid.data.index_verify import verify_index
 from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
 from megacid.errors import UserError
 from megacid.offline.rows import EmbeddingRows

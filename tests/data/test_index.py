@@ -10,7 +10,8 @@ import webdataset as wds
 from pair_data import make_tar, put
 
 from megacid.data.decode import BadSample
-from megacid.data.index import ShardReader, load_index, verify_index
+from megacid.data.index import ShardReader, load_index
+from megacid.data.index_verify import verify_index
 from megacid.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,7 +20,8 @@ from PIL import Image
 
 from megacid.data.captions import is_blank
 from megacid.data.decode import BadSample, decode_image
-from megacid.data.index import ShardIndex, ShardReader, load_index, verify_index
+from megacid.data.index import ShardIndex, ShardReader, load_index
+from megacid.data.index_verify import verify_index
 from megacid.errors import UserError
 from megacid.offline.embed.input import Pairs
 

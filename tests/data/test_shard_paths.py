@@ -11,7 +11,8 @@ import pytest
 from hostile_data import teacher
 from pair_data import make_tar, stream, write_shards
 
-from megacid.data.index import ShardReader, load_index, verify_index
+from megacid.data.index import ShardReader, load_index
+from megacid.data.index_verify import verify_index
 from megacid.data.shard_paths import find_shards
 from megacid.data.side_tables import TeacherTable
 from megacid.errors import UserError
@@ -121,12 +122,13 @@ REFUSED = {
     "a::c": "a/00001.tar and c/00001.tar have the same name, expected unique ones",
     "{a,c}/00001.tar": "a/00001.tar and c/00001.tar have the same name",
     "a/\0.tar": "without zero characters",
-    "s3://bucket/{00000..00009}.tar": r"^shards is 's3://bucket/{0.*}.tar': remote shards are not read yet; copy",
-    "https://host/00000.tar": "remote shards are not read yet; copy them .* or mount them",
-    "pipe:aws s3 cp s3://bucket/0.tar -": "remote shards",
-    "gs://b/0.tar::a": "remote shards",
-    "a::hf://datasets/x": "remote shards",
-    "s3:/bucket/collapsed-by-a-path": "remote shards",
+    "s3://bucket/{00000..00009}.tar": r"^s3://bucket/{0.*}.tar is remote and has no cache: set MEGACID_CACHE_DIR",
+    "https://host/00000.tar": "has no cache: set MEGACID_CACHE_DIR, or data.cache_dir of a run file",
+    "gs://b/0.tar::a": "^gs://b/0.tar is remote",
+    "a::hf://datasets/x": "^hf://datasets/x is remote",
+    "pipe:aws s3 cp s3://bucket/0.tar -": "expected a path or a URL with s3://, gs://, hf:// or https://: copy",
+    "s3:/bucket/collapsed-by-a-path": "expected a path or a URL",
+    "ftp://host/00000.tar": "expected a path or a URL",
     "file:///data/0.tar": "a URL of local files: write the path alone",
     "$HOME/a": "variables are not expanded",
     "a/" + "x" * 5000: "does not exist",

@@ -11,7 +11,8 @@ import pytest
 import webdataset as wds
 from pair_data import peak_mib, picture, put, stream
 
-from megacid.data.index import ShardReader, load_index, verify_index
+from megacid.data.index import ShardReader, load_index
+from megacid.data.index_verify import verify_index
 from megacid.data.tar_headers import MAX_MEMBERS
 from megacid.errors import UserError
 

@@ -96,7 +96,14 @@ def copy_rows(index: ShardIndex, shard: int, rows: np.ndarray, target: Path, pro
     Raises:
         UserError: the tar cannot be read or has changed since it was indexed.
     """
-    source, table = index.tar_path(shard), index.table(shard)
+    with index.local_tar(shard) as source:
+        _copy_samples(index, shard, rows, source, target, progress)
+
+
+def _copy_samples(
+    index: ShardIndex, shard: int, rows: np.ndarray, source: Path, target: Path, progress: Progress
+) -> None:
+    table = index.table(shard)
     row_at = {int(table.image[row, 0]): row for row in rows.tolist()}
     spans: list[list[int]] = []
     copied = 0

@@ -1,0 +1,240 @@
+"""A process per rank that fetches the remote tars of the coming blocks into the cache."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Generator, Iterable, Iterator
+from multiprocessing.process import BaseProcess
+from multiprocessing.sharedctypes import RawValue
+from typing import Any
+
+import numpy as np
+
+from megacid.data.batch import Positions
+from megacid.data.order import Block, SampleOrder
+from megacid.data.remote.cache import GB, CachedTar, ShardCache
+from megacid.data.remote.store import RemoteError
+from megacid.data.shard_paths import ShardPaths
+from megacid.data.workers import start_worker
+from megacid.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.1
+_FIRST_S, _LOG_S = 120.0, 10.0  # longest wait for one tar of the first block; between two lines about it
+_FAILED_S = 60.0  # before a tar that could not be fetched is tried again
+_MAX_STARTS = 4
+_MAX_COMING = 4096  # tars beyond the next block that are fetched ahead
+
+
+class FetchAhead:
+    """Fetches the tars of the blocks that are being read and of the next one, then more while there is room.
+
+    The ranks of a node divide the tars by file locks. Without the process, readers fetch the tars themselves: after it
+    was killed the run goes on with the same batches.
+
+    Args:
+        tars: by shard number, for the remote ones.
+        order: decides which tars come next.
+        in_flight: number of positions that loader workers may be ahead of the last batch.
+        stop: first position that is not read.
+
+    Raises:
+        UserError: the tars of these blocks do not fit into the cache.
+    """
+
+    def __init__(
+        self, cache: ShardCache, tars: dict[int, CachedTar], order: SampleOrder, *, in_flight: int, stop: int
+    ) -> None:
+        self._cache, self._tars, self._order = cache, tars, order
+        self._in_flight, self._stop = in_flight, stop
+        self._position, self._failed = RawValue("q", 0), RawValue("q", 0)
+        self._process: BaseProcess | None = None
+        self._starts = 0
+        self._check_size()
+
+    def _check_size(self) -> None:
+        number = self._most_near()
+        sizes = sorted((tar.size for tar in self._tars.values()), reverse=True)
+        least = sum(sizes[:number])
+        if least > self._cache.limit:
+            raise UserError(
+                f'"megacid.data.cache_gb" is {self._cache.limit / GB:g}, expected at least {least / GB:.3g}, the size '
+                f"of the {min(number, len(sizes))} tars that are read and fetched at a time: raise it, or lower "
+                "data.block_shards, data.workers or data.prefetch"
+            )
+
+    def _most_near(self) -> int:
+        """The largest number of shards of the blocks that are read at a time and the next one, in the first epoch."""
+        epoch = self._order.num_samples
+        blocks = list(itertools.takewhile(lambda block: block[0] < 2 * epoch, self._order.blocks(0)))
+        ends = np.array([end for _, end, _ in blocks])
+        totals = np.concatenate([[0], np.cumsum([len(shards) for _, _, shards in blocks])])
+        first = np.arange(np.searchsorted(ends, epoch) + 1)
+        last = np.searchsorted(ends, ends[first] - 1 + self._in_flight) + 1
+        return int((totals[np.minimum(last + 1, len(blocks))] - totals[first]).max())
+
+    def over(self, plan: Iterable[list[int]]) -> Generator[list[int], None, None]:
+        """The items of `plan`; the process fetches what follows each until the iteration ends.
+
+        The first one waits for the tars of its block, so that their transfer does not count as a stall of the workers.
+        """
+        first = True
+        try:
+            for positions in plan:
+                self._position.value = positions[0]
+                self._keep_running()
+                if first:
+                    self._wait_for_first_block()
+                    first = False
+                yield positions
+        finally:
+            if self._process is not None:
+                self._process.kill()
+                self._process.join()
+                self._process, self._starts = None, 0
+
+    def _wait_for_first_block(self) -> None:
+        _, _, shards = next(self._order.blocks(int(self._position.value)))
+        missing = [self._tars[shard] for shard in shards.tolist() if shard in self._tars]
+        total, logged, arrived = len(missing), time.monotonic(), time.monotonic()
+        while left := [tar for tar in missing if not self._cache.path(tar).exists()]:
+            assert self._process is not None
+            now = time.monotonic()
+            arrived = now if len(left) < len(missing) else arrived
+            if self._failed.value or not self._process.is_alive() or now - arrived > _FIRST_S:
+                return  # the reader of a missing tar fetches it, or raises the error
+            if now - logged > _LOG_S:
+                log.info("%d of %d tars of the first block are in the cache", total - len(left), total)
+                logged = now
+            missing = left
+            time.sleep(_POLL_S)
+
+    def _keep_running(self) -> None:
+        if self._process is not None and self._process.is_alive():
+            return
+        if self._starts == _MAX_STARTS:
+            return
+        if self._process is not None:
+            last = self._starts + 1 == _MAX_STARTS
+            log.warning(
+                "the process that fetches tars ahead ended with exit code %s: starting it again%s",
+                *(self._process.exitcode, " for the last time" if last else ""),
+            )
+        self._starts += 1
+        context: Any = multiprocessing.get_context("fork")
+        self._process = context.Process(target=self._run, args=(os.getpid(),), name="megacid-fetch", daemon=True)
+        assert self._process is not None
+        self._process.start()
+
+    # ---- in the process --------------------------------------------------------------------------------------
+
+    def _run(self, parent: int) -> None:
+        start_worker(parent, 0)
+        with contextlib.suppress(ValueError, OSError):  # one descriptor for each tar that is held
+            resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+        fetcher = _Fetcher(self._cache, self._tars, self._order, self._in_flight, self._stop)
+        while True:
+            fetched = fetcher.step(int(self._position.value))
+            self._failed.value = len(fetcher.failed)
+            if not fetched:
+                time.sleep(_POLL_S)
+
+
+def fetch_ahead(
+    paths: ShardPaths, entries: list[dict[str, Any]], order: SampleOrder, plan: Positions, prefetched: int
+) -> FetchAhead | None:
+    """The `FetchAhead` of a plan; None without remote tars.
+
+    Args:
+        entries: of the index.
+        prefetched: number of micro-batches that the loader workers of a rank prepare ahead.
+    """
+    tars = {shard: cached for shard, tar in enumerate(paths.tars) if (cached := paths.cached(tar, entries[shard]))}
+    if not tars or paths.cache is None:
+        return None
+    steps = 2 + -(-prefetched // plan.accumulation)  # a batch may be copied to the device one ahead
+    return FetchAhead(
+        *(paths.cache, tars, order),
+        in_flight=steps * plan.global_batch,
+        stop=plan.total_steps * plan.global_batch,
+    )
+
+
+class _Fetcher:
+    """Holds the tars that are near, and fetches one tar at a step."""
+
+    def __init__(
+        self, cache: ShardCache, tars: dict[int, CachedTar], order: SampleOrder, in_flight: int, stop: int
+    ) -> None:
+        self._cache, self._tars, self._order, self._in_flight, self._stop = cache, tars, order, in_flight, stop
+        self._held: dict[int, int] = {}  # shard -> descriptor
+        self.failed: dict[int, float] = {}  # shard -> when it may be tried again
+        self._coming_until = -1  # end of the block for which the coming tars are in the cache, or no longer fit
+
+    def step(self, position: int) -> bool:
+        """Fetch one tar. False when there is none to fetch now."""
+        end, near, coming = self._near_and_coming(position)
+        for shard in self._held.keys() - near.keys():
+            self._cache.mark(self._tars[shard])
+            os.close(self._held.pop(shard))
+        for shard in near.keys() - self._held.keys():
+            if (descriptor := self._cache.hold(self._tars[shard])) is not None:
+                self._held[shard] = descriptor
+        missing = [shard for shard in near if shard not in self._held]
+        if missing:
+            return any(self._fetch(shard, remove_coming=True) for shard in missing)
+        if self._coming_until == end:
+            return False
+        for rank, shard in enumerate(coming):
+            if self._cache.mark(self._tars[shard], rank):
+                continue
+            if self._fetch(shard, remove_coming=False):
+                self._cache.mark(self._tars[shard], rank)
+                return True
+        self._coming_until = end
+        return False
+
+    def _near_and_coming(self, position: int) -> tuple[int, dict[int, None], Iterator[int]]:
+        """(End of the first block, shards of the blocks that are read and of the next one, those that follow)."""
+        blocks = itertools.takewhile(lambda block: block[0] < self._stop, self._order.blocks(position))
+        near: dict[int, None] = {}
+        first_end, is_read = -1, True
+        for _, end, shards in blocks:
+            near |= dict.fromkeys(self._remote(shards))
+            first_end = end if first_end < 0 else first_end
+            if not is_read:
+                break
+            is_read = end < position + self._in_flight  # the next one
+        return first_end, near, self._coming(blocks, near)
+
+    def _coming(self, blocks: Iterator[Block], near: dict[int, None]) -> Iterator[int]:
+        given, size = set(near), 0
+        for _, _, shards in blocks:
+            for shard in (shard for shard in self._remote(shards) if shard not in given):
+                given.add(shard)
+                size += self._tars[shard].size
+                if len(given) > len(near) + _MAX_COMING or size > self._cache.limit:
+                    return
+                yield shard
+            if len(given) == len(self._tars):
+                return
+
+    def _remote(self, shards: np.ndarray) -> list[int]:
+        return [shard for shard in shards.tolist() if shard in self._tars]
+
+    def _fetch(self, shard: int, *, remove_coming: bool) -> bool:
+        if time.monotonic() < self.failed.get(shard, 0.0):
+            return False
+        try:
+            return self._cache.fetch(self._tars[shard], remove_coming=remove_coming)
+        except RemoteError as error:  # the reader that needs the tar raises it
+            log.warning("%s", error)
+            self.failed[shard] = time.monotonic() + _FAILED_S
+            return False

@@ -1,0 +1,354 @@
+"""A cache of whole tars in a local directory, which the processes of all ranks and runs of a node share.
+
+    cache_dir/shard_cache.json                     marks the directory as a cache
+    cache_dir/s3-bucket-laion-1f0c.../             one folder per folder of tars, named by its URL
+        index/                                     as next to local tars
+        00000-SHA256.tar                           a tar, named by its content
+        .00000-SHA256.BYTES.lock, .part            a tar that is being fetched
+
+A tar is fetched under a file lock, checked against size and sha256 of the index, and renamed into place. Before a
+fetch, the tars whose modification time is oldest are removed until the new one fits. The time is that of the last use;
+that of a coming tar lies in the future. A tar that a process holds is never removed. Locks end with their holder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megacid.data.remote import store
+from megacid.data.remote.store import RemoteError, RemoteObject
+from megacid.errors import UserError
+from megacid.storage.atomic import disk_errors, open_owned, read_json, write_json_atomic
+
+GB = 10**9
+DIRECTORY_VARIABLE, SIZE_VARIABLE = "MEGACID_CACHE_DIR", "MEGACID_CACHE_GB"
+ROOM_S = 30.0  # longest wait for other processes to release tars
+_POLL_S = 0.05
+_MARKER, _KIND = "shard_cache.json", {"made_by": "megacid", "kind": "shard cache", "version": 1}
+_LOCK_NAME = re.compile(r"\.(?P<name>.+)\.(?P<bytes>\d+)\.lock")
+_HASH_CHARACTERS = 32
+
+
+@dataclass(frozen=True)
+class CachedTar:
+    """A tar as the index knows it; size in bytes."""
+
+    url: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardCache:
+    """Fetches remote tars into `directory`, and keeps at most `limit` bytes of them."""
+
+    directory: Path
+    limit: int
+
+    @classmethod
+    def open(cls, directory: str | Path, gigabytes: float) -> ShardCache:
+        """The cache in a directory, which is created when it is missing.
+
+        Raises:
+            UserError: the directory holds something else, or cannot be written.
+        """
+        cache = cls(Path(directory).absolute(), int(gigabytes * GB))
+        with disk_errors(cache.directory):
+            cache.directory.mkdir(parents=True, exist_ok=True)
+            others = sorted(path.name for path in cache.directory.iterdir() if not path.name.startswith(".tmp-"))
+            marker = read_json(cache.directory / _MARKER)
+            if marker is None and not others:
+                write_json_atomic(cache.directory / _MARKER, _KIND)
+            elif marker != _KIND:
+                raise UserError(
+                    f"{cache.directory} is not a cache of shards, it has {', '.join(others[:3])}: name an empty "
+                    "directory, or one that is not there"
+                )
+        if not os.access(cache.directory, os.W_OK):
+            raise UserError(f"{cache.directory} cannot be written: correct its permissions, or name another cache")
+        return cache
+
+    @classmethod
+    def of_environment(cls, url: str) -> ShardCache:
+        """The cache that MEGACID_CACHE_DIR and MEGACID_CACHE_GB name. UserError, which names `url`, without them."""
+        directory, gigabytes = os.environ.get(DIRECTORY_VARIABLE), os.environ.get(SIZE_VARIABLE, "100")
+        if not directory:
+            raise UserError(
+                f"{url[:200]} is remote and has no cache: set {DIRECTORY_VARIABLE}, or data.cache_dir of a run file, to"
+                " a directory on a local disk"
+            )
+        try:
+            size = float(gigabytes)
+        except ValueError:
+            size = 0.0
+        if not 0 < size <= 1e9:
+            raise UserError(f"{SIZE_VARIABLE} is {gigabytes[:40]!r}, expected a number of GB above 0: correct it")
+        return cls.open(directory, size)
+
+    def folder(self, url: str) -> Path:
+        """The local folder of the tars in the same remote folder as `url`; it may not be there yet."""
+        parent = url.rpartition("/")[0]
+        readable = re.sub(r"[^A-Za-z0-9._]+", "-", parent)[-80:].strip("-.")
+        return self.directory / f"{readable}-{hashlib.sha256(parent.encode()).hexdigest()[:16]}"
+
+    def path(self, tar: CachedTar) -> Path:
+        """Where a tar is when it is in the cache."""
+        return self.folder(tar.url) / f"{_stem(tar.url)}-{tar.sha256[:_HASH_CHARACTERS]}.tar"
+
+    def open_tar(self, tar: CachedTar) -> int:
+        """A descriptor of a tar, which is fetched when it is not in the cache. It stays valid if the tar is removed.
+
+        Raises:
+            RemoteError: the tar cannot be fetched, or there is no space for it.
+        """
+        while (descriptor := self._open_cached(tar)) is None:
+            self._fetch_needed(tar)
+        return descriptor
+
+    def hold(self, tar: CachedTar) -> int | None:
+        """A descriptor of a tar that keeps it in the cache until it is closed; None when it is not there."""
+        descriptor = self._open_cached(tar)
+        if descriptor is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if os.fstat(descriptor).st_nlink == 0:  # removed between the two
+                os.close(descriptor)
+                return None
+        return descriptor
+
+    @contextlib.contextmanager
+    def local(self, tar: CachedTar) -> Iterator[Path]:
+        """The path of a tar, which is fetched when it is not in the cache and kept there during the block."""
+        while (descriptor := self.hold(tar)) is None:
+            self._fetch_needed(tar)
+        try:
+            yield self.path(tar)
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def added(self, url: str) -> Iterator[tuple[Path, RemoteObject]]:
+        """Fetch a tar that is not indexed. Yields its path, which is valid during the block, and its version.
+
+        Raises:
+            RemoteError: it cannot be fetched, changes meanwhile, or there is no space for it.
+        """
+        before = store.stat(url)
+        with self._fetching(url, _stem(url), before.size or 0) as lock:
+            assert lock is not None
+            sha256 = store.download(url, lock.part, before.size, None)
+            if store.stat(url).version != before.version:
+                raise RemoteError(f"{url} changed while it was read: run the same command when it is complete")
+            tar = CachedTar(url, lock.part.stat().st_size, sha256)
+            self._place(lock.part, tar)
+            descriptor = self.hold(tar)
+        if descriptor is None:
+            raise RemoteError(f"{self.path(tar)} was removed by another program: run the same command again")
+        try:
+            yield self.path(tar), before
+        finally:
+            os.close(descriptor)
+
+    def fetch(self, tar: CachedTar, *, remove_coming: bool) -> bool:
+        """Fetch a tar ahead. False, without waiting, when another process fetches it or there is no room.
+
+        Args:
+            remove_coming: make room also by removing tars that are coming, the most distant first.
+
+        Raises:
+            RemoteError: the tar cannot be fetched.
+        """
+        lock = self._lock(tar)
+        if not lock.acquire():
+            return False
+        try:
+            if not (there := self.path(tar).exists()) and self._make_room(remove_coming=remove_coming):
+                self._download(tar, lock.part)
+                there = True
+            return there
+        finally:
+            lock.release()
+
+    def mark(self, tar: CachedTar, coming_rank: int | None = None) -> bool:
+        """Note that a tar was used now, or that it is the nth one to come. False when it is not in the cache."""
+        at = time.time() + (0 if coming_rank is None else 86_400 - coming_rank / 10)
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self.path(tar), (at, at))
+            return True
+        return False
+
+    def _open_cached(self, tar: CachedTar) -> int | None:
+        path = self.path(tar)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        if os.fstat(descriptor).st_size == tar.size:
+            return descriptor
+        os.close(descriptor)  # cut by somebody
+        path.unlink(missing_ok=True)
+        return None
+
+    def _lock(self, tar: CachedTar) -> _FetchLock:
+        return _FetchLock(self.folder(tar.url), self.path(tar).stem, tar.size)
+
+    def _fetch_needed(self, tar: CachedTar) -> None:
+        """Fetch a tar, or wait until another process has fetched it."""
+        with self._fetching(tar.url, self.path(tar).stem, tar.size, self.path(tar)) as lock:
+            if lock is not None:
+                # The process that was waited for has tried long enough, if it was not killed.
+                self._download(tar, lock.part, store.RETRY_S / 4 if lock.waited else None)
+
+    def _download(self, tar: CachedTar, part: Path, retry_s: float | None = None) -> None:
+        store.download(tar.url, part, tar.size, tar.sha256, retry_s)
+        self._place(part, tar)
+
+    @contextlib.contextmanager
+    def _fetching(self, url: str, name: str, size: int, path: Path | None = None) -> Iterator[_FetchLock | None]:
+        """The lock for fetching a tar for which there is room; None when `path` is there, also after a wait.
+
+        Raises:
+            RemoteError: there is no room for it.
+        """
+        lock, deadline = _FetchLock(self.folder(url), name, size), time.monotonic() + ROOM_S
+        while path is None or not path.exists():
+            if not lock.acquire():
+                deadline = time.monotonic() + ROOM_S
+            else:
+                try:
+                    if (path is None or not path.exists()) and self._make_room(remove_coming=True):
+                        yield lock
+                        return
+                finally:
+                    lock.release()  # while it waits for room, the tar takes none
+                if time.monotonic() > deadline or size > self.limit:
+                    raise self._too_small(url, size)
+            time.sleep(_POLL_S)
+        yield None
+
+    def _place(self, part: Path, tar: CachedTar) -> None:
+        with disk_errors(part), open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, self.path(tar))
+
+    # ---- space -----------------------------------------------------------------------------------------------
+
+    def _too_small(self, url: str, size: int) -> RemoteError:
+        used = sum(entry.size for entry in self._tars())
+        return RemoteError(
+            f"{self.directory} is too small: {url} has {size:,} bytes, and {used:,} are in use; expected a cache of at "
+            f"least {(used + size) / GB:.3g} GB: raise data.cache_gb or MEGACID_CACHE_GB, now {self.limit / GB:.3g}"
+        )
+
+    def _make_room(self, *, remove_coming: bool) -> bool:
+        """Remove old tars until those that are there or being fetched fit. False if too few may be removed."""
+        with self._exclusively():
+            tars = sorted(self._tars(), key=lambda entry: entry.used)
+            over = sum(entry.size for entry in tars) + self._being_fetched() - self.limit
+            newest = float("inf") if remove_coming else time.time()
+            for entry in tars:
+                if over <= 0 or entry.used > newest:
+                    break
+                if _remove_unless_held(entry.path):
+                    over -= entry.size
+            return over <= 0
+
+    @contextlib.contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        descriptor = os.open(self.directory / _MARKER, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _folders(self) -> Iterator[Path]:
+        return (path for path in self.directory.iterdir() if path.is_dir())
+
+    def _tars(self) -> list[_Entry]:
+        entries = []
+        for path in (path for folder in self._folders() for path in folder.glob("[!.]*.tar")):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                entries.append(_Entry(path, status.st_size, status.st_mtime))
+        return entries
+
+    def _being_fetched(self) -> int:
+        """Bytes of the tars that are being fetched; removes what killed processes left."""
+        total = 0
+        for path in (path for folder in self._folders() for path in folder.glob(".*.lock")):
+            if (match := _LOCK_NAME.fullmatch(path.name)) is None:
+                continue
+            lock = _FetchLock(path.parent, match["name"], int(match["bytes"]))
+            if lock.acquire():
+                lock.release()
+            else:
+                total += int(match["bytes"])
+        return total
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tar in the cache; `used`: when it was used last, or will be."""
+
+    path: Path
+    size: int
+    used: float
+
+
+def _stem(url: str) -> str:
+    return url.rpartition("/")[2].removesuffix(".tar")
+
+
+def _remove_unless_held(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+class _FetchLock:
+    """The right to fetch one tar, and the file that it is fetched into. The name of the lock has the tar's size."""
+
+    def __init__(self, folder: Path, name: str, size: int) -> None:
+        self.path, self.part = folder / f".{name}.{size}.lock", folder / f".{name}.{size}.part"
+        self.waited = False
+        self._descriptor = -1
+
+    def acquire(self) -> bool:
+        """Whether no other process has it. A file that a killed process left is taken over."""
+        while True:
+            with disk_errors(self.path):
+                self.path.parent.mkdir(exist_ok=True)
+                descriptor = open_owned(self.path, os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                self.waited = True
+                return False
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self.path), os.fstat(descriptor)):
+                    self._descriptor = descriptor
+                    return True
+            os.close(descriptor)  # its holder removed it between open and lock
+
+    def release(self) -> None:
+        self.part.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+        os.close(self._descriptor)

@@ -1,0 +1,258 @@
+"""Access to objects by URL through fsspec: listing, metadata and download, with bounded retries and one-line errors."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megacid.errors import UserError, one_line
+from megacid.storage.atomic import file_sha256
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+RETRY_S = 60.0  # from the first attempt to the start of the last one
+SILENCE_S = 20.0  # without a byte from the server, after which an attempt has failed
+_THREADS = 16
+_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 16.0
+# How each store finds credentials, for messages.
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE with ~/.aws/credentials, or the role of the "
+    "machine; for a public bucket set FSSPEC_S3='{\"anon\": true}'",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, gcloud auth application-default login, or the service account of the "
+    "machine",
+    "hf": "HF_TOKEN, or hf auth login",
+    "http": 'the variable FSSPEC_HTTP, such as {"headers": {"Authorization": "Bearer ..."}}',
+    "https": 'the variable FSSPEC_HTTPS, such as {"headers": {"Authorization": "Bearer ..."}}',
+}
+_SCHEME = re.compile(rf"({'|'.join(_CREDENTIALS)})://")
+_USER_INFO = re.compile(r"^https?://[^/]*@")
+_VERSION_FIELDS = (
+    "ETag", "etag", "blob_id", "Content-MD5", "md5Hash", "Last-Modified", "LastModified", "last_modified", "mtime",
+)  # fmt: skip
+
+
+class RemoteError(UserError):
+    """An object that cannot be listed or fetched; the message names the URL and the remedy."""
+
+
+class _MismatchError(Exception):
+    """Other bytes arrived than expected. may_pass: this was the first time that these arrived."""
+
+    def __init__(self, text: str, may_pass: bool) -> None:
+        super().__init__(text)
+        self.may_pass = may_pass
+
+
+@dataclass(frozen=True)
+class RemoteObject:
+    """An object of a store.
+
+    Attributes:
+        url: its full URL.
+        size: in bytes; None: not asked, or the store does not tell.
+        version: the store's ETag, or what else changes with the content; None: not asked, or not told.
+    """
+
+    url: str
+    size: int | None = None
+    version: str | None = None
+
+
+def is_url(text: str) -> bool:
+    """Whether `text` is a URL of a store that is read."""
+    return bool(_SCHEME.match(text))
+
+
+def has_magic(url: str) -> bool:
+    """Whether a URL is a glob; a ? may begin the query of a URL, and is none."""
+    return "*" in url or "[" in url
+
+
+def list_tars(url: str) -> list[RemoteObject]:
+    """The tars that a directory or a glob has, sorted by URL.
+
+    Raises:
+        RemoteError: the store cannot be read, or has no such directory.
+    """
+    filesystem, path = _open_store(url)
+
+    def listing() -> list[dict[str, Any]]:
+        filesystem.invalidate_cache()
+        return list(filesystem.glob(path, detail=True).values() if has_magic(url) else filesystem.ls(path, detail=True))
+
+    infos = _retrying(url, listing)
+    tars = [info for info in infos if _is_tar(info)]
+    return sorted((_remote_object(filesystem, info) for info in tars), key=lambda found: found.url)
+
+
+def stat(url: str) -> RemoteObject:
+    """Size and version of an object. RemoteError when it cannot be read."""
+    filesystem, path = _open_store(url)
+
+    def info() -> dict[str, Any]:
+        filesystem.invalidate_cache()
+        try:
+            return dict(filesystem.info(path))
+        except FileNotFoundError as error:  # fsspec's for every error of an HTTP server
+            raise (error.__cause__ if isinstance(error.__cause__, Exception) else error) from None
+
+    found = _remote_object(filesystem, _retrying(url, info))
+    return RemoteObject(url, found.size, found.version)
+
+
+def stat_all(objects: list[RemoteObject]) -> list[RemoteObject]:
+    """The objects with their sizes and versions; asks for those without a version. RemoteError as `stat`."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(lambda known: known if known.version else stat(known.url), objects))
+
+
+def download(url: str, target: Path, size: int | None, sha256: str | None, retry_s: float | None = None) -> str:
+    """Copy an object to a file, and return the sha256 of what was copied.
+
+    Args:
+        size, sha256: expected; None: not known.
+        retry_s: attempts begin for so many seconds; None: RETRY_S.
+
+    Raises:
+        RemoteError: the object cannot be read, is another one than expected, or the disk is full.
+    """
+    filesystem, path = _open_store(url)
+    wrong: list[str] = []
+
+    def fetch() -> str:
+        filesystem.get_file(path, str(target))
+        got, digest = target.stat().st_size, file_sha256(target)
+        if size in (None, got) and sha256 in (None, digest):
+            return digest
+        text = f"{got:,} bytes with sha256 {digest[:16]} arrived, expected {size:,}"
+        text += f" with {sha256[:16]}" if sha256 else ""
+        wrong.append(digest)
+        raise _MismatchError(text, may_pass=wrong.count(digest) == 1)  # what is damaged on its way differs each time
+
+    return _retrying(url, fetch, retry_s)
+
+
+def _open_store(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it. UserError when its package is missing."""
+    scheme = url.partition("://")[0]
+    if _USER_INFO.match(url):
+        shown = _USER_INFO.sub(f"{scheme}://...@", url)
+        raise UserError(f"{shown} has a user name or password, which would be logged: give them in {_credentials(url)}")
+    try:
+        import fsspec.config
+        from fsspec.core import url_to_fs
+
+        options: dict[str, Any] = {}
+        configured = fsspec.config.conf.get(scheme, {})
+        if scheme in ("http", "https"):
+            import aiohttp
+
+            # Without a limit on the whole transfer: a large tar may take longer than aiohttp's five minutes.
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)
+            options["client_kwargs"] = {"timeout": timeout, **configured.get("client_kwargs", {})}
+        elif scheme == "s3":
+            limits = {"connect_timeout": SILENCE_S, "read_timeout": SILENCE_S, "retries": {"total_max_attempts": 1}}
+            options["config_kwargs"] = {**limits, **configured.get("config_kwargs", {})}
+        filesystem, path = url_to_fs(url, **options)
+    except ImportError as error:
+        raise UserError(
+            f"{url} needs a package that is not installed ({one_line(error)}): pip install 'megacid[remote]'"
+        ) from None
+    if hasattr(filesystem, "retries"):  # s3fs, gcsfs: `_retrying` alone repeats what has failed
+        filesystem.retries = 1
+    return filesystem, path
+
+
+def _retrying(url: str, call: Callable[[], T], retry_s: float | None = None) -> T:
+    """The result of `call`, which is repeated after errors that may pass. RemoteError in the end."""
+    began, wait = time.monotonic(), _BACKOFF_S
+    limit = RETRY_S if retry_s is None else retry_s
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            spent = time.monotonic() - began
+            if not _may_pass(error) or spent + wait > limit:
+                raise RemoteError(_describe(url, error, spent)) from None
+            log.info("%s: %s; trying again in %.0f s", url, _named(error), wait)
+        time.sleep(wait)
+        wait = min(2 * wait, _MAX_BACKOFF_S)
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status of an error of any of the clients."""
+    status = getattr(error, "status", None)  # aiohttp
+    if status is None:
+        status = getattr(getattr(error, "response", None), "status_code", None)  # httpx, requests
+    if status is None:
+        status = getattr(error, "code", None)  # gcsfs
+    return status if isinstance(status, int) else None
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether credentials are missing or do not suffice."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return (
+        _status(error) in (401, 403)
+        or isinstance(error, PermissionError)
+        or any("Credential" in name or "GatedRepo" in name or "TokenRetrieval" in name for name in names)
+    )
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed later."""
+    if isinstance(error, _MismatchError):
+        return error.may_pass
+    if _is_refusal(error) or _is_full(error) or isinstance(error, FileNotFoundError | ImportError):
+        return False
+    if (status := _status(error)) is not None:
+        return status >= 500 or status in (408, 425, 429)
+    return isinstance(error, OSError | asyncio.TimeoutError | TimeoutError) or "Timeout" in type(error).__name__ or (
+        type(error).__module__.split(".")[0] in ("aiohttp", "botocore", "aiobotocore", "httpx", "gcsfs", "requests")
+        and not isinstance(error, ValueError)
+    )  # fmt: skip
+
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def _describe(url: str, error: Exception, spent: float) -> str:
+    if isinstance(error, _MismatchError):
+        return f"{url} has changed ({error}): put the indexed object back, or run tools/index_shards.py again"
+    if _is_full(error):
+        return f"{url} cannot be stored ({_named(error)}): free space on the disk of the cache, or lower data.cache_gb"
+    if _is_refusal(error):
+        return f"{url} may not be read ({_named(error)}): the store finds credentials in {_credentials(url)}"
+    if isinstance(error, FileNotFoundError) or _status(error) == 404:
+        return f"{url} does not exist in its store ({_named(error)}): correct the name, or put the object back"
+    return f"{url} cannot be read, tried for {spent:.1f} s ({_named(error)}): check the network and its store"
+
+
+def _credentials(url: str) -> str:
+    return _CREDENTIALS[url.partition("://")[0]]
+
+
+def _named(error: BaseException) -> str:
+    text = one_line(error) if isinstance(error, Exception) else ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _is_tar(info: dict[str, Any]) -> bool:
+    name = str(info["name"]).rpartition("/")[2]
+    return info.get("type") != "directory" and name.endswith(".tar") and not name.startswith(".")
+
+
+def _remote_object(filesystem: Any, info: dict[str, Any]) -> RemoteObject:
+    size = info.get("size")
+    version = next((str(info[name]) for name in _VERSION_FIELDS if info.get(name)), None)
+    return RemoteObject(filesystem.unstrip_protocol(info["name"]), size if isinstance(size, int) else None, version)

@@ -1,0 +1,141 @@
+"""Training on remote shards: the bits of a run on local ones, also after kills, and one error on every rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from faultplan import Fault, FaultPlan
+from harness import rank_fates, run_ranks
+from offline_data import run as run_tool
+from shard_server import ShardServer, serve
+from train_run import Pipeline, run_train, tensors, train_rank
+
+from megacid.data.index import load_index
+from megacid.data.remote import cache, store
+from megacid.data.remote.ahead import FetchAhead
+from megacid.data.remote.cache import ShardCache
+
+pytest.importorskip("aiohttp")
+
+
+@dataclass
+class Remote:
+    pipeline: Pipeline
+    server: ShardServer
+
+    def run_file(self, name: str, cache: str, **changes: object) -> Path:
+        """A run on the server's tars with the labels and teacher of the local ones."""
+        options = {"data__cache_dir": str(self.pipeline.root / cache), "data__workers": 1, "data__block_shards": 1}
+        return self.pipeline.run_file(name, **{"data__shards": self.server.url, **options, **changes})
+
+    def step(self, name: str) -> Path:
+        return self.pipeline.root / "runs" / name / "step-00000006"
+
+
+@pytest.fixture(scope="module")
+def remote(pipeline: Pipeline) -> Iterator[Remote]:
+    with serve(pipeline.shards) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "RETRY_S", 0.6)
+        patch.setattr(store, "_BACKOFF_S", 0.1)
+        patch.setattr(cache, "ROOM_S", 0.5)
+        load_index(server.url, cache=ShardCache.open(pipeline.root / "cache", 1))
+        yield Remote(pipeline, server)
+
+
+def _train_and_kill_fetchers(argv: list[str], plan: str) -> int:
+    """Every fetcher is killed at the second batch; then the plan kills the ranks."""
+    real = FetchAhead._keep_running
+
+    def keep_running(self: FetchAhead) -> None:
+        real(self)
+        if self._position.value >= 16 and self._starts == 1 and self._process is not None:
+            os.kill(int(self._process.pid or 0), signal.SIGKILL)
+
+    FetchAhead._keep_running = keep_running  # type: ignore[method-assign]
+    FaultPlan.from_json(plan).install(int(os.environ.get("RANK", "0")))
+    return train_rank(argv)
+
+
+def test_a_run_whose_fetchers_and_ranks_are_killed_ends_with_the_bits_of_one_on_a_disk(remote: Remote) -> None:
+    run_train(2, remote.pipeline.run_file("disk", data__workers=1, data__block_shards=1))
+    file = remote.run_file("remote", "cache")
+    plan = FaultPlan(Fault("train:applied", "kill", step=4))
+    argv = ["--deepspeed_config", str(file)]
+    assert rank_fates(_train_and_kill_fetchers, 2, argv, plan.to_json(), timeout_s=120) == [-9, -9]
+    for path in (remote.pipeline.root / "cache").glob("*/*.tar"):
+        path.unlink()
+    remote.server.faults = {path.name: ["503", "cut"] for path in remote.pipeline.shards.glob("*.tar")}
+    run_train(2, file)
+    want, got = tensors(remote.step("disk")), tensors(remote.step("remote"))
+    assert want.keys() == got.keys() and all(want[name].equal(got[name]) for name in want)
+
+
+def test_a_tar_that_disappears_ends_all_ranks_with_its_url(remote: Remote, capfd: pytest.CaptureFixture[str]) -> None:
+    file = remote.run_file("gone", "cache")
+    for path in (remote.pipeline.root / "cache").glob("*/*.tar"):
+        path.unlink()
+    remote.server.faults = {"00001.tar": "404"}
+    codes = run_ranks(train_rank, 2, ["--deepspeed_config", str(file)], timeout_s=120)
+    assert codes == [66, 66]
+    assert f"{remote.server.url}/00001.tar does not exist in its store" in capfd.readouterr().err
+
+
+def test_the_offline_tools_read_urls_and_find_them_again(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGACID_CACHE_DIR", str(remote.pipeline.root / "cache"))
+    remote.server.faults = {}
+    root = remote.pipeline.root
+    model = f"local-dir:{root / 'model'}"
+    run_tool("embed", "--shards", remote.server.url, "--out", root / "from-url", "--model", model)
+    for path in remote.pipeline.teacher.glob("*_emb/*.npy"):
+        assert (root / "from-url" / path.relative_to(remote.pipeline.teacher)).read_bytes() == path.read_bytes()
+    for path in (root / "cache").glob("*/*.tar"):
+        path.unlink()
+    folders = ("--embeddings", root / "from-url", "--clusters", remote.pipeline.labels, "--out", root / "balance")
+    run_tool("balance", *folders, "--threshold", 0.5, "--reshard", root / "kept")
+    run_tool(
+        "balance",
+        *folders[:-1],
+        root / "disk",
+        "--shards",
+        remote.pipeline.shards,
+        "--threshold",
+        0.5,
+        "--reshard",
+        root / "kept-disk",
+    )
+    assert [path.name for path in sorted((root / "kept").glob("*.tar"))] == ["00000.tar", "00001.tar", "00002.tar"]
+    for path in (root / "kept").glob("*.tar"):
+        assert path.read_bytes() == (root / "kept-disk" / path.name).read_bytes()
+
+
+REFUSED = {
+    "not indexed": ({"data__shards": "URL/{00000..00009}.tar"}, "URL/00003.tar does not exist in its store"),
+    "no cache": ({"data__cache_dir": None}, "URL is remote and has no cache: set MEGACID_CACHE_DIR, or data.cache_dir"),
+    "too small": ({"data__cache_gb": 1e-5}, '"megacid.data.cache_gb" is 1e-05, expected at least 0.000'),
+    "no package": ({"data__shards": "gs://bucket/laion"}, "gs://bucket/laion needs a package that is not installed"),
+    "something else": ({"data__cache_dir": "ROOT/scenes"}, "/scenes is not a cache of shards, it has "),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_read_is_refused_on_every_rank_before_the_first_step(
+    remote: Remote, capfd: pytest.CaptureFixture[str], case: str
+) -> None:
+    remote.server.faults = {}
+    changes, message = REFUSED[case]
+
+    def full(text: object) -> object:
+        return text.replace("URL", remote.server.url).replace("ROOT", root) if isinstance(text, str) else text
+
+    root = str(remote.pipeline.root)
+    changes, message = {key: full(value) for key, value in changes.items()}, str(full(message))
+    file = remote.run_file(case.replace(" ", "-"), "cache", **changes)
+    codes = run_ranks(train_rank, 2, ["--deepspeed_config", str(file)], timeout_s=120)
+    text = capfd.readouterr().err
+    assert codes == [2, 2] and text.count(message) == 1, text
+    assert not (remote.pipeline.root / "runs" / case.replace(" ", "-") / "step-00000003").exists()
