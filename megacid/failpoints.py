@@ -14,8 +14,8 @@ depends on one. The names are the contract:
     cluster:        init, iteration, iteration_saved, labels, labelled, before_meta, after_meta
                     two levels: coarse, cells, start, fine, merge, refine, refine_saved
     cluster_order:  block (its rows are distributed), file (of the copy)
-    balance:        search, cluster, part, candidate_clusters, pair, cross_cluster, keep, report, gallery, before_meta,
-                    after_meta
+    balance:        preference, search, cluster, part, candidate_clusters, exchange, pair, cross_cluster, merge,
+                    medoids, keep, subset on every rank; report, gallery, before_meta, after_meta on rank 0
     reshard:        tar, before_meta
     eval:           batch (of one rank, also while training), before_result, task_done
     synthesize:     before_meta

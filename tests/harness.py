@@ -110,6 +110,7 @@ def rank_fates(
     world: int,
     *args: Any,
     timeout_s: float = 60,
+    group_timeout_s: float | None = None,
     meanwhile: Callable[[list[int]], None] | None = None,
 ) -> list[int]:
     """Run fn(*args) on `world` forked gloo ranks and return how each ended: its exit code (what fn returned, 1 for an
@@ -119,7 +120,8 @@ def rank_fates(
     with tempfile.TemporaryDirectory() as folder:
         meeting = os.path.join(folder, "meet")
         ranks = [
-            context.Process(target=_fated_main, args=(fn, r, world, meeting, timeout_s, args)) for r in range(world)
+            context.Process(target=_fated_main, args=(fn, r, world, meeting, group_timeout_s or timeout_s, args))
+            for r in range(world)
         ]
         try:
             for process in ranks:

@@ -32,7 +32,7 @@ import checkout  # noqa: F401  import paths of a plain checkout
 from argtypes import ToolParser, natural, positive, real, seed_number, share_of_all
 from megacid.data.captions import recorded_caption
 from megacid.data.index import load_index
-from megacid.distributed.parallel import Parallel, accept_launcher_arguments
+from megacid.distributed.parallel import Parallel, accept_launcher_arguments, long_waits
 from megacid.distributed.progress import progress_bar
 from megacid.distributed.stopping import Progress, StartProgress, StopRequest, run_stage
 from megacid.errors import run_tool
@@ -41,7 +41,7 @@ from megacid.offline.balance.reshard import reshard
 from megacid.offline.balance.stage import balance
 from megacid.storage.metadata import read_meta
 
-COLLECTIVE_TIMEOUT_S = 7200.0  # clusters are divided by an estimate of their cost
+COLLECTIVE_TIMEOUT_S = 7200.0  # while --cells are made; the other collectives wait for days
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -165,9 +165,9 @@ def run(args: argparse.Namespace, settings: BalanceSettings, parallel: Parallel,
         )
     if args.reshard is not None:
         shards = args.shards or read_meta(args.out, expect="balance")["source"]["shards"]
-        with report_progress("reshard", "sample", parallel, stop) as start:
+        with report_progress("reshard", "sample", parallel, stop) as start, long_waits(parallel) as waiting:
             index = load_index(shards, caption=recorded_caption(read_meta(args.embeddings, expect="embed")))
-            meta = reshard(args.out, index, args.reshard, parallel, start_progress=start)
+            meta = reshard(args.out, index, args.reshard, waiting, start_progress=start)
         if parallel.is_first:
             print(f"{args.reshard}: {meta['kept']:,} samples in {len(meta['bytes']):,} tars")
     if parallel.is_first:

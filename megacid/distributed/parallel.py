@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -20,6 +20,7 @@ from megacid.distributed.rendezvous import START_TIMEOUT_S, rendezvous
 from megacid.errors import UserError
 
 DEFAULT_TIMEOUT_S = 600.0
+WAIT_LIMIT = timedelta(days=7)
 
 
 def shard_range(total: int, rank: int, world: int) -> tuple[int, int]:
@@ -119,6 +120,24 @@ def session(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Parallel]:
         yield parallel
     finally:
         shutdown()
+
+
+@contextlib.contextmanager
+def long_waits(parallel: Parallel) -> Iterator[Parallel]:
+    """The same ranks with a gloo group whose collectives wait WAIT_LIMIT for a rank that works longer. A collective.
+
+    The time limit of the launcher's group is for ranks that reach a collective at about the same time. A rank that ends
+    closes its connections, so the others do not wait for it in either group.
+    """
+    if parallel.world == 1:
+        yield parallel
+        return
+    group = dist.new_group(backend="gloo", timeout=WAIT_LIMIT)
+    assert isinstance(group, dist.ProcessGroup)  # not the mark of a rank outside of it
+    try:
+        yield replace(parallel, group=group)
+    finally:
+        dist.destroy_process_group(group)
 
 
 def accept_launcher_arguments(parser: argparse.ArgumentParser) -> None:

@@ -121,8 +121,13 @@ def write_npy(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...], blocks: I
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Write a .npy file, atomic and durable. Raises UserError when the disk is full."""
+    write_blocks(path, array.dtype, array.shape, [array])
+
+
+def write_blocks(path: Path, dtype: np.dtype, shape: tuple[int, ...], blocks: Iterable[np.ndarray]) -> None:
+    """`write_array` of an array that is given as consecutive blocks of rows."""
     with writing(path) as temporary, open(temporary, "wb") as file:
-        write_npy(file, array.dtype, array.shape, [array])
+        write_npy(file, dtype, shape, blocks)
 
 
 def read_array(path: Path, shape: tuple[int | None, ...], kind: str) -> np.ndarray | None:

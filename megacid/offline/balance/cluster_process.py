@@ -12,6 +12,8 @@ import torch
 
 from megacid.errors import UserError
 from megacid.offline.balance.linking import UnitRows, near_pairs
+from megacid.offline.balance.report import count_labels
+from megacid.offline.balance.row_numbers import members_of
 from megacid.offline.rows import Rows
 
 MOST_SHOWN = 500  # samples of a cluster that is drawn; all their pairs are computed
@@ -40,11 +42,12 @@ def choose_cluster(label: np.ndarray, representative: np.ndarray, k: int) -> int
     Returns:
         Its number, the smaller one of equal sizes; None when there is no such cluster.
     """
-    linked = np.flatnonzero((representative != np.arange(len(representative))) & (label >= 0))
+    linked = members_of(representative, 0, len(representative))
+    linked = linked[label[linked] >= 0]
     # A group that spans clusters counts in those of its removed samples.
     pairs = np.unique(label[linked].astype(np.int64) * len(representative) + representative[linked])
     groups = np.bincount(pairs // len(representative), minlength=k)
-    sizes = np.bincount(label[label >= 0], minlength=k)
+    sizes = count_labels(label, k)
     fit = np.flatnonzero((groups >= 2) & (sizes <= MOST_SHOWN))
     if not len(fit):
         return None

@@ -9,14 +9,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megacid.offline.balance.row_numbers import is_own, row_blocks, row_dtype
+
 
 @dataclass(frozen=True)
 class Clusters:
     """Samples sorted by cluster, then by preference. Cluster c is order[starts[c]:starts[c+1]]."""
 
-    order: np.ndarray  # int64 [n], row numbers, those without a cluster first
+    order: np.ndarray  # int32 [n] (int64 from 2^31 rows), row numbers, those without a cluster first
     starts: np.ndarray  # int64 [k + 1]
     priority: np.ndarray  # [n] by row number; smaller is preferred
+    label: np.ndarray  # int [n] by row number, -1 for none
 
     @property
     def sizes(self) -> np.ndarray:
@@ -24,7 +27,7 @@ class Clusters:
 
     @property
     def rows(self) -> np.ndarray:
-        """int64: the rows that have a cluster, in order."""
+        """The rows that have a cluster, in order."""
         return self.order[self.starts[0] :]
 
     def span(self, low: int, high: int) -> slice:
@@ -33,31 +36,26 @@ class Clusters:
 
     def members(self, cluster: int) -> np.ndarray:
         """int64: the rows of a cluster, the most preferred first."""
-        return self.order[self.span(cluster, cluster + 1)]
+        return self.order[self.span(cluster, cluster + 1)].astype(np.int64)
 
     def of(self, chosen: list[int]) -> tuple[np.ndarray, Clusters]:
         """The row numbers of some clusters, int64 [m], ascending, and all k clusters of those rows alone, by place."""
         inside = np.isin(np.arange(len(self.sizes)), chosen)
         order = self.rows[np.repeat(inside, self.sizes)]
-        rows = np.sort(order)
+        rows = np.sort(order).astype(np.int64)
         starts = np.concatenate([[0], np.cumsum(self.sizes * inside)]).astype(np.int64)
-        return rows, Clusters(np.searchsorted(rows, order), starts, self.priority[rows])
+        return rows, Clusters(np.searchsorted(rows, order), starts, self.priority[rows], self.label[rows])
 
     def places(self) -> list[np.ndarray]:
-        """The place of every row in `order`, in one array, int64 [n]."""
-        place = np.empty(len(self.order), np.int64)
-        place[self.order] = np.arange(len(self.order))
+        """The place of every row in `order`, in one array, int [n]."""
+        place = np.empty_like(self.order)
+        for block in row_blocks(0, len(place)):
+            place[self.order[block]] = np.arange(block.start, block.stop)
         return [place]
-
-    def labels(self) -> np.ndarray:
-        """int32 [n]: the cluster of every sample, -1 for none."""
-        label = np.full(len(self.priority), -1, np.int32)
-        label[self.rows] = np.repeat(np.arange(len(self.sizes), dtype=np.int32), self.sizes)
-        return label
 
     def keep_mask(self, representative: np.ndarray, cap: int | None) -> np.ndarray:
         """bool [n]: rows that are their own representative, of every cluster at most the `cap` most preferred."""
-        keep = representative == np.arange(len(representative))
+        keep = is_own(representative)
         if cap is not None:
             for cluster in np.flatnonzero(self.sizes > cap).tolist():
                 members = self.members(cluster)
@@ -70,4 +68,4 @@ def group_by_cluster(label: np.ndarray, priority: np.ndarray, k: int) -> Cluster
     """Sorts samples by cluster, preference and row. label: int [n], -1 for none; priority: [n], smaller first."""
     order = np.lexsort((priority, label))
     starts = np.searchsorted(label[order], np.arange(k + 1))
-    return Clusters(order.astype(np.int64), starts.astype(np.int64), priority)
+    return Clusters(order.astype(row_dtype(len(label))), starts.astype(np.int64), priority, label)

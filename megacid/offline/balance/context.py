@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megacid.distributed.collectives import gather_plain, rank, world_size
-from megacid.distributed.stopping import Progress, no_progress, stop_together
+from megacid.distributed.array_exchange import Ranks
+from megacid.distributed.stopping import Progress, no_progress
 from megacid.errors import UserError
 from megacid.offline.balance.clusters import Clusters
 from megacid.offline.balance.linking import Link, LinkOptions, panel_rows
@@ -78,7 +77,7 @@ class BalanceContext:
     settings: BalanceSettings
     device: torch.device
     assigner: Assigner | None = None  # of the k centroids, for `settings.neighbor_clusters`
-    group: dist.ProcessGroup | None = None  # the ranks that share the work
+    group: dist.ProcessGroup | None = None  # of gloo: the ranks that share the work
     alone: bool = False  # this rank does all of the work, without communication
     partial: PartialResults | None = None  # where finished parts are kept
     progress: Progress = no_progress
@@ -90,12 +89,8 @@ class BalanceContext:
             raise ValueError("neighbor_clusters is set, but there is no assigner of the centroids")
 
     @property
-    def rank(self) -> int:
-        return 0 if self.alone else rank(self.group)
-
-    @property
-    def world(self) -> int:
-        return 1 if self.alone else world_size(self.group)
+    def ranks(self) -> Ranks:
+        return Ranks(self.group, self.alone)
 
     def link_options(self, threshold: float, panel_bytes: int | None = None) -> LinkOptions:
         block = self.settings.block
@@ -112,13 +107,7 @@ class BalanceContext:
 
     def stop_together(self) -> AbstractContextManager[None]:
         """All ranks leave the block together when one of them fails or is stopped. A collective unless `alone`."""
-        return contextlib.nullcontext() if self.alone else stop_together(self.group)
-
-    def gather(self, array: np.ndarray) -> np.ndarray:
-        """Concatenates the arrays of all ranks, in their order. A collective unless `alone`."""
-        if self.alone:
-            return array
-        return gather_plain(torch.from_numpy(array).to(self.device), self.group).cpu().numpy()
+        return self.ranks.stop_together()
 
     def parts(self, cost: np.ndarray) -> list[tuple[int, int]]:
         """This rank's consecutive parts [low, high) of some items, about the same cost on every rank.
@@ -127,9 +116,9 @@ class BalanceContext:
         """
         bounds = part_bounds(cost, self.part_pairs)
         total = np.concatenate([[0.0], np.cumsum(cost + 1)])[bounds]
-        cuts = np.searchsorted(total, np.linspace(0, total[-1], self.world + 1))
+        cuts = np.searchsorted(total, np.linspace(0, total[-1], self.ranks.world + 1))
         cuts[0], cuts[-1] = 0, len(bounds) - 1
-        mine = bounds[cuts[self.rank] : cuts[self.rank + 1] + 1].tolist()
+        mine = bounds[cuts[self.ranks.rank] : cuts[self.ranks.rank + 1] + 1].tolist()
         return list(itertools.pairwise(mine))
 
 

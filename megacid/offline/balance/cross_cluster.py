@@ -9,14 +9,17 @@ A candidate that cannot hold a near sample is ruled out. If y lies in cluster b,
 (c_a - c_b) . y <= h with h = (|c_a|^2 - |c_b|^2) / 2. So a sample x of cluster a within distance t of y satisfies
 (c_a - c_b) . x <= h + |c_a - c_b| t.
 
-The links connect the representatives of the first pass, whose groups are then merged: by union-find (components), or by
-greedy keep over all representatives in order of preference.
+Ranks divide the samples for the search of candidates, then the pairs of clusters: entries (row, candidate) are sent to
+the rank of their pair, in bins of pairs, so a rank holds about n M / ranks of them and sorts one bin at a time.
+
+The links connect the representatives of the first pass, whose groups are then merged (`group_merge`).
 
 Legend: n samples, k clusters, M candidate clusters of a sample, T rows of a tile, E links, D width.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass
 
@@ -26,36 +29,46 @@ from torch import Tensor
 
 from megacid.failpoints import failpoint
 from megacid.offline.balance import linking
-from megacid.offline.balance.context import BalanceContext
-from megacid.offline.balance.linking import ROUNDING, Link, LinkOptions, UnitRows, find, union, union_near
+from megacid.offline.balance.context import BalanceContext, part_bounds
+from megacid.offline.balance.group_merge import merge_groups
+from megacid.offline.balance.linking import ROUNDING, LinkOptions, UnitRows, find, union_near
+from megacid.offline.balance.row_numbers import row_dtype
 from megacid.offline.nearest import pad_rows, tile_rows
 
 log = logging.getLogger(__name__)
 _SLACK = 4e-3  # rows were assigned as float16 of nearly length 1, and the products were rounded
 _MANY_LINKS = 4096  # of one pair of clusters, from which removing duplicates at once saves memory
 CHUNK_ROWS = 1 << 16  # samples in one partial result of the candidates; a multiple of a tile
+BIN_ENTRIES, MAX_BINS = 1 << 14, 1 << 12  # about as many entries in a bin of pairs of clusters; bins at most
+_SENT_ENTRIES = 1 << 20  # entries that a rank sends at a time
 
 
-def find_candidates(context: BalanceContext, rows: np.ndarray, threshold: float) -> np.ndarray:
+def find_candidates(
+    context: BalanceContext, rows: np.ndarray, threshold: float, representative: np.ndarray | None = None
+) -> np.ndarray:
     """Candidate clusters of some samples, this rank's share of them.
 
     Args:
-        rows: int64 [m], row numbers.
+        rows: int [m], row numbers.
         threshold: distance below which samples will be linked.
+        representative: int [n]; given, rows that are not their own have no candidates.
 
     Returns:
-        int64 [entries, 2]: (row, candidate cluster).
+        int32 [entries, 2] (int64 from 2^31 rows): (row, candidate cluster).
     """
-    label, chunks = context.clusters.labels()[rows], -(-len(rows) // CHUNK_ROWS)
-    parts = [np.empty((0, 2), np.int64)]
-    for chunk in range(context.rank * chunks // context.world, (context.rank + 1) * chunks // context.world):
-        name, which = f"candidates-{chunk}", slice(chunk * CHUNK_ROWS, (chunk + 1) * CHUNK_ROWS)
+    ranks, label, chunks = context.ranks, context.clusters.label, -(-len(rows) // CHUNK_ROWS)
+    dtype = row_dtype(max(context.rows.num_rows, len(context.clusters.sizes)))
+    parts = [np.empty((0, 2), dtype)]
+    for chunk in range(ranks.rank * chunks // ranks.world, (ranks.rank + 1) * chunks // ranks.world):
+        name, chosen = f"candidates-of-{chunk}", rows[chunk * CHUNK_ROWS : (chunk + 1) * CHUNK_ROWS]
         entries = context.load(name, (None, 2))
         if entries is None:
-            entries = candidate_clusters(context, rows[which], label[which], threshold)
+            if representative is not None:
+                chosen = chosen[representative[chosen] == chosen]
+            entries = candidate_clusters(context, chosen, label[chosen], threshold)
             context.save(name, entries)
             failpoint("balance:candidate_clusters", step=chunk)
-        parts.append(entries)
+        parts.append(entries.astype(dtype))
     return np.concatenate(parts)
 
 
@@ -88,7 +101,7 @@ class Pairs:
     """Pairs of clusters a < b, each with the samples that have the other one as a candidate.
 
     Attributes:
-        rows: int64 row numbers; pair p has rows[starts[p]:middles[p]] of cluster a and rows[middles[p]:starts[p+1]] of
+        rows: row numbers; pair p has rows[starts[p]:middles[p]] of cluster a and rows[middles[p]:starts[p+1]] of
             cluster b, neither of them empty.
     """
 
@@ -103,6 +116,12 @@ class Pairs:
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
         """Samples on the two sides of each pair, int64 [pairs] each."""
         return self.middles - self.starts[:-1], self.starts[1:] - self.middles
+
+    @property
+    def products(self) -> float:
+        """Pairs of samples to compare."""
+        left, right = self.sizes
+        return float(left.astype(np.float64) @ right)
 
 
 def match_candidates(entries: np.ndarray, label: np.ndarray, k: int) -> Pairs:
@@ -122,42 +141,86 @@ def match_candidates(entries: np.ndarray, label: np.ndarray, k: int) -> Pairs:
     return Pairs(rows, np.concatenate([[0], ends]).astype(np.int64), (ends - right[both]).astype(np.int64))
 
 
+def exchange_entries(context: BalanceContext, entries: np.ndarray) -> dict[int, list[np.ndarray]]:
+    """The entries of the pairs that this rank compares, by bin. A collective unless the context is `alone`.
+
+    A bin holds a range of pairs and belongs to one rank. Which bin a pair is in does not depend on the number of ranks.
+
+    Args:
+        entries: int [entries, 2], this rank's share of those of all samples; see `find_candidates`.
+    """
+    label, k, ranks = context.clusters.label, len(context.clusters.sizes), context.ranks
+    most = context.rows.num_rows * context.settings.neighbor_clusters
+    width = -(-k * k // min(max(most // BIN_ENTRIES, 1), MAX_BINS))
+
+    def bins_of(rows: np.ndarray) -> np.ndarray:
+        own, other = label[rows[:, 0]].astype(np.int64), rows[:, 1].astype(np.int64)
+        return (np.minimum(own, other) * k + np.maximum(own, other)) // width
+
+    blocks = (entries[low : low + _SENT_ENTRIES] for low in range(0, len(entries), _SENT_ENTRIES))
+    received: dict[int, list[np.ndarray]] = {}
+    sent = ((block, bins_of(block) % ranks.world) for block in blocks)
+    for block in ranks.exchange(sent, 2, entries.dtype):
+        number = bins_of(block)
+        order = np.argsort(number, kind="stable")
+        block, number = block[order], number[order]
+        starts = np.flatnonzero(np.diff(number, prepend=-1))
+        for part, at in zip(np.split(block, starts[1:]), number[starts].tolist()):
+            received.setdefault(at, []).append(part.copy())  # a view would keep the whole block
+    return received
+
+
 def link_neighbors(
-    context: BalanceContext, representative: np.ndarray, threshold: float, candidates: np.ndarray
+    context: BalanceContext, representative: np.ndarray, threshold: float, entries: np.ndarray
 ) -> np.ndarray:
     """Merges the groups of the first pass that are linked across clusters. A collective unless the context is `alone`.
 
     Args:
-        representative: int64 [n], of the first pass.
-        candidates: int64 [entries, 2], of all samples; see `find_candidates`.
+        representative: int [n], of the first pass.
+        entries: int [entries, 2], this rank's share of those of all samples; see `find_candidates`.
 
     Returns:
-        int64 [n], the representatives after both passes.
+        int [n], the representatives after both passes.
     """
-    clusters, link = context.clusters, context.settings.link
-    if link == "greedy":  # samples that the first pass removed no longer count
-        candidates = candidates[representative[candidates[:, 0]] == candidates[:, 0]]
-    pairs = match_candidates(candidates, clusters.labels(), len(clusters.sizes))
-    left, right = (side.astype(np.float64) for side in pairs.sizes)
-    if not context.alone:
-        flop = 2 * (left @ right) * context.rows.dim
-        log.info(
-            "%d pairs of neighbouring clusters, %d samples to compare, %.3g flop", len(pairs), len(pairs.rows), flop
-        )
+    if context.settings.link == "greedy":  # samples that the first pass removed no longer count
+        entries = entries[representative[entries[:, 0]] == entries[:, 0]]
+    received = exchange_entries(context, entries)
+    del entries
+    failpoint("balance:exchange")
+    label, k = context.clusters.label, len(context.clusters.sizes)
+    # One bin at a time: most entries have no partner.
+    binned = {number: match_candidates(np.concatenate(received.pop(number)), label, k) for number in sorted(received)}
+    links = _link_bins(context, binned, representative, threshold)
+    del binned
+    failpoint("balance:merge")
+    return merge_groups(representative, links, context.clusters.priority, context.settings.link, context.ranks)
+
+
+def _link_bins(
+    context: BalanceContext, binned: dict[int, Pairs], representative: np.ndarray, threshold: float
+) -> np.ndarray:
+    """The links of this rank's pairs, [E, 2] in the type of `representative`. A collective unless `alone`."""
     options = context.link_options(threshold, linking.PANEL_BYTES // 4)
-    # A part is as large as its work, or as the rows that are held for it.
-    cost = np.maximum(left * right, (left + right) / (options.panel or 1) * context.part_pairs)
-    parts = [np.empty((0, 2), np.int64)]
+    if not context.alone:
+        counts = [[len(pairs), len(pairs.rows), pairs.products] for pairs in binned.values()]
+        number, samples, products = context.ranks.sum(np.array(counts, np.float64).reshape(-1, 3).sum(axis=0))
+        flop = 2 * products * context.rows.dim
+        log.info("%d pairs of neighbouring clusters, %d samples to compare, %.3g flop", number, samples, flop)
+    parts = [np.empty((0, 2), representative.dtype)]
     with context.stop_together():
-        for low, high in context.parts(cost):
-            name = f"cross-cluster-{low}-{high}"
-            links = context.load(name, (None, 2))
-            if links is None:
-                links = _link_pairs(context, pairs, low, high, representative, options)
-                context.save(name, links)
-                failpoint("balance:cross_cluster")
-            parts.append(links)
-    return merge_groups(representative, context.gather(np.concatenate(parts)), clusters.priority, link)
+        for number, pairs in binned.items():
+            left, right = (side.astype(np.float64) for side in pairs.sizes)
+            # A part is as large as its work, or as the rows that are held for it.
+            cost = np.maximum(left * right, (left + right) / (options.panel or 1) * context.part_pairs)
+            for low, high in itertools.pairwise(part_bounds(cost, context.part_pairs).tolist()):
+                name = f"cross-cluster-{number}-{low}-{high}"
+                links = context.load(name, (None, 2))
+                if links is None:
+                    links = _link_pairs(context, pairs, low, high, representative, options)
+                    context.save(name, links)
+                    failpoint("balance:cross_cluster")
+                parts.append(links.astype(representative.dtype))
+    return np.concatenate(parts)
 
 
 def _link_pairs(
@@ -221,51 +284,3 @@ def _link_large(
         moved = np.flatnonzero(root != np.arange(len(node)))
         parts.append(np.stack([node[root[moved]], node[moved]], axis=1))
     return np.concatenate(parts)
-
-
-def merge_groups(representative: np.ndarray, links: np.ndarray, priority: np.ndarray, link: Link) -> np.ndarray:
-    """Merges the groups of the first pass that are linked.
-
-    Args:
-        representative: int64 [n], of the first pass.
-        links: int64 [E, 2], between rows that are their own representative.
-        priority: [n], smaller is preferred, ties by row.
-
-    Returns:
-        int64 [n], the representative of every row.
-    """
-    if not len(links):
-        return representative
-    rows = np.unique(links)
-    rows = rows[np.argsort(priority[rows], kind="stable")]
-    by_number = np.argsort(rows)
-    place = by_number[np.searchsorted(rows, links, sorter=by_number)]
-    parent = np.arange(len(rows), dtype=np.int64)
-    if link == "components":
-        union(parent, place[:, 0], place[:, 1])
-        parent = find(parent, np.arange(len(rows)))
-    else:
-        greedy_keep(parent, place.min(axis=1), place.max(axis=1))
-    out = representative.copy()
-    out[rows] = rows[parent]
-    return out[representative]  # a sample removed in the first pass follows its representative
-
-
-def greedy_keep(parent: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-    """Greedy keep in parallel rounds; sets the parent of every removed place to the first kept place linked to it.
-
-    Args:
-        parent: int64 [places], in order of preference, each its own parent.
-        low, high: int64 [E], the preferred place of each link and the other one.
-    """
-    kept, removed = np.zeros(len(parent), bool), np.zeros(len(parent), bool)
-    while not (kept | removed).all():
-        removed[high[kept[low]]] = True
-        # Keep places without an undecided place before them: at least the first undecided one in every round.
-        waits = np.zeros(len(parent), bool)
-        waits[high[~(kept | removed)[low]]] = True
-        kept |= ~waits & ~removed
-    first = np.full(len(parent), len(parent), np.int64)
-    by_kept = kept[low]
-    np.minimum.at(first, high[by_kept], low[by_kept])
-    parent[removed] = first[removed]

@@ -14,14 +14,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-import torch
 
 from megacid.distributed.consensus import broadcast_json
-from megacid.distributed.stopping import Progress, no_progress
-from megacid.offline.balance.context import BalanceContext, Keep
+from megacid.distributed.stopping import Progress
+from megacid.offline.balance.context import BalanceContext
 from megacid.offline.balance.cross_cluster import find_candidates, link_neighbors
-from megacid.offline.balance.linking import check_unit
 from megacid.offline.balance.medoids import represent_by_medoids
+from megacid.offline.balance.row_numbers import is_own
 from megacid.offline.balance.threshold_search import (
     MAX_PASSES,
     SHARE_TOLERANCE,
@@ -31,9 +30,6 @@ from megacid.offline.balance.threshold_search import (
     search_threshold,
 )
 from megacid.offline.balance.within_cluster import link_clusters
-from megacid.offline.nearest import prepare
-from megacid.offline.random_streams import RandomStream
-from megacid.offline.rows import Rows
 
 log = logging.getLogger(__name__)
 
@@ -43,48 +39,17 @@ class Decision:
     """The samples kept, by embedding row."""
 
     keep: np.ndarray  # bool [n]
-    representative: np.ndarray  # int64 [n], the row kept for each row's group, before the cap
+    representative: np.ndarray  # int [n], the row kept for each row's group, before the cap
     threshold: float  # Euclidean distance below which pairs were linked
     curve: Curve  # points visited by the search; empty when the threshold was given
     searched_rows: int  # samples the threshold was searched on, 0 when it was given
-    # int64 [n], representatives after the first pass, before medoids; `representative` itself without a second pass.
+    # int [n], representatives after the first pass, before medoids; `representative` itself without a second pass.
     first_pass: np.ndarray
 
     @property
     def removed_across_clusters(self) -> int:
         """Number of samples that the first pass kept and the second one removed."""
-        number = np.arange(len(self.representative))
-        return int((self.first_pass == number).sum() - (self.representative == number).sum())
-
-
-def preference(
-    keep: Keep, score: np.ndarray, seed: int, image: Rows, text: Rows | None, progress: Progress = no_progress
-) -> np.ndarray:
-    """The order in which samples are preferred, float [n]: smaller is kept first.
-
-    Args:
-        score: [n], similarity to the centroid.
-        text: caption embeddings, for keep="caption".
-
-    Raises:
-        UserError: naming an embedding that is zero or not finite.
-    """
-    if keep in ("nearest", "medoid"):  # with medoids this is the order of the cap alone
-        return -score.astype(np.float32)
-    if keep == "farthest":
-        return score.astype(np.float32)
-    if keep == "random":
-        return np.random.default_rng([seed, RandomStream.KEEP_ORDER]).permutation(len(score)).astype(np.float64)
-    assert text is not None
-    out, block = np.empty(len(score), np.float32), 65536
-    for low in range(0, len(score), block):
-        high = min(low + block, len(score))
-        v, t = (prepare(rows.read(low, high), "cosine", torch.device("cpu")) for rows in (image, text))
-        for x_BD, rows in ((v, image), (t, text)):
-            check_unit(x_BD, rows, np.arange(low, high))
-        progress(0)
-        out[low:high] = -(v * t).sum(1).numpy()
-    return out
+        return int(is_own(self.first_pass).sum() - is_own(self.representative).sum())
 
 
 def decide(context: BalanceContext) -> Decision:
@@ -97,7 +62,7 @@ def decide(context: BalanceContext) -> Decision:
     if threshold is None:
         with context.stop_together():
             # Only one rank searches: two devices may round a product differently.
-            result = search_threshold(context) if context.rank == 0 else None
+            result = search_threshold(context) if context.ranks.rank == 0 else None
         threshold, points, searched = broadcast_json(result, context.group)
         curve = [(float(at), float(kept)) for at, kept in points]
         log.info("threshold %.5f found on %d of %d samples", threshold, searched, context.rows.num_rows)
@@ -123,15 +88,14 @@ def _link_to_target(
     assert target is not None
     tolerance = max(SHARE_TOLERANCE, 0.5 / max(context.rows.num_rows, 1))
     passes: Curve = []
-    best: tuple[Decision, BalanceContext] | None = None
+    contexts: list[BalanceContext] = []
     following: float | None = threshold
     while following is not None and len(passes) < MAX_PASSES:
         decision = _link(context, following, curve, searched)
         passes.append((following, float(decision.keep.mean())))
-        if best is None or abs(passes[-1][1] - target) < abs(float(best[0].keep.mean()) - target):
-            best = decision, context
+        contexts.append(context)
         if abs(passes[-1][1] - target) <= tolerance:
-            return best
+            break
         if searched == context.rows.num_rows:  # the search has tried all thresholds on all samples
             break
         log.info("threshold %.5f keeps %.2f %% of all samples, the target is %.2f %%: searching on", following,
@@ -139,10 +103,15 @@ def _link_to_target(
         following = next_threshold(target, passes, curve)
         # The name of a pass is in those of its partial results; the progress counts the rows of the first pass only.
         context = replace(context, prefix=f"pass-{len(passes)}-", progress=partial(_poll, context.progress))
-    assert best is not None
-    if context.rank == 0:
+    gaps = [abs(kept - target) for _, kept in passes]
+    best = gaps.index(min(gaps))
+    if gaps[best] > tolerance and context.ranks.rank == 0:
         log.warning("%s", explain_share(target, passes if len(passes) > 1 else curve))
-    return best
+    if best < len(passes) - 1:  # its partial results are kept; two decisions are too many for the memory
+        del decision
+        again = replace(contexts[best], progress=partial(_poll, context.progress))
+        decision = _link(again, passes[best][0], curve, searched)
+    return decision, contexts[best]
 
 
 def _poll(progress: Progress, rows: int) -> None:
@@ -154,12 +123,11 @@ def _link(context: BalanceContext, threshold: float, curve: Curve, searched: int
     settings, clusters = context.settings, context.clusters
     first_pass = representative = link_clusters(context, threshold)
     if context.assigner is not None and threshold > 0:
-        rows = clusters.rows
-        if settings.link == "greedy":
-            rows = rows[representative[rows] == rows]  # the second pass compares only samples that the first one kept
+        # The second pass of greedy keep compares only samples that the first one kept.
+        first = representative if settings.link == "greedy" else None
         with context.stop_together():
-            candidates = find_candidates(context, rows, threshold)
-        representative = link_neighbors(context, representative, threshold, context.gather(candidates))
+            found = [find_candidates(context, clusters.rows, threshold, first)]
+        representative = link_neighbors(context, representative, threshold, found.pop())  # which frees the entries
     keep = clusters.keep_mask(representative, settings.cap)
     decision = Decision(keep, representative, threshold, curve, searched, first_pass)
     return _with_medoids(context, decision) if settings.keep == "medoid" and settings.cap is not None else decision

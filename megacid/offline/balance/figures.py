@@ -17,9 +17,10 @@ from megacid.errors import UserError
 from megacid.offline.balance import drawing
 from megacid.offline.balance.cluster_process import ClusterProcess, choose_cluster, cluster_process
 from megacid.offline.balance.gallery import image_reader, page
-from megacid.offline.balance.groups import Groups, perceptual_distance, representative_distance
+from megacid.offline.balance.groups import Groups, perceptual_distance, sample_groups
 from megacid.offline.balance.inputs import CELLS, BalanceInputs, SampleLocations, damaged_cells, read_inputs
 from megacid.offline.balance.report import cluster_sizes, size_statistics
+from megacid.offline.balance.row_numbers import all_rows, row_dtype
 from megacid.offline.figure_style import COLOURS, figure_style, save_figure
 from megacid.offline.rows import EmbeddingRows
 from megacid.storage.atomic import write_text
@@ -45,7 +46,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Balanced:
-    """A finished stage, by embedding row. representative: int64 [n]; keep: bool [n]; report: report.json."""
+    """A finished stage, by embedding row. representative: int [n]; keep: bool [n]; report: report.json."""
 
     inputs: BalanceInputs
     locations: SampleLocations
@@ -75,22 +76,23 @@ def read_balanced(
     clusters = Path(clusters or source.get("clusters", balance / CELLS))
     inputs = read_inputs(embeddings, clusters, shards or Path(source["shards"]))
     index = inputs.index
-    if meta["shards_digest"] != index.digest or meta["arguments"]["labels"] != inputs.labels_digest():
+    if meta["shards_digest"] != index.digest or meta["arguments"]["labels"] != inputs.labels_digest:
         raise UserError(
             f"{balance} was made from other clusters than {clusters}: run tools/balance.py again, or give the right "
             "ones with --clusters"
         )
-    locations = inputs.locate()
+    locations = SampleLocations(index, inputs.locate(range(len(inputs.rows.stems))))
     at = locations.number
 
-    def read(kind: str) -> np.ndarray:
+    def read(kind: str, dtype: np.dtype) -> np.ndarray:
         files = [balance / kind / f"{name}.npy" for name in index.names]
-        return np.concatenate([_read_array(path, size) for path, size in zip(files, index.sizes.tolist())])[at]
+        parts = [_read_array(path, size).astype(dtype) for path, size in zip(files, index.sizes.tolist())]
+        return np.concatenate(parts)[at]
 
-    row = np.full(index.num_samples, -1, np.int64)
-    row[at] = np.arange(inputs.rows.num_rows)
+    row = np.full(index.num_samples, -1, row_dtype(inputs.rows.num_rows))
+    row[at] = all_rows(inputs.rows.num_rows)
     report = json.loads((balance / "report.json").read_text())
-    return Balanced(inputs, locations, report, row[read("representative")], read("keep"))
+    return Balanced(inputs, locations, report, row[read("representative", at.dtype)], read("keep", np.dtype(bool)))
 
 
 def _read_array(path: Path, size: int) -> np.ndarray:
@@ -103,7 +105,7 @@ def _read_array(path: Path, size: int) -> np.ndarray:
 def make_figures(balanced: Balanced, choice: Choice, out: Path) -> list[Path]:
     """Writes fig2a to fig2d as .png, .svg and .pdf, and index.html. Returns the paths."""
     inputs, keep, representative = balanced.inputs, balanced.keep, balanced.representative
-    groups = Groups(representative, representative_distance(inputs.rows, representative))
+    groups = sample_groups(inputs.rows, representative)
     limit = perceptual_distance(balanced.threshold, choice.perceptual)
     before, after = cluster_sizes(inputs.label, keep, inputs.k)
     cluster = choice.cluster
@@ -130,7 +132,7 @@ def make_figures(balanced: Balanced, choice: Choice, out: Path) -> list[Path]:
     report = balanced.report
     summary = (
         f"{report['kept']:,} of {report['total']:,} samples kept ({report['share_kept']:.2%}); pairs nearer than "
-        f"{balanced.threshold:.4f} are linked; {len(groups):,} groups of at least two samples"
+        f"{balanced.threshold:.4f} are linked; {len(groups):,} groups of at least two samples{groups.note}"
     )
     write_text(out / "index.html", page("Image semantic balance", summary, sections))
     return [*paths, out / "index.html"]
@@ -138,17 +140,17 @@ def make_figures(balanced: Balanced, choice: Choice, out: Path) -> list[Path]:
 
 def _caption_a(groups: Groups, limit: float) -> str:
     return (
-        f"{groups.count_perceptual(limit):,} of {len(groups):,} groups: every removed image is nearer than {limit:.4f} "
-        "to the kept one. The groups shown are evenly spaced from the tightest to the loosest. A blue frame marks the "
-        "kept image; the number below another image is its distance to the kept one."
+        f"{groups.count_perceptual(limit):,} of {len(groups):,} groups{groups.note}: every removed image is nearer "
+        f"than {limit:.4f} to the kept one. The groups shown are evenly spaced from the tightest to the loosest. A "
+        "blue frame marks the kept image; the number below another image is its distance to the kept one."
     )
 
 
 def _caption_b(groups: Groups, limit: float, threshold: float) -> str:
     return (
-        f"{len(groups) - groups.count_perceptual(limit):,} of {len(groups):,} groups: at least one removed image is at "
-        f"a distance of {limit:.4f} or more. The groups shown are those whose largest distance is nearest to the "
-        f"threshold, {threshold:.4f}."
+        f"{len(groups) - groups.count_perceptual(limit):,} of {len(groups):,} groups{groups.note}: at least one "
+        f"removed image is at a distance of {limit:.4f} or more. The groups shown are those whose largest distance is "
+        f"nearest to the threshold, {threshold:.4f}."
     )
 
 

@@ -46,7 +46,7 @@ def image_reader(locations: SampleLocations, progress: Progress = no_progress) -
 
         def show(number: int) -> tuple[Image.Image, str, str]:
             progress(0)
-            shard, row = int(locations.shard[number]), int(locations.row[number])
+            shard, row = locations.place(number)
             name, key = reader.index.names[shard], reader.index.table(shard).keys[row]
             image, caption = _placeholder(), ""
             try:
@@ -84,13 +84,14 @@ def gallery_page(groups: Groups, decision: Decision, report: dict[str, Any], cou
     sections = [
         (
             "Perceptual redundancy",
-            f"{perceptual:,} groups in which every removed image is nearer than {limit:.4f}, {PERCEPTUAL_SHARE:.0%} of "
-            "the threshold, to the kept one (blue frame).",
+            f"{perceptual:,} groups{groups.note} in which every removed image is nearer than {limit:.4f}, "
+            f"{PERCEPTUAL_SHARE:.0%} of the threshold, to the kept one (blue frame).",
             group_rows(groups.perceptual(limit, -(-count // 2), _MEMBERS), decision.keep, show),
         ),
         (
             "Semantic redundancy",
-            f"{len(groups) - perceptual:,} groups with a removed image at a larger distance from the kept one.",
+            f"{len(groups) - perceptual:,} groups{groups.note} with a removed image at a larger distance from "
+            "the kept one.",
             group_rows(groups.semantic(limit, count // 2, _MEMBERS), decision.keep, show),
         ),
     ]

@@ -1,19 +1,26 @@
 """Groups of redundant samples: perceptual ones (copies of an image) and semantic ones, ordered by spread.
 
-Legend: n samples with an embedding.
+Of a large set the groups are a sample, those whose representative has a small hash: they do not depend on the number of
+ranks, and few rows are read.
+
+Legend: n samples with an embedding, m of them in the groups that are shown or counted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from megacid.data.order import splitmix64
 from megacid.errors import UserError
+from megacid.offline.balance.row_numbers import row_blocks
 from megacid.offline.nearest import prepare
-from megacid.offline.rows import Rows
+from megacid.offline.rows import Rows, SubsetRows
 
+SAMPLED_ROWS = 100_000  # removed samples in the groups of a large set, about
 PERCEPTUAL_SHARE = 0.5  # default limit of perceptual redundancy, as a share of the threshold
 
 
@@ -53,14 +60,54 @@ def perceptual_distance(threshold: float, requested: float | None = None) -> flo
     return requested
 
 
+def sample_groups(image: Rows, representative: np.ndarray) -> Groups:
+    """The groups of at least two samples, all or about as many as have SAMPLED_ROWS removed samples.
+
+    representative: int [n], of the rows of `image`.
+    """
+    removed = sum(int((moved >= 0).sum()) for _, moved in _removed(representative))
+    share = min(1.0, SAMPLED_ROWS / max(removed, 1))
+    parts = [np.empty(0, np.int64)]
+    for first, moved in _removed(representative):
+        chosen = moved >= 0
+        if share < 1:
+            chosen &= splitmix64(moved.astype(np.uint64)) < np.uint64(share * 2.0**64)
+        parts.append(np.flatnonzero(chosen) + first)
+    members = np.concatenate(parts)
+    rows = np.union1d(members, representative[members])
+    place = np.searchsorted(rows, representative[rows])
+    return Groups(place, representative_distance(SubsetRows(image, rows), place), rows, share)
+
+
+def _removed(representative: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (first row, representative of each row, -1 where that is the row itself) of blocks of rows."""
+    for block in row_blocks(0, len(representative)):
+        own = representative[block]
+        yield block.start, np.where(own != np.arange(block.start, block.stop), own, -1)
+
+
 class Groups:
-    """All groups of at least two samples, ordered by spread.
+    """Groups of at least two samples, ordered by spread.
 
     A group is *perceptual* when its spread is below a limit, else *semantic*.
+
+    Attributes:
+        spread: float [groups], ascending.
+        note: For texts that count groups: empty, or that they are a sample.
     """
 
-    def __init__(self, representative: np.ndarray, distance: np.ndarray) -> None:
-        """representative: int64 [n]; distance: float [n], of each sample to its representative."""
+    def __init__(
+        self, representative: np.ndarray, distance: np.ndarray, rows: np.ndarray | None = None, share: float = 1.0
+    ) -> None:
+        """
+        Args:
+            representative: int [m], place of the sample that represents each.
+            distance: float [m], of each sample to its representative.
+            rows: int [m], ascending, row number of each sample; None: its place.
+            share: of all groups, about.
+        """
+        self._rows = np.arange(len(representative)) if rows is None else rows
+        self.note = f" (of a sample of about {share:.2g} of all groups)" if share < 1 else ""
         linked = np.flatnonzero(representative != np.arange(len(representative)))
         self._kept, group = np.unique(representative[linked], return_inverse=True)
         self._distance = distance
@@ -69,7 +116,7 @@ class Groups:
         self._members = linked[np.lexsort((distance[linked], group))]
         self._ends = np.cumsum(np.bincount(group, minlength=len(self._kept)))
         self._ranked = np.argsort(spread, kind="stable")
-        self.spread = spread[self._ranked]  # ascending
+        self.spread = spread[self._ranked]
 
     def __len__(self) -> int:
         return len(self._ranked)
@@ -81,7 +128,7 @@ class Groups:
         shown = removed[np.unique(np.linspace(0, len(removed) - 1, min(members - 1, len(removed))).astype(int))]
         rows = np.concatenate([[self._kept[number]], shown])
         distances = np.concatenate([[0.0], self._distance[shown]])
-        return Group(rows, distances, len(removed) + 1, float(self.spread[place]))
+        return Group(self._rows[rows], distances, len(removed) + 1, float(self.spread[place]))
 
     def count_perceptual(self, limit: float) -> int:
         return int(np.searchsorted(self.spread, limit, side="left"))

@@ -6,9 +6,10 @@ Legend: n samples with an embedding, k clusters.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from megacid.data.index import ShardIndex, ShardReader, read_sample_json
 from megacid.distributed.stopping import Progress, no_progress
+from megacid.offline.balance.row_numbers import row_dtype
 from megacid.offline.cluster.results import read_labels
 from megacid.offline.cluster.stage import first_damaged
 from megacid.offline.rows import EmbeddingRows
@@ -33,8 +35,8 @@ class BalanceInputs:
     index: ShardIndex
     clusters: Path  # the folder of the labels
     label: np.ndarray  # int32 [n], the cluster of each sample, -1 for none
-    score: np.ndarray  # float32 (older folders: float16) [n], similarity to its centroid
     k: int
+    labels_digest: str  # sha256 of the labels and scores of all samples
 
     @property
     def source(self) -> dict[str, str]:
@@ -42,43 +44,43 @@ class BalanceInputs:
         folders = {"embeddings": self.rows.directory, "clusters": self.clusters}
         return {name: str(folder.resolve()) for name, folder in folders.items()} | {"shards": self.index.paths.source}
 
-    def labels_digest(self) -> str:
-        """sha256 of the labels and scores of all samples."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.label).tobytes())
-        digest.update(np.ascontiguousarray(self.score).tobytes())
-        return digest.hexdigest()
-
-    def locate(self) -> SampleLocations:
-        """Joins samples and tars by key."""
-        shard, row = np.empty(self.rows.num_rows, np.int32), np.empty(self.rows.num_rows, np.int64)
-        for partition in range(len(self.rows.stems)):
-            where = slice(int(self.rows.starts[partition]), int(self.rows.starts[partition + 1]))
-            shard[where], row[where] = rows_in_tar(self.rows, self.index, partition)
-        return SampleLocations(self.index, shard, row)
+    def locate(self, partitions: range, progress: Progress = no_progress) -> np.ndarray:
+        """Joins samples and tars by key: the numbers of the samples of some partitions, as in `SampleLocations`."""
+        starts = self.index.starts
+        parts = [np.empty(0, row_dtype(self.index.num_samples))]
+        for partition in partitions:
+            shard, row = rows_in_tar(self.rows, self.index, partition)
+            parts.append((starts[shard] + row).astype(parts[0].dtype))
+            progress(0)
+        return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
 class SampleLocations:
-    """Where each embedded sample is in the tars. shard: int32 [n]; row: int64 [n], its row in that tar."""
+    """Where each embedded sample is in the tars. number: int [n], in the samples of all tars, in their order."""
 
     index: ShardIndex
-    shard: np.ndarray
-    row: np.ndarray
+    number: np.ndarray
 
-    @property
-    def number(self) -> np.ndarray:
-        """int64 [n]: the samples of all tars, numbered in order."""
-        return self.index.starts[self.shard] + self.row
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return self.index.starts
+
+    def place(self, row: int) -> tuple[int, int]:
+        """(tar, row in it) of the sample of an embedding row."""
+        number = int(self.number[row])
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return shard, number - int(self._starts[shard])
 
     def has_field(self, field: str) -> bool:
         """Whether the first sample's json holds `field`; one tool writes a whole folder, so the others do, too."""
         with closing(ShardReader(self.index)) as reader:
             return field in read_sample_json(reader, int(np.flatnonzero(self.index.sizes)[0]), 0)
 
-    def read_json(self, rows: np.ndarray, progress: Progress = no_progress) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yields key and json of some samples. rows: int64 embedding rows; progress: called with 0 for every sample."""
+    def read_json(self, rows: Iterable[int], progress: Progress = no_progress) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields key and json of some samples. rows: embedding rows; progress: called with 0 for every sample."""
         with closing(ShardReader(self.index)) as reader:
-            for shard, row in zip(self.shard[rows].tolist(), self.row[rows].tolist()):
+            for shard, row in map(self.place, rows):
                 progress(0)
                 yield self.index.table(shard).keys[row], read_sample_json(reader, shard, row)
 
@@ -102,9 +104,16 @@ def read_inputs(embeddings: Path, clusters: Path, shards: str | Path | None = No
         UserError: an input is damaged, or they do not belong together.
     """
     rows = EmbeddingRows(embeddings)
-    return add_labels(rows, load_tars(rows, shards), clusters)
+    return add_labels(rows, load_tars(rows, shards), clusters)[0]
 
 
-def add_labels(rows: EmbeddingRows, index: ShardIndex, clusters: Path) -> BalanceInputs:
-    """Reads and checks the labels of the embeddings. Raises as `read_inputs`."""
-    return BalanceInputs(rows, index, Path(clusters), *read_labels(clusters, rows))
+def add_labels(rows: EmbeddingRows, index: ShardIndex, clusters: Path) -> tuple[BalanceInputs, np.ndarray]:
+    """Reads and checks the labels of the embeddings. Raises as `read_inputs`.
+
+    Returns:
+        The inputs, and float32 (older folders: float16) [n], similarity of each sample to its centroid.
+    """
+    label, score, k = read_labels(clusters, rows)
+    digest = hashlib.sha256(label.data)
+    digest.update(score.data)
+    return BalanceInputs(rows, index, Path(clusters), label, k, digest.hexdigest()), score

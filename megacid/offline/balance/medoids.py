@@ -16,45 +16,68 @@ from torch import Tensor
 from megacid.failpoints import failpoint
 from megacid.offline.balance.context import BalanceContext
 from megacid.offline.balance.linking import UnitRows
+from megacid.offline.balance.row_numbers import members_of, row_blocks
 
 _BLOCK_ROWS = 4096  # rows in float64 at once; with their means they take 0.1 GB at D = 1280
 _PART_ROWS = 8192  # rows in one partial result, which may have twice as many, or one larger group and as many more
+_RANGES = 1 << 20  # ranges of representatives, of which a part has one or more
 _TIE = 1e-12  # squared distances this near to each other differ by rounding alone
 
 
 def represent_by_medoids(context: BalanceContext, representative: np.ndarray) -> np.ndarray:
-    """The representatives int64 [n] of the same groups, each the medoid of its group. A collective.
+    """The representatives int [n] of the same groups, each the medoid of its group. A collective.
+
+    A rank has the groups of a range of representatives; it changes none of those of the others.
 
     Args:
-        representative: int64 [n], a row of its group for every row; that row is its own.
+        representative: int [n], a row of its group for every row; that row is its own.
 
     Raises:
         UserError: naming an embedding that is zero or not finite.
     """
-    removed = np.flatnonzero(representative != np.arange(len(representative)))
-    rows = np.concatenate([removed, np.unique(representative[removed])])
-    rows = rows[np.lexsort((rows, representative[rows]))]
-    starts = np.flatnonzero(np.diff(representative[rows], prepend=-1, append=-1))
-    sizes, medoid = np.diff(starts), rows[starts[:-1]]
-    read = np.flatnonzero(sizes > 2)
-    mine = [np.empty(0, np.int64)]
-    with context.stop_together():
-        for low, high in context.parts(sizes[read] / _PART_ROWS * context.part_pairs):
-            name = f"medoids-{low}-{high}"
-            part = context.load(name, (high - low,))
-            if part is None:
-                part = _medoids(context, [rows[starts[group] : starts[group + 1]] for group in read[low:high]])
-                context.save(name, part)
-                failpoint("balance:medoids", step=low)
-            mine.append(part)
-    medoid[read] = context.gather(np.concatenate(mine))
     out = representative.copy()
-    out[rows] = np.repeat(medoid, sizes)
+    with context.stop_together():
+        moved = _represent_share(context, representative)
+    for _, piece in context.ranks.pieces(moved):
+        out[piece[:, 0]] = piece[:, 1]
     return out
 
 
+def _represent_share(context: BalanceContext, representative: np.ndarray) -> np.ndarray:
+    """(row, medoid of its group) of all rows of this rank's groups, [m, 2] in the type of `representative`."""
+    n = len(representative)
+    width = max(-(-n // _RANGES), 1)
+    removed = np.zeros(-(-n // width), np.int64)
+    for block in row_blocks(0, n):
+        own = representative[block]
+        moved = own[own != np.arange(block.start, block.stop)]
+        removed += np.bincount(moved // width, minlength=len(removed))
+    parts = context.parts(removed / _PART_ROWS * context.part_pairs)
+    if not parts:
+        return np.empty((0, 2), representative.dtype)
+    rows = members_of(representative, parts[0][0] * width, parts[-1][1] * width)
+    rows = np.concatenate([rows, np.unique(representative[rows])])
+    rows = rows[np.lexsort((rows, representative[rows]))]
+    group = representative[rows]
+    starts = np.flatnonzero(np.diff(group, prepend=-1, append=-1))
+    sizes, first, medoid = np.diff(starts), group[starts[:-1]], rows[starts[:-1]]
+    for low, high in parts:
+        inside = slice(*np.searchsorted(first, [low * width, high * width]).tolist())
+        read = inside.start + np.flatnonzero(sizes[inside] > 2)
+        if not len(read):
+            continue
+        name = f"medoids-{width}-{low}-{high}"
+        part = context.load(name, (len(read),))
+        if part is None:
+            part = _medoids(context, [rows[starts[at] : starts[at + 1]] for at in read])
+            context.save(name, part)
+            failpoint("balance:medoids", step=low)
+        medoid[read] = part
+    return np.stack([rows, np.repeat(medoid, sizes)], axis=1)
+
+
 def _medoids(context: BalanceContext, groups: list[np.ndarray]) -> np.ndarray:
-    """The medoid of each group, int64 [G]. groups: int64, rows ascending, none empty."""
+    """The medoid of each group, int [G]. groups: int, rows ascending, none empty."""
     rows, sizes = np.concatenate(groups), np.array([len(group) for group in groups])
     group = np.repeat(np.arange(len(groups)), sizes)
     unit: UnitRows | Tensor = UnitRows(context.rows, rows, torch.device("cpu"))

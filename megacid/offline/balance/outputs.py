@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import json
 import logging
+from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megacid.data.index import ShardIndex
+from megacid.distributed.array_exchange import Ranks
+from megacid.distributed.consensus import broadcast_json
+from megacid.distributed.parallel import shard_range
 from megacid.distributed.stopping import Progress
-from megacid.errors import UserError
 from megacid.failpoints import failpoint
-from megacid.offline.balance import report
+from megacid.offline.balance import report, subset
 from megacid.offline.balance.context import BalanceSettings
 from megacid.offline.balance.deduplicate import Decision
 from megacid.offline.balance.gallery import gallery_page, image_reader
-from megacid.offline.balance.groups import Groups, representative_distance
+from megacid.offline.balance.groups import sample_groups
 from megacid.offline.balance.inputs import BalanceInputs, SampleLocations, damaged_cells
+from megacid.offline.balance.row_numbers import row_dtype
 from megacid.offline.rows import EmbeddingRows
 from megacid.storage.atomic import write_text
 from megacid.storage.npy import read_array, write_array
@@ -69,81 +73,114 @@ def write_outputs(
     inputs: BalanceInputs,
     decision: Decision,
     settings: BalanceSettings,
+    ranks: Ranks,
     progress: Progress,
 ) -> None:
-    """Writes all files, meta.json last. One rank calls it; progress: called with 0 for every tar and image."""
-    out, index = stage.path, inputs.index
-    locations = inputs.locate()
-    kept = _write_masks(out, locations, decision.keep, progress)
-    _write_representatives(out, locations, decision.representative)
-    statistics = report.decision_report(decision, inputs.label, inputs.k, settings.target_keep)
-    statistics["without_embedding"] = index.num_samples - inputs.rows.num_rows
-    if locations.has_field("origin"):
-        statistics |= report.planted_reports(report.origins(locations, progress), decision, inputs.label)
-    write_text(out / "report.json", json.dumps(statistics, indent=2) + "\n")
-    failpoint("balance:report")
-    has_subset = _write_subset(out / "subset.npy", locations, decision.keep, progress)
-    groups = Groups(decision.representative, representative_distance(inputs.rows, decision.representative))
-    with image_reader(locations, progress) as show:
-        page = gallery_page(groups, decision, statistics, stage.arguments["gallery_groups"], show)
-    write_text(out / "gallery.html", page)
-    failpoint("balance:gallery")
+    """Writes all files, meta.json last. A collective: each rank writes those of its tars, the first one the others.
+
+    progress: called with 0 for every tar and image.
+    """
+    out, index, rows = stage.path, inputs.index, inputs.rows
+    partitions = range(*shard_range(len(rows.stems), ranks.rank, ranks.world))
+    first, last = (int(rows.starts[at]) for at in (partitions.start, partitions.stop))
+    number = np.empty(rows.num_rows, row_dtype(index.num_samples))
+    with ranks.stop_together():
+        mine = inputs.locate(partitions, progress)
+    for place, piece in ranks.pieces(mine):
+        number[place : place + len(piece)] = piece
+    del mine
+    locations = SampleLocations(index, number)
+    with ranks.stop_together():
+        kept = _write_tars(out, inputs, decision, number, partitions, progress)
+        _write_empty_tars(out, inputs, ranks)
+        fields = [locations.has_field(name) for name in ("origin", "uid")] if ranks.rank == 0 else []
+    has_origin, has_subset = broadcast_json(fields, ranks.group)
+    kept = int(ranks.sum(np.array([kept]))[0])
+    statistics = report.decision_report(decision, inputs.label, inputs.k, settings.target_keep, ranks)
+    statistics["without_embedding"] = index.num_samples - rows.num_rows
+    if has_origin:
+        origin = _gather_origins(locations, range(first, last), ranks, progress)
+    with ranks.stop_together():
+        if ranks.rank == 0:
+            if has_origin:
+                statistics |= report.planted_reports(origin, decision, inputs.label)
+            write_text(out / "report.json", json.dumps(statistics, indent=2) + "\n")
+            failpoint("balance:report")
+    (out / "subset.npy").unlink(missing_ok=True)
+    if has_subset:
+        subset.write_subset(stage, locations, first + np.flatnonzero(decision.keep[first:last]), ranks, progress)
+    with ranks.stop_together():
+        if ranks.rank == 0:
+            groups = sample_groups(rows, decision.representative)
+            with image_reader(locations, progress) as show:
+                page = gallery_page(groups, decision, statistics, stage.arguments["gallery_groups"], show)
+            write_text(out / "gallery.html", page)
+            failpoint("balance:gallery")
+            _commit(stage, inputs, decision, settings, kept=kept, has_subset=has_subset)
+
+
+def _commit(
+    stage: StageDirectory, inputs: BalanceInputs, decision: Decision, settings: BalanceSettings, **facts: Any
+) -> None:
     names = ("target_keep", "link", "keep", "cap", "neighbor_clusters", "seed")
-    facts: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    facts |= {name: getattr(settings, name) for name in names}
     own = settings.cells is not None  # the clusters are in `out`, which may be moved
     source = {name: path for name, path in inputs.source.items() if not (own and name == "clusters")}
     stage.commit(
         source,
-        shards_digest=index.digest,
-        kept=kept,
-        total=index.num_samples,
+        shards_digest=inputs.index.digest,
+        total=inputs.index.num_samples,
         threshold=decision.threshold,
-        **facts,
         model=inputs.rows.meta["model"],
-        gallery_bytes=(out / "gallery.html").stat().st_size,
-        has_subset=has_subset,
+        gallery_bytes=(stage.path / "gallery.html").stat().st_size,
         arguments=stage.work.fingerprint,
+        **facts,
     )
 
 
-def _write_masks(out: Path, locations: SampleLocations, keep: np.ndarray, progress: Progress) -> int:
-    """keep/<tar>.npy: bool, whether each sample is kept; one without an embedding is not. Returns the number kept."""
-    index, total = locations.index, 0
-    for number, name in enumerate(index.names):
-        mask = np.zeros(int(index.sizes[number]), bool)
-        mask[locations.row[(locations.shard == number) & keep]] = True
-        total += int(mask.sum())
-        write_array(out / "keep" / f"{name}.npy", mask)
-        failpoint("balance:keep", step=number)
+def _write_tars(
+    out: Path, inputs: BalanceInputs, decision: Decision, number: np.ndarray, partitions: range, progress: Progress
+) -> int:
+    """Files of the tars of some partitions; returns the number of samples kept.
+
+    keep/<tar>.npy: bool, whether each sample is kept; one without an embedding is not.
+    representative/<tar>.npy: int64, the sample kept for each, numbered over all tars; -1: without an embedding.
+    """
+    index, rows, total = inputs.index, inputs.rows, 0
+    starts = index.starts
+    for partition in partitions:
+        shard = bisect_left(index.names, rows.stems[partition])
+        where = slice(int(rows.starts[partition]), int(rows.starts[partition + 1]))
+        row = number[where] - starts[shard]
+        mask = np.zeros(int(index.sizes[shard]), bool)
+        mask[row] = decision.keep[where]
+        numbers = np.full(len(mask), -1, np.int64)
+        numbers[row] = number[decision.representative[where]]
+        _write_tar(out, index.names[shard], mask, numbers)
+        total += int(np.count_nonzero(mask))
+        failpoint("balance:keep", step=shard)
         progress(0)
     return total
 
 
-def _write_representatives(out: Path, locations: SampleLocations, representative: np.ndarray) -> None:
-    """representative/<tar>.npy: int64, the sample kept for each, numbered over all tars; -1: without an embedding."""
-    index, number = locations.index, locations.number
-    numbers = np.full(index.num_samples, -1, np.int64)
-    numbers[number] = number[representative]
-    for shard, name in enumerate(index.names):
-        write_array(out / "representative" / f"{name}.npy", numbers[index.starts[shard] : index.starts[shard + 1]])
+def _write_empty_tars(out: Path, inputs: BalanceInputs, ranks: Ranks) -> None:
+    """Files of the tars that have no partition."""
+    empty = sorted(set(inputs.index.names) - set(inputs.rows.stems))
+    for name in empty[ranks.rank :: ranks.world]:
+        size = int(inputs.index.sizes[bisect_left(inputs.index.names, name)])
+        _write_tar(out, name, np.zeros(size, bool), np.full(size, -1, np.int64))
 
 
-def _write_subset(path: Path, locations: SampleLocations, keep: np.ndarray, progress: Progress) -> bool:
-    """DataComp's list of the uids kept. Returns False, and writes nothing, when the shards have no uids."""
-    path.unlink(missing_ok=True)
-    if not locations.has_field("uid"):
-        return False
-    values = [fields.get("uid") for _, fields in locations.read_json(np.flatnonzero(keep), progress)]
-    uids = [uid for uid in values if isinstance(uid, str)]
-    root = locations.index.root
-    if len(uids) < len(values):
-        raise UserError(
-            f"{len(values) - len(uids)} of {len(values)} kept samples of {root} have no uid, others have: the subset "
-            "file would lack them; add the uids"
-        )
-    try:
-        subset = report.subset_array(uids)
-    except ValueError as error:
-        raise UserError(f"{root}: {error}; correct the json members") from None
-    write_array(path, subset)
-    return True
+def _write_tar(out: Path, name: str, keep: np.ndarray, representative: np.ndarray) -> None:
+    write_array(out / "keep" / f"{name}.npy", keep)
+    write_array(out / "representative" / f"{name}.npy", representative)
+
+
+def _gather_origins(locations: SampleLocations, rows: range, ranks: Ranks, progress: Progress) -> np.ndarray:
+    """int64 [n]: see `report.origins`. A collective: each rank reads a share of the rows."""
+    with ranks.stop_together():
+        mine = report.origins(locations, rows, progress)
+    origin = np.empty(len(locations.number), np.int64)
+    for place, piece in ranks.pieces(mine):
+        origin[place : place + len(piece)] = piece
+    return origin

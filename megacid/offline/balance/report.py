@@ -5,27 +5,37 @@ Legend: n samples with an embedding, k clusters.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
 
+from megacid.distributed.array_exchange import ALONE, Ranks
+from megacid.distributed.parallel import shard_range
 from megacid.distributed.stopping import Progress
 from megacid.offline.balance.deduplicate import Decision
 from megacid.offline.balance.inputs import SampleLocations
+from megacid.offline.balance.row_numbers import row_blocks
 from megacid.offline.cluster.lloyd import imbalance_factor
 
 
+def count_powers(sizes: np.ndarray) -> np.ndarray:
+    """int64 [64]: sizes (int [m]) by their number of binary digits; those of 0 come first."""
+    counts = np.zeros(64, np.int64)
+    for block in row_blocks(0, len(sizes)):
+        counts += np.bincount(np.frexp(sizes[block].astype(np.float64))[1], minlength=64)
+    return counts
+
+
+def describe_powers(counts: np.ndarray) -> dict[str, int]:
+    """Counts by size in powers of two: "1", "2-3", "4-7", ...; zeros as "0". counts: see `count_powers`."""
+    names = ["0", "1", *(f"{1 << power}-{(2 << power) - 1}" for power in range(1, 63))]
+    return {name: count for name, count in zip(names, counts.tolist()) if count}
+
+
 def power_histogram(sizes: np.ndarray) -> dict[str, int]:
-    """Counts by size in powers of two: "1", "2-3", "4-7", ...; zeros as "0"."""
-    out = {}
-    if (sizes == 0).any():
-        out["0"] = int((sizes == 0).sum())
-    for power in range(int(sizes.max(initial=0)).bit_length()):
-        low, high = 1 << power, (2 << power) - 1
-        count = int(((sizes >= low) & (sizes <= high)).sum())
-        if count:
-            out[str(low) if low == high else f"{low}-{high}"] = count
-    return out
+    """Counts of sizes (int [m]); see `describe_powers`."""
+    return describe_powers(count_powers(sizes))
 
 
 def size_statistics(sizes: np.ndarray) -> dict[str, Any]:
@@ -39,35 +49,65 @@ def size_statistics(sizes: np.ndarray) -> dict[str, Any]:
     }
 
 
+def count_labels(label: np.ndarray, k: int) -> np.ndarray:
+    """int64 [k]: samples of every cluster. label: int [n], -1 for none."""
+    sizes = np.zeros(k + 1, np.int64)
+    for block in row_blocks(0, len(label)):
+        np.add.at(sizes, label[block], 1)  # -1 is the last one
+    return sizes[:k]
+
+
 def cluster_sizes(label: np.ndarray, keep: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """int64 [k] each: samples of every cluster before and after. label: int [n], -1 for none; keep: bool [n]."""
-    has = label >= 0
-    return np.bincount(label[has], minlength=k), np.bincount(label[has & keep], minlength=k)
+    return count_labels(label, k), count_labels(label[keep], k)
 
 
-def decision_report(decision: Decision, label: np.ndarray, k: int, target_keep: float | None) -> dict[str, Any]:
-    """The fields of report.json that need no look at the samples. label: int [n], -1 for none."""
-    before, after = cluster_sizes(label, decision.keep, k)
-    kept, total = int(decision.keep.sum()), len(decision.keep)
-    linked_kept = decision.representative == np.arange(total)
+def decision_report(
+    decision: Decision, label: np.ndarray, k: int, target_keep: float | None, ranks: Ranks = ALONE
+) -> dict[str, Any]:
+    """The fields of report.json that need no look at the samples. A collective: each rank counts a share of the rows.
+
+    label: int [n], -1 for none.
+    """
+    total = len(decision.keep)
+    share = shard_range(total, ranks.rank, ranks.world)
+    facts, powers, before, after = (ranks.sum(counts) for counts in _count_share(decision, label, k, *share))
+    kept, linked_kept, kept_of_linked, first_kept = facts.tolist()
     curve = decision.curve or [(0.0, 1.0), (decision.threshold, kept / total)]
     return {
         "total": total,
         "kept": kept,
         "share_kept": kept / total,
         "share_removed": 1 - kept / total,
-        "removed_by_links": int((~linked_kept).sum()),
-        "removed_across_clusters": decision.removed_across_clusters,
-        "removed_by_cap": int((linked_kept & ~decision.keep).sum()),
+        "removed_by_links": total - linked_kept,
+        "removed_across_clusters": first_kept - linked_kept,
+        "removed_by_cap": linked_kept - kept_of_linked,
         "threshold": decision.threshold,
         "cosine": 1 - decision.threshold**2 / 2,
         "target_keep": target_keep,
         "threshold_curve": [{"threshold": t, "share_kept": s} for t, s in curve],
         "searched_samples": decision.searched_rows,
-        "group_sizes": power_histogram(np.unique(decision.representative, return_counts=True)[1]),
+        "group_sizes": describe_powers(powers),
         "cluster_sizes_before": size_statistics(before),
         "cluster_sizes_after": size_statistics(after),
     }
+
+
+def _count_share(decision: Decision, label: np.ndarray, k: int, low: int, high: int) -> list[np.ndarray]:
+    """Counts of the rows [low, high), int64: kept, own representatives, both, own ones of the first pass; sizes of the
+    groups that they represent, as `count_powers`; cluster sizes before and after."""
+    keep, representative = decision.keep, decision.representative
+    facts, group_sizes = np.zeros(4, np.int64), np.zeros(high - low, np.int32)
+    for block in row_blocks(low, high):
+        own = np.arange(block.start, block.stop)
+        linked, first = representative[block] == own, decision.first_pass[block] == own
+        facts += [np.count_nonzero(flags) for flags in (keep[block], linked, linked & keep[block], first)]
+    for block in row_blocks(0, len(representative)):
+        group = representative[block]
+        np.add.at(group_sizes, group[(group >= low) & (group < high)] - low, 1)
+    powers = count_powers(group_sizes)
+    powers[0] = 0  # of rows that represent none
+    return [facts, powers, *cluster_sizes(label[low:high], keep[low:high], k)]
 
 
 def planted_reports(origin: np.ndarray, decision: Decision, label: np.ndarray) -> dict[str, Any]:
@@ -79,12 +119,11 @@ def planted_reports(origin: np.ndarray, decision: Decision, label: np.ndarray) -
     return reports
 
 
-def origins(locations: SampleLocations, progress: Progress) -> np.ndarray:
-    """int64 [n]: a number per planted group; a sample without `origin` is a group of its own."""
-    number: dict[str, int] = {}
-    samples = locations.read_json(np.arange(len(locations.row)), progress)
-    names = (str(fields.get("origin", key)) for key, fields in samples)
-    return np.array([number.setdefault(name, len(number)) for name in names], np.int64)
+def origins(locations: SampleLocations, rows: range, progress: Progress) -> np.ndarray:
+    """int64 [m]: a digest of the planted group of some rows; a sample without `origin` is a group of its own."""
+    names = (str(fields.get("origin", key)) for key, fields in locations.read_json(rows, progress))
+    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
+    return np.frombuffer(b"".join(digests), np.int64)
 
 
 def planted_report(
@@ -93,7 +132,7 @@ def planted_report(
     """How well planted copies were found.
 
     Args:
-        origin: int64 [n], the planted group of each sample; an original and its copies share one.
+        origin: int64 [n], a number of each sample's planted group; an original and its copies share one.
         keep, representative, label: [n].
 
     Returns:
@@ -132,12 +171,3 @@ def _pairs_within(a: np.ndarray, b: np.ndarray) -> int:
 
 def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
-
-
-def subset_array(uids: list[str]) -> np.ndarray:
-    """Uids of 32 hexadecimal digits as DataComp's sorted 'u8,u8' array. Raises ValueError for other uids."""
-    bad = next((uid for uid in uids if len(uid) != 32), None)
-    if bad is not None:
-        raise ValueError(f"uid {bad!r} has {len(bad)} characters, expected 32 hexadecimal digits")
-    halves = np.frombuffer(bytes.fromhex("".join(uids)), ">u8").astype("u8")
-    return np.sort(halves.view(np.dtype("u8,u8")))

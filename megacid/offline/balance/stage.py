@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from megacid.distributed.collectives import barrier
+from megacid.distributed.array_exchange import Ranks
 from megacid.distributed.consensus import any_rank
-from megacid.distributed.parallel import Parallel
-from megacid.distributed.stopping import StartProgress, no_progress, stop_together
+from megacid.distributed.parallel import Parallel, long_waits
+from megacid.distributed.stopping import StartProgress, no_progress
 from megacid.errors import UserError
 from megacid.offline.balance.clusters import group_by_cluster
 from megacid.offline.balance.context import BalanceContext, BalanceSettings
-from megacid.offline.balance.deduplicate import decide, preference
+from megacid.offline.balance.deduplicate import decide
 from megacid.offline.balance.inputs import CELLS, BalanceInputs, add_labels
 from megacid.offline.balance.outputs import finished_outputs, write_outputs
+from megacid.offline.balance.preference import preference
 from megacid.offline.cluster.results import read_centroids
 from megacid.offline.cluster.stage import cluster
 from megacid.offline.cluster.state import default_settings
@@ -65,69 +66,74 @@ def balance(
     Raises:
         UserError: an input is damaged, inputs do not belong together, or `out` was made with other arguments.
     """
-    group = parallel.group
-    with stop_together(group):
-        rows = EmbeddingRows(embeddings)
-        index = load_tars(rows, shards)
-        _check_cells(clusters, settings.cells, rows)
-        text = _caption_rows(rows) if settings.keep == "caption" else None
-        arguments = _arguments(settings, rows) | {"gallery_groups": gallery_groups}
-        if clusters is not None:
-            inputs = add_labels(rows, index, clusters)
-            arguments, assigner = _with_clusters(arguments, settings, inputs, parallel.device)
-        stage = StageDirectory(out, "balance", arguments)
-        finished = finished_outputs(stage, index, rows, settings.cells)
-    # Ranks may read files at different times, so they have to agree.
-    if not any_rank(not finished, group):
-        with stop_together(group):
+
+    with long_waits(parallel) as waiting:
+        ranks = Ranks(waiting.group)
+        with ranks.stop_together():
+            rows = EmbeddingRows(embeddings)
+            index = load_tars(rows, shards)
+            _check_cells(clusters, settings.cells, rows)
+            text = _caption_rows(rows) if settings.keep == "caption" else None
+            arguments = _arguments(settings, rows) | {"gallery_groups": gallery_groups}
+            if clusters is not None:
+                inputs, score = add_labels(rows, index, clusters)
+                arguments, assigner = _with_clusters(arguments, settings, inputs, parallel.device)
+            stage = StageDirectory(out, "balance", arguments)
+            finished = finished_outputs(stage, index, rows, settings.cells)
+        # Ranks may read files at different times, so they have to agree.
+        if not any_rank(not finished, waiting.group):
+            _keep_finished(stage, ranks)
+            return read_meta(out, expect="balance")
+        with ranks.stop_together():
             if parallel.is_first:
-                stage.remove_partial_results()
-        log.info("%s is complete", out)
-        return read_meta(out, expect="balance")
-    with stop_together(group):
-        if parallel.is_first:
-            stage.begin()
-    if settings.cells is not None:
-        cells = default_settings(settings.cells, seed=settings.seed, memory_gb=memory_gb)
-        cluster(embeddings, out / CELLS, cells, parallel, start_progress=start_progress)
-        with stop_together(group):
-            inputs = add_labels(rows, index, out / CELLS)
-            # Links inside of other cells are not used: if cells are made again, they may be rounded differently.
-            arguments, assigner = _with_clusters(arguments, settings, inputs, parallel.device)
-            stage.work = PartialResults(out, arguments)
-    _decide_and_write(stage, inputs, assigner, text, settings, parallel, memory_gb, start_progress)
+                stage.begin()
+        if settings.cells is not None:
+            cells = default_settings(settings.cells, seed=settings.seed, memory_gb=memory_gb)
+            cluster(embeddings, out / CELLS, cells, parallel, start_progress=start_progress)
+            with ranks.stop_together():
+                inputs, score = add_labels(rows, index, out / CELLS)
+                # Links inside of other cells are not used: if cells are made again, they may be rounded differently.
+                arguments, assigner = _with_clusters(arguments, settings, inputs, parallel.device)
+                stage.work = PartialResults(out, arguments)
+        _decide_and_write(stage, inputs, score, text, assigner, settings, waiting, memory_gb, start_progress)
     return read_meta(out, expect="balance")
+
+
+def _keep_finished(stage: StageDirectory, ranks: Ranks) -> None:
+    with ranks.stop_together():
+        if ranks.rank == 0:
+            stage.remove_partial_results()
+    log.info("%s is complete", stage.path)
 
 
 def _decide_and_write(
     stage: StageDirectory,
     inputs: BalanceInputs,
-    assigner: Assigner | None,
+    score: np.ndarray,
     text: EmbeddingRows | None,
+    assigner: Assigner | None,
     settings: BalanceSettings,
     parallel: Parallel,
     memory_gb: float,
     start_progress: StartProgress,
 ) -> None:
-    """The work of a stage that has begun. text: caption embeddings, for keep="caption"."""
-    group, device, rows = parallel.group, parallel.device, inputs.rows
-    progress = start_progress(0)
-    with stop_together(group):
+    """The work of a stage that has begun. score: see `preference`; text: caption embeddings, for keep="caption"."""
+    ranks, rows, progress = Ranks(parallel.group), inputs.rows, start_progress(0)
+    with ranks.stop_together():
         if parallel.is_first:
             stage.work.begin()
-        priority = preference(settings.keep, inputs.score, settings.seed, rows, text, progress)
+    priority = preference(settings.keep, score, settings.seed, rows, text, ranks, stage.work, progress)
+    with ranks.stop_together():
         clusters = group_by_cluster(inputs.label, priority, inputs.k)
-    barrier(group)
-    ordered = in_cluster_order(rows, clusters.places, stage.work, group, memory_gb, progress)
-    progress = start_progress(rows.num_rows)
+    ordered = in_cluster_order(rows, clusters.places, stage.work, ranks.group, memory_gb, progress)
     context = BalanceContext(
-        ordered, clusters, settings, device, assigner, group, partial=stage.work, progress=progress
+        *(ordered, clusters, settings, parallel.device, assigner, ranks.group),
+        partial=stage.work,
+        progress=start_progress(rows.num_rows),
     )
     decision = decide(context)
-    with stop_together(group):
-        if parallel.is_first:
-            write_outputs(stage, inputs, decision, settings, progress)
-    barrier(group)
+    del priority, clusters, context, ordered  # the outputs do not need them
+    write_outputs(stage, inputs, decision, settings, ranks, progress)
 
 
 def _caption_rows(image: EmbeddingRows) -> EmbeddingRows:
@@ -161,9 +167,9 @@ def _with_clusters(
     arguments: dict[str, Any], settings: BalanceSettings, inputs: BalanceInputs, device: torch.device
 ) -> tuple[dict[str, Any], Assigner | None]:
     """The arguments with digests of the labels and, if they are used, of the centroids; and the latter's assigner."""
-    arguments = arguments | {"k": inputs.k, "labels": inputs.labels_digest()}
+    arguments = arguments | {"k": inputs.k, "labels": inputs.labels_digest}
     if not settings.neighbor_clusters:
         return arguments, None
     centroids, metric = read_centroids(inputs.clusters, inputs.rows.dim)
-    arguments["centroids"] = hashlib.sha256(centroids.tobytes()).hexdigest()
+    arguments["centroids"] = hashlib.sha256(centroids.data).hexdigest()
     return arguments, Assigner(prepare(centroids, metric, device), metric, device)

@@ -21,6 +21,7 @@ from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.offline.balance import cross_cluster
 from megacid.offline.balance.context import FARTHEST, BalanceContext
+from megacid.offline.balance.row_numbers import all_rows
 from megacid.offline.balance.within_cluster import link_cluster
 from megacid.offline.nearest import Assigner
 from megacid.offline.random_streams import RandomStream
@@ -57,7 +58,7 @@ def search_threshold(context: BalanceContext) -> tuple[float, Curve, int]:
 
     def share(threshold: float) -> float:
         if threshold not in visited:
-            representative = np.arange(count)
+            representative = all_rows(count)
             options = subset.link_options(threshold)
             for cluster in chosen:
                 subset.progress(0)

@@ -7,6 +7,7 @@ import numpy as np
 from megacid.failpoints import failpoint
 from megacid.offline.balance.context import BalanceContext
 from megacid.offline.balance.linking import LinkOptions, UnitRows, representatives
+from megacid.offline.balance.row_numbers import all_rows
 
 
 def link_cluster(context: BalanceContext, cluster: int, options: LinkOptions) -> np.ndarray:
@@ -15,19 +16,20 @@ def link_cluster(context: BalanceContext, cluster: int, options: LinkOptions) ->
 
 
 def link_clusters(context: BalanceContext, threshold: float) -> np.ndarray:
-    """The representative of every row, int64 [n]; a row without a cluster is its own. A collective."""
+    """The representative of every row, int [n]; a row without a cluster is its own. A collective."""
     clusters = context.clusters
-    mine = [np.empty(0, np.int64)]
+    mine = [clusters.order[:0]]
     with context.stop_together():
         for low, high in context.parts(clusters.sizes.astype(np.float64) ** 2):
             mine.append(_link_part(context, low, high, threshold))
-    representative = np.arange(context.rows.num_rows)
-    representative[clusters.rows] = context.gather(np.concatenate(mine))
+    representative = all_rows(context.rows.num_rows)
+    for place, piece in context.ranks.pieces(np.concatenate(mine)):
+        representative[clusters.rows[place : place + len(piece)]] = piece
     return representative
 
 
 def _link_part(context: BalanceContext, low: int, high: int, threshold: float) -> np.ndarray:
-    """The representatives of the rows of the clusters [low, high), int64, in order of `clusters.order`."""
+    """The representatives of the rows of the clusters [low, high), in order of `clusters.order`."""
     clusters, name = context.clusters, f"links-{low}-{high}"
     span = clusters.span(low, high)
     local = context.load(name, (span.stop - span.start,))

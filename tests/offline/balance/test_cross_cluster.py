@@ -9,12 +9,14 @@ import torch
 from balance_data import brute_components, brute_greedy, decided, labelled, unit_rows
 from harness import run_ranks
 
+from megacid.distributed.array_exchange import ALONE
 from megacid.errors import UserError
 from megacid.offline.balance import cross_cluster, linking
 from megacid.offline.balance.clusters import Clusters, group_by_cluster
 from megacid.offline.balance.context import BalanceContext, BalanceSettings
-from megacid.offline.balance.cross_cluster import find_candidates, match_candidates, merge_groups
+from megacid.offline.balance.cross_cluster import find_candidates, match_candidates
 from megacid.offline.balance.deduplicate import Decision
+from megacid.offline.balance.group_merge import merge_groups
 from megacid.offline.balance.linking import LinkOptions, UnitRows, panel_rows, representatives
 from megacid.offline.cluster.results import read_centroids
 from megacid.offline.nearest import Assigner
@@ -118,11 +120,18 @@ def test_greedy_leaves_no_two_near_ones_and_removes_only_near_kept_ones() -> Non
 
 def test_greedy_follows_a_chain_in_order() -> None:
     chain = np.array([[0, 1], [1, 2], [2, 3], [3, 4]])
-    assert merge_groups(np.arange(6), chain, np.zeros(6), "greedy").tolist() == [0, 0, 2, 2, 4, 5]
-    assert merge_groups(np.arange(6), chain, np.zeros(6), "components").tolist() == [0, 0, 0, 0, 0, 5]
-    assert merge_groups(np.arange(6), chain, np.array([9, 1, 2, 0, 9, 9]), "greedy").tolist() == [1, 1, 3, 3, 3, 5]
+    assert merge_groups(np.arange(6), chain, np.zeros(6), "greedy", ALONE).tolist() == [0, 0, 2, 2, 4, 5]
+    assert merge_groups(np.arange(6), chain, np.zeros(6), "components", ALONE).tolist() == [0, 0, 0, 0, 0, 5]
+    assert merge_groups(np.arange(6), chain, np.array([9, 1, 2, 0, 9, 9]), "greedy", ALONE).tolist() == [
+        1,
+        1,
+        3,
+        3,
+        3,
+        5,
+    ]
     # What the first pass removed for row 1 follows it.
-    assert merge_groups(np.array([0, 1, 1]), np.array([[0, 1]]), np.zeros(3), "greedy").tolist() == [0, 0, 0]
+    assert merge_groups(np.array([0, 1, 1]), np.array([[0, 1]]), np.zeros(3), "greedy", ALONE).tolist() == [0, 0, 0]
 
 
 def test_cap_counts_what_both_passes_keep() -> None:

@@ -13,9 +13,10 @@ from megacid.errors import UserError
 from megacid.offline.balance import within_cluster
 from megacid.offline.balance.clusters import group_by_cluster
 from megacid.offline.balance.context import BalanceSettings, Keep, part_bounds
-from megacid.offline.balance.deduplicate import preference
 from megacid.offline.balance.linking import LinkOptions, near_pairs, representatives
-from megacid.offline.balance.report import planted_report, power_histogram, subset_array
+from megacid.offline.balance.preference import preference
+from megacid.offline.balance.report import planted_report, power_histogram
+from megacid.offline.balance.subset import subset_array, uid_pairs
 from megacid.offline.rows import ArrayRows
 from megacid.storage.stage_directory import PartialResults
 
@@ -201,11 +202,11 @@ def test_planted_report() -> None:
 
 def test_subset_array_is_sorted_datacomp() -> None:
     uids = ["f" * 32, "0" * 16 + "00000000000000ff", "0" * 31 + "1"]
-    subset = subset_array(uids)
+    subset = subset_array(uid_pairs(uids))
     assert subset.dtype == np.dtype("u8,u8")
     assert subset.tolist() == sorted((int(uid[:16], 16), int(uid[16:], 16)) for uid in uids)
     with pytest.raises(ValueError, match="'abc' has 3 characters"):
-        subset_array(["abc"])
+        uid_pairs(["abc"])
 
 
 def test_histogram_of_sizes() -> None:

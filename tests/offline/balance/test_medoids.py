@@ -55,7 +55,7 @@ def test_each_group_keeps_the_sample_with_the_least_sum_of_squared_distances(thr
     assert nearest.keep.sum() == decision.keep.sum() and (nearest.keep != decision.keep).any()
     assert decision.removed_across_clusters == nearest.removed_across_clusters
     if neighbors:
-        label = clusters.labels()
+        label = clusters.label
         crossing = [value for value in np.unique(group) if len(np.unique(label[group == value])) > 1]
         assert len(crossing) > 3, "groups that span clusters were compared"
 

@@ -102,13 +102,15 @@ def test_clusters_are_drawn_with_their_neighbours() -> None:
 
 
 def test_chosen_clusters_alone_keep_their_order() -> None:
-    clusters = Clusters(np.array([5, 0, 3, 1, 4, 2]), np.array([1, 3, 3, 6]), np.arange(6) * 1.0)
+    label = np.array([0, 2, 2, 0, 2, -1])
+    clusters = Clusters(np.array([5, 0, 3, 1, 4, 2]), np.array([1, 3, 3, 6]), np.arange(6) * 1.0, label)
     rows, part = clusters.of([2, 0])
     assert rows.tolist() == [0, 1, 2, 3, 4] and part.starts.tolist() == [0, 2, 2, 5]
     assert rows[part.order].tolist() == [0, 3, 1, 4, 2] and part.priority.tolist() == [0, 1, 2, 3, 4]
+    assert part.label.tolist() == [0, 2, 2, 0, 2]
     rows, part = clusters.of([2])
     assert rows[part.order].tolist() == [1, 4, 2] and part.starts.tolist() == [0, 0, 0, 3]
-    assert clusters.labels().tolist() == [0, 2, 2, 0, 2, -1]
+    assert part.label.tolist() == [2, 2, 2]
 
 
 def test_search_takes_few_steps_on_a_smooth_curve_and_finds_a_step() -> None:
