@@ -16,6 +16,7 @@
     tools/bench.py --suite levels                     two-level k-means compared with flat k-means
     tools/bench.py --suite planted                    how well k-means recovers planted clusters
     tools/bench.py --suite balance                    removal of near-duplicates within and across clusters
+    tools/bench.py --suite balance-bookkeeping        the balance stage without products, and its laws at a large size
     tools/bench.py --suite machine-code               registers, instructions and predicted times of the kernels; no GPU
 
 --json writes all measurements, --compare prints the ratios to such a file, --check exits with 1 if a limit is not met.
@@ -50,6 +51,7 @@ MODULES = {
     "levels": "kmeans_quality",
     "planted": "kmeans_quality",
     "balance": "balance",
+    "balance-bookkeeping": "balance_bookkeeping",
     "machine-code": "machine_code",
 }
 

@@ -91,7 +91,7 @@ def write_outputs(
     del mine
     locations = SampleLocations(index, number)
     with ranks.stop_together():
-        kept = _write_tars(out, inputs, decision, number, partitions, progress)
+        kept = write_tars(out, inputs, decision, number, partitions, progress)
         _write_empty_tars(out, inputs, ranks)
         fields = [locations.has_field(name) for name in ("origin", "uid")] if ranks.rank == 0 else []
     has_origin, has_subset = broadcast_json(fields, ranks.group)
@@ -138,7 +138,7 @@ def _commit(
     )
 
 
-def _write_tars(
+def write_tars(
     out: Path, inputs: BalanceInputs, decision: Decision, number: np.ndarray, partitions: range, progress: Progress
 ) -> int:
     """Files of the tars of some partitions; returns the number of samples kept.
