@@ -22,7 +22,7 @@ from megacid.distributed.collectives import (
 )
 from megacid.distributed.stopping import stop_together
 
-PIECE_BYTES = 1 << 27  # that a rank receives at a time
+PIECE_BYTES = 1 << 24  # that a rank receives at a time
 
 
 @dataclass(frozen=True)

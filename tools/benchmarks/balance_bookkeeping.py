@@ -5,8 +5,8 @@ samples per cluster, 44 % of the samples removed, M candidates per sample of whi
 clusters for every tenth sample. What reads and multiplies embeddings is replaced by functions that return these. Files
 are the real ones: metadata, keep masks, representatives.
 
-Memory is anonymous memory (RssAnon, sampled) above that before the first phase: what a rank holds and what the phase
-needs for a while. Both are fitted by a + n (w + s / ranks), from the two largest numbers of samples and of ranks: w is
+Memory is the peak of the resident memory above that before the first phase: what a rank holds and what the phase needs
+for a while. Both are fitted by a + n (w + s / ranks), from the two largest numbers of samples and of ranks: w is
 per sample on every rank, s is shared.
 
 Legend: n samples, k clusters, M candidate clusters of a sample, D width.
@@ -35,8 +35,7 @@ import pyarrow.parquet as pq
 import torch
 
 from argtypes import natural, positive
-from benchmarks.anonymous_memory import PeakAnonymous, anonymous_bytes
-from benchmarks.measure import RETURN_FREED
+from benchmarks.measure import RETURN_FREED, proc_bytes
 from benchmarks.ranks import ask_ranks
 from benchmarks.suite import Limit, Report, Row, make_report, print_table
 from megacid.distributed.array_exchange import Ranks
@@ -161,14 +160,15 @@ class _Phases:
 
     def __init__(self) -> None:
         self.found: dict[str, tuple[float, float]] = {}
-        self._own = anonymous_bytes()
+        self._own = proc_bytes("/proc/self/status", "VmRSS")
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak; samples would miss it on a busy machine
         began = time.process_time()
-        with PeakAnonymous() as peak:
-            yield
-        self.found[name] = (time.process_time() - began, float(peak.bytes - self._own))
+        yield
+        peak = proc_bytes("/proc/self/status", "VmHWM") - self._own
+        self.found[name] = (time.process_time() - began, float(peak))
 
 
 def _linked(context: BalanceContext, cluster: int, options: object) -> np.ndarray:
