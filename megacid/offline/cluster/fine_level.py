@@ -26,7 +26,7 @@ from megacid.offline.cluster.cells import Cells, balance_load, centroid_budgets
 from megacid.offline.cluster.lloyd import imbalance_factor, update
 from megacid.offline.cluster.memory import block_rows, spare_bytes
 from megacid.offline.cluster.run import KMeansRun
-from megacid.offline.cluster.seeding import initial_centroids, plus_plus, sample_rows
+from megacid.offline.cluster.seeding import SEEDING_ITERATIONS, initial_centroids, plus_plus, sample_rows
 from megacid.offline.cluster.state import KMeansSettings, KMeansState, settled
 from megacid.offline.nearest import prepare
 from megacid.offline.random_streams import RandomStream
@@ -90,7 +90,11 @@ def _starts(run: KMeansRun, cells: Cells, partial: PartialResults, count: int) -
         members = SubsetRows(run.rows, cells.members(cell))
         sample = sample_rows(members.num_rows, steps[cell], members.dim)
         seed = _cell_seed(run.settings.seed, cell)
-        return np.stack(plus_plus(members, steps[cell], sample, seed, run.settings.metric, run.device, run.progress))
+        comparisons = SEEDING_ITERATIONS * members.num_rows * (count * members.num_rows // n)
+        chosen, left = plus_plus(
+            *(members, steps[cell], sample, comparisons, seed, run.settings.metric, run.device, run.progress)
+        )
+        return np.stack([chosen, left])
 
     shapes = {cell: (2, steps[cell]) for cell in np.flatnonzero(cells.sizes).tolist()}
     costs = np.square(np.array(steps, np.float64))

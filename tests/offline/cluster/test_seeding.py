@@ -8,9 +8,10 @@ import torch
 
 from megacid.distributed.stopping import no_progress
 from megacid.errors import UserError
+from megacid.offline.cluster import seeding
 from megacid.offline.cluster.memory import check_seeding_memory
 from megacid.offline.cluster.merging import merge_cost, merge_nearest
-from megacid.offline.cluster.seeding import initial_centroids, plus_plus
+from megacid.offline.cluster.seeding import initial_centroids, num_draws, plus_plus, sample_rows, seed_count
 from megacid.offline.cluster.state import KMeansSettings
 from megacid.offline.nearest import Metric
 from megacid.offline.rows import ArrayRows
@@ -32,7 +33,7 @@ def error_of(x: np.ndarray, metric: Metric) -> float:
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_plus_plus_returns_the_distance_left_after_each_step(metric: Metric) -> None:
     x = np.random.default_rng(0).normal(size=(500, 8)).astype(np.float32)
-    chosen, left = plus_plus(ArrayRows(x), 20, 500, 3, metric, CPU, no_progress)
+    chosen, left = plus_plus(ArrayRows(x), 20, 500, 0, 3, metric, CPU, no_progress)
     exact = unit(x.astype(np.float64)) if metric == "cosine" else x.astype(np.float64)
     assert len(np.unique(chosen)) == 20
     for count in range(1, 21):
@@ -40,7 +41,7 @@ def test_plus_plus_returns_the_distance_left_after_each_step(metric: Metric) -> 
         assert left[count - 1] == pytest.approx(distance.sum(), rel=1e-5)
     # More clusters than different rows: nothing is left, and any row will do.
     same = np.repeat(x[:3], 50, axis=0)
-    chosen, left = plus_plus(ArrayRows(same), 6, 150, 0, metric, CPU, no_progress)
+    chosen, left = plus_plus(ArrayRows(same), 6, 150, 0, 0, metric, CPU, no_progress)
     assert len(np.unique(same[chosen[:3]], axis=0)) == 3 and left[2:] == pytest.approx(0, abs=1e-3)
 
 
@@ -74,6 +75,89 @@ def test_merge_cost_is_the_added_error_and_the_cheapest_pair_is_merged(metric: M
         3,
         6,
     )
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_batches_return_the_distance_left_after_each_step(metric: Metric) -> None:
+    x = np.random.default_rng(0).normal(size=(900, 6)).astype(np.float32)
+    exact = unit(x.astype(np.float64)) if metric == "cosine" else x.astype(np.float64)
+    chosen, left = plus_plus(ArrayRows(x), 300, 900, 10**9, 3, metric, CPU, no_progress)
+    assert len(np.unique(chosen)) == len(left) == 300
+    distance = ((exact[:, None] - exact[chosen][None]) ** 2).sum(2)
+    np.testing.assert_allclose(left, np.minimum.accumulate(distance, 1).sum(0), rtol=1e-4, atol=1e-3)
+    # Fewer different rows than centroids.
+    same = np.repeat(x[:100], 9, axis=0)
+    chosen, left = plus_plus(ArrayRows(same), 300, 900, 10**9, 0, metric, CPU, no_progress)
+    assert len(chosen) == 300 and len(np.unique(same[chosen], axis=0)) > 90 and left[-1] < 1e-2
+
+
+def test_rows_drawn_in_batches_are_distributed_as_if_drawn_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seeding, "num_draws", lambda count: 1)  # without the greedy choice
+    x = np.diag([1.0, 2.0, 3.0, 4.0, 5.0]).astype(np.float32)
+    square = ((x[:, None] - x[None]) ** 2).sum(2)
+    expected = np.zeros((5, 5))
+    for rows in itertools.permutations(range(5), 4):
+        share = 0.2
+        for step in range(1, 4):
+            nearest = square[:, list(rows[:step])].min(1)
+            share *= nearest[rows[step]] / nearest.sum()
+        expected[rows[2:]] += share
+    runs, counts, batches = 800, np.zeros((5, 5)), []
+    draw = seeding._draw
+
+    def counted(cumulative: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+        batches.append(count)
+        return draw(cumulative, count, rng)
+
+    monkeypatch.setattr(seeding, "_draw", counted)
+    for seed in range(runs):
+        chosen, _ = seeding._in_batches(torch.from_numpy(x), 4, 10**6, np.random.default_rng(seed), no_progress)
+        counts[tuple(chosen[2:])] += 1
+    assert max(batches) > 1  # the fourth row was drawn by the distances before the third
+    error = (counts - runs * expected)[expected > 0] ** 2 / (runs * expected[expected > 0])
+    assert error.sum() < 50  # chi-square with 19 degrees of freedom: 1 in 7,000
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "comparisons"), [(3000, 300, 8 * 3000 * 300), (1000, 300, 400 * 1000), (900, 300, 1)]
+)
+def test_batches_compare_at_most_as_often_as_stated(
+    n: int, k: int, comparisons: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(k, 8))[rng.integers(k, size=n)] + 0.1 * rng.normal(size=(n, 8))).astype(np.float32)
+    compared, steps, mm, distances = 0, 0, torch.mm, seeding._distances
+
+    def counted(a: torch.Tensor, b: torch.Tensor, **rest: torch.Tensor) -> torch.Tensor:
+        nonlocal compared
+        compared += a.shape[0] * b.shape[1]
+        return mm(a, b, **rest)
+
+    def first(x_BD: torch.Tensor, square_B: torch.Tensor, place_L: torch.Tensor) -> torch.Tensor:
+        nonlocal compared
+        compared += len(x_BD) * len(place_L)
+        return distances(x_BD, square_B, place_L)
+
+    def step(rows: int) -> None:
+        nonlocal steps
+        steps += 1
+
+    monkeypatch.setattr(seeding, "_distances", first)
+    monkeypatch.setattr(seeding.torch, "mm", counted)
+    chosen, _ = plus_plus(ArrayRows(x), k, n, comparisons, 0, "euclidean", CPU, step)
+    assert len(chosen) == k and steps == k - 1
+    assert compared <= max(comparisons, k * n)
+    if comparisons > 1000 * n:  # enough for the greedy form, which uses much of it
+        assert compared > 0.5 * num_draws(k) * k * n
+
+
+def test_the_sample_leaves_the_greedy_form_its_candidates() -> None:
+    assert sample_rows(10**7, 1000, 64) == 32_000
+    few = sample_rows(30_000, 1000, 64)  # 30 rows per centroid
+    assert 16_000 <= few < 30_000
+    draws = seed_count(1000) * num_draws(seed_count(1000))
+    assert few * draws <= seeding.SEEDING_ITERATIONS * 30_000 * 1000
+    assert sample_rows(30_000, 100, 64) == 4096  # one by one
 
 
 def test_every_planted_cluster_gets_a_centroid_despite_outliers() -> None:
