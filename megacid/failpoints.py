@@ -2,8 +2,8 @@
 
     failpoint("store:before_manifest", step=step)
 
-does nothing in production but look at an empty dict. Only tests install hooks (see `tests/faultplan.py`); no code path
-depends on one. The names are the contract:
+does nothing in production but look at an empty dict. Only tests (see `tests/faultplan.py`) and benchmarks install
+hooks; no code path depends on one. The names are the contract:
 
     start:          building (before the classifier is made), ready (everything is built, before the first step)
     train:          batch (a micro-batch is about to be used), gradients (before the guard's decision), applied (both
@@ -13,6 +13,7 @@ depends on one. The names are the contract:
     embed:          partition, image_written, text_written, metadata_written, shard_done, before_meta, done
     cluster:        init, iteration, iteration_saved, labels, labelled, before_meta, after_meta
                     two levels: coarse, cells, start, fine, merge, refine, refine_saved
+                    stage (its name; the bench times them)
     cluster_order:  block (its rows are distributed), file (of the copy)
     balance:        preference, search, cluster, part, candidate_clusters, exchange, pair, cross_cluster, merge,
                     medoids, keep, subset on every rank; report, gallery, before_meta, after_meta on rank 0
@@ -29,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-# The only module-level state: empty outside of tests.
+# The only module-level state: empty outside of tests and benchmarks.
 hooks: dict[str, Callable[..., None]] = {}
 
 

@@ -15,6 +15,7 @@
     tools/bench.py --suite kmeans                     one iteration of k-means compared with faiss
     tools/bench.py --suite levels                     two-level k-means compared with flat k-means
     tools/bench.py --suite seeding                    k-means++ in batches: its cost in iterations, and the objective
+    tools/bench.py --suite cluster-stages             time and memory of every stage of clustering, and the estimate
     tools/bench.py --suite planted                    how well k-means recovers planted clusters
     tools/bench.py --suite balance                    removal of near-duplicates within and across clusters
     tools/bench.py --suite balance-bookkeeping        the balance stage without products, and its laws at a large size
@@ -52,6 +53,7 @@ MODULES = {
     "levels": "kmeans_quality",
     "planted": "kmeans_quality",
     "seeding": "kmeans_seeding",
+    "cluster-stages": "kmeans_stages",
     "balance": "balance",
     "balance-bookkeeping": "balance_bookkeeping",
     "machine-code": "machine_code",

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Cluster teacher image embeddings with k-means: centroids that initialise the classifier, and a label per sample.
+"""Cluster teacher embeddings with k-means: centroids that initialise the classifier, and a label per sample.
 
     tools/cluster.py --embeddings data/digits/teacher --out data/digits/clusters --k 100
     torchrun --nproc_per_node 8 tools/cluster.py --embeddings teacher --out clusters --k 1000000 --method hierarchical
@@ -24,9 +24,9 @@ from megacid.distributed.progress import progress_bar
 from megacid.distributed.stopping import StopRequest, run_stage
 from megacid.errors import run_tool
 from megacid.offline.cluster.cost import describe_cost
+from megacid.offline.cluster.modality import embedding_rows
 from megacid.offline.cluster.stage import assign_only, cluster
 from megacid.offline.cluster.state import PLUS_PLUS_K, TWO_LEVELS_K, KMeansSettings, default_settings
-from megacid.offline.rows import EmbeddingRows
 from megacid.storage.metadata import read_meta
 
 COLLECTIVE_TIMEOUT_S = 7200.0  # ranks may have disks of different speed
@@ -47,6 +47,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--top-labels apply",
     )
     add(
+        "--features",
+        choices=("image", "text", "mean"),
+        default="image",
+        help="embeddings to cluster: of the images (default), of the captions, or the normalised mean of both",
+    )
+    add(
         "--keep",
         type=Path,
         metavar="BALANCE_DIR",
@@ -61,8 +67,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--init",
         choices=("random", "k-means++"),
-        help="initial centroids; k-means++ takes k steps on a sample of 32 k rows (default: k-means++, but random for "
-        f"flat clusterings of more than {PLUS_PLUS_K:,} clusters)",
+        help="initial centroids; k-means++ takes k steps on a sample of 16 to 32 k rows (default: k-means++, but "
+        f"random for flat clusterings of more than {PLUS_PLUS_K:,} clusters)",
     )
     add(
         "--train-sample",
@@ -114,7 +120,7 @@ def settings_of(args: argparse.Namespace) -> KMeansSettings:
 
 def run(args: argparse.Namespace, settings: KMeansSettings | None, parallel: Parallel, stop: StopRequest) -> None:
     with fail_together(parallel.group):
-        rows = EmbeddingRows(args.embeddings)
+        rows = embedding_rows(args.embeddings, args.features)
         estimated = settings
         if settings and args.keep:
             kept = read_meta(args.keep, expect="balance")["kept"]
@@ -122,7 +128,7 @@ def run(args: argparse.Namespace, settings: KMeansSettings | None, parallel: Par
     with fail_together(parallel.group):
         if parallel.is_first:
             print(
-                describe_cost(estimated, rows.num_rows, rows.dim, parallel.world, parallel.device)
+                describe_cost(estimated, rows.num_rows, rows.dim, parallel.world, parallel.device, args.top_labels)
                 if estimated
                 else f"{rows.num_rows:,} rows of width {rows.dim}, labels from the centroids of {args.assign_only}"
             )
@@ -138,7 +144,9 @@ def run(args: argparse.Namespace, settings: KMeansSettings | None, parallel: Par
         if settings is None:
             meta = assign_only(args.embeddings, args.assign_only, args.out, parallel, backend=args.backend, **options)
         else:
-            meta = cluster(args.embeddings, args.out, settings, parallel, keep=args.keep, **options)
+            meta = cluster(
+                args.embeddings, args.out, settings, parallel, features=args.features, keep=args.keep, **options
+            )
     if parallel.is_first:
         print(
             f"{args.out}: k {meta['k']:,}, objective {meta['final_objective']:.6f}, imbalance {meta['imbalance']:.3f}, "

@@ -19,7 +19,7 @@ from megacid.storage.npy import load_npy
 from megacid.storage.parquet import key_column, parquet_shape, read_parquet
 
 _REMEDY = "run tools/embed.py again, it embeds only what is missing or damaged"
-_LENGTH_TOLERANCE = 0.02  # of a float16 unit vector; the widest rows deviate by less than 0.002
+LENGTH_TOLERANCE = 0.02  # of a float16 unit vector; the widest rows deviate by less than 0.002
 
 
 def find_invalid_row(x_BD: np.ndarray, *, allow_zero: bool, unit: bool) -> tuple[int, str] | None:
@@ -37,7 +37,7 @@ def find_invalid_row(x_BD: np.ndarray, *, allow_zero: bool, unit: bool) -> tuple
         bad |= peak == 0
     length = np.sqrt(np.einsum("bd,bd->b", x_BD, x_BD, dtype=np.float64)) if unit else peak
     if unit:
-        bad |= ~(np.abs(length - 1) < _LENGTH_TOLERANCE)
+        bad |= ~(np.abs(length - 1) < LENGTH_TOLERANCE)
     if not bad.any():
         return None
     row = int(np.flatnonzero(bad)[0])

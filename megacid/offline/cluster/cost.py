@@ -1,20 +1,44 @@
-"""Estimates work, time and memory of a clustering before it starts, from the measured rate of the device.
+"""Estimates work, time and memory of a clustering before it starts, from the measured rates of the device.
 
-Legend: n rows, K clusters, D width.
+`tools/bench.py --suite cluster-stages` compares the estimate of every stage with what it takes.
+
+Legend: n rows, K clusters, C coarse clusters, D width.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
-from megacid.offline.cluster.hierarchical import cell_count
-from megacid.offline.cluster.state import KMeansSettings
-from megacid.offline.nearest import Assigner, tile_rows
+from megacid.distributed.stopping import no_progress
+from megacid.offline.cluster.accumulate import Accumulator
+from megacid.offline.cluster.fine_level import EXTRA_STEPS
+from megacid.offline.cluster.memory import READ_BYTES, block_rows, candidate_bytes, check_memory, least_bytes
+from megacid.offline.cluster.merging import BLOCK_BYTES as MERGING_BLOCK_BYTES
+from megacid.offline.cluster.merging import NEIGHBOURS
+from megacid.offline.cluster.seeding import (
+    BATCHED_STEPS,
+    SEEDING_ITERATIONS,
+    num_draws,
+    plus_plus,
+    sample_rows,
+    seed_count,
+    seeding_bytes,
+)
+from megacid.offline.cluster.state import KMeansSettings, cell_count, coarse_rows, num_candidates
+from megacid.offline.nearest import Assigner, prepare, tile_rows
+from megacid.offline.rows import ArrayRows, find_invalid_row
 
+Clock = Callable[[], float]
 _MAX_CENTROIDS = 16384  # in the timed tiles
 _TIMED_S = 0.1
+# Measured on an AMD EPYC: reading the key and writing the labels of a sample, merging a centroid, writing to a disk.
+_LABEL_S, _MERGE_S, _WRITE_BYTES_S = 3e-6, 1e-5, 5e8
 
 
 def assignment_flop(settings: KMeansSettings, n: int, dim: int) -> tuple[float, float]:
@@ -28,7 +52,7 @@ def assignment_flop(settings: KMeansSettings, n: int, dim: int) -> tuple[float, 
     return 2.0 * dim * trained * compared, 2.0 * dim * n * k
 
 
-def measured_rate(settings: KMeansSettings, dim: int, device: torch.device) -> float:
+def measured_rate(settings: KMeansSettings, dim: int, device: torch.device, clock: Clock = time.perf_counter) -> float:
     """FLOP/s of the nearest-centroid search on this rank, measured on random rows for a tenth of a second."""
     generator = torch.Generator().manual_seed(0)
     count = min(settings.k, _MAX_CENTROIDS)
@@ -43,16 +67,161 @@ def measured_rate(settings: KMeansSettings, dim: int, device: torch.device) -> f
         # The copy to the host waits for the GPU.
         assigner.tile(x_TD)[1].cpu()
 
-    tile()
-    tiles, began = 0, time.perf_counter()
-    while (spent := time.perf_counter() - began) < _TIMED_S:
-        tile()
-        tiles += 1
-    return 2.0 * dim * len(x_TD) * count * tiles / spent
+    return 2.0 * dim * len(x_TD) * count / _seconds(tile, clock)
 
 
-def describe_cost(settings: KMeansSettings, n: int, dim: int, world: int, device: torch.device) -> str:
-    """Two lines for the user. The time does not include reading and summing rows."""
+@dataclass(frozen=True)
+class Rates:
+    """Seconds on this rank: of a comparison of a row with a centroid (`compare` for the nearest, `compare_top` for
+    several, `draw` for a candidate of k-means++), and of a row that is checked (`check`), or prepared and summed
+    (`row`)."""
+
+    compare: float
+    compare_top: float
+    draw: float
+    check: float
+    row: float
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """seconds: of the slowest rank. bytes: peak of a rank, without the libraries and mapped files."""
+
+    stage: str
+    seconds: float
+    bytes: int
+
+
+def measure_rates(settings: KMeansSettings, dim: int, device: torch.device, clock: Clock = time.perf_counter) -> Rates:
+    """Rates on random rows, measured in about a second. clock: Its seconds are counted."""
+    tile, k = tile_rows(device), min(settings.k, _MAX_CENTROIDS)
+    generator = np.random.default_rng(0)
+    block = generator.standard_normal((tile, dim), np.float32)
+    block = (block / np.linalg.norm(block, axis=1, keepdims=True)).astype(np.float16)
+    centroids_KD = torch.nn.functional.normalize(torch.randn(k, dim, generator=torch.Generator().manual_seed(0)), dim=1)
+    assigner = Assigner(centroids_KD, settings.metric, device, settings.backend)
+    total = Accumulator(replace(settings, k=k), dim, device, 1.0)
+    label_T = torch.from_numpy(generator.integers(k, size=tile)).to(device)
+    x_TD = prepare(block, settings.metric, device)
+
+    def check() -> None:
+        find_invalid_row(np.asarray(block, np.float32), allow_zero=False, unit=True)
+
+    def add() -> None:
+        x_TD = prepare(block, settings.metric, device)
+        total.add(x_TD, label_T, x_TD[:, 0])
+        total.flat[-1].item()
+
+    steps = min(seed_count(settings.k), BATCHED_STEPS)
+    sample = ArrayRows(np.resize(block, (2 * BATCHED_STEPS * 4, dim)))
+
+    def seed() -> None:
+        comparisons = steps * num_draws(steps) * sample.num_rows
+        plus_plus(sample, steps, sample.num_rows, comparisons, 0, settings.metric, device, no_progress)
+
+    return Rates(
+        compare=2.0 * dim / measured_rate(settings, dim, device, clock),
+        compare_top=_seconds(lambda: assigner.tile(x_TD, min(NEIGHBOURS + 1, k))[1].cpu(), clock) / (tile * k),
+        draw=_seconds(seed, clock) / (steps * num_draws(steps) * sample.num_rows),
+        check=_seconds(check, clock) / tile,
+        row=_seconds(add, clock) / tile,
+    )
+
+
+def _seconds(call: Callable[[], object], clock: Clock) -> float:
+    """Seconds of one call: the mean of several in a tenth of a second, after a first one that is not counted."""
+    call()
+    calls, began = 0, clock()
+    while (spent := clock() - began) < _TIMED_S or calls == 0:
+        call()
+        calls += 1
+    return spent / calls
+
+
+def estimate_stages(
+    settings: KMeansSettings, n: int, dim: int, world: int, device: torch.device, rates: Rates, top: int = 1
+) -> list[StageEstimate]:
+    """Time and memory of every stage, in their order. The rows are assumed in the page cache, the cells of one size.
+
+    Args:
+        n: All rows. The training rows are `settings.train_sample`, if that is less.
+        top: Labels per sample.
+
+    Raises:
+        UserError: The memory bound is too small.
+    """
+    k, trained = settings.k, min(settings.train_sample or n, n)
+    check_memory(trained, dim, settings, world, device)
+    part, least = math.ceil(trained / world), least_bytes(trained, dim, settings, world, device)
+    extra = candidate_bytes(settings, device) if settings.method == "hierarchical" else 0
+    reads = block_rows(part, dim, settings, device, extra) * dim * READ_BYTES
+    stages = [StageEstimate("check", part * rates.check, reads)]
+    if settings.method == "flat":
+        if settings.init == "k-means++":
+            stages.append(StageEstimate("seeding", _seeding_s(trained, k, dim, rates), seeding_bytes(trained, k, dim)))
+        stages.append(StageEstimate("iterations", settings.iterations * part * (k * rates.compare + rates.row),
+                                    least["the iterations over"] + reads))  # fmt: skip
+    else:
+        stages += _levels(settings, trained, dim, world, device, rates, least, reads)
+    compare = rates.compare if top == 1 else rates.compare_top
+    labels = math.ceil(n / world) * (k * compare + rates.check + rates.row + _LABEL_S)
+    stages.append(StageEstimate("labels", labels, least["the labels of"]))
+    return [*stages, StageEstimate("writing", k * dim * 4 / _WRITE_BYTES_S, k * (4 * dim + 24))]
+
+
+def _seeding_s(n: int, k: int, dim: int, rates: Rates, *, merged: bool = True) -> float:
+    """Seconds of k-means++ for k centroids, and of weighing and merging."""
+    count, sample = min(n, seed_count(k)) if merged else k, sample_rows(n, k, dim)
+    draws = count * num_draws(count)
+    if count >= BATCHED_STEPS:
+        draws = min(draws, SEEDING_ITERATIONS * n * k // sample)
+    seconds = draws * sample * rates.draw
+    return seconds + (sample * count * rates.compare + count * count * rates.compare_top if merged else 0.0)
+
+
+def _levels(
+    settings: KMeansSettings,
+    n: int,
+    dim: int,
+    world: int,
+    device: torch.device,
+    rates: Rates,
+    least: dict[str, int],
+    reads: int,
+) -> list[StageEstimate]:
+    """The stages of two levels between the check and the labels."""
+    k, cells, part = settings.k, cell_count(settings.k), math.ceil(n / world)
+    sample, count = min(n, coarse_rows(k)), min(n, seed_count(k))
+    seeding = _seeding_s(sample, cells, dim, rates) if settings.init == "k-means++" else 0.0
+    iterations = settings.iterations * sample / world * (cells * rates.compare + rates.row)
+    cell_n, cell_k = max(n // cells, 1), count / cells
+    steps = min(cell_n, math.ceil(1.5 * cell_k) + EXTRA_STEPS)
+    drawn = math.ceil(cells / world) * _seeding_s(cell_n, steps, dim, rates, merged=False)
+    near = num_candidates(settings) or k
+    merging = count * (near * rates.compare_top + cells * rates.compare + _MERGE_S)
+    refining = part * (near * rates.compare + rates.row) + cells * k * rates.compare_top + k * cells * rates.compare
+    stages = [
+        StageEstimate("coarse clusters", sample * rates.check + seeding + iterations,
+                      least["the coarse level of"] + reads),
+        StageEstimate("cells", part * (cells * rates.compare + rates.row), reads + cells * dim * 8),
+        StageEstimate("cell seeding", drawn, least["k-means++ in the cells of"]),
+        StageEstimate("fine level", settings.iterations * part * (cell_k * rates.compare + rates.row),
+                      least["the fine level of"] + 12 * cell_n * dim),
+        StageEstimate("merging", merging, least["merging for"] + MERGING_BLOCK_BYTES),
+    ]  # fmt: skip
+    if settings.refine:
+        stages.append(StageEstimate("refining", settings.refine * refining, least["the iterations over"] + reads))
+    return stages
+
+
+def describe_stages(stages: list[StageEstimate]) -> str:
+    """A line for the user with time and memory of every stage."""
+    parts = [f"{one.stage} {_duration(one.seconds)}, {one.bytes / 1e9:.2g} GB" for one in stages]
+    return f"estimate of a rank, about {_duration(sum(one.seconds for one in stages))}: {'; '.join(parts)}"
+
+
+def describe_cost(settings: KMeansSettings, n: int, dim: int, world: int, device: torch.device, top: int = 1) -> str:
+    """Three lines for the user: sizes, distance computation, and the estimate by stage."""
     k, trained = settings.k, min(settings.train_sample or n, n)
     fit, labels = assignment_flop(settings, n, dim)
     rate = measured_rate(settings, dim, device) * world
@@ -61,7 +230,8 @@ def describe_cost(settings: KMeansSettings, n: int, dim: int, world: int, device
         f"({trained / max(k, 1):.1f} per cluster)\n"
         f"about {_duration((fit + labels) / rate)} of distance computation on {world} rank{'s' if world > 1 else ''} "
         f"({fit + labels:.3g} FLOP, {labels:.3g} of them for the labels; {rate / 1e9:.3g} GFLOP/s); centroids "
-        f"{k * dim * 4 / 1e9:.3g} GB, memory bound {settings.memory_gb:g} GB per rank"
+        f"{k * dim * 4 / 1e9:.3g} GB, memory bound {settings.memory_gb:g} GB per rank\n"
+        + describe_stages(estimate_stages(settings, n, dim, world, device, measure_rates(settings, dim, device), top))
     )
 
 

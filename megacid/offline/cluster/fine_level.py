@@ -25,7 +25,7 @@ from megacid.offline.cluster.accumulate import Accumulator
 from megacid.offline.cluster.cells import Cells, balance_load, centroid_budgets
 from megacid.offline.cluster.lloyd import imbalance_factor, update
 from megacid.offline.cluster.memory import block_rows, spare_bytes
-from megacid.offline.cluster.run import KMeansRun
+from megacid.offline.cluster.run import KMeansRun, begin_stage
 from megacid.offline.cluster.seeding import SEEDING_ITERATIONS, initial_centroids, plus_plus, sample_rows
 from megacid.offline.cluster.state import KMeansSettings, KMeansState, settled
 from megacid.offline.nearest import prepare
@@ -34,12 +34,13 @@ from megacid.offline.rows import Rows, SubsetRows
 from megacid.storage.stage_directory import PartialResults
 
 log = logging.getLogger(__name__)
-_EXTRA_STEPS = 8  # of k-means++ in every cell
+EXTRA_STEPS = 8  # of k-means++ in every cell
 
 
 def fine_level(run: KMeansRun, cells: Cells, partial: PartialResults, count: int) -> list[np.ndarray]:
     """For each filled cell float64 [centroids, D + 1], mapped from disk: its centroids, and in the last column their
     weights for `merge_nearest`; `count` centroids in all. `joined` joins them."""
+    begin_stage("cell seeding")
     starts = _starts(run, cells, partial, count)
     budget = centroid_budgets([start[1] for start in starts], count)
     filled = np.flatnonzero(budget)
@@ -60,6 +61,7 @@ def fine_level(run: KMeansRun, cells: Cells, partial: PartialResults, count: int
         # float64, because a weight may be as large as the number of rows.
         return np.concatenate([centroids_KD.numpy(), weight_K[:, None]], axis=1, dtype=np.float64)
 
+    begin_stage("fine level")
     shapes = {cell: (int(budget[cell]), run.rows.dim + 1) for cell in filled.tolist()}
     costs = cells.sizes.astype(np.float64) * budget
     rows_done = cells.sizes * run.settings.iterations
@@ -84,7 +86,7 @@ def _starts(run: KMeansRun, cells: Cells, partial: PartialResults, count: int) -
     """
     n = run.rows.num_rows
     # Python integers: rows times k may exceed 2^63.
-    steps = [min(size, -(-3 * count * size // (2 * n)) + _EXTRA_STEPS) for size in cells.sizes.tolist()]
+    steps = [min(size, -(-3 * count * size // (2 * n)) + EXTRA_STEPS) for size in cells.sizes.tolist()]
 
     def start(cell: int) -> np.ndarray:
         members = SubsetRows(run.rows, cells.members(cell))

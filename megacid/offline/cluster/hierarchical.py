@@ -17,7 +17,6 @@ Legend: n rows, K clusters, C cells, D width, B rows of a block, T rows of a til
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,22 +32,26 @@ from megacid.offline.cluster.cells import Cells, balance_load, group_by_label
 from megacid.offline.cluster.fine_level import fine_level, joined
 from megacid.offline.cluster.kmeans import kmeans
 from megacid.offline.cluster.lloyd import iterate
+from megacid.offline.cluster.memory import candidate_bytes
 from megacid.offline.cluster.merging import NEIGHBOURS, merge_nearest
-from megacid.offline.cluster.run import KMeansRun, start_run
-from megacid.offline.cluster.seeding import seed_count
-from megacid.offline.cluster.state import KMeansSettings, KMeansState, fingerprint, load_state, save_state
+from megacid.offline.cluster.run import KMeansRun, begin_stage, start_run
+from megacid.offline.cluster.seeding import SEEDING_ITERATIONS, seed_count
+from megacid.offline.cluster.state import (
+    KMeansSettings,
+    KMeansState,
+    cell_count,
+    coarse_rows,
+    fingerprint,
+    load_state,
+    num_candidates,
+    save_state,
+)
 from megacid.offline.cluster_order import in_cluster_order
 from megacid.offline.nearest import tile_rows
 from megacid.offline.rows import Rows
 from megacid.storage.stage_directory import PartialResults
 
 log = logging.getLogger(__name__)
-COARSE_POINTS = 256  # rows per coarse centroid in the sample that they are trained on
-
-
-def cell_count(k: int) -> int:
-    """About sqrt(k), which makes both levels equally expensive."""
-    return max(1, round(math.sqrt(k)))
 
 
 def two_level(
@@ -77,62 +80,64 @@ def two_level(
     with stop_together(group):
         # A state of other settings is refused before `begin` drops any partial result.
         state = load_state(checkpoint, final, identity) if checkpoint.exists() else None
-    extra_bytes = _extra_bytes(settings, device)
-    run = start_run(rows, settings, device, group, progress, unit_rows=unit_rows, extra_bytes=extra_bytes)
+    run = start_run(rows, settings, device, group, progress, unit_rows=unit_rows)
     partial = PartialResults(work, _fingerprint(run, identity))
     with stop_together(group):
         if run.rank == 0:
             partial.begin()
+    begin_stage("coarse clusters")
     coarse_CD = _coarse_level(run, partial, identity)
+    begin_stage("cells")
     cells = Cells(partial, run.rows.num_rows, len(coarse_CD), tile_rows(device))
     _assign_cells(run, coarse_CD, cells)
+    begin_stage("order")
     ordered = in_cluster_order(run.rows, cells.places, partial, group, settings.memory_gb, progress)
     run = replace(run, rows=ordered)
     if state is None:
         fine = fine_level(run, cells, partial, min(run.rows.num_rows, seed_count(settings.k)))
         failpoint("cluster:merge")
-        state = KMeansState(
-            run.on_first_rank(
-                lambda: merge_nearest(
-                    *joined(fine), settings.k, settings.metric, lambda c_KD: _neighbours(run, c_KD, coarse_CD)
-                ),
-                (settings.k, run.rows.dim),
-            )
-        )
+        state = KMeansState(_merged(run, fine, coarse_CD))
     else:
         log.info("continuing after iteration %d of %d over all clusters", state.iteration, settings.refine)
     if settings.refine:
+        begin_stage("refining")
         refining = _RefiningPass(run, cells, coarse_CD)
         iterate(run, state, settings.refine, refining, lambda: save_state(checkpoint, state, final, identity), "refine")
     return state
 
 
-def _num_candidates(settings: KMeansSettings) -> int:
-    """Centroids nearest to its cell that a row is compared with in a refining iteration; 0: all."""
-    count = math.ceil(settings.refine_cells * settings.k / cell_count(settings.k))
-    return count if count < settings.k else 0
+def _merged(run: KMeansRun, fine: list[np.ndarray], coarse_CD: Tensor) -> Tensor:
+    """The k centroids left of those of `fine_level`, fp32 [K, D]. A collective."""
+    begin_stage("merging")
+    settings = run.settings
+    memory_bytes = settings.memory_gb * 1e9 - candidate_bytes(settings, run.device)
 
+    def merged() -> Tensor:
+        centroids_KD, weight_K = joined(fine)
+        return merge_nearest(
+            centroids_KD,
+            weight_K,
+            settings.k,
+            settings.metric,
+            lambda c_KD: _neighbours(run, c_KD, coarse_CD),
+            memory_bytes,
+        )
 
-def _extra_bytes(settings: KMeansSettings, device: torch.device) -> int:
-    """Bytes held in addition to a flat run: the candidate lists and the search for them."""
-    candidates, cells = _num_candidates(settings), cell_count(settings.k)
-    if candidates == 0:
-        return 8 * settings.k
-    return 8 * (cells * candidates + settings.k) + min(tile_rows(device), cells) * 2 * candidates * 12
+    return run.on_first_rank(merged, (settings.k, run.rows.dim))
 
 
 def _fingerprint(run: KMeansRun, identity: dict[str, Any]) -> dict[str, Any]:
     rows = {"rows": run.rows.num_rows, "dim": run.rows.dim, "tile": tile_rows(run.device)}
     # Partial results of both levels do not depend on the refining iterations.
     settings = {name: value for name, value in fingerprint(run.settings, identity).items() if name != "refine_cells"}
-    return settings | rows
+    return settings | rows | {"seeding_iterations": SEEDING_ITERATIONS}
 
 
 def _coarse_level(run: KMeansRun, partial: PartialResults, identity: dict[str, Any]) -> Tensor:
     """The coarse centroids fp32 [C, D], by flat k-means on a sample."""
     count, n = cell_count(run.settings.k), run.rows.num_rows
     log.info("coarse clusters: %d, about the square root of k", count)
-    sample = max(count * COARSE_POINTS, 4096)
+    sample = coarse_rows(run.settings.k)
     coarse_CD = kmeans(
         run.rows,
         replace(run.settings, k=count, train_sample=sample if sample < n else None, method="flat"),
@@ -181,7 +186,7 @@ def _centroids_by_cell(run: KMeansRun, centroids_KD: Tensor, coarse_CD: Tensor) 
 def _candidates(run: KMeansRun, centroids_KD: Tensor, coarse_CD: Tensor) -> list[Tensor]:
     """The centroids that the rows of each cell are compared with, int64, ascending: those in the cell and those nearest
     to its coarse centroid."""
-    count, cells = _num_candidates(run.settings), len(coarse_CD)
+    count, cells = num_candidates(run.settings), len(coarse_CD)
     if count == 0:
         return [torch.arange(len(centroids_KD))] * cells
     assigner, nearest = run.assigner(centroids_KD), []

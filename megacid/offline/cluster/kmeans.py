@@ -22,7 +22,7 @@ from megacid.distributed.stopping import Group, Progress, no_progress, stop_toge
 from megacid.failpoints import failpoint
 from megacid.offline.cluster.accumulate import one_pass, rows_of_rank
 from megacid.offline.cluster.lloyd import iterate
-from megacid.offline.cluster.run import start_run
+from megacid.offline.cluster.run import begin_stage, start_run
 from megacid.offline.cluster.seeding import initial_centroids, sample_rows
 from megacid.offline.cluster.state import KMeansSettings, KMeansState, load_state, save_state
 from megacid.offline.rows import Rows
@@ -58,6 +58,7 @@ def kmeans(
     run = start_run(rows, settings, device, group, progress, unit_rows=unit_rows)
     n, dim = run.rows.num_rows, run.rows.dim
     if state is None:
+        begin_stage("seeding")
         if settings.init == "k-means++":
             log.info(
                 "k-means++: %d centroids from a sample of %d of %d rows", settings.k, sample_rows(n, settings.k, dim), n
@@ -68,6 +69,7 @@ def kmeans(
             failpoint("cluster:init")
     else:
         log.info("continuing after iteration %d of %d", state.iteration, settings.iterations)
+    begin_stage("iterations")
     start, stop = rows_of_rank(run)
     labels = np.full(stop - start, -1, np.int32)
 

@@ -11,6 +11,7 @@ Legend: K centroids, D width, M neighbours, E pairs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -21,14 +22,19 @@ from megacid.offline.nearest import Metric
 
 NEIGHBOURS = 4  # of each centroid that it may be merged with
 _PAIRS_PER_MERGE = 8
-_BLOCK_BYTES = 1 << 24  # of the pairs that are handled at once: larger blocks are not faster
+BLOCK_BYTES = 1 << 24  # of the pairs that are handled at once: larger blocks are not faster
 _PAIR_BYTES = 48  # per value: two rows in fp32, and five in fp64
 _CENTROID_BYTES = 512  # per centroid: its pairs, their costs and orders
 
 
 def merging_bytes(count: int, dim: int) -> int:
-    """Peak bytes of `merge_nearest` for `count` centroids, with the centroids and a second copy for the search."""
-    return count * (8 * dim + _CENTROID_BYTES) + max(_BLOCK_BYTES, _PAIR_BYTES * dim)
+    """Least bytes of `merge_nearest` for `count` centroids, with the centroids and a second copy for the search."""
+    return count * (8 * dim + _CENTROID_BYTES) + _PAIR_BYTES * dim
+
+
+def _pairs_at_once(count: int, dim: int, memory_bytes: float) -> int:
+    spare = min(BLOCK_BYTES, memory_bytes - merging_bytes(count, dim))
+    return max(int(spare / (_PAIR_BYTES * dim)), 0) + 1
 
 
 def merge_cost(x_ED: Tensor, y_ED: Tensor, x_weight_E: Tensor, y_weight_E: Tensor, metric: Metric) -> Tensor:
@@ -46,7 +52,12 @@ def merge_cost(x_ED: Tensor, y_ED: Tensor, x_weight_E: Tensor, y_weight_E: Tenso
 
 
 def merge_nearest(
-    centroids_KD: Tensor, weight_K: Tensor, k: int, metric: Metric, neighbours: Callable[[Tensor], Tensor]
+    centroids_KD: Tensor,
+    weight_K: Tensor,
+    k: int,
+    metric: Metric,
+    neighbours: Callable[[Tensor], Tensor],
+    memory_bytes: float = math.inf,
 ) -> Tensor:
     """The centroids after K - k merges, fp32 [k, D]: the first rows of `centroids_KD`, which is overwritten.
 
@@ -55,7 +66,9 @@ def merge_nearest(
         weight_K: float64, on the CPU, see `merge_cost`.
         neighbours: Maps centroids to int64 [K, M], the numbers of some near ones of each; its own number is ignored. It
             is called once, and again only when the pairs run out: a merged cluster has the neighbours of both.
+        memory_bytes: Bound on the memory, at least `merging_bytes`; does not change a bit.
     """
+    pairs_at_once = _pairs_at_once(len(centroids_KD), centroids_KD.shape[1], memory_bytes)
     pairs = torch.empty(2, 0, dtype=torch.int64)
     while len(centroids_KD) > k:
         left = len(centroids_KD) - k
@@ -63,33 +76,32 @@ def merge_nearest(
             near_KM = neighbours(centroids_KD)
             own_KM = torch.arange(len(near_KM))[:, None].expand_as(near_KM)
             pairs = _each_once(torch.stack([own_KM.flatten(), near_KM.flatten()]), len(centroids_KD))
-        cost_E = _costs(centroids_KD, weight_K, pairs, metric)
+        cost_E = _costs(centroids_KD, weight_K, pairs, metric, pairs_at_once)
         if pairs.shape[1] > _PAIRS_PER_MERGE * left:  # the others are too expensive to be merged
             cheap = cost_E.argsort(stable=True)[: _PAIRS_PER_MERGE * left].sort().values
             pairs, cost_E = pairs[:, cheap], cost_E[cheap]
         stay, gone = pairs[:, _disjoint(pairs, cost_E.numpy(), -(-left // 2))]
         weight_K = weight_K.clone()
-        for block in _blocks(len(stay), centroids_KD.shape[1]):
+        for block in _blocks(len(stay), pairs_at_once):
             _merge(centroids_KD, weight_K, stay[block], gone[block], metric)
         kept = torch.ones(len(centroids_KD), dtype=torch.bool)
         kept[gone] = False
-        centroids_KD, weight_K = _compact(centroids_KD, kept), weight_K[kept]
+        centroids_KD, weight_K = _compact(centroids_KD, kept, pairs_at_once), weight_K[kept]
         number = kept.cumsum(0) - 1
         number[gone] = number[stay]
         pairs = _each_once(number[pairs], len(centroids_KD))
     return centroids_KD
 
 
-def _blocks(count: int, dim: int) -> Iterator[slice]:
+def _blocks(count: int, step: int) -> Iterator[slice]:
     """Slices of `count` pairs."""
-    step = max(_BLOCK_BYTES // (_PAIR_BYTES * dim), 1)
     return (slice(low, low + step) for low in range(0, count, step))
 
 
-def _costs(centroids_KD: Tensor, weight_K: Tensor, pairs: Tensor, metric: Metric) -> Tensor:
+def _costs(centroids_KD: Tensor, weight_K: Tensor, pairs: Tensor, metric: Metric, step: int) -> Tensor:
     """`merge_cost` of all pairs, float64 [E]."""
     cost_E = torch.empty(pairs.shape[1], dtype=torch.float64)
-    for block in _blocks(len(cost_E), centroids_KD.shape[1]):
+    for block in _blocks(len(cost_E), step):
         low, high = pairs[:, block]
         x_ED, y_ED = centroids_KD[low].double(), centroids_KD[high].double()
         cost_E[block] = merge_cost(x_ED, y_ED, weight_K[low], weight_K[high], metric)
@@ -110,10 +122,10 @@ def _merge(centroids_KD: Tensor, weight_K: Tensor, stay: Tensor, gone: Tensor, m
     centroids_KD[stay], weight_K[stay] = middle.float(), weight_E
 
 
-def _compact(centroids_KD: Tensor, kept: Tensor) -> Tensor:
+def _compact(centroids_KD: Tensor, kept: Tensor, step: int) -> Tensor:
     """Move the kept rows to the front, in place; returns them."""
     rows = kept.nonzero()[:, 0]
-    for block in _blocks(len(rows), centroids_KD.shape[1]):
+    for block in _blocks(len(rows), step):
         # A row never moves behind one that is read later.
         centroids_KD[block.start : block.start + len(rows[block])] = centroids_KD[rows[block]]
     return centroids_KD[: len(rows)]

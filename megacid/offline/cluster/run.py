@@ -19,13 +19,19 @@ from megacid.distributed.consensus import gather_json
 from megacid.distributed.parallel import shard_range
 from megacid.distributed.stopping import Group, Progress, stop_together
 from megacid.errors import UserError
-from megacid.offline.cluster.memory import block_rows, check_seeding_memory
+from megacid.failpoints import failpoint
+from megacid.offline.cluster.memory import block_rows, candidate_bytes, check_memory
 from megacid.offline.cluster.state import KMeansSettings
 from megacid.offline.nearest import Assigner, Metric, pad_rows, prepare, tile_rows
 from megacid.offline.random_streams import RandomStream
 from megacid.offline.rows import Rows, SubsetRows, find_invalid_row
 
 log = logging.getLogger(__name__)
+
+
+def begin_stage(name: str) -> None:
+    """Mark the beginning of a stage, and the end of the one before, for what observes them."""
+    failpoint("cluster:stage", stage=name)
 
 
 @dataclass(frozen=True)
@@ -91,26 +97,30 @@ def start_run(
     progress: Progress,
     *,
     unit_rows: bool,
-    extra_bytes: int = 0,
 ) -> KMeansRun:
     """Draw the training sample, check amount, memory and rows, and choose block size and grid.
 
     Args:
         unit_rows: Require rows of length 1, whatever the metric.
-        extra_bytes: Bytes that the run holds in addition to those of `spare_bytes`.
 
     Raises:
         UserError: k > n, the memory bound is too small, or a row is invalid.
     """
-    if isinstance(rows, SubsetRows):
-        extra_bytes += rows.chosen.nbytes
+    begin_stage("check")
+    world = collectives.world_size(group)
+    check_size(rows, settings, world, device)
+    extra_bytes = rows.chosen.nbytes if isinstance(rows, SubsetRows) else 0
     if settings.train_sample is not None:
         rows = _training_sample(rows, settings)
     n = rows.num_rows
-    _check_amount(n, settings.k, group)
-    rows_of_rank = math.ceil(n / collectives.world_size(group))
-    block = block_rows(rows_of_rank, rows.dim, settings, device, extra_bytes)
-    check_seeding_memory(n, rows.dim, settings)
+    if n < 2 * settings.k and collectives.rank(group) == 0:
+        log.warning(
+            f"{n} rows to train on for {settings.k} clusters are {n / settings.k:.2f} per cluster, fewer than 2: most "
+            "clusters will be single rows, make fewer of them or give more data"
+        )
+    if settings.method == "hierarchical":
+        extra_bytes += candidate_bytes(settings, device)
+    block = block_rows(math.ceil(n / world), rows.dim, settings, device, extra_bytes)
     largest = _check_rows(rows, settings.metric, block, group, progress, unit_rows)
     # Unit rows, or the next power of two.
     scale = 1.0 if settings.metric == "cosine" else 2.0 ** math.ceil(math.log2(largest or 1.0))
@@ -120,8 +130,6 @@ def start_run(
 def _training_sample(rows: Rows, settings: KMeansSettings) -> Rows:
     """A uniform sample of rows without replacement, decided by the seed."""
     count = settings.train_sample or 0
-    if not settings.k <= count:
-        raise UserError(f"train sample is {count} rows, expected at least k = {settings.k}: raise --train-sample")
     if count >= rows.num_rows:
         log.info("training on all %d rows: --train-sample %d is not smaller", rows.num_rows, count)
         return rows
@@ -130,15 +138,15 @@ def _training_sample(rows: Rows, settings: KMeansSettings) -> Rows:
     return SubsetRows(rows, np.sort(rng.choice(rows.num_rows, count, replace=False)))
 
 
-def _check_amount(n: int, k: int, group: Group) -> None:
-    """UserError for more clusters than training rows; a warning for fewer than 2 rows per cluster."""
-    if k > n:
-        raise UserError(f"k is {k} but there are only {n} rows to train on: lower --k or give more data")
-    if n < 2 * k and collectives.rank(group) == 0:
-        log.warning(
-            f"{n} rows to train on for {k} clusters are {n / k:.2f} per cluster, fewer than 2: most clusters will be "
-            "single rows, make fewer of them or give more data"
-        )
+def check_size(rows: Rows, settings: KMeansSettings, world: int, device: torch.device) -> None:
+    """UserError for a training sample or rows fewer than the clusters, or too small a memory bound."""
+    n, sample = rows.num_rows, settings.train_sample
+    if sample is not None and sample < settings.k:
+        raise UserError(f"train sample is {sample} rows, expected at least k = {settings.k}: raise --train-sample")
+    if settings.k > n:
+        raise UserError(f"k is {settings.k} but there are only {n} rows to train on: lower --k or give more data")
+    extra_bytes = rows.chosen.nbytes if isinstance(rows, SubsetRows) else 0
+    check_memory(min(sample or n, n), rows.dim, settings, world, device, extra_bytes)
 
 
 def _check_rows(rows: Rows, metric: Metric, block: int, group: Group, progress: Progress, unit_rows: bool) -> float:

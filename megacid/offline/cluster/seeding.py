@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megacid.distributed.stopping import Progress, no_progress
-from megacid.offline.cluster.merging import NEIGHBOURS, merge_nearest
+from megacid.offline.cluster.merging import NEIGHBOURS, merge_nearest, merging_bytes
 from megacid.offline.cluster.state import KMeansSettings
 from megacid.offline.nearest import Assigner, Metric, pad_rows, prepare, tile_rows
 from megacid.offline.random_streams import RandomStream
@@ -48,6 +48,16 @@ def sample_rows(n: int, k: int, dim: int) -> int:
 def num_draws(count: int) -> int:
     """Candidates that one step of greedy k-means++ for `count` centroids compares."""
     return 2 + int(math.log(count))
+
+
+def seeding_bytes(n: int, k: int, dim: int) -> int:
+    """Least bytes of k-means++ for k centroids: its sample, the distances to the candidates, and the merging."""
+    count, sample = min(n, seed_count(k)), sample_rows(n, k, dim)
+    # The sample in fp32 twice (as read, or with its squares), and for each candidate its distances and two steps on.
+    need = sample * (8 * dim + 12 * num_draws(count) + 40) + count * dim * 4
+    if count >= BATCHED_STEPS:
+        need += 4 * max(_BATCH_VALUES, sample)
+    return max(need, merging_bytes(count, dim))
 
 
 def _sample_numbers(n: int, sample: int, seed: int) -> np.ndarray:
@@ -203,7 +213,7 @@ def initial_centroids(
         progress(0)
         return torch.cat(labels)
 
-    return merge_nearest(centroids_KD, weight_K, k, settings.metric, neighbours)
+    return merge_nearest(centroids_KD, weight_K, k, settings.metric, neighbours, settings.memory_gb * 1e9)
 
 
 def _weights(rows: Rows, assigner: Assigner, drawn: np.ndarray, progress: Progress) -> Tensor:

@@ -23,6 +23,8 @@ from megacid.offline.cluster.assign_labels import assign_labels, centroids_diges
 from megacid.offline.cluster.hierarchical import two_level
 from megacid.offline.cluster.kmeans import kmeans
 from megacid.offline.cluster.lloyd import imbalance_factor
+from megacid.offline.cluster.modality import embedding_rows
+from megacid.offline.cluster.run import check_size
 from megacid.offline.cluster.state import KMeansSettings, KMeansState
 from megacid.offline.nearest import Assigner, Backend, check_backend
 from megacid.offline.rows import EmbeddingRows, Rows, SubsetRows
@@ -41,16 +43,18 @@ def cluster(
     settings: KMeansSettings,
     parallel: Parallel,
     *,
+    features: str = "image",
     keep: Path | None = None,
     top_labels: int = 1,
     start_progress: StartProgress = lambda total: no_progress,
 ) -> dict[str, Any]:
-    """Cluster the image embeddings; write centroids, sizes, labels and meta.json, whose content is returned.
+    """Cluster the embeddings; write centroids, sizes, labels and meta.json, whose content is returned.
 
     An interrupted run continues after its last iteration or label file, with the same result. A finished folder is
     kept; its missing or damaged files are written again. All ranks stop together when the progress raises Stopped.
 
     Args:
+        features: "image" or "text" embeddings, or their normalised "mean".
         keep: Folder written by tools/balance.py; the centroids are those of the samples that it kept. None: of all.
         top_labels: Nearest clusters to write per sample.
         start_progress: Called with a number of rows to process; returns the function that counts them.
@@ -60,20 +64,17 @@ def cluster(
     """
     group = parallel.group
     with stop_together(group):
-        rows = EmbeddingRows(embeddings)
+        rows = embedding_rows(embeddings, features)
         _check_top_labels(top_labels, settings.k)
-        identity = _identity(rows)
-    trained: Rows = rows
-    source: dict[str, str] = {}
-    if keep is not None:
-        kept = kept_rows(rows, keep, parallel)
-        identity["keep"] = hashlib.sha256(kept.tobytes()).hexdigest()
-        source["keep"] = str(keep.resolve())
-        trained = SubsetRows(rows, kept)
+        identity = _identity(rows, features)
+    trained, kept, source = _kept(rows, keep, parallel)
+    identity |= kept
     with stop_together(group):
         arguments = _arguments(settings, top_labels) | identity
         stage = StageDirectory(out, "cluster", arguments)
         meta = stage.finished()
+        if meta is None:
+            check_size(trained, settings, parallel.world, parallel.device)
     state: KMeansState | None = None
     if meta is not None:
         if _is_complete(stage, settings.k, rows, top_labels, parallel):
@@ -94,6 +95,15 @@ def cluster(
         _check_sizes(sizes, rows, warn=parallel.is_first)
     result = {"iterations": state.iteration, "iterations_asked": settings.iterations, "objective": state.objective}
     return _finish(stage, rows, state.centroids, parallel, sizes, similarity, source, arguments | result)
+
+
+def _kept(rows: EmbeddingRows, keep: Path | None, parallel: Parallel) -> tuple[Rows, dict[str, str], dict[str, str]]:
+    """(training rows, what identifies their choice, where it is from)."""
+    if keep is None:
+        return rows, {}, {}
+    kept = kept_rows(rows, keep, parallel)
+    digest = hashlib.sha256(kept.tobytes()).hexdigest()
+    return SubsetRows(rows, kept), {"keep": digest}, {"keep": str(keep.resolve())}
 
 
 def _train(
@@ -139,6 +149,8 @@ def assign_only(
 ) -> dict[str, Any]:
     """Label embeddings with the centroids of a finished folder, in the layout of `cluster`; returns meta.json.
 
+    The features are those of the centroids.
+
     meta.json has the method "assign-only", names `clusters` in `source` and has the sha256 of its centroids; sizes are
     those of the new data. Interrupted and finished folders are handled as in `cluster`.
 
@@ -148,7 +160,9 @@ def assign_only(
     group = parallel.group
     with stop_together(group):
         check_backend(backend)
-        rows, origin = EmbeddingRows(embeddings), read_meta(clusters, expect="cluster")
+        origin = read_meta(clusters, expect="cluster")
+        features = origin.get("features", "image")
+        rows = embedding_rows(embeddings, features)
         _check_origin(rows, clusters, origin)
         k = int(origin["k"])
         _check_top_labels(top_labels, k)
@@ -165,7 +179,9 @@ def assign_only(
             raise UserError(f"{out} has an unfinished clustering: finish it first, or take another --out")
         centroids_KD = torch.from_numpy(np.array(stored, np.float32))
         arguments: dict[str, Any] = {"method": "assign-only", "labels_per_sample": top_labels, "k": k}
-        arguments |= {"metric": origin["metric"], "centroids_sha256": centroids_digest(centroids_KD)} | _identity(rows)
+        arguments |= {"metric": origin["metric"], "centroids_sha256": centroids_digest(centroids_KD)} | _identity(
+            rows, features
+        )
         stage = StageDirectory(out, "cluster", arguments)
         meta = stage.finished()
     if meta is not None and _is_complete(stage, k, rows, top_labels, parallel):
@@ -208,11 +224,11 @@ def _check_sizes(sizes: np.ndarray, rows: EmbeddingRows, *, warn: bool) -> None:
         )
 
 
-def _identity(rows: EmbeddingRows) -> dict[str, Any]:
-    """Where the rows come from: shards and teacher."""
-    return {"shards_digest": rows.meta["shards_digest"], "model": rows.meta["model"]} | {
-        name: rows.meta.get(name) for name in ("weights", "precision")
-    }
+def _identity(rows: EmbeddingRows, features: str) -> dict[str, Any]:
+    """Where the rows come from: shards and teacher, and what is not its image embeddings."""
+    identity = {"shards_digest": rows.meta["shards_digest"], "model": rows.meta["model"]}
+    identity |= {name: rows.meta.get(name) for name in ("weights", "precision")}
+    return identity if features == "image" else identity | {"features": features}
 
 
 def _arguments(settings: KMeansSettings, top_labels: int) -> dict[str, Any]:

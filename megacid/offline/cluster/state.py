@@ -22,6 +22,7 @@ from megacid.storage.atomic import writing
 Init = Literal["random", "k-means++"]
 Method = Literal["flat", "hierarchical"]
 TWO_LEVELS_K = 512  # from this many clusters two levels take less time than k-means++ over all rows
+COARSE_POINTS = 256  # rows per coarse centroid in the sample that they are trained on
 PLUS_PLUS_K = 4096  # up to this many clusters a flat k-means++ takes no longer than a few iterations
 
 
@@ -66,9 +67,9 @@ class KMeansSettings:
 def default_method(k: int) -> Method:
     """The fastest method, with k-means++, that reaches the objective of a flat fit from random rows.
 
-    k-means++ over all rows takes k steps, so its share of the time grows with k: at 200,000 x 256 and k = 2,000 a fit
-    takes 3.4 times as long as that of faiss, two levels 0.6 times (`tools/bench.py --suite kmeans`). Below 512 clusters
-    flat k-means++ is the faster one. A rule and not a measurement, as in `nearest.chosen_backend`.
+    At 200,000 x 256 and k = 2,000 two levels take 0.6 times as long as a fit of faiss, flat k-means++ several times as
+    long as two levels (`tools/bench.py --suite kmeans`). Below 512 clusters flat k-means++ is the faster one. A rule
+    and not a measurement, as in `nearest.chosen_backend`.
     """
     return "hierarchical" if k >= TWO_LEVELS_K else "flat"
 
@@ -78,6 +79,22 @@ def default_settings(k: int, *, method: Method | None = None, init: Init | None 
     method = method or default_method(k)
     init = init or ("k-means++" if method == "hierarchical" or k <= PLUS_PLUS_K else "random")
     return KMeansSettings(k, method=method, init=init, **given)
+
+
+def cell_count(k: int) -> int:
+    """Coarse clusters of two levels: about sqrt(k), which makes both levels equally expensive."""
+    return max(1, round(math.sqrt(k)))
+
+
+def coarse_rows(k: int) -> int:
+    """Rows that the coarse clusters of k are trained on."""
+    return max(cell_count(k) * COARSE_POINTS, 4096)
+
+
+def num_candidates(settings: KMeansSettings) -> int:
+    """Centroids nearest to its cell that a row is compared with in a refining iteration; 0: all."""
+    count = math.ceil(settings.refine_cells * settings.k / cell_count(settings.k))
+    return count if count < settings.k else 0
 
 
 @dataclass

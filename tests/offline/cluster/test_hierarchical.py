@@ -14,7 +14,7 @@ from harness import run_ranks
 from megacid.distributed.parallel import shard_range
 from megacid.errors import UserError
 from megacid.offline.cluster import cells as cells_module
-from megacid.offline.cluster import hierarchical as module
+from megacid.offline.cluster import state as state_module
 from megacid.offline.cluster.accumulate import Accumulator
 from megacid.offline.cluster.cells import Cells, balance_load, centroid_budgets, global_rows, group_by_label
 from megacid.offline.cluster.hierarchical import cell_count, two_level
@@ -154,7 +154,7 @@ def _on_ranks(x: np.ndarray, settings: KMeansSettings, work: Path) -> tuple[torc
 
 def test_ranks_and_memory_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x, _ = mixture(7000, 16, 80)
-    monkeypatch.setattr(module, "COARSE_POINTS", 64)
+    monkeypatch.setattr(state_module, "COARSE_POINTS", 64)
     settings = replace(HIERARCHICAL, refine_cells=3)
     alone = two_level(ArrayRows(x), settings, tmp_path / "alone")
     tight = two_level(ArrayRows(x), replace(settings, memory_gb=0.00125), tmp_path / "tight")

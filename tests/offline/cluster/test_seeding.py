@@ -1,6 +1,9 @@
 """k-means++ and merging against their definitions in float64."""
 
 import itertools
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +12,12 @@ import torch
 from megacid.distributed.stopping import no_progress
 from megacid.errors import UserError
 from megacid.offline.cluster import seeding
-from megacid.offline.cluster.memory import check_seeding_memory
+from megacid.offline.cluster.hierarchical import two_level
+from megacid.offline.cluster.kmeans import kmeans
+from megacid.offline.cluster.memory import check_memory
 from megacid.offline.cluster.merging import merge_cost, merge_nearest
 from megacid.offline.cluster.seeding import initial_centroids, num_draws, plus_plus, sample_rows, seed_count
-from megacid.offline.cluster.state import KMeansSettings
+from megacid.offline.cluster.state import KMeansSettings, Method
 from megacid.offline.nearest import Metric
 from megacid.offline.rows import ArrayRows
 
@@ -176,6 +181,32 @@ def test_every_planted_cluster_gets_a_centroid_despite_outliers() -> None:
 def test_memory_of_the_sample_is_checked() -> None:
     large = KMeansSettings(k=100_000, init="k-means++", memory_gb=2)
     with pytest.raises(UserError, match=r"k-means\+\+ for 100000 clusters of width 768 needs .* --init random"):
-        check_seeding_memory(10**9, 768, large)
-    check_seeding_memory(10**9, 768, KMeansSettings(k=100_000, init="random", memory_gb=2))
-    check_seeding_memory(10**9, 768, KMeansSettings(k=100_000, init="k-means++", memory_gb=2, method="hierarchical"))
+        check_memory(10**9, 768, large, 10**6, CPU)
+    with pytest.raises(UserError, match=r"the iterations over 100000 clusters of width 768 need .* fewer clusters"):
+        check_memory(10**9, 768, KMeansSettings(k=100_000, init="random", memory_gb=1), 10**6, CPU)
+    check_memory(10**9, 768, KMeansSettings(k=100_000, init="random", memory_gb=2), 10**6, CPU)
+    check_memory(
+        *(10**9, 768, KMeansSettings(k=100_000, init="k-means++", memory_gb=2, method="hierarchical"), 10**6, CPU)
+    )
+
+
+@pytest.mark.parametrize("method", ["flat", "hierarchical"])
+@pytest.mark.parametrize("k", [3, 40, 900])
+def test_the_least_memory_that_the_error_names_works(method: Method, k: int, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(4000, 8)).astype(np.float32)
+    settings = KMeansSettings(
+        k, metric="euclidean", method=method, init="k-means++", iterations=1, refine=1, memory_gb=1e-6
+    )
+
+    def fit(memory_gb: float) -> torch.Tensor:
+        one = replace(settings, memory_gb=memory_gb)
+        if method == "flat":
+            return kmeans(ArrayRows(x), one).centroids
+        return two_level(ArrayRows(x), one, tmp_path / str(memory_gb)).centroids
+
+    with pytest.raises(UserError, match=f"memory bound is 1e-06 GB, .* {k} clusters of width 8 need") as refused:
+        fit(1e-6)
+    least = float(re.search(r"raise --memory-gb to (\S+) or more", str(refused.value))[1])  # type: ignore[index]
+    with pytest.raises(UserError, match="raise --memory-gb to"):
+        fit(0.98 * least)
+    assert torch.equal(fit(least), fit(4.0))
