@@ -61,17 +61,20 @@ def _train_and_kill_fetchers(argv: list[str], plan: str) -> int:
     return train_rank(argv)
 
 
-def test_a_run_whose_fetchers_and_ranks_are_killed_ends_with_the_bits_of_one_on_a_disk(remote: Remote) -> None:
-    run_train(2, remote.pipeline.run_file("disk", data__workers=1, data__block_shards=1))
-    file = remote.run_file("remote", "cache")
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_whose_fetchers_and_ranks_are_killed_ends_with_the_bits_of_one_on_a_disk(
+    remote: Remote, world: int
+) -> None:
+    run_train(world, remote.pipeline.run_file(f"disk{world}", data__workers=1, data__block_shards=1))
+    file = remote.run_file(f"remote{world}", "cache")
     plan = FaultPlan(Fault("train:applied", "kill", step=4))
     argv = ["--deepspeed_config", str(file)]
-    assert rank_fates(_train_and_kill_fetchers, 2, argv, plan.to_json(), timeout_s=120) == [-9, -9]
+    assert rank_fates(_train_and_kill_fetchers, world, argv, plan.to_json(), timeout_s=120) == [-9] * world
     for path in (remote.pipeline.root / "cache").glob("*/*.tar"):
         path.unlink()
     remote.server.faults = {path.name: ["503", "cut"] for path in remote.pipeline.shards.glob("*.tar")}
-    run_train(2, file)
-    want, got = tensors(remote.step("disk")), tensors(remote.step("remote"))
+    run_train(world, file)
+    want, got = tensors(remote.step(f"disk{world}")), tensors(remote.step(f"remote{world}"))
     assert want.keys() == got.keys() and all(want[name].equal(got[name]) for name in want)
 
 

@@ -250,8 +250,9 @@ class ShardCache:
     def _make_room(self, *, remove_coming: bool) -> bool:
         """Remove old tars until those that are there or being fetched fit. False if too few may be removed."""
         with self._exclusively():
+            being_fetched = self._being_fetched()  # first: a tar that arrives now is counted twice rather than never
             tars = sorted(self._tars(), key=lambda entry: entry.used)
-            over = sum(entry.size for entry in tars) + self._being_fetched() - self.limit
+            over = sum(entry.size for entry in tars) + being_fetched - self.limit
             newest = float("inf") if remove_coming else time.time()
             for entry in tars:
                 if over <= 0 or entry.used > newest:

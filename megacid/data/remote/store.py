@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import re
@@ -216,10 +215,8 @@ def _may_pass(error: Exception) -> bool:
         return False
     if (status := _status(error)) is not None:
         return status >= 500 or status in (408, 425, 429)
-    return isinstance(error, OSError | asyncio.TimeoutError | TimeoutError) or "Timeout" in type(error).__name__ or (
-        type(error).__module__.split(".")[0] in ("aiohttp", "botocore", "aiobotocore", "httpx", "gcsfs", "requests")
-        and not isinstance(error, ValueError)
-    )  # fmt: skip
+    permanent = isinstance(error, ValueError | TypeError | LookupError | AttributeError | NotImplementedError)
+    return not permanent and getattr(error, "errno", None) != errno.EINVAL
 
 
 def _is_full(error: BaseException) -> bool:
