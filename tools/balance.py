@@ -32,6 +32,7 @@ import checkout  # noqa: F401  import paths of a plain checkout
 from argtypes import ToolParser, natural, positive, real, seed_number, share_of_all
 from megacid.data.captions import recorded_caption
 from megacid.data.index import load_index
+from megacid.distributed.divided_work import Workers
 from megacid.distributed.parallel import Parallel, accept_launcher_arguments, long_waits
 from megacid.distributed.progress import progress_bar
 from megacid.distributed.stopping import Progress, StartProgress, StopRequest, run_stage
@@ -166,7 +167,8 @@ def run(args: argparse.Namespace, settings: BalanceSettings, parallel: Parallel,
     if args.reshard is not None:
         shards = args.shards or read_meta(args.out, expect="balance")["source"]["shards"]
         with report_progress("reshard", "sample", parallel, stop) as start, long_waits(parallel) as waiting:
-            index = load_index(shards, caption=recorded_caption(read_meta(args.embeddings, expect="embed")))
+            caption = recorded_caption(read_meta(args.embeddings, expect="embed"))
+            index = load_index(shards, caption=caption, workers=Workers(waiting, poll=stop.poll))
             meta = reshard(args.out, index, args.reshard, waiting, start_progress=start)
         if parallel.is_first:
             print(f"{args.reshard}: {meta['kept']:,} samples in {len(meta['bytes']):,} tars")

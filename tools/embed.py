@@ -28,6 +28,7 @@ from megacid.data.captions import CaptionSource
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.index_report import MAX_LOST, listed, percent, summary
 from megacid.distributed.consensus import agree, fail_together
+from megacid.distributed.divided_work import Workers
 from megacid.distributed.parallel import Parallel, accept_launcher_arguments
 from megacid.distributed.progress import progress_bar
 from megacid.distributed.stopping import Progress, StopRequest, run_stage
@@ -134,18 +135,17 @@ def main(argv: list[str] | None = None) -> int:
     return run_stage(lambda parallel, stop: embed(args, parallel, stop), args.out, COLLECTIVE_TIMEOUT_S)
 
 
-def load(args: argparse.Namespace) -> ShardIndex:
-    return load_index("::".join(args.shards), caption=args.caption, max_lost=args.max_lost)
-
-
 def embed(args: argparse.Namespace, parallel: Parallel, stop: StopRequest) -> None:
-    # The first rank builds a missing index before the others load it.
     with fail_together(parallel.group):
         if args.adopt is None:
             check_weights(args.model, args.pretrained)
-        index = load(args) if parallel.is_first else None
+    index = load_index(
+        "::".join(args.shards),
+        caption=args.caption,
+        max_lost=args.max_lost,
+        workers=Workers(parallel, poll=stop.poll),
+    )
     with fail_together(parallel.group):
-        index = index or load(args)
         index.check_captions()
     if args.adopt is not None:
         adopt_folder(args, index, parallel, stop)

@@ -5,22 +5,27 @@
     tools/index_shards.py data/digits/train --verify      # hash every tar; exit code 1 when something differs
     tools/index_shards.py 'cc12m/{00000..01242}.tar' --caption json:caption
     MEGACID_CACHE_DIR=/nvme/cache tools/index_shards.py s3://bucket/laion
+    torchrun --nnodes 4 --nproc-per-node 1 ... tools/index_shards.py laion/     # on several nodes, one rank on each
 
-Training builds a missing index itself.
+All cores share the tars. A build that was stopped continues, and every number of processes and ranks gives the same
+files. Training builds a missing index itself.
 """
 
 import argparse
-import logging
+import os
 import sys
+from pathlib import Path
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser, share
+from argtypes import ToolParser, positive, share
 from megacid.data.captions import CaptionSource
-from megacid.data.index import load_index
+from megacid.data.index import ShardIndex, load_index
 from megacid.data.index_report import MAX_LOST, lost_samples, lost_share, percent, summary
 from megacid.data.index_verify import verify_index
 from megacid.data.tar_samples import remedy
-from megacid.distributed.progress import progress_bar
+from megacid.distributed.divided_work import Workers
+from megacid.distributed.parallel import DEFAULT_TIMEOUT_S, Parallel, accept_launcher_arguments
+from megacid.distributed.stopping import StopRequest, run_stage
 from megacid.errors import UserError, run_tool
 
 
@@ -57,49 +62,65 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="use the intact samples of damaged tars instead of refusing them, whatever share of the samples is lost",
     )
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        metavar="N",
+        help="processes of each rank (default: the cores of the host, divided by the ranks on it)",
+    )
+    accept_launcher_arguments(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.keep_blank_captions and CaptionSource.parse(args.caption).several:
         raise UserError(
             f"--keep-blank-captions is set, but --caption is {args.caption}, which never uses blank texts of a list: "
             f"leave the option out, or name one caption, such as {args.caption.removesuffix('*')}0"
         )
 
+    code = 0
+
+    def stage(parallel: Parallel, stop: StopRequest) -> None:
+        nonlocal code
+        code = index_or_verify(args, Workers(parallel, args.workers, stop.poll))
+
+    # The stop file is written next to the first shards.
+    return run_stage(stage, Path(args.shards[0]), DEFAULT_TIMEOUT_S) or code
+
+
+def index_or_verify(args: argparse.Namespace, workers: Workers) -> int:
+    """Returns the exit code: 1 if --verify finds a mismatch."""
     shards = "::".join(args.shards)
-    with progress_bar("verify" if args.verify else "index", "tar") as bar:
-
-        def on_shard(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        if args.verify:
-            problems = verify_index(shards, on_shard, caption=args.caption)
-        else:
-            index = load_index(
-                shards,
-                caption=args.caption,
-                keep_blank=args.keep_blank_captions or None,
-                allow_bad=args.allow_bad,
-                max_lost=args.max_lost,
-                on_shard=on_shard,
-                ask=True,
-            )
     if args.verify:
-        print("\n".join(problems) or f"{shards[:200]}: all tars match the index; images were not decoded")
+        problems = verify_index(shards, caption=args.caption, workers=workers)
+        if workers.rank == 0:
+            print("\n".join(problems) or f"{shards[:200]}: all tars match the index; images were not decoded")
         return 1 if problems else 0
+    index = load_index(
+        shards,
+        caption=args.caption,
+        keep_blank=args.keep_blank_captions or None,
+        allow_bad=args.allow_bad,
+        max_lost=args.max_lost,
+        ask=True,
+        workers=workers,
+    )
+    if workers.rank == 0:
+        print_summary(index, 1.0 if args.allow_bad else args.max_lost)
+    return 0
+
+
+def print_summary(index: ShardIndex, max_lost: float) -> None:
     size = sum(shard["bytes"] for shard in index.shards)
     totals = f"{len(index.names)} shards, {summary(index.shards)}, {size:,} bytes"
-    max_lost = 1.0 if args.allow_bad else args.max_lost
     accepted = ", more were accepted before" if lost_share(index.shards) > max_lost else ""
     print(f"{index.paths}: {totals}, digest {index.digest[:12]}; at most {percent(max_lost)} may be lost{accepted}")
     for reason in lost_samples(index.shards):
         print(f"  {reason}: {remedy(reason, index.caption)}")
-    return 0
 
 
 if __name__ == "__main__":
+    os.environ["DS_ACCELERATOR"] = "cpu"  # ranks exchange messages only
     sys.exit(run_tool(main))

@@ -18,7 +18,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,28 +27,23 @@ import numpy as np
 
 from megacid.data.captions import CaptionError, CaptionSource
 from megacid.data.decode import BadSample, decode_caption, decode_text
+from megacid.data.index_build import build_entries
 from megacid.data.index_files import (
     ShardTable,
     entries_digest,
-    is_writable,
-    keys_sha256,
     load_table,
-    reusable_entries,
-    save_entries,
-    save_table,
     stored_by_tar,
 )
-from megacid.data.index_report import MAX_LOST, check_losses, lost_share, summary, unused_files
+from megacid.data.index_report import MAX_LOST, check_losses, unused_files
 from megacid.data.lru import LRUCache
 from megacid.data.remote.cache import ShardCache
 from megacid.data.shard_paths import ShardPaths, find_shards
-from megacid.data.tar_samples import COLUMN, LOST, Kind, other_format, remedy, scan_tar
+from megacid.data.tar_samples import COLUMN, Kind
+from megacid.distributed.divided_work import ALONE, Workers
 from megacid.errors import UserError
-from megacid.storage.atomic import disk_errors
 
 log = logging.getLogger(__name__)
 
-_LISTED = 20  # dropped samples that are listed by name; the others are only counted
 _MAX_CLASS_BYTES = 1 << 16
 
 
@@ -144,10 +139,10 @@ def load_index(
     verify: bool = False,
     allow_bad: bool = False,
     max_lost: float = MAX_LOST,
-    on_shard: Callable[[int, int], None] | None = None,
     cache: ShardCache | None = None,
     ask: bool = False,
     fetch_limit: int | None = None,
+    workers: Workers = ALONE,
 ) -> ShardIndex:
     """Load the index of some tars; build or repair it when it is missing or does not match the tars.
 
@@ -160,35 +155,31 @@ def load_index(
         allow_bad: use what can be used of damaged tars, and any share of the samples, instead of refusing them. Tars
             that the index has are accepted until they change.
         max_lost: share of all samples, or of those in tars that were added or changed, that may be lost.
-        on_shard: called as (done, total) while building.
         cache, ask: for remote tars, see `find_shards`.
         fetch_limit: bytes of remote tars that may be fetched to index them; None: any number, and changed ones too.
+        workers: the ranks and processes that share the work; with ranks it is a collective.
 
     Raises:
         UserError: no such directory, no tar, no sample, many lost samples, or a tar that is damaged or cannot be read.
     """
-    source, paths = CaptionSource.parse(caption), find_shards(shards, cache, ask=ask)
-    unused = unused_files(paths.directory) if paths.directory else ""
-    if not paths.tars:
-        unused = f" but {unused}" if unused else ": give the directory that img2dataset or tools/synthesize.py wrote"
-        raise UserError(f"{paths} has no .tar file{unused}")
-    if unused:
-        log.warning("%s: not used: %s", paths, unused)
-    stored = stored_by_tar(paths.folders, source.index_folder)
-    entries = None if verify else _unchanged(paths, stored, keep_blank)
-    if entries is not None:
-        index = _assemble(paths, source, entries, {})
-        check_losses(paths, entries, source)  # the share was judged when the index was written
-    else:
-        index = _build(
-            *(paths, source, stored),
+    with workers.together():
+        source, paths = CaptionSource.parse(caption), find_shards(shards, cache, ask=ask)
+        _check_paths(paths)
+        stored = stored_by_tar(paths.folders, source.index_folder)
+        entries = None if verify else _unchanged(paths, stored, keep_blank)
+        if entries is not None:
+            check_losses(paths, entries, source)  # the share was judged when the index was written
+    in_memory: dict[int, ShardTable] = {}
+    if any(workers.gather(entries is None)) or entries is None:
+        entries, in_memory = build_entries(
+            *(paths, source, stored, workers),
             keep_blank=keep_blank,
             verify=verify,
             allow_bad=allow_bad,
             max_lost=1.0 if allow_bad else max_lost,
-            on_shard=on_shard,
             fetch_limit=fetch_limit,
         )
+    index = _assemble(paths, source, entries, in_memory)
     for entry in index.shards:
         if entry["damage"]:
             log.warning(
@@ -268,7 +259,14 @@ class ShardReader:
         self._open.clear()
 
 
-# ---- building --------------------------------------------------------------------------------------------
+def _check_paths(paths: ShardPaths) -> None:
+    """Raise UserError without a tar, and warn of files that are not used."""
+    unused = unused_files(paths.directory) if paths.directory else ""
+    if not paths.tars:
+        unused = f" but {unused}" if unused else ": give the directory that img2dataset or tools/synthesize.py wrote"
+        raise UserError(f"{paths} has no .tar file{unused}")
+    if unused:
+        log.warning("%s: not used: %s", paths, unused)
 
 
 def _unchanged(
@@ -288,95 +286,11 @@ def _unchanged(
     return None
 
 
-def _build(
-    paths: ShardPaths,
-    caption: CaptionSource,
-    stored: dict[Path, dict[str, Any]],
-    *,
-    keep_blank: bool | None,
-    verify: bool,
-    allow_bad: bool,
-    max_lost: float,
-    on_shard: Callable[[int, int], None] | None,
-    fetch_limit: int | None,
-) -> ShardIndex:
-    writable = {folder: is_writable(folder / caption.index_folder) for folder in paths.folders}
-    for folder in (folder for folder, ok in writable.items() if not ok):
-        log.warning(
-            "%s cannot be written: what its index lacks stays in memory and is built again at every start",
-            folder / caption.index_folder,
-        )
-    reusable = reusable_entries(paths, caption.index_folder, stored, verify=verify, keep_blank=keep_blank)
-    if fetch_limit is not None and paths.remote:
-        paths.check_fetches([tar for tar, (entry, _) in zip(paths.tars, reusable) if not entry], stored, fetch_limit)
-    entries: list[dict[str, Any]] = []
-    in_memory: dict[int, ShardTable] = {}
-    for number, (path, (entry, keep)) in enumerate(zip(paths.tars, reusable)):
-        folder = path.parent / caption.index_folder
-        if entry is None:
-            with paths.local(path, None) as (local, recorded):
-                entry, table = _index_tar(local, caption, keep_blank=keep, allow_bad=allow_bad)
-            entry |= recorded
-            if writable[path.parent]:
-                with disk_errors(folder):
-                    save_table(folder, entry, table)
-            else:
-                in_memory[number] = table
-        entries.append(entry)
-        if on_shard:
-            on_shard(number + 1, len(paths.tars))
-    check_losses(paths, entries, caption, stored, max_lost=max_lost, writable=all(writable.values()))
-    for folder in (folder for folder, ok in writable.items() if ok):
-        here = [entry for entry, tar in zip(entries, paths.tars) if tar.parent == folder]
-        save_entries(folder / caption.index_folder, here, whole=paths.directory is not None)
-    log.info("indexed %s: %d shards, %s", paths, len(entries), summary(entries))
-    return _assemble(paths, caption, entries, in_memory)
-
-
 def _assemble(
     paths: ShardPaths, caption: CaptionSource, entries: list[dict[str, Any]], in_memory: dict[int, ShardTable]
 ) -> ShardIndex:
     names, sizes = [entry["name"] for entry in entries], np.array([entry["samples"] for entry in entries], np.int64)
     return ShardIndex(paths, caption, names, sizes, entries_digest(entries), entries, in_memory)
-
-
-def _index_tar(
-    path: Path, caption: CaptionSource, *, keep_blank: bool, allow_bad: bool
-) -> tuple[dict[str, Any], ShardTable]:
-    try:
-        scan = scan_tar(path, caption, keep_blank=keep_blank, hashed=True)
-        if scan.damage and not scan.keys and (other := other_format(path)):
-            scan.damage = f"it is {other[0]}"
-            if not allow_bad:
-                raise UserError(f"{path} is {other[0]}, expected a plain tar, whose members have an offset: {other[1]}")
-        if scan.damage and not allow_bad:
-            raise UserError(
-                f"{path} is damaged ({scan.damage}) after {len(scan.keys)} intact samples: fetch it again, "
-                f"or run tools/index_shards.py {caption.option}--allow-bad to use the intact ones"
-            )
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): correct its permissions, or fetch it again"
-        ) from None
-    table = ShardTable(scan.keys, np.array(scan.members, np.int64).reshape(-1, 8))
-    entry = {
-        "name": path.name.removesuffix(".tar"),
-        "bytes": scan.bytes,
-        "samples": len(scan.keys),
-        "without_text": int((table.text[:, 1] < 0).sum()),
-        "blank": scan.blank,
-        "blank_kept": keep_blank,
-        "sha256": scan.sha256,
-        "keys_sha256": keys_sha256(scan.keys),
-        "dropped": {reason: len(names) for reason, names in scan.dropped.items()},
-        "dropped_names": {reason: names[:_LISTED] for reason, names in scan.dropped.items()},
-        "damage": scan.damage,
-    }
-    for reason, names in scan.dropped.items():
-        listed = ", ".join(names[:_LISTED]) + (" ..." if len(names) > _LISTED else "")
-        rule = f"; {remedy(reason, caption)}" if reason in LOST and lost_share([entry]) > MAX_LOST else ""
-        log.warning("%s: skipped %d (%s): %s%s", path.name, len(names), reason, listed, rule)
-    return entry, table
 
 
 def read_sample_json(reader: ShardReader, shard: int, row: int) -> dict[str, Any]:

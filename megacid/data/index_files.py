@@ -115,31 +115,7 @@ def stored_by_tar(folders: list[Path], index_folder: str) -> dict[Path, dict[str
     }
 
 
-def reusable_entries(
-    paths: ShardPaths,
-    index_folder: str,
-    stored: dict[Path, dict[str, Any]],
-    *,
-    verify: bool,
-    keep_blank: bool | None,
-) -> list[tuple[dict[str, Any] | None, bool]]:
-    """Per tar, the entry that can be used again, if there is one, and whether blank captions are kept.
-
-    keep_blank: None: as in `stored`, the entries of index.json; new tars as all stored ones if those agree, else False.
-    """
-    decisions = [
-        stored[tar]["blank_kept"] if keep_blank is None and tar in stored else keep_blank for tar in paths.tars
-    ]
-    entries = [
-        _reusable_entry(tar.parent / index_folder, tar, paths, verify=verify, keep_blank=decision)
-        for tar, decision in zip(paths.tars, decisions)
-    ]
-    known = [*stored.values(), *(entry for entry in entries if entry)]
-    all_keep = {entry["blank_kept"] for entry in known} == {True}
-    return [(entry, all_keep if decision is None else decision) for entry, decision in zip(entries, decisions)]
-
-
-def _reusable_entry(
+def reusable_entry(
     folder: Path, path: Path, paths: ShardPaths, *, verify: bool, keep_blank: bool | None
 ) -> dict[str, Any] | None:
     """The entry that an earlier, perhaps interrupted, run stored for this tar, when it still matches.

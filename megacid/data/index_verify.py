@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megacid.data.captions import CaptionSource
-from megacid.data.index_files import load_table, stored_entries
-from megacid.data.shard_paths import find_shards
+from megacid.data.index_build import Share
+from megacid.data.index_files import load_table, stored_by_tar, stored_entries
+from megacid.data.shard_paths import ShardPaths, find_shards
+from megacid.distributed.divided_work import ALONE, Workers
+from megacid.distributed.progress import progress_bar
 from megacid.errors import UserError
 from megacid.storage.atomic import file_sha256
 
 
-def verify_index(
-    shards: str | Path, on_shard: Callable[[int, int], None] | None = None, *, caption: str = "txt"
-) -> list[str]:
-    """Hash every tar and compare it with the stored index. Returns one sentence per mismatch; changes nothing."""
-    source, paths = CaptionSource.parse(caption), find_shards(shards, ask=True)
-    stored: dict[Path, dict[str, Any]] = {}
-    for folder in paths.folders:
-        entries = stored_entries(folder / source.index_folder)
-        if entries is None:
-            return [f"{folder / source.index_folder}/index.json is missing or unreadable"]
-        stored |= {folder / f"{entry['name']}.tar": entry for entry in entries}
-    problems = [f"{path.name} is not in the index" for path in paths.tars if path not in stored]
-    if paths.directory is None:
-        stored = {path: stored[path] for path in paths.tars if path in stored}
-    for done, (path, entry) in enumerate(stored.items(), 1):
-        problem = paths.remote_problem(path, entry) if path in paths.remote else _local_problem(path, entry)
-        problem = problem or _table_problem(path.parent / source.index_folder, entry)
-        problems += [problem] if problem else []
-        if on_shard:
-            on_shard(done, len(stored))
-    return problems
+def verify_index(shards: str | Path, *, caption: str = "txt", workers: Workers = ALONE) -> list[str]:
+    """Hash every tar and compare it with the stored index. Returns one sentence per mismatch; changes nothing.
+
+    workers: the ranks and processes that share the work; with ranks it is a collective.
+    """
+    with workers.together():
+        source, paths = CaptionSource.parse(caption), find_shards(shards, ask=True)
+        stored = stored_by_tar(paths.folders, source.index_folder)
+        folders = [folder / source.index_folder for folder in paths.folders]
+        problems = [f"{each}/index.json is missing or unreadable" for each in folders if stored_entries(each) is None]
+        if problems:
+            stored = {}
+        else:
+            problems = [f"{path.name} is not in the index" for path in paths.tars if path not in stored]
+        if paths.directory is None:
+            stored = {path: stored[path] for path in paths.tars if path in stored}
+    share = Share(len(stored), list(range(workers.world)), workers)
+    items = {number: (path, entry, paths.of_tar(path)) for number, (path, entry) in enumerate(stored.items())}
+    size = sum(entry["bytes"] for entry in stored.values())
+    with progress_bar("verify", "tar", len(stored), enabled=workers.rank == 0) as bar:
+        work = partial(_problem, index_folder=source.index_folder)
+        found = share.divide(work, items, size, lambda results: bar.update(len(results)))
+    return problems + [problem for _, problem in sorted(found.items()) if problem]
+
+
+def _problem(tar: tuple[Path, dict[str, Any], ShardPaths], *, index_folder: str) -> str | None:
+    path, entry, paths = tar
+    problem = paths.remote_problem(path, entry) if path in paths.remote else _local_problem(path, entry)
+    return problem or _table_problem(path.parent / index_folder, entry)
 
 
 def _local_problem(path: Path, entry: dict[str, Any]) -> str | None:

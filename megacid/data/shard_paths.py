@@ -53,6 +53,15 @@ class ShardPaths:
         """The directories of the tars; an empty one, too, when it was named alone."""
         return [self.directory] if self.directory else list(dict.fromkeys(tar.parent for tar in self.tars))
 
+    def of_tar(self, tar: Path) -> ShardPaths:
+        """What is known of one tar, for another process."""
+        remote = {tar: self.remote[tar]} if tar in self.remote else {}
+        return ShardPaths([tar], self.source, None, remote, self.cache)
+
+    def size(self, tar: Path) -> int:
+        """Bytes of a tar, 0 while that of a remote one is not known. Raises OSError."""
+        return (self.remote[tar].size or 0) if tar in self.remote else tar.stat().st_size
+
     def matches(self, tar: Path, entry: dict[str, Any]) -> bool:
         """Whether an entry of the index is of this tar, by name and size, and by the store's version of a remote one.
 

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import queue
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from megacid.distributed.parent_process import set_parent_death_signal
+from megacid.distributed.parent_process import start_child_process
 
 _POLL_S = 0.5
 _SHUTDOWN_S = 5.0
@@ -33,19 +32,9 @@ class WorkersLost(RuntimeError):  # noqa: N818  becomes the failure of a batch, 
 
 
 def start_worker(parent: int, _: int) -> None:
-    """worker_init_fn, given the parent's pid: the kernel kills the worker with its parent.
-
-    Resets the signal handlers: a worker must neither run those of the trainer nor print at Ctrl-C.
-    """
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        # torch checks for the parent between two batches only, so a hanging worker would never end.
-        set_parent_death_signal(signal.SIGKILL)
-        if os.getppid() != parent:  # the parent ended before the line above
-            os._exit(1)
+    """worker_init_fn, given the parent's pid. torch checks for the parent between two batches only, so a worker that
+    hangs would never end; the kernel ends it with its parent."""
+    start_child_process(parent)
     torch.set_num_threads(1)
 
 

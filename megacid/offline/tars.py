@@ -15,6 +15,7 @@ from megacid.data.captions import recorded_caption
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.side_tables import KeepTable
 from megacid.distributed.collectives import gather_plain
+from megacid.distributed.divided_work import Workers
 from megacid.distributed.parallel import Parallel, shard_range
 from megacid.distributed.stopping import stop_together
 from megacid.errors import UserError
@@ -27,19 +28,21 @@ def load_tars(
     rows: EmbeddingRows,
     shards: str | Path | None = None,
     *,
+    parallel: Parallel | None = None,
     remedy: str = "give the shards it was made from with --shards",
 ) -> ShardIndex:
     """The index of the tars of some embeddings.
 
     Args:
         shards: the tars; None: those recorded by tools/embed.py.
+        parallel: the ranks that share the work if the index has to be built, which makes it a collective.
         remedy: of the message when the tars are others.
 
     Raises:
         UserError: the tars cannot be read, or are others.
     """
     folder = shards or rows.meta["source"]["shards"]
-    index = load_index(folder, caption=recorded_caption(rows.meta))
+    index = load_index(folder, caption=recorded_caption(rows.meta), workers=Workers(parallel))
     if index.digest != rows.meta["shards_digest"]:
         raise UserError(
             f"{rows.directory} was made from other shards than {folder}: {remedy}, or run tools/embed.py again"
@@ -72,7 +75,8 @@ def kept_rows(rows: EmbeddingRows, keep: Path, parallel: Parallel) -> np.ndarray
             raise UserError(
                 f"{keep} was made from other shards than {rows.directory}: run tools/balance.py on {rows.directory}"
             )
-        index = _recorded_tars(rows, meta["source"]["shards"])
+    index = _recorded_tars(rows, meta["source"]["shards"], parallel)
+    with stop_together(parallel.group):
         table = KeepTable(keep, index)
         for partition in range(*shard_range(len(rows.stems), parallel.rank, parallel.world)):
             shard, row = rows_in_tar(rows, index, partition)
@@ -81,12 +85,12 @@ def kept_rows(rows: EmbeddingRows, keep: Path, parallel: Parallel) -> np.ndarray
     return np.flatnonzero(gather_plain(mask, parallel.group).cpu().numpy())
 
 
-def _recorded_tars(rows: EmbeddingRows, shards: str) -> ShardIndex:
-    """The tars that were recorded by balance, or else by embed. UserError when neither can be read."""
+def _recorded_tars(rows: EmbeddingRows, shards: str, parallel: Parallel) -> ShardIndex:
+    """The tars that were recorded by balance, or else by embed. A collective. UserError when neither can be read."""
     problems = {}
     for folder in dict.fromkeys((shards, rows.meta["source"]["shards"])):
         try:
-            return load_tars(rows, folder, remedy="put those back")
+            return load_tars(rows, folder, parallel=parallel, remedy="put those back")
         except UserError as error:
             problems[folder] = str(error)
     raise UserError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,6 +31,7 @@ from megacid.data.pairs import PairOptions, UsableRows
 from megacid.data.remote.cache import ShardCache
 from megacid.data.side_tables import KeepTable, LabelTable
 from megacid.distributed.consensus import agree, fail_together
+from megacid.distributed.divided_work import Workers
 from megacid.distributed.optimizers import check_groups, check_host
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
@@ -167,12 +167,8 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
     with fail_together(parallel.group):
         check_views(run)
         read_image = image_reader(config.decoder)
-        # The first rank builds a missing index before the others load it.
         cache = ShardCache.open(config.cache_dir, config.cache_gb) if config.cache_dir else None
-        load = partial(load_index, shards, caption=config.caption, cache=cache, fetch_limit=_FETCH_LIMIT)
-        first = load() if parallel.is_first else None
-    with fail_together(parallel.group):
-        index = first or load()
+    index = load_index(shards, caption=config.caption, cache=cache, fetch_limit=_FETCH_LIMIT, workers=Workers(parallel))
     agree(index.digest, f"the content of {shards}", parallel.group)
     teacher, labels, keep = None, None, None
     with fail_together(parallel.group):

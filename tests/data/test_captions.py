@@ -241,7 +241,7 @@ def test_blank_lists_are_always_left_out_and_no_option_claims_to_keep_them(tmp_p
 
 
 def test_keeping_blanks_scans_only_tars_that_have_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megacid.data import index as module
+    from megacid.data import index_build as module
 
     write(tmp_path / "0.tar", [{"txt": b"x"}] * 30)
     write(tmp_path / "1.tar", [{"txt": b"x"}] * 30 + [{"txt": b""}])

@@ -47,14 +47,14 @@ def test_grouping_agrees_with_webdataset(tmp_path: Path) -> None:
 def test_second_load_uses_the_stored_index_and_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_tar(tmp_path / "00000.tar", ["a", "b"])
     first = load_index(tmp_path)
-    monkeypatch.setattr("megacid.data.index.scan_tar", lambda *_, **__: pytest.fail("scanned again"))
+    monkeypatch.setattr("megacid.data.index_build.scan_tar", lambda *_, **__: pytest.fail("scanned again"))
     second = load_index(tmp_path)
     assert second.digest == first.digest and second.table(0).keys == ["a", "b"]
     assert np.array_equal(second.table(0).members, first.table(0).members)
 
 
 def test_only_the_changed_tar_is_scanned_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megacid.data import index as module
+    from megacid.data import index_build as module
 
     make_tar(tmp_path / "00000.tar", ["a"])
     make_tar(tmp_path / "00001.tar", ["b"])

@@ -12,7 +12,7 @@ import torch
 from pair_data import make_tar, put, write_shards
 
 from megacid.config.load import load_run
-from megacid.data import index as module
+from megacid.data import index_build as module
 from megacid.data.captions import BLANK
 from megacid.data.index import ShardReader, load_index
 from megacid.distributed.parallel import Parallel

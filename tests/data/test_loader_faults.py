@@ -308,7 +308,7 @@ def test_a_shard_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyte
     def denied(path: Path, *_: object, **__: object) -> None:  # the permission itself would not stop root
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("megacid.data.index.scan_tar", denied)
+    monkeypatch.setattr("megacid.data.index_build.scan_tar", denied)
     with pytest.raises(UserError, match=r"00001.tar cannot be read \(Permission denied\): correct its permissions"):
         load_index(tmp_path / "shards")
 

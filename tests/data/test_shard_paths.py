@@ -76,7 +76,7 @@ def test_all_spellings_of_the_same_shards_are_the_same_content(here: Path) -> No
 def test_a_part_of_a_directory_uses_and_keeps_its_index(
     here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from megacid.data import index as module
+    from megacid.data import index_build as module
 
     scanned, real = [], module.scan_tar
     monkeypatch.setattr(module, "scan_tar", lambda path, *a, **b: scanned.append(path.stem) or real(path, *a, **b))

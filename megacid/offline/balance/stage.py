@@ -55,9 +55,8 @@ def balance(
     Samples without an embedding are not kept: they could not be decoded.
 
     Args:
-        embeddings, clusters: folders written by tools/embed.py and tools/cluster.py. clusters: None with
-            `settings.cells`, for which OUT/cells gets what tools/cluster.py writes for as many clusters and this seed.
-        out: the folder to write.
+        embeddings, clusters: folders of tools/embed.py and tools/cluster.py. clusters: None with `settings.cells`.
+        out: the folder to write; with `settings.cells`, OUT/cells gets what tools/cluster.py writes for this seed.
         shards: the tars; None: the one recorded by tools/embed.py.
         memory_gb: bound on the memory of one rank that makes the cells, or copies the embeddings in cluster order.
         gallery_groups: groups shown in gallery.html.
@@ -71,7 +70,8 @@ def balance(
         ranks = Ranks(waiting.group)
         with ranks.stop_together():
             rows = EmbeddingRows(embeddings)
-            index = load_tars(rows, shards)
+        index = load_tars(rows, shards, parallel=waiting)
+        with ranks.stop_together():
             _check_cells(clusters, settings.cells, rows)
             text = _caption_rows(rows) if settings.keep == "caption" else None
             arguments = _arguments(settings, rows) | {"gallery_groups": gallery_groups}
