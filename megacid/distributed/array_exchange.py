@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from megacid.distributed.collectives import (
     rank,
     world_size,
 )
+from megacid.distributed.consensus import gather_json
 from megacid.distributed.stopping import stop_together
 
 PIECE_BYTES = 1 << 24  # that a rank receives at a time
@@ -61,6 +63,18 @@ class Ranks:
             for start, part in zip(starts, np.split(piece, np.cumsum(counts)[:-1])):
                 if len(part):
                     yield start + low, part
+
+    def concatenate(self, array: np.ndarray) -> np.ndarray:
+        """The arrays [m, ...] of all ranks in order of the ranks, on every rank. A collective."""
+        count = int(self.sum(np.array([len(array)]))[0])
+        out = np.empty((count, *array.shape[1:]), array.dtype)
+        for place, piece in self.pieces(array):
+            out[place : place + len(piece)] = piece
+        return out
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """The JSON-able value of every rank. A collective."""
+        return [value] if self.world == 1 else gather_json(value, self.group)
 
     def exchange(
         self, blocks: Iterable[tuple[np.ndarray, np.ndarray]], columns: int, dtype: np.dtype

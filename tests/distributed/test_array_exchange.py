@@ -34,6 +34,7 @@ def all_of_them() -> dict[str, object]:
     flags[10 * ranks.rank] = flags[99] = True
     ranks.any(flags)
     total = ranks.sum(np.array([ranks.rank, 1.5]))
+    np.testing.assert_array_equal(ranks.concatenate(own(ranks.rank)), whole)
     return {"whole": whole, "most": most, "received": received, "flags": flags, "sum": total}
 
 
@@ -60,4 +61,5 @@ def test_one_rank_gets_what_it_has_without_communication(monkeypatch: pytest.Mon
         assert list(ranks.pieces(own(0))) == []
         (block,) = ranks.exchange(iter([(own(1), np.zeros(5, int))]), 2, np.dtype(np.int32))
         np.testing.assert_array_equal(block, own(1))
-        assert ranks.sum(np.array([2])).tolist() == [2]
+        np.testing.assert_array_equal(ranks.concatenate(own(1)), own(1))
+        assert ranks.sum(np.array([2])).tolist() == [2] and ranks.gather_json("a") == ["a"]

@@ -254,14 +254,12 @@ def _outputs(
     metadata = folder / f"metadata-{ranks.rank}.parquet"
     pq.write_table(pa.table({"image_path": keys}), metadata)
     tars = range(*shard_range(len(sizes), ranks.rank, ranks.world))
-    number = np.empty(n, row_dtype(n))
     with phase("places in the tars"):
-        parts = [np.empty(0, number.dtype)]
+        parts = [np.empty(0, row_dtype(n))]
         for tar in tars:
             own = key_column(read_parquet(metadata, "", ["image_path"]), "image_path", metadata, "")[: sizes[tar]]
-            parts.append((starts[tar] + join_by_key(own, keys, metadata, "", require_all=True)).astype(number.dtype))
-        for place, piece in ranks.pieces(np.concatenate(parts)):
-            number[place : place + len(piece)] = piece
+            parts.append((starts[tar] + join_by_key(own, keys, metadata, "", require_all=True)).astype(row_dtype(n)))
+        number = ranks.concatenate(np.concatenate(parts))
     inputs: Any = SimpleNamespace(
         index=SimpleNamespace(names=names, sizes=sizes, starts=starts), rows=SimpleNamespace(stems=names, starts=starts)
     )

@@ -65,7 +65,7 @@ def find_candidates(
         if entries is None:
             if representative is not None:
                 chosen = chosen[representative[chosen] == chosen]
-            entries = candidate_clusters(context, chosen, label[chosen], threshold)
+            entries = candidate_clusters(context, chosen, label[chosen], threshold).astype(dtype)
             context.save(name, entries)
             failpoint("balance:candidate_clusters", step=chunk)
         parts.append(entries.astype(dtype))

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from megacid.data.index import ShardIndex, ShardReader, read_sample_json
+from megacid.distributed.array_exchange import ALONE, Ranks
+from megacid.distributed.parallel import shard_range
 from megacid.distributed.stopping import Progress, no_progress
 from megacid.offline.balance.row_numbers import row_dtype
 from megacid.offline.cluster.results import read_labels
@@ -104,16 +106,25 @@ def read_inputs(embeddings: Path, clusters: Path, shards: str | Path | None = No
         UserError: an input is damaged, or they do not belong together.
     """
     rows = EmbeddingRows(embeddings)
-    return add_labels(rows, load_tars(rows, shards), clusters)[0]
+    return add_labels(rows, load_tars(rows, shards), clusters, ALONE)[0]
 
 
-def add_labels(rows: EmbeddingRows, index: ShardIndex, clusters: Path) -> tuple[BalanceInputs, np.ndarray]:
-    """Reads and checks the labels of the embeddings. Raises as `read_inputs`.
+def add_labels(
+    rows: EmbeddingRows, index: ShardIndex, clusters: Path, ranks: Ranks
+) -> tuple[BalanceInputs, np.ndarray]:
+    """Reads and checks the labels of the embeddings. Raises as `read_inputs`. A collective: each rank reads a share.
 
     Returns:
         The inputs, and float32 (older folders: float16) [n], similarity of each sample to its centroid.
     """
-    label, score, k = read_labels(clusters, rows)
+    with ranks.stop_together():
+        partitions = range(*shard_range(len(rows.stems), ranks.rank, ranks.world))
+        own_label, own_score, k = read_labels(clusters, rows, partitions)
+    # A folder that an earlier version began may have both types.
+    dtypes = [np.dtype(name) for name in ranks.gather_json(own_score.dtype.str)]
+    label, score = (
+        ranks.concatenate(own) for own in (own_label, own_score.astype(np.result_type(*dtypes), copy=False))
+    )
     digest = hashlib.sha256(label.data)
     digest.update(score.data)
     return BalanceInputs(rows, index, Path(clusters), label, k, digest.hexdigest()), score

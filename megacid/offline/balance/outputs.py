@@ -25,7 +25,6 @@ from megacid.offline.balance.deduplicate import Decision
 from megacid.offline.balance.gallery import gallery_page, image_reader
 from megacid.offline.balance.groups import sample_groups
 from megacid.offline.balance.inputs import BalanceInputs, SampleLocations, damaged_cells
-from megacid.offline.balance.row_numbers import row_dtype
 from megacid.offline.rows import EmbeddingRows
 from megacid.storage.atomic import write_text
 from megacid.storage.npy import read_array, write_array
@@ -83,15 +82,12 @@ def write_outputs(
     out, index, rows = stage.path, inputs.index, inputs.rows
     partitions = range(*shard_range(len(rows.stems), ranks.rank, ranks.world))
     first, last = (int(rows.starts[at]) for at in (partitions.start, partitions.stop))
-    number = np.empty(rows.num_rows, row_dtype(index.num_samples))
     with ranks.stop_together():
         mine = inputs.locate(partitions, progress)
-    for place, piece in ranks.pieces(mine):
-        number[place : place + len(piece)] = piece
+    locations = SampleLocations(index, ranks.concatenate(mine))
     del mine
-    locations = SampleLocations(index, number)
     with ranks.stop_together():
-        kept = write_tars(out, inputs, decision, number, partitions, progress)
+        kept = write_tars(out, inputs, decision, locations.number, partitions, progress)
         _write_empty_tars(out, inputs, ranks)
         fields = [locations.has_field(name) for name in ("origin", "uid")] if ranks.rank == 0 else []
     has_origin, has_subset = broadcast_json(fields, ranks.group)
@@ -180,7 +176,4 @@ def _gather_origins(locations: SampleLocations, rows: range, ranks: Ranks, progr
     """int64 [n]: see `report.origins`. A collective: each rank reads a share of the rows."""
     with ranks.stop_together():
         mine = report.origins(locations, rows, progress)
-    origin = np.empty(len(locations.number), np.int64)
-    for place, piece in ranks.pieces(mine):
-        origin[place : place + len(piece)] = piece
-    return origin
+    return ranks.concatenate(mine)

@@ -63,10 +63,7 @@ def preference(
                     partial.save_array(f"caption-{part}", cosine)
                 failpoint("balance:preference", step=part)
             mine.append(-cosine)
-    out = np.empty(len(score), np.float32)
-    for place, piece in ranks.pieces(np.concatenate(mine)):
-        out[place : place + len(piece)] = piece
-    return out
+    return ranks.concatenate(np.concatenate(mine))
 
 
 def _caption_cosine(image: Rows, text: Rows, low: int, high: int, progress: Progress) -> np.ndarray:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from megacid.distributed.array_exchange import Ranks
 from megacid.distributed.consensus import any_rank
 from megacid.distributed.parallel import Parallel, long_waits
-from megacid.distributed.stopping import StartProgress, no_progress
+from megacid.distributed.stopping import StartProgress, no_progress, stop_together
 from megacid.errors import UserError
 from megacid.offline.balance.clusters import group_by_cluster
 from megacid.offline.balance.context import BalanceContext, BalanceSettings
@@ -75,9 +74,10 @@ def balance(
             _check_cells(clusters, settings.cells, rows)
             text = _caption_rows(rows) if settings.keep == "caption" else None
             arguments = _arguments(settings, rows) | {"gallery_groups": gallery_groups}
-            if clusters is not None:
-                inputs, score = add_labels(rows, index, clusters)
-                arguments, assigner = _with_clusters(arguments, settings, inputs, parallel.device)
+        if clusters is not None:
+            inputs, score = add_labels(rows, index, clusters, ranks)
+            arguments, assigner = _with_clusters(arguments, settings, inputs, waiting)
+        with ranks.stop_together():
             stage = StageDirectory(out, "balance", arguments)
             finished = finished_outputs(stage, index, rows, settings.cells)
         # Ranks may read files at different times, so they have to agree.
@@ -90,11 +90,10 @@ def balance(
         if settings.cells is not None:
             cells = default_settings(settings.cells, seed=settings.seed, memory_gb=memory_gb)
             cluster(embeddings, out / CELLS, cells, parallel, start_progress=start_progress)
-            with ranks.stop_together():
-                inputs, score = add_labels(rows, index, out / CELLS)
-                # Links inside of other cells are not used: if cells are made again, they may be rounded differently.
-                arguments, assigner = _with_clusters(arguments, settings, inputs, parallel.device)
-                stage.work = PartialResults(out, arguments)
+            inputs, score = add_labels(rows, index, out / CELLS, ranks)
+            # Links inside of other cells are not used: if cells are made again, they may be rounded differently.
+            arguments, assigner = _with_clusters(arguments, settings, inputs, waiting)
+            stage.work = PartialResults(out, arguments)
         _decide_and_write(stage, inputs, score, text, assigner, settings, waiting, memory_gb, start_progress)
     return read_meta(out, expect="balance")
 
@@ -164,12 +163,17 @@ def _arguments(settings: BalanceSettings, rows: EmbeddingRows) -> dict[str, Any]
 
 
 def _with_clusters(
-    arguments: dict[str, Any], settings: BalanceSettings, inputs: BalanceInputs, device: torch.device
+    arguments: dict[str, Any], settings: BalanceSettings, inputs: BalanceInputs, parallel: Parallel
 ) -> tuple[dict[str, Any], Assigner | None]:
-    """The arguments with digests of the labels and, if they are used, of the centroids; and the latter's assigner."""
+    """The arguments with digests of the labels and, if they are used, of the centroids; and the latter's assigner.
+
+    A collective.
+    """
     arguments = arguments | {"k": inputs.k, "labels": inputs.labels_digest}
     if not settings.neighbor_clusters:
         return arguments, None
-    centroids, metric = read_centroids(inputs.clusters, inputs.rows.dim)
-    arguments["centroids"] = hashlib.sha256(centroids.data).hexdigest()
-    return arguments, Assigner(prepare(centroids, metric, device), metric, device)
+    with stop_together(parallel.group):
+        centroids, metric = read_centroids(inputs.clusters, inputs.rows.dim)
+        arguments["centroids"] = hashlib.sha256(centroids.data).hexdigest()
+        device = parallel.device
+        return arguments, Assigner(prepare(centroids, metric, device), metric, device)

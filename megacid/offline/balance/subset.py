@@ -32,11 +32,12 @@ def write_subset(
     with ranks.stop_together():
         blocks, missing = _read_uids(locations, rows, progress)
     missing, total = ranks.sum(np.array([missing, len(rows)])).tolist()
-    if missing:
-        raise UserError(
-            f"{missing} of {total} kept samples of {root} have no uid, others have: the subset file would lack them; "
-            "add the uids"
-        )
+    with ranks.stop_together():
+        if missing:
+            raise UserError(
+                f"{missing} of {total} kept samples of {root} have no uid, others have: the subset file would lack "
+                "them; add the uids"
+            )
     sent = ((block.view(np.int64), _range_of(block, ranks.world)) for block in blocks)
     received = [np.empty((0, 2), np.int64), *ranks.exchange(sent, 2, np.dtype(np.int64))]
     with ranks.stop_together():

@@ -1,4 +1,4 @@
-"""Reads labels and centroids of a finished cluster folder. Legend: n samples, k clusters, D width."""
+"""Reads labels and centroids of a finished cluster folder. Legend: m samples, k clusters, D width."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from megacid.storage.npy import load_npy
 from megacid.storage.parquet import join_by_key, key_column, label_column, read_parquet
 
 
-def read_labels(clusters: Path, rows: EmbeddingRows) -> tuple[np.ndarray, np.ndarray, int]:
-    """Labels of the rows of an embedding folder, joined by key.
+def read_labels(
+    clusters: Path, rows: EmbeddingRows, partitions: range | None = None
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Labels of the rows of some partitions (None: all) of an embedding folder, joined by key.
 
     Returns:
-        (label int32 [n], cosine to the nearest centroid [n], k). The cosine is float32, or float16 in folders that an
+        (label int32 [m], cosine to the nearest centroid [m], k). The cosine is float32, or float16 in folders that an
         earlier version has written.
 
     Raises:
@@ -37,19 +39,18 @@ def read_labels(clusters: Path, rows: EmbeddingRows) -> tuple[np.ndarray, np.nda
             )
     k = int(meta["k"])
     remedy = f"run tools/cluster.py on {rows.directory} again"
-    label, scores = np.full(rows.num_rows, -1, np.int32), []
-    for partition, stem in enumerate(rows.stems):
-        path = clusters / "labels" / f"{stem}.parquet"
+    labels, scores = [np.empty(0, np.int32)], [np.empty(0, np.float16)]
+    for partition in range(len(rows.stems)) if partitions is None else partitions:
+        path = clusters / "labels" / f"{rows.stems[partition]}.parquet"
         table = read_parquet(path, remedy, ["key", "label", "score"])
         keys = key_column(table, "key", path, remedy)
-        where = slice(int(rows.starts[partition]), int(rows.starts[partition + 1]))
         at = join_by_key(rows.keys(partition), keys, path, remedy, require_all=True)
-        label[where] = label_column(table, "label", keys, k, path, remedy)[at]
+        labels.append(label_column(table, "label", keys, k, path, remedy)[at].astype(np.int32))
         score = table["score"].to_numpy()
         if score.dtype.kind != "f" or not np.isfinite(score).all():
             raise UserError(f"{path} has {score.dtype} scores, expected finite floating point numbers: {remedy}")
         scores.append(score[at])
-    return label, np.concatenate(scores), k
+    return np.concatenate(labels), np.concatenate(scores), k
 
 
 def read_centroids(clusters: Path, dim: int) -> tuple[np.ndarray, Metric]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from balance_data import decided, labelled, unit_rows
 from faultplan import Fault, FaultPlan, kill
@@ -66,6 +68,25 @@ def test_a_rank_killed_in_any_phase_leaves_what_other_ranks_finish_with_the_same
         assert ends[rank] == KILLED and ends[1 - rank] == EXIT_AGAIN, (at, ends, cut.output)
     assert cut.fates(4) == [0] * 4, cut.output
     cut.equals(stage / f"whole-{case}")
+
+
+def test_ranks_read_labels_of_both_versions_and_name_a_damaged_file_alike(stage: Path, tmp_path: Path) -> None:
+    clusters = Path(shutil.copytree(stage / "clusters", tmp_path / "clusters"))
+    first, last = (clusters / "labels" / f"{number:05d}.parquet" for number in (0, 2))
+    table = pq.read_table(first)
+    old = table["score"].to_numpy().astype(np.float16)
+    pq.write_table(table.set_column(table.schema.get_field_index("score"), "score", [old]), first)
+    made = tool(stage, "by-two", tmp_path / "log", "--threshold", 0.3)
+    made.args[made.args.index("--clusters") + 1] = clusters
+    assert made.fates(2) == [0, 0], made.output
+    alone = [stage / "by-one" if arg == stage / "by-two" else arg for arg in made.args]
+    run("balance", *alone)
+    made.equals(stage / "by-one")
+    last.write_bytes(b"cut")
+    made.args[made.args.index("--out") + 1] = stage / "by-none"
+    assert made.fates(2) == [2, 2]
+    for output in made.output:
+        assert f"{last} cannot be read" in output and "Traceback" not in output
 
 
 KEEP = ["nearest", "farthest", "random", "caption", "medoid"]
