@@ -21,6 +21,7 @@ from megacid.evaluate.zero_shot import MultiLabelScores, Predictions, top_classe
 from megacid.models.clip import LoadedClip
 
 STRENGTHS = tuple(10.0**p for p in range(-2, 7))
+WORSE_IN_A_ROW = 2  # strengths below the best accuracy that end the choice
 HOLD_OUT = 0.2
 MAX_ITERATIONS = 1000
 ROWS_PER_CHUNK = 16384
@@ -139,18 +140,21 @@ def held_out_rows(label_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def choose_strength(
     feature_ND: torch.Tensor, label_N: torch.Tensor, *, num_classes: int, progress: Progress = no_progress
 ) -> tuple[float, list[float]]:
-    """The strength with the best held-out accuracy (on ties the smallest), and the accuracies of all STRENGTHS.
+    """The strength with the best held-out accuracy (on ties the smallest), and the accuracies of those that were tried.
 
+    They are tried from the smallest on until `WORSE_IN_A_ROW` are below the best: the largest take most iterations.
     label_N is on the CPU. Raises UserError as `held_out_rows` does.
     """
     fit_rows, held_rows = held_out_rows(label_N)
-    accuracies = []
     device = feature_ND.device
+    train_ND, train_N = feature_ND[fit_rows.to(device)], label_N[fit_rows].to(device)
+    accuracies: list[float] = []
     for strength in STRENGTHS:
-        train_ND, train_N = feature_ND[fit_rows.to(device)], label_N[fit_rows].to(device)
         probe = fit(train_ND, train_N, num_classes=num_classes, strength=strength, progress=progress)
         metrics = scored(probe.scores(feature_ND[held_rows.to(device)]), label_N[held_rows])
         accuracies.append(next(iter(metrics.values())))
+        if max(accuracies[-WORSE_IN_A_ROW:]) < max(accuracies):
+            break
     return STRENGTHS[accuracies.index(max(accuracies))], accuracies
 
 

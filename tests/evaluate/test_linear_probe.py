@@ -57,6 +57,16 @@ def test_the_choice_of_strength_prefers_regularisation_on_noise_and_is_reproduci
     assert first < module.STRENGTHS[-1] and len(set(accuracies)) > 1
 
 
+def test_the_choice_of_strength_ends_after_two_that_are_worse_than_the_best(monkeypatch):
+    accuracy = dict(zip(module.STRENGTHS, [0.2, 0.2, 0.5, 0.4, 0.5, 0.4, 0.3, 0.9, 0.9]))
+    probe, tried = module.Probe(torch.zeros(2, 4).double(), torch.zeros(2).double(), 0, True), []
+    monkeypatch.setattr(module, "fit", lambda *_, strength, **__: tried.append(strength) or probe)
+    monkeypatch.setattr(module, "scored", lambda *_: {"acc1": accuracy[tried[-1]]})
+    strength, accuracies = choose_strength(torch.randn(20, 4), torch.arange(20) % 2, num_classes=2)
+    assert tried == list(module.STRENGTHS[:7])
+    assert strength == module.STRENGTHS[2] and accuracies == [0.2, 0.2, 0.5, 0.4, 0.5, 0.4, 0.3]
+
+
 def test_every_class_keeps_a_training_sample_when_some_are_held_out():
     label_N = torch.tensor([0] * 10 + [1] * 2 + [2])
     held_N = hold_out(label_N)
