@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,13 @@ import torch
 from PIL import Image
 
 from megacid.data.batch import Batch, Positions
+from megacid.data.ensemble import TeacherEnsemble
 from megacid.data.index import ShardIndex, load_index
+from megacid.data.joined import JoinSources
+from megacid.data.joined_build import open_joined
 from megacid.data.loader import PairStream
 from megacid.data.pairs import PairOptions
+from megacid.data.side_tables import TeacherTable
 from megacid.storage.metadata import write_meta
 
 SIZES = {"00000": 9, "00001": 7, "00002": 8}
@@ -82,6 +87,24 @@ def stream(index: ShardIndex, **changes: Any) -> PairStream:
     """One rank, batches of 8, 6 steps; `changes`: fields of Positions and of PairOptions."""
     plan = Positions(**{name: changes.pop(name, value) for name, value in PLAN.items()})
     return PairStream(index, plan, PairOptions(**{"transform": transform, "tokenize": tokenize, "seed": 1, **changes}))
+
+
+def teacher_rows(
+    teacher: TeacherTable | TeacherEnsemble, shard: int, rows: np.ndarray, drawn: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """(image, text) embeddings of rows of a tar as the loader reads them; drawn: numbers of view and caption."""
+    joined = open_joined(JoinSources(teacher.tables[0].index, teacher))
+    usable = joined.tar(shard)
+    at = np.searchsorted(usable["row"], rows)
+    assert usable["row"][at].tolist() == rows.tolist(), "a row has no embedding"
+    drawn = np.zeros((len(rows), 2), np.int64) if drawn is None else drawn
+    return joined.embeddings(np.full(len(rows), shard), usable[at], drawn)
+
+
+def remove_joined(index: ShardIndex) -> None:
+    """Forget the joined tables: for tests that change a side table without its meta.json."""
+    for folder in index.root.glob("index*/joined-*"):
+        shutil.rmtree(folder)
 
 
 def same(a: Batch, b: Batch) -> bool:

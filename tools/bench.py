@@ -7,6 +7,8 @@
     tools/bench.py --suite accumulation --check       a step in one batch and in micro-batches (gradient caching)
     tools/bench.py --suite step-time --check          the model of a step's time, fitted and tested on held-out points
     tools/bench.py --suite loader --check             the training loader compared with webdataset's pipeline
+    tools/bench.py --suite loader-tables --check      the loader without decoding, one rank of 512 on many tars
+    tools/bench.py --suite mixing                     tars per global batch, compared with webdataset's buffers
     tools/bench.py --suite student --check            contrastive training compared with open_clip_train
     tools/bench.py --suite first-start                embed, cluster, train, stop and resume, as on a new machine
     tools/bench.py --suite optimizer                  row-sparse optimizers, in bytes per second
@@ -44,6 +46,8 @@ MODULES = {
     "accumulation": "accumulation",
     "step-time": "step_time",
     "loader": "loader",
+    "loader-tables": "loader_tables",
+    "mixing": "mixing",
     "student": "student",
     "first-start": "first_start",
     "optimizer": "optimizer",

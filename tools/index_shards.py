@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Index tar shards for random access by the loader, or verify an existing index.
+"""Index tar shards for random access by the loader, join them with side tables, or verify an existing index.
 
     tools/index_shards.py data/digits/train
     tools/index_shards.py data/digits/train --verify      # hash every tar; exit code 1 when something differs
     tools/index_shards.py 'cc12m/{00000..01242}.tar' --caption json:caption
+    tools/index_shards.py laion --join --teacher teacher --labels clusters --keep balance
     MEGACID_CACHE_DIR=/nvme/cache tools/index_shards.py s3://bucket/laion
     torchrun --nnodes 4 --nproc-per-node 1 ... tools/index_shards.py laion/     # on several nodes, one rank on each
 
 All cores share the tars. A build that was stopped continues, and every number of processes and ranks gives the same
-files. Training builds a missing index itself.
+files. Training builds a missing index and a missing joined table itself.
 """
 
 import argparse
@@ -19,9 +20,13 @@ from pathlib import Path
 import checkout  # noqa: F401  import paths of a plain checkout
 from argtypes import ToolParser, positive, share
 from megacid.data.captions import CaptionSource
+from megacid.data.ensemble import open_teachers
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.index_report import MAX_LOST, lost_samples, lost_share, percent, summary
 from megacid.data.index_verify import verify_index
+from megacid.data.joined import JoinSources
+from megacid.data.joined_build import open_joined
+from megacid.data.side_tables import KeepTable, LabelTable
 from megacid.data.tar_samples import remedy
 from megacid.distributed.divided_work import Workers
 from megacid.distributed.parallel import DEFAULT_TIMEOUT_S, Parallel, accept_launcher_arguments
@@ -68,8 +73,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="processes of each rank (default: the cores of the host, divided by the ranks on it)",
     )
+    parser.add_argument("--join", action="store_true", help="also make the joined table that training reads")
+    parser.add_argument("--teacher", nargs="+", default=[], metavar="DIR", help="with --join: as data.teacher")
+    parser.add_argument("--labels", metavar="DIR", help="with --join: as data.labels")
+    parser.add_argument("--keep", metavar="DIR", help="with --join: as data.keep")
     accept_launcher_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.join and (args.teacher or args.labels or args.keep):
+        parser.error("--teacher, --labels and --keep have no effect without --join: add it, or leave them out")
+    if args.join and args.verify:
+        parser.error("--verify changes nothing, --join writes: leave one of them out")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,7 +123,24 @@ def index_or_verify(args: argparse.Namespace, workers: Workers) -> int:
     )
     if workers.rank == 0:
         print_summary(index, 1.0 if args.allow_bad else args.max_lost)
+    if args.join:
+        join(index, args, workers)
     return 0
+
+
+def join(index: ShardIndex, args: argparse.Namespace, workers: Workers) -> None:
+    """Make the joined table of an index."""
+    with workers.together():
+        sources = JoinSources(
+            index,
+            open_teachers(args.teacher, index) if args.teacher else None,
+            LabelTable(args.labels, index) if args.labels else None,
+            KeepTable(args.keep, index) if args.keep else None,
+        )
+        joined = open_joined(sources, rank=workers.rank, world=workers.world)
+    usable, lacking = joined.counts.sum(axis=0).tolist()
+    if workers.rank == 0:
+        print(f"{joined.folder}: {usable:,} usable samples, {lacking:,} without an embedding")
 
 
 def print_summary(index: ShardIndex, max_lost: float) -> None:

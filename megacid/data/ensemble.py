@@ -1,6 +1,6 @@
 """Several teachers of the same shards as one: their embeddings side by side, each teacher with its own width.
 
-Shapes: m requested rows, d widths of all teachers together.
+Shapes: m rows, d width of a teacher.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from megacid.errors import UserError
 
 
 class TeacherEnsemble:
-    """Teacher tables joined by key. A row is [t_1, ..., t_K] / sqrt(K), which has length 1 like each t_k.
+    """The teachers of a run; their rows are joined by `normalized_concatenation`.
 
     Attributes:
         tables: the K teachers.
-        dim: d.
-        dtype: float16, or float32 if the embeddings of any teacher are.
+        dim: their widths together.
         has_text: whether captions were embedded, by all teachers.
         views: random crops of each image that all teachers have embedded; None: the whole images.
 
@@ -33,7 +32,6 @@ class TeacherEnsemble:
     def __init__(self, tables: Sequence[TeacherTable]) -> None:
         self.tables = tuple(tables)
         self.dim = sum(table.dim for table in self.tables)
-        self.dtype = np.result_type(*(table.dtype for table in self.tables))
         with_text = [table for table in self.tables if table.has_text]
         without = [str(table.directory) for table in self.tables if not table.has_text]
         if with_text and without:
@@ -44,22 +42,12 @@ class TeacherEnsemble:
         self.has_text = bool(with_text)
         self.views = common_views({table.directory: table.views for table in self.tables})
 
-    def has(self, shard: int, rows: np.ndarray) -> np.ndarray:
-        """bool [m]: whether rows of the tar have an embedding of every teacher."""
-        return np.logical_and.reduce([table.has(shard, rows) for table in self.tables])
 
-    def rows(
-        self, shard: int, rows: np.ndarray, drawn: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """(image, text) embeddings of rows of the tar, [m, d] each in `dtype`; text is None without `has_text`.
-
-        Arguments and errors are those of `TeacherTable.rows`.
-        """
-        images, texts = zip(*(table.rows(shard, rows, drawn) for table in self.tables))
-        return self._joined(images), self._joined(texts) if self.has_text else None
-
-    def _joined(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        return (np.concatenate(parts, axis=1, dtype=np.float32) * len(parts) ** -0.5).astype(self.dtype)
+def normalized_concatenation(parts: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """[t_1, ..., t_K] / sqrt(K) of the K teachers' embeddings [m, d], which has length 1 like each t_k."""
+    if len(parts) == 1:
+        return parts[0].astype(dtype, copy=False)
+    return (np.concatenate(parts, axis=1, dtype=np.float32) * len(parts) ** -0.5).astype(dtype)
 
 
 def common_views(views: Mapping[str | Path, Views | None]) -> Views | None:

@@ -125,10 +125,8 @@ class ShardIndex:
         """The samples of shard number `shard`; the 64 most recently used tables stay in memory."""
         if shard in self.in_memory:
             return self.in_memory[shard]
-        return self._tables.get(shard, lambda: self._load_table(shard))
-
-    def _load_table(self, shard: int) -> ShardTable:
-        return load_table(self.tar_path(shard).parent / self.caption.index_folder, self.shards[shard])
+        folder = self.tar_path(shard).parent / self.caption.index_folder
+        return self._tables.get(shard, lambda: load_table(folder, self.shards[shard]))
 
 
 def load_index(
@@ -197,7 +195,6 @@ class ShardReader:
     def __init__(self, index: ShardIndex, *, max_member_bytes: int = 64 << 20, max_open: int = 64) -> None:
         self.index = index
         self.max_member_bytes = max_member_bytes
-        self.max_open = max_open
         self._open: LRUCache[int] = LRUCache(max_open, os.close)
 
     def read(self, shard: int, row: int, kind: Kind) -> bytes:
@@ -207,29 +204,34 @@ class ShardReader:
             BadSample: the member is absent or too large (`max_member_bytes`; less for text and cls), or the file is
                 shorter than the index says.
         """
-        table = self.index.table(shard)
         column = COLUMN[kind]
-        offset, size = (int(v) for v in table.members[row, column : column + 2])
+        offset, size = self.index.table(shard).members[row, column : column + 2].tolist()
+        return self.read_at(shard, row, kind, offset, size)
+
+    def read_at(self, shard: int, row: int, kind: Kind, offset: int, size: int) -> bytes:
+        """`read` of a member whose place is known. The index is opened for the messages only."""
         limits = {"text": self.index.caption.max_bytes, "cls": _MAX_CLASS_BYTES}
         limit = min(self.max_member_bytes, limits.get(kind, self.max_member_bytes))
         if size < 0 or size > limit:
             reason = f"no {kind} member" if size < 0 else f"{kind} of {size} bytes, more than {limit}"
-            raise BadSample(self.index.names[shard], table.keys[row], reason)
+            raise self.bad_sample(shard, row, reason)
         try:
             descriptor = self._open.get(shard, lambda: self._open_tar(shard))
             data = os.pread(descriptor, size, offset)
         except (OSError, OverflowError) as error:  # a manipulated index may hold any offset
-            raise BadSample(self.index.names[shard], table.keys[row], f"cannot be read: {error}") from error
+            raise self.bad_sample(shard, row, f"cannot be read: {error}") from error
         if len(data) != size:
-            raise BadSample(
-                self.index.names[shard], table.keys[row], f"{len(data)} of {size} bytes of the {kind}: the tar was cut"
-            )
+            raise self.bad_sample(shard, row, f"{len(data)} of {size} bytes of the {kind}: the tar was cut")
         return data
 
     def _open_tar(self, shard: int) -> int:
         if self.index.paths.remote:  # frees the space of tars that were removed from the cache
             self._open.drop(lambda descriptor: os.fstat(descriptor).st_nlink == 0)
         return self.index.open_tar(shard)
+
+    def bad_sample(self, shard: int, row: int, reason: str) -> BadSample:
+        """The error that names a sample by its key."""
+        return BadSample(self.index.names[shard], self.index.table(shard).keys[row], reason)
 
     def caption(self, shard: int, row: int, *, strict: bool = False) -> str:
         """The caption of one sample, the first of several, as in `captions`."""
@@ -244,16 +246,19 @@ class ShardReader:
         Raises:
             BadSample: one cannot be read, or has an overlong word.
         """
-        name, key = self.index.names[shard], self.index.table(shard).keys[row]
+        return self.decode_captions(shard, row, self.read(shard, row, "text"), strict=strict)
+
+    def decode_captions(self, shard: int, row: int, member: bytes, *, strict: bool = False) -> list[str]:
+        """`captions` of a member that was read."""
         try:
-            found = self.index.caption.extract(self.read(shard, row, "text"))
+            found = self.index.caption.extract(member)
             for data in found if strict else ():
                 decode_text(data)
-        except CaptionError as error:
-            raise BadSample(name, key, str(error)) from error
+            return [decode_caption(data) for data in found]
         except UnicodeDecodeError as error:
-            raise BadSample(name, key, f"caption is not UTF-8: {error.reason}") from error
-        return [decode_caption(data, shard=name, key=key) for data in found]
+            raise self.bad_sample(shard, row, f"caption is not UTF-8: {error.reason}") from error
+        except (CaptionError, BadSample) as error:
+            raise self.bad_sample(shard, row, getattr(error, "reason", str(error))) from error
 
     def close(self) -> None:
         self._open.clear()

@@ -4,7 +4,7 @@ The content of a batch is a pure function of the seed and the step. `SampleOrder
 to a sample and `Positions` assigns positions to steps, micro-batches and ranks, so neither the number of ranks nor that
 of workers changes a global batch, and resuming needs the step only. Random augmentation is seeded per sample.
 
-Samples without a caption, and those that the teacher could not embed, are left out from the start. A bad sample that is
+Samples without a caption, and those that the teacher could not embed, are not in the joined table. A bad sample that is
 met later is replaced by another one of its epoch, logged and counted. A run ends when the bad samples of a rank exceed
 its error budget.
 """
@@ -24,8 +24,10 @@ from torch.utils.data import DataLoader
 
 from megacid.data.batch import Batch, Positions
 from megacid.data.index import ShardIndex
+from megacid.data.joined import JoinedTable, JoinSources
+from megacid.data.joined_build import open_joined
 from megacid.data.order import SampleOrder
-from megacid.data.pairs import PairOptions, Pairs, UsableRows
+from megacid.data.pairs import PairOptions, Pairs
 from megacid.data.remote.ahead import fetch_ahead
 from megacid.data.workers import WorkersLost, watched, worker_start
 from megacid.errors import UserError
@@ -49,8 +51,8 @@ class PairStream:
     Every rank gets exactly `len(stream)` batches, all of the same shapes, also when the data is bad: an exception on
     one rank would leave the others waiting in a collective. Instead the batch has a `failure`, which the guard shares
     between the ranks, and all later batches are dummies (`Pairs.dummy`) with the same failure. The first failing batch
-    holds real samples when the error budget is exceeded. It is a dummy when max_consecutive_errors is reached, a side
-    table turns out to be damaged, or a worker is lost.
+    holds real samples when the error budget is exceeded. It is a dummy when max_consecutive_errors is reached, a file
+    turns out to be damaged, or a worker is lost.
 
     Workers belong to one iteration. They start at its first batch and end with it, or with the thread that iterates.
 
@@ -58,20 +60,22 @@ class PairStream:
         index: the shards.
         plan: which positions of the stream this rank reads.
         options: how samples are read; the same on every rank.
-        usable_rows: those of the index and the options, for several streams that share the counts; None: made here.
+        joined: the joined table of the index and the options, for several streams that share it; None: opened here.
 
     Raises:
-        UserError: fewer usable samples than one global batch, or a cache that is too small for the remote tars that
-            are read at a time. Never raised while iterating.
+        UserError: fewer usable samples than one global batch, a side table is damaged, or the cache is too small for
+            the remote tars that are read at a time. Never raised while iterating.
     """
 
     def __init__(
-        self, index: ShardIndex, plan: Positions, options: PairOptions, usable_rows: UsableRows | None = None
+        self, index: ShardIndex, plan: Positions, options: PairOptions, joined: JoinedTable | None = None
     ) -> None:
         self.index, self.plan, self.options = index, plan, options
         index.check_captions()
-        self._usable_rows = usable_rows or UsableRows(index, options.keep, options.teacher)
-        counts = self._usable_rows.counts
+        self.joined = joined or open_joined(
+            JoinSources(index, options.teacher, options.labels, options.keep), options.block_shards
+        )
+        counts = self.joined.counts
         usable, self._without_teacher = counts.sum(axis=0).tolist()
         if usable < plan.global_batch:
             raise UserError(
@@ -82,7 +86,7 @@ class PairStream:
         self.samples_read, self.bad_samples = 0, 0
         replacement_stride = _coprime(plan.global_batch, self.order.num_samples)
         self._fetch_ahead = fetch_ahead(index.paths, index.shards, self.order, plan, options.workers * options.prefetch)
-        self._pairs = Pairs(index, self.order, self._usable_rows, options, replacement_stride)
+        self._pairs = Pairs(index, self.order, self.joined, options, replacement_stride)
 
     def _left_out(self) -> str:
         """For messages: the samples that cannot be used, by reason."""
@@ -163,8 +167,8 @@ class PairStream:
     def statistics(self) -> dict[str, Any]:
         """Counts for the log. The shares are estimated from at most 16 evenly spaced shards to start quickly."""
         shards = np.unique(np.linspace(0, len(self.index.names) - 1, _SAMPLED_SHARDS).astype(int))
-        rows_of = {int(shard): self._usable_rows(int(shard)) for shard in shards}
-        total = max(1, sum(len(rows) for rows in rows_of.values()))
+        rows = np.concatenate([self.joined.tar(int(shard)) for shard in shards])
+        total = max(1, len(rows))
         statistics: dict[str, Any] = {
             "samples": self.index.num_samples,
             "kept": self.order.num_samples,
@@ -174,15 +178,10 @@ class PairStream:
             "shards": len(self.index.names),
             "shards_examined": len(shards),
         }
-        if (labels := self.options.labels) is not None:
-            labelled = 0
-            for shard, rows in rows_of.items():
-                label = labels.rows(shard, rows)
-                labelled += int(((label if label.ndim == 1 else label[:, 0]) >= 0).sum())
-            statistics["labelled_share"] = labelled / total
-        if (teacher := self.options.teacher) is not None:
-            embedded = sum(int(teacher.has(shard, rows).sum()) for shard, rows in rows_of.items())
-            statistics["teacher_share"] = embedded / total
+        if self.options.labels is not None:
+            statistics["labelled_share"] = int((rows["labels"][:, 0] >= 0).sum()) / total
+        if self.options.teacher is not None:
+            statistics["teacher_share"] = int((rows["teacher"] >= 0).all(axis=1).sum()) / total
         return statistics
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
@@ -44,3 +46,14 @@ class LRUCache(Generic[V]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_size": self._size, "_release": self._release, "_items": OrderedDict()}
+
+
+def open_file_budget(count: int) -> int:
+    """How many of `count` files a cache may keep open: at most a quarter of the process's limit, which is raised."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < 4 * count:
+        target = 4 * count if hard == resource.RLIM_INFINITY else min(4 * count, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, target), hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return count if soft == resource.RLIM_INFINITY else max(1, min(count, soft // 4))

@@ -1,6 +1,6 @@
 """Reading of image-text pairs: positions of the stream to batches, in the loader workers.
 
-Shapes: b micro-batch, T tokens, Dt teacher width, l labels per sample.
+Shapes: b micro-batch, T tokens, l labels per sample.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
@@ -23,7 +22,8 @@ from megacid.data.batch import Batch
 from megacid.data.decode import MAX_PIXELS, BadSample, decode_image
 from megacid.data.ensemble import TeacherEnsemble
 from megacid.data.index import ShardIndex, ShardReader
-from megacid.data.lru import LRUCache
+from megacid.data.joined import JoinedTable
+from megacid.data.lru import open_file_budget
 from megacid.data.order import SampleOrder, derive_key
 from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
 from megacid.errors import UserError
@@ -52,7 +52,7 @@ class PairOptions:
         error_budget: tolerated share of bad samples on a rank (of at least 10,000 samples).
         max_consecutive_errors: bad samples in a row, while looking for one replacement, that end the run.
         max_image_pixels: largest width x height that is decoded.
-        block_shards: number of shards that are shuffled with each other, see `SampleOrder`.
+        block_shards: number of shards that are shuffled with each other, see `SampleOrder`, and whose files stay open.
         pin_memory: return batches in page-locked memory, for asynchronous copies to a GPU.
     """
 
@@ -74,24 +74,31 @@ class PairOptions:
     pin_memory: bool = False
 
 
+@dataclass(frozen=True)
+class _Key:
+    """The key of a sample, which is looked up in the index only when a message is made."""
+
+    index: ShardIndex
+    shard: int
+    row: int
+
+    def __str__(self) -> str:
+        return self.index.table(self.shard).keys[self.row]
+
+
 class Pairs(Dataset[Any]):
     """Maps a list of positions to a Batch; runs in the loader workers.
 
-    usable_rows: shard -> int64 usable rows; replacement_stride: coprime to the number of samples.
+    replacement_stride: coprime to the number of samples.
     """
 
     def __init__(
-        self,
-        index: ShardIndex,
-        order: SampleOrder,
-        usable_rows: Callable[[int], np.ndarray],
-        options: PairOptions,
-        replacement_stride: int,
+        self, index: ShardIndex, order: SampleOrder, joined: JoinedTable, options: PairOptions, replacement_stride: int
     ) -> None:
-        self.index, self.order, self.usable_rows, self.options = index, order, usable_rows, options
+        self.index, self.order, self.joined, self.options = index, order, joined, options
         self.replacement_stride = replacement_stride
         self.teacher, self.labels = options.teacher, options.labels
-        self.reader = ShardReader(index)
+        self.reader = ShardReader(index, max_open=open_file_budget(min(options.block_shards, len(index.names))))
         self.starts = index.starts
         # Shard and row that each worker is reading, row -1 for none: in shared memory, for messages about lost workers.
         self._reading = RawArray("q", [-1] * 2 * max(1, options.workers))
@@ -110,7 +117,7 @@ class Pairs(Dataset[Any]):
         try:
             with self._generators():
                 return self._batch(positions)
-        except (UserError, OSError) as error:  # a side table, opened only now, is damaged or was cut
+        except (UserError, OSError) as error:  # the joined table or embeddings are damaged or were cut
             return str(error)
         finally:
             self._note(-1, -1)
@@ -121,15 +128,15 @@ class Pairs(Dataset[Any]):
         self._reading[slot : slot + 2] = (shard, row)
 
     def _batch(self, positions: list[int]) -> Batch | str:
-        located = list(zip(*(part.tolist() for part in self.order.locate_many(np.array(positions, np.int64)))))
+        epochs, shards, numbers = self.order.locate_many(np.array(positions, np.int64))
+        rows = self.joined.rows(shards, numbers)
         replaced: list[str] = []
-        images, captions, used, drawn = [], [], [], []
-        for position, (epoch, shard, number) in zip(positions, located):
+        images, captions, drawn = [], [], []
+        for at, position in enumerate(positions):
             failures = 0
             while True:
-                row = int(self.usable_rows(shard)[number])
                 try:
-                    image, caption, draw = self._read(epoch, shard, row)
+                    image, caption, draw = self._read(int(epochs[at]), int(shards[at]), rows[at])
                     break
                 except BadSample as bad:
                     replaced.append(str(bad))
@@ -139,20 +146,22 @@ class Pairs(Dataset[Any]):
                             f"{failures} bad samples in a row, the last one {bad}: the data is damaged, see "
                             f"tools/index_shards.py --verify {self.index.root}"
                         )
-                    epoch, shard, number = self.order.locate(self._replacement(position, failures))
+                    other = np.array([self._replacement(position, failures)])
+                    epochs[at], shards[at], numbers[at] = (int(part[0]) for part in self.order.locate_many(other))
+                    rows[at] = self.joined.rows(shards[at : at + 1], numbers[at : at + 1])[0]
             images.append(image)
             captions.append(caption)
-            used.append((shard, row))
             drawn.append(draw)
-        shards, rows = np.array(used, np.int64).T
-        teacher_image, teacher_text = self._teacher_rows(shards, rows, np.array(drawn, np.int64))
+        teacher_image, teacher_text = None, None
+        if self.teacher is not None:
+            teacher_image, teacher_text = self.joined.embeddings(shards, rows, np.array(drawn, np.int64))
         return Batch(
             image=torch.stack(images),
             text=self.options.tokenize(captions),
-            label=self._label_rows(shards, rows),
-            teacher_image=teacher_image,
-            teacher_text=teacher_text,
-            sample_id=torch.from_numpy(self.starts[shards] + rows),
+            label=self._labels(rows),
+            teacher_image=None if teacher_image is None else torch.from_numpy(teacher_image),
+            teacher_text=None if teacher_text is None else torch.from_numpy(teacher_text),
+            sample_id=torch.from_numpy(self.starts[shards] + rows["row"]),
             replaced=tuple(replaced),
         )
 
@@ -161,8 +170,8 @@ class Pairs(Dataset[Any]):
         with self._generators():
             image = self._transform(Image.new("RGB", _BLACK), 0)
         width = 0 if self.labels is None else self.labels.labels_per_sample
-        dim, dtype = (0, np.dtype(np.float16)) if self.teacher is None else (self.teacher.dim, self.teacher.dtype)
-        unit = torch.from_numpy(np.full((size, dim), max(dim, 1) ** -0.5, dtype))
+        dim = 0 if self.teacher is None else self.teacher.dim
+        unit = torch.from_numpy(np.full((size, dim), max(dim, 1) ** -0.5, self.joined.teacher_dtype))
         return Batch(
             image=image.expand(size, *image.shape).contiguous(),
             text=self.options.tokenize([""] * size),
@@ -181,26 +190,24 @@ class Pairs(Dataset[Any]):
         epoch, offset = divmod(position, self.order.num_samples)
         return epoch * self.order.num_samples + (offset + attempt * self.replacement_stride) % self.order.num_samples
 
-    def _read(self, epoch: int, shard: int, row: int) -> tuple[Tensor, str, tuple[int, int]]:
+    def _read(self, epoch: int, shard: int, sample: np.void) -> tuple[Tensor, str, tuple[int, int]]:
         """Image and caption of a sample in an epoch, and the numbers of its view (0 without views) and its caption."""
+        row = int(sample["row"])
         self._note(shard, row)
-        name, key = self.index.names[shard], self.index.table(shard).keys[row]
-        teachers = () if self.teacher is None else self.teacher.tables
-        for teacher in teachers:
-            if not teacher.has(shard, np.array([row])).all():
-                raise BadSample(name, key, f"no teacher embedding in {teacher.directory}")
-        data = self.reader.read(shard, row, "image")
+        data = self.reader.read_at(shard, row, "image", *sample["image"].tolist())
+        name, key = self.index.names[shard], _Key(self.index, shard, row)
         image = self.options.read_image(data, max_pixels=self.options.max_image_pixels, shard=name, key=key)
-        captions = self.reader.captions(shard, row)
-        for teacher in teachers:
-            if (count := teacher.captions(shard, row)) not in (None, len(captions)):
+        member = self.reader.read_at(shard, row, "text", *sample["text"].tolist())
+        captions = self.reader.decode_captions(shard, row, member)
+        for count, teacher in zip(sample["captions"].tolist(), self.joined.sources.teachers):
+            if count != len(captions):
                 reason = f"{len(captions)} captions, of which the teacher has embedded {count} in {teacher.directory}"
-                raise BadSample(name, key, reason)
+                raise self.reader.bad_sample(shard, row, reason)
         draw = self.options.seed, epoch, int(self.starts[shard]) + row
         seed, view, caption = derive_key(*draw) >> 1, 0, drawn_caption(*draw, len(captions))
         if self.teacher is not None and (views := self.teacher.views) is not None:
             view = views.drawn(*draw)
-            seed = views.seed_of(key, view)
+            seed = int(sample["seeds"][view])
         return self._transform(image, seed), captions[caption], (view, caption)
 
     def _transform(self, image: Any, seed: int) -> Tensor:
@@ -212,109 +219,8 @@ class Pairs(Dataset[Any]):
         """Restores the global generators, which are seeded for every sample of a batch."""
         return generators_restored() if self.options.seeded_transform else contextlib.nullcontext()
 
-    def _label_rows(self, shards: np.ndarray, rows: np.ndarray) -> Tensor | None:
+    def _labels(self, rows: np.ndarray) -> Tensor | None:
         if self.labels is None:
             return None
-        width = self.labels.labels_per_sample
-        out = np.empty((len(rows), width) if width > 1 else len(rows), np.int64)
-        for shard in np.unique(shards):
-            out[shards == shard] = self.labels.rows(int(shard), rows[shards == shard])
-        return torch.from_numpy(out)
-
-    def _teacher_rows(
-        self, shards: np.ndarray, rows: np.ndarray, drawn: np.ndarray
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if self.teacher is None:
-            return None, None
-        image = np.empty((len(rows), self.teacher.dim), self.teacher.dtype)
-        text = np.empty_like(image) if self.teacher.has_text else None
-        for shard in np.unique(shards):
-            here = shards == shard
-            image[here], text_rows = self.teacher.rows(int(shard), rows[here], drawn[here])
-            if text is not None:
-                text[here] = text_rows
-        return torch.from_numpy(image), None if text is None else torch.from_numpy(text)
-
-
-class UsableRows:
-    """Rows of a shard that are kept, have a text, and have an embedding of each teacher.
-
-    A class because spawned workers cannot unpickle a closure.
-    """
-
-    def __init__(
-        self, index: ShardIndex, keep: KeepTable | None, teacher: TeacherTable | TeacherEnsemble | None = None
-    ) -> None:
-        self.index, self.keep = index, keep
-        self._rows: LRUCache[np.ndarray] = LRUCache(64)
-        tables = () if teacher is None else teacher.tables
-        # tools/balance.py keeps no sample without an embedding.
-        self.teachers = [t for t in tables if keep is None or keep.embeddings != t.directory.resolve()]
-
-    def __call__(self, shard: int) -> np.ndarray:
-        """int64 rows of the tar, ascending. UserError when a teacher's files disagree about the skipped samples."""
-        return self._rows.get(shard, lambda: self._checked(shard))
-
-    def _checked(self, shard: int) -> np.ndarray:
-        rows = self._find(shard)
-        if len(rows) != self.counts[shard, 0]:  # the order of all samples was derived from that number
-            raise UserError(
-                f"{self.index.names[shard]}.tar has {len(rows)} usable samples by the metadata/ of its teachers, "
-                f"expected {self.counts[shard, 0]} by their failures/: run tools/embed.py again for "
-                f"{', '.join(str(teacher.directory) for teacher in self.teachers)}"
-            )
-        return rows
-
-    def _find(self, shard: int) -> np.ndarray:
-        rows = self._rows_with_text(shard)
-        usable = np.ones(len(rows), bool)
-        for teacher in self.teachers:
-            if (failures := teacher.failures(shard)) == 0:
-                continue
-            has = teacher.has(shard, rows)
-            if self._is_whole(shard) and failures is not None and has.sum() != len(rows) - failures:
-                raise UserError(
-                    f"{teacher.directory}/meta.json counts {failures} samples of {self.index.names[shard]}.tar "
-                    f"without an embedding, its metadata {np.sum(~has)}: run tools/embed.py again"
-                )
-            usable &= has
-        return rows[usable]
-
-    def _rows_with_text(self, shard: int) -> np.ndarray:
-        rows = np.arange(int(self.index.sizes[shard])) if self.keep is None else self.keep.kept(shard)
-        if self.index.shards[shard]["without_text"]:
-            rows = rows[self.index.table(shard).text[rows, 1] >= 0]
-        return rows
-
-    def _is_whole(self, shard: int) -> bool:
-        """Whether all samples of the tar are kept and have a text."""
-        return self.keep is None and not self.index.shards[shard]["without_text"]
-
-    @cached_property
-    def counts(self) -> np.ndarray:
-        """int64 [shards, 2]: usable rows of each tar, and rows that only lack an embedding."""
-        return np.array([self._count(shard) for shard in range(len(self.index.names))], np.int64)
-
-    def _count(self, shard: int) -> tuple[int, int]:
-        if self.index.shards[shard]["without_text"]:
-            with_text = len(self._rows_with_text(shard))
-        else:
-            with_text = int(self.index.sizes[shard] if self.keep is None else self.keep.counts[shard])
-        lacking = self._count_lacking(shard, with_text)
-        return with_text - lacking, lacking
-
-    def _count_lacking(self, shard: int, with_text: int) -> int:
-        """Rows that only lack an embedding. Opens the least that tells: runs have tens of thousands of tars."""
-        short = [teacher for teacher in self.teachers if teacher.failures(shard) != 0]
-        if not short:
-            return 0
-        if self._is_whole(shard) and len(short) == 1 and (count := short[0].failures(shard)) is not None:
-            return count
-        failed = [keys for teacher in short if (keys := teacher.failed_keys(shard)) is not None]
-        if len(failed) < len(short):
-            return with_text - len(self._find(shard))
-        lacking = set.union(*failed)
-        if self._is_whole(shard):
-            return len(lacking)
-        names = self.index.table(shard).keys
-        return sum(names[row] in lacking for row in self._rows_with_text(shard))
+        labels = rows["labels"][:, : self.labels.labels_per_sample].astype(np.int64)
+        return torch.from_numpy(labels[:, 0] if labels.shape[1] == 1 else labels)

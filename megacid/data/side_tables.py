@@ -1,8 +1,8 @@
 """Side tables of the shards: teacher embeddings, cluster labels, and masks of the samples to keep.
 
-Tables are opened shard by shard on demand and joined by key within the shard: a global dictionary of 400 M keys would
-cost gigabytes in every worker, and the rows of another file need not be in the order of the tar.
-Shapes: m requested rows, d embedding width, l labels per sample.
+They are joined to the samples of one tar at a time, by key: a global dictionary of 400 M keys would cost gigabytes, and
+the rows of another file need not be in the order of the tar. The loader reads the result, see `joined.py`.
+Shapes: n samples of a tar, d embedding width, l labels per sample.
 """
 
 from __future__ import annotations
@@ -15,16 +15,12 @@ import numpy as np
 
 from megacid.data.augmentation import recorded_views
 from megacid.data.captions import COUNT_COLUMN, CaptionSource, recorded_caption
-from megacid.data.decode import BadSample
 from megacid.data.index import ShardIndex
-from megacid.data.lru import LRUCache
-from megacid.data.memmap import gather_rows
 from megacid.errors import UserError
 from megacid.storage.metadata import read_meta, size_field
 from megacid.storage.npy import load_npy
 from megacid.storage.parquet import count_column, join_by_key, key_column, label_column, read_parquet
 
-_OPEN_SHARDS = 64
 _EMBED_AGAIN, _CLUSTER_AGAIN, _BALANCE_AGAIN = (
     f"run tools/{tool}.py again" for tool in ("embed", "cluster", "balance")
 )
@@ -57,7 +53,9 @@ def _copied_from(index: ShardIndex) -> str:
     return index.digest
 
 
-class _TeacherShard(NamedTuple):
+class TeacherShard(NamedTuple):
+    """The embeddings of the samples of one tar."""
+
     row_of: np.ndarray  # int64 [n]: row in the partition of each sample of the tar, -1 for none
     image: np.ndarray  # [rows, d], memory-mapped; with views [rows * views, d]
     text: np.ndarray | None  # [rows, d]; with several captions [all captions of all rows, d]
@@ -69,8 +67,6 @@ class TeacherTable:
 
     Attributes:
         dim: their width d.
-        dtype: float16, or float32 if the embeddings of any tar are wider, as in a directory of another program. Ranks
-            exchange embeddings in this dtype, so it is the same for all tars.
         has_text: whether captions were embedded.
         views: random crops of each image that were embedded; None: the whole images were embedded alone.
     """
@@ -88,7 +84,6 @@ class TeacherTable:
         text = "caption_emb" if self._several_captions else "text_emb"
         self._text_files = _by_number(self.directory / text, f"{text}_*.npy")
         self._metadata_files = _by_number(self.directory / "metadata", "metadata_*.parquet")
-        self._failure_files = _by_number(self.directory / "failures", "failures_*.parquet")
         self._partitions = self._checked_partitions()
         self._failures = self._checked_failures()
         self._empty = frozenset(self.meta.get("empty", ()))  # tars without files, because no sample could be embedded
@@ -102,12 +97,6 @@ class TeacherTable:
             raise UserError(
                 f"{directory} has no embeddings of {len(missing)} shards ({', '.join(missing[:5])}): {_EMBED_AGAIN}"
             )
-        stored = (
-            files[self._partitions[name]] for files in required for name in index.names if name not in self._empty
-        )
-        wide = any(load_npy(path, _EMBED_AGAIN).dtype != np.float16 for path in stored)
-        self.dtype = np.dtype(np.float32 if wide else np.float16)
-        self._shards: LRUCache[_TeacherShard] = LRUCache(_OPEN_SHARDS)
 
     @property
     def tables(self) -> tuple[TeacherTable, ...]:
@@ -144,18 +133,15 @@ class TeacherTable:
         same = self.meta.get("shards_digest") == self.index.digest and count <= self.index.sizes[shard]
         return count if same or not count else None
 
-    def failed_keys(self, shard: int) -> set[str] | None:
-        """Keys of the samples that `failures` counts; None when it does not, or when failures/ has not as many."""
-        count, path = self.failures(shard), self._failure_files.get(self._partitions.get(self.index.names[shard], -1))
-        if count is None or path is None:
-            return None
-        keys = set(key_column(read_parquet(path, _EMBED_AGAIN, ["key"]), "key", path, _EMBED_AGAIN))
-        return keys if len(keys) == count else None
+    def file(self, shard: int, kind: int) -> Path:
+        """The file with the image (kind 0) or text (kind 1) embeddings of a tar."""
+        return (self._image_files, self._text_files)[kind][self._partitions[self.index.names[shard]]]
 
-    def _open(self, shard: int) -> _TeacherShard:
+    def join(self, shard: int) -> TeacherShard:
+        """Join the embeddings of a tar to its samples. Raises UserError when its files are damaged or disagree."""
         if self.index.names[shard] in self._empty:
-            none = np.empty((0, self.dim), self.dtype)
-            return _TeacherShard(np.full(int(self.index.sizes[shard]), -1), none, none if self.has_text else None, None)
+            none = np.empty((0, self.dim), np.float16)
+            return TeacherShard(np.full(int(self.index.sizes[shard]), -1), none, none if self.has_text else None, None)
         number = self._partitions[self.index.names[shard]]
         image = load_npy(self._image_files[number], _EMBED_AGAIN)
         text = load_npy(self._text_files[number], _EMBED_AGAIN) if self.has_text else None
@@ -172,48 +158,21 @@ class TeacherTable:
             (self._image_files[number], image, images),
             (self._text_files.get(number), text, texts),
         ):
-            if array is not None and (array.shape != (rows, self.dim) or array.dtype.kind != "f"):
+            valid = array is None or (array.shape == (rows, self.dim) and array.dtype.kind == "f")
+            if array is not None and not (valid and array.flags.c_contiguous):
                 raise UserError(
-                    f"{path} has shape {array.shape} of {array.dtype}, "
-                    f"expected {(rows, self.dim)} of floating point to match its metadata: {_EMBED_AGAIN}"
+                    f"{path} has shape {array.shape} of {array.dtype}, expected {(rows, self.dim)} of floating point, "
+                    f"row by row, to match its metadata: {_EMBED_AGAIN}"
                 )
         row_of = join_by_key(self.index.table(shard).keys, keys, metadata, _EMBED_AGAIN)
-        return _TeacherShard(row_of, image, text, first)
-
-    def has(self, shard: int, rows: np.ndarray) -> np.ndarray:
-        """bool [m]: whether rows of the tar have an embedding."""
-        return self._shards.get(shard, lambda: self._open(shard)).row_of[rows] >= 0
-
-    def captions(self, shard: int, row: int) -> int | None:
-        """Number of captions of a row of the tar that were embedded; None if a sample has only one, or has no row."""
-        opened = self._shards.get(shard, lambda: self._open(shard))
-        at = opened.row_of[row]
-        return None if opened.first is None or at < 0 else int(opened.first[at + 1] - opened.first[at])
-
-    def rows(
-        self, shard: int, rows: np.ndarray, drawn: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """(image, text) embeddings of rows of the tar, [m, d] each as stored; text is None without `has_text`.
-
-        Args:
-            drawn: int64 [m, 2], the numbers of view and caption of each row; None: the first ones. No effect where a
-                sample has one embedding.
-
-        Raises:
-            BadSample: a row has no embedding, see `has`.
-            OSError: the file was cut after it was opened.
-        """
-        opened = self._shards.get(shard, lambda: self._open(shard))
-        at = opened.row_of[rows]
-        if (at < 0).any():
-            row = int(np.asarray(rows)[at < 0][0])
-            raise BadSample(
-                self.index.names[shard], self.index.table(shard).keys[row], f"no teacher embedding in {self.directory}"
+        lacking, expected = int((row_of < 0).sum()), self.failures(shard)
+        # tools/embed.py leaves out samples without a text and does not count them.
+        if not self.index.shards[shard]["without_text"] and expected not in (None, lacking):
+            raise UserError(
+                f"{self.directory}/meta.json counts {expected} samples of {self.index.names[shard]}.tar without an "
+                f"embedding, its metadata {lacking}: {_EMBED_AGAIN}"
             )
-        view, caption = (0, 0) if drawn is None else drawn.T
-        image_at = at if self.views is None else at * self.views.count + view
-        text_at = at if opened.first is None else opened.first[at] + caption
-        return gather_rows(opened.image, image_at), None if opened.text is None else gather_rows(opened.text, text_at)
+        return TeacherShard(row_of, image, text, first)
 
 
 def _by_number(folder: Path, pattern: str) -> dict[int, Path]:
@@ -236,6 +195,7 @@ class LabelTable:
     Attributes:
         num_classes: number of clusters.
         labels_per_sample: l.
+        stored: number of labels per sample that were written.
 
     Raises:
         UserError: fewer labels per sample were written.
@@ -245,12 +205,12 @@ class LabelTable:
         self.directory, self.index = Path(directory), index
         self.meta = _checked_meta(directory, index, "cluster")
         self.num_classes = size_field(self.meta, self.directory, "k", _CLUSTER_AGAIN)
-        self._shards: LRUCache[np.ndarray] = LRUCache(_OPEN_SHARDS)
-        self._limit = labels_per_sample
-        # None: the first shard decides for all.
-        self._limit = self.labels_per_sample = self._labels(0).shape[1]
+        self.labels_per_sample, self.stored = labels_per_sample or 1, 0
+        self.stored = self.join(0).shape[1]  # the first tar decides for all
+        self.labels_per_sample = labels_per_sample or self.stored
 
-    def _open(self, shard: int) -> np.ndarray:
+    def join(self, shard: int) -> np.ndarray:
+        """The labels of the samples of a tar: int64 [n, stored], nearest first, -1 for none."""
         path = self.directory / "labels" / f"{self.index.names[shard]}.parquet"
         table = read_parquet(path, _CLUSTER_AGAIN)
         names = [name for name in table.column_names if name == "label" or name.removeprefix("label_").isdigit()]
@@ -259,12 +219,12 @@ class LabelTable:
                 f"{path} has the columns {table.column_names}, expected `key` and `label`: {_CLUSTER_AGAIN}"
             )
         names.sort(key=lambda name: int(name.removeprefix("label_")) if name != "label" else 0)
-        if self._limit is not None and len(names) < self._limit:
+        if len(names) < (expected := max(self.stored, self.labels_per_sample)):
             raise UserError(
-                f"{path} has {len(names)} labels per sample, expected {self._limit}: "
-                f"run tools/cluster.py with --top-labels {self._limit}, or use fewer"
+                f"{path} has {len(names)} labels per sample, expected {expected}: "
+                f"run tools/cluster.py with --top-labels {expected}, or use fewer"
             )
-        names = names[: self._limit]
+        names = names[: self.stored or None]
         keys = key_column(table, "key", path, _CLUSTER_AGAIN)
         at = join_by_key(self.index.table(shard).keys, keys, path, _CLUSTER_AGAIN)
         columns = [label_column(table, name, keys, self.num_classes, path, _CLUSTER_AGAIN) for name in names]
@@ -273,29 +233,13 @@ class LabelTable:
         labels[at >= 0] = stored[at[at >= 0]]
         return labels
 
-    def _labels(self, shard: int) -> np.ndarray:
-        return self._shards.get(shard, lambda: self._open(shard))
-
-    def rows(self, shard: int, rows: np.ndarray) -> np.ndarray:
-        """Labels of rows of the tar: int64 [m], or [m, l] for several labels per sample; -1 for none."""
-        labels = self._labels(shard)[rows]
-        return labels[:, 0] if labels.shape[1] == 1 else labels
-
 
 class KeepTable:
-    """Masks of the samples that `tools/balance.py` kept.
-
-    Attributes:
-        embeddings: the directory of the embeddings that they were chosen by; None when it is not recorded.
-    """
+    """Masks of the samples that `tools/balance.py` kept."""
 
     def __init__(self, directory: str | Path, index: ShardIndex) -> None:
         self.directory, self.index = Path(directory), index
         self.meta = _checked_meta(directory, index, "balance")
-        source = self.meta.get("source")
-        embeddings = source.get("embeddings") if isinstance(source, dict) else None
-        self.embeddings = Path(embeddings) if isinstance(embeddings, str) else None
-        self._shards: LRUCache[np.ndarray] = LRUCache(_OPEN_SHARDS)
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -314,4 +258,4 @@ class KeepTable:
 
     def kept(self, shard: int) -> np.ndarray:
         """int64, kept rows of the tar, ascending."""
-        return self._shards.get(shard, lambda: np.flatnonzero(self._mask(shard)))
+        return np.flatnonzero(self._mask(shard))

@@ -25,9 +25,11 @@ from megacid.data.batch import Batch, Positions
 from megacid.data.ensemble import common_views, open_teachers
 from megacid.data.features import FeatureSet, FeatureStream
 from megacid.data.index import load_index
+from megacid.data.joined import JoinSources
+from megacid.data.joined_build import open_joined
 from megacid.data.jpeg import image_reader
 from megacid.data.loader import PairStream
-from megacid.data.pairs import PairOptions, UsableRows
+from megacid.data.pairs import PairOptions
 from megacid.data.remote.cache import ShardCache
 from megacid.data.side_tables import KeepTable, LabelTable
 from megacid.distributed.consensus import agree, fail_together
@@ -197,10 +199,12 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
         )
         student = run.megacid.student
         normalize = PixelNormalization(student, parallel.device, channels_last=student.channels_last)
-    usable = UsableRows(index, keep, teacher)  # counted once: with several teachers that takes minutes for many tars
+    with fail_together(parallel.group):
+        sources = JoinSources(index, teacher, labels, keep)
+        joined = open_joined(sources, config.block_shards, Path(run.megacid.run.dir), parallel.rank, parallel.world)
     return Data(
-        lambda start_step: PairStream(index, _positions(run, parallel, start_step), options, usable),
-        samples=lambda positions: PairStream(index, positions, options, usable),
+        lambda start_step: PairStream(index, _positions(run, parallel, start_step), options, joined),
+        samples=lambda positions: PairStream(index, positions, options, joined),
         teacher_dims=tuple(table.dim for table in teacher.tables) if teacher else (),
         teacher_has_text=teacher is not None and teacher.has_text,
         num_classes=labels.num_classes if labels else None,

@@ -1,4 +1,4 @@
-"""The loader suite reads the same samples with every provider, and prints no time for an epoch that is not whole."""
+"""The loader suites read the same samples with every provider, and print no time for an epoch that is not whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import loader
+from benchmarks import loader, loader_tables, mixing
 from megacid.errors import UserError
 
 SMALL = argparse.Namespace(suite="loader", samples=8, normalize=False, device="cpu", threads=1, clock="cpu")
@@ -50,3 +50,22 @@ def test_an_epoch_that_is_not_whole_has_no_time(small: None) -> None:
         loader.read_all(lambda: iter([batch]), 8)
     with pytest.raises(UserError, match="--samples is 12, --device cpu and --clock cpu, expected a multiple of 8"):
         loader.run(argparse.Namespace(**{**vars(SMALL), "samples": 12}))
+
+
+def test_the_loader_is_measured_on_many_tars_with_side_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"RANKS": 2, "MICRO_BATCH": 4, "WORKERS": 1, "SHORT": 1, "LONG": 2, "BLOCKS": {1: 0.3, 20: 0.4}}
+    for name, value in small.items():
+        monkeypatch.setattr(loader_tables, name, value)
+    args = {"suite": "loader-tables", "tars": 20, "samples": 10, "rounds": 1}
+    report = loader_tables.run(argparse.Namespace(**{**vars(SMALL), **args}))
+    assert [row["block_shards"] for row in report["results"]] == [1, 20]
+    assert [(limit.bound, limit.at_least) for limit in loader_tables.check(report)] == [(0.3, False), (0.4, False)]
+
+
+def test_a_larger_block_mixes_more_tars_over_a_longer_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SAMPLES": 50, "GLOBAL_BATCH": 100, "BUFFER": 25, "INITIAL": 5}.items():
+        monkeypatch.setattr(mixing, name, value)
+    tars, distance = mixing.our_order(8, 4)
+    assert tars == 8 and distance == pytest.approx(8 * 50 / 3 / 100, rel=0.1)  # a third of the block
+    tars, distance = mixing.webdataset_order(2, 8)
+    assert tars == pytest.approx(6, abs=1) and distance == pytest.approx(25 * 2 * mixing.WORKERS / 100, rel=0.2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 from distill_data import data_of, run_file
-from pair_data import SIZES, save, stream, write_parquet, write_shards
+from pair_data import SIZES, save, stream, teacher_rows, write_parquet, write_shards
 
 from megacid.data.batch import Positions
 from megacid.data.ensemble import TeacherEnsemble, open_teachers
 from megacid.data.index import ShardIndex
-from megacid.data.loader import PairStream
 from megacid.data.side_tables import KeepTable, TeacherTable
 from megacid.errors import UserError
 from megacid.storage.metadata import write_meta
@@ -37,13 +35,9 @@ def write_teacher(
     width: int,
     missing: Iterable[int] = (),
     dtype: str = "float16",
-    listed: Iterable[int] = (),
     **meta: Any,
 ) -> Path:
-    """Embeddings of the samples of `write_shards` but some, in an order of rows of its own; texts are -image.
-
-    listed: the samples that failures/ names.
-    """
+    """Embeddings of the samples of `write_shards` but some, in an order of rows of its own; texts are -image."""
     row, order, skipped = 0, np.random.default_rng(number), {}
     for partition, (name, size) in enumerate(SIZES.items()):
         samples = order.permutation([r for r in range(row, row + size) if r not in set(missing)])
@@ -53,10 +47,8 @@ def write_teacher(
         save(folder / "text_emb" / f"text_emb_{partition:05d}.npy", -image)
         keys = [f"k{sample}" for sample in samples]
         write_parquet(folder / "metadata" / f"metadata_{partition:05d}.parquet", image_path=keys)
-        if failed := [f"k{sample}" for sample in listed if row - size <= sample < row]:
-            write_parquet(folder / "failures" / f"failures_{partition:05d}.parquet", key=failed, reason=failed)
     entries = {"dim": width, "partitions": {name: i for i, name in enumerate(SIZES)}, "failures_by_shard": skipped}
-    write_meta(folder, "embed", {}, **({"shards_digest": index.digest} | entries | meta))
+    write_meta(folder, "embed", {"images": str(folder)}, **({"shards_digest": index.digest} | entries | meta))
     return folder
 
 
@@ -90,7 +82,7 @@ def test_a_row_is_the_embeddings_of_one_sample_side_by_side_and_rescaled(
 def test_one_directory_is_that_teacher_as_it_is_stored(tmp_path: Path, index: ShardIndex) -> None:
     teacher = open_teachers([write_teacher(tmp_path / "t", index, 0, 3)], index)
     assert isinstance(teacher, TeacherTable)
-    assert np.array_equal(teacher.rows(0, np.array([4]))[0][0], row_of(0, 4, 3))
+    assert np.array_equal(teacher_rows(teacher, 0, np.array([4]))[0][0], row_of(0, 4, 3))
 
 
 VIEWS = {"count": 2, "seed": 1, "crops": "c"}
@@ -106,7 +98,7 @@ def test_the_view_of_a_sample_is_that_of_every_teacher(tmp_path: Path, index: Sh
             save(folders[-1] / "view_emb" / path.name.replace("img", "view"), rows)
     teacher = open_teachers(folders, index)
     assert teacher.views is not None and teacher.views.count == 2
-    image, text = teacher.rows(0, np.array([4, 7]), np.array([[1, 0], [0, 0]]))
+    image, text = teacher_rows(teacher, 0, np.array([4, 7]), np.array([[1, 0], [0, 0]]))
     whole = [np.concatenate([row_of(n, sample, 3) for n in range(2)]) for sample in (4, 7)]
     np.testing.assert_allclose(image * np.sqrt(2), [whole[0] + 10, whole[1]], rtol=2e-3, atol=2e-3)
     np.testing.assert_allclose(text * np.sqrt(2), [-whole[0], -whole[1]], rtol=2e-3, atol=2e-3)
@@ -144,18 +136,14 @@ def test_a_sample_that_any_teacher_lacks_is_left_out_from_the_start(
     assert not any(batch.failure or batch.replaced for batch in seen)
 
 
-def teachers_that_list(tmp_path: Path, index: ShardIndex, skipped: set[int], listed: set[int]) -> list[Path]:
-    first = write_teacher(tmp_path / "a", index, 0, 2, {3, 10}, listed={3, 10})
-    return [first, write_teacher(tmp_path / "b", index, 1, 3, skipped, listed=listed)]
-
-
 @pytest.mark.parametrize("kept", [False, True], ids=["all", "some kept"])
-def test_a_run_counts_its_samples_once_and_without_the_metadata(
+def test_a_run_joins_its_samples_once_and_a_second_run_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
 ) -> None:
     """Else the streams of a start open every tar each: minutes, for which the watchdog does not wait."""
     index = write_shards(tmp_path / "shards")
-    folders, rows = teachers_that_list(tmp_path, index, {3, 4, 20}, {3, 4, 20}), {*range(24)}
+    folders = [write_teacher(tmp_path / "a", index, 0, 2, {3, 10}), write_teacher(tmp_path / "b", index, 1, 3, {3, 20})]
+    rows = {*range(24)}
     settings = ["data.augment=none", f"data.teacher={json.dumps([*map(str, folders)])}"]
     if kept:
         rows -= {1, 3}
@@ -163,35 +151,19 @@ def test_a_run_counts_its_samples_once_and_without_the_metadata(
             save(tmp_path / "k" / "keep" / f"{name}.npy", np.array([start + n in rows for n in range(SIZES[name])]))
         write_meta(tmp_path / "k", "balance", {}, shards_digest=index.digest)
         settings.append(f"data.keep={tmp_path / 'k'}")
-    usable, read = rows - {3, 4, 10, 20}, []
+    usable, joined, join = rows - {3, 10, 20}, [], TeacherTable.join
     with monkeypatch.context() as patch:
-        patch.setattr(PairStream, "statistics", lambda self: {"kept": self.order.num_samples})  # opens some tars
-        patch.setattr(TeacherTable, "has", lambda *_: pytest.fail("opened the metadata of a tar"))
-        keys = TeacherTable.failed_keys
-        patch.setattr(TeacherTable, "failed_keys", lambda t, shard: read.append((t, shard)) or keys(t, shard))
-        data = data_of(run_file(tmp_path, *settings))
-        for batches in (data.stream(0), data.stream(3), data.samples(Positions(7, 7, 1, 0, 1, 0, 1))):
-            assert batches.statistics()["kept"] == len(usable)
-    assert len(read) == len(set(read)) > 0
+        patch.setattr(TeacherTable, "join", lambda t, shard: joined.append((t.directory, shard)) or join(t, shard))
+        for _ in range(2):
+            data = data_of(run_file(tmp_path, *settings))
+            for batches in (data.stream(0), data.stream(3), data.samples(Positions(7, 7, 1, 0, 1, 0, 1))):
+                assert batches.statistics()["kept"] == len(usable)
+    assert sorted(joined) == [(folder, shard) for folder in folders for shard in range(3)]
     assert {s for batch in data.stream(0) for s in batch.sample_id.tolist()} == usable
 
 
-def test_failures_that_are_not_those_of_the_metadata_name_the_teachers(tmp_path: Path, index: ShardIndex) -> None:
-    folders = teachers_that_list(tmp_path, index, {3}, {4})
-    (failure,) = {b.failure for b in stream(index, teacher=open_teachers(folders, index), error_budget=0.0)} - {None}
-    assert re.search(
-        r"00000\.tar has 8 usable samples by the metadata/ .*, expected 7 by their failures/: run.*/b", failure or ""
-    )
-
-
-def test_failures_of_another_number_than_in_meta_json_are_not_used(tmp_path: Path, index: ShardIndex) -> None:
-    teacher = open_teachers(teachers_that_list(tmp_path, index, {3, 4}, {4}), index)
-    batches = stream(index, **ONE_EPOCH, total_steps=21, teacher=teacher, error_budget=0.0)
-    assert sorted(s for batch in batches for s in batch.sample_id.tolist()) == sorted({*range(24)} - {3, 4, 10})
-
-
 def test_balance_on_one_teacher_says_nothing_about_the_other(tmp_path: Path, index: ShardIndex) -> None:
-    """It keeps no sample without an embedding of its own teacher, so only the other one is looked up."""
+    """A kept sample without an embedding of any teacher is left out, whichever it was balanced on."""
     folders = [write_teacher(tmp_path / "a", index, 0, 2, {1}), write_teacher(tmp_path / "b", index, 1, 3, {0, 9})]
     for name, start in zip(SIZES, (0, 9, 16)):
         save(tmp_path / "k" / "keep" / f"{name}.npy", np.arange(start, start + SIZES[name]) % 2 == 0)
@@ -199,11 +171,11 @@ def test_balance_on_one_teacher_says_nothing_about_the_other(tmp_path: Path, ind
     keep, teacher = KeepTable(tmp_path / "k", index), open_teachers(folders, index)
     batches = stream(index, **ONE_EPOCH, total_steps=11, teacher=teacher, keep=keep, error_budget=0.0)
     assert sorted(s for batch in batches for s in batch.sample_id.tolist()) == list(range(2, 24, 2))
-    wrong = {"embeddings": str(folders[1])}  # of the teacher that lacks sample 0, which is kept
-    write_meta(tmp_path / "k", "balance", wrong, shards_digest=index.digest)
-    batches = stream(index, teacher=teacher, keep=KeepTable(tmp_path / "k", index), error_budget=0.0)
-    (failure,) = {batch.failure for batch in batches if batch.failure}
-    assert f"00000/k0: no teacher embedding in {folders[1]}" in failure
+    own = {"embeddings": str(folders[1])}  # of the teacher that lacks sample 0, which is kept
+    write_meta(tmp_path / "k", "balance", own, shards_digest=index.digest)
+    batches = stream(index, **ONE_EPOCH, total_steps=1, teacher=teacher, keep=KeepTable(tmp_path / "k", index))
+    statistics = batches.statistics()
+    assert (statistics["kept"], statistics["without_teacher"]) == (11, 1)
 
 
 def without_text(folder: Path) -> None:
@@ -246,7 +218,7 @@ def test_what_does_not_fit_names_its_teacher(tmp_path: Path, index: ShardIndex, 
     folders = [write_teacher(tmp_path / "a", index, 0, 2), write_teacher(tmp_path / "b", index, 1, 3)]
     damage(folders[1])
     with pytest.raises(UserError, match=message):
-        open_teachers(folders, index).rows(0, np.arange(9))
+        teacher_rows(open_teachers(folders, index), 0, np.arange(9))
 
 
 def test_a_wrong_count_of_skipped_samples_names_its_teacher(tmp_path: Path, index: ShardIndex) -> None:

@@ -277,15 +277,16 @@ def test_damage_met_while_training_is_still_charged_to_the_error_budget(tmp_path
     ("counts", "message"),
     [
         ({"00000": 1}, "counts 1 samples of 00000.tar without an embedding, its metadata 2: run tools/embed.py again"),
-        ({}, "no teacher embedding"),
+        ({}, "counts 0 samples of 00000.tar without an embedding, its metadata 2: run tools/embed.py again"),
     ],
 )
-def test_a_count_of_skipped_samples_that_is_wrong_is_a_failure(
+def test_a_count_of_skipped_samples_that_is_wrong_is_an_error_at_the_start(
     tmp_path: Path, counts: dict[str, int], message: str
 ) -> None:
     index = write_shards(tmp_path / "shards")
     teacher = teacher_without(tmp_path / "t", index, {3, 4}, failures_by_shard=counts)
-    assert message in failures_of(stream(index, error_budget=0.0, teacher=teacher))
+    with pytest.raises(UserError, match=message):
+        stream(index, error_budget=0.0, teacher=teacher)
 
 
 def failures_of(batches: PairStream) -> str:

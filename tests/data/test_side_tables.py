@@ -3,10 +3,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from pair_data import keep_dir, label_dir, make_tar, save, teacher_dir, write_parquet
+from pair_data import keep_dir, label_dir, make_tar, remove_joined, save, teacher_dir, teacher_rows, write_parquet
 
-from megacid.data.decode import BadSample
 from megacid.data.index import ShardIndex, load_index
+from megacid.data.joined import JoinSources
+from megacid.data.joined_build import open_joined
 from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
 from megacid.errors import UserError
 
@@ -24,24 +25,24 @@ def index(tmp_path: Path) -> ShardIndex:
 @pytest.mark.parametrize("pad", [1, 5])
 def test_teacher_rows_are_joined_by_key(tmp_path: Path, index: ShardIndex, pad: int) -> None:
     table = TeacherTable(teacher_dir(tmp_path / "t", index.digest, pad=pad), index)
-    image, text = table.rows(0, np.array([2, 0]))
+    image, text = teacher_rows(table, 0, np.array([2, 0]))
     assert image.dtype == np.float16 and image.tolist() == [[ord("c"), 1], [ord("a"), 1]]
     assert text is not None and text.tolist() == [[-ord("c"), -1], [-ord("a"), -1]]
-    assert table.rows(1, np.array([0]))[0].tolist() == [[ord("d"), 0]]
-    assert table.dim == 2 and table.has(0, np.arange(3)).tolist() == [True, False, True]
-    with pytest.raises(BadSample, match="00000/b: no teacher embedding"):
-        table.rows(0, np.array([0, 1]))
+    assert teacher_rows(table, 1, np.array([0]))[0].tolist() == [[ord("d"), 0]]
+    assert table.dim == 2 and table.join(0).row_of.tolist() == [1, -1, 0]
+    joined = open_joined(JoinSources(index, table))
+    assert joined.counts.tolist() == [[2, 1], [2, 0]] and joined.tar(0)["row"].tolist() == [0, 2]
 
 
 def test_teacher_without_texts_gives_none(tmp_path: Path, index: ShardIndex) -> None:
     table = TeacherTable(teacher_dir(tmp_path / "t", index.digest, text=False), index)
-    assert not table.has_text and table.rows(0, np.array([0]))[1] is None
+    assert not table.has_text and teacher_rows(table, 0, np.array([0]))[1] is None
 
 
 def test_teacher_of_another_width_than_its_meta(tmp_path: Path, index: ShardIndex) -> None:
     table = TeacherTable(teacher_dir(tmp_path / "t", index.digest, width=3), index)
     with pytest.raises(UserError, match=r"shape \(2, 2\) of float16, expected \(2, 3\)"):
-        table.rows(0, np.array([0]))
+        table.join(0)
 
 
 @pytest.mark.parametrize("folder", ["img_emb", "text_emb"])
@@ -49,10 +50,11 @@ def test_teacher_of_another_width_than_its_meta(tmp_path: Path, index: ShardInde
 def test_teacher_has_the_dtype_of_its_widest_shard(tmp_path: Path, index: ShardIndex, folder: str, number: int) -> None:
     """Ranks exchange embeddings in one dtype: none may have float32 where another has float16."""
     teacher = teacher_dir(tmp_path / "t", index.digest)
-    assert TeacherTable(teacher, index).dtype == np.float16
+    assert open_joined(JoinSources(index, TeacherTable(teacher, index))).teacher_dtype == np.float16
+    remove_joined(index)
     file = teacher / folder / f"{folder}_{number:05d}.npy"
     np.save(file, np.load(file).astype(np.float32))
-    assert TeacherTable(teacher, index).dtype == np.float32
+    assert open_joined(JoinSources(index, TeacherTable(teacher, index))).teacher_dtype == np.float32
 
 
 def test_teacher_without_a_shard_is_refused(tmp_path: Path, index: ShardIndex) -> None:
@@ -65,19 +67,18 @@ def test_teacher_without_a_shard_is_refused(tmp_path: Path, index: ShardIndex) -
 def test_labels_are_joined_by_key_and_missing_ones_are_minus_one(tmp_path: Path, index: ShardIndex) -> None:
     table = LabelTable(label_dir(tmp_path / "c", index.digest), index)
     assert table.num_classes == 10 and table.labels_per_sample == 1
-    assert table.rows(0, np.array([0, 1, 2, 0])).tolist() == [3, -1, 7, 3]
-    assert table.rows(1, np.array([1, 0])).tolist() == [9, -1]
-    assert table.rows(0, np.array([0])).dtype == np.int64
+    assert table.join(0).tolist() == [[3], [-1], [7]]
+    assert table.join(1).tolist() == [[-1], [9]]
+    assert table.join(0).dtype == np.int64
 
 
 def test_several_labels_per_sample_keep_their_order(tmp_path: Path, index: ShardIndex) -> None:
     extra = {f"label_{i}": pa.array([i % 10, -1], pa.int32()) for i in (10, 2, 1)}
     table = LabelTable(label_dir(tmp_path / "c", index.digest, **extra), index)
     assert table.labels_per_sample == 4
-    assert table.rows(0, np.array([2, 1, 0])).tolist() == [[7, 1, 2, 0], [-1, -1, -1, -1], [3, -1, -1, -1]]
+    assert table.join(0)[[2, 1, 0]].tolist() == [[7, 1, 2, 0], [-1, -1, -1, -1], [3, -1, -1, -1]]
     nearest = LabelTable(tmp_path / "c", index, labels_per_sample=2)
-    assert nearest.labels_per_sample == 2 and nearest.rows(0, np.array([2, 0])).tolist() == [[7, 1], [3, -1]]
-    assert LabelTable(tmp_path / "c", index, labels_per_sample=1).rows(0, np.array([2, 0])).tolist() == [7, 3]
+    assert (nearest.labels_per_sample, nearest.stored) == (2, 4)
     with pytest.raises(UserError, match="has 4 labels per sample, expected 5"):
         LabelTable(tmp_path / "c", index, labels_per_sample=5)
 
@@ -102,7 +103,7 @@ def test_a_missing_or_damaged_label_file_is_named(tmp_path: Path, index: ShardIn
     if content:
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"labels/00001.parquet (is missing|cannot be read)"):
-        LabelTable(folder, index).rows(1, np.array([0]))
+        LabelTable(folder, index).join(1)
 
 
 def test_kept_rows(tmp_path: Path, index: ShardIndex) -> None:

@@ -133,8 +133,8 @@ def test_a_tar_without_any_valid_image_has_no_files_in_any_stage(stage: Path, tm
     run("balance", *balance_args(tmp_path, "balance", "--threshold", 0.003))
     index, rows = load_index(tmp_path / "shards"), EmbeddingRows(tmp_path / "emb")
     assert rows.num_rows == 24 and rows.keys(1) == [] and rows.starts.tolist() == [0, 12, 12, 24]
-    assert not TeacherTable(tmp_path / "emb", index).has(1, np.arange(12)).any()
-    assert (LabelTable(tmp_path / "clusters", index).rows(1, np.arange(12)) == -1).all()
+    assert (TeacherTable(tmp_path / "emb", index).join(1).row_of == -1).all()
+    assert (LabelTable(tmp_path / "clusters", index).join(1) == -1).all()
     assert not np.load(tmp_path / "balance" / "keep" / "00001.npy").any()
 
 

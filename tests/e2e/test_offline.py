@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 from offline_data import ROOT, cluster_args, embed_args, run, save_model, write_shards
+from pair_data import teacher_rows
 from PIL import Image
 
 from megacid.data.index import load_index
@@ -60,9 +61,9 @@ def test_embeddings_join_by_key_and_name_what_is_missing(stage: Path) -> None:
     assert keys["image_path"].to_pylist() == [f"00001{row:04d}" for row in range(12) if row != 4]
     index = load_index(stage / "shards")
     table = TeacherTable(stage / "emb", index)
-    assert table.has(1, np.arange(12)).tolist() == [row != 4 for row in range(12)]
+    assert (table.join(1).row_of >= 0).tolist() == [row != 4 for row in range(12)]
     # The last row of the second tar, embedded here by hand.
-    image, text = table.rows(1, np.array([11]))
+    image, text = teacher_rows(table, 1, np.array([11]))
     clip = load_clip(f"local-dir:{stage / 'model'}")
     with tarfile.open(stage / "shards" / "00001.tar") as tar:
         member = tar.extractfile("000010011.png")
@@ -180,16 +181,16 @@ def test_cluster_files(stage: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-6)
     index = load_index(stage / "shards")
     labels, teacher = LabelTable(stage / "clusters", index), TeacherTable(stage / "emb", index)
-    assert labels.rows(1, np.arange(12))[4].tolist() == [-1, -1]
+    assert labels.join(1)[4].tolist() == [-1, -1]
     rows = np.array([0, 3, 11])
-    cosine = teacher.rows(1, rows)[0].astype(np.float32) @ centroids.T
+    cosine = teacher_rows(teacher, 1, rows)[0].astype(np.float32) @ centroids.T
     # Compare cosines, not labels: the order of nearly equal ones depends on how the machine rounds.
     nearest = -np.sort(-cosine, axis=1)[:, :2]
-    np.testing.assert_allclose(np.take_along_axis(cosine, labels.rows(1, rows), 1), nearest, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(np.take_along_axis(cosine, labels.join(1)[rows], 1), nearest, rtol=0, atol=1e-6)
     stored = pq.read_table(stage / "clusters" / "labels" / "00001.parquet")
     assert [str(field.type) for field in stored.schema] == ["string", "int32", "float", "int32"]
     score = dict(zip(stored["key"].to_pylist(), stored["score"].to_pylist()))
-    length = np.linalg.norm(teacher.rows(1, rows[2:])[0].astype(np.float64))
+    length = np.linalg.norm(teacher_rows(teacher, 1, rows[2:])[0].astype(np.float64))
     assert float(score["000010011"]) == pytest.approx(float(cosine[2].max() / length), abs=2e-7)
 
 

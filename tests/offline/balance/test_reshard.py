@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pair_data import label_dir, put, teacher_dir
+from pair_data import label_dir, put, teacher_dir, teacher_rows
 
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
@@ -104,9 +104,9 @@ def test_embeddings_and_labels_join_the_copy_as_they_are(tmp_path: Path, index: 
     reshard(masks, whole, tmp_path / "kept", parallel())
     copy = load_index(tmp_path / "kept")
     table = TeacherTable(teacher, copy)
-    assert table.has(0, np.arange(2)).tolist() == [False, True]
-    assert table.rows(0, np.array([1]))[0].tolist() == [[ord("c"), 1]]
-    assert LabelTable(labels, copy).rows(0, np.arange(2)).tolist() == [-1, 7]
+    assert (table.join(0).row_of >= 0).tolist() == [False, True]
+    assert teacher_rows(table, 0, np.array([1]))[0].tolist() == [[ord("c"), 1]]
+    assert LabelTable(labels, copy).join(0).tolist() == [[-1], [7]]
     with pytest.raises(UserError, match="other shards"):
         KeepTable(masks, copy)
     # A copy that was changed since is a copy no more.

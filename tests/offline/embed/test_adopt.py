@@ -16,6 +16,7 @@ import pytest
 from faultplan import kill
 from offline_data import balance_args, cluster_args, results, run, write_shards
 from offline_tool import KILLED, Tool
+from pair_data import teacher_rows
 from pair_data import write_shards as write_pairs
 
 from megacid.data.index import load_index
@@ -98,7 +99,7 @@ def test_adopted_clip_retrieval_folder_is_a_teacher_folder(stage: Path) -> None:
     metadata = pq.read_table(stage / "emb" / "metadata" / "metadata_00001.parquet")
     assert metadata["caption"].to_pylist() == [f"caption of {key}" for key in KEYS[12:24]]
     table = TeacherTable(stage / "emb", load_index(stage / "shards"))
-    np.testing.assert_array_equal(table.rows(2, np.array([3, 0]))[1], TEXT[[27, 24]])
+    np.testing.assert_array_equal(teacher_rows(table, 2, np.array([3, 0]))[1], TEXT[[27, 24]])
 
 
 def test_imported_clip_retrieval_embeddings_join_by_key(tmp_path: Path) -> None:
@@ -121,9 +122,8 @@ def test_imported_clip_retrieval_embeddings_join_by_key(tmp_path: Path) -> None:
 
     teacher, checked = TeacherTable(tmp_path / "teacher", index), 0
     for shard in range(len(index.names)):
-        rows = np.arange(int(index.sizes[shard]))
-        rows = rows[teacher.has(shard, rows)]
-        image, text = teacher.rows(shard, rows)
+        rows = np.flatnonzero(teacher.join(shard).row_of >= 0)
+        image, text = teacher_rows(teacher, shard, rows)
         assert text is not None
         assert image.argmax(1).tolist() == (index.starts[shard] + rows).tolist()
         np.testing.assert_array_equal(text, -image)

@@ -7,7 +7,6 @@ import os
 import re
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -60,8 +59,8 @@ def test_json_captions_go_through_every_tool(stage: Path) -> None:
     assert "alt of 0000" in (stage / "balance" / "gallery.html").read_text()
     for folder in (stage / "shards", copy):
         index = load_index(folder, caption="json:alt")
-        assert TeacherTable(stage / "emb", index).has(0, np.arange(2)).all()
-        assert (LabelTable(stage / "clusters", index).rows(0, np.arange(2)) >= 0).all()
+        assert (TeacherTable(stage / "emb", index).join(0).row_of >= 0).all()
+        assert (LabelTable(stage / "clusters", index).join(0) >= 0).all()
         assert ShardReader(index).caption(0, 0) == "alt of 000000000"
     assert KeepTable(stage / "balance", load_index(stage / "shards", caption="json:alt")).counts.sum() > 0
     with pytest.raises(UserError, match="captions in 'json:alt', this run reads them from 'txt'"):

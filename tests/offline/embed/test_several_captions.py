@@ -117,7 +117,7 @@ def test_damaged_captions_of_one_tar_are_embedded_again(stage: Path, emb: Path) 
     before, path = results(emb), emb / "caption_emb" / "caption_emb_00002.npy"
     np.save(path, np.load(path)[:-1])
     with pytest.raises(UserError, match=r"caption_emb_00002\.npy has shape"):
-        TeacherTable(emb, load_index(stage / "shards", caption=SOURCE)).has(2, np.arange(1))
+        TeacherTable(emb, load_index(stage / "shards", caption=SOURCE)).join(2)
     assert "1 of 3 shards to do" in run("embed", *embed_args(stage, str(emb)), *OPTIONS)
     assert results(emb) == before
 
@@ -128,7 +128,7 @@ def test_counts_of_captions_that_are_none_are_one_line(stage: Path, emb: Path, c
     table = pq.read_table(path)
     pq.write_table(table.set_column(6, "captions", pa.array(counts)), path)
     with pytest.raises(UserError, match=r"metadata_00001.parquet has the column captions with values other than") as e:
-        TeacherTable(emb, load_index(stage / "shards", caption=SOURCE)).has(1, np.arange(1))
+        TeacherTable(emb, load_index(stage / "shards", caption=SOURCE)).join(1)
     assert "\n" not in str(e.value)
 
 

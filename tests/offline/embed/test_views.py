@@ -20,6 +20,7 @@ from faultplan import Fault, kill
 from offline_data import embed_args, results, run, save_model, write_shards
 from offline_tool import KILLED, Tool
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from pair_data import teacher_rows
 from PIL import Image
 from torch import Tensor
 
@@ -116,7 +117,7 @@ def test_damaged_views_of_one_tar_are_embedded_again(stage: Path, emb: Path) -> 
     for spoil in (path.unlink, lambda: np.save(path, whole[:-1])):
         spoil()
         with pytest.raises(UserError, match=r"view_emb_00002|no embeddings of 1 shards \(00002\)"):
-            TeacherTable(emb, load_index(stage / "shards")).has(2, np.arange(1))
+            TeacherTable(emb, load_index(stage / "shards")).join(2)
         assert "1 of 3 shards to do, 12 samples" in run("embed", *embed_args(stage, str(emb)), *OPTIONS)
         assert results(emb) == before
 
@@ -242,8 +243,8 @@ def test_tables_without_views_ignore_the_view(stage: Path) -> None:
     index = load_index(stage / "shards")
     plain, rows, drawn = TeacherTable(stage / "plain", index), np.arange(3), np.array([[2, 0], [1, 0], [0, 0]])
     assert plain.views is None
-    found: Any = plain.rows(0, rows, drawn)[0]
+    found: Any = teacher_rows(plain, 0, rows, drawn)[0]
     assert np.array_equal(found, np.load(stage / "plain" / "img_emb" / "img_emb_00000.npy")[:3])
     with_views = TeacherTable(stage / "emb", index)
     stored = np.load(stage / "emb" / "view_emb" / "view_emb_00000.npy")
-    assert np.array_equal(with_views.rows(0, rows, drawn)[0], stored[[2, 4, 6]])
+    assert np.array_equal(teacher_rows(with_views, 0, rows, drawn)[0], stored[[2, 4, 6]])

@@ -1,0 +1,197 @@
+"""Makes joined tables: in train.py's start or ahead of it, by any number of processes, and again after a kill.
+
+Processes share the work without talking to each other. Each makes its own share first and then, in an order of its own,
+whatever is still missing: parts of a process that is slow, was killed, or is on a node with another disk. A part that
+two processes make has the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megacid.data.joined import IMAGE, PART, TEXT, JoinedTable, JoinSources, header_of, rows_path
+from megacid.distributed.parallel import shard_range
+from megacid.errors import UserError
+from megacid.storage.atomic import disk_errors, write_json_atomic
+from megacid.storage.npy import load_npy, write_array
+
+log = logging.getLogger(__name__)
+
+_ANNOUNCED_S = 60.0  # a shorter build is not announced
+
+
+def open_joined(
+    sources: JoinSources,
+    block_shards: int = PART,
+    fallback: Path | None = None,
+    rank: int = 0,
+    world: int = 1,
+    *,
+    on_part: Callable[[], None] | None = None,
+) -> JoinedTable:
+    """The joined table of some sources; what is missing, incomplete or cut is made.
+
+    Args:
+        block_shards: tars whose files the table keeps open.
+        fallback: folder for the table if the index cannot be written.
+        rank, world: this process among those that call this at the same time.
+        on_part: called after every part that this process made; None: a long build is announced in the log.
+
+    Raises:
+        UserError: a side table is damaged or does not match, or the folder cannot be written.
+    """
+    name = f"joined-{sources.digest[:16]}"
+    parents = [folder / sources.index.caption.index_folder for folder in sources.index.paths.folders]
+    folders = [parent / name for parent in [*parents, fallback] if parent is not None]
+    for folder in folders:
+        if (tars := _complete(sources, folder)) is not None:
+            return JoinedTable(sources, folder, tars, block_shards)
+    folder = _writable(folders, sources)
+    _make_parts(sources, folder, rank, world, on_part)
+    tars = np.concatenate([load_npy(_tars_path(folder, part), "start again") for part in range(sources.parts)])
+    _write(folder / "tars.npy", tars)
+    return JoinedTable(sources, folder, tars, block_shards)
+
+
+def _writable(folders: list[Path], sources: JoinSources) -> Path:
+    """The first folder that can be written, with made_from.json in it."""
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _replacing(folder / "made_from.json") as temporary:
+                write_json_atomic(temporary, sources.made_from)
+        except OSError as error:
+            reason = f"{folder} cannot be written ({error.strerror})"
+            log.warning("%s: the shards are joined with their side tables elsewhere", reason)
+        else:
+            return folder
+    raise UserError(f"{reason}: correct its permissions, or free space on that disk")
+
+
+def _complete(sources: JoinSources, folder: Path) -> np.ndarray | None:
+    """tars.npy; None unless all files of rows are there and have the right size."""
+    tars = _entries(folder / "tars.npy", sources, range(len(sources.index.names)))
+    if tars is None:
+        return None
+    whole = (_has_rows(folder, part, sources, tars[part * PART : (part + 1) * PART]) for part in range(sources.parts))
+    return tars if all(whole) else None
+
+
+def _entries(path: Path, sources: JoinSources, tars: range) -> np.ndarray | None:
+    """[tars] of `tar_dtype`; None when the file is missing, is not that, or is not what was written."""
+    try:
+        entries = np.array(load_npy(path, ""))
+    except UserError:
+        return None
+    if entries.dtype != sources.tar_dtype or entries.shape != (len(tars),):
+        return None
+    return entries if (entries["check"] == sources.checks(entries, np.array(tars))).all() else None
+
+
+def _has_rows(folder: Path, part: int, sources: JoinSources, entries: np.ndarray) -> bool:
+    """Whether the file of rows of a part has the size that its entries say."""
+    rows = int(entries["usable"].sum())
+    expected = len(header_of(sources.row_dtype, rows)) + rows * sources.row_dtype.itemsize
+    try:
+        return rows_path(folder, part).stat().st_size == expected
+    except OSError:
+        return False
+
+
+def _tars_path(folder: Path, part: int) -> Path:
+    return folder / f"tars-{part:05d}.npy"
+
+
+def _tars_of(sources: JoinSources, part: int) -> range:
+    return range(part * PART, min((part + 1) * PART, len(sources.index.names)))
+
+
+def _is_made(sources: JoinSources, folder: Path, part: int) -> bool:
+    entries = _entries(_tars_path(folder, part), sources, _tars_of(sources, part))
+    return entries is not None and _has_rows(folder, part, sources, entries)
+
+
+def _make_parts(sources: JoinSources, folder: Path, rank: int, world: int, on_part: Callable[[], None] | None) -> None:
+    own = list(range(*shard_range(sources.parts, rank, world)))
+    others = sorted(set(range(sources.parts)) - set(own))
+    random.Random(rank).shuffle(others)
+    announced = False
+    for done, part in enumerate(own + others):
+        if _is_made(sources, folder, part):
+            continue
+        start = time.monotonic()
+        _make_part(sources, folder, part)
+        if on_part:
+            on_part()
+        remaining = (time.monotonic() - start) * max(0, len(own) - done - 1)
+        if not announced and on_part is None and rank == 0 and remaining > _ANNOUNCED_S:
+            log.warning(
+                "joining %d tars with their side tables takes about %.0f minutes on %d processes; ahead of a run, this "
+                "command does it: %s",
+                *(len(sources.index.names), remaining / 60, world, sources.command),
+            )
+        announced = True
+
+
+def _make_part(sources: JoinSources, folder: Path, part: int) -> None:
+    rows, entries = zip(*(join_tar(sources, shard) for shard in _tars_of(sources, part)))
+    _write(rows_path(folder, part), np.concatenate(rows))
+    _write(_tars_path(folder, part), np.concatenate(entries))
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a name for a file that then replaces `path`. It is unique also among the processes of several nodes."""
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}")
+    yield temporary
+    os.replace(temporary, path)
+
+
+def _write(path: Path, array: np.ndarray) -> None:
+    with disk_errors(path), _replacing(path) as temporary:
+        write_array(temporary, array)
+
+
+def join_tar(sources: JoinSources, shard: int) -> tuple[np.ndarray, np.ndarray]:
+    """([usable] of `row_dtype`, [1] of `tar_dtype`) of a tar.
+
+    Raises:
+        UserError: a side table is damaged or does not match the tar.
+    """
+    table = sources.index.table(shard)
+    row = np.arange(len(table.keys)) if sources.keep is None else sources.keep.kept(shard)
+    row = row[table.text[row, 1] >= 0]
+    joined = [teacher.join(shard) for teacher in sources.teachers]
+    embedded = np.ones(len(row), bool)
+    for shard_rows in joined:
+        embedded &= shard_rows.row_of[row] >= 0
+    entry = np.zeros(1, sources.tar_dtype)
+    entry["lacking"], row = np.sum(~embedded), row[embedded]
+    rows = np.zeros(len(row), sources.row_dtype)
+    entry["usable"], rows["row"] = len(row), row
+    rows["image"], rows["text"] = table.image[row], table.text[row]
+    if sources.labels is not None:
+        rows["labels"] = sources.labels.join(shard)[row]
+    for number, one in enumerate(joined):
+        rows["teacher"][:, number] = at = one.row_of[row]
+        if one.first is not None:
+            rows["caption"][:, number] = one.first[at]
+            rows["captions"][:, number] = one.first[at + 1] - one.first[at]
+        for kind, array in ((IMAGE, one.image), (TEXT, one.text)):
+            if array is not None and isinstance(array, np.memmap):
+                size = Path(str(array.filename)).stat().st_size
+                entry["files"][0, number, kind] = (array.offset, size, array.dtype.str.encode())
+    if sources.teacher is not None and (views := sources.teacher.views) is not None:
+        keys = [table.keys[number] for number in row.tolist()]
+        rows["seeds"] = [[views.seed_of(key, view) for view in range(views.count)] for key in keys]
+    rows["check"], entry["check"] = sources.checks(rows, shard, np.arange(len(rows))), sources.checks(entry, shard)
+    return rows, entry
