@@ -296,21 +296,26 @@ def verify(directory: Path, *, hashes: bool = True, to_resume: bool = False) -> 
     if to_resume and (missing := [key for key in ("updates", "guard") if key not in manifest]):
         raise ValueError(f"{directory / MANIFEST} has no {' and no '.join(missing)}")
     for file in manifest["files"]:
-        path = directory / file["name"]
-        try:
-            size = _size_of_file(path)
-            if size != file["bytes"]:
-                if size is None:
-                    raise ValueError(f"{path} is missing, expected {file['bytes']} bytes")
-                raise ValueError(f"{path} has {size} bytes, expected {file['bytes']} bytes")
-            if not hashes:
-                continue
-            digest = file_sha256(path)
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-        if digest != file["sha256"]:
-            raise ValueError(f"{path} has sha256 {digest[:16]}..., expected {file['sha256'][:16]}...")
+        if (problem := file_problem(directory, file, hashes=hashes)) is not None:
+            raise ValueError(problem)
     return manifest
+
+
+def file_problem(directory: Path, file: dict[str, Any], *, hashes: bool = True) -> str | None:
+    """What differs between a file of a checkpoint and its entry in the manifest; None for nothing."""
+    path = directory / file["name"]
+    try:
+        size = _size_of_file(path)
+        if size is None:
+            return f"{path} is missing, expected {file['bytes']} bytes"
+        if size != file["bytes"]:
+            return f"{path} has {size} bytes, expected {file['bytes']} bytes"
+        digest = file_sha256(path) if hashes else file["sha256"]
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    if digest != file["sha256"]:
+        return f"{path} has sha256 {digest[:16]}..., expected {file['sha256'][:16]}..."
+    return None
 
 
 def _size_of_file(path: Path) -> int | None:

@@ -13,7 +13,7 @@ import torch
 
 from megacid.config.schema import RunFile
 from megacid.data.batch import Batch, DataBudgetError
-from megacid.distributed.consensus import as_user_error, broadcast_json, fail_together, gather_json
+from megacid.distributed.consensus import as_user_error, fail_together, gather_json
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.models.feature_tower import FeatureTower
@@ -39,8 +39,7 @@ def dry_run(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     setup_logging(parallel.rank, None)
     with fail_together(parallel.group):
         _check_directory(run)
-        start_from = find_checkpoint(run, args.resume, args.fork) if parallel.is_first else None
-    start_from = broadcast_json(start_from, parallel.group)
+    start_from = find_checkpoint(run, args.resume, args.fork, parallel)
     with as_user_error("DeepSpeed or the model cannot be set up", (DataBudgetError,)):
         state = build_train_state(run, parallel, start_from, estimate=True)
     batch = _first_batch(state)

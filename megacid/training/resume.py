@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 from megacid.checkpoint import store
+from megacid.checkpoint.verification import find_problem
 from megacid.config.load import expand_path
 from megacid.config.schema import RunFile
 from megacid.distributed.consensus import broadcast_json, fail_together
+from megacid.distributed.divided_work import Workers
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.storage.atomic import SETTINGS_BYTES, disk_errors, read_bounded, write_json_atomic
@@ -31,14 +33,15 @@ def open_run(run: RunFile, resume: str, fork: str | None, parallel: Parallel) ->
     with fail_together(parallel.group):
         lock = RunLock(run.directory) if parallel.is_first else None
         setup_logging(parallel.rank, run.directory)
-        start_from = find_checkpoint(run, resume, fork) if parallel.is_first else None
+    start_from = find_checkpoint(run, resume, fork, parallel)
+    with fail_together(parallel.group):
         if parallel.is_first:
             store.remove_stages(run.directory)
-    return lock, broadcast_json(start_from, parallel.group)
+    return lock, start_from
 
 
-def find_checkpoint(run: RunFile, resume: str, fork: str | None = None) -> str | None:
-    """The checkpoint directory to start from; None to start at step 0. Runs on rank 0 alone and writes nothing.
+def find_checkpoint(run: RunFile, resume: str, fork: str | None, parallel: Parallel) -> str | None:
+    """The checkpoint directory to start from, verified; None to start at step 0. A collective that writes nothing.
 
     Args:
         resume: "auto" (the newest valid checkpoint), "never", or the path of a checkpoint directory of this run.
@@ -47,49 +50,72 @@ def find_checkpoint(run: RunFile, resume: str, fork: str | None = None) -> str |
     Raises:
         UserError: the run directory holds checkpoints that must not be overwritten, or none that is valid.
     """
+    option: str | None = None
+    candidates: list[str] = []
+    with fail_together(parallel.group):
+        if parallel.is_first:
+            option, candidates = _candidates(run, resume, fork)
+    option, candidates = broadcast_json([option, candidates], parallel.group)
+    chosen, problems = None, []
+    for path in candidates:
+        problem = find_problem(Path(path), Workers(parallel), to_resume=True)
+        if problem is None:
+            chosen = path
+            break
+        problems.append(problem)
+        if parallel.is_first and option is None:
+            log.warning("skipped an invalid checkpoint: %s", problem)
+    with fail_together(parallel.group):
+        if option is not None:
+            _check_named(run, option, candidates[0], problems)
+        elif chosen is None and candidates:
+            raise UserError(
+                f"none of the {len(candidates)} checkpoints in {run.directory} is valid ({problems[0]}): restore one, "
+                "or choose another run.name"
+            )
+    return chosen
+
+
+def _candidates(run: RunFile, resume: str, fork: str | None) -> tuple[str | None, list[str]]:
+    """(the option that names a checkpoint, or None; the checkpoints to start from, in the order of preference)."""
     directory = run.directory
     existing = store.list_steps(directory)
+    newest_first = [str(path) for _, path in reversed(existing)]
     origin = (read_config(directory) or {}).get("fork_of")
     if fork is not None:
-        if existing:
-            _check_same_fork(fork, origin, directory)
-            return _newest(directory)
-        checkpoint = _named(fork, "--fork")
-        if (step := store.read_manifest(Path(checkpoint))["step"]) >= run.megacid.run.total_steps:
-            raise UserError(
-                f"--fork {checkpoint} is at step {step} and run.total_steps is {run.megacid.run.total_steps}, expected "
-                "more steps: raise run.total_steps"
-            )
-        return checkpoint
-    if resume not in ("auto", "never"):
-        checkpoint = _named(resume, "--resume")
-        if Path(checkpoint).resolve().parent != directory.resolve():
-            raise UserError(
-                f"--resume {resume} belongs to another run than {directory}: start a new run from it with --fork "
-                f"{resume} and another run.name"
-            )
-        return checkpoint
-    if resume == "never" and existing:
+        if not existing:
+            return "--fork", [expand_path(fork, "--fork")]
+        _check_same_fork(fork, origin, directory)
+    elif resume not in ("auto", "never"):
+        return "--resume", [expand_path(resume, "--resume")]
+    elif resume == "never" and existing:
         raise UserError(
             f"{directory} already has checkpoints up to step {existing[-1][0]} and --resume is never: choose another "
             "run.name, or --resume auto"
         )
-    if not existing and origin is not None:
+    elif not existing and origin is not None:
         raise UserError(
             f"{directory} is a fork of {origin} without a checkpoint of its own yet: repeat --fork {origin}, or choose "
             "another run.name"
         )
-    return _newest(directory)
+    return None, newest_first
 
 
-def _named(path: str, option: str) -> str:
-    """The valid checkpoint directory that a command-line option names."""
-    path = expand_path(path, option)
-    try:
-        store.verify(Path(path), to_resume=True)
-    except ValueError as error:
-        raise UserError(f"{option} {path}: {error}; name a valid step-... directory") from None
-    return path
+def _check_named(run: RunFile, option: str, path: str, problems: list[str]) -> None:
+    """Raise UserError unless the checkpoint that an option names is valid and of the right run."""
+    if problems:
+        raise UserError(f"{option} {path}: {problems[0]}; name a valid step-... directory")
+    if option == "--resume" and Path(path).resolve().parent != run.directory.resolve():
+        raise UserError(
+            f"--resume {path} belongs to another run than {run.directory}: start a new run from it with --fork {path} "
+            "and another run.name"
+        )
+    total = run.megacid.run.total_steps
+    if option == "--fork" and (step := store.read_manifest(Path(path))["step"]) >= total:
+        raise UserError(
+            f"--fork {path} is at step {step} and run.total_steps is {total}, expected more steps: raise "
+            "run.total_steps"
+        )
 
 
 def _check_same_fork(fork: str, origin: str | None, directory: Path) -> None:
@@ -99,19 +125,6 @@ def _check_same_fork(fork: str, origin: str | None, directory: Path) -> None:
             f"{directory} already has checkpoints and {'is no fork' if origin is None else f'is a fork of {origin}'}, "
             f"expected a new run for --fork {fork}: choose another run.name, or leave out --fork to continue"
         )
-
-
-def _newest(directory: Path) -> str | None:
-    """The newest valid checkpoint of a run directory; None when it has none at all."""
-    newest, problems = store.newest_valid(directory, to_resume=True)
-    for problem in problems:
-        log.warning("skipped an invalid checkpoint: %s", problem)
-    if newest is None and (existing := store.list_steps(directory)):
-        raise UserError(
-            f"none of the {len(existing)} checkpoints in {directory} is valid ({problems[0]}): restore one, or choose "
-            "another run.name"
-        )
-    return str(newest) if newest else None
 
 
 def abandon_later_checkpoints(directory: Path, start: int) -> None:
