@@ -144,7 +144,7 @@ class ShardCache:
         with self._fetching(url, _stem(url), before.size or 0) as lock:
             assert lock is not None
             sha256 = store.download(url, lock.part, before.size, None)
-            if store.stat(url).version != before.version:
+            if store.stat(url, again=True).version != before.version:
                 raise RemoteError(f"{url} changed while it was read: run the same command when it is complete")
             tar = CachedTar(url, lock.part.stat().st_size, sha256)
             self._place(lock.part, tar)

@@ -93,12 +93,16 @@ def list_tars(url: str) -> list[RemoteObject]:
     return sorted((_remote_object(filesystem, info) for info in tars), key=lambda found: found.url)
 
 
-def stat(url: str) -> RemoteObject:
-    """Size and version of an object. RemoteError when it cannot be read."""
+def stat(url: str, *, again: bool = False) -> RemoteObject:
+    """Size and version of an object; again: as they are now, not as a listing told. RemoteError if it cannot be read.
+
+    Hugging Face's client would list the folder for every object, so there `again` has no effect.
+    """
     filesystem, path = _open_store(url)
 
     def info() -> dict[str, Any]:
-        filesystem.invalidate_cache()
+        if again and not url.startswith("hf://"):
+            filesystem.invalidate_cache()
         try:
             return dict(filesystem.info(path))
         except FileNotFoundError as error:  # fsspec's for every error of an HTTP server
