@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import resource
+import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
 from multiprocessing.process import BaseProcess
@@ -19,7 +20,6 @@ import numpy as np
 from megacid.data.batch import Positions
 from megacid.data.order import Block, SampleOrder
 from megacid.data.remote.cache import GB, CachedTar, ShardCache
-from megacid.data.remote.store import RemoteError
 from megacid.data.shard_paths import ShardPaths
 from megacid.data.workers import start_worker
 from megacid.errors import UserError
@@ -30,6 +30,7 @@ _POLL_S = 0.1
 _FIRST_S, _LOG_S = 120.0, 10.0  # longest wait for one tar of the first block; between two lines about it
 _FAILED_S = 60.0  # before a tar that could not be fetched is tried again
 _MAX_STARTS = 4
+_OTHER_FILES = 256  # descriptors that are left for other files than the tars that are held
 _MAX_COMING = 4096  # tars beyond the next block that are fetched ahead
 
 
@@ -137,7 +138,7 @@ class FetchAhead:
 
     def _run(self, parent: int) -> None:
         start_worker(parent, 0)
-        with contextlib.suppress(ValueError, OSError):  # one descriptor for each tar that is held
+        with contextlib.suppress(ValueError, OSError):  # each tar that is held takes a descriptor
             resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
         fetcher = _Fetcher(self._cache, self._tars, self._order, self._in_flight, self._stop)
         while True:
@@ -176,6 +177,8 @@ class _Fetcher:
         self._cache, self._tars, self._order, self._in_flight, self._stop = cache, tars, order, in_flight, stop
         self._held: dict[int, int] = {}  # shard -> descriptor
         self.failed: dict[int, float] = {}  # shard -> when it may be tried again
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._max_held = sys.maxsize if limit == resource.RLIM_INFINITY else max(0, limit - _OTHER_FILES)
         self._coming_until = -1  # end of the block for which the coming tars are in the cache, or no longer fit
 
     def step(self, position: int) -> bool:
@@ -184,10 +187,14 @@ class _Fetcher:
         for shard in self._held.keys() - near.keys():
             self._cache.mark(self._tars[shard])
             os.close(self._held.pop(shard))
-        for shard in near.keys() - self._held.keys():
-            if (descriptor := self._cache.hold(self._tars[shard])) is not None:
+        missing = []
+        for shard in (shard for shard in near if shard not in self._held):
+            if len(self._held) >= self._max_held:
+                break
+            if (descriptor := self._cache.hold(self._tars[shard])) is None:
+                missing.append(shard)
+            else:
                 self._held[shard] = descriptor
-        missing = [shard for shard in near if shard not in self._held]
         if missing:
             return any(self._fetch(shard, remove_coming=True) for shard in missing)
         if self._coming_until == end:
@@ -234,7 +241,7 @@ class _Fetcher:
             return False
         try:
             return self._cache.fetch(self._tars[shard], remove_coming=remove_coming)
-        except RemoteError as error:  # the reader that needs the tar raises it
+        except UserError as error:  # the reader that needs the tar raises it
             log.warning("%s", error)
             self.failed[shard] = time.monotonic() + _FAILED_S
             return False
