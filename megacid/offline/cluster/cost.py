@@ -36,7 +36,8 @@ from megacid.offline.rows import ArrayRows, find_invalid_row
 
 Clock = Callable[[], float]
 _MAX_CENTROIDS = 16384  # in the timed tiles
-_TIMED_S = 0.1
+_TIMED_S, _TIMED_TILES = 0.1, 16
+_FEW_CENTROIDS, _SEEDED_ROWS = 16, 2048  # of the timed searches and of k-means++
 # Measured on an AMD EPYC: reading the key and writing the labels of a sample, merging a centroid, writing to a disk.
 _LABEL_S, _MERGE_S, _WRITE_BYTES_S = 3e-6, 1e-5, 5e8
 
@@ -67,14 +68,14 @@ def measured_rate(settings: KMeansSettings, dim: int, device: torch.device, cloc
         # The copy to the host waits for the GPU.
         assigner.tile(x_TD)[1].cpu()
 
-    return 2.0 * dim * len(x_TD) * count / _seconds(tile, clock)
+    return 2.0 * dim * len(x_TD) * count / _seconds(tile, clock, _TIMED_S)
 
 
 @dataclass(frozen=True)
 class Rates:
     """Seconds on this rank: of a comparison of a row with a centroid (`compare` for the nearest, `compare_top` for
-    several, `draw` for a candidate of k-means++), and of a row that is checked (`check`), or prepared and summed
-    (`row`)."""
+    several, `draw` for a candidate of k-means++), and of a row that is checked (`check`), or prepared, searched and
+    summed (`row`, without its comparisons)."""
 
     compare: float
     compare_top: float
@@ -93,46 +94,63 @@ class StageEstimate:
 
 
 def measure_rates(settings: KMeansSettings, dim: int, device: torch.device, clock: Clock = time.perf_counter) -> Rates:
-    """Rates on random rows, measured in about a second. clock: Its seconds are counted."""
+    """Rates on random rows, measured in a fraction of a second. clock: Its seconds are counted."""
     tile, k = tile_rows(device), min(settings.k, _MAX_CENTROIDS)
     generator = np.random.default_rng(0)
-    block = generator.standard_normal((tile, dim), np.float32)
+    block = generator.standard_normal((_TIMED_TILES * tile, dim), np.float32)
     block = (block / np.linalg.norm(block, axis=1, keepdims=True)).astype(np.float16)
     centroids_KD = torch.nn.functional.normalize(torch.randn(k, dim, generator=torch.Generator().manual_seed(0)), dim=1)
     assigner = Assigner(centroids_KD, settings.metric, device, settings.backend)
     total = Accumulator(replace(settings, k=k), dim, device, 1.0)
     label_T = torch.from_numpy(generator.integers(k, size=tile)).to(device)
-    x_TD = prepare(block, settings.metric, device)
+    x_TD = prepare(block[:tile], settings.metric, device)
 
     def check() -> None:
-        find_invalid_row(np.asarray(block, np.float32), allow_zero=False, unit=True)
+        find_invalid_row(np.asarray(block[:tile], np.float32), allow_zero=False, unit=True)
 
-    def add() -> None:
-        x_TD = prepare(block, settings.metric, device)
-        total.add(x_TD, label_T, x_TD[:, 0])
+    def visit() -> None:
+        # Several tiles, since a single one would stay in the processor's cache.
+        for at in range(0, len(block), tile):
+            x_TD = prepare(block[at : at + tile], settings.metric, device)
+            few.tile(x_TD)[1].cpu()
+            total.add(x_TD, label_T, x_TD[:, 0])
         total.flat[-1].item()
 
-    steps = min(seed_count(settings.k), BATCHED_STEPS)
-    sample = ArrayRows(np.resize(block, (2 * BATCHED_STEPS * 4, dim)))
+    few = Assigner(centroids_KD[:_FEW_CENTROIDS], settings.metric, device, settings.backend)
+
+    def row_s(assigner: Assigner, top: int = 1) -> float:
+        return _seconds(lambda: assigner.tile(x_TD, top)[1].cpu(), clock) / tile
+
+    few_s, many_s = row_s(few), row_s(assigner)
+    compare = (many_s - few_s) / (k - _FEW_CENTROIDS) if k > _FEW_CENTROIDS else 0.0
+    compare = max(compare, many_s / k / 4)
+    steps = seed_count(settings.k) if settings.method == "flat" else _cell_steps(settings.k)
+    steps = min(steps, BATCHED_STEPS)
+    sample = ArrayRows(np.resize(block, (_SEEDED_ROWS, dim)))
 
     def seed() -> None:
-        comparisons = steps * num_draws(steps) * sample.num_rows
-        plus_plus(sample, steps, sample.num_rows, comparisons, 0, settings.metric, device, no_progress)
+        comparisons = steps * num_draws(steps) * _SEEDED_ROWS
+        plus_plus(sample, steps, _SEEDED_ROWS, comparisons, 0, settings.metric, device, no_progress)
 
     return Rates(
-        compare=2.0 * dim / measured_rate(settings, dim, device, clock),
-        compare_top=_seconds(lambda: assigner.tile(x_TD, min(NEIGHBOURS + 1, k))[1].cpu(), clock) / (tile * k),
-        draw=_seconds(seed, clock) / (steps * num_draws(steps) * sample.num_rows),
+        compare=compare,
+        compare_top=row_s(assigner, min(NEIGHBOURS + 1, k)) / k,
+        draw=_seconds(seed, clock) / (steps * num_draws(steps) * _SEEDED_ROWS),
         check=_seconds(check, clock) / tile,
-        row=_seconds(add, clock) / tile,
+        row=_seconds(visit, clock) / len(block),
     )
 
 
-def _seconds(call: Callable[[], object], clock: Clock) -> float:
-    """Seconds of one call: the mean of several in a tenth of a second, after a first one that is not counted."""
+def _cell_steps(k: int) -> int:
+    """Steps of k-means++ in a cell of average size."""
+    return math.ceil(1.5 * seed_count(k) / cell_count(k)) + EXTRA_STEPS
+
+
+def _seconds(call: Callable[[], object], clock: Clock, at_least: float = _TIMED_S / 4) -> float:
+    """Seconds of one call: the mean of several in `at_least` seconds, after a first one that is not counted."""
     call()
     calls, began = 0, clock()
-    while (spent := clock() - began) < _TIMED_S or calls == 0:
+    while (spent := clock() - began) < at_least or calls == 0:
         call()
         calls += 1
     return spent / calls
@@ -195,7 +213,7 @@ def _levels(
     seeding = _seeding_s(sample, cells, dim, rates) if settings.init == "k-means++" else 0.0
     iterations = settings.iterations * sample / world * (cells * rates.compare + rates.row)
     cell_n, cell_k = max(n // cells, 1), count / cells
-    steps = min(cell_n, math.ceil(1.5 * cell_k) + EXTRA_STEPS)
+    steps = min(cell_n, _cell_steps(k))
     drawn = math.ceil(cells / world) * _seeding_s(cell_n, steps, dim, rates, merged=False)
     near = num_candidates(settings) or k
     merging = count * (near * rates.compare_top + cells * rates.compare + _MERGE_S)

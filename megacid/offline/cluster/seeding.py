@@ -27,22 +27,14 @@ from megacid.offline.rows import Rows
 
 _SAMPLE_VALUES = 1 << 25
 BATCHED_STEPS = 256  # from here on candidates are compared in batches; for fewer steps the batches would be small
-SEEDING_ITERATIONS = 8  # iterations of Lloyd that compare as often as k-means++ may, from `BATCHED_STEPS` on
+SEEDING_ITERATIONS = 16  # iterations of Lloyd that compare as often as k-means++ may, from `BATCHED_STEPS` on
 _BATCH_VALUES = 1 << 22  # distances of a batch: 16 MiB
-_EXPECTED_ACCEPTED, _MIN_ACCEPTED = 0.75, 0.1  # share of the candidates of a batch
+_MIN_ACCEPTED = 0.1  # share of the candidates of a batch
 
 
 def sample_rows(n: int, k: int, dim: int) -> int:
-    """Rows in the sample of k-means++ for k centroids.
-
-    32 per centroid, if they fit into 128 MiB in fp32; in batches fewer, down to 16, where the bound on the comparisons
-    would leave fewer candidates per step than the greedy form compares.
-    """
-    per_centroid, count = 32, seed_count(k)
-    if count >= BATCHED_STEPS:
-        comparisons = SEEDING_ITERATIONS * n * _EXPECTED_ACCEPTED / (count * num_draws(count))
-        per_centroid = min(max(int(comparisons), 16), 32)
-    return min(n, max(min(per_centroid * k, _SAMPLE_VALUES // dim), 4 * k, 4096))
+    """Rows in the sample of k-means++ for k centroids: 32 per centroid, if they fit into 128 MiB in fp32."""
+    return min(n, max(min(32 * k, _SAMPLE_VALUES // dim), 4 * k, 4096))
 
 
 def num_draws(count: int) -> int:

@@ -156,13 +156,12 @@ def test_batches_compare_at_most_as_often_as_stated(
         assert compared > 0.5 * num_draws(k) * k * n
 
 
-def test_the_sample_leaves_the_greedy_form_its_candidates() -> None:
-    assert sample_rows(10**7, 1000, 64) == 32_000
-    few = sample_rows(30_000, 1000, 64)  # 30 rows per centroid
-    assert 16_000 <= few < 30_000
-    draws = seed_count(1000) * num_draws(seed_count(1000))
-    assert few * draws <= seeding.SEEDING_ITERATIONS * 30_000 * 1000
-    assert sample_rows(30_000, 100, 64) == 4096  # one by one
+@pytest.mark.parametrize("k", [300, 1000, 4096])
+def test_the_bound_leaves_the_greedy_form_its_candidates(k: int) -> None:
+    for rows_per_centroid in (4, 30, 100, 1000):
+        n = rows_per_centroid * k
+        comparisons = seed_count(k) * num_draws(seed_count(k)) * sample_rows(n, k, 64)
+        assert comparisons < 0.75 * seeding.SEEDING_ITERATIONS * n * k  # three of four candidates are accepted
 
 
 def test_every_planted_cluster_gets_a_centroid_despite_outliers() -> None:
