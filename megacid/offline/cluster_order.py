@@ -44,12 +44,13 @@ from megacid.storage.npy import write_npy
 from megacid.storage.stage_directory import PartialResults
 
 log = logging.getLogger(__name__)
-Places = Callable[[], Iterable[np.ndarray]]  # makes the place of every row, int64, in consecutive blocks
+Places = Callable[[], Iterable[np.ndarray]]  # makes the place of every row, int, in consecutive blocks
 _NAME = "cluster-order"
 _CACHED_SHARE = 0.5  # of the machine's memory, in which the page cache holds a folder while ranks work
+_GAP_BYTES = 1 << 17  # from a disk these take about as long as another read
 _MOST_ROWS = 2**31 - 1  # of a file
 _SORT_BYTES = 40  # per row beside its values: places and sorted numbers
-_WRITE_ROWS = 4096  # gathered at once for writing
+_PIECE_ROWS = 4096  # read at once, or gathered for writing
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -157,22 +158,27 @@ class _Copy:
         missing = [block for block in blocks if self.partial.json(f"{_NAME}-read-{block:05d}") is None]
         place = self.place()
         assert place is not None
-        begins = self._begins(place) if missing else np.empty(0)
+        begins = self._begins(place) if missing else np.empty((0, 0), np.int64)
         for block in missing:
-            start, stop = self.span(block)
-            x_BD = np.asarray(self.rows.read(start, stop), self.dtype)
-            place_B = place[start:stop].astype(np.int64)
-            order, bounds = group_by_label(place_B // self.file_rows, self.files)
-            with disk_errors(self.partial.folder):
-                for file in range(self.files):
-                    progress(0)
-                    which = order[bounds[file] : bounds[file + 1]]
-                    self._write(file, int(begins[block, file]), x_BD[which], place_B[which] - file * self.file_rows)
-                for file in range(self.files):  # the disk is at work since the first one was written
-                    with _opened(self.part(file)) as descriptor:
-                        os.fsync(descriptor)
+            self._distribute(block, np.asarray(place[slice(*self.span(block))], np.int64), begins[block], progress)
             self.partial.save_json(f"{_NAME}-read-{block:05d}", {})
             failpoint("cluster_order:block", step=block)
+
+    def _distribute(self, block: int, place_B: np.ndarray, begins: np.ndarray, progress: Progress) -> None:
+        start, stop = self.span(block)
+        x_BD = np.empty((stop - start, self.rows.dim), self.dtype)
+        for low in range(0, stop - start, _PIECE_ROWS):
+            progress(0)
+            x_BD[low : low + _PIECE_ROWS] = self.rows.read(start + low, min(start + low + _PIECE_ROWS, stop))
+        order, bounds = group_by_label(place_B // self.file_rows, self.files)
+        with disk_errors(self.partial.folder):
+            for file in range(self.files):
+                progress(0)
+                which = order[bounds[file] : bounds[file + 1]]
+                self._write(file, int(begins[file]), x_BD[which], place_B[which] - file * self.file_rows)
+            for file in range(self.files):  # the disk is at work since the first one was written
+                with _opened(self.part(file)) as descriptor:
+                    os.fsync(descriptor)
 
     def _begins(self, place: np.ndarray) -> np.ndarray:
         """Row of each .part where the rows of each block begin, int64 [blocks, files]."""
@@ -202,7 +208,7 @@ class _Copy:
                 raise UserError(
                     f"{path} is damaged: delete {self.partial.folder / f'{_NAME}.json'} and run the same command again"
                 )
-            gathered = (x_SD[order[low : low + _WRITE_ROWS]] for low in range(0, count, _WRITE_ROWS))
+            gathered = (x_SD[order[low : low + _PIECE_ROWS]] for low in range(0, count, _PIECE_ROWS))
             with (
                 writing(self.partial.folder / f"{_NAME}-{file:05d}.npy") as temporary,
                 open(temporary, "wb") as npy,
@@ -219,12 +225,13 @@ class _Copy:
             raise RuntimeError(f"{missing[0] if missing else f'{_NAME}-place.npy'} is missing in {self.partial.folder}")
         rows_of, offsets = zip(*((len(array), array.offset) for array in arrays if isinstance(array, np.memmap)))
         copy = RowFiles(
-            lambda file: self.part(file).with_suffix(".npy"),
+            [str(self.part(file).with_suffix(".npy")) for file in range(self.files)],
             rows_of,
             offsets,
             [self.dtype] * self.files,
             self.rows.dim,
             "delete it and run the same command again",
+            _GAP_BYTES,
         )
         return OrderedRows(self.rows, copy, place)
 

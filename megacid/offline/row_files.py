@@ -5,19 +5,16 @@ Legend: n rows, D width, m requested rows.
 
 from __future__ import annotations
 
-import itertools
 import os
 import resource
 import weakref
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
 from megacid.data.lru import LRUCache
 from megacid.errors import UserError
 
-_GAP_BYTES = 1 << 15  # rows that are not needed: reading these takes about as long as another call
 _READ_BYTES = 1 << 22  # of one read of chosen rows, at most: those that are not consecutive are copied once more
 
 
@@ -39,27 +36,28 @@ class RowFiles:
 
     def __init__(
         self,
-        path_of: Callable[[int], Path],
+        paths: Sequence[str],
         rows_of: Sequence[int],
         offsets: Sequence[int],
         dtypes: Sequence[np.dtype],
         dim: int,
         remedy: str,
+        gap_bytes: int,
     ) -> None:
         """
         Args:
-            path_of: Path of a file, by its number.
-            rows_of, offsets, dtypes: Of every file: number of rows, byte of the first row, and dtype.
+            paths, rows_of, offsets, dtypes: Of every file: path, number of rows, byte of the first row, and dtype.
             remedy: End of the message when a file cannot be read.
+            gap_bytes: Rows that are not needed are read when they are fewer than this between two that are.
         """
         self.starts = np.concatenate([[0], np.cumsum(np.asarray(rows_of, np.int64))]).astype(np.int64)
         self.num_rows, self.dim = int(self.starts[-1]), dim
         self.dtype = np.result_type(*set(dtypes)) if len(dtypes) else np.dtype(np.float16)
-        self._path_of, self._offsets, self._dtypes, self._remedy = path_of, offsets, dtypes, remedy
-        self._open: LRUCache[int] = LRUCache(max(min(len(rows_of), open_file_limit()), 1), os.close)
+        self._paths, self._offsets, self._dtypes, self._remedy = paths, offsets, dtypes, remedy
+        self._open: LRUCache[int] = LRUCache(max(min(len(paths), open_file_limit()), 1), os.close)
         weakref.finalize(self, self._open.clear)
         row_bytes = max(dim * self.dtype.itemsize, 1)
-        self._gap, self._most = _GAP_BYTES // row_bytes + 1, max(_READ_BYTES // row_bytes, 1)
+        self._gap, self._most = gap_bytes // row_bytes + 1, max(_READ_BYTES // row_bytes, 1)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop), floating point [stop - start, D]. Raises UserError when a file has become shorter."""
@@ -85,19 +83,20 @@ class RowFiles:
             step = np.diff(rows)
         file = np.searchsorted(self.starts, rows, side="right") - 1
         inside = rows - self.starts[file]
-        consecutive = step == 1
         cut = (step > self._gap) | (np.diff(file) != 0) | (np.diff(rows // self._most) != 0)
-        bounds = [0, *(np.flatnonzero(cut) + 1).tolist(), len(rows)]
-        loose = np.concatenate([[0], np.cumsum(~consecutive)])  # equal at both ends of rows without a gap
-        for low, high in itertools.pairwise(bounds):
-            first, last = int(inside[low]), int(inside[high - 1])
-            if order is None and loose[low] == loose[high - 1]:
-                self._read(int(file[low]), first, out[low:high])
+        bounds = np.concatenate([[0], np.flatnonzero(cut) + 1, [len(rows)]])
+        lows, highs = bounds[:-1], bounds[1:]
+        gaps = np.concatenate([[0], np.cumsum(step != 1)])
+        direct = (highs - lows == 1) | ((gaps[highs - 1] == gaps[lows]) & (order is None))
+        spans = (lows, highs, file[lows], inside[lows], inside[highs - 1], direct)
+        for low, high, number, first, last, is_direct in zip(*(values.tolist() for values in spans)):
+            at = low if order is None else int(order[low])
+            if is_direct:
+                self._read(number, first, out[at : at + high - low])
                 continue
             block = np.empty((last - first + 1, self.dim), self.dtype)
-            self._read(int(file[low]), first, block)
-            where = slice(low, high) if order is None else order[low:high]
-            out[where] = block[inside[low:high] - first]
+            self._read(number, first, block)
+            out[slice(low, high) if order is None else order[low:high]] = block[inside[low:high] - first]
         return out
 
     def _read(self, file: int, first: int, out: np.ndarray) -> None:
@@ -107,13 +106,13 @@ class RowFiles:
         view = into.reshape(-1).view(np.uint8).data
         at = self._offsets[file] + first * self.dim * dtype.itemsize
         try:
-            descriptor = self._open.get(file, lambda: os.open(self._path_of(file), os.O_RDONLY | os.O_CLOEXEC))
+            descriptor = self._open.get(file, lambda: os.open(self._paths[file], os.O_RDONLY | os.O_CLOEXEC))
             while len(view):
                 count = os.preadv(descriptor, [view], at)
                 if not count:
                     raise OSError(f"it ends before row {first + len(out)}")
                 view, at = view[count:], at + count
         except OSError as error:
-            raise UserError(f"{self._path_of(file)} cannot be read ({error}): {self._remedy}") from None
+            raise UserError(f"{self._paths[file]} cannot be read ({error}): {self._remedy}") from None
         if into is not out:
             out[:] = into

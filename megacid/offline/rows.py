@@ -19,6 +19,7 @@ from megacid.storage.npy import load_npy
 from megacid.storage.parquet import key_column, parquet_shape, read_parquet
 
 _REMEDY = "run tools/embed.py again, it embeds only what is missing or damaged"
+_GAP_BYTES = 1 << 15  # from the page cache these take about as long as another call
 LENGTH_TOLERANCE = 0.02  # of a float16 unit vector; the widest rows deviate by less than 0.002
 
 
@@ -129,7 +130,8 @@ class EmbeddingRows(RowFiles):
         self._check_present()
         headers = [self._header(partition, dim) for partition in range(len(self.stems))]
         rows_of, offsets, dtypes = zip(*headers)
-        super().__init__(lambda partition: self._path(self.numbers[partition]), rows_of, offsets, dtypes, dim, _REMEDY)
+        paths = [str(self._path(number)) for number in self.numbers]
+        super().__init__(paths, rows_of, offsets, dtypes, dim, _REMEDY, _GAP_BYTES)
         self.rows_of = np.diff(self.starts)
         for partition, stem in enumerate(self.stems):
             if stem not in self._empty:

@@ -53,7 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[EmbeddingRows, Clust
 def tiny_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every set is larger than the memory, and rows are read only where they are needed."""
     monkeypatch.setattr(cluster_order, "machine_memory", lambda: 0)
-    monkeypatch.setattr(row_files, "_GAP_BYTES", 0)
+    monkeypatch.setattr(cluster_order, "_GAP_BYTES", 0)
 
 
 def partial_results(folder: Path) -> PartialResults:
@@ -77,7 +77,6 @@ def files_of(folder: Path) -> dict[str, str]:
 def test_any_rows_of_several_files_are_those_of_the_array(
     gap: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_files, "_GAP_BYTES", gap)
     monkeypatch.setattr(row_files, "_READ_BYTES", 100)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((90, 3)).astype(np.float32)
@@ -85,7 +84,8 @@ def test_any_rows_of_several_files_are_those_of_the_array(
     for number, dtype in enumerate(dtypes[:5]):
         x[cuts[number] : cuts[number + 1]] = part = x[cuts[number] : cuts[number + 1]].astype(dtype)
         (tmp_path / str(number)).write_bytes(b"12345" + part.tobytes())
-    rows = RowFiles(lambda n: tmp_path / str(n), np.diff(cuts).tolist(), [5] * 5, dtypes[:5], 3, "make it again")
+    paths = [str(tmp_path / str(number)) for number in range(5)]
+    rows = RowFiles(paths, np.diff(cuts).tolist(), [5] * 5, dtypes[:5], 3, "make it again", gap)
     assert rows.dtype == np.float32 and rows.num_rows == 90
     for _ in range(50):
         start, stop = np.sort(rng.integers(0, 91, 2)).tolist()

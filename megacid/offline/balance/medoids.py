@@ -9,6 +9,8 @@ Legend: n samples, m rows of some groups, G groups, B rows of a block, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,18 +18,18 @@ from torch import Tensor
 from megacid.failpoints import failpoint
 from megacid.offline.balance.context import BalanceContext
 from megacid.offline.balance.linking import UnitRows
-from megacid.offline.balance.row_numbers import members_of, row_blocks
+from megacid.offline.balance.row_numbers import row_blocks
 
 _BLOCK_ROWS = 4096  # rows in float64 at once; with their means they take 0.1 GB at D = 1280
 _PART_ROWS = 8192  # rows in one partial result, which may have twice as many, or one larger group and as many more
-_RANGES = 1 << 20  # ranges of representatives, of which a part has one or more
+_RANGES = 1 << 20  # ranges of representatives, about, of which a part has one or more; each is of one cluster
 _TIE = 1e-12  # squared distances this near to each other differ by rounding alone
 
 
 def represent_by_medoids(context: BalanceContext, representative: np.ndarray) -> np.ndarray:
     """The representatives int [n] of the same groups, each the medoid of its group. A collective.
 
-    A rank has the groups of a range of representatives; it changes none of those of the others.
+    A rank has the groups whose representatives are in a range, by cluster and row. It changes none of the others.
 
     Args:
         representative: int [n], a row of its group for every row; that row is its own.
@@ -45,28 +47,35 @@ def represent_by_medoids(context: BalanceContext, representative: np.ndarray) ->
 
 def _represent_share(context: BalanceContext, representative: np.ndarray) -> np.ndarray:
     """(row, medoid of its group) of all rows of this rank's groups, [m, 2] in the type of `representative`."""
-    n = len(representative)
-    width = max(-(-n // _RANGES), 1)
-    removed = np.zeros(-(-n // width), np.int64)
-    for block in row_blocks(0, n):
-        own = representative[block]
-        moved = own[own != np.arange(block.start, block.stop)]
-        removed += np.bincount(moved // width, minlength=len(removed))
+    label, n = context.clusters.label, len(representative)
+    count = max(min(_RANGES, n) // len(context.clusters.sizes), 1)  # of every cluster
+
+    def ranges_of(rows: np.ndarray) -> np.ndarray:
+        # Groups are read by the cluster of their representative, as rows may lie on disk.
+        return label[rows].astype(np.int64) * count + rows.astype(np.int64) * count // n
+
+    removed = np.zeros(len(context.clusters.sizes) * count, np.int64)
+    for _, own in _removed_rows(representative):
+        removed += np.bincount(ranges_of(own), minlength=len(removed))
     parts = context.parts(removed / _PART_ROWS * context.part_pairs)
     if not parts:
         return np.empty((0, 2), representative.dtype)
-    rows = members_of(representative, parts[0][0] * width, parts[-1][1] * width)
+    mine = [np.empty(0, representative.dtype)]
+    for rows, own in _removed_rows(representative):
+        number = ranges_of(own)
+        mine.append(rows[(number >= parts[0][0]) & (number < parts[-1][1])])
+    rows = np.concatenate(mine)
     rows = np.concatenate([rows, np.unique(representative[rows])])
-    rows = rows[np.lexsort((rows, representative[rows]))]
+    rows = rows[np.lexsort((rows, representative[rows], label[representative[rows]]))]
     group = representative[rows]
     starts = np.flatnonzero(np.diff(group, prepend=-1, append=-1))
-    sizes, first, medoid = np.diff(starts), group[starts[:-1]], rows[starts[:-1]]
+    sizes, first, medoid = np.diff(starts), ranges_of(group[starts[:-1]]), rows[starts[:-1]]
     for low, high in parts:
-        inside = slice(*np.searchsorted(first, [low * width, high * width]).tolist())
+        inside = slice(*np.searchsorted(first, [low, high]).tolist())
         read = inside.start + np.flatnonzero(sizes[inside] > 2)
         if not len(read):
             continue
-        name = f"medoids-{width}-{low}-{high}"
+        name = f"medoids-by-cluster-{count}-{low}-{high}"
         part = context.load(name, (len(read),))
         if part is None:
             part = _medoids(context, [rows[starts[at] : starts[at + 1]] for at in read])
@@ -74,6 +83,14 @@ def _represent_share(context: BalanceContext, representative: np.ndarray) -> np.
             failpoint("balance:medoids", step=low)
         medoid[read] = part
     return np.stack([rows, np.repeat(medoid, sizes)], axis=1)
+
+
+def _removed_rows(representative: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows that are not their own representative, ascending; their representatives), in blocks."""
+    for block in row_blocks(0, len(representative)):
+        own = representative[block]
+        rows = np.flatnonzero(own != np.arange(block.start, block.stop))
+        yield (rows + block.start).astype(representative.dtype), own[rows]
 
 
 def _medoids(context: BalanceContext, groups: list[np.ndarray]) -> np.ndarray:
