@@ -137,7 +137,7 @@ def join(index: ShardIndex, args: argparse.Namespace, workers: Workers) -> None:
             LabelTable(args.labels, index) if args.labels else None,
             KeepTable(args.keep, index) if args.keep else None,
         )
-        joined = open_joined(sources, rank=workers.rank, world=workers.world)
+    joined = open_joined(sources, workers=workers)
     usable, lacking = joined.counts.sum(axis=0).tolist()
     if workers.rank == 0:
         print(f"{joined.folder}: {usable:,} usable samples, {lacking:,} without an embedding")

@@ -1,8 +1,7 @@
-"""Makes joined tables: in train.py's start or ahead of it, by any number of processes, and again after a kill.
+"""Makes joined tables: in train.py's start or ahead of it, by any number of ranks and processes, also after a kill.
 
-Processes share the work without talking to each other. Each makes its own share first and then, in an order of its own,
-whatever is still missing: parts of a process that is slow, was killed, or is on a node with another disk. A part that
-two processes make has the same bytes.
+Each rank makes its own share of the parts first and then, in an order of its own, what is still missing where it reads:
+parts that ranks on other hosts wrote to disks of their own. A part that two processes make has the same bytes.
 """
 
 from __future__ import annotations
@@ -12,39 +11,35 @@ import logging
 import os
 import random
 import secrets
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from megacid.data.joined import IMAGE, PART, TEXT, JoinedTable, JoinSources, header_of, rows_path
-from megacid.distributed.parallel import shard_range
+from megacid.distributed.divided_work import ALONE, Workers
+from megacid.distributed.progress import progress_bar
 from megacid.errors import UserError
 from megacid.storage.atomic import disk_errors, write_json_atomic
 from megacid.storage.npy import load_npy, write_array
 
 log = logging.getLogger(__name__)
 
-_ANNOUNCED_S = 60.0  # a shorter build is not announced
+_SAMPLE_S = 2e-6  # to join a sample of the index, by one process from memory
+_SHOWN_S = 10.0  # of an estimate: a shorter build needs no progress bar
+_ANNOUNCED_MIN = 1.0  # of an estimate: a shorter build is not announced
 
 
 def open_joined(
-    sources: JoinSources,
-    block_shards: int = PART,
-    fallback: Path | None = None,
-    rank: int = 0,
-    world: int = 1,
-    *,
-    on_part: Callable[[], None] | None = None,
+    sources: JoinSources, block_shards: int = PART, fallback: Path | None = None, workers: Workers = ALONE
 ) -> JoinedTable:
     """The joined table of some sources; what is missing, incomplete or cut is made.
+
+    A collective of the ranks of `workers`.
 
     Args:
         block_shards: tars whose files the table keeps open.
         fallback: folder for the table if the index cannot be written.
-        rank, world: this process among those that call this at the same time.
-        on_part: called after every part that this process made; None: a long build is announced in the log.
 
     Raises:
         UserError: a side table is damaged or does not match, or the folder cannot be written.
@@ -52,13 +47,18 @@ def open_joined(
     name = f"joined-{sources.digest[:16]}"
     parents = [folder / sources.index.caption.index_folder for folder in sources.index.paths.folders]
     folders = [parent / name for parent in [*parents, fallback] if parent is not None]
-    for folder in folders:
-        if (tars := _complete(sources, folder)) is not None:
-            return JoinedTable(sources, folder, tars, block_shards)
-    folder = _writable(folders, sources)
-    _make_parts(sources, folder, rank, world, on_part)
-    tars = np.concatenate([load_npy(_tars_path(folder, part), "start again") for part in range(sources.parts)])
-    _write(folder / "tars.npy", tars)
+    with workers.together():
+        complete = {folder: tars for folder in folders if (tars := _complete(sources, folder)) is not None}
+    if all(workers.gather(bool(complete))):
+        folder, tars = next(iter(complete.items()))
+        return JoinedTable(sources, folder, tars, block_shards)
+    with workers.together():
+        folder = next(iter(complete), None) or _writable(folders, sources)
+    _make_parts(sources, folder, workers)
+    with workers.together():
+        tars = np.concatenate([load_npy(_tars_path(folder, part), "start again") for part in range(sources.parts)])
+        if folder not in complete:
+            _write(folder / "tars.npy", tars)
     return JoinedTable(sources, folder, tars, block_shards)
 
 
@@ -120,32 +120,53 @@ def _is_made(sources: JoinSources, folder: Path, part: int) -> bool:
     return entries is not None and _has_rows(folder, part, sources, entries)
 
 
-def _make_parts(sources: JoinSources, folder: Path, rank: int, world: int, on_part: Callable[[], None] | None) -> None:
-    own = list(range(*shard_range(sources.parts, rank, world)))
-    others = sorted(set(range(sources.parts)) - set(own))
-    random.Random(rank).shuffle(others)
-    announced = False
-    for done, part in enumerate(own + others):
-        if _is_made(sources, folder, part):
-            continue
-        start = time.monotonic()
-        _make_part(sources, folder, part)
-        if on_part:
-            on_part()
-        remaining = (time.monotonic() - start) * max(0, len(own) - done - 1)
-        if not announced and on_part is None and rank == 0 and remaining > _ANNOUNCED_S:
-            log.warning(
-                "joining %d tars with their side tables takes about %.0f minutes on %d processes; ahead of a run, this "
-                "command does it: %s",
-                *(len(sources.index.names), remaining / 60, world, sources.command),
-            )
-        announced = True
+def _make_parts(sources: JoinSources, folder: Path, workers: Workers) -> None:
+    """Make the parts that are missing in a folder. A collective."""
+    with workers.together():
+        missing = [part for part in range(sources.parts) if not _is_made(sources, folder, part)]
+    seconds = sources.index.num_samples * _SAMPLE_S * len(missing) / sources.parts / workers.world
+    processes = min(workers.max_processes(), int(seconds))
+    minutes = seconds / max(1, processes) / 60
+    if minutes > _ANNOUNCED_MIN and workers.rank == 0:
+        log.warning(
+            "joining %d tars with their side tables takes about %.0f minutes, with %d processes on each of %d ranks; "
+            "ahead of a run, this command does it: %s",
+            *(len(sources.index.names), minutes, max(1, processes), workers.world, sources.command),
+        )
+    own = [part for part in missing if part % workers.world == workers.rank]
+    with progress_bar("join", "part", len(missing), enabled=workers.rank == 0 and seconds > _SHOWN_S) as bar:
+        _divide(sources, folder, workers, own, processes, lambda results: bar.update(len(results)))
+    with workers.together():
+        left = [part for part in range(sources.parts) if not _is_made(sources, folder, part)]
+        random.Random(workers.rank).shuffle(left)
+    _divide(sources, folder, workers, left, min(processes, len(left)), lambda results: None)
 
 
-def _make_part(sources: JoinSources, folder: Path, part: int) -> None:
-    rows, entries = zip(*(join_tar(sources, shard) for shard in _tars_of(sources, part)))
-    _write(rows_path(folder, part), np.concatenate(rows))
-    _write(_tars_path(folder, part), np.concatenate(entries))
+_inherited: list[tuple[JoinSources, Path]] = []  # of forked processes: to pickle an index for every part takes longer
+
+
+def _divide(
+    sources: JoinSources,
+    folder: Path,
+    workers: Workers,
+    parts: list[int],
+    processes: int,
+    on_done: Callable[[dict[int, None]], object],
+) -> None:
+    """Make parts, those of this rank. A collective."""
+    _inherited.append((sources, folder))
+    try:
+        workers.divide(_make_part, {part: part for part in parts}, processes, on_done)
+    finally:
+        _inherited.pop()
+
+
+def _make_part(part: int) -> None:
+    sources, folder = _inherited[-1]
+    if not _is_made(sources, folder, part):
+        rows, entries = zip(*(join_tar(sources, shard) for shard in _tars_of(sources, part)))
+        _write(rows_path(folder, part), np.concatenate(rows))
+        _write(_tars_path(folder, part), np.concatenate(entries))
 
 
 @contextlib.contextmanager

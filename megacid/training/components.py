@@ -199,9 +199,8 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
         )
         student = run.megacid.student
         normalize = PixelNormalization(student, parallel.device, channels_last=student.channels_last)
-    with fail_together(parallel.group):
-        sources = JoinSources(index, teacher, labels, keep)
-        joined = open_joined(sources, config.block_shards, Path(run.megacid.run.dir), parallel.rank, parallel.world)
+    sources = JoinSources(index, teacher, labels, keep)
+    joined = open_joined(sources, config.block_shards, Path(run.megacid.run.dir), Workers(parallel))
     return Data(
         lambda start_step: PairStream(index, _positions(run, parallel, start_step), options, joined),
         samples=lambda positions: PairStream(index, positions, options, joined),

@@ -14,15 +14,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from distill_data import data_of, run_file
+from harness import run_ranks
 from hostile_data import read_pairs
 from pair_data import picture, put, remove_joined, save, stream, write_parquet, write_shards
 
+from megacid.data import joined_build
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.joined import PART, JoinSources
 from megacid.data.joined_build import open_joined
 from megacid.data.lru import open_file_budget
 from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
+from megacid.distributed.divided_work import Workers
+from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.storage.metadata import write_meta
 from tools import index_shards
@@ -109,31 +115,51 @@ def in_processes(targets: list[Any]) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-def test_tables_are_the_same_bytes_whoever_makes_them(data: Path, fresh: Path) -> None:
-    """Ranks that share the tars, runs that start at the same time, and a process that is killed in the middle."""
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_kill_in_the_middle_and_runs_at_the_same_time_give_the_same_bytes(data: Path, fresh: Path) -> None:
     check_epoch(data)
     expected = contents(data)
     assert {name[:5] for name in expected} == {"made_", "rows-", "tars-", "tars."} and len(expected) == 8
 
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def build_and_die() -> None:
+        write, make = [], joined_build._write
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(joined_build, "_write", lambda *a: (make(*a), write.append(a), len(write) < 3 or die()))
+            open_joined(sources(fresh))
 
-    assert in_processes([lambda: open_joined(sources(fresh), on_part=die)]) == [-signal.SIGKILL]
-    assert {name: expected[name] for name in contents(fresh)} == contents(fresh), "a part and no table of all tars"
-    assert "tars.npy" not in contents(fresh)
-    both = [lambda: open_joined(sources(fresh))] * 2 + [
-        lambda rank=rank: open_joined(sources(fresh), rank=rank, world=2) for rank in range(2)
-    ]
-    assert in_processes(both) == [0] * 4
+    assert in_processes([build_and_die]) == [-signal.SIGKILL]
+    assert sorted(contents(fresh)) == ["made_from.json", "rows-00000.npy", "rows-00001.npy", "tars-00000.npy"]
+    assert {name: expected[name] for name in contents(fresh)} == contents(fresh)
+    assert in_processes([lambda: open_joined(sources(fresh))] * 2) == [0] * 2
     assert contents(fresh) == expected
     check_epoch(fresh, workers=1)
 
 
-def test_a_rank_whose_peers_write_to_other_disks_makes_all_parts(fresh: Path) -> None:
-    made: list[None] = []
-    open_joined(sources(fresh), rank=1, world=8, on_part=lambda: made.append(None))
-    assert len(made) == 3
-    check_epoch(fresh)
+def join_on_a_rank(folder: str) -> dict[str, bytes]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    path = Path(folder.replace("RANK", str(rank)))
+    open_joined(sources(path), workers=Workers(Parallel(rank, world, 0, torch.device("cpu"), dist.group.WORLD), 2))
+    return contents(path)
+
+
+@pytest.mark.parametrize("disks", ["shared", "of their own"])
+def test_ranks_and_their_processes_write_the_bytes_of_one(
+    data: Path, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disks: str
+) -> None:
+    monkeypatch.setattr(joined_build, "_SAMPLE_S", 1.0)  # is inherited: work that is worth two processes
+    folders = [fresh, fresh]
+    if disks == "of their own":
+        folders = [tmp_path / f"host{rank}" for rank in range(2)]
+        for folder in folders:
+            shutil.copytree(fresh, folder)
+        open_joined(sources(folders[0]))  # complete on one host, missing on the other
+    open_joined(sources(data))
+    name = "copy" if disks == "shared" else "hostRANK"
+    assert run_ranks(join_on_a_rank, 2, str(tmp_path / name)) == [contents(data)] * 2
+    check_epoch(folders[1])
 
 
 def test_a_stage_that_ran_again_gets_another_table(fresh: Path) -> None:
@@ -230,8 +256,9 @@ def test_a_folder_that_cannot_be_written_is_said_and_another_is_used(
     assert first.folder == fresh / "runs" / blocked.name
     assert f"{blocked} cannot be written" in caplog.text and caplog.text.count("cannot be written") == 1
     caplog.clear()
-    again = open_joined(made, fallback=fresh / "runs", on_part=lambda: pytest.fail("joined twice"))
-    assert (again.counts == first.counts).all() and not caplog.text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(joined_build, "join_tar", lambda *_: pytest.fail("joined twice"))
+        assert (open_joined(made, fallback=fresh / "runs").counts == first.counts).all() and not caplog.text
 
 
 def test_training_uses_the_folder_of_the_runs_where_the_index_is_read_only(fresh: Path) -> None:
@@ -253,7 +280,7 @@ def test_the_order_does_not_depend_on_how_many_files_stay_open(data: Path, block
 def test_the_command_of_the_message_makes_the_table_ahead(
     fresh: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("megacid.data.joined_build._ANNOUNCED_S", 0.0)
+    monkeypatch.setattr(joined_build, "_ANNOUNCED_MIN", 0.0)
     open_joined(sources(fresh))
     (message,) = [record.getMessage() for record in caplog.records if "takes about" in record.getMessage()]
     before = contents(fresh)
@@ -261,7 +288,8 @@ def test_the_command_of_the_message_makes_the_table_ahead(
     _, _, command = message.partition("does it: tools/index_shards.py ")
     assert index_shards.main(shlex.split(command)) == 0
     assert contents(fresh) == before and "56 usable samples, 0 without an embedding" in capsys.readouterr().out
-    open_joined(sources(fresh), on_part=lambda: pytest.fail("joined twice"))
+    monkeypatch.setattr(joined_build, "join_tar", lambda *_: pytest.fail("joined twice"))
+    open_joined(sources(fresh))
 
 
 @pytest.mark.parametrize("options", [["--teacher", "t"], ["--join", "--verify"]], ids=str)
