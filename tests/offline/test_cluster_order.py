@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 from dataclasses import replace
@@ -16,6 +17,8 @@ from balance_data import decided, labelled
 from harness import run_ranks
 from offline_data import write_embeddings
 
+from benchmarks import cluster_order as benchmark
+from benchmarks.suite import add_shared_arguments
 from megacid import failpoints
 from megacid.distributed.stopping import no_progress
 from megacid.errors import UserError
@@ -338,3 +341,15 @@ def test_two_levels_give_the_same_bits_on_the_copy(
     ranks = run_ranks(_levels, world, rows, settings, tmp_path / str(world))
     for found in (_levels(rows, settings, tmp_path / "alone"), _levels(rows, settings, tmp_path / "cut"), *ranks):
         assert torch.equal(found[0], expected[0]) and found[1] == expected[1] and found[2]
+
+
+def test_the_benchmark_measures_every_way_of_reading(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_shared_arguments(parser)
+    parser.set_defaults(suite="cluster-order")
+    benchmark.add_arguments(parser)
+    small = {"tars": 12, "copied-tars": 3, "rows": 40, "dim": 4, "cluster-rows": 5, "clusters": 6, "folder": tmp_path}
+    words = [f"--{name}={value}" for name, value in small.items()]
+    report = benchmark.run(parser.parse_args([*words, "--device=cpu", "--clock=cpu"]))
+    assert [row["rows"] for row in report["results"]] == [480, 480, 120, 120, 120]
+    assert len(benchmark.check(report)) == 4 and not list(tmp_path.iterdir())
