@@ -123,21 +123,28 @@ def session(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Parallel]:
 
 
 @contextlib.contextmanager
-def long_waits(parallel: Parallel) -> Iterator[Parallel]:
-    """The same ranks with a gloo group whose collectives wait WAIT_LIMIT for a rank that works longer. A collective.
+def waiting_group() -> Iterator[dist.ProcessGroup]:
+    """A gloo group of all ranks whose collectives wait WAIT_LIMIT for a rank that works longer. A collective.
 
     The time limit of the launcher's group is for ranks that reach a collective at about the same time. A rank that ends
     closes its connections, so the others do not wait for it in either group.
     """
-    if parallel.world == 1:
-        yield parallel
-        return
     group = dist.new_group(backend="gloo", timeout=WAIT_LIMIT)
     assert isinstance(group, dist.ProcessGroup)  # not the mark of a rank outside of it
     try:
-        yield replace(parallel, group=group)
+        yield group
     finally:
         dist.destroy_process_group(group)
+
+
+@contextlib.contextmanager
+def long_waits(parallel: Parallel) -> Iterator[Parallel]:
+    """The same ranks with a `waiting_group`. A collective."""
+    if parallel.world == 1:
+        yield parallel
+        return
+    with waiting_group() as group:
+        yield replace(parallel, group=group)
 
 
 def accept_launcher_arguments(parser: argparse.ArgumentParser) -> None:

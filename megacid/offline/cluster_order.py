@@ -201,13 +201,14 @@ class _Copy:
         start, stop = self.span(file)
         if self.array(file) is None:
             path, count = self.part(file), stop - start
-            x_SD = np.fromfile(path, self.dtype, count * self.rows.dim).reshape(-1, self.rows.dim)
+            values = np.fromfile(path, self.dtype, count * self.rows.dim)
             place_S = np.fromfile(path, np.int32, count, offset=count * self.row_bytes)
             order = np.argsort(place_S)
-            if len(x_SD) != count or not np.array_equal(place_S[order], np.arange(count)):
+            if len(values) != count * self.rows.dim or not np.array_equal(place_S[order], np.arange(count)):
                 raise UserError(
                     f"{path} is damaged: delete {self.partial.folder / f'{_NAME}.json'} and run the same command again"
                 )
+            x_SD = values.reshape(-1, self.rows.dim)
             gathered = (x_SD[order[low : low + _PIECE_ROWS]] for low in range(0, count, _PIECE_ROWS))
             with (
                 writing(self.partial.folder / f"{_NAME}-{file:05d}.npy") as temporary,
@@ -251,7 +252,8 @@ def _begin(copy: _Copy, places: Places, world: int) -> _Copy:
         whole = all(done or earlier.part(file).exists() for file, done in enumerate(sorted_files))
         # Files of a larger memory bound are only read when they are complete.
         if whole and earlier.place() is not None and (all(sorted_files) or earlier.file_rows <= copy.file_rows):
-            _check_space(earlier, dtype, world)
+            if not all(sorted_files):
+                _check_space(earlier, dtype, world)
             return earlier
     for path in folder.glob(f"{_NAME}*"):
         path.unlink()

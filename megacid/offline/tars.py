@@ -6,6 +6,7 @@ Legend: m samples of one tar with an embedding.
 from __future__ import annotations
 
 from bisect import bisect_left
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +44,11 @@ def load_tars(
     """
     folder = shards or rows.meta["source"]["shards"]
     index = load_index(folder, caption=recorded_caption(rows.meta), workers=Workers(parallel))
-    if index.digest != rows.meta["shards_digest"]:
-        raise UserError(
-            f"{rows.directory} was made from other shards than {folder}: {remedy}, or run tools/embed.py again"
-        )
+    with nullcontext() if parallel is None else stop_together(parallel.group):
+        if index.digest != rows.meta["shards_digest"]:
+            raise UserError(
+                f"{rows.directory} was made from other shards than {folder}: {remedy}, or run tools/embed.py again"
+            )
     return index
 
 

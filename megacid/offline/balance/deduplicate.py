@@ -90,7 +90,9 @@ def _link_to_target(
     passes: Curve = []
     contexts: list[BalanceContext] = []
     following: float | None = threshold
+    decision: Decision | None = None
     while following is not None and len(passes) < MAX_PASSES:
+        decision = None  # two decisions are too many for the memory
         decision = _link(context, following, curve, searched)
         passes.append((following, float(decision.keep.mean())))
         contexts.append(context)
@@ -107,10 +109,11 @@ def _link_to_target(
     best = gaps.index(min(gaps))
     if gaps[best] > tolerance and context.ranks.rank == 0:
         log.warning("%s", explain_share(target, passes if len(passes) > 1 else curve))
-    if best < len(passes) - 1:  # its partial results are kept; two decisions are too many for the memory
-        del decision
+    if best < len(passes) - 1:  # its partial results are kept
+        decision = None
         again = replace(contexts[best], progress=partial(_poll, context.progress))
         decision = _link(again, passes[best][0], curve, searched)
+    assert decision is not None
     return decision, contexts[best]
 
 

@@ -101,8 +101,8 @@ def write_outputs(
             if has_origin:
                 statistics |= report.planted_reports(origin, decision, inputs.label)
             write_text(out / "report.json", json.dumps(statistics, indent=2) + "\n")
+            (out / "subset.npy").unlink(missing_ok=True)
             failpoint("balance:report")
-    (out / "subset.npy").unlink(missing_ok=True)
     if has_subset:
         subset.write_subset(stage, locations, first + np.flatnonzero(decision.keep[first:last]), ranks, progress)
     with ranks.stop_together():

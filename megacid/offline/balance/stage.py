@@ -173,6 +173,12 @@ def _with_clusters(
     if not settings.neighbor_clusters:
         return arguments, None
     with stop_together(parallel.group):
+        features = read_meta(inputs.clusters, expect="cluster").get("features", "image")
+        if features != "image":
+            raise UserError(
+                f"{inputs.clusters} has centroids of {features} features, --neighbor-clusters expects those of images: "
+                "give clusters that were made with --features image, or --neighbor-clusters 0"
+            )
         centroids, metric = read_centroids(inputs.clusters, inputs.rows.dim)
         arguments["centroids"] = hashlib.sha256(centroids.data).hexdigest()
         device = parallel.device

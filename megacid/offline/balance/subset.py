@@ -47,7 +47,12 @@ def write_subset(
         if ranks.rank == 0:
             parts = [stage.work.array(f"subset-{number}", (None,), "V") for number in range(ranks.world)]
             whole = [part for part in parts if part is not None]
-            write_blocks(stage.path / "subset.npy", whole[0].dtype, (sum(map(len, whole)),), whole)
+            if (count := sum(map(len, whole))) != total:
+                raise UserError(
+                    f"the partial results in {stage.work.folder} have {count:,} uids, expected {total:,}: "
+                    "do not change them while the tool runs, and run the same command again"
+                )
+            write_blocks(stage.path / "subset.npy", whole[0].dtype, (total,), whole)
 
 
 def _read_uids(locations: SampleLocations, rows: np.ndarray, progress: Progress) -> tuple[list[np.ndarray], int]:

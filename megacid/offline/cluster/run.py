@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from megacid.distributed import collectives
 from megacid.distributed.consensus import gather_json
-from megacid.distributed.parallel import shard_range
+from megacid.distributed.parallel import shard_range, waiting_group
 from megacid.distributed.stopping import Group, Progress, stop_together
 from megacid.errors import UserError
 from megacid.failpoints import failpoint
@@ -83,7 +84,8 @@ class KMeansRun:
     def on_first_rank(self, compute: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
         """What `compute` returns on the first rank, fp32 of this shape on the CPU, on every rank. A collective."""
         result = torch.empty(0)
-        with stop_together(self.group):
+        # With many centroids it takes longer than ranks wait in a collective of the launcher's group.
+        with nullcontext(self.group) if self.world == 1 else waiting_group() as group, stop_together(group):
             if self.rank == 0:
                 result = compute()
         return collectives.broadcast(result if self.rank == 0 else torch.empty(shape), self.group)

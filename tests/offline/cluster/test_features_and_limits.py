@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from offline_data import run, write_embeddings
 from offline_tool import Tool
 
 from megacid.errors import UserError
+from megacid.offline.balance.context import BalanceSettings
+from megacid.offline.balance.stage import _with_clusters
 from megacid.offline.cluster.modality import MeanRows, embedding_rows
 from megacid.storage.metadata import read_meta
 
@@ -78,6 +83,16 @@ def test_other_features_and_folders_without_them_are_refused(folder: Path) -> No
     assert not (folder / "none").exists()
     with pytest.raises(UserError, match="features is 'audio', expected one of image, text, mean"):
         embedding_rows(folder / "both", "audio")
+
+
+def test_balance_compares_images_with_centroids_of_images_only(folder: Path) -> None:
+    run("cluster", *arguments(folder, "texts", "--features", "text"))
+    inputs: Any = SimpleNamespace(clusters=folder / "texts", rows=SimpleNamespace(dim=8), k=12, labels_digest="")
+    alone: Any = SimpleNamespace(group=None, device=torch.device("cpu"))
+    inside = _with_clusters({}, BalanceSettings(threshold=0.1), inputs, alone)
+    assert inside[1] is None
+    with pytest.raises(UserError, match="centroids of text features, --neighbor-clusters expects those of images"):
+        _with_clusters({}, BalanceSettings(threshold=0.1, neighbor_clusters=2), inputs, alone)
 
 
 def test_labels_of_new_rows_take_the_features_of_the_centroids(folder: Path) -> None:
