@@ -38,8 +38,9 @@ Clock = Callable[[], float]
 _MAX_CENTROIDS = 16384  # in the timed tiles
 _TIMED_S, _TIMED_TILES = 0.1, 16
 _FEW_CENTROIDS, _SEEDED_ROWS = 16, 2048  # of the timed searches and of k-means++
-# Measured on an AMD EPYC: reading the key and writing the labels of a sample, merging a centroid, writing to a disk.
-_LABEL_S, _MERGE_S, _WRITE_BYTES_S = 3e-6, 1e-5, 5e8
+# Measured on an AMD EPYC: gathering a row from the page cache, reading the key and writing the labels of a sample,
+# merging a centroid, and writing to a disk.
+_TAKE_S, _LABEL_S, _MERGE_S, _WRITE_BYTES_S = 2e-6, 6e-6, 1e-5, 5e8
 
 
 def assignment_flop(settings: KMeansSettings, n: int, dim: int) -> tuple[float, float]:
@@ -169,6 +170,8 @@ def estimate_stages(
         UserError: The memory bound is too small.
     """
     k, trained = settings.k, min(settings.train_sample or n, n)
+    if trained < n:  # a sample is read row by row
+        rates = replace(rates, row=rates.row + _TAKE_S)
     check_memory(trained, dim, settings, world, device)
     part, least = math.ceil(trained / world), least_bytes(trained, dim, settings, world, device)
     extra = candidate_bytes(settings, device) if settings.method == "hierarchical" else 0
@@ -211,13 +214,16 @@ def _levels(
     k, cells, part = settings.k, cell_count(settings.k), math.ceil(n / world)
     sample, count = min(n, coarse_rows(k)), min(n, seed_count(k))
     seeding = _seeding_s(sample, cells, dim, rates) if settings.init == "k-means++" else 0.0
-    iterations = settings.iterations * sample / world * (cells * rates.compare + rates.row)
+    take = _TAKE_S if sample < n else 0.0
+    iterations = settings.iterations * sample / world * (cells * rates.compare + rates.row + take)
     cell_n, cell_k = max(n // cells, 1), count / cells
     steps = min(cell_n, _cell_steps(k))
     drawn = math.ceil(cells / world) * _seeding_s(cell_n, steps, dim, rates, merged=False)
     near = num_candidates(settings) or k
     merging = count * (near * rates.compare_top + cells * rates.compare + _MERGE_S)
-    refining = part * (near * rates.compare + rates.row) + cells * k * rates.compare_top + k * cells * rates.compare
+    refining = (
+        part * (near * rates.compare + rates.row + _TAKE_S) + cells * k * rates.compare_top + k * cells * rates.compare
+    )
     stages = [
         StageEstimate("coarse clusters", sample * rates.check + seeding + iterations,
                       least["the coarse level of"] + reads),
