@@ -9,6 +9,7 @@
     tools/bench.py --suite loader --check             the training loader compared with webdataset's pipeline
     tools/bench.py --suite loader-tables --check      the loader without decoding, one rank of 512 on many tars
     tools/bench.py --suite mixing                     tars per global batch, compared with webdataset's buffers
+    tools/bench.py --suite index --check              CPU time to index tars, and what it is for LAION-400M
     tools/bench.py --suite student --check            contrastive training compared with open_clip_train
     tools/bench.py --suite first-start                embed, cluster, train, stop and resume, as on a new machine
     tools/bench.py --suite optimizer                  row-sparse optimizers, in bytes per second
@@ -49,6 +50,7 @@ MODULES = {
     "loader": "loader",
     "loader-tables": "loader_tables",
     "mixing": "mixing",
+    "index": "index",
     "student": "student",
     "first-start": "first_start",
     "optimizer": "optimizer",

@@ -16,7 +16,6 @@ import functools
 import io
 import itertools
 import multiprocessing
-import resource
 import tarfile
 import tempfile
 import time
@@ -31,6 +30,7 @@ from open_clip.transform import image_transform_v2
 from PIL import Image, ImageDraw
 
 from argtypes import positive
+from benchmarks.measure import cpu_seconds
 from benchmarks.suite import Limit, Report, Row, make_report, print_table
 from megacid.data.batch import Positions
 from megacid.data.index import load_index
@@ -153,12 +153,6 @@ def read_all(batches: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]],
         raise UserError("loader workers outlive their epoch, so their CPU time is unknown: no time is printed")
     if count != samples:
         raise UserError(f"an epoch has {count} samples, expected {samples}: no time is printed")
-
-
-def cpu_seconds() -> float:
-    """User and system time of this process and of its children that have ended."""
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in usage)
 
 
 # ---- the suite -------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from argtypes import positive
-from benchmarks.loader import cpu_seconds
+from benchmarks.measure import cpu_seconds
 from benchmarks.suite import Limit, Report, Row, make_report, print_table
 from benchmarks.synthetic_folders import key, write_embeddings, write_tars
 from megacid.data.batch import Positions

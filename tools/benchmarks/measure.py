@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import warnings
@@ -97,6 +98,12 @@ def format_ms(values: Iterable[float]) -> str:
     p20, p50, p80 = (1e3 * value for value in quantiles(values))
     digits = 1 if p50 >= 10 else 3
     return f"{p50:,.{digits}f} [{p20:,.{digits}f}, {p80:,.{digits}f}]"
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and of its children that have ended."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in usage)
 
 
 def proc_bytes(path: str, key: str) -> int:
