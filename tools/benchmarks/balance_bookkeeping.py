@@ -202,12 +202,13 @@ def answer(request: dict[str, Any]) -> dict[str, tuple[float, float]]:
     logging.disable(logging.INFO)
     parallel = init(always=True)
     try:
-        return _phases(request, Ranks(parallel.group))
+        return phases_of(request, Ranks(parallel.group))
     finally:
         shutdown()
 
 
-def _phases(request: dict[str, Any], ranks: Ranks) -> dict[str, tuple[float, float]]:
+def phases_of(request: dict[str, Any], ranks: Ranks) -> dict[str, tuple[float, float]]:
+    """{phase: (seconds of CPU, bytes of its peak)} of this rank. A collective."""
     n, m = request["n"], request["neighbor_clusters"]
     k = max(n // _PER_CLUSTER, 2)
     rng = np.random.default_rng(0)

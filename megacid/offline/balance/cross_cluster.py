@@ -125,7 +125,7 @@ class Pairs:
 
 
 def match_candidates(entries: np.ndarray, label: np.ndarray, k: int) -> Pairs:
-    """Pairs of clusters in which samples of both have the other as a candidate. entries: int64 [e, 2]; label: [n]."""
+    """Pairs of clusters in which samples of both have the other as a candidate. entries: int [e, 2]; label: [n]."""
     row, other = entries[:, 0], entries[:, 1]
     own = label[row].astype(np.int64)
     code = np.minimum(own, other) * k + np.maximum(own, other)
