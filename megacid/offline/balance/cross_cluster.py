@@ -141,8 +141,11 @@ def match_candidates(entries: np.ndarray, label: np.ndarray, k: int) -> Pairs:
     return Pairs(rows, np.concatenate([[0], ends]).astype(np.int64), (ends - right[both]).astype(np.int64))
 
 
-def exchange_entries(context: BalanceContext, entries: np.ndarray) -> dict[int, list[np.ndarray]]:
-    """The entries of the pairs that this rank compares, by bin. A collective unless the context is `alone`.
+Binned = tuple[np.ndarray, np.ndarray]  # entries in order of their bins, and where each bin of pairs begins in them
+
+
+def exchange_entries(context: BalanceContext, entries: np.ndarray) -> list[Binned]:
+    """The entries of the pairs that this rank compares. A collective unless the context is `alone`.
 
     A bin holds a range of pairs and belongs to one rank. Which bin a pair is in does not depend on the number of ranks.
 
@@ -151,23 +154,32 @@ def exchange_entries(context: BalanceContext, entries: np.ndarray) -> dict[int, 
     """
     label, k, ranks = context.clusters.label, len(context.clusters.sizes), context.ranks
     most = context.rows.num_rows * context.settings.neighbor_clusters
-    width = -(-k * k // min(max(most // BIN_ENTRIES, 1), MAX_BINS))
+    bins = min(max(most // BIN_ENTRIES, 1), MAX_BINS)
+    width = -(-k * k // bins)
 
     def bins_of(rows: np.ndarray) -> np.ndarray:
         own, other = label[rows[:, 0]].astype(np.int64), rows[:, 1].astype(np.int64)
         return (np.minimum(own, other) * k + np.maximum(own, other)) // width
 
     blocks = (entries[low : low + _SENT_ENTRIES] for low in range(0, len(entries), _SENT_ENTRIES))
-    received: dict[int, list[np.ndarray]] = {}
     sent = ((block, bins_of(block) % ranks.world) for block in blocks)
+    received = []
     for block in ranks.exchange(sent, 2, entries.dtype):
         number = bins_of(block)
         order = np.argsort(number, kind="stable")
-        block, number = block[order], number[order]
-        starts = np.flatnonzero(np.diff(number, prepend=-1))
-        for part, at in zip(np.split(block, starts[1:]), number[starts].tolist()):
-            received.setdefault(at, []).append(part.copy())  # a view would keep the whole block
+        received.append((block[order], np.searchsorted(number[order], np.arange(bins + 1))))
     return received
+
+
+def match_bins(context: BalanceContext, received: list[Binned]) -> dict[int, Pairs]:
+    """The pairs of clusters of each bin that this rank has entries of, matched one bin at a time."""
+    label, k = context.clusters.label, len(context.clusters.sizes)
+    binned = {}
+    for number in range(len(received[0][1]) - 1 if received else 0):
+        entries = [block[starts[number] : starts[number + 1]] for block, starts in received]
+        if any(map(len, entries)):
+            binned[number] = match_candidates(np.concatenate(entries), label, k)
+    return binned
 
 
 def link_neighbors(
@@ -187,9 +199,8 @@ def link_neighbors(
     received = exchange_entries(context, entries)
     del entries
     failpoint("balance:exchange")
-    label, k = context.clusters.label, len(context.clusters.sizes)
-    # One bin at a time: most entries have no partner.
-    binned = {number: match_candidates(np.concatenate(received.pop(number)), label, k) for number in sorted(received)}
+    binned = match_bins(context, received)
+    del received
     links = _link_bins(context, binned, representative, threshold)
     del binned
     failpoint("balance:merge")
