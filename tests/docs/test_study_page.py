@@ -31,7 +31,7 @@ def drawn_study(out: Path) -> Path:
     """Results of one arm with two seeds, as tools/study.py leaves them."""
     (out / "results").mkdir(parents=True)
     for seed, acc1 in ((0, 0.1), (1, 0.2)):
-        for rate in (5e-4, 1e-3, 2e-3, 4e-3):
+        for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3):
             result = {
                 "digest": "d", "arm": "plain", "seed": seed, "rate": rate, "date": "2026-01-02", "seconds": {},
                 "metrics": {"validation": {"acc1": acc1 if rate == 2e-3 else 0.0}}, "machine": {"cpu": "a", "cores": 2},
@@ -47,8 +47,8 @@ def test_the_tables_come_from_the_results_and_the_text_has_no_other_number(tmp_p
     page.write_text(PARTS.format(text="Plain CLIP reaches 15.00 %, the method 16.27 %."))
     icons = docs_tool.load_study(STUDIES / "icons.json")
     files = docs_tool.from_study(icons, drawn_study(tmp_path / "out"), tmp_path)
-    assert len(files) == 9 and all(path.is_file() for path in files)
-    assert "| `plain` | 0.002 | 0.0005, 0.001, 0.002, 0.004 | 2 | 15.00 ± 63.53 |" in page.read_text()
+    assert len(files) == 11 and all(path.is_file() for path in files)
+    assert "| `plain` | 0.002 | 0.0005, 0.001, 0.002, 0.004, 0.008 | 2 | 15.00 ± 63.53 |" in page.read_text()
     assert unknown_numbers(page.read_text()) == {"16.27"}
     assert docs_tool.study_page(page.read_text(), icons, tmp_path / "docs" / "study" / "icons") == page.read_text()
 

@@ -40,7 +40,7 @@ def results(arms: Iterable[str], seeds: Iterable[int] = (0, 1, 2)) -> list[dict[
     found = [{"digest": "d", "arm": TEACHER, "seed": 0, "metrics": {"validation": {"acc1": 0.9}}}]
     for arm in arms:
         for seed in seeds:
-            for rate in (2e-3,) if seed else (5e-4, 1e-3, 2e-3, 4e-3):
+            for rate in (2e-3,) if seed else (5e-4, 1e-3, 2e-3, 4e-3, 8e-3):
                 acc1 = score(arm, seed) if rate == 2e-3 else 0.0
                 metrics = {"validation": {"acc1": acc1, "lp_acc1": (1 + acc1) / 2}}
                 settings = plan.run(arm, rate, seed).settings

@@ -102,7 +102,7 @@ def edited(tmp_path: Path, old: str, new: str) -> Path:
         ('base: "plain"', 'base: "plane"', 'base is \'plane\', which'),
         ('base: "plain"', "", 'has no "base", expected it'),
         ('seeds: [0, 1, 2]', "seeds: []", "seeds"),
-        ('rates: [5e-4, 1e-3, 2e-3, 4e-3]', "rates: [0.0]", "rates"),
+        ('rates: [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]', "rates: [0.0]", "rates"),
         ('"loss.mse=2.0"', '"loss.mse=2.0", "run.seed=3"', "the study sets run.seed itself"),
         ('"loss.mse=2.0"', '"loss.mes=2.0"', 'arm mse: unknown key "megacid.loss.mes": did you mean "mse"'),
         ('balanced-20: {share: 0.8, clusters: "k4096"}', "balanced-20: {share: 0.8}", "one of share and clusters"),
@@ -294,7 +294,7 @@ def results_of_two_arms() -> list[dict[str, Any]]:
     found = [result("plain", seed, 1e-3, value) for seed, value in enumerate(plain)]
     found += [result("instance", seed, 2e-3, value) for seed, value in enumerate(method)]
     for arm, best in (("plain", 1e-3), ("instance", 2e-3)):
-        found += [result(arm, 0, rate, 0.01) for rate in (5e-4, 1e-3, 2e-3, 4e-3) if rate != best]
+        found += [result(arm, 0, rate, 0.01) for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3) if rate != best]
     return found
 
 
@@ -313,9 +313,9 @@ def test_intervals_and_paired_differences_are_those_of_students_t() -> None:
     paired = interval(differences)
     assert paired is not None and (paired[0] - paired[1], paired[0] + paired[1]) == pytest.approx((low, high))
     text = report(results_of_two_arms(), file, CORE)
-    assert "| `plain` | 0.001 | 0.0005, 0.001, 0.002, 0.004 | 3 | 13.00 ± 8.96 | 6.50 ± 4.48 |  |  |" in text
+    assert "| `plain` | 0.001 | 0.0005, 0.001, 0.002, 0.004, 0.008 | 3 | 13.00 ± 8.96 | 6.50 ± 4.48 |  |  |" in text
     assert "| `instance` | `plain` | 3 | +19.00 ± 2.48 | +9.50 ± 1.24 |  |  |" in text
-    assert "12 students; with the stages 6.0 hours, 12.0 hours of CPU time. a CPU, 2 cores, torch 2.14" in text
+    assert "14 students; with the stages 7.0 hours, 14.0 hours of CPU time. a CPU, 2 cores, torch 2.14" in text
 
 
 def test_an_arm_without_all_rates_is_not_reported_and_one_seed_has_no_interval() -> None:
