@@ -128,6 +128,13 @@ class ShardIndex:
         folder = self.tar_path(shard).parent / self.caption.index_folder
         return self._tables.get(shard, lambda: load_table(folder, self.shards[shard]))
 
+    def shown_key(self, shard: int, row: int) -> str:
+        """For messages: the key of a sample, or its row when the table of its tar cannot be read any more."""
+        try:
+            return self.table(shard).keys[row]
+        except UserError:
+            return f"row {row}"
+
 
 def load_index(
     shards: str | Path,
@@ -230,8 +237,8 @@ class ShardReader:
         return self.index.open_tar(shard)
 
     def bad_sample(self, shard: int, row: int, reason: str) -> BadSample:
-        """The error that names a sample by its key."""
-        return BadSample(self.index.names[shard], self.index.table(shard).keys[row], reason)
+        """The error that names a sample."""
+        return BadSample(self.index.names[shard], self.index.shown_key(shard, row), reason)
 
     def caption(self, shard: int, row: int, *, strict: bool = False) -> str:
         """The caption of one sample, the first of several, as in `captions`."""

@@ -29,16 +29,16 @@ from typing import Any
 
 import numpy as np
 
+from megacid.data import index_files
 from megacid.data.ensemble import TeacherEnsemble, normalized_concatenation
 from megacid.data.index import ShardIndex
 from megacid.data.lru import LRUCache, open_file_budget
 from megacid.data.order import splitmix64
-from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
+from megacid.data.side_tables import IMAGE, TEXT, KeepTable, LabelTable, TeacherTable
 from megacid.errors import UserError
 
 VERSION = 1
 PART = 16  # tars per file of rows
-IMAGE, TEXT = 0, 1  # columns of `files`
 _FILE = np.dtype([("start", "<i8"), ("bytes", "<i8"), ("dtype", "S4")])  # data's first byte, size, type of the elements
 
 
@@ -58,11 +58,12 @@ class JoinSources:
     @cached_property
     def made_from(self) -> dict[str, Any]:
         """All that decides the content of the table."""
-        tars = hashlib.sha256("".join(entry["sha256"] for entry in self.index.shards).encode())
+        # A sample that has a class stays in the index with or without its blank caption.
+        tars = [[entry["sha256"], entry["blank_kept"] and entry["blank"] > 0] for entry in self.index.shards]
         return {
-            "version": VERSION,
+            "version": [VERSION, index_files.VERSION],
             "shards": self.index.digest,
-            "tars": tars.hexdigest(),
+            "tars": _identity(tars),
             "caption": self.index.caption.spec,
             "teachers": [_identity(table.meta) for table in self.teachers],
             "labels": None if self.labels is None else _identity(self.labels.meta),
@@ -128,7 +129,7 @@ class JoinSources:
         return (total >> np.uint64(32)).astype(np.uint32)
 
 
-def _identity(facts: dict[str, Any]) -> str:
+def _identity(facts: dict[str, Any] | list[Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -148,7 +149,8 @@ def header_of(dtype: np.dtype, rows: int) -> bytes:
 class JoinedTable:
     """Reads rows of a complete joined table, and the embeddings that they point to.
 
-    Files are read through read calls, as in `gather_rows`: a file that is cut is an error instead of a dead process.
+    Files are read through read calls, as `memmap.gather_rows` does: a file that is cut is an error instead of a dead
+    process.
 
     Args:
         folder: made by `joined_build.py`.
@@ -178,26 +180,35 @@ class JoinedTable:
         """[m] of `row_dtype`: usable rows by tar and number among the usable rows of that tar, int64 [m] each.
 
         Raises:
-            UserError: a file was cut, or a row is not what was written.
+            UserError: a file cannot be read or was cut, or a row is not what was written.
         """
-        itemsize = self.sources.row_dtype.itemsize
-        data = bytearray(len(shards) * itemsize)
-        view = memoryview(data)
-        places = (self._first[shards] + numbers).tolist()
-        for at, (shard, place) in enumerate(zip(shards.tolist(), places)):
-            file, start = self._rows_file(shard // PART)
-            os.preadv(file, [view[at * itemsize : (at + 1) * itemsize]], start + place * itemsize)
-        rows = np.frombuffer(data, self.sources.row_dtype)
+        rows = np.zeros(len(shards), self.sources.row_dtype)
+        for at, (shard, number) in enumerate(zip(shards.tolist(), numbers.tolist())):
+            self._read_rows(rows[at : at + 1], shard, number)
+        self._check(rows, shards, numbers)
+        return rows
+
+    def tar(self, shard: int) -> np.ndarray:
+        """All usable rows of a tar, by one read. Raises UserError as `rows` does."""
+        rows = np.zeros(int(self.counts[shard, 0]), self.sources.row_dtype)
+        self._read_rows(rows, shard, 0)
+        self._check(rows, np.full(len(rows), shard), np.arange(len(rows)))
+        return rows
+
+    def _read_rows(self, rows: np.ndarray, shard: int, number: int) -> None:
+        """Fill `rows` with the neighbouring rows of a tar that begin at `number`."""
+        part = shard // PART
+        try:
+            file, start = self._rows_file(part)
+            os.preadv(file, [rows.view(np.uint8).data], start + (int(self._first[shard]) + number) * rows.itemsize)
+        except OSError as error:
+            raise _unreadable(rows_path(self.folder, part), error) from None
+
+    def _check(self, rows: np.ndarray, shards: np.ndarray, numbers: np.ndarray) -> None:
         wrong = rows["check"] != self.sources.checks(rows, shards, numbers)
         if wrong.any():
             shard = int(shards[wrong][0])
             raise self._damaged(shard // PART, f"its row {numbers[wrong][0]} of {self.sources.index.names[shard]}.tar")
-        return rows
-
-    def tar(self, shard: int) -> np.ndarray:
-        """All usable rows of a tar."""
-        numbers = np.arange(int(self.counts[shard, 0]))
-        return self.rows(np.full(len(numbers), shard), numbers)
 
     def embeddings(
         self, shards: np.ndarray, rows: np.ndarray, drawn: np.ndarray
@@ -232,9 +243,12 @@ class JoinedTable:
         stored = {shard: np.dtype(self._files["dtype"][shard, number, kind].decode()) for shard in set(shards.tolist())}
         out = np.empty((len(rows), table.dim), np.result_type(*stored.values()))
         for at, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist())):
-            file, start = self._embedding_file(number, kind, shard)
             size = table.dim * stored[shard].itemsize
-            data = os.pread(file, size, start + row * size)
+            try:
+                file, start = self._embedding_file(number, kind, shard)
+                data = os.pread(file, size, start + row * size)
+            except OSError as error:
+                raise _unreadable(table.file(shard, kind), error) from None
             if len(data) != size:
                 raise OSError(f"{table.file(shard, kind)} ends before row {row}: it was cut off after it was opened")
             out[at] = np.frombuffer(data, stored[shard])
@@ -277,10 +291,18 @@ class JoinedTable:
 
 
 def _open(path: Path, remedy: str) -> int:
+    """remedy: for a missing file."""
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist, expected it since the shards were joined: {remedy}") from None
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be read ({error.strerror}): correct its permissions, raise ulimit -n or check that disk, and "
+        "start again"
+    )
 
 
 def _close(opened: tuple[int, int]) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megacid.data.joined import IMAGE, PART, TEXT, JoinedTable, JoinSources, header_of, rows_path
+from megacid.data.joined import PART, JoinedTable, JoinSources, header_of, rows_path
+from megacid.data.side_tables import IMAGE, TEXT
 from megacid.distributed.divided_work import ALONE, Workers
 from megacid.distributed.progress import progress_bar
 from megacid.errors import UserError
@@ -56,7 +57,7 @@ def open_joined(
         folder = next(iter(complete), None) or _writable(folders, sources)
     _make_parts(sources, folder, workers)
     with workers.together():
-        tars = np.concatenate([load_npy(_tars_path(folder, part), "start again") for part in range(sources.parts)])
+        tars = _entries_of_parts(sources, folder)
         if folder not in complete:
             _write(folder / "tars.npy", tars)
     return JoinedTable(sources, folder, tars, block_shards)
@@ -95,6 +96,17 @@ def _entries(path: Path, sources: JoinSources, tars: range) -> np.ndarray | None
     if entries.dtype != sources.tar_dtype or entries.shape != (len(tars),):
         return None
     return entries if (entries["check"] == sources.checks(entries, np.array(tars))).all() else None
+
+
+def _entries_of_parts(sources: JoinSources, folder: Path) -> np.ndarray:
+    """The entries of all tars, from the files of all parts. UserError unless they are what was written."""
+    found = []
+    for part in range(sources.parts):
+        path = _tars_path(folder, part)
+        if (entries := _entries(path, sources, _tars_of(sources, part))) is None:
+            raise UserError(f"{path} is missing, or is not as it was written: check that disk, and start again")
+        found.append(entries)
+    return np.concatenate(found)
 
 
 def _has_rows(folder: Path, part: int, sources: JoinSources, entries: np.ndarray) -> bool:
@@ -213,6 +225,7 @@ def join_tar(sources: JoinSources, shard: int) -> tuple[np.ndarray, np.ndarray]:
                 entry["files"][0, number, kind] = (array.offset, size, array.dtype.str.encode())
     if sources.teacher is not None and (views := sources.teacher.views) is not None:
         keys = [table.keys[number] for number in row.tolist()]
-        rows["seeds"] = [[views.seed_of(key, view) for view in range(views.count)] for key in keys]
+        seeds = [[views.seed_of(key, view) for view in range(views.count)] for key in keys]
+        rows["seeds"] = np.array(seeds, np.uint64).reshape(len(row), views.count)  # of no row, too
     rows["check"], entry["check"] = sources.checks(rows, shard, np.arange(len(rows))), sources.checks(entry, shard)
     return rows, entry

@@ -165,10 +165,7 @@ class PairStream:
         )
 
     def statistics(self) -> dict[str, Any]:
-        """Counts for the log. The shares are estimated from at most 16 evenly spaced shards to start quickly."""
-        shards = np.unique(np.linspace(0, len(self.index.names) - 1, _SAMPLED_SHARDS).astype(int))
-        rows = np.concatenate([self.joined.tar(int(shard)) for shard in shards])
-        total = max(1, len(rows))
+        """Counts for the log. The labelled share is an estimate from at most 16 evenly spaced shards."""
         statistics: dict[str, Any] = {
             "samples": self.index.num_samples,
             "kept": self.order.num_samples,
@@ -176,12 +173,12 @@ class PairStream:
             "without_teacher": self._without_teacher,
             "left_out_by_index": self.index.dropped,
             "shards": len(self.index.names),
-            "shards_examined": len(shards),
         }
         if self.options.labels is not None:
-            statistics["labelled_share"] = int((rows["labels"][:, 0] >= 0).sum()) / total
-        if self.options.teacher is not None:
-            statistics["teacher_share"] = int((rows["teacher"] >= 0).all(axis=1).sum()) / total
+            shards = np.unique(np.linspace(0, len(self.index.names) - 1, _SAMPLED_SHARDS).astype(int))
+            labels = np.concatenate([self.joined.tar(int(shard))["labels"][:, 0] for shard in shards])
+            statistics["shards_examined"] = len(shards)
+            statistics["labelled_share"] = int((labels >= 0).sum()) / max(1, len(labels))
         return statistics
 
 

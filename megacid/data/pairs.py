@@ -83,7 +83,7 @@ class _Key:
     row: int
 
     def __str__(self) -> str:
-        return self.index.table(self.shard).keys[self.row]
+        return self.index.shown_key(self.shard, self.row)
 
 
 class Pairs(Dataset[Any]):
@@ -108,8 +108,7 @@ class Pairs(Dataset[Any]):
         names = []
         for shard, row in zip(self._reading[::2], self._reading[1::2]):
             if row >= 0:
-                with contextlib.suppress(UserError):  # this process may not have read that table before
-                    names.append(f"{self.index.names[shard]}/{self.index.table(shard).keys[row]}")
+                names.append(f"{self.index.names[shard]}/{self.index.shown_key(shard, row)}")
         return ", ".join(names)
 
     def __getitems__(self, positions: list[int]) -> Batch | str:

@@ -25,6 +25,8 @@ _EMBED_AGAIN, _CLUSTER_AGAIN, _BALANCE_AGAIN = (
     f"run tools/{tool}.py again" for tool in ("embed", "cluster", "balance")
 )
 
+IMAGE, TEXT = 0, 1  # kinds of embeddings
+
 
 def _checked_meta(directory: str | Path, index: ShardIndex, made_by: str) -> dict[str, Any]:
     """meta.json of a stage. UserError when it was made from other shards than these or those they are a copy of."""
@@ -134,7 +136,7 @@ class TeacherTable:
         return count if same or not count else None
 
     def file(self, shard: int, kind: int) -> Path:
-        """The file with the image (kind 0) or text (kind 1) embeddings of a tar."""
+        """The file with the embeddings of a tar. kind: IMAGE or TEXT."""
         return (self._image_files, self._text_files)[kind][self._partitions[self.index.names[shard]]]
 
     def join(self, shard: int) -> TeacherShard:

@@ -76,7 +76,7 @@ def test_a_row_is_the_embeddings_of_one_sample_side_by_side_and_rescaled(
         assert image.dtype == (torch.float32 if "float32" in dtypes else torch.float16)  # as stored
         np.testing.assert_allclose(image[0].numpy(), expected, rtol=1e-3)
         assert torch.equal(text, -image)
-    assert sorted(seen) == list(range(24)) and batches.statistics()["teacher_share"] == 1.0
+    assert sorted(seen) == list(range(24)) and batches.statistics()["without_teacher"] == 0
 
 
 def test_one_directory_is_that_teacher_as_it_is_stored(tmp_path: Path, index: ShardIndex) -> None:

@@ -194,7 +194,7 @@ def test_keep_labels_and_teacher_follow_the_sample(tmp_path: Path, index: ShardI
         seen += ids.tolist()
     assert sorted(seen) == list(range(0, 24, 2))
     statistics = batches.statistics()
-    assert statistics["kept"] == 12 and statistics["teacher_share"] == 1.0
+    assert statistics["kept"] == 12 and statistics["without_teacher"] == 0
     assert statistics["labelled_share"] == pytest.approx(11 / 12)
 
 
@@ -209,10 +209,10 @@ def test_a_sample_that_the_teacher_lacks_is_left_out_from_the_start(tmp_path: Pa
         labels=LabelTable(label_dir(tmp_path / "c", index.digest), index),
         keep=KeepTable(keep_dir(tmp_path / "k", index.digest), index), max_consecutive_errors=1,
     )  # fmt: skip
-    assert batches.statistics()["teacher_share"] == 1.0  # b, which it lacks, is not kept
+    assert batches.statistics()["without_teacher"] == 0  # b, which it lacks, is not kept
     without_keep = stream(index, **one_by_one, teacher=batches.options.teacher)
     statistics = without_keep.statistics()
-    assert (statistics["kept"], statistics["without_teacher"], statistics["teacher_share"]) == (4, 1, 1.0)
+    assert (statistics["kept"], statistics["without_teacher"]) == (4, 1)
     assert "not a readable" in (next(iter(batches)).failure or "")
 
 
