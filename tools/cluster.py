@@ -67,7 +67,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--init",
         choices=("random", "k-means++"),
-        help="initial centroids; k-means++ takes k steps on a sample of 16 to 32 k rows (default: k-means++, but "
+        help="initial centroids; k-means++ takes k steps on a sample of 4 to 32 k rows (default: k-means++, but "
         f"random for flat clusterings of more than {PLUS_PLUS_K:,} clusters)",
     )
     add(

@@ -6,22 +6,15 @@ Legend: n rows, D width, m requested rows.
 from __future__ import annotations
 
 import os
-import resource
 import weakref
 from collections.abc import Sequence
 
 import numpy as np
 
-from megacid.data.lru import LRUCache
+from megacid.data.lru import LRUCache, open_file_budget
 from megacid.errors import UserError
 
 _READ_BYTES = 1 << 22  # of one read of chosen rows, at most: those that are not consecutive are copied once more
-
-
-def open_file_limit() -> int:
-    """Files that one reader keeps open: a quarter of what the process may open."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 1 << 20 if soft == resource.RLIM_INFINITY else max(soft // 4, 16)
 
 
 class RowFiles:
@@ -54,7 +47,7 @@ class RowFiles:
         self.num_rows, self.dim = int(self.starts[-1]), dim
         self.dtype = np.result_type(*set(dtypes)) if len(dtypes) else np.dtype(np.float16)
         self._paths, self._offsets, self._dtypes, self._remedy = paths, offsets, dtypes, remedy
-        self._open: LRUCache[int] = LRUCache(max(min(len(paths), open_file_limit()), 1), os.close)
+        self._open: LRUCache[int] = LRUCache(open_file_budget(max(len(paths), 1)), os.close)
         weakref.finalize(self, self._open.clear)
         row_bytes = max(dim * self.dtype.itemsize, 1)
         self._gap, self._most = gap_bytes // row_bytes + 1, max(_READ_BYTES // row_bytes, 1)

@@ -33,7 +33,7 @@ _MIN_ACCEPTED = 0.1  # share of the candidates of a batch
 
 
 def sample_rows(n: int, k: int, dim: int) -> int:
-    """Rows in the sample of k-means++ for k centroids: 32 per centroid, if they fit into 128 MiB in fp32."""
+    """Rows in the sample of k-means++ for k centroids: 32 per centroid if they fit into 128 MiB in fp32, at least 4."""
     return min(n, max(min(32 * k, _SAMPLE_VALUES // dim), 4 * k, 4096))
 
 

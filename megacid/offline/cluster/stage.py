@@ -149,7 +149,7 @@ def assign_only(
 ) -> dict[str, Any]:
     """Label embeddings with the centroids of a finished folder, in the layout of `cluster`; returns meta.json.
 
-    The features are those of the centroids.
+    Rows are of the features, image, text or mean, that the centroids are of.
 
     meta.json has the method "assign-only", names `clusters` in `source` and has the sha256 of its centroids; sizes are
     those of the new data. Interrupted and finished folders are handled as in `cluster`.
