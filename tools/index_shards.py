@@ -15,7 +15,6 @@ files. Training builds a missing index and a missing joined table itself.
 import argparse
 import os
 import sys
-from pathlib import Path
 
 import checkout  # noqa: F401  import paths of a plain checkout
 from argtypes import ToolParser, positive, share
@@ -100,8 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         nonlocal code
         code = index_or_verify(args, Workers(parallel, args.workers, stop.poll))
 
-    # The stop file is written next to the first shards.
-    return run_stage(stage, Path(args.shards[0]), DEFAULT_TIMEOUT_S) or code
+    return run_stage(stage, None, DEFAULT_TIMEOUT_S) or code
 
 
 def index_or_verify(args: argparse.Namespace, workers: Workers) -> int:

@@ -24,7 +24,7 @@ def find_problem(directory: Path, workers: Workers, *, to_resume: bool = False) 
                 files = store.verify(directory, hashes=False, to_resume=to_resume)["files"]
             except ValueError as error:
                 problem = str(error)
-    problem, files = workers.gather([problem, files])[0]
+    problem, files = workers.broadcast([problem, files])
     if problem is not None:
         return str(problem)
     own = {number: files[number] for number in _share(files, workers)}

@@ -34,10 +34,11 @@ from megacid.data.index_files import (
     load_table,
     stored_by_tar,
 )
+from megacid.data.index_ranks import agree_on_names, find_shards_once
 from megacid.data.index_report import MAX_LOST, check_losses, unused_files
 from megacid.data.lru import LRUCache
 from megacid.data.remote.cache import ShardCache
-from megacid.data.shard_paths import ShardPaths, find_shards
+from megacid.data.shard_paths import ShardPaths
 from megacid.data.tar_samples import COLUMN, Kind
 from megacid.distributed.divided_work import ALONE, Workers
 from megacid.errors import UserError
@@ -160,16 +161,21 @@ def load_index(
         allow_bad: use what can be used of damaged tars, and any share of the samples, instead of refusing them. Tars
             that the index has are accepted until they change.
         max_lost: share of all samples, or of those in tars that were added or changed, that may be lost.
-        cache, ask: for remote tars, see `find_shards`.
+        cache, ask: for remote tars, see `list_remote`.
         fetch_limit: bytes of remote tars that may be fetched to index them; None: any number, and changed ones too.
         workers: the ranks and processes that share the work; with ranks it is a collective.
 
     Raises:
         UserError: no such directory, no tar, no sample, many lost samples, or a tar that is damaged or cannot be read.
+        RanksDisagree: the ranks see tars of different names.
     """
     with workers.together():
-        source, paths = CaptionSource.parse(caption), find_shards(shards, cache, ask=ask)
+        source = CaptionSource.parse(caption)
+    paths = find_shards_once(shards, workers, cache, ask=ask)
+    with workers.together():
         _check_paths(paths)
+    agree_on_names(paths, workers)
+    with workers.together():
         stored = stored_by_tar(paths.folders, source.index_folder)
         entries = None if verify else _unchanged(paths, stored, keep_blank)
         if entries is not None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,7 +26,9 @@ from megacid.data.index_files import (
     save_entries,
     save_table,
 )
+from megacid.data.index_ranks import ranks_that_share
 from megacid.data.index_report import MAX_LOST, check_losses, lost_share, summary
+from megacid.data.remote.cache import ShardCache
 from megacid.data.shard_paths import ShardPaths
 from megacid.data.tar_samples import LOST, other_format, remedy, scan_tar
 from megacid.distributed.divided_work import Workers
@@ -84,13 +84,13 @@ def build_entries(
     with workers.together():
         sizes = [paths.size(tar) for tar in paths.tars]
         writable = {folder: is_writable(folder / caption.index_folder) for folder in paths.folders}
-    for folder in (folder for folder, ok in writable.items() if not ok and workers.rank == 0):
+    ranks = ranks_that_share({folder / caption.index_folder: ok for folder, ok in writable.items()}, workers)
+    for folder in (folder for folder, ok in writable.items() if not ok and workers.rank == ranks[0]):
         log.warning(
             "%s cannot be written: what its index lacks stays in memory and is built again at every start",
             folder / caption.index_folder,
         )
     written = [folder / caption.index_folder for folder, ok in writable.items() if ok]
-    ranks = _ranks_that_share(written[0] if written else None, workers)
     decisions = [
         stored[tar]["blank_kept"] if keep_blank is None and tar in stored else keep_blank for tar in paths.tars
     ]
@@ -107,7 +107,7 @@ def build_entries(
         if number not in entries
     }
     with workers.together():
-        if fetch_limit is not None and paths.remote and workers.rank == 0:
+        if fetch_limit is not None and paths.remote and workers.rank == ranks[0]:
             paths.check_fetches([tar.path for tar in missing.values()], stored, fetch_limit)
     tables = {}
     for number, (entry, table) in share.build(missing, paths, caption, allow_bad=allow_bad).items():
@@ -134,29 +134,6 @@ def _remove_old_temporary_files(folder: Path) -> None:
                 path.unlink()
 
 
-def _ranks_that_share(folder: Path | None, workers: Workers) -> list[int]:
-    """The ranks that see what this one writes into a folder; all ranks without a folder.
-
-    Shards may be copied to a disk of every host. A collective.
-    """
-    if workers.world == 1:
-        return [0]
-    start = workers.gather(secrets.token_hex(4))[0]
-    marks = [f".tmp-{start}-{rank}" for rank in range(workers.world)]
-    present = marks
-    with workers.together():
-        if folder is not None:
-            with disk_errors(folder):
-                (folder / marks[workers.rank]).touch()
-    with workers.together():
-        if folder is not None:
-            present = os.listdir(folder)
-    with workers.together():
-        if folder is not None:
-            (folder / marks[workers.rank]).unlink(missing_ok=True)
-    return [rank for rank, mark in enumerate(marks) if mark in present]
-
-
 class Share:
     """The tars of this rank, and the work on them. Its methods are collectives."""
 
@@ -181,16 +158,14 @@ class Share:
         """By shard number, the entries of some tars, and the tables that could not be written."""
         sizes = [tar.bytes or (_UNKNOWN_BYTES if paths.remote else 0) for tar in tars.values()]
         size = sum(sizes)
-        if paths.cache and sizes:  # room for the tars that are read at once
-            fit = int(paths.cache.limit / 2 / max(sizes) / self._ranks)
-            self._max_processes = max(1, min(self._max_processes, fit))
+        self.fit(paths.cache, sizes)
         processes = max(1, self._processes(size))
         left = size / _BYTES_PER_S / self._ranks / processes
         what = f"{len(tars):,} of the {len(self._all):,} tars of {paths}, {size / 1e9:,.1f} GB"
         if self._workers.each_alone and left > _ALONE_S:
             raise UserError(
                 f"the index lacks {what}, and every rank would index all of them, expected a complete index: run "
-                f"tools/index_shards.py {caption.option}first"
+                f"tools/index_shards.py {caption.option}{paths.source} first"
             )
         shown = left > _LONG_S and self._workers.rank == 0
         if shown:
@@ -207,6 +182,12 @@ class Share:
                     _warn_of_dropped(tars[number].path, entry, caption)
 
             return self.divide(partial(_build, caption=caption, allow_bad=allow_bad), tars, size, report)
+
+    def fit(self, cache: ShardCache | None, sizes: list[int] | list[float]) -> None:
+        """Use so few processes that the tars that are read at once fit into a cache. sizes: in bytes."""
+        if cache and sizes:
+            fit = int(cache.limit / 2 / max(1, *sizes) / self._ranks)
+            self._max_processes = max(1, min(self._max_processes, fit))
 
     def divide(
         self,
@@ -226,7 +207,7 @@ class Share:
     def _processes(self, size: float) -> int:
         """The processes of this rank for work on so many bytes; 0: this one."""
         processes = min(self._max_processes, int(size / self._ranks / _PROCESS_BYTES))
-        return processes if processes > 1 or self._ranks > 1 else 0
+        return processes if processes > 1 else 0
 
 
 def _reuse(tar: _Tar, *, verify: bool) -> Entry | None:

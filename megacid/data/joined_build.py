@@ -6,12 +6,9 @@ parts that ranks on other hosts wrote to disks of their own. A part that two pro
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import random
-import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +18,7 @@ from megacid.data.side_tables import IMAGE, TEXT
 from megacid.distributed.divided_work import ALONE, Workers
 from megacid.distributed.progress import progress_bar
 from megacid.errors import UserError
-from megacid.storage.atomic import disk_errors, write_json_atomic
+from megacid.storage.atomic import atomic_path, disk_errors, write_json_atomic
 from megacid.storage.npy import load_npy, write_array
 
 log = logging.getLogger(__name__)
@@ -67,9 +64,7 @@ def _writable(folders: list[Path], sources: JoinSources) -> Path:
     """The first folder that can be written, with made_from.json in it."""
     for folder in folders:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with _replacing(folder / "made_from.json") as temporary:
-                write_json_atomic(temporary, sources.made_from)
+            write_json_atomic(folder / "made_from.json", sources.made_from)
         except OSError as error:
             reason = f"{folder} cannot be written ({error.strerror})"
             log.warning("%s: the shards are joined with their side tables elsewhere", reason)
@@ -181,16 +176,8 @@ def _make_part(part: int) -> None:
         _write(_tars_path(folder, part), np.concatenate(entries))
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a name for a file that then replaces `path`. It is unique also among the processes of several nodes."""
-    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}")
-    yield temporary
-    os.replace(temporary, path)
-
-
 def _write(path: Path, array: np.ndarray) -> None:
-    with disk_errors(path), _replacing(path) as temporary:
+    with disk_errors(path), atomic_path(path) as temporary:
         write_array(temporary, array)
 
 

@@ -16,7 +16,7 @@ from braceexpand import braceexpand
 
 from megacid.data.remote import store
 from megacid.data.remote.cache import DIRECTORY_VARIABLE, GB, CachedTar, ShardCache
-from megacid.data.remote.store import RemoteObject
+from megacid.data.remote.store import ObjectDiffers, RemoteObject
 from megacid.errors import UserError
 
 _MAX_TARS = 1_000_000
@@ -87,7 +87,11 @@ class ShardPaths:
         return self.cache.open_tar(cached)
 
     def remote_problem(self, tar: Path, entry: dict[str, Any]) -> str | None:
-        """What differs between an entry of the index and the remote tar, which is fetched when it is not cached."""
+        """What differs between an entry of the index and the remote tar, which is fetched when it is not cached.
+
+        Raises:
+            RemoteError: it cannot be fetched now, so nothing is known of it.
+        """
         known = self.remote[tar]
         if not self.matches(tar, entry):
             return (
@@ -96,7 +100,7 @@ class ShardPaths:
             )
         try:
             os.close(self.open(tar, entry))
-        except UserError as error:
+        except ObjectDiffers as error:
             return str(error)
         return None
 
@@ -149,12 +153,40 @@ class ShardPaths:
         return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
-def find_shards(spec: str | Path, cache: ShardCache | None = None, *, ask: bool = False) -> ShardPaths:
+Listed = dict[str, list[tuple[str, int | None, str | None]]]  # of URLs: url, size and version of each tar
+
+
+def list_remote(spec: str | Path, cache: ShardCache | None = None, *, ask: bool = False) -> Listed:
+    """What the stores tell of the URLs in `spec`, for `find_shards`.
+
+    Args:
+        cache: as of `find_shards`.
+        ask: ask the stores for the size and version of every remote tar; False: only those that a listing tells.
+
+    Raises:
+        UserError: there is no cache, or a store cannot be read.
+    """
+    parts = [part for part in _split(str(spec)) if _is_remote(part)]
+    if parts and cache is None:
+        ShardCache.of_environment(parts[0])
+    urls = [url for part in parts for url in _expand_braces(part)]
+    found = {url: [RemoteObject(url)] if _names_tar(url) else store.list_tars(url) for url in urls}
+    if ask:
+        known = iter(store.stat_all([tar for tars in found.values() for tar in tars]))
+        found = {url: [next(known) for _ in tars] for url, tars in found.items()}
+    return {
+        url: [(tar.url, tar.size, tar.version) for tar in tars]
+        for url, tars in found.items()
+        if ask or not _names_tar(url)
+    }
+
+
+def find_shards(spec: str | Path, cache: ShardCache | None = None, listed: Listed | None = None) -> ShardPaths:
     """The tars of one or more directories, .tar files, globs, brace patterns or URLs of these.
 
     Args:
         cache: for remote tars; None: the one that the environment names.
-        ask: ask the stores for the size and version of every remote tar; False: only those that a listing tells.
+        listed: of `list_remote`; None: ask the stores now.
 
     Raises:
         UserError: one does not exist or cannot be read, or two tars have the same name.
@@ -166,17 +198,17 @@ def find_shards(spec: str | Path, cache: ShardCache | None = None, *, ask: bool 
     remote: dict[Path, RemoteObject] = {}
     if any(map(_is_remote, parts)):
         cache = cache or ShardCache.of_environment(next(filter(_is_remote, parts)))
+        listed = list_remote(spec, cache) if listed is None else listed
     by_name: dict[str, Path] = {}
     for part in parts:
-        for tar in _remote_tars(part, cache, remote) if cache and _is_remote(part) else _tars_of_part(part):
+        tars = _remote_tars(part, cache, listed or {}, remote) if cache and _is_remote(part) else _tars_of_part(part)
+        for tar in tars:
             if (other := by_name.setdefault(tar.name, tar)) is not tar:
                 both = " and ".join(remote[path].url if path in remote else str(path) for path in (other, tar))
                 raise UserError(
                     f"{both} have the same name, expected unique ones, which samples are known by: rename one of them, "
                     "or name it once"
                 )
-    if ask:
-        remote |= zip(remote, store.stat_all(list(remote.values())))
     tars = [by_name[name] for name in sorted(by_name)]
     source = "::".join(part if _is_remote(part) else os.path.abspath(part) for part in parts)
     return ShardPaths(tars, source, None, remote, cache if remote else None)
@@ -186,11 +218,15 @@ def _is_remote(part: str) -> bool:
     return store.is_url(part) and not os.path.exists(part)
 
 
-def _remote_tars(part: str, cache: ShardCache, remote: dict[Path, RemoteObject]) -> Iterator[Path]:
+def _names_tar(url: str) -> bool:
+    """Whether a URL names one tar, and not what has to be listed."""
+    return url.endswith(".tar") and not store.has_magic(url)
+
+
+def _remote_tars(part: str, cache: ShardCache, listed: Listed, remote: dict[Path, RemoteObject]) -> Iterator[Path]:
     """Where the indexes of the tars of a URL are; adds the tars to `remote`."""
     for url in _expand_braces(part):
-        is_tar = url.endswith(".tar") and not store.has_magic(url)
-        tars = [RemoteObject(url)] if is_tar else store.list_tars(url)
+        tars = [RemoteObject(*known) for known in listed.get(url, [(url, None, None)])]
         if not tars:
             raise UserError(
                 f"shards {url[:200]} has no .tar file that its store lists: correct it, or name the tars, such as "

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from megacid.distributed.collectives import Group, world_size
-from megacid.distributed.consensus import gather_json
+from megacid.distributed.consensus import agree, broadcast_json, gather_json
 from megacid.distributed.parallel import Parallel
 from megacid.distributed.parent_process import start_child_process
 from megacid.distributed.stopping import stop_together
@@ -72,6 +72,15 @@ class Workers:
         """The JSON-able value of every rank."""
         return gather_json(value, self._group) if self.world > 1 else [value]
 
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's JSON-able value."""
+        return broadcast_json(value, self._group) if self.world > 1 else value
+
+    def agree(self, value: str, what: str) -> None:
+        """Raise RanksDisagree on every rank when `value` differs between ranks."""
+        if self.world > 1:
+            agree(value, what, self._group)
+
     def max_processes(self) -> int:
         """`processes`, or the cores for this rank."""
         hosts = self.gather(socket.gethostname())
@@ -89,8 +98,8 @@ class Workers:
         Args:
             work: is pickled, like items and results; with several ranks results must be JSON-able.
             own: the items of this rank, by number. Ranks may have the same item.
-            processes: number of forked processes; 0: work in this one, where a single item must take less time than
-                a collective may wait.
+            processes: number of forked processes; 0: work in this one if it is alone. With several ranks it is at
+                least one, since a single item may take longer than a collective may wait.
             on_done: called with the results that are new, of any rank.
 
         Raises:
@@ -100,7 +109,7 @@ class Workers:
         results: dict[int, R] = {}
         with contextlib.ExitStack() as stack:
             with self.together():
-                runner = stack.enter_context(_Runner(work, own, processes))
+                runner = stack.enter_context(_Runner(work, own, max(processes, int(self.world > 1))))
             left = 1
             while left:
                 with self.together():

@@ -159,12 +159,13 @@ def stop_together(group: Group = None) -> Iterator[None]:
         raise Stopped(code)
 
 
-def run_stage(stage: Callable[[Parallel, StopRequest], None], out: Path, timeout_s: float) -> int:
+def run_stage(stage: Callable[[Parallel, StopRequest], None], out: Path | None, timeout_s: float) -> int:
     """Run a stage on this rank, with logs on the terminal, until it or the launcher that started the rank ends.
 
     Args:
         stage: the work of this rank.
-        out: output directory of the stage, next to which the stop file is written.
+        out: output directory of the stage, next to which the stop file is written; None: the blocks of the stage are
+            so short that it needs none.
         timeout_s: of collectives, in seconds.
 
     Returns:
@@ -182,7 +183,8 @@ def run_stage(stage: Callable[[Parallel, StopRequest], None], out: Path, timeout
             with session(timeout_s) as parallel:
                 rank = parallel.rank
                 try:
-                    stop.share(out, parallel)
+                    if out is not None:
+                        stop.share(out, parallel)
                     stage(parallel, stop)
                 except RuntimeError as error:
                     if parallel.world == 1 or not from_a_collective(error):

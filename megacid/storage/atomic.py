@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,8 +37,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays, since numpy appends one to names without it.
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    # Processes of several nodes may have the same number. The suffix stays, since numpy appends one to other names.
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}")
     if temporary.is_symlink():
         temporary.unlink()
     try:

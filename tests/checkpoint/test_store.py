@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -180,10 +181,11 @@ def test_everything_is_durable_before_it_is_visible_and_old_ones_go_last(
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "replace", watched_replace)
+    monkeypatch.setattr(secrets, "token_hex", lambda size: "7")
     make(tmp_path, 2, keep_last=1)
     assert done == [
         "sync part-0.safetensors", "sync part-1.safetensors",
-        f"sync .tmp-{os.getpid()}-{store.MANIFEST}", f"rename to {store.MANIFEST}", "sync files of the stage",
+        f"sync .tmp-7-{store.MANIFEST}", f"rename to {store.MANIFEST}", "sync files of the stage",
         "sync files of the stage", "rename to step-00000002", f"sync {tmp_path.name}",
         "rename to .tmp-pruned-step-00000001",
     ]  # fmt: skip
@@ -205,6 +207,15 @@ def test_an_atomic_write_that_fails_keeps_the_old_file(tmp_path: Path) -> None:
         raise RuntimeError
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_processes_of_the_same_number_write_a_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    with atomic_path(path) as first, atomic_path(path) as second:  # as on two nodes
+        first.write_bytes(b"first")
+        second.write_bytes(b"second")
+        assert first.read_bytes() == b"first"
+    assert path.read_bytes() == b"first" and [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_meta_of_another_tool_or_an_unfinished_stage_is_refused(tmp_path: Path) -> None:

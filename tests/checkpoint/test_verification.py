@@ -41,12 +41,19 @@ def flip(path: Path) -> None:
 
 def problem_and_files(directory: Path) -> tuple[str | None, list[str]]:
     """What this rank finds, and the files that it reads."""
-    read: list[str] = []
-    real = store.file_sha256
-    store.file_sha256 = lambda path: read.append(path.name) or real(path)  # this process is a forked rank
     rank, world = dist.get_rank(), dist.get_world_size()
+    read = directory.parent / f"read-by-{rank}"
+    read.write_text("")
+    real = store.file_sha256
+
+    def recorded(path: Path) -> str:
+        with open(read, "a") as file:  # by a process of the rank
+            print(path.name, file=file)
+        return real(path)
+
+    store.file_sha256 = recorded  # this process is a forked rank
     workers = Workers(Parallel(rank, world, 0, torch.device("cpu"), dist.group.WORLD))
-    return find_problem(directory, workers, to_resume=True), read
+    return find_problem(directory, workers, to_resume=True), read.read_text().split()
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -20,6 +20,7 @@ from megacid.data.index import ShardIndex, load_index
 from megacid.data.index_verify import verify_index
 from megacid.distributed.divided_work import Workers
 from megacid.distributed.parallel import Parallel
+from megacid.distributed.stopping import StopRequest
 from megacid.errors import UserError
 from tools import index_shards
 
@@ -135,7 +136,7 @@ def test_a_killed_rank_ends_the_other_and_the_next_start_gives_the_same_bytes(
 
     def killed(path: Path, *args: object, **options: object) -> object:
         if path.stem == STEMS[3]:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getppid(), signal.SIGKILL)  # the rank, whose process this is
         return scan(path, *args, **options)
 
     scan = index_build.scan_tar
@@ -212,7 +213,7 @@ def test_every_rank_for_itself_does_not_start_a_long_build(shards: Path, monkeyp
     texts = run_ranks(_alone_on_a_rank, 2, str(shards))
     assert texts[0] == texts[1]
     assert f"the index lacks 7 of the 7 tars of {shards}, 0.0 GB, and every rank" in texts[0]
-    assert "run tools/index_shards.py first" in texts[0]
+    assert f"run tools/index_shards.py {shards} first" in texts[0]
     assert load_index(shards).num_samples == sum(len(keys(number)) for number in range(TARS))  # no other rank here
 
 
@@ -242,6 +243,12 @@ def test_ranks_share_the_verification_and_all_know_its_result(shards: Path) -> N
     (shards / f"{STEMS[4]}.tar").unlink()
     problems = ["00003.tar has the right size but another sha256", "00004.tar is in the index but not on disk"]
     assert run_ranks(verify, 2, str(shards), 2) == [problems, problems]
+
+
+def test_the_tool_writes_no_stop_file_next_to_the_shards(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared: list[Path] = []
+    monkeypatch.setattr(StopRequest, "share", lambda self, out, parallel: shared.append(out))
+    assert index_shards.main([str(shards)]) == 0 and shared == []
 
 
 def test_the_tool_takes_a_number_of_processes(

@@ -14,9 +14,11 @@ import pytest
 from pair_data import make_tar
 from remote_data import TAR, Remote, all_same, batches, remote_shards, small_steps
 
+from megacid.data import index_build
 from megacid.data.index import ShardReader, load_index
 from megacid.data.index_verify import verify_index
 from megacid.data.remote import ahead, cache, store
+from megacid.distributed.divided_work import Workers
 from megacid.errors import UserError
 from tools import index_shards
 
@@ -152,6 +154,26 @@ def _verified(remote: Remote) -> list[str]:
         return verify_index(remote.url)
     finally:
         del os.environ["MEGACID_CACHE_DIR"]
+
+
+def test_verify_reports_no_mismatch_when_a_tar_cannot_be_fetched(remote: Remote) -> None:
+    remote.index()
+    remote.forget()
+    remote.server.faults = {"00002.tar": ["503"] * 100}
+    with pytest.raises(UserError, match=r"/00002.tar cannot be read, tried for "):
+        _verified(remote)
+
+
+def test_verify_uses_as_few_processes_as_an_index_build(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_build, "_PROCESS_BYTES", 1.0)
+    used: list[int] = []
+    divide = Workers.divide
+    monkeypatch.setattr(Workers, "divide", lambda self, *args: used.append(args[2]) or divide(self, *args))
+    monkeypatch.setenv("MEGACID_CACHE_DIR", str(remote.root / "new"))
+    monkeypatch.setenv("MEGACID_CACHE_GB", "0.0001")  # three tars
+    load_index(remote.url, workers=Workers(processes=8))
+    assert verify_index(remote.url, workers=Workers(processes=8)) == []
+    assert used[1:] == [0, 0]  # of the build and of the verification: this process alone
 
 
 def test_a_run_does_not_begin_with_a_long_index(remote: Remote) -> None:

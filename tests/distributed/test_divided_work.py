@@ -37,6 +37,10 @@ def nap(item: int, seconds: float = 0.4) -> int:
     return item
 
 
+def long_first(item: int) -> int:
+    return nap(item, 0.0 if item else 5.0)
+
+
 def kill_itself(item: int) -> int:
     if item == 11:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -89,15 +93,18 @@ def test_work_longer_than_the_time_limit_of_a_collective_ends(monkeypatch: pytes
     assert run_ranks(_slow_on_rank_0, 2) == [{number: number for number in range(17)}] * 2
 
 
-def _one_long_item_on_rank_0() -> dict[int, int]:
+def _one_long_item_on_rank_0(processes: int) -> dict[int, int]:
     short = dist.new_group(timeout=timedelta(seconds=3))
     own = {0: 0} if dist.get_rank() == 0 else {1: 1}
-    return Workers(here(short)).divide(partial(nap, seconds=5.0), own, 1)
+    return Workers(here(short)).divide(long_first, own, processes)
 
 
-def test_one_item_longer_than_the_time_limit_of_a_collective_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("processes", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_one_item_longer_than_the_time_limit_of_a_collective_ends(
+    monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
     monkeypatch.setattr(divided_work, "_ROUND_S", 0.5)
-    assert run_ranks(_one_long_item_on_rank_0, 2) == [{0: 0, 1: 1}] * 2
+    assert run_ranks(_one_long_item_on_rank_0, 2, processes) == [{0: 0, 1: 1}] * 2
 
 
 @pytest.mark.parametrize("world", [1, 2])

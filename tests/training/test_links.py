@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -131,9 +132,12 @@ def test_a_report_of_another_shape_is_no_report(run: Path, content: str) -> None
 
 @pytest.mark.parametrize("plant", [plant for plant in PLANTS if "link" in plant])
 @pytest.mark.parametrize("temporary", [False, True])
-def test_next_loss_and_other_json_replace_a_link(run: Path, temporary: bool, plant: str) -> None:
+def test_next_loss_and_other_json_replace_a_link(
+    run: Path, temporary: bool, plant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secrets, "token_hex", lambda size: "7")
     for name in ("next_loss.json", "train_summary.json"):
-        PLANTS[plant](run / (f".tmp-{os.getpid()}-{name}" if temporary else name))
+        PLANTS[plant](run / (f".tmp-7-{name}" if temporary else name))
     ResumeLossCheck(run, 3, tolerance=1e-3).first_loss(3, 1.5)
     write_json_atomic(run / "train_summary.json", {"seconds": 1})
     assert json.loads((run / "next_loss.json").read_text()) == {"step": 3, "loss": 1.5}

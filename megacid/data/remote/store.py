@@ -43,6 +43,10 @@ class RemoteError(UserError):
     """An object that cannot be listed or fetched; the message names the URL and the remedy."""
 
 
+class ObjectDiffers(RemoteError):  # noqa: N818  a finding of --verify
+    """An object is missing, or is another one than the index says."""
+
+
 class _MismatchError(Exception):
     """Other bytes arrived than expected. may_pass: this was the first time that these arrived."""
 
@@ -185,7 +189,8 @@ def _retrying(url: str, call: Callable[[], T], retry_s: float | None = None) -> 
         except Exception as error:
             spent = time.monotonic() - began
             if not _may_pass(error) or spent + wait > limit:
-                raise RemoteError(_describe(url, error, spent)) from None
+                kind = ObjectDiffers if isinstance(error, _MismatchError) or _is_missing(error) else RemoteError
+                raise kind(_describe(url, error, spent)) from None
             log.info("%s: %s; trying again in %.0f s", url, _named(error), wait)
         time.sleep(wait)
         wait = min(2 * wait, _MAX_BACKOFF_S)
@@ -227,6 +232,10 @@ def _is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
+def _is_missing(error: BaseException) -> bool:
+    return isinstance(error, FileNotFoundError) or _status(error) == 404
+
+
 def _describe(url: str, error: Exception, spent: float) -> str:
     if isinstance(error, _MismatchError):
         return f"{url} has changed ({error}): put the indexed object back, or run tools/index_shards.py again"
@@ -234,7 +243,7 @@ def _describe(url: str, error: Exception, spent: float) -> str:
         return f"{url} cannot be stored ({_named(error)}): free space on the disk of the cache, or lower data.cache_gb"
     if _is_refusal(error):
         return f"{url} may not be read ({_named(error)}): the store finds credentials in {_credentials(url)}"
-    if isinstance(error, FileNotFoundError) or _status(error) == 404:
+    if _is_missing(error):
         return f"{url} does not exist in its store ({_named(error)}): correct the name, or put the object back"
     return f"{url} cannot be read, tried for {spent:.1f} s ({_named(error)}): check the network and its store"
 
