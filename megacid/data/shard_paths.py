@@ -201,8 +201,8 @@ def find_shards(spec: str | Path, cache: ShardCache | None = None, listed: Liste
         listed = list_remote(spec, cache) if listed is None else listed
     by_name: dict[str, Path] = {}
     for part in parts:
-        tars = _remote_tars(part, cache, listed or {}, remote) if cache and _is_remote(part) else _tars_of_part(part)
-        for tar in tars:
+        found = _remote_tars(part, cache, listed or {}, remote) if cache and _is_remote(part) else _tars_of_part(part)
+        for tar in found:
             if (other := by_name.setdefault(tar.name, tar)) is not tar:
                 both = " and ".join(remote[path].url if path in remote else str(path) for path in (other, tar))
                 raise UserError(
