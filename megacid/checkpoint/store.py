@@ -327,12 +327,12 @@ def _size_of_file(path: Path) -> int | None:
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
-def newest_valid(root: Path, *, hashes: bool = True, to_resume: bool = False) -> tuple[Path | None, list[str]]:
+def newest_valid(root: Path, *, to_resume: bool = False) -> tuple[Path | None, list[str]]:
     """(directory of the newest checkpoint that verifies, or None; one message for each newer one that does not)."""
     problems: list[str] = []
     for _, path in reversed(list_steps(root)):
         try:
-            verify(path, hashes=hashes, to_resume=to_resume)
+            verify(path, to_resume=to_resume)
             return path, problems
         except ValueError as error:
             problems.append(str(error))

@@ -6,6 +6,7 @@ Legend: m samples of one tar with an embedding.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def load_tars(
     shards: str | Path | None = None,
     *,
     parallel: Parallel | None = None,
+    poll: Callable[[], object] = lambda: None,
     remedy: str = "give the shards it was made from with --shards",
 ) -> ShardIndex:
     """The index of the tars of some embeddings.
@@ -37,13 +39,14 @@ def load_tars(
     Args:
         shards: the tars; None: those recorded by tools/embed.py.
         parallel: the ranks that share the work if the index has to be built, which makes it a collective.
+        poll: called about twice a second while the index is built; may raise Stopped.
         remedy: of the message when the tars are others.
 
     Raises:
         UserError: the tars cannot be read, or are others.
     """
     folder = shards or rows.meta["source"]["shards"]
-    index = load_index(folder, caption=recorded_caption(rows.meta), workers=Workers(parallel))
+    index = load_index(folder, caption=recorded_caption(rows.meta), workers=Workers(parallel, poll=poll))
     with nullcontext() if parallel is None else stop_together(parallel.group):
         if index.digest != rows.meta["shards_digest"]:
             raise UserError(
@@ -60,12 +63,15 @@ def rows_in_tar(rows: EmbeddingRows, index: ShardIndex, partition: int) -> tuple
     return shard, join_by_key(rows.keys(partition), keys, index.tar_path(shard), remedy, require_all=True)
 
 
-def kept_rows(rows: EmbeddingRows, keep: Path, parallel: Parallel) -> np.ndarray:
+def kept_rows(
+    rows: EmbeddingRows, keep: Path, parallel: Parallel, poll: Callable[[], object] = lambda: None
+) -> np.ndarray:
     """The embedding rows that balance kept, int64, ascending. A collective: ranks divide the partitions.
 
     Args:
         keep: folder written by tools/balance.py; the tars are read where it read them, or else where tools/embed.py
             did.
+        poll: as of `load_tars`.
 
     Raises:
         UserError: a file is damaged, or the folders were made from different tars.
@@ -77,7 +83,7 @@ def kept_rows(rows: EmbeddingRows, keep: Path, parallel: Parallel) -> np.ndarray
             raise UserError(
                 f"{keep} was made from other shards than {rows.directory}: run tools/balance.py on {rows.directory}"
             )
-    index = _recorded_tars(rows, meta["source"]["shards"], parallel)
+    index = _recorded_tars(rows, meta["source"]["shards"], parallel, poll)
     with stop_together(parallel.group):
         table = KeepTable(keep, index)
         for partition in range(*shard_range(len(rows.stems), parallel.rank, parallel.world)):
@@ -87,12 +93,12 @@ def kept_rows(rows: EmbeddingRows, keep: Path, parallel: Parallel) -> np.ndarray
     return np.flatnonzero(gather_plain(mask, parallel.group).cpu().numpy())
 
 
-def _recorded_tars(rows: EmbeddingRows, shards: str, parallel: Parallel) -> ShardIndex:
+def _recorded_tars(rows: EmbeddingRows, shards: str, parallel: Parallel, poll: Callable[[], object]) -> ShardIndex:
     """The tars that were recorded by balance, or else by embed. A collective. UserError when neither can be read."""
     problems = {}
     for folder in dict.fromkeys((shards, rows.meta["source"]["shards"])):
         try:
-            return load_tars(rows, folder, parallel=parallel, remedy="put those back")
+            return load_tars(rows, folder, parallel=parallel, poll=poll, remedy="put those back")
         except UserError as error:
             problems[folder] = str(error)
     raise UserError(

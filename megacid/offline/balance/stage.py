@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def balance(
         ranks = Ranks(waiting.group)
         with ranks.stop_together():
             rows = EmbeddingRows(embeddings)
-        index = load_tars(rows, shards, parallel=waiting)
+        index = load_tars(rows, shards, parallel=waiting, poll=partial(start_progress(0), 0))
         with ranks.stop_together():
             _check_cells(clusters, settings.cells, rows)
             text = _caption_rows(rows) if settings.keep == "caption" else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def cluster(
         rows = embedding_rows(embeddings, features)
         _check_top_labels(top_labels, settings.k)
         identity = _identity(rows, features)
-    trained, kept, source = _kept(rows, keep, parallel)
+    trained, kept, source = _kept(rows, keep, parallel, start_progress)
     identity |= kept
     with stop_together(group):
         arguments = _arguments(settings, top_labels) | identity
@@ -97,11 +98,13 @@ def cluster(
     return _finish(stage, rows, state.centroids, parallel, sizes, similarity, source, arguments | result)
 
 
-def _kept(rows: EmbeddingRows, keep: Path | None, parallel: Parallel) -> tuple[Rows, dict[str, str], dict[str, str]]:
+def _kept(
+    rows: EmbeddingRows, keep: Path | None, parallel: Parallel, start_progress: StartProgress
+) -> tuple[Rows, dict[str, str], dict[str, str]]:
     """(training rows, what identifies their choice, where it is from)."""
     if keep is None:
         return rows, {}, {}
-    kept = kept_rows(rows, keep, parallel)
+    kept = kept_rows(rows, keep, parallel, partial(start_progress(0), 0))
     digest = hashlib.sha256(kept.tobytes()).hexdigest()
     return SubsetRows(rows, kept), {"keep": digest}, {"keep": str(keep.resolve())}
 

@@ -16,10 +16,13 @@ from offline_data import embed_args, results, run, save_model, write_embeddings,
 from offline_tool import KILLED, Tool
 
 from megacid.distributed.parallel import Parallel
+from megacid.distributed.stopping import Progress, Stopped
 from megacid.errors import EXIT_AGAIN, UserError
 from megacid.offline.balance.context import BalanceSettings
 from megacid.offline.balance.figures import read_balanced
 from megacid.offline.balance.stage import balance
+from megacid.offline.cluster.stage import cluster
+from megacid.offline.cluster.state import KMeansSettings
 from megacid.offline.rows import EmbeddingRows
 from megacid.offline.tars import kept_rows
 
@@ -181,6 +184,30 @@ def test_kept_rows_follow_the_keys_not_the_order_of_the_embeddings(stage: Path, 
     first = len(table)
     turned = sorted([first - 1 - row for row in expected if row < first] + [row for row in expected if row >= first])
     assert kept_rows(EmbeddingRows(copy), stage / "first", ALONE).tolist() == turned != expected
+
+
+@pytest.mark.parametrize("name", ["balance", "cluster"])
+def test_a_request_to_stop_ends_the_build_of_a_missing_index(stage: Path, tmp_path: Path, name: str) -> None:
+    def stop(total: int) -> Progress:
+        def progress(rows: int) -> None:
+            raise Stopped(143)
+
+        return progress
+
+    index = stage / "shards" / "index"
+    index.rename(tmp_path / "index")
+    try:
+        with pytest.raises(Stopped):
+            if name == "balance":
+                settings = BalanceSettings(target_keep=0.45, cells=7)
+                balance(stage / "emb", None, tmp_path / "out", settings, ALONE, start_progress=stop)
+            else:
+                how, keep = KMeansSettings(k=5), stage / "first"
+                cluster(stage / "emb", tmp_path / "out", how, ALONE, keep=keep, start_progress=stop)
+        assert not (index / "index.json").exists()
+    finally:
+        shutil.rmtree(index)
+        (tmp_path / "index").rename(index)
 
 
 def test_kept_rows_are_found_after_a_move_of_the_tars(stage: Path, tmp_path: Path) -> None:
