@@ -18,6 +18,7 @@ from megacid.data.remote import store
 from megacid.data.remote.cache import DIRECTORY_VARIABLE, GB, CachedTar, ShardCache
 from megacid.data.remote.store import ObjectDiffers, RemoteObject
 from megacid.errors import UserError
+from megacid.storage.atomic import file_sha256
 
 _MAX_TARS = 1_000_000
 _FEW = 100  # more remote tars are not indexed at the start of a run
@@ -99,8 +100,10 @@ class ShardPaths:
                 f"{entry.get('version')}"
             )
         try:
-            os.close(self.open(tar, entry))
-        except ObjectDiffers as error:
+            with self.local(tar, entry) as (path, _):
+                if file_sha256(path) != entry["sha256"]:
+                    return f"{path} has the right size but another sha256, remove it: {known.url} is fetched again"
+        except (ObjectDiffers, OSError) as error:
             return str(error)
         return None
 

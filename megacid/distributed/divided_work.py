@@ -151,9 +151,13 @@ class _Runner(AbstractContextManager["_Runner[T, R]"], Generic[T, R]):
     def _put(self, number: int, future: Future[R]) -> None:
         self._finished.put((number, future))
 
-    def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._pool is None:
+            return
+        if kind is not None:  # an item may take long; what it writes is complete or not there
+            for process in list((self._pool._processes or {}).values()):
+                process.kill()
+        self._pool.shutdown(cancel_futures=True)
 
     def advance(self, seconds: float, poll: Callable[[], object]) -> list[tuple[int, R]]:
         """Work for some seconds, or until all is done. Returns (number, result) of what was done."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -9,13 +10,17 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from remote_data import TAR, Remote, batches, cached, remote_shards, small_steps
 
+from megacid.data.index import ShardReader
+from megacid.data.index_verify import verify_index
 from megacid.data.remote import cache as module
 from megacid.data.remote import store
 from megacid.data.remote.cache import CachedTar, ShardCache
+from megacid.data.tar_bytes import TarBytes
 from megacid.errors import UserError
 
 pytest.importorskip("aiohttp")
@@ -52,16 +57,16 @@ def test_the_tar_that_was_not_used_for_longest_makes_room(remote: Remote, tars: 
     assert names(cache) == ["00000", "00002", "00003"]
 
 
-def test_coming_tars_go_last_and_the_most_distant_first(remote: Remote, tars: list[CachedTar]) -> None:
+def test_prefetched_tars_go_last_and_first_those_that_are_needed_last(remote: Remote, tars: list[CachedTar]) -> None:
     cache = remote.cache(3)
     for tar in tars[:3]:
-        assert cache.fetch(tar, remove_coming=False)
+        assert cache.fetch(tar, remove_prefetched=False)
     cache.mark(tars[0], 2)
     cache.mark(tars[1], 1)
-    assert cache.fetch(tars[3], remove_coming=False) and names(cache) == ["00000", "00001", "00003"]
+    assert cache.fetch(tars[3], remove_prefetched=False) and names(cache) == ["00000", "00001", "00003"]
     cache.mark(tars[3], 0)
-    assert not cache.fetch(tars[4], remove_coming=False)  # nothing else than what is coming
-    assert cache.fetch(tars[4], remove_coming=True) and names(cache) == ["00001", "00003", "00004"]
+    assert not cache.fetch(tars[4], remove_prefetched=False)  # nothing else than what is prefetched
+    assert cache.fetch(tars[4], remove_prefetched=True) and names(cache) == ["00001", "00003", "00004"]
 
 
 def test_a_tar_that_is_held_is_never_removed_and_the_error_says_the_least_size(
@@ -69,7 +74,7 @@ def test_a_tar_that_is_held_is_never_removed_and_the_error_says_the_least_size(
 ) -> None:
     cache = remote.cache(2.9)
     with cache.local(tars[0]) as first, cache.local(tars[1]):
-        assert not cache.fetch(tars[2], remove_coming=True)
+        assert not cache.fetch(tars[2], remove_prefetched=True)
         with pytest.raises(UserError, match=r"/00002.tar has 30,720 bytes, and 61,440 are in use") as error:
             cache.open_tar(tars[2])
         assert "expected a cache of at least 9.22e-05 GB: raise data.cache_gb" in str(error.value)
@@ -113,10 +118,10 @@ def test_a_tar_whose_fetcher_was_killed_is_fetched_again(remote: Remote, tars: l
     killed.start()
     assert remote.server.started.wait(10)
     assert len(list(cache.directory.glob("*/.*.lock"))) == 1
-    assert not cache.fetch(tars[1], remove_coming=True)  # its space is taken
+    assert not cache.fetch(tars[1], remove_prefetched=True)  # its space is taken
     os.kill(int(killed.pid or 0), signal.SIGKILL)
     killed.join()
-    assert cache.fetch(tars[1], remove_coming=True)
+    assert cache.fetch(tars[1], remove_prefetched=True)
     assert not list(cache.directory.glob("*/.*"))
     os.close(cache.open_tar(tars[0]))
     assert names(cache) == ["00000"]
@@ -184,3 +189,103 @@ def test_locks_end_with_their_holder(remote: Remote, tars: list[CachedTar]) -> N
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with open(path, "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _fails(number: int) -> Any:
+    def fail(*args: Any, **options: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("fault", ["rename", "lock", "marker"])
+def test_a_fault_of_the_cache_is_no_bad_sample(remote: Remote, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    reader = ShardReader(remote.index())
+    remote.forget()
+    if fault == "rename":
+        monkeypatch.setattr(os, "replace", _fails(errno.EIO))
+    elif fault == "lock":
+        monkeypatch.setattr(fcntl, "flock", _fails(errno.ENOLCK))
+    else:
+        (remote.root / "cache" / "shard_cache.json").unlink()
+    with pytest.raises(store.RemoteError, match=r"/cache cannot be used \(.*: check its disk, its permissions"):
+        reader.read(0, 0, "image")
+    assert not list((remote.root / "cache").glob("*/.*.part"))
+
+
+def test_files_are_open_for_writing_when_they_are_locked_as_nfs_demands(
+    remote: Remote, tars: list[CachedTar], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fcntl.flock
+
+    def flock(descriptor: int, operation: int) -> None:
+        if operation & fcntl.LOCK_EX and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    cache = remote.cache(1)
+    for tar in tars[:2]:
+        os.close(cache.open_tar(tar))
+    assert names(cache) == ["00001"]
+
+
+def test_tars_of_another_user_are_read_and_removed(
+    remote: Remote, tars: list[CachedTar], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, real = remote.cache(1), os.open
+    os.close(cache.open_tar(tars[0]))
+
+    def open_(path: Any, flags: int, *mode: int) -> int:
+        return _fails(errno.EACCES)() if flags & os.O_RDWR and str(path).endswith(".tar") else real(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", open_)
+    monkeypatch.setattr(os, "utime", _fails(errno.EPERM))
+    assert cache.mark(tars[0]) and not cache.mark(tars[1])
+    os.close(cache.open_tar(tars[0]))
+    os.close(cache.open_tar(tars[1]))
+    assert names(cache) == ["00001"]
+
+
+def test_a_tar_that_is_indexed_again_while_runs_use_it(remote: Remote, tars: list[CachedTar]) -> None:
+    cache = remote.cache()
+    os.close(cache.open_tar(tars[0]))
+    held = cache.hold(tars[0])
+    assert held is not None
+    with cache.added(tars[0].url) as (path, _), TarBytes(path, hashed=True) as tar:
+        cache.mark(tars[0])
+        assert tar.sha256() == tars[0].sha256
+    assert os.fstat(held).st_nlink == 1 and not list(cache.directory.glob("*/.*"))
+    os.close(held)
+
+
+def test_verify_reads_what_is_in_the_cache(
+    remote: Remote, tars: list[CachedTar], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = remote.cache(name="first")
+    monkeypatch.setenv("MEGACID_CACHE_DIR", str(cache.directory))
+    assert verify_index(remote.url) == []
+    path = cache.path(tars[2])
+    path.write_bytes(b"x" + path.read_bytes()[1:])
+    (problem,) = verify_index(remote.url)
+    assert problem == f"{path} has the right size but another sha256, remove it: {tars[2].url} is fetched again"
+    path.unlink()
+    assert verify_index(remote.url) == []
+
+
+def test_a_tar_that_is_opened_counts_as_used(remote: Remote, tars: list[CachedTar]) -> None:
+    cache = remote.cache(2)
+    for tar in (*tars[:2], tars[0], tars[2]):
+        os.close(cache.open_tar(tar))
+    assert names(cache) == ["00000", "00002"]
+
+
+def test_prefetched_tars_of_a_run_that_has_ended_can_be_removed_an_hour_later(
+    remote: Remote, tars: list[CachedTar], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, real = remote.cache(1), time.time
+    os.close(cache.open_tar(tars[0]))
+    cache.mark(tars[0], 0)
+    assert not cache.fetch(tars[1], remove_prefetched=False)
+    monkeypatch.setattr(time, "time", lambda: real() + 3600)
+    assert cache.fetch(tars[1], remove_prefetched=False)

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pair_data import make_tar
@@ -240,6 +241,30 @@ def test_a_missing_package_is_named_with_its_extra(remote: Remote, monkeypatch: 
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
     with pytest.raises(UserError, match=r"^gs://bucket/laion needs a package .*: pip install 'megacid\[remote\]'$"):
         remote.index(shards="gs://bucket/laion")
+
+
+def test_a_bucket_of_google_is_read_with_a_time_limit_and_a_refusal_is_final(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec, registry = pytest.importorskip("fsspec"), pytest.importorskip("fsspec.registry")
+    attempts: list[Any] = []
+
+    class Google(fsspec.AbstractFileSystem):  # what store.py uses of gcsfs
+        protocol = "gs"
+
+        def __init__(self, requests_timeout: object = None, **options: object) -> None:
+            super().__init__(**options)
+            self.requests_timeout = requests_timeout
+
+        def get_file(self, path: str, target: str, **options: object) -> None:
+            attempts.append(self.requests_timeout)
+            raise OSError(f"Forbidden: {path}\nno access")
+
+    monkeypatch.setitem(registry._registry, "gs", Google)
+    with pytest.raises(UserError, match=r"^gs://bucket/0.tar may not be read \(OSError: Forbidden: .* GOOGLE_APP"):
+        store.download("gs://bucket/0.tar", tmp_path / "0.tar", None, None)
+    (timeout,) = attempts
+    assert timeout.sock_read == timeout.sock_connect == store.SILENCE_S and timeout.total is None
 
 
 def test_readers_release_removed_tars(remote: Remote) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,6 +139,23 @@ def _stopped_on_rank_1(processes: int) -> int:
 def test_a_request_to_stop_one_rank_stops_all(monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
     monkeypatch.setattr(divided_work, "_ROUND_S", 0.2)
     assert run_ranks(_stopped_on_rank_1, 2, processes) == [143, 143]
+
+
+def _write_later(folder: Path) -> None:
+    (folder / "started").touch()
+    time.sleep(3)
+    (folder / "finished").touch()
+
+
+def test_a_request_to_stop_does_not_wait_for_items_that_are_running(tmp_path: Path) -> None:
+    def poll() -> None:
+        if (tmp_path / "started").exists():
+            raise Stopped(143)
+
+    with pytest.raises(Stopped):
+        Workers(poll=poll).divide(_write_later, {0: tmp_path}, 1)
+    time.sleep(3)  # longer than the item would take
+    assert not (tmp_path / "finished").exists()
 
 
 def test_no_process_outlives_its_parent() -> None:

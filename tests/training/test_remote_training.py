@@ -61,7 +61,8 @@ def _train_and_kill_fetchers(argv: list[str], plan: str) -> int:
     return train_rank(argv)
 
 
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
 def test_a_run_whose_fetchers_and_ranks_are_killed_ends_with_the_bits_of_one_on_a_disk(
     remote: Remote, world: int
 ) -> None:
@@ -78,6 +79,7 @@ def test_a_run_whose_fetchers_and_ranks_are_killed_ends_with_the_bits_of_one_on_
     assert want.keys() == got.keys() and all(want[name].equal(got[name]) for name in want)
 
 
+@pytest.mark.slow
 def test_a_tar_that_disappears_ends_all_ranks_with_its_url(remote: Remote, capfd: pytest.CaptureFixture[str]) -> None:
     file = remote.run_file("gone", "cache")
     for path in (remote.pipeline.root / "cache").glob("*/*.tar"):
@@ -125,7 +127,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize(
+    "case", [case if case == "too small" else pytest.param(case, marks=pytest.mark.slow) for case in REFUSED]
+)
 def test_what_cannot_be_read_is_refused_on_every_rank_before_the_first_step(
     remote: Remote, capfd: pytest.CaptureFixture[str], case: str
 ) -> None:

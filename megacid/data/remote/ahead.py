@@ -1,4 +1,4 @@
-"""A process per rank that fetches the remote tars of the coming blocks into the cache."""
+"""A process per rank that fetches the remote tars of the next blocks into the cache."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ _FIRST_S, _LOG_S = 120.0, 10.0  # longest wait for one tar of the first block; b
 _FAILED_S = 60.0  # before a tar that could not be fetched is tried again
 _MAX_STARTS = 4
 _OTHER_FILES = 256  # descriptors that are left for other files than the tars that are held
-_MAX_COMING = 4096  # tars beyond the next block that are fetched ahead
+_MAX_PREFETCHED = 4096  # tars beyond the next block
+_RENEW_S = 600.0  # between two marks of the prefetched tars
 
 
 class FetchAhead:
@@ -61,7 +62,7 @@ class FetchAhead:
         self._check_size()
 
     def _check_size(self) -> None:
-        number = self._most_near()
+        number = self._most_needed()
         sizes = sorted((tar.size for tar in self._tars.values()), reverse=True)
         least = sum(sizes[:number])
         if least > self._cache.limit:
@@ -71,15 +72,15 @@ class FetchAhead:
                 "data.block_shards, data.workers or data.prefetch"
             )
 
-    def _most_near(self) -> int:
-        """The largest number of shards of the blocks that are read at a time and the next one, in the first epoch."""
-        epoch = self._order.num_samples
-        blocks = list(itertools.takewhile(lambda block: block[0] < 2 * epoch, self._order.blocks(0)))
-        ends = np.array([end for _, end, _ in blocks])
-        totals = np.concatenate([[0], np.cumsum([len(shards) for _, _, shards in blocks])])
-        first = np.arange(np.searchsorted(ends, epoch) + 1)
-        last = np.searchsorted(ends, ends[first] - 1 + self._in_flight) + 1
-        return int((totals[np.minimum(last + 1, len(blocks))] - totals[first]).max())
+    def _most_needed(self) -> int:
+        """The largest number of shards, in any epoch, of the blocks that are read at a time and the next one.
+
+        These are the first and the last block that are read, those between, which are whole and thus have at most as
+        many samples as are in flight, and the next one. Most shards are between when each has few samples.
+        """
+        sizes = np.sort(self._order.sizes[self._order.sizes > 0])
+        between = int(np.searchsorted(np.cumsum(sizes), self._in_flight, side="right"))
+        return 3 * self._order.block_shards + between
 
     def over(self, plan: Iterable[list[int]]) -> Generator[list[int], None, None]:
         """The items of `plan`; the process fetches what follows each until the iteration ends.
@@ -105,7 +106,7 @@ class FetchAhead:
         _, _, shards = next(self._order.blocks(int(self._position.value)))
         missing = [self._tars[shard] for shard in shards.tolist() if shard in self._tars]
         total, logged, arrived = len(missing), time.monotonic(), time.monotonic()
-        while left := [tar for tar in missing if not self._cache.path(tar).exists()]:
+        while left := [tar for tar in missing if not os.path.exists(self._cache.path(tar))]:
             assert self._process is not None
             now = time.monotonic()
             arrived = now if len(left) < len(missing) else arrived
@@ -169,7 +170,7 @@ def fetch_ahead(
 
 
 class _Fetcher:
-    """Holds the tars that are near, and fetches one tar at a step."""
+    """Holds the tars of the blocks that are read and of the next one, and fetches one tar at a step."""
 
     def __init__(
         self, cache: ShardCache, tars: dict[int, CachedTar], order: SampleOrder, in_flight: int, stop: int
@@ -179,16 +180,17 @@ class _Fetcher:
         self.failed: dict[int, float] = {}  # shard -> when it may be tried again
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._max_held = sys.maxsize if limit == resource.RLIM_INFINITY else max(0, limit - _OTHER_FILES)
-        self._coming_until = -1  # end of the block for which the coming tars are in the cache, or no longer fit
+        # End of the block for which the later tars are in the cache or do not fit, and when they are marked again.
+        self._prefetched_until, self._renew_at = -1, 0.0
 
     def step(self, position: int) -> bool:
         """Fetch one tar. False when there is none to fetch now."""
-        end, near, coming = self._near_and_coming(position)
-        for shard in self._held.keys() - near.keys():
+        end, needed, later = self._needed_and_later(position)
+        for shard in self._held.keys() - needed.keys():
             self._cache.mark(self._tars[shard])
             os.close(self._held.pop(shard))
         missing = []
-        for shard in (shard for shard in near if shard not in self._held):
+        for shard in (shard for shard in needed if shard not in self._held):
             if len(self._held) >= self._max_held:
                 break
             if (descriptor := self._cache.hold(self._tars[shard])) is None:
@@ -196,38 +198,38 @@ class _Fetcher:
             else:
                 self._held[shard] = descriptor
         if missing:
-            return any(self._fetch(shard, remove_coming=True) for shard in missing)
-        if self._coming_until == end:
+            return any(self._fetch(shard, remove_prefetched=True) for shard in missing)
+        if self._prefetched_until == end and time.monotonic() < self._renew_at:
             return False
-        for rank, shard in enumerate(coming):
-            if self._cache.mark(self._tars[shard], rank):
+        for place, shard in enumerate(later):
+            if self._cache.mark(self._tars[shard], place):
                 continue
-            if self._fetch(shard, remove_coming=False):
-                self._cache.mark(self._tars[shard], rank)
+            if self._fetch(shard, remove_prefetched=False):
+                self._cache.mark(self._tars[shard], place)
                 return True
-        self._coming_until = end
+        self._prefetched_until, self._renew_at = end, time.monotonic() + _RENEW_S
         return False
 
-    def _near_and_coming(self, position: int) -> tuple[int, dict[int, None], Iterator[int]]:
+    def _needed_and_later(self, position: int) -> tuple[int, dict[int, None], Iterator[int]]:
         """(End of the first block, shards of the blocks that are read and of the next one, those that follow)."""
         blocks = itertools.takewhile(lambda block: block[0] < self._stop, self._order.blocks(position))
-        near: dict[int, None] = {}
+        needed: dict[int, None] = {}
         first_end, is_read = -1, True
         for _, end, shards in blocks:
-            near |= dict.fromkeys(self._remote(shards))
+            needed |= dict.fromkeys(self._remote(shards))
             first_end = end if first_end < 0 else first_end
             if not is_read:
                 break
             is_read = end < position + self._in_flight  # the next one
-        return first_end, near, self._coming(blocks, near)
+        return first_end, needed, self._later(blocks, needed)
 
-    def _coming(self, blocks: Iterator[Block], near: dict[int, None]) -> Iterator[int]:
-        given, size = set(near), 0
+    def _later(self, blocks: Iterator[Block], needed: dict[int, None]) -> Iterator[int]:
+        given, size = set(needed), 0
         for _, _, shards in blocks:
             for shard in (shard for shard in self._remote(shards) if shard not in given):
                 given.add(shard)
                 size += self._tars[shard].size
-                if len(given) > len(near) + _MAX_COMING or size > self._cache.limit:
+                if len(given) > len(needed) + _MAX_PREFETCHED or size > self._cache.limit:
                     return
                 yield shard
             if len(given) == len(self._tars):
@@ -236,11 +238,11 @@ class _Fetcher:
     def _remote(self, shards: np.ndarray) -> list[int]:
         return [shard for shard in shards.tolist() if shard in self._tars]
 
-    def _fetch(self, shard: int, *, remove_coming: bool) -> bool:
+    def _fetch(self, shard: int, *, remove_prefetched: bool) -> bool:
         if time.monotonic() < self.failed.get(shard, 0.0):
             return False
         try:
-            return self._cache.fetch(self._tars[shard], remove_coming=remove_coming)
+            return self._cache.fetch(self._tars[shard], remove_prefetched=remove_prefetched)
         except UserError as error:  # the reader that needs the tar raises it
             log.warning("%s", error)
             self.failed[shard] = time.monotonic() + _FAILED_S

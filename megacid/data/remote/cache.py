@@ -8,7 +8,8 @@
 
 A tar is fetched under a file lock, checked against size and sha256 of the index, and renamed into place. Before a
 fetch, the tars whose modification time is oldest are removed until the new one fits. The time is that of the last use;
-that of a coming tar lies in the future. A tar that a process holds is never removed. Locks end with their holder.
+that of a prefetched tar lies in the future. A tar that a process holds is never removed or replaced. Locks end with
+their holder.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ _POLL_S = 0.05
 _MARKER, _KIND = "shard_cache.json", {"made_by": "megacid", "kind": "shard cache", "version": 1}
 _LOCK_NAME = re.compile(r"\.(?P<name>.+)\.(?P<bytes>\d+)\.lock")
 _HASH_CHARACTERS = 32
+_PREFETCHED_S = 1800.0  # how long a prefetched tar is kept for its run without a new mark
+_PLACE_S = 0.1  # in the order of the prefetched tars
 
 
 @dataclass(frozen=True)
@@ -107,14 +110,20 @@ class ShardCache:
         """A descriptor of a tar, which is fetched when it is not in the cache. It stays valid if the tar is removed.
 
         Raises:
-            RemoteError: the tar cannot be fetched, or there is no space for it.
+            RemoteError: the tar cannot be fetched, there is no space for it, or the cache cannot be used.
         """
-        while (descriptor := self._open_cached(tar)) is None:
-            self._fetch_needed(tar)
+        with self._errors():
+            while (descriptor := self._open_cached(tar)) is None:
+                self._fetch_needed(tar)
+        self.mark(tar)
         return descriptor
 
     def hold(self, tar: CachedTar) -> int | None:
-        """A descriptor of a tar that keeps it in the cache until it is closed; None when it is not there."""
+        """A descriptor of a tar that keeps it in the cache until it is closed; None when it is not there.
+
+        Raises:
+            OSError: the cache cannot be used.
+        """
         descriptor = self._open_cached(tar)
         if descriptor is not None:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -125,9 +134,14 @@ class ShardCache:
 
     @contextlib.contextmanager
     def local(self, tar: CachedTar) -> Iterator[Path]:
-        """The path of a tar, which is fetched when it is not in the cache and kept there during the block."""
-        while (descriptor := self.hold(tar)) is None:
-            self._fetch_needed(tar)
+        """The path of a tar, which is fetched when it is not in the cache and kept there during the block.
+
+        Raises:
+            RemoteError: as `open_tar`.
+        """
+        with self._errors():
+            while (descriptor := self.hold(tar)) is None:
+                self._fetch_needed(tar)
         try:
             yield self.path(tar)
         finally:
@@ -135,54 +149,53 @@ class ShardCache:
 
     @contextlib.contextmanager
     def added(self, url: str) -> Iterator[tuple[Path, RemoteObject]]:
-        """Fetch a tar that is not indexed. Yields its path, which is valid during the block, and its version.
+        """Fetch a tar that is not indexed. Yields a path, which is valid during the block, and the tar's version.
+
+        The tar is in the cache after the block. In the block no other process knows it, so none sets its time.
 
         Raises:
-            RemoteError: it cannot be fetched, changes meanwhile, or there is no space for it.
+            RemoteError: it cannot be fetched, changes meanwhile, there is no space for it, or the cache cannot be used.
         """
         before = store.stat(url)
-        with self._fetching(url, _stem(url), before.size or 0) as lock:
+        with self._errors(), self._fetching(url, _stem(url), before.size or 0) as lock:
             assert lock is not None
             sha256 = store.download(url, lock.part, before.size, None)
             if store.stat(url, again=True).version != before.version:
                 raise RemoteError(f"{url} changed while it was read: run the same command when it is complete")
-            tar = CachedTar(url, lock.part.stat().st_size, sha256)
-            self._place(lock.part, tar)
-            descriptor = self.hold(tar)
-        if descriptor is None:
-            raise RemoteError(f"{self.path(tar)} was removed by another program: run the same command again")
-        try:
-            yield self.path(tar), before
-        finally:
-            os.close(descriptor)
+            yield lock.part, before
+            self._place(lock.part, CachedTar(url, lock.part.stat().st_size, sha256))
 
-    def fetch(self, tar: CachedTar, *, remove_coming: bool) -> bool:
+    def fetch(self, tar: CachedTar, *, remove_prefetched: bool) -> bool:
         """Fetch a tar ahead. False, without waiting, when another process fetches it or there is no room.
 
         Args:
-            remove_coming: make room also by removing tars that are coming, the most distant first.
+            remove_prefetched: make room also by removing prefetched tars, first those that are needed last.
 
         Raises:
-            RemoteError: the tar cannot be fetched.
+            UserError: the tar cannot be fetched, or the cache cannot be used.
         """
-        lock = self._lock(tar)
-        if not lock.acquire():
-            return False
-        try:
-            if not (there := self.path(tar).exists()) and self._make_room(remove_coming=remove_coming):
-                self._download(tar, lock.part)
-                there = True
-            return there
-        finally:
-            lock.release()
+        with self._errors():
+            lock = self._lock(tar)
+            if not lock.acquire():
+                return False
+            try:
+                if not (there := self.path(tar).exists()) and self._make_room(remove_prefetched=remove_prefetched):
+                    self._download(tar, lock.part)
+                    there = True
+                return there
+            finally:
+                lock.release()
 
-    def mark(self, tar: CachedTar, coming_rank: int | None = None) -> bool:
-        """Note that a tar was used now, or that it is the nth one to come. False when it is not in the cache."""
-        at = time.time() + (0 if coming_rank is None else 86_400 - coming_rank / 10)
-        with contextlib.suppress(FileNotFoundError):
-            os.utime(self.path(tar), (at, at))
-            return True
-        return False
+    def mark(self, tar: CachedTar, place: int | None = None) -> bool:
+        """Note that a tar is used now, or with a place that it is prefetched. False when it is not in the cache.
+
+        Args:
+            place: in the order in which a run will need its prefetched tars. The note holds for half an hour.
+        """
+        path, at = self.path(tar), time.time() + (0 if place is None else _PREFETCHED_S - place * _PLACE_S)
+        with contextlib.suppress(OSError):  # only the owner of a file may set its time
+            os.utime(path, (at, at))
+        return os.path.exists(path)
 
     def _open_cached(self, tar: CachedTar) -> int | None:
         path = self.path(tar)
@@ -223,7 +236,7 @@ class ShardCache:
                 deadline = time.monotonic() + ROOM_S
             else:
                 try:
-                    if (path is None or not path.exists()) and self._make_room(remove_coming=True):
+                    if (path is None or not path.exists()) and self._make_room(remove_prefetched=True):
                         yield lock
                         return
                 finally:
@@ -234,9 +247,25 @@ class ShardCache:
         yield None
 
     def _place(self, part: Path, tar: CachedTar) -> None:
+        """Move a fetched tar to its path, unless another process was faster, whose file may be held."""
         with disk_errors(part), open(part, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(part, self.path(tar))
+        with self._exclusively():
+            if (descriptor := self._open_cached(tar)) is None:
+                os.replace(part, self.path(tar))
+            else:
+                os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn an OSError into a RemoteError, which ends the run: a fault of the node is no bad sample."""
+        try:
+            yield
+        except OSError as error:
+            raise RemoteError(
+                f"{self.directory} cannot be used ({error}), expected a cache that this process can read, write and "
+                "lock: check its disk, its permissions and the limit on open files"
+            ) from None
 
     # ---- space -----------------------------------------------------------------------------------------------
 
@@ -247,13 +276,13 @@ class ShardCache:
             f"least {(used + size) / GB:.3g} GB: raise data.cache_gb or MEGACID_CACHE_GB, now {self.limit / GB:.3g}"
         )
 
-    def _make_room(self, *, remove_coming: bool) -> bool:
+    def _make_room(self, *, remove_prefetched: bool) -> bool:
         """Remove old tars until those that are there or being fetched fit. False if too few may be removed."""
         with self._exclusively():
             being_fetched = self._being_fetched()  # first: a tar that arrives now is counted twice rather than never
             tars = sorted(self._tars(), key=lambda entry: entry.used)
             over = sum(entry.size for entry in tars) + being_fetched - self.limit
-            newest = float("inf") if remove_coming else time.time()
+            newest = float("inf") if remove_prefetched else time.time()
             for entry in tars:
                 if over <= 0 or entry.used > newest:
                     break
@@ -263,7 +292,7 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _exclusively(self) -> Iterator[None]:
-        descriptor = os.open(self.directory / _MARKER, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = _open_to_lock(self.directory / _MARKER)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -308,15 +337,23 @@ def _stem(url: str) -> str:
     return url.rpartition("/")[2].removesuffix(".tar")
 
 
+def _open_to_lock(path: Path) -> int:
+    """A descriptor for an exclusive lock, for which NFS demands write access."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:  # a file of another user; local file systems lock it nevertheless
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
 def _remove_unless_held(path: Path) -> bool:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = _open_to_lock(path)
     except FileNotFoundError:
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink(missing_ok=True)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         return False
     finally:
         os.close(descriptor)

@@ -160,12 +160,15 @@ def _open_store(url: str) -> tuple[Any, str]:
 
         options: dict[str, Any] = {}
         configured = fsspec.config.conf.get(scheme, {})
-        if scheme in ("http", "https"):
+        if scheme in ("http", "https", "gs"):
             import aiohttp
 
             # Without a limit on the whole transfer: a large tar may take longer than aiohttp's five minutes.
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)
-            options["client_kwargs"] = {"timeout": timeout, **configured.get("client_kwargs", {})}
+            if scheme == "gs":
+                options["requests_timeout"] = configured.get("requests_timeout", timeout)
+            else:
+                options["client_kwargs"] = {"timeout": timeout, **configured.get("client_kwargs", {})}
         elif scheme == "s3":
             limits = {"connect_timeout": SILENCE_S, "read_timeout": SILENCE_S, "retries": {"total_max_attempts": 1}}
             options["config_kwargs"] = {**limits, **configured.get("config_kwargs", {})}
@@ -174,7 +177,7 @@ def _open_store(url: str) -> tuple[Any, str]:
         raise UserError(
             f"{url} needs a package that is not installed ({one_line(error)}): pip install 'megacid[remote]'"
         ) from None
-    if hasattr(filesystem, "retries"):  # s3fs, gcsfs: `_retrying` alone repeats what has failed
+    if scheme == "s3":  # `_retrying` alone repeats what has failed; gcsfs has a fixed number of attempts, six
         filesystem.retries = 1
     return filesystem, path
 
@@ -212,6 +215,7 @@ def _is_refusal(error: BaseException) -> bool:
     return (
         _status(error) in (401, 403)
         or isinstance(error, PermissionError)
+        or (isinstance(error, OSError) and str(error).startswith("Forbidden:"))  # gcsfs, without a status
         or any("Credential" in name or "GatedRepo" in name or "TokenRetrieval" in name for name in names)
     )
 
