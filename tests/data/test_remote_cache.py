@@ -136,6 +136,7 @@ def test_a_cached_tar_that_somebody_cut_is_fetched_again(remote: Remote, tars: l
     os.close(descriptor)
 
 
+@pytest.mark.slow
 def test_the_cache_is_shared_by_runs_with_their_own_order(remote: Remote) -> None:
     index = remote.index(tars=100)
     remote.forget()

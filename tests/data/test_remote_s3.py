@@ -77,6 +77,7 @@ def test_tars_in_a_bucket_give_the_same_batches_however_they_are_named(bucket: B
     assert len(list(cache.directory.glob("s3-bucket-laion-*"))) == 1  # one cache and index for all of them
 
 
+@pytest.mark.slow  # the same of an HTTP server is not
 def test_an_object_that_changed_is_named(bucket: Bucket, cache: ShardCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "RETRY_S", 0.2)
     monkeypatch.setenv("MEGACID_CACHE_DIR", str(cache.directory))
@@ -133,6 +134,7 @@ def _without_credentials(directory: Path) -> None:
     (directory / "result.json").write_text(json.dumps(result))
 
 
+@pytest.mark.slow
 def test_missing_credentials_are_one_error_that_says_where_they_are_found(bucket: Bucket, cache: ShardCache) -> None:
     process = multiprocessing.get_context("fork").Process(target=_without_credentials, args=(cache.directory,))
     process.start()

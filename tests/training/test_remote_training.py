@@ -127,9 +127,8 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [case if case == "too small" else pytest.param(case, marks=pytest.mark.slow) for case in REFUSED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_read_is_refused_on_every_rank_before_the_first_step(
     remote: Remote, capfd: pytest.CaptureFixture[str], case: str
 ) -> None:
