@@ -120,13 +120,13 @@ def build_entries(
         for folder in written if ranks[0] == workers.rank else ():
             here = [entry for entry, tar in zip(ordered, tars) if tar.folder == folder]
             save_entries(folder, here, whole=paths.directory is not None)
-            _remove_old_temporary_files(folder)
+            remove_old_temporary_files(folder)
     if workers.rank == 0:
         log.info("indexed %s: %d shards, %s", paths, len(ordered), summary(ordered))
     return ordered, tables
 
 
-def _remove_old_temporary_files(folder: Path) -> None:
+def remove_old_temporary_files(folder: Path) -> None:
     """Remove what killed builds left. A young file may be of another job that builds the same index."""
     for path in folder.glob(".tmp-*"):
         with contextlib.suppress(FileNotFoundError):

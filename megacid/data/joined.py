@@ -117,7 +117,7 @@ class JoinSources:
         words += ["--teacher", *(str(table.directory) for table in self.teachers)] if self.teachers else []
         words += ["--labels", str(self.labels.directory)] if self.labels else []
         words += ["--keep", str(self.keep.directory)] if self.keep else []
-        return f"tools/index_shards.py {shlex.join(words)}"
+        return f"{paths.tool} {shlex.join(words)}"
 
     def checks(self, rows: np.ndarray, shard: np.ndarray | int, number: np.ndarray | int = -1) -> np.ndarray:
         """uint32 [m]: the check values of rows; number: of each among the usable rows of its tar. Or of entries."""

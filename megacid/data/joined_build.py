@@ -1,29 +1,31 @@
 """Makes joined tables: in train.py's start or ahead of it, by any number of ranks and processes, also after a kill.
 
-Each rank makes its own share of the parts first and then, in an order of its own, what is still missing where it reads:
-parts that ranks on other hosts wrote to disks of their own. A part that two processes make has the same bytes.
+Ranks that see the same folder divide its parts; hosts that have disks of their own each make all of them. A part that
+two processes make has the same bytes.
 """
 
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Callable
+import os
 from pathlib import Path
 
 import numpy as np
 
+from megacid.data.index_build import remove_old_temporary_files
+from megacid.data.index_ranks import ranks_that_share
 from megacid.data.joined import PART, JoinedTable, JoinSources, header_of, rows_path
 from megacid.data.side_tables import IMAGE, TEXT
 from megacid.distributed.divided_work import ALONE, Workers
 from megacid.distributed.progress import progress_bar
 from megacid.errors import UserError
-from megacid.storage.atomic import atomic_path, disk_errors, write_json_atomic
+from megacid.storage.atomic import write_json_atomic
 from megacid.storage.npy import load_npy, write_array
 
 log = logging.getLogger(__name__)
 
 _SAMPLE_S = 2e-6  # to join a sample of the index, by one process from memory
+_SEED_S = 1.2e-6  # for each view of it
 _SHOWN_S = 10.0  # of an estimate: a shorter build needs no progress bar
 _ANNOUNCED_MIN = 1.0  # of an estimate: a shorter build is not announced
 
@@ -40,8 +42,12 @@ def open_joined(
         fallback: folder for the table if the index cannot be written.
 
     Raises:
+        RanksDisagree: the ranks have other shards, or another run of a stage.
         UserError: a side table is damaged or does not match, or the folder cannot be written.
     """
+    workers.agree_on_mapping(
+        sources.made_from, "the shards and the meta.json of data.teacher, data.labels and data.keep"
+    )
     name = f"joined-{sources.digest[:16]}"
     parents = [folder / sources.index.caption.index_folder for folder in sources.index.paths.folders]
     folders = [parent / name for parent in [*parents, fallback] if parent is not None]
@@ -51,26 +57,30 @@ def open_joined(
         folder, tars = next(iter(complete.items()))
         return JoinedTable(sources, folder, tars, block_shards)
     with workers.together():
-        folder = next(iter(complete), None) or _writable(folders, sources)
-    _make_parts(sources, folder, workers)
+        folder = next(iter(complete), None) or _writable(folders, sources, warn=workers.rank == 0)
+    ranks = ranks_that_share({folder: folder not in complete}, workers)
+    _make_parts(sources, folder, ranks, workers)
     with workers.together():
         tars = _entries_of_parts(sources, folder)
-        if folder not in complete:
-            _write(folder / "tars.npy", tars)
+        if folder not in complete and workers.rank == ranks[0]:
+            write_array(folder / "tars.npy", tars)
+            remove_old_temporary_files(folder)
     return JoinedTable(sources, folder, tars, block_shards)
 
 
-def _writable(folders: list[Path], sources: JoinSources) -> Path:
+def _writable(folders: list[Path], sources: JoinSources, *, warn: bool) -> Path:
     """The first folder that can be written, with made_from.json in it."""
+    reasons = []
     for folder in folders:
         try:
             write_json_atomic(folder / "made_from.json", sources.made_from)
         except OSError as error:
-            reason = f"{folder} cannot be written ({error.strerror})"
-            log.warning("%s: the shards are joined with their side tables elsewhere", reason)
+            reasons.append(f"{folder} cannot be written ({error.strerror})")
         else:
+            if reasons and warn:
+                log.warning("%s: the shards are joined with their side tables in %s", ", ".join(reasons), folder)
             return folder
-    raise UserError(f"{reason}: correct its permissions, or free space on that disk")
+    raise UserError(f"{', '.join(reasons)}: correct its permissions, or free space on that disk")
 
 
 def _complete(sources: JoinSources, folder: Path) -> np.ndarray | None:
@@ -127,58 +137,56 @@ def _is_made(sources: JoinSources, folder: Path, part: int) -> bool:
     return entries is not None and _has_rows(folder, part, sources, entries)
 
 
-def _make_parts(sources: JoinSources, folder: Path, workers: Workers) -> None:
-    """Make the parts that are missing in a folder. A collective."""
+def _make_parts(sources: JoinSources, folder: Path, ranks: list[int], workers: Workers) -> None:
+    """Make the parts that are missing in a folder, which `ranks` share. A collective."""
     with workers.together():
-        missing = [part for part in range(sources.parts) if not _is_made(sources, folder, part)]
-    seconds = sources.index.num_samples * _SAMPLE_S * len(missing) / sources.parts / workers.world
+        missing = _missing(sources, folder) if workers.rank == ranks[0] else []
+    missing = workers.gather(missing)[ranks[0]]
+    own = missing[ranks.index(workers.rank) :: len(ranks)]
+    views = sources.teacher.views if sources.teacher else None
+    sample_s = _SAMPLE_S + (_SEED_S * views.count if views else 0.0)
+    seconds = sources.index.num_samples * sample_s * len(missing) / sources.parts / len(ranks)
     processes = min(workers.max_processes(), int(seconds))
-    minutes = seconds / max(1, processes) / 60
+    minutes = max(workers.gather(seconds / max(1, processes))) / 60
+    total = sum(workers.gather(len(own)))
     if minutes > _ANNOUNCED_MIN and workers.rank == 0:
         log.warning(
-            "joining %d tars with their side tables takes about %.0f minutes, with %d processes on each of %d ranks; "
-            "ahead of a run, this command does it: %s",
-            *(len(sources.index.names), minutes, max(1, processes), workers.world, sources.command),
+            "joining %d tars with their side tables takes about %.0f minutes with %d ranks; ahead of a run, this "
+            "command does it: %s",
+            *(len(sources.index.names), minutes, workers.world, sources.command),
         )
-    own = [part for part in missing if part % workers.world == workers.rank]
-    with progress_bar("join", "part", len(missing), enabled=workers.rank == 0 and seconds > _SHOWN_S) as bar:
-        _divide(sources, folder, workers, own, processes, lambda results: bar.update(len(results)))
-    with workers.together():
-        left = [part for part in range(sources.parts) if not _is_made(sources, folder, part)]
-        random.Random(workers.rank).shuffle(left)
-    _divide(sources, folder, workers, left, min(processes, len(left)), lambda results: None)
+    _inherited.append((sources, folder))
+    try:
+        with progress_bar("join", "part", total, enabled=workers.rank == 0 and minutes * 60 > _SHOWN_S) as bar:
+            # Ranks that write other folders give their parts other numbers.
+            items = {sources.parts * ranks[0] + part: part for part in own}
+            workers.divide(_make_part, items, processes, lambda results: bar.update(len(results)))
+    finally:
+        _inherited.pop()
+
+
+def _missing(sources: JoinSources, folder: Path) -> list[int]:
+    """The parts that are not in a folder.
+
+    The folder is listed, since some network file systems remember for a while that a file was missing.
+    """
+    present = set(os.listdir(folder))
+    return [
+        part
+        for part in range(sources.parts)
+        if _tars_path(folder, part).name not in present or not _is_made(sources, folder, part)
+    ]
 
 
 _inherited: list[tuple[JoinSources, Path]] = []  # of forked processes: to pickle an index for every part takes longer
-
-
-def _divide(
-    sources: JoinSources,
-    folder: Path,
-    workers: Workers,
-    parts: list[int],
-    processes: int,
-    on_done: Callable[[dict[int, None]], object],
-) -> None:
-    """Make parts, those of this rank. A collective."""
-    _inherited.append((sources, folder))
-    try:
-        workers.divide(_make_part, {part: part for part in parts}, processes, on_done)
-    finally:
-        _inherited.pop()
 
 
 def _make_part(part: int) -> None:
     sources, folder = _inherited[-1]
     if not _is_made(sources, folder, part):
         rows, entries = zip(*(join_tar(sources, shard) for shard in _tars_of(sources, part)))
-        _write(rows_path(folder, part), np.concatenate(rows))
-        _write(_tars_path(folder, part), np.concatenate(entries))
-
-
-def _write(path: Path, array: np.ndarray) -> None:
-    with disk_errors(path), atomic_path(path) as temporary:
-        write_array(temporary, array)
+        write_array(rows_path(folder, part), np.concatenate(rows))
+        write_array(_tars_path(folder, part), np.concatenate(entries))
 
 
 def join_tar(sources: JoinSources, shard: int) -> tuple[np.ndarray, np.ndarray]:

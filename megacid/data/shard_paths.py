@@ -6,6 +6,7 @@ import contextlib
 import glob
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -53,6 +54,12 @@ class ShardPaths:
     def folders(self) -> list[Path]:
         """The directories of the tars; an empty one, too, when it was named alone."""
         return [self.directory] if self.directory else list(dict.fromkeys(tar.parent for tar in self.tars))
+
+    @property
+    def tool(self) -> str:
+        """For messages: tools/index_shards.py, with the cache that remote tars need."""
+        cache = f"{DIRECTORY_VARIABLE}={shlex.quote(str(self.cache.directory))} " if self.cache else ""
+        return f"{cache}tools/index_shards.py"
 
     def of_tar(self, tar: Path) -> ShardPaths:
         """What is known of one tar, for another process."""
@@ -138,7 +145,7 @@ class ShardPaths:
             UserError: names a tar, and the command that indexes it.
         """
         missing = [self.remote[tar] for tar in tars if tar in self.remote]
-        command = f"run {DIRECTORY_VARIABLE}={self.cache and self.cache.directory} tools/index_shards.py {self.source}"
+        command = f"run {self.tool} {self.source}"
         for tar in tars:
             if tar in self.remote and tar in stored and not self.matches(tar, stored[tar]):
                 raise UserError(f"{self.remote[tar].url} has changed since it was indexed: put it back, or {command}")

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from megacid.distributed.collectives import Group, world_size
-from megacid.distributed.consensus import agree, broadcast_json, gather_json
+from megacid.distributed.consensus import agree, agree_on_mapping, broadcast_json, gather_json
 from megacid.distributed.parallel import Parallel
 from megacid.distributed.parent_process import start_child_process
 from megacid.distributed.stopping import stop_together
@@ -80,6 +80,11 @@ class Workers:
         """Raise RanksDisagree on every rank when `value` differs between ranks."""
         if self.world > 1:
             agree(value, what, self._group)
+
+    def agree_on_mapping(self, mapping: dict[str, Any], what: str) -> None:
+        """`agree` for a flat dict of JSON values: the message names only the keys that differ."""
+        if self.world > 1:
+            agree_on_mapping(mapping, what, self._group)
 
     def max_processes(self) -> int:
         """`processes`, or the cores for this rank."""

@@ -125,9 +125,9 @@ def test_a_kill_in_the_middle_and_runs_at_the_same_time_give_the_same_bytes(data
     assert {name[:5] for name in expected} == {"made_", "rows-", "tars-", "tars."} and len(expected) == 8
 
     def build_and_die() -> None:
-        write, make = [], joined_build._write
+        write, make = [], joined_build.write_array
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(joined_build, "_write", lambda *a: (make(*a), write.append(a), len(write) < 3 or die()))
+            patch.setattr(joined_build, "write_array", lambda *a: (make(*a), write.append(a), len(write) < 3 or die()))
             open_joined(sources(fresh))
 
     assert in_processes([build_and_die]) == [-signal.SIGKILL]
@@ -255,6 +255,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_another_is_used(
     first = open_joined(made, fallback=fresh / "runs")
     assert first.folder == fresh / "runs" / blocked.name
     assert f"{blocked} cannot be written" in caplog.text and caplog.text.count("cannot be written") == 1
+    assert f"with their side tables in {first.folder}" in caplog.text
     caplog.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(joined_build, "join_tar", lambda *_: pytest.fail("joined twice"))
