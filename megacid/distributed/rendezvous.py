@@ -35,6 +35,7 @@ def rendezvous(rank: int, world: int, timeout_s: float) -> dist.Store:
     if not 0 <= rank < world:
         raise UserError(f"RANK is {rank} and WORLD_SIZE {world}, expected 0 <= RANK < WORLD_SIZE: correct the launch")
     store = _connect(rank, world, timeout_s)
+    store.add("processes", 1)
     failure = None
     if (of_first := store.compare_set("world", "", str(world)).decode()) != str(world):
         failure = f"WORLD_SIZE is {world} on rank {rank} and {of_first} on another, expected the same on all"
@@ -50,7 +51,7 @@ def rendezvous(rank: int, world: int, timeout_s: float) -> dist.Store:
         return store
     store.add("readers", 1)
     if rank == 0:
-        _let_others_read(store, world)
+        _let_others_read(store)
     error = UserError(failure or outcome)
     error.on_every_rank = failure is None
     raise error
@@ -134,11 +135,10 @@ def _wait_for_all(store: dist.Store, world: int, timeout_s: float) -> str:
         pause_s = min(2 * pause_s, _LONGEST_POLL_S)
 
 
-def _let_others_read(store: dist.Store, world: int) -> None:
-    """Keep the store of rank 0 alive until every rank that has started knows the outcome, at most 5 s."""
+def _let_others_read(store: dist.Store) -> None:
+    """Keep the store of rank 0 alive until every process that has started knows the outcome, at most 5 s."""
     deadline = time.monotonic() + 5
-    started = sum(store.check([f"rank/{rank}"]) for rank in range(world))
-    while store.add("readers", 0) < started and time.monotonic() < deadline:
+    while store.add("readers", 0) < store.add("processes", 0) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
