@@ -12,8 +12,8 @@ is made once, with sequential reads and large writes, and everything that works 
 
 First each block of consecutive rows is read and its rows are appended to the .part files of their places. Where a block
 begins in each .part follows from the places, so a repeated block writes the same bytes. Then each .part is sorted in
-memory. Ranks divide blocks and files. A file has as many rows as half of the memory bound holds, whatever the clusters
-are. The copy does not depend on the number of ranks, and its rows have the bits of the originals.
+memory. Ranks divide blocks and files. A file has as many rows as half of the memory bound holds, however large the
+clusters are. The copy does not depend on the number of ranks, and its rows have the bits of the originals.
 
 Legend: n rows, D width, S rows of a file, B rows of a block.
 """
@@ -38,6 +38,7 @@ from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.offline.cluster.cells import group_by_label
 from megacid.offline.row_files import RowFiles
+from megacid.offline.row_numbers import row_dtype
 from megacid.offline.rows import Rows
 from megacid.storage.atomic import disk_errors, writing
 from megacid.storage.npy import write_npy
@@ -49,7 +50,7 @@ _NAME = "cluster-order"
 _CACHED_SHARE = 0.5  # of the machine's memory, in which the page cache holds a folder while ranks work
 _GAP_BYTES = 1 << 17  # from a disk these take about as long as another read
 _MOST_ROWS = 2**31 - 1  # of a file
-_SORT_BYTES = 40  # per row beside its values: places and sorted numbers
+_SORT_BYTES = 40  # per row on top of its values: places and sorted numbers
 _PIECE_ROWS = 4096  # read at once, or gathered for writing
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -240,7 +241,7 @@ class _Copy:
 def _begin(copy: _Copy, places: Places, world: int) -> _Copy:
     """Continue the copy that an interrupted run has left, or start `copy`; for one rank. Returns the one to make."""
     n, folder = copy.rows.num_rows, copy.partial.folder
-    dtype = np.dtype(np.int32 if n <= _MOST_ROWS else np.int64)
+    dtype = row_dtype(n)
     digest = hashlib.sha256()
     for block in places():
         digest.update(np.ascontiguousarray(block, dtype).data)

@@ -53,9 +53,9 @@ from megacid.offline.balance.medoids import represent_by_medoids
 from megacid.offline.balance.outputs import write_tars
 from megacid.offline.balance.preference import preference
 from megacid.offline.balance.report import decision_report
-from megacid.offline.balance.row_numbers import row_dtype
 from megacid.offline.balance.within_cluster import link_clusters
 from megacid.offline.nearest import Assigner
+from megacid.offline.row_numbers import row_dtype
 from megacid.storage.parquet import join_by_key, key_column, read_parquet
 
 HELP = "CPU time and memory per sample of the balance stage without products, by phase"

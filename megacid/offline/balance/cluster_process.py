@@ -13,7 +13,7 @@ import torch
 from megacid.errors import UserError
 from megacid.offline.balance.linking import UnitRows, near_pairs
 from megacid.offline.balance.report import count_labels
-from megacid.offline.balance.row_numbers import members_of
+from megacid.offline.row_numbers import members_of
 from megacid.offline.rows import Rows
 
 MOST_SHOWN = 500  # samples of a cluster that is drawn; all their pairs are computed

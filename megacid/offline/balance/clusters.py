@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megacid.offline.balance.row_numbers import is_own, row_blocks, row_dtype
+from megacid.offline.row_numbers import is_own, row_blocks, row_dtype
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from megacid.offline.balance import linking
 from megacid.offline.balance.context import BalanceContext, part_bounds
 from megacid.offline.balance.group_merge import merge_groups
 from megacid.offline.balance.linking import ROUNDING, LinkOptions, UnitRows, find, union_near
-from megacid.offline.balance.row_numbers import row_dtype
 from megacid.offline.nearest import pad_rows, tile_rows
+from megacid.offline.row_numbers import row_dtype
 
 log = logging.getLogger(__name__)
 _SLACK = 4e-3  # rows were assigned as float16 of nearly length 1, and the products were rounded

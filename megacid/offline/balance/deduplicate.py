@@ -20,7 +20,6 @@ from megacid.distributed.stopping import Progress
 from megacid.offline.balance.context import BalanceContext
 from megacid.offline.balance.cross_cluster import find_candidates, link_neighbors
 from megacid.offline.balance.medoids import represent_by_medoids
-from megacid.offline.balance.row_numbers import is_own
 from megacid.offline.balance.threshold_search import (
     MAX_PASSES,
     SHARE_TOLERANCE,
@@ -30,6 +29,7 @@ from megacid.offline.balance.threshold_search import (
     search_threshold,
 )
 from megacid.offline.balance.within_cluster import link_clusters
+from megacid.offline.row_numbers import is_own
 
 log = logging.getLogger(__name__)
 

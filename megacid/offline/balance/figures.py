@@ -20,8 +20,8 @@ from megacid.offline.balance.gallery import image_reader, page
 from megacid.offline.balance.groups import Groups, perceptual_distance, sample_groups
 from megacid.offline.balance.inputs import CELLS, BalanceInputs, SampleLocations, damaged_cells, read_inputs
 from megacid.offline.balance.report import cluster_sizes, size_statistics
-from megacid.offline.balance.row_numbers import all_rows, row_dtype
 from megacid.offline.figure_style import COLOURS, figure_style, save_figure
+from megacid.offline.row_numbers import all_rows, row_dtype
 from megacid.offline.rows import EmbeddingRows
 from megacid.storage.atomic import write_text
 from megacid.storage.metadata import read_meta

@@ -12,7 +12,7 @@ import numpy as np
 
 from megacid.distributed.array_exchange import Ranks
 from megacid.offline.balance.linking import Link, find
-from megacid.offline.balance.row_numbers import row_blocks
+from megacid.offline.row_numbers import row_blocks
 
 
 def merge_groups(

@@ -8,7 +8,6 @@ Legend: n samples with an embedding, m of them in the groups that are shown or c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +15,8 @@ import torch
 
 from megacid.data.order import splitmix64
 from megacid.errors import UserError
-from megacid.offline.balance.row_numbers import row_blocks
 from megacid.offline.nearest import prepare
+from megacid.offline.row_numbers import removed_rows
 from megacid.offline.rows import Rows, SubsetRows
 
 SAMPLED_ROWS = 100_000  # removed samples in the groups of a large set, about
@@ -65,25 +64,17 @@ def sample_groups(image: Rows, representative: np.ndarray) -> Groups:
 
     representative: int [n], of the rows of `image`.
     """
-    removed = sum(int((moved >= 0).sum()) for _, moved in _removed(representative))
+    removed = sum(len(rows) for rows, _ in removed_rows(representative))
     share = min(1.0, SAMPLED_ROWS / max(removed, 1))
     parts = [np.empty(0, np.int64)]
-    for first, moved in _removed(representative):
-        chosen = moved >= 0
+    for rows, own in removed_rows(representative):
         if share < 1:
-            chosen &= splitmix64(moved.astype(np.uint64)) < np.uint64(share * 2.0**64)
-        parts.append(np.flatnonzero(chosen) + first)
+            rows = rows[splitmix64(own.astype(np.uint64)) < np.uint64(share * 2.0**64)]
+        parts.append(rows)
     members = np.concatenate(parts)
     rows = np.union1d(members, representative[members])
     place = np.searchsorted(rows, representative[rows])
     return Groups(place, representative_distance(SubsetRows(image, rows), place), rows, share)
-
-
-def _removed(representative: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (first row, representative of each row, -1 where that is the row itself) of blocks of rows."""
-    for block in row_blocks(0, len(representative)):
-        own = representative[block]
-        yield block.start, np.where(own != np.arange(block.start, block.stop), own, -1)
 
 
 class Groups:

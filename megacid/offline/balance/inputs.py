@@ -19,9 +19,9 @@ from megacid.data.index import ShardIndex, ShardReader, read_sample_json
 from megacid.distributed.array_exchange import ALONE, Ranks
 from megacid.distributed.parallel import shard_range
 from megacid.distributed.stopping import Progress, no_progress
-from megacid.offline.balance.row_numbers import row_dtype
 from megacid.offline.cluster.results import read_labels
 from megacid.offline.cluster.stage import first_damaged
+from megacid.offline.row_numbers import row_dtype
 from megacid.offline.rows import EmbeddingRows
 from megacid.offline.tars import load_tars, rows_in_tar
 from megacid.storage.stage_directory import finished_meta

@@ -9,8 +9,6 @@ Legend: n samples, m rows of some groups, G groups, B rows of a block, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,7 +16,7 @@ from torch import Tensor
 from megacid.failpoints import failpoint
 from megacid.offline.balance.context import BalanceContext
 from megacid.offline.balance.linking import UnitRows
-from megacid.offline.balance.row_numbers import row_blocks
+from megacid.offline.row_numbers import removed_rows
 
 _BLOCK_ROWS = 4096  # rows in float64 at once; with their means they take 0.1 GB at D = 1280
 _PART_ROWS = 8192  # rows in one partial result, which may have twice as many, or one larger group and as many more
@@ -55,15 +53,15 @@ def _represent_share(context: BalanceContext, representative: np.ndarray) -> np.
         return label[rows].astype(np.int64) * count + rows.astype(np.int64) * count // n
 
     removed = np.zeros(len(context.clusters.sizes) * count, np.int64)
-    for _, own in _removed_rows(representative):
+    for _, own in removed_rows(representative):
         removed += np.bincount(ranges_of(own), minlength=len(removed))
     parts = context.parts(removed / _PART_ROWS * context.part_pairs)
     if not parts:
         return np.empty((0, 2), representative.dtype)
     mine = [np.empty(0, representative.dtype)]
-    for rows, own in _removed_rows(representative):
+    for rows, own in removed_rows(representative):
         number = ranges_of(own)
-        mine.append(rows[(number >= parts[0][0]) & (number < parts[-1][1])])
+        mine.append(rows[(number >= parts[0][0]) & (number < parts[-1][1])].astype(representative.dtype))
     rows = np.concatenate(mine)
     rows = np.concatenate([rows, np.unique(representative[rows])])
     rows = rows[np.lexsort((rows, representative[rows], label[representative[rows]]))]
@@ -83,14 +81,6 @@ def _represent_share(context: BalanceContext, representative: np.ndarray) -> np.
             failpoint("balance:medoids", step=low)
         medoid[read] = part
     return np.stack([rows, np.repeat(medoid, sizes)], axis=1)
-
-
-def _removed_rows(representative: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(rows that are not their own representative, ascending; their representatives), in blocks."""
-    for block in row_blocks(0, len(representative)):
-        own = representative[block]
-        rows = np.flatnonzero(own != np.arange(block.start, block.stop))
-        yield (rows + block.start).astype(representative.dtype), own[rows]
 
 
 def _medoids(context: BalanceContext, groups: list[np.ndarray]) -> np.ndarray:

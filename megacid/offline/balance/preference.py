@@ -11,9 +11,9 @@ from megacid.distributed.stopping import Progress, no_progress
 from megacid.failpoints import failpoint
 from megacid.offline.balance.context import Keep
 from megacid.offline.balance.linking import check_unit
-from megacid.offline.balance.row_numbers import row_dtype
 from megacid.offline.nearest import prepare
 from megacid.offline.random_streams import RandomStream
+from megacid.offline.row_numbers import row_dtype
 from megacid.offline.rows import Rows
 from megacid.storage.stage_directory import PartialResults
 

@@ -15,8 +15,8 @@ from megacid.distributed.parallel import shard_range
 from megacid.distributed.stopping import Progress
 from megacid.offline.balance.deduplicate import Decision
 from megacid.offline.balance.inputs import SampleLocations
-from megacid.offline.balance.row_numbers import row_blocks
 from megacid.offline.cluster.lloyd import imbalance_factor
+from megacid.offline.row_numbers import row_blocks
 
 
 def count_powers(sizes: np.ndarray) -> np.ndarray:

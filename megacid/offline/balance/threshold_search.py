@@ -21,10 +21,10 @@ from megacid.errors import UserError
 from megacid.failpoints import failpoint
 from megacid.offline.balance import cross_cluster
 from megacid.offline.balance.context import FARTHEST, BalanceContext
-from megacid.offline.balance.row_numbers import all_rows
 from megacid.offline.balance.within_cluster import link_cluster
 from megacid.offline.nearest import Assigner
 from megacid.offline.random_streams import RandomStream
+from megacid.offline.row_numbers import all_rows
 from megacid.offline.rows import SubsetRows
 
 # Clusters sampled together: few enough that the default 200,000 samples, at 400 per cluster in LAION, are many places.

@@ -7,7 +7,7 @@ import numpy as np
 from megacid.failpoints import failpoint
 from megacid.offline.balance.context import BalanceContext
 from megacid.offline.balance.linking import LinkOptions, UnitRows, representatives
-from megacid.offline.balance.row_numbers import all_rows
+from megacid.offline.row_numbers import all_rows
 
 
 def link_cluster(context: BalanceContext, cluster: int, options: LinkOptions) -> np.ndarray:

@@ -18,11 +18,12 @@ from offline_tool import KILLED, Tool, tool_rank
 
 from megacid.distributed import array_exchange
 from megacid.errors import EXIT_AGAIN
-from megacid.offline.balance import cross_cluster, groups, row_numbers
+from megacid.offline import row_numbers
+from megacid.offline.balance import cross_cluster, groups
 from megacid.offline.balance.clusters import Clusters, group_by_cluster
 from megacid.offline.balance.context import BalanceSettings
 from megacid.offline.balance.groups import Groups, representative_distance, sample_groups
-from megacid.offline.balance.row_numbers import is_own, members_of, row_dtype
+from megacid.offline.row_numbers import is_own, members_of, row_dtype
 from megacid.offline.rows import ArrayRows
 
 
@@ -42,7 +43,7 @@ def tool(stage: Path, out: str, log: Path, *options: object) -> Tool:
     return made
 
 
-# ---- the same files on any number of ranks, whatever happened ------------------------------------------------------
+# ---- the same files on any number of ranks, also after a kill ------------------------------------------------------
 
 ACROSS = ("--neighbor-clusters", 3)
 CAPTION = ("--target-keep", 0.5, "--keep", "caption", "--cap", 5, *ACROSS)

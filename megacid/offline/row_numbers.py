@@ -36,12 +36,17 @@ def is_own(representative: np.ndarray) -> np.ndarray:
     return own
 
 
+def removed_rows(representative: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows that are not their own representative (int [n]), ascending, int64; their representatives), in blocks."""
+    for block in row_blocks(0, len(representative)):
+        rows = np.flatnonzero(representative[block] != np.arange(block.start, block.stop)) + block.start
+        yield rows, representative[rows]
+
+
 def members_of(representative: np.ndarray, low: int, high: int) -> np.ndarray:
     """The rows other than itself whose representative (int [n]) is in [low, high), ascending, in `row_dtype`."""
     dtype = row_dtype(len(representative))
     parts = [np.empty(0, dtype)]
-    for block in row_blocks(0, len(representative)):
-        own = representative[block]
-        at = np.flatnonzero((own >= low) & (own < high) & (own != np.arange(block.start, block.stop)))
-        parts.append((at + block.start).astype(dtype))
+    for rows, own in removed_rows(representative):
+        parts.append(rows[(own >= low) & (own < high)].astype(dtype))
     return np.concatenate(parts)
