@@ -65,7 +65,6 @@ def balance(
     Raises:
         UserError: an input is damaged, inputs do not belong together, or `out` was made with other arguments.
     """
-
     with long_waits(parallel) as waiting:
         ranks = Ranks(waiting.group)
         with ranks.stop_together():
@@ -76,7 +75,7 @@ def balance(
             text = _caption_rows(rows) if settings.keep == "caption" else None
             arguments = _arguments(settings, rows) | {"gallery_groups": gallery_groups}
         if clusters is not None:
-            inputs, score = add_labels(rows, index, clusters, ranks)
+            inputs, *scores = add_labels(rows, index, clusters, ranks)
             arguments, assigner = _with_clusters(arguments, settings, inputs, waiting)
         with ranks.stop_together():
             stage = StageDirectory(out, "balance", arguments)
@@ -91,11 +90,11 @@ def balance(
         if settings.cells is not None:
             cells = default_settings(settings.cells, seed=settings.seed, memory_gb=memory_gb)
             cluster(embeddings, out / CELLS, cells, parallel, start_progress=start_progress)
-            inputs, score = add_labels(rows, index, out / CELLS, ranks)
+            inputs, *scores = add_labels(rows, index, out / CELLS, ranks)
             # Links inside of other cells are not used: if cells are made again, they may be rounded differently.
             arguments, assigner = _with_clusters(arguments, settings, inputs, waiting)
             stage.work = PartialResults(out, arguments)
-        _decide_and_write(stage, inputs, score, text, assigner, settings, waiting, memory_gb, start_progress)
+        _decide_and_write(stage, inputs, scores, text, assigner, settings, waiting, memory_gb, start_progress)
     return read_meta(out, expect="balance")
 
 
@@ -109,7 +108,7 @@ def _keep_finished(stage: StageDirectory, ranks: Ranks) -> None:
 def _decide_and_write(
     stage: StageDirectory,
     inputs: BalanceInputs,
-    score: np.ndarray,
+    scores: list[np.ndarray],
     text: EmbeddingRows | None,
     assigner: Assigner | None,
     settings: BalanceSettings,
@@ -117,12 +116,17 @@ def _decide_and_write(
     memory_gb: float,
     start_progress: StartProgress,
 ) -> None:
-    """The work of a stage that has begun. score: see `preference`; text: caption embeddings, for keep="caption"."""
+    """The work of a stage that has begun.
+
+    Args:
+        scores: The score of `preference`, alone in a list: it is taken out, so that no caller holds its memory.
+        text: Caption embeddings, for keep="caption".
+    """
     ranks, rows, progress = Ranks(parallel.group), inputs.rows, start_progress(0)
     with ranks.stop_together():
         if parallel.is_first:
             stage.work.begin()
-    priority = preference(settings.keep, score, settings.seed, rows, text, ranks, stage.work, progress)
+    priority = preference(settings.keep, scores.pop(), settings.seed, rows, text, ranks, stage.work, progress)
     with ranks.stop_together():
         clusters = group_by_cluster(inputs.label, priority, inputs.k)
     ordered = in_cluster_order(rows, clusters.places, stage.work, ranks.group, memory_gb, progress)
