@@ -90,7 +90,7 @@ class PairStream:
 
     def _left_out(self) -> str:
         """For messages: the samples that cannot be used, by reason."""
-        keep = self.options.keep
+        keep = self.joined.sources.keep
         counts = {
             "without a caption": self.index.without_text,
             "not kept by data.keep": 0 if keep is None else self.index.num_samples - int(keep.counts.sum()),
@@ -174,7 +174,7 @@ class PairStream:
             "left_out_by_index": self.index.dropped,
             "shards": len(self.index.names),
         }
-        if self.options.labels is not None:
+        if self.joined.sources.labels is not None:
             shards = np.unique(np.linspace(0, len(self.index.names) - 1, _SAMPLED_SHARDS).astype(int))
             labels = np.concatenate([self.joined.tar(int(shard))["labels"][:, 0] for shard in shards])
             statistics["shards_examined"] = len(shards)

@@ -97,7 +97,7 @@ class Pairs(Dataset[Any]):
     ) -> None:
         self.index, self.order, self.joined, self.options = index, order, joined, options
         self.replacement_stride = replacement_stride
-        self.teacher, self.labels = options.teacher, options.labels
+        self.teacher, self.labels = joined.sources.teacher, joined.sources.labels
         self.reader = ShardReader(index, max_open=open_file_budget(min(options.block_shards, len(index.names))))
         self.starts = index.starts
         # Shard and row that each worker is reading, row -1 for none: in shared memory, for messages about lost workers.
