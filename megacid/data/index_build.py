@@ -1,7 +1,7 @@
 """Builds what an index lacks: the ranks of a job, and processes of each rank, share the tars.
 
 Each tar's files are written by the process that read the tar; rank 0 writes index.json last. The bytes of an index are
-the same whatever the number of processes and ranks, also when a build was killed and continued.
+the same for any number of processes and ranks, also when a build was killed and continued.
 """
 
 from __future__ import annotations

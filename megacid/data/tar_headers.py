@@ -23,7 +23,7 @@ _MAX_EXTENDED = 1 << 16  # bytes of a long name or of a pax header; a path has a
 # Type flags of members. A bytes object contains the numbers of its characters.
 _REGULAR = b"0\x007"
 _DIRECTORY = ord("5")
-_NO_DATA = b"123456"  # links, devices and directories, whatever their size field says
+_NO_DATA = b"123456"  # links, devices and directories: their size field is ignored
 _LONG_NAME, _SPARSE, _PAX = ord("L"), ord("S"), ord("x")
 _EXTENDED = b"LKxg"  # headers that describe the member after them
 _ZERO = bytes(BLOCK)

@@ -32,8 +32,10 @@ class WorkersLost(RuntimeError):  # noqa: N818  becomes the failure of a batch, 
 
 
 def start_worker(parent: int, _: int) -> None:
-    """worker_init_fn, given the parent's pid. torch checks for the parent between two batches only, so a worker that
-    hangs would never end; the kernel ends it with its parent."""
+    """The worker_init_fn of a loader's workers, given the parent's pid: the kernel ends a worker with its parent.
+
+    torch checks for the parent between two batches only, so a worker that hangs would never end.
+    """
     start_child_process(parent)
     torch.set_num_threads(1)
 

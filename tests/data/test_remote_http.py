@@ -1,4 +1,4 @@
-"""Shards on an HTTP server give the same batches as on a disk, whatever goes wrong on the way, or one clear error."""
+"""Shards on an HTTP server give the same batches as on a disk, also with faults on the way, or one clear error."""
 
 from __future__ import annotations
 

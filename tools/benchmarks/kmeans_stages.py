@@ -1,4 +1,4 @@
-"""Suite cluster-stages: time and memory of every stage of tools/cluster.py, beside the estimate that it prints.
+"""Suite cluster-stages: time and memory of every stage of tools/cluster.py, next to the estimate that it prints.
 
 An embedding folder of unit rows of a topic tree is written and clustered in a separate process. Anonymous memory
 (RssAnon, sampled) above that of the process after importing torch is counted, as in the suite kmeans. With --label-rows
@@ -40,9 +40,10 @@ from megacid.offline.nearest import Assigner
 from megacid.offline.rows import EmbeddingRows
 from megacid.storage.npy import write_array
 
-HELP = "time and memory of every stage of tools/cluster.py, beside its estimate"
+HELP = "time and memory of every stage of tools/cluster.py, next to its estimate"
 PARTS = 64
 MAX_MEMORY_RATIO = 1.1
+_SETTINGS = ("k", "method", "iterations", "refine", "memory_gb", "seed")  # of tools/cluster.py
 _MIN_BYTES = 64e6  # stages below are not compared: the libraries' own buffers are as large
 CPU = torch.device("cpu")
 
@@ -65,19 +66,7 @@ def run(args: argparse.Namespace) -> Report:
         return tree(len(part), args.dim, args.seed + part.start)
 
     check_k(args.k, args.rows)
-    names = (
-        "k",
-        "dim",
-        "rows",
-        "method",
-        "iterations",
-        "refine",
-        "memory_gb",
-        "seed",
-        "threads",
-        "clock",
-        "label_rows",
-    )
+    names = (*_SETTINGS, "dim", "rows", "threads", "clock", "label_rows")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         write_embeddings(Path(folder) / "emb", rows, args.rows, PARTS)
         if args.label_rows:
@@ -163,8 +152,7 @@ def main() -> None:
     torch.set_num_threads(request["threads"])
     torch.mm(torch.ones(8, 8), torch.ones(8, 8))  # allocate the library's own buffers before counting
     folder = Path(request["folder"])
-    names = ("k", "method", "iterations", "refine", "memory_gb", "seed")
-    settings = default_settings(**{name: request[name] for name in names})
+    settings = default_settings(**{name: request[name] for name in _SETTINGS})
     estimates = _estimates(settings, request)
     observer = _Observer(request["clock"])
     hooks["cluster:stage"] = observer.begin

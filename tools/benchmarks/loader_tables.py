@@ -26,10 +26,10 @@ from argtypes import positive
 from benchmarks.measure import cpu_seconds
 from benchmarks.suite import Limit, Report, Row, make_report, print_table
 from benchmarks.synthetic_folders import key, write_embeddings, write_tars
+from megacid.data import index_files
 from megacid.data.batch import Positions
 from megacid.data.ensemble import open_teachers
 from megacid.data.index import load_index
-from megacid.data.index_files import entries_digest
 from megacid.data.loader import PairStream
 from megacid.data.pairs import PairOptions
 from megacid.data.side_tables import KeepTable, LabelTable
@@ -51,8 +51,8 @@ def write_data(folder: Path, tars: int, samples: int) -> None:
     write_tars(folder / "shards", samples, 1)
     first = load_index(folder / "shards").shards[0]
     entries = [{**first, "name": f"{number:05d}"} for number in range(tars)]
-    digest = entries_digest(entries)
-    index = {"version": 2, "digest": digest, "shards": entries}
+    digest = index_files.entries_digest(entries)
+    index = {"version": index_files.VERSION, "digest": digest, "shards": entries}
     (folder / "shards/index/index.json").write_text(json.dumps(index))
 
     rows = random.standard_normal((samples, WIDTH), np.float32).astype(np.float16)
