@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from megacid.distributed import array_exchange
 from megacid.errors import EXIT_AGAIN
 from megacid.offline import row_numbers
 from megacid.offline.balance import cross_cluster, groups
+from megacid.offline.balance import stage as balance_stage
 from megacid.offline.balance.clusters import Clusters, group_by_cluster
 from megacid.offline.balance.context import BalanceSettings
 from megacid.offline.balance.groups import Groups, representative_distance, sample_groups
+from megacid.offline.balance.outputs import write_outputs
+from megacid.offline.balance.preference import preference
 from megacid.offline.row_numbers import is_own, members_of, row_dtype
 from megacid.offline.rows import ArrayRows
 
@@ -213,6 +217,29 @@ def test_ranks_share_the_entries_and_links_across_clusters(link: str, monkeypatc
             assert 0.5 * total < world * sum(sizes) < 1.6 * total and len(sizes) > 8
             assert max(sizes) < 0.1 * total
             assert links > 0
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["clusters", "cells"])
+def test_preference_and_scores_are_freed_before_the_outputs(
+    stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    arrays: list[weakref.ref[np.ndarray]] = []
+    freed: list[bool] = []
+
+    def noted(keep: Any, score: np.ndarray, *rest: Any) -> np.ndarray:
+        priority = preference(keep, score, *rest)
+        arrays.extend([weakref.ref(score), weakref.ref(priority)])
+        return priority
+
+    def outputs(*args: Any) -> None:
+        freed.extend(array() is None for array in arrays)
+        write_outputs(*args)
+
+    monkeypatch.setattr(balance_stage, "preference", noted)
+    monkeypatch.setattr(balance_stage, "write_outputs", outputs)
+    clusters = ["--clusters", stage / "clusters"] if given else ["--cells", 6]
+    run("balance", "--embeddings", stage / "emb", *clusters, "--out", tmp_path / "out", "--target-keep", 0.5)
+    assert freed == [True, True]
 
 
 def test_row_numbers_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
