@@ -6,9 +6,10 @@
     tools/study.py configs/study/icons.json --out runs/study --test          also evaluate the test sets
     tools/study.py configs/study/icons.json --out runs/study --report        the tables of what is finished
 
-The stages that arms share are done once: teacher, embeddings, clusters, subsets. Each arm is then trained at every
-learning rate of the file with the first seed, and with the other seeds at the rate that is best on the validation sets.
-The test sets are evaluated with --test alone, for the chosen rates.
+The stages that arms share are done once: teacher, embeddings, clusters, subsets. Each arm then tries learning rates
+with the first seed: the middle one of the file, then the neighbours of the best on the validation sets until the best
+has no untried neighbour. The other seeds are trained at that rate. The test sets are evaluated with --test alone, for
+the chosen rates.
 
 OUT/results/ gets one JSON file per run and per stage, with settings, metrics, seconds and versions. After an
 interruption run the same command again: what is finished is kept, an interrupted run resumes. A result that was made
@@ -42,7 +43,7 @@ from megacid.storage.metadata import machine, versions
 from megacid.storage.npy import write_array
 from megacid.storage.stage_directory import StageDirectory
 from study_plan import TEACHER, Plan, Run, Stage, load_study
-from study_report import best_rate, load_results, report
+from study_report import best_rate, load_results, next_rate, report
 
 ACROSS = 4  # neighbour clusters whose pairs balance compares, too: copies can lie on both sides of a border
 
@@ -203,7 +204,10 @@ class Runner:
     def arm(self, arm: str) -> list[tuple[str, dict[str, Any]]]:
         """The results of an arm at its chosen learning rate, one per seed, with their names."""
         seeds, tune_on = self.plan.file.study.seeds, self.plan.file.study.tune_on
-        tried = [self.run(self.plan.run(arm, rate, seeds[0])) for rate in self.plan.rates(arm)]
+        runs = [self.plan.run(arm, rate, seeds[0]) for rate in self.plan.rates(arm)]
+        tried = [found for run in runs if (found := self.stored(run.name, run.digest)) is not None]
+        while (rate := next_rate(self.plan.rates(arm), tried, tune_on)) is not None:
+            tried.append(self.run(self.plan.run(arm, rate, seeds[0])))
         rate = best_rate(tried, tune_on)
         runs = [self.plan.run(arm, rate, seed) for seed in seeds]
         return [(run.name, self.run(run)) for run in runs]

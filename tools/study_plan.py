@@ -73,7 +73,7 @@ class Arm(Section):
     subset: str | None = None
     """Subset that the arm trains on. null: as `like`, else all pairs."""
     rates: Rates | None = None
-    """Learning rates tried. null: as `like`, else those of the study."""
+    """Learning rates to choose from. null: as `like`, else those of the study."""
     against: Texts = ()
     """Arms that this one is compared with. []: the study's base."""
 
@@ -92,7 +92,7 @@ class Study(Section):
     seeds: Annotated[tuple[int, ...], Field(min_length=1), BeforeValidator(as_tuple)]
     """Seeds of the students. The first chooses the learning rate and trains the teacher."""
     rates: Rates
-    """Learning rates tried for each arm."""
+    """Learning rates to choose from, for each arm."""
     tune_on: str = "acc1"
     """Metric of the validation sets by which the learning rate is chosen."""
     base: str

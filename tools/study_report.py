@@ -52,6 +52,25 @@ def best_rate(tried: Sequence[Result], metric: str) -> float:
     return float(best["rate"])
 
 
+def next_rate(rates: Sequence[float], tried: Sequence[Result], metric: str) -> float | None:
+    """The learning rate to try next: the middle one first, then the neighbours of the best, the higher one first.
+
+    Args:
+        rates: those of the arm.
+        tried: results of one arm and seed, one per rate.
+
+    Returns:
+        None when the best rate has no untried neighbour: it is chosen.
+    """
+    rates = sorted(rates)
+    if not tried:
+        return rates[(len(rates) - 1) // 2]
+    best = rates.index(best_rate(tried, metric))
+    neighbours = rates[best + 1 : best + 2] + rates[max(best - 1, 0) : best]
+    known = {result["rate"] for result in tried}
+    return next((rate for rate in neighbours if rate not in known), None)
+
+
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """The mean and half the width of its 95 % interval by Student's t; None for fewer than two values."""
     if len(values) < 2:
@@ -77,9 +96,9 @@ class Finished:
             if arm == TEACHER:
                 self.runs[arm] = {result["seed"]: result for result in found}
             elif arm in file.arms:
-                tried = [result for result in found if result["seed"] == first]
                 rates = file.arms[arm].rates or file.study.rates
-                if {result["rate"] for result in tried} < set(rates):
+                tried = [result for result in found if result["seed"] == first and result["rate"] in rates]
+                if next_rate(rates, tried, file.study.tune_on) is not None:
                     continue  # the rate is not chosen yet
                 self.tried[arm] = [result["rate"] for result in tried]
                 self.rate[arm] = best_rate(tried, file.study.tune_on)

@@ -22,7 +22,7 @@ from megacid.data.side_tables import KeepTable
 from megacid.errors import UserError
 from sample_tars import write_retrieval
 from study_plan import Plan, load_study
-from study_report import Finished, best_rate, interval, load_results, report
+from study_report import Finished, best_rate, interval, load_results, next_rate, report
 from synthesize import encode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -321,7 +321,22 @@ def test_intervals_and_paired_differences_are_those_of_students_t() -> None:
 def test_an_arm_without_all_rates_is_not_reported_and_one_seed_has_no_interval() -> None:
     file, found = load_study(ICONS), results_of_two_arms()
     assert "instance" not in report([r for r in found if (r["arm"], r["rate"]) != ("instance", 4e-3)], file, CORE)
+    lower = [r for r in found if r["rate"] < 4e-3]
+    assert "| `plain` | 0.001 | 0.0005, 0.001, 0.002 | 3 |" in report(lower, file, CORE)
     assert "| 10.00 (one seed) |" in report([r for r in found if not r["seed"]], file, CORE)
+
+
+def test_rates_are_tried_from_the_middle_until_the_best_has_no_untried_neighbour() -> None:
+    def tried(score: dict[float, float]) -> list[float]:
+        results: list[dict[str, Any]] = []
+        while (rate := next_rate(tuple(score), results, "acc1")) is not None:
+            results.append(result("plain", 0, rate, score[rate]))
+        return [found["rate"] for found in results]
+
+    assert tried({1.0: 1, 2.0: 2, 3.0: 5, 4.0: 4, 5.0: 9}) == [3, 4, 2], "a local maximum"
+    assert tried({5.0: 5, 4.0: 4, 3.0: 3, 2.0: 2, 1.0: 1}) == [3, 4, 5], "any order, up to the edge"
+    assert tried({1.0: 5, 2.0: 4, 3.0: 3, 4.0: 2, 5.0: 1}) == [3, 4, 2, 1], "down to the edge"
+    assert tried({1.0: 1, 2.0: 1}) == [1, 2] and tried({1.0: 1}) == [1]
 
 
 def test_the_best_rate_of_equal_ones_is_the_lowest_and_an_unknown_metric_is_named() -> None:
