@@ -143,7 +143,7 @@ class DataConfig(Section):
     """Seconds without a batch from a loader process after which the run ends with an error."""
     prefetch: Annotated[int, Field(gt=0, le=1024), when.Shards, when.Workers] = 2
     """Number of micro-batches that each loader process prepares ahead, in shared memory."""
-    block_shards: Count = 16
+    block_shards: Count = 64
     """Number of shards or feature files shuffled together. More mixes better, fewer reads more locally."""
     error_budget: Annotated[Fraction, when.Shards] = 0.001
     """Fraction of undecodable samples above which the run ends."""

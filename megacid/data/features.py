@@ -136,7 +136,7 @@ class FeatureStream:
     """
 
     def __init__(
-        self, features: FeatureSet, plan: Positions, *, seed: int, block_shards: int = 16, pin_memory: bool = False
+        self, features: FeatureSet, plan: Positions, *, seed: int, block_shards: int = 64, pin_memory: bool = False
     ) -> None:
         self.features, self.plan, self.pin_memory = features, plan, pin_memory
         if features.num_rows < plan.global_batch:

@@ -98,7 +98,7 @@ class SampleOrder:
             number of shards is a full shuffle.
     """
 
-    def __init__(self, sizes_per_shard: Sequence[int] | np.ndarray, *, seed: int, block_shards: int = 16) -> None:
+    def __init__(self, sizes_per_shard: Sequence[int] | np.ndarray, *, seed: int, block_shards: int = 64) -> None:
         self.sizes = np.asarray(sizes_per_shard, np.int64)
         self.num_samples = int(self.sizes.sum())
         if self.num_samples < 1 or self.sizes.min() < 0:
@@ -106,7 +106,7 @@ class SampleOrder:
                 f"the shards have {self.num_samples} usable samples, expected at least 1: check them and data.keep"
             )
         if block_shards < 1:
-            raise UserError(f"block_shards is {block_shards}, expected at least 1: 16 is a common value")
+            raise UserError(f"block_shards is {block_shards}, expected at least 1: 64 is the default")
         self.seed = seed
         self.block_shards = block_shards
         self._plans: dict[int, _EpochPlan] = {}

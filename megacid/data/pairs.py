@@ -70,7 +70,7 @@ class PairOptions:
     error_budget: float = 0.001
     max_consecutive_errors: int = 100
     max_image_pixels: float = MAX_PIXELS
-    block_shards: int = 16
+    block_shards: int = 64
     pin_memory: bool = False
 
 

@@ -39,7 +39,7 @@ from megacid.storage.metadata import write_meta
 HELP = "CPU time per sample of the loader without decoding: one rank of 512, many tars, teacher, labels and keep masks"
 RANKS, MICRO_BATCH, WORKERS = 512, 64, 4
 SAMPLES, KEPT, WIDTH, CLASSES = 10_000, 0.56, 512, 1000
-BLOCKS = {16: 0.3, 1024: 0.4}  # block_shards -> limit in ms per sample
+BLOCKS = {64: 0.3, 1024: 0.4}  # block_shards -> limit in ms per sample
 SHORT, LONG = 16, 112  # batches
 
 # ---- data ------------------------------------------------------------------------------------------------------------
