@@ -5,7 +5,7 @@
     tools/docs.py --check              exit 1 when they are stale; change nothing
     tools/docs.py --demo runs/demo     pictures in docs/images/, results in README.md and docs/demo.md
     tools/docs.py --corpus data/icons  facts in docs/corpus/, a picture in docs/images/, tables in docs/corpus.md
-    tools/docs.py --study STUDY.json runs/study    results in docs/study/STUDY/, tables in docs/study.md
+    tools/docs.py --study STUDY.json runs/study    results in docs/study/STUDY/, tables in docs/study.md and README.md
 
 --demo reads what tools/demo.sh wrote: summary.json, the figures of the balance stage and the TensorBoard event files of
 the students. It needs matplotlib. --corpus reads an output of tools/prepare_icons.py, --study the file and the
@@ -38,7 +38,7 @@ from megacid.offline.figure_style import figure_style, save_figure
 from megacid.storage.atomic import read_json, write_atomic, write_json_atomic
 from megacid.storage.metadata import read_meta
 from study_plan import StudyFile, load_study
-from study_report import load_results, report
+from study_report import load_results, report, test_table
 
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 FIGURES = {  # name of a figure of tools/figures.py -> caption
@@ -55,6 +55,14 @@ STUDENTS = {
     "student_instance": "instance",
     "student_cluster": "instance + cluster",
     "student_balanced": "instance + cluster, balanced data",
+}
+README_STUDY = "icons"
+README_ARMS = {  # arm of that study -> its name in README.md
+    "plain": "plain CLIP",
+    "instance": "instance distillation",
+    "instance-cluster": "instance + cluster",
+    "random-43.7": "the same, 43.7 % of the pairs removed at random",
+    "balanced-43.7": "the same, 43.7 % of the pairs removed by balance",
 }
 
 
@@ -218,17 +226,29 @@ def study_page(page: str, file: StudyFile, results: Path) -> str:
     return between(page, f"{file.path.stem} tables", report(load_results(results), file, file.chosen([])))
 
 
+def study_summary(readme: str, file: StudyFile, results: Path) -> str:
+    """README.md with its table of the study, which is of one study alone."""
+    if file.path.stem != README_STUDY:
+        return readme
+    return between(readme, "study table", test_table(load_results(results), file, README_ARMS))
+
+
 def from_study(file: StudyFile, out: Path, root: Path) -> list[Path]:
-    """Copy the results of a study and rewrite its tables in docs/study.md; returns the files."""
-    load_results(out / "results")  # checks them
-    page, copies = root / "docs" / "study.md", root / "docs" / "study" / file.path.stem
+    """Copy the results of a study and rewrite its tables in docs/study.md and README.md; returns the files."""
+    results, copies = out / "results", root / "docs" / "study" / file.path.stem
+    page, readme = root / "docs" / "study.md", root / "README.md"
     if not page.is_file():
         raise UserError(f"{page} is missing, expected the page with the markers of the tables: restore it")
-    written = [copies / path.name for path in sorted((out / "results").glob("*.json"))]
+    texts = {
+        page: study_page(page.read_text(), file, results),
+        readme: study_summary(readme.read_text(), file, results),
+    }
+    written = [copies / path.name for path in sorted(results.glob("*.json"))]
     for path in written:
-        write_atomic(path, (out / "results" / path.name).read_bytes())
-    write_atomic(page, study_page(page.read_text(), file, copies).encode())
-    return [*written, page]
+        write_atomic(path, (results / path.name).read_bytes())
+    for path, text in texts.items():
+        write_atomic(path, text.encode())
+    return [*written, *texts]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,21 @@ def _differences(finished: Finished, arms: Sequence[str], part: str) -> str:
             if any(values):
                 rows.append([f"`{arm}`", f"`{other}`", str(max(map(len, values))), *(_cell(v, "+") for v in values)])
     return _table(["arm", "minus", "pairs of runs", *METRICS.values()], rows, 2) if rows else ""
+
+
+def test_table(results: Sequence[Result], file: StudyFile, names: Mapping[str, str]) -> str:
+    """Markdown: a table of the test sets for these arms, with a name for each.
+
+    Raises:
+        UserError: an arm has no result on the test sets.
+    """
+    finished, rows = Finished(results, file), []
+    for arm, name in names.items():
+        values = [list(finished.values(arm, "test", metric).values()) for metric in METRICS]
+        if not all(values):
+            raise UserError(f"The arm {arm} has no results on the test sets: run tools/study.py with --test first")
+        rows.append([name, *map(_cell, values)])
+    return _table(["student", *METRICS.values()], rows, 1)
 
 
 def _cost(results: Sequence[Result]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from doc_blocks import ROOT
 from test_pages import docs_tool
 
 from megacid.errors import UserError
+from study_report import METRICS
 
 PAGE, RESULTS = ROOT / "docs" / "study.md", ROOT / "docs" / "study"
 STUDIES = ROOT / "configs" / "study"
@@ -27,36 +30,52 @@ def unknown_numbers(page: str) -> set[str]:
     return set(decimals.findall(tables.sub("", page))) - known
 
 
-def drawn_study(out: Path) -> Path:
-    """Results of one arm with two seeds, as tools/study.py leaves them."""
+def drawn_study(out: Path, arms: Iterable[str] = docs_tool.README_ARMS) -> Path:
+    """Results of arms with two seeds each, as tools/study.py leaves them."""
     (out / "results").mkdir(parents=True)
-    for seed, acc1 in ((0, 0.1), (1, 0.2)):
-        for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3):
-            result = {
-                "digest": "d", "arm": "plain", "seed": seed, "rate": rate, "date": "2026-01-02", "seconds": {},
-                "metrics": {"validation": {"acc1": acc1 if rate == 2e-3 else 0.0}}, "machine": {"cpu": "a", "cores": 2},
-                "versions": {},
-            }  # fmt: skip
-            (out / "results" / f"plain-{rate}-{seed}.json").write_text(json.dumps(result))
+    for arm, seed, rate in product(arms, (0, 1), (1e-3, 2e-3, 4e-3)):
+        scores = dict.fromkeys(METRICS, (0.1, 0.2)[seed] if rate == 2e-3 else 0.0)
+        result = {
+            "digest": "d", "arm": arm, "seed": seed, "rate": rate, "date": "2026-01-02", "seconds": {},
+            "metrics": {"validation": scores, "test": scores}, "machine": {"cpu": "a", "cores": 2}, "versions": {},
+        }  # fmt: skip
+        (out / "results" / f"{arm}-{rate}-{seed}.json").write_text(json.dumps(result))
     return out
 
 
-def test_the_tables_come_from_the_results_and_the_text_has_no_other_number(tmp_path: Path) -> None:
-    page = tmp_path / "docs" / "study.md"
+def pages(root: Path, text: str = "") -> tuple[Path, Path]:
+    """docs/study.md and README.md of a checkout, without tables."""
+    page, readme = root / "docs" / "study.md", root / "README.md"
     page.parent.mkdir()
-    page.write_text(PARTS.format(text="Plain CLIP reaches 15.00 %, the method 16.27 %."))
+    page.write_text(PARTS.format(text=text))
+    readme.write_text("# megacid\n\n<!-- study table: written by tools/docs.py -->\n<!-- end of study table -->\n")
+    return page, readme
+
+
+def test_the_tables_come_from_the_results_and_the_text_has_no_other_number(tmp_path: Path) -> None:
+    page, readme = pages(tmp_path, "Plain CLIP reaches 15.00 %, the method 16.27 %.")
     icons = docs_tool.load_study(STUDIES / "icons.json")
     files = docs_tool.from_study(icons, drawn_study(tmp_path / "out"), tmp_path)
-    assert len(files) == 11 and all(path.is_file() for path in files)
-    assert "| `plain` | 0.002 | 0.0005, 0.001, 0.002, 0.004, 0.008 | 2 | 15.00 ± 63.53 |" in page.read_text()
+    assert len(files) == 5 * 6 + 2 and all(path.is_file() for path in files)
+    assert "| `plain` | 0.002 | 0.001, 0.002, 0.004 | 2 | 15.00 ± 63.53 |" in page.read_text()
     assert unknown_numbers(page.read_text()) == {"16.27"}
     assert docs_tool.study_page(page.read_text(), icons, tmp_path / "docs" / "study" / "icons") == page.read_text()
+    assert readme.read_text().count("15.00 ± 63.53") == 5 * 4 and "| plain CLIP | 15.00 ± 63.53 |" in readme.read_text()
+
+
+def test_a_readme_table_without_all_its_arms_is_refused(tmp_path: Path) -> None:
+    _, readme = pages(tmp_path)
+    icons, before = docs_tool.load_study(STUDIES / "icons.json"), readme.read_text()
+    with pytest.raises(UserError, match="arm instance has no results on the test sets"):
+        docs_tool.from_study(icons, drawn_study(tmp_path / "out", ["plain"]), tmp_path)
+    assert readme.read_text() == before
 
 
 def test_a_study_without_a_page_is_refused(tmp_path: Path) -> None:
     icons = docs_tool.load_study(STUDIES / "icons.json")
     with pytest.raises(UserError, match=r"study\.md is missing"):
         docs_tool.from_study(icons, drawn_study(tmp_path / "out"), tmp_path)
+    pages(tmp_path)
     shutil.rmtree(tmp_path / "out" / "results")
     with pytest.raises(UserError, match="has no results"):
         docs_tool.from_study(icons, tmp_path / "out", tmp_path)
@@ -69,4 +88,6 @@ def test_the_page_has_the_numbers_of_the_committed_results() -> None:
     for name in names:
         file = docs_tool.load_study(STUDIES / f"{name}.json")
         assert page == docs_tool.study_page(page, file, RESULTS / name), f"run tools/docs.py --study for {name}"
+        readme = (ROOT / "README.md").read_text()
+        assert readme == docs_tool.study_summary(readme, file, RESULTS / name), f"run tools/docs.py --study for {name}"
     assert not unknown_numbers(page)
