@@ -15,11 +15,11 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from megacid.data.remote import store
 from megacid.data.remote.cache import DIRECTORY_VARIABLE, GB, CachedTar, ShardCache
-from megacid.data.remote.store import ObjectDiffers, RemoteObject
 from megacid.errors import UserError
+from megacid.storage import object_store
 from megacid.storage.atomic import file_sha256
+from megacid.storage.object_store import ObjectDiffers, RemoteObject
 
 _MAX_TARS = 1_000_000
 _FEW = 100  # more remote tars are not indexed at the start of a run
@@ -149,7 +149,7 @@ class ShardPaths:
         for tar in tars:
             if tar in self.remote and tar in stored and not self.matches(tar, stored[tar]):
                 raise UserError(f"{self.remote[tar].url} has changed since it was indexed: put it back, or {command}")
-        few = store.stat_all(missing[:_FEW])
+        few = object_store.stat_all(missing[:_FEW])
         size = sum(known.size or 0 for known in few)
         if size > limit or len(missing) > _FEW:
             raise UserError(
@@ -180,9 +180,9 @@ def list_remote(spec: str | Path, cache: ShardCache | None = None, *, ask: bool 
     if parts and cache is None:
         ShardCache.of_environment(parts[0])
     urls = [url for part in parts for url in _expand_braces(part)]
-    found = {url: [RemoteObject(url)] if _names_tar(url) else store.list_tars(url) for url in urls}
+    found = {url: [RemoteObject(url)] if _names_tar(url) else object_store.list_tars(url) for url in urls}
     if ask:
-        known = iter(store.stat_all([tar for tars in found.values() for tar in tars]))
+        known = iter(object_store.stat_all([tar for tars in found.values() for tar in tars]))
         found = {url: [next(known) for _ in tars] for url, tars in found.items()}
     return {
         url: [(tar.url, tar.size, tar.version) for tar in tars]
@@ -225,12 +225,12 @@ def find_shards(spec: str | Path, cache: ShardCache | None = None, listed: Liste
 
 
 def _is_remote(part: str) -> bool:
-    return store.is_url(part) and not os.path.exists(part)
+    return object_store.is_url(part) and not os.path.exists(part)
 
 
 def _names_tar(url: str) -> bool:
     """Whether a URL names one tar, and not what has to be listed."""
-    return url.endswith(".tar") and not store.has_magic(url)
+    return url.endswith(".tar") and not object_store.has_magic(url)
 
 
 def _remote_tars(part: str, cache: ShardCache, listed: Listed, remote: dict[Path, RemoteObject]) -> Iterator[Path]:
@@ -272,7 +272,7 @@ def _split(text: str) -> list[str]:
         if _URL.match(part):
             if part.lower().startswith("file:"):
                 raise UserError(f"shards is {part[:200]!r}, a URL of local files: write the path alone")
-            if not store.is_url(part):
+            if not object_store.is_url(part):
                 raise UserError(
                     f"shards is {part[:200]!r}, expected a path or a URL with s3://, gs://, hf:// or https://: copy "
                     "the tars to a disk and give that directory"

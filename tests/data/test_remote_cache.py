@@ -18,10 +18,10 @@ from remote_data import TAR, Remote, batches, cached, remote_shards, small_steps
 from megacid.data.index import ShardReader
 from megacid.data.index_verify import verify_index
 from megacid.data.remote import cache as module
-from megacid.data.remote import store
 from megacid.data.remote.cache import CachedTar, ShardCache
 from megacid.data.tar_bytes import TarBytes
 from megacid.errors import UserError
+from megacid.storage import object_store as store
 
 pytest.importorskip("aiohttp")
 FORK = multiprocessing.get_context("fork")

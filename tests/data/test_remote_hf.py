@@ -16,9 +16,9 @@ from pair_data import write_shards
 from remote_data import SIZES, all_same, batches, cached
 
 from megacid.data.index import load_index
-from megacid.data.remote import store
 from megacid.data.remote.cache import ShardCache
 from megacid.errors import UserError
+from megacid.storage import object_store as store
 
 API = "/api/datasets/org/laion"
 

@@ -249,7 +249,7 @@ def test_a_bucket_of_google_is_read_with_a_time_limit_and_a_refusal_is_final(
     fsspec, registry = pytest.importorskip("fsspec"), pytest.importorskip("fsspec.registry")
     attempts: list[Any] = []
 
-    class Google(fsspec.AbstractFileSystem):  # what store.py uses of gcsfs
+    class Google(fsspec.AbstractFileSystem):  # what object_store.py uses of gcsfs
         protocol = "gs"
 
         def __init__(self, requests_timeout: object = None, **options: object) -> None:

@@ -16,9 +16,9 @@ from remote_data import SIZES, all_same, batches, cached
 
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.index_verify import verify_index
-from megacid.data.remote import store
 from megacid.data.remote.cache import ShardCache
 from megacid.errors import UserError
+from megacid.storage import object_store as store
 
 pytest.importorskip("s3fs")
 moto = pytest.importorskip("moto.server")

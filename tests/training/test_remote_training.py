@@ -16,9 +16,10 @@ from shard_server import ShardServer, serve
 from train_run import Pipeline, run_train, tensors, train_rank
 
 from megacid.data.index import load_index
-from megacid.data.remote import cache, store
+from megacid.data.remote import cache
 from megacid.data.remote.ahead import FetchAhead
 from megacid.data.remote.cache import ShardCache
+from megacid.storage import object_store as store
 
 pytest.importorskip("aiohttp")
 

@@ -24,10 +24,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megacid.data.remote import store
-from megacid.data.remote.store import RemoteError, RemoteObject
 from megacid.errors import UserError
+from megacid.storage import object_store
 from megacid.storage.atomic import disk_errors, open_owned, read_json, write_json_atomic
+from megacid.storage.object_store import RemoteError, RemoteObject
 
 GB = 10**9
 DIRECTORY_VARIABLE, SIZE_VARIABLE = "MEGACID_CACHE_DIR", "MEGACID_CACHE_GB"
@@ -156,11 +156,11 @@ class ShardCache:
         Raises:
             RemoteError: it cannot be fetched, changes meanwhile, there is no space for it, or the cache cannot be used.
         """
-        before = store.stat(url)
+        before = object_store.stat(url)
         with self._errors(), self._fetching(url, _stem(url), before.size or 0) as lock:
             assert lock is not None
-            sha256 = store.download(url, lock.part, before.size, None)
-            if store.stat(url, again=True).version != before.version:
+            sha256 = object_store.download(url, lock.part, before.size, None)
+            if object_store.stat(url, again=True).version != before.version:
                 raise RemoteError(f"{url} changed while it was read: run the same command when it is complete")
             yield lock.part, before
             self._place(lock.part, CachedTar(url, lock.part.stat().st_size, sha256))
@@ -217,10 +217,10 @@ class ShardCache:
         with self._fetching(tar.url, self.path(tar).stem, tar.size, self.path(tar)) as lock:
             if lock is not None:
                 # The process that was waited for has tried long enough, if it was not killed.
-                self._download(tar, lock.part, store.RETRY_S / 4 if lock.waited else None)
+                self._download(tar, lock.part, object_store.RETRY_S / 4 if lock.waited else None)
 
     def _download(self, tar: CachedTar, part: Path, retry_s: float | None = None) -> None:
-        store.download(tar.url, part, tar.size, tar.sha256, retry_s)
+        object_store.download(tar.url, part, tar.size, tar.sha256, retry_s)
         self._place(part, tar)
 
     @contextlib.contextmanager
