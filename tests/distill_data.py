@@ -11,7 +11,7 @@ from megacid.config.load import load_run
 from megacid.config.schema import RunFile
 from megacid.data.batch import Batch
 from megacid.distributed.parallel import Parallel
-from megacid.training.components import Data, open_data
+from megacid.training.open_data import Data, open_data
 
 
 def run_file(stage: Path, *settings: str) -> RunFile:

@@ -27,9 +27,10 @@ from megacid.distributed.parallel import init
 from megacid.errors import UserError, run_tool
 from megacid.training.classifier_plan import plan_classifier
 from megacid.training.communication import communication_estimate
-from megacid.training.components import Data, make_student, open_data
+from megacid.training.components import make_student
 from megacid.training.memory import memory_estimate, memory_warning, shared_memory, student_bytes
 from megacid.training.metrics import resident_memory_mib
+from megacid.training.open_data import Data, open_data
 from megacid.training.step_time import COSTS, Costs, Step
 
 

@@ -19,8 +19,9 @@ from argtypes import ToolParser
 from megacid.config.load import load_run
 from megacid.errors import run_tool
 from megacid.training.communication import step_collectives
-from megacid.training.components import Data, make_student
+from megacid.training.components import make_student
 from megacid.training.memory import memory_estimate, student_bytes
+from megacid.training.open_data import Data
 from megacid.training.step_time import H100, Step
 
 RUN_FILE = Path(__file__).resolve().parents[1] / "configs" / "vit_b32_laion225m_8gpu.json"

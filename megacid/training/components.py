@@ -1,4 +1,4 @@
-"""Builds what a run trains with from its run file: data, student, classifier with its optimizer, objective.
+"""Builds what a run trains with from its run file: student, classifier with its optimizer, objective.
 
 A mistake that only one rank sees, such as a file that is missing on its node, is the same error on every rank: local
 work stands in `fail_together` blocks, collectives stand outside of them.
@@ -6,13 +6,11 @@ work stands in `fail_together` blocks, collectives stand outside of them.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from megacid.checkpoint import store
@@ -20,20 +18,7 @@ from megacid.classifier import Margin, PartialFC, RowAdamW, RowSGD
 from megacid.config.conditions import compares_with_teacher, terms_with_teacher
 from megacid.config.schema import RunFile
 from megacid.config.sections import LossConfig
-from megacid.data.augmentation import recorded_views
-from megacid.data.batch import Batch, Positions
-from megacid.data.ensemble import common_views, open_teachers
-from megacid.data.features import FeatureSet, FeatureStream
-from megacid.data.index import load_index
-from megacid.data.joined import JoinSources
-from megacid.data.joined_build import open_joined
-from megacid.data.jpeg import image_reader
-from megacid.data.loader import PairStream
-from megacid.data.pairs import PairOptions
-from megacid.data.remote.cache import ShardCache
-from megacid.data.side_tables import KeepTable, LabelTable
-from megacid.distributed.consensus import agree, fail_together
-from megacid.distributed.divided_work import Workers
+from megacid.distributed.consensus import fail_together
 from megacid.distributed.optimizers import check_groups, check_host
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
@@ -45,43 +30,13 @@ from megacid.storage.metadata import read_meta, size_field
 from megacid.training.classifier_plan import plan_classifier
 from megacid.training.evaluation import Evaluation, open_benchmarks
 from megacid.training.memory import student_bytes
+from megacid.training.open_data import Data, open_data
 from megacid.training.run_settings import check_same_settings
 from megacid.training.schedule import groups_of_run, peak_rates
 
 if TYPE_CHECKING:
     from megacid.models.clip import StudentSpec
     from megacid.models.student import Student
-
-log = logging.getLogger("megacid")
-
-_FETCH_LIMIT = 2 * 10**9  # bytes of remote tars that the start of a run may fetch to index them
-
-
-class Stream(Protocol):
-    """Micro-batches of one rank, a pure function of the start step."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
-    def statistics(self) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class Data:
-    """The training data, and the sizes that the model takes from them."""
-
-    stream: Callable[[int], Stream]  # from a start step
-    teacher_dims: tuple[int, ...] = ()  # width of each teacher
-    num_classes: int | None = None  # None: no labels
-    centroids: Path | None = None  # of the labels' clusters; None: they have none
-    feature_dim: int | None = None  # None: pairs of images and texts
-    normalize: Callable[[Tensor], Tensor] | None = None  # uint8 images -> the input; None: features
-    samples: Callable[[Positions], Stream] | None = None  # pairs at other positions than those of the steps
-    epoch_samples: int = 0
-    teacher_has_text: bool = False
-
-    @property
-    def teacher_dim(self) -> int | None:
-        """Width of all teachers together; None: no teacher."""
-        return sum(self.teacher_dims) or None
 
 
 @dataclass(frozen=True)
@@ -123,117 +78,6 @@ def build_components(run: RunFile, parallel: Parallel) -> Components:
         objective = make_objective(run, head, parallel, data.teacher_dims)
     evaluation = Evaluation(run, benchmarks, student, parallel)
     return Components(run, data, student, head, row_optimizer, objective, evaluation)
-
-
-def open_data(run: RunFile, parallel: Parallel) -> Data:
-    """Open shards with their side tables, or features, and check that all ranks see the same content. A collective."""
-    if run.megacid.data.features is not None:
-        data = _open_features(run, run.megacid.data.features, parallel)
-    else:
-        assert run.megacid.data.shards is not None
-        data = _open_pairs(run, run.megacid.data.shards, parallel)
-    with fail_together(parallel.group):
-        stats = data.stream(0).statistics()
-    log.info("data: %s", "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in stats.items()))
-    return replace(data, epoch_samples=stats["rows" if data.feature_dim else "kept"])
-
-
-def _positions(run: RunFile, parallel: Parallel, start_step: int) -> Positions:
-    return Positions(
-        run.global_batch, run.micro_batch, run.accumulation, parallel.rank, parallel.world,
-        start_step, run.megacid.run.total_steps,
-    )  # fmt: skip
-
-
-def _open_features(run: RunFile, directory: str, parallel: Parallel) -> Data:
-    with fail_together(parallel.group):
-        features = FeatureSet(directory)
-    agree(features.digest, f"the content of {directory}", parallel.group)
-
-    def stream(start_step: int) -> FeatureStream:
-        return FeatureStream(
-            features,
-            _positions(run, parallel, start_step),
-            seed=run.megacid.run.seed,
-            block_shards=run.megacid.data.block_shards,
-            pin_memory=parallel.device.type == "cuda",
-        )
-
-    return Data(stream, num_classes=features.classes, feature_dim=features.dim)
-
-
-def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
-    from megacid.models.clip import PixelNormalization, tokenizer_for, train_transform
-
-    config, loss = run.megacid.data, run.megacid.loss
-    with fail_together(parallel.group):
-        check_views(run)
-        read_image = image_reader(config.decoder)
-        cache = ShardCache.open(config.cache_dir, config.cache_gb) if config.cache_dir else None
-    index = load_index(shards, caption=config.caption, cache=cache, fetch_limit=_FETCH_LIMIT, workers=Workers(parallel))
-    agree(index.digest, f"the content of {shards}", parallel.group)
-    teacher, labels, keep = None, None, None
-    with fail_together(parallel.group):
-        if config.teachers and terms_with_teacher(loss):
-            teacher = open_teachers(config.teachers, index)
-        if config.labels and loss.cluster:
-            labels = LabelTable(config.labels, index, config.labels_per_sample)
-        if config.keep:
-            keep = KeepTable(config.keep, index)
-        options = PairOptions(
-            transform=train_transform(run.megacid.student, config.augment, config.decoder),
-            read_image=read_image,
-            tokenize=tokenizer_for(run.megacid.student),
-            seed=run.megacid.run.seed,
-            seeded_transform=config.augment != "none",
-            workers=config.workers,
-            worker_timeout_s=config.worker_timeout_s,
-            prefetch=config.prefetch,
-            teacher=teacher,
-            labels=labels,
-            keep=keep,
-            error_budget=config.error_budget,
-            max_image_pixels=config.max_image_pixels,
-            block_shards=config.block_shards,
-            pin_memory=parallel.device.type == "cuda",
-        )
-        student = run.megacid.student
-        normalize = PixelNormalization(student, parallel.device, channels_last=student.channels_last)
-    sources = JoinSources(index, teacher, labels, keep)
-    joined = open_joined(sources, config.block_shards, Path(run.megacid.run.dir), Workers(parallel))
-    return Data(
-        lambda start_step: PairStream(index, _positions(run, parallel, start_step), options, joined),
-        samples=lambda positions: PairStream(index, positions, options, joined),
-        teacher_dims=tuple(table.dim for table in teacher.tables) if teacher else (),
-        teacher_has_text=teacher is not None and teacher.has_text,
-        num_classes=labels.num_classes if labels else None,
-        centroids=labels.directory / "centroids.npy" if labels else None,
-        normalize=normalize,
-    )
-
-
-def check_views(run: RunFile) -> None:
-    """Raise UserError unless the student sees the crops that the teacher has embedded. Reads no data."""
-    config = run.megacid.data
-    if not (config.teachers and terms_with_teacher(run.megacid.loss)):
-        return
-    views = common_views({path: recorded_views(read_meta(path, "embed"), path) for path in config.teachers})
-    teacher = config.teachers[0]
-    if views is None:
-        return
-    if config.augment != "random_resized_crop":
-        raise UserError(
-            f'"megacid.data.augment" is "{config.augment}", expected "random_resized_crop", since {teacher} has '
-            f'embeddings of {views.count} crops per image: write "random_resized_crop", or run tools/embed.py without '
-            "--views into another directory"
-        )
-    from megacid.models.clip import crops_digest
-
-    if (own := crops_digest(run.megacid.student)) != views.crops:
-        raise UserError(
-            f"{teacher} has embeddings of other crops (digest {views.crops}) than this installation of open_clip and "
-            f"torch cuts (digest {own}): install the versions in its meta.json, or run tools/embed.py again"
-        )
 
 
 def check_student(run: RunFile) -> None:

@@ -22,7 +22,7 @@ from megacid.distributed.consensus import fail_together, gather_json
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.models.student import Student, projections
-from megacid.training.components import Data
+from megacid.training.open_data import Data
 
 log = logging.getLogger("megacid")
 

@@ -7,10 +7,10 @@ import logging
 from megacid.classifier.health import health, health_warnings, hit_histogram
 from megacid.config.conditions import SimilarityTerm
 from megacid.config.schema import RunFile
-from megacid.training.components import Data
 from megacid.training.guard import Verdict
 from megacid.training.metrics import Metrics
 from megacid.training.observe import Observed
+from megacid.training.open_data import Data
 from megacid.training.schedule import learning_rate_share, peak_rates
 from megacid.training.state import StepOutput, TrainState
 

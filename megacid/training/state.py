@@ -23,12 +23,13 @@ from megacid.models.compiled import compile_towers, eager_towers
 from megacid.models.feature_tower import FeatureTower
 from megacid.models.output import StudentOutput
 from megacid.storage.atomic import disk_errors
-from megacid.training.components import Components, Data, build_components
+from megacid.training.components import Components, build_components
 from megacid.training.estimates import report_estimates
 from megacid.training.evaluation import Evaluation
 from megacid.training.flops import step_flops
 from megacid.training.guard import Guard
 from megacid.training.memory import report_memory
+from megacid.training.open_data import Data
 from megacid.training.resume import abandon_later_checkpoints
 from megacid.training.run_settings import write_config
 from megacid.training.schedule import groups_of_run

@@ -17,7 +17,7 @@ from megacid.data.captions import BLANK
 from megacid.data.index import ShardReader, load_index
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
-from megacid.training.components import open_data
+from megacid.training.open_data import open_data
 
 
 def write(path: Path, captions: list[str | None]) -> None:

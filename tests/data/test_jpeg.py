@@ -26,7 +26,7 @@ from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.models.clip import StudentSpec, train_transform
 from megacid.models.pixels import TensorResize
-from megacid.training.components import open_data
+from megacid.training.open_data import open_data
 from megacid.training.watchdog import decoded_sample
 
 CPU = torch.device("cpu")

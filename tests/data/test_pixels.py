@@ -29,9 +29,10 @@ from megacid.errors import UserError
 from megacid.models import clip
 from megacid.models.clip import PixelNormalization, StudentSpec, preprocess_cfg, train_transform
 from megacid.models.output import StudentOutput
-from megacid.training.components import Data, make_student, open_data
+from megacid.training.components import make_student
 from megacid.training.gradient_cache import GradientCache
 from megacid.training.memory import report_memory
+from megacid.training.open_data import Data, open_data
 from megacid.training.run_settings import check_same_settings, write_config
 from megacid.training.state import build_train_state
 

@@ -26,9 +26,10 @@ from megacid.distributed.parallel import Parallel
 from megacid.models.clip import StudentSpec, model_config
 from megacid.models.freezing import frozen_parameters
 from megacid.models.student import SIGLIP_LOGITS, Student
-from megacid.training.components import Components, Data, make_classifier, make_objective
+from megacid.training.components import Components, make_classifier, make_objective
 from megacid.training.evaluation import Evaluation
 from megacid.training.memory import _batch
+from megacid.training.open_data import Data
 from megacid.training.state import TrainState, with_engine
 
 BATCH, WIDTH, CLASSES, TOKENS = 16, 24, 41, 64

@@ -20,8 +20,8 @@ from train_run import Pipeline, losses, scalars, tensors, train_rank
 from wandb_files import offline_starts
 
 from megacid.config.load import load_run
-from megacid.training.components import Data
 from megacid.training.observe import Observed
+from megacid.training.open_data import Data
 from megacid.training.reports import _observed
 
 # Observer -> (changes of the run file, options of train.py). All are switched on in one run.

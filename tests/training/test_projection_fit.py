@@ -24,7 +24,7 @@ from megacid.errors import UserError
 from megacid.models.clip import register_models
 from megacid.models.student import Student, build_student
 from megacid.training import dry_run
-from megacid.training.components import Data
+from megacid.training.open_data import Data
 from megacid.training.projection_fit import RIDGE, fit_projections
 
 WIDTH, MICRO, FITTED, ALL = 24, 5, 203, 300

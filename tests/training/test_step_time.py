@@ -18,8 +18,8 @@ from megacid.errors import UserError
 from megacid.models.feature_tower import FeatureTower
 from megacid.training.classifier_plan import plan_classifier
 from megacid.training.communication import Collective
-from megacid.training.components import Data
 from megacid.training.flops import classifier_flops, student_flops
+from megacid.training.open_data import Data
 from megacid.training.step_time import COSTS, Costs, Step
 
 ROOT = Path(__file__).resolve().parents[2]

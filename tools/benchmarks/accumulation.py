@@ -29,8 +29,9 @@ from megacid.data.batch import Batch
 from megacid.distributed.parallel import Parallel, init, shutdown
 from megacid.errors import UserError
 from megacid.losses import Objective
-from megacid.training.components import Components, Data, make_classifier, make_objective, make_student
+from megacid.training.components import Components, make_classifier, make_objective, make_student
 from megacid.training.evaluation import Evaluation
+from megacid.training.open_data import Data
 from megacid.training.state import TrainState, with_engine
 
 HELP = "a training step in one batch and in micro-batches with gradient caching"

@@ -26,7 +26,8 @@ from benchmarks.ranks import ask_ranks
 from benchmarks.suite import Limit, Report, Row, make_report, print_table
 from megacid.config.load import load_run
 from megacid.models.student import Student
-from megacid.training.components import Data, make_student
+from megacid.training.components import make_student
+from megacid.training.open_data import Data
 from megacid.training.step_time import Costs, Step
 
 HELP = "costs of a training step by the model of tools/estimate.py, and its error at points that were held out"

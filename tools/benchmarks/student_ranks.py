@@ -32,8 +32,9 @@ from megacid.distributed.collectives import all_reduce_sum
 from megacid.distributed.parallel import Parallel, init, shutdown
 from megacid.models.clip import PixelNormalization
 from megacid.models.student import Student, build_student, open_clip_tensors
-from megacid.training.components import Components, Data, make_objective, make_student
+from megacid.training.components import Components, make_objective, make_student
 from megacid.training.evaluation import Evaluation
+from megacid.training.open_data import Data
 from megacid.training.schedule import parameter_groups
 from megacid.training.state import with_engine
 

@@ -19,7 +19,7 @@ from megacid.data.index import ShardReader, load_index
 from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
-from megacid.training.components import open_data
+from megacid.training.open_data import open_data
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from megacid.data.index import ShardReader, load_index
 from megacid.data.side_tables import TeacherTable
 from megacid.errors import UserError
 from megacid.models.clip import LoadedClip, load_clip
-from megacid.training.components import Data
+from megacid.training.open_data import Data
 
 SOURCE = "json:texts.all.*"
 OPTIONS = ["--caption", SOURCE, "--views", 2]
