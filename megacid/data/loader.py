@@ -27,7 +27,7 @@ from megacid.data.index import ShardIndex
 from megacid.data.joined import JoinedTable, JoinSources
 from megacid.data.joined_build import open_joined
 from megacid.data.order import SampleOrder
-from megacid.data.pairs import PairOptions, Pairs
+from megacid.data.pairs import PairBatches, PairOptions, Pairs
 from megacid.data.remote.ahead import fetch_ahead
 from megacid.data.workers import WorkersLost, watched, worker_start
 from megacid.errors import UserError
@@ -45,86 +45,53 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-class PairStream:
+class BatchStream:
     """Iterates over the micro-batches of one rank, `accumulation` for each step from start_step to total_steps - 1.
 
     Every rank gets exactly `len(stream)` batches, all of the same shapes, also when the data is bad: an exception on
     one rank would leave the others waiting in a collective. Instead the batch has a `failure`, which the guard shares
-    between the ranks, and all later batches are dummies (`Pairs.dummy`) with the same failure. The first failing batch
-    holds real samples when the error budget is exceeded. It is a dummy when max_consecutive_errors is reached, a file
-    turns out to be damaged, or a worker is lost.
+    between the ranks, and all later batches are dummies (`PairBatches.dummy`) with the same failure. The first failing
+    batch holds real samples when the error budget is exceeded. It is a dummy when the reader gives a reason for
+    stopping, or a worker is lost.
 
     Workers belong to one iteration. They start at its first batch and end with it, or with the thread that iterates.
-
-    Args:
-        index: the shards.
-        plan: which positions of the stream this rank reads.
-        options: how samples are read; the same on every rank.
-        joined: the joined table of the index and the options, for several streams that share it; None: opened here.
-
-    Raises:
-        UserError: fewer usable samples than one global batch, a side table is damaged, or the cache is too small for
-            the remote tars that are read at a time. Never raised while iterating.
     """
 
-    def __init__(
-        self, index: ShardIndex, plan: Positions, options: PairOptions, joined: JoinedTable | None = None
-    ) -> None:
-        self.index, self.plan, self.options = index, plan, options
-        index.check_captions()
-        self.joined = joined or open_joined(
-            JoinSources(index, options.teacher, options.labels, options.keep), options.block_shards
-        )
-        counts = self.joined.counts
-        usable, self._without_teacher = counts.sum(axis=0).tolist()
-        if usable < plan.global_batch:
-            raise UserError(
-                f"{index.root} has {usable} usable samples of {index.num_samples}{self._left_out()}, expected at least "
-                f"one global batch of {plan.global_batch}: use a smaller batch or more data"
-            )
-        self.order = SampleOrder(counts[:, 0], seed=options.seed, block_shards=options.block_shards)
+    def __init__(self, plan: Positions, options: PairOptions, pairs: PairBatches) -> None:
+        self.plan, self.options = plan, options
         self.samples_read, self.bad_samples = 0, 0
-        replacement_stride = _coprime(plan.global_batch, self.order.num_samples)
-        self._fetch_ahead = fetch_ahead(index.paths, index.shards, self.order, plan, options.workers * options.prefetch)
-        self._pairs = Pairs(index, self.order, self.joined, options, replacement_stride)
+        self._pairs = pairs
 
-    def _left_out(self) -> str:
-        """For messages: the samples that cannot be used, by reason."""
-        keep = self.joined.sources.keep
-        counts = {
-            "without a caption": self.index.without_text,
-            "not kept by data.keep": 0 if keep is None else self.index.num_samples - int(keep.counts.sum()),
-            "without a teacher embedding": self._without_teacher,
-        }
-        text = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
-        return f" ({text})" if text else ""
+    def _source(self) -> dict[str, Any]:
+        """Where the DataLoader gets batches from, as its arguments."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Batch]:
         failure: str | None = None
-        plan = self._fetch_ahead.over(self.plan) if self._fetch_ahead else iter(self.plan)
+        plan = self._walk()
         with contextlib.closing(plan), contextlib.closing(self._read()) as batches:
-            for positions in plan:
+            for _ in plan:
                 if failure is None:
                     batch = next(batches)
-                    if isinstance(batch, str):
-                        batch = self._dummy(len(positions), batch)
-                    else:
-                        batch = self._count_bad_samples(batch)
+                    batch = self._dummy(batch) if isinstance(batch, str) else self._count_bad_samples(batch)
                     if (failure := batch.failure) is not None:
                         batches.close()  # ends the workers
                 else:
-                    batch = self._dummy(len(positions), failure)
+                    batch = self._dummy(failure)
                 yield batch
 
+    def _walk(self) -> Generator[list[int], None, None]:
+        """The positions of every batch, which is about to be read."""
+        return iter(self.plan)
+
     def _read(self) -> Generator[Batch | str, None, None]:
-        """The batch, or the reason for stopping, of every list of positions; ends early when workers are lost."""
+        """Every batch, or the reason for stopping; ends early when workers are lost."""
         workers = self.options.workers
         loader: DataLoader[Any] = DataLoader(
-            self._pairs,
-            batch_sampler=self.plan,
+            **self._source(),
             num_workers=workers,
             prefetch_factor=self.options.prefetch if workers else None,
             collate_fn=_identity,
@@ -142,8 +109,8 @@ class PairStream:
             samples = f"; the workers were reading {reading}: if it happens there again, remove it" if reading else ""
             yield f"rank {self.plan.rank}: {lost}{samples}"
 
-    def _dummy(self, size: int, failure: str) -> Batch:
-        batch = self._pairs.dummy(size, failure)
+    def _dummy(self, failure: str) -> Batch:
+        batch = self._pairs.dummy(self.plan.micro_batch, failure)
         return batch.pin_memory() if self.options.pin_memory else batch
 
     def _count_bad_samples(self, batch: Batch) -> Batch:
@@ -163,6 +130,58 @@ class PairStream:
             f"{allowed:.0f} are allowed (error budget {budget}), the last one {batch.replaced[-1]}: "
             "check the shards, or raise the budget",
         )
+
+
+class PairStream(BatchStream):
+    """The micro-batches of indexed shards; the reader stops at max_consecutive_errors and at damaged files.
+
+    Args:
+        index: the shards.
+        plan: which positions of the stream this rank reads.
+        options: how samples are read; the same on every rank.
+        joined: the joined table of the index and the options, for several streams that share it; None: opened here.
+
+    Raises:
+        UserError: fewer usable samples than one global batch, a side table is damaged, or the cache is too small for
+            the remote tars that are read at a time. Never raised while iterating.
+    """
+
+    def __init__(
+        self, index: ShardIndex, plan: Positions, options: PairOptions, joined: JoinedTable | None = None
+    ) -> None:
+        self.index = index
+        index.check_captions()
+        self.joined = joined or open_joined(
+            JoinSources(index, options.teacher, options.labels, options.keep), options.block_shards
+        )
+        counts = self.joined.counts
+        usable, self._without_teacher = counts.sum(axis=0).tolist()
+        if usable < plan.global_batch:
+            raise UserError(
+                f"{index.root} has {usable} usable samples of {index.num_samples}{self._left_out()}, expected at least "
+                f"one global batch of {plan.global_batch}: use a smaller batch or more data"
+            )
+        self.order = SampleOrder(counts[:, 0], seed=options.seed, block_shards=options.block_shards)
+        replacement_stride = _coprime(plan.global_batch, self.order.num_samples)
+        self._fetch_ahead = fetch_ahead(index.paths, index.shards, self.order, plan, options.workers * options.prefetch)
+        super().__init__(plan, options, Pairs(index, self.order, self.joined, options, replacement_stride))
+
+    def _source(self) -> dict[str, Any]:
+        return {"dataset": self._pairs, "batch_sampler": self.plan}
+
+    def _walk(self) -> Generator[list[int], None, None]:
+        return self._fetch_ahead.over(self.plan) if self._fetch_ahead else super()._walk()
+
+    def _left_out(self) -> str:
+        """For messages: the samples that cannot be used, by reason."""
+        keep = self.joined.sources.keep
+        counts = {
+            "without a caption": self.index.without_text,
+            "not kept by data.keep": 0 if keep is None else self.index.num_samples - int(keep.counts.sum()),
+            "without a teacher embedding": self._without_teacher,
+        }
+        text = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+        return f" ({text})" if text else ""
 
     def statistics(self) -> dict[str, Any]:
         """Counts for the log. The labelled share is an estimate from at most 16 evenly spaced shards."""

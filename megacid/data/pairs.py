@@ -9,7 +9,8 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from megacid.data.augmentation import drawn_caption, generators_restored, seed_generators
+from megacid.data.augmentation import Views, drawn_caption, generators_restored, seed_generators
 from megacid.data.batch import Batch
 from megacid.data.decode import MAX_PIXELS, BadSample, decode_image
 from megacid.data.ensemble import TeacherEnsemble
@@ -74,6 +75,21 @@ class PairOptions:
     pin_memory: bool = False
 
 
+class Choice(NamedTuple):
+    """What an epoch reads of a sample: the seed of its transform, its view (0 without views) and its caption."""
+
+    seed: int
+    view: int
+    caption: int
+
+
+def other_captions(captions: list[str], embedded: int, teacher: Path) -> str | None:
+    """Why a sample cannot be used when the teacher has embedded another number of captions; None when it can."""
+    if embedded == len(captions):
+        return None
+    return f"{len(captions)} captions, of which the teacher has embedded {embedded} in {teacher}"
+
+
 @dataclass(frozen=True)
 class _Key:
     """The key of a sample, which is looked up in the index only when a message is made."""
@@ -86,7 +102,102 @@ class _Key:
         return self.index.shown_key(self.shard, self.row)
 
 
-class Pairs(Dataset[Any]):
+class Teacher(Protocol):
+    """What a batch takes from a teacher, or from several: see `TeacherTable`."""
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def has_text(self) -> bool: ...
+    @property
+    def views(self) -> Views | None: ...
+
+
+class PairBatches:
+    """Turns decoded pairs into tensors: augmentation, and the fields of a batch, also of one without samples.
+
+    Args:
+        teacher: None: no teacher.
+        teacher_dtype: of the embeddings in a batch.
+        labels_per_sample: 0: no labels.
+    """
+
+    def __init__(
+        self, options: PairOptions, teacher: Teacher | None, teacher_dtype: np.dtype, labels_per_sample: int
+    ) -> None:
+        self.options, self.teacher_dtype, self.labels_per_sample = options, teacher_dtype, labels_per_sample
+        self.teacher_dim = None if teacher is None else teacher.dim
+        self.has_teacher_text = teacher is not None and teacher.has_text
+        self.views = None if teacher is None else teacher.views
+
+    def dummy(self, size: int, failure: str) -> Batch:
+        """A batch of `size` placeholders: black images, empty captions, labels and ids -1, unit teacher embeddings."""
+        with self.generators():
+            image = self.transformed(Image.new("RGB", _BLACK), 0)
+        width, dim = self.labels_per_sample, self.teacher_dim or 0
+        unit = torch.from_numpy(np.full((size, dim), max(dim, 1) ** -0.5, self.teacher_dtype))
+        return Batch(
+            image=image.expand(size, *image.shape).contiguous(),
+            text=self.options.tokenize([""] * size),
+            label=None if width == 0 else torch.full((size, width) if width > 1 else (size,), -1),
+            teacher_image=None if self.teacher_dim is None else unit,
+            teacher_text=unit.clone() if self.has_teacher_text else None,
+            sample_id=torch.full((size,), -1),
+            failure=failure,
+        )
+
+    def batch(
+        self,
+        images: list[Tensor],
+        captions: list[str],
+        labels: np.ndarray | None,
+        embeddings: tuple[np.ndarray | None, np.ndarray | None],
+        sample_id: np.ndarray,
+        replaced: list[str],
+    ) -> Batch:
+        """The batch of b pairs. labels: [b, l or more]; embeddings: of the teacher, image and text, [b, Dt] each."""
+        teacher_image, teacher_text = embeddings
+        return Batch(
+            image=torch.stack(images),
+            text=self.options.tokenize(captions),
+            label=self._label(labels),
+            teacher_image=None if teacher_image is None else torch.from_numpy(teacher_image),
+            teacher_text=None if teacher_text is None else torch.from_numpy(teacher_text),
+            sample_id=torch.from_numpy(sample_id),
+            replaced=tuple(replaced),
+        )
+
+    def being_read(self) -> str:
+        """The samples that the workers are reading, as text; "" for none."""
+        return ""
+
+    def choose(self, epoch: int, sample: int, captions: int, seed_of: Callable[[int], int]) -> Choice:
+        """What an epoch reads of a sample, which has so many captions. seed_of: the seed of a view."""
+        draw = self.options.seed, epoch, sample
+        seed, view, caption = derive_key(*draw) >> 1, 0, drawn_caption(*draw, captions)
+        if self.views is not None:
+            view = self.views.drawn(*draw)
+            seed = seed_of(view)
+        return Choice(seed, view, caption)
+
+    def generators(self) -> contextlib.AbstractContextManager[None]:
+        """Restores the global generators, which are seeded for every sample of a batch."""
+        return generators_restored() if self.options.seeded_transform else contextlib.nullcontext()
+
+    def transformed(self, image: Any, seed: int) -> Tensor:
+        """A decoded image as uint8 [3, H, W]; seed: of a random transform."""
+        if self.options.seeded_transform:
+            seed_generators(seed)
+        return self.options.transform(image)
+
+    def _label(self, labels: np.ndarray | None) -> Tensor | None:
+        if labels is None:
+            return None
+        labels = labels[:, : self.labels_per_sample].astype(np.int64)
+        return torch.from_numpy(labels[:, 0] if labels.shape[1] == 1 else labels)
+
+
+class Pairs(PairBatches, Dataset[Any]):
     """Maps a list of positions to a Batch; runs in the loader workers.
 
     replacement_stride: coprime to the number of samples.
@@ -95,9 +206,10 @@ class Pairs(Dataset[Any]):
     def __init__(
         self, index: ShardIndex, order: SampleOrder, joined: JoinedTable, options: PairOptions, replacement_stride: int
     ) -> None:
-        self.index, self.order, self.joined, self.options = index, order, joined, options
+        teacher, labels = joined.sources.teacher, joined.sources.labels
+        super().__init__(options, teacher, joined.teacher_dtype, labels.labels_per_sample if labels else 0)
+        self.index, self.order, self.joined, self.teacher = index, order, joined, teacher
         self.replacement_stride = replacement_stride
-        self.teacher, self.labels = joined.sources.teacher, joined.sources.labels
         self.reader = ShardReader(index, max_open=open_file_budget(min(options.block_shards, len(index.names))))
         self.starts = index.starts
         # Shard and row that each worker is reading, row -1 for none: in shared memory, for messages about lost workers.
@@ -114,7 +226,7 @@ class Pairs(Dataset[Any]):
     def __getitems__(self, positions: list[int]) -> Batch | str:
         """The batch, or the reason why the run has to stop (an exception would lose its text between processes)."""
         try:
-            with self._generators():
+            with self.generators():
                 return self._batch(positions)
         except (UserError, OSError) as error:  # the joined table or embeddings are damaged or were cut
             return str(error)
@@ -135,7 +247,7 @@ class Pairs(Dataset[Any]):
             failures = 0
             while True:
                 try:
-                    image, caption, draw = self._read(int(epochs[at]), int(shards[at]), rows[at])
+                    image, caption, choice = self._read(int(epochs[at]), int(shards[at]), rows[at])
                     break
                 except BadSample as bad:
                     replaced.append(str(bad))
@@ -150,36 +262,12 @@ class Pairs(Dataset[Any]):
                     rows[at] = self.joined.rows(shards[at : at + 1], numbers[at : at + 1])[0]
             images.append(image)
             captions.append(caption)
-            drawn.append(draw)
-        teacher_image, teacher_text = None, None
+            drawn.append((choice.view, choice.caption))
+        embeddings: tuple[np.ndarray | None, np.ndarray | None] = None, None
         if self.teacher is not None:
-            teacher_image, teacher_text = self.joined.embeddings(shards, rows, np.array(drawn, np.int64))
-        return Batch(
-            image=torch.stack(images),
-            text=self.options.tokenize(captions),
-            label=self._labels(rows),
-            teacher_image=None if teacher_image is None else torch.from_numpy(teacher_image),
-            teacher_text=None if teacher_text is None else torch.from_numpy(teacher_text),
-            sample_id=torch.from_numpy(self.starts[shards] + rows["row"]),
-            replaced=tuple(replaced),
-        )
-
-    def dummy(self, size: int, failure: str) -> Batch:
-        """A batch of `size` placeholders: black images, empty captions, labels and ids -1, unit teacher embeddings."""
-        with self._generators():
-            image = self._transform(Image.new("RGB", _BLACK), 0)
-        width = 0 if self.labels is None else self.labels.labels_per_sample
-        dim = 0 if self.teacher is None else self.teacher.dim
-        unit = torch.from_numpy(np.full((size, dim), max(dim, 1) ** -0.5, self.joined.teacher_dtype))
-        return Batch(
-            image=image.expand(size, *image.shape).contiguous(),
-            text=self.options.tokenize([""] * size),
-            label=None if self.labels is None else torch.full((size, width) if width > 1 else (size,), -1),
-            teacher_image=None if self.teacher is None else unit,
-            teacher_text=unit.clone() if self.teacher is not None and self.teacher.has_text else None,
-            sample_id=torch.full((size,), -1),
-            failure=failure,
-        )
+            embeddings = self.joined.embeddings(shards, rows, np.array(drawn, np.int64))
+        labels = rows["labels"] if self.labels_per_sample else None
+        return self.batch(images, captions, labels, embeddings, self.starts[shards] + rows["row"], replaced)
 
     def _replacement(self, position: int, attempt: int) -> int:
         """The position that replaces a bad sample: a fixed walk through its own epoch that visits every sample once.
@@ -189,8 +277,8 @@ class Pairs(Dataset[Any]):
         epoch, offset = divmod(position, self.order.num_samples)
         return epoch * self.order.num_samples + (offset + attempt * self.replacement_stride) % self.order.num_samples
 
-    def _read(self, epoch: int, shard: int, sample: np.void) -> tuple[Tensor, str, tuple[int, int]]:
-        """Image and caption of a sample in an epoch, and the numbers of its view (0 without views) and its caption."""
+    def _read(self, epoch: int, shard: int, sample: np.void) -> tuple[Tensor, str, Choice]:
+        """Image and caption of a sample, a row of the joined table, in an epoch."""
         row = int(sample["row"])
         self._note(shard, row)
         data = self.reader.read_at(shard, row, "image", *sample["image"].tolist())
@@ -199,27 +287,8 @@ class Pairs(Dataset[Any]):
         member = self.reader.read_at(shard, row, "text", *sample["text"].tolist())
         captions = self.reader.decode_captions(shard, row, member)
         for count, teacher in zip(sample["captions"].tolist(), self.joined.sources.teachers):
-            if count != len(captions):
-                reason = f"{len(captions)} captions, of which the teacher has embedded {count} in {teacher.directory}"
+            if (reason := other_captions(captions, count, teacher.directory)) is not None:
                 raise self.reader.bad_sample(shard, row, reason)
-        draw = self.options.seed, epoch, int(self.starts[shard]) + row
-        seed, view, caption = derive_key(*draw) >> 1, 0, drawn_caption(*draw, len(captions))
-        if self.teacher is not None and (views := self.teacher.views) is not None:
-            view = views.drawn(*draw)
-            seed = int(sample["seeds"][view])
-        return self._transform(image, seed), captions[caption], (view, caption)
-
-    def _transform(self, image: Any, seed: int) -> Tensor:
-        if self.options.seeded_transform:
-            seed_generators(seed)
-        return self.options.transform(image)
-
-    def _generators(self) -> contextlib.AbstractContextManager[None]:
-        """Restores the global generators, which are seeded for every sample of a batch."""
-        return generators_restored() if self.options.seeded_transform else contextlib.nullcontext()
-
-    def _labels(self, rows: np.ndarray) -> Tensor | None:
-        if self.labels is None:
-            return None
-        labels = rows["labels"][:, : self.labels.labels_per_sample].astype(np.int64)
-        return torch.from_numpy(labels[:, 0] if labels.shape[1] == 1 else labels)
+        number = int(self.starts[shard]) + row
+        choice = self.choose(epoch, number, len(captions), lambda view: int(sample["seeds"][view]))
+        return self.transformed(image, choice.seed), captions[choice.caption], choice

@@ -7,6 +7,7 @@ Shapes: n samples of a tar, d embedding width, l labels per sample.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from megacid.data.index import ShardIndex
 from megacid.errors import UserError
 from megacid.storage.metadata import read_meta, size_field
 from megacid.storage.npy import load_npy
-from megacid.storage.parquet import count_column, join_by_key, key_column, label_column, read_parquet
+from megacid.storage.parquet import count_column, join_by_key, key_column, label_column, read_parquet, row_by_key
 
 _EMBED_AGAIN, _CLUSTER_AGAIN, _BALANCE_AGAIN = (
     f"run tools/{tool}.py again" for tool in ("embed", "cluster", "balance")
@@ -55,17 +56,29 @@ def _copied_from(index: ShardIndex) -> str:
     return index.digest
 
 
+class TeacherRows(NamedTuple):
+    """The embeddings of one tar as they are stored: r rows, one for each sample that was embedded."""
+
+    keys: list[str]
+    image: np.ndarray  # [r, d], memory-mapped; with views [r * views, d]
+    text: np.ndarray | None  # [r, d]; with several captions [all captions of all rows, d]
+    first: np.ndarray | None  # int64 [r + 1], with several captions: row of `text` of the first one of each sample
+
+
 class TeacherShard(NamedTuple):
-    """The embeddings of the samples of one tar."""
+    """The embeddings of the samples of one tar, see `TeacherRows`."""
 
-    row_of: np.ndarray  # int64 [n]: row in the partition of each sample of the tar, -1 for none
-    image: np.ndarray  # [rows, d], memory-mapped; with views [rows * views, d]
-    text: np.ndarray | None  # [rows, d]; with several captions [all captions of all rows, d]
-    first: np.ndarray | None  # int64 [rows + 1], with several captions: row of `text` of the first one of each sample
+    row_of: np.ndarray  # int64 [n]: row of each sample of the tar, -1 for none
+    image: np.ndarray
+    text: np.ndarray | None
+    first: np.ndarray | None
 
 
-class TeacherTable:
-    """Teacher embeddings written by `tools/embed.py`: float16, L2-normalised.
+class TeacherFiles:
+    """Teacher embeddings written by `tools/embed.py`, by the name of a tar: float16, L2-normalised.
+
+    Args:
+        meta: its meta.json.
 
     Attributes:
         dim: their width d.
@@ -73,9 +86,8 @@ class TeacherTable:
         views: random crops of each image that were embedded; None: the whole images were embedded alone.
     """
 
-    def __init__(self, directory: str | Path, index: ShardIndex) -> None:
-        self.directory, self.index = Path(directory), index
-        self.meta = _checked_meta(directory, index, "embed")
+    def __init__(self, directory: str | Path, meta: dict[str, Any]) -> None:
+        self.directory, self.meta = Path(directory), meta
         self.dim = size_field(self.meta, self.directory, "dim", _EMBED_AGAIN)
         self.has_text = (self.directory / "text_emb").is_dir()
         self.views = recorded_views(self.meta, self.directory)
@@ -87,23 +99,21 @@ class TeacherTable:
         self._text_files = _by_number(self.directory / text, f"{text}_*.npy")
         self._metadata_files = _by_number(self.directory / "metadata", "metadata_*.parquet")
         self._partitions = self._checked_partitions()
-        self._failures = self._checked_failures()
         self._empty = frozenset(self.meta.get("empty", ()))  # tars without files, because no sample could be embedded
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise UserError unless the tars of these names have embeddings."""
         required = [self._image_files] + [self._text_files] * self.has_text
         missing = [
             name
-            for name in index.names
+            for name in names
             if name not in self._empty and any(self._partitions.get(name) not in files for files in required)
         ]
         if missing:
             raise UserError(
-                f"{directory} has no embeddings of {len(missing)} shards ({', '.join(missing[:5])}): {_EMBED_AGAIN}"
+                f"{self.directory} has no embeddings of {len(missing)} shards ({', '.join(missing[:5])}): "
+                f"{_EMBED_AGAIN}"
             )
-
-    @property
-    def tables(self) -> tuple[TeacherTable, ...]:
-        """Itself, as an ensemble of one."""
-        return (self,)
 
     def _checked_partitions(self) -> dict[str, int]:
         partitions = self.meta.get("partitions")
@@ -113,6 +123,54 @@ class TeacherTable:
                 f"shard: {_EMBED_AGAIN}"
             )
         return partitions
+
+    def read(self, name: str) -> TeacherRows:
+        """The embeddings of a tar. Raises UserError when its files are damaged or disagree."""
+        if name in self._empty:
+            none = np.empty((0, self.dim), np.float16)
+            return TeacherRows([], none, none if self.has_text else None, None)
+        number = self._partitions[name]
+        image = load_npy(self._image_files[number], _EMBED_AGAIN)
+        text = load_npy(self._text_files[number], _EMBED_AGAIN) if self.has_text else None
+        metadata = self.metadata(number)
+        columns = ["image_path", *([COUNT_COLUMN] if self._several_captions else [])]
+        table = read_parquet(metadata, _EMBED_AGAIN, columns)
+        keys = key_column(table, "image_path", metadata, _EMBED_AGAIN)
+        first = None
+        if self._several_captions:
+            first = np.append(0, np.cumsum(count_column(table, COUNT_COLUMN, metadata, _EMBED_AGAIN)))
+        images = len(keys) * (self.views.count if self.views else 1)
+        texts = len(keys) if first is None else int(first[-1])
+        for path, array, rows in (
+            (self._image_files[number], image, images),
+            (self._text_files.get(number), text, texts),
+        ):
+            valid = array is None or (array.shape == (rows, self.dim) and array.dtype.kind == "f")
+            if array is not None and not (valid and array.flags.c_contiguous):
+                raise UserError(
+                    f"{path} has shape {array.shape} of {array.dtype}, expected {(rows, self.dim)} of floating point, "
+                    f"row by row, to match its metadata: {_EMBED_AGAIN}"
+                )
+        return TeacherRows(keys, image, text, first)
+
+    def metadata(self, number: int) -> Path:
+        """The metadata of a partition."""
+        return self._metadata_files.get(number, self.directory / "metadata" / f"metadata_{number:05d}.parquet")
+
+
+class TeacherTable(TeacherFiles):
+    """Teacher embeddings of indexed shards."""
+
+    def __init__(self, directory: str | Path, index: ShardIndex) -> None:
+        super().__init__(directory, _checked_meta(directory, index, "embed"))
+        self.index = index
+        self._failures = self._checked_failures()
+        self.check_names(index.names)
+
+    @property
+    def tables(self) -> tuple[TeacherTable, ...]:
+        """Itself, as an ensemble of one."""
+        return (self,)
 
     def _checked_failures(self) -> dict[str, int] | None:
         failures = self.meta.get("failures_by_shard")
@@ -141,40 +199,20 @@ class TeacherTable:
 
     def join(self, shard: int) -> TeacherShard:
         """Join the embeddings of a tar to its samples. Raises UserError when its files are damaged or disagree."""
-        if self.index.names[shard] in self._empty:
-            none = np.empty((0, self.dim), np.float16)
-            return TeacherShard(np.full(int(self.index.sizes[shard]), -1), none, none if self.has_text else None, None)
-        number = self._partitions[self.index.names[shard]]
-        image = load_npy(self._image_files[number], _EMBED_AGAIN)
-        text = load_npy(self._text_files[number], _EMBED_AGAIN) if self.has_text else None
-        metadata = self._metadata_files.get(number, self.directory / "metadata" / f"metadata_{number:05d}.parquet")
-        columns = ["image_path", *([COUNT_COLUMN] if self._several_captions else [])]
-        table = read_parquet(metadata, _EMBED_AGAIN, columns)
-        keys = key_column(table, "image_path", metadata, _EMBED_AGAIN)
-        first = None
-        if self._several_captions:
-            first = np.append(0, np.cumsum(count_column(table, COUNT_COLUMN, metadata, _EMBED_AGAIN)))
-        images = len(keys) * (self.views.count if self.views else 1)
-        texts = len(keys) if first is None else int(first[-1])
-        for path, array, rows in (
-            (self._image_files[number], image, images),
-            (self._text_files.get(number), text, texts),
-        ):
-            valid = array is None or (array.shape == (rows, self.dim) and array.dtype.kind == "f")
-            if array is not None and not (valid and array.flags.c_contiguous):
-                raise UserError(
-                    f"{path} has shape {array.shape} of {array.dtype}, expected {(rows, self.dim)} of floating point, "
-                    f"row by row, to match its metadata: {_EMBED_AGAIN}"
-                )
-        row_of = join_by_key(self.index.table(shard).keys, keys, metadata, _EMBED_AGAIN)
+        name = self.index.names[shard]
+        rows = self.read(name)
+        if name in self._empty:
+            return TeacherShard(np.full(int(self.index.sizes[shard]), -1), *rows[1:])
+        metadata = self.metadata(self._partitions[name])
+        row_of = join_by_key(self.index.table(shard).keys, rows.keys, metadata, _EMBED_AGAIN)
         lacking, expected = int((row_of < 0).sum()), self.failures(shard)
         # tools/embed.py leaves out samples without a text and does not count them.
         if not self.index.shards[shard]["without_text"] and expected not in (None, lacking):
             raise UserError(
-                f"{self.directory}/meta.json counts {expected} samples of {self.index.names[shard]}.tar without an "
+                f"{self.directory}/meta.json counts {expected} samples of {name}.tar without an "
                 f"embedding, its metadata {lacking}: {_EMBED_AGAIN}"
             )
-        return TeacherShard(row_of, image, text, first)
+        return TeacherShard(row_of, *rows[1:])
 
 
 def _by_number(folder: Path, pattern: str) -> dict[int, Path]:
@@ -188,10 +226,12 @@ def _by_number(folder: Path, pattern: str) -> dict[int, Path]:
     return paths
 
 
-class LabelTable:
-    """Cluster labels written by `tools/cluster.py`.
+class LabelFiles:
+    """Cluster labels written by `tools/cluster.py`, by the name of a tar.
 
     Args:
+        meta: its meta.json.
+        first: name of the tar that decides how many labels per sample were written.
         labels_per_sample: number l of nearest clusters to use; None uses all that were written.
 
     Attributes:
@@ -203,17 +243,24 @@ class LabelTable:
         UserError: fewer labels per sample were written.
     """
 
-    def __init__(self, directory: str | Path, index: ShardIndex, labels_per_sample: int | None = None) -> None:
-        self.directory, self.index = Path(directory), index
-        self.meta = _checked_meta(directory, index, "cluster")
+    def __init__(
+        self, directory: str | Path, meta: dict[str, Any], first: str, labels_per_sample: int | None = None
+    ) -> None:
+        self.directory, self.meta = Path(directory), meta
         self.num_classes = size_field(self.meta, self.directory, "k", _CLUSTER_AGAIN)
         self.labels_per_sample, self.stored = labels_per_sample or 1, 0
-        self.stored = self.join(0).shape[1]  # the first tar decides for all
+        keys, labels = self.read(first)
+        row_by_key(keys, self.path(first), _CLUSTER_AGAIN)
+        self.stored = labels.shape[1]
         self.labels_per_sample = labels_per_sample or self.stored
 
-    def join(self, shard: int) -> np.ndarray:
-        """The labels of the samples of a tar: int64 [n, stored], nearest first, -1 for none."""
-        path = self.directory / "labels" / f"{self.index.names[shard]}.parquet"
+    def path(self, name: str) -> Path:
+        """The file with the labels of a tar."""
+        return self.directory / "labels" / f"{name}.parquet"
+
+    def read(self, name: str) -> tuple[list[str], np.ndarray]:
+        """The labels of a tar as they are stored: r keys, and int64 [r, stored], nearest first, -1 for none."""
+        path = self.path(name)
         table = read_parquet(path, _CLUSTER_AGAIN)
         names = [name for name in table.column_names if name == "label" or name.removeprefix("label_").isdigit()]
         if "key" not in table.column_names or "label" not in names:
@@ -228,10 +275,23 @@ class LabelTable:
             )
         names = names[: self.stored or None]
         keys = key_column(table, "key", path, _CLUSTER_AGAIN)
-        at = join_by_key(self.index.table(shard).keys, keys, path, _CLUSTER_AGAIN)
         columns = [label_column(table, name, keys, self.num_classes, path, _CLUSTER_AGAIN) for name in names]
-        stored = np.stack(columns, axis=1)
-        labels = np.full((len(at), len(names)), -1, np.int64)
+        return keys, np.stack(columns, axis=1)
+
+
+class LabelTable(LabelFiles):
+    """Cluster labels of indexed shards; labels_per_sample is that of `LabelFiles`."""
+
+    def __init__(self, directory: str | Path, index: ShardIndex, labels_per_sample: int | None = None) -> None:
+        self.index = index
+        super().__init__(directory, _checked_meta(directory, index, "cluster"), index.names[0], labels_per_sample)
+
+    def join(self, shard: int) -> np.ndarray:
+        """The labels of the samples of a tar: int64 [n, stored], nearest first, -1 for none."""
+        name = self.index.names[shard]
+        keys, stored = self.read(name)
+        at = join_by_key(self.index.table(shard).keys, keys, self.path(name), _CLUSTER_AGAIN)
+        labels = np.full((len(at), stored.shape[1]), -1, np.int64)
         labels[at >= 0] = stored[at[at >= 0]]
         return labels
 

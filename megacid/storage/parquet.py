@@ -100,6 +100,15 @@ def label_column(
     return labels.astype(np.int64)
 
 
+def row_by_key(present: list[str], source: Path | str, remedy: str) -> dict[str, int]:
+    """The row of every key. UserError when `present`, which was read from `source`, holds a key twice."""
+    row_of = {key: row for row, key in enumerate(present)}
+    if len(row_of) != len(present):
+        twice = next(key for row, key in enumerate(present) if row_of[key] != row)
+        raise UserError(f"{source} has more than one row for the key {twice}, expected unique keys: {remedy}")
+    return row_of
+
+
 def join_by_key(
     requested: list[str], present: list[str], source: Path | str, remedy: str, *, require_all: bool = False
 ) -> np.ndarray:
@@ -112,10 +121,7 @@ def join_by_key(
     Raises:
         UserError: `present` holds a key twice, or (require_all) lacks a requested key.
     """
-    row_of = {key: row for row, key in enumerate(present)}
-    if len(row_of) != len(present):
-        twice = next(key for row, key in enumerate(present) if row_of[key] != row)
-        raise UserError(f"{source} has more than one row for the key {twice}, expected unique keys: {remedy}")
+    row_of = row_by_key(present, source, remedy)
     if requested == present:
         return np.arange(len(present))
     rows = np.array([row_of.get(key, -1) for key in requested], np.int64)
