@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,9 @@ def test_every_estimated_stage_is_measured(
     request |= {"seed": 0, "threads": 1, "clock": "wall", "label_rows": 200, "folder": str(tmp_path)}
     monkeypatch.setattr(sys, "argv", ["kmeans_stages", json.dumps(request)])
     monkeypatch.setitem(hooks, "cluster:stage", lambda stage: None)
+    threads = threading.active_count()
     kmeans_stages.main()
+    assert threading.active_count() == threads, "memory is still sampled after the last stage"
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["stages"]
     assert len(rows) == stages
     for row in rows:

@@ -118,8 +118,10 @@ class _Observer:
         seconds, bytes_ = self.found.setdefault(self.stage, [0.0, 0.0])
         self.found[self.stage] = [seconds + self.clock() - self.began, max(bytes_, self.peak.bytes - self.own)]
         print(f"{self.stage}: {self.found[self.stage][0]:.1f} s", file=sys.stderr, flush=True)
-        self.stage, self.began, self.peak = stage, self.clock(), PeakAnonymous()
-        self.peak.__enter__()
+        self.stage, self.began = stage, self.clock()
+        if stage != "end":
+            self.peak = PeakAnonymous()
+            self.peak.__enter__()
 
 
 def _estimates(settings: KMeansSettings, request: dict[str, Any]) -> dict[str, tuple[float, float]]:
