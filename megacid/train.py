@@ -61,7 +61,8 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     saver = Saver(directory, keep_last=config.keep_last, group=parallel.group, background=config.save_in_background)
     lifecycle = Lifecycle(parallel.group, stop_after=args.stop_after)
     watchdog = Watchdog(run, parallel, lifecycle)
-    loss_check = ResumeLossCheck(directory, start if start_from else None, tolerance=1e-2 if run.bf16 else 1e-4)
+    resumed_at = start if start_from and state.data.position is None else None  # with a position the data differ
+    loss_check = ResumeLossCheck(directory, resumed_at, tolerance=1e-2 if run.bf16 else 1e-4)
     metrics = Metrics(run, parallel, start, state.flops)
     profiler = StepProfiler(args.profile_steps, start, directory, parallel)
     save = partial(save_checkpoint, state, saver, loss_check, watchdog)
@@ -254,6 +255,8 @@ def next_batch(
     began = time.perf_counter()
     batch = next(batches)
     metrics.waited_for_data(time.perf_counter() - began)
+    if state.data.position is not None:
+        state.data.position.advance(batch)
     failpoint("train:batch", step=step, batch=batch)
     return batch
 

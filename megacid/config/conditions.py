@@ -43,8 +43,14 @@ def is_mean_over_samples(loss: Any) -> bool:
     return not (loss.instance or loss.contrastive or loss.affinity or loss.cluster)
 
 
+def _are_pipes(block: Any) -> bool:
+    return (block.data.shards or "").startswith("pipe:")
+
+
 Shards = Needs("data.shards", lambda block: block.data.shards is not None)
-RemoteShards = Needs("a URL in data.shards", lambda block: "://" in (block.data.shards or ""))
+Pipes = Needs("pipe: in data.shards", lambda block: _are_pipes(block))
+NoPipes = Needs("data.shards without pipe:, or data.features", lambda block: not _are_pipes(block))
+RemoteShards = Needs("a URL in data.shards", lambda block: "://" in (block.data.shards or "") and not _are_pipes(block))
 CacheDirectory = Needs("data.cache_dir", lambda block: block.data.cache_dir is not None)
 Features = Needs("data.features", lambda block: block.data.features is not None)
 HiddenLayers = Needs("student.layers > 0", lambda block: block.student.layers)

@@ -33,6 +33,15 @@ def as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value  # JSON has no tuples
 
 
+def _shards(path: str) -> str:
+    """As `expanded_path`, but a command is as it is: the shell expands its variables."""
+    if not path.startswith("pipe:"):
+        return expanded_path(path)
+    if "\0" in path or not all(part.startswith("pipe:") for part in path.split("::")):
+        raise ValueError("pipe:COMMAND in every part, since tars that are indexed and commands cannot be mixed")
+    return path
+
+
 def _joined(value: Any) -> Any:
     """A list of paths as one text, which the shards' reader splits."""
     return "::".join(value) if isinstance(value, list) and value and all(isinstance(v, str) for v in value) else value
@@ -66,7 +75,7 @@ def _each_once(value: Any) -> Any:
 # A validator's ValueError ends the message `"KEY" is VALUE, expected ...`.
 DirectoryName = Annotated[str, BeforeValidator(_directory_name)]
 FilePath = Annotated[str, AfterValidator(expanded_path)]
-FilePaths = Annotated[FilePath, BeforeValidator(_joined)]
+Shards = Annotated[str, BeforeValidator(_joined), AfterValidator(_shards)]
 OneOrSeveralPaths = Annotated[str | tuple[str, ...], BeforeValidator(_one_or_several_paths)]
 _Temperature = Annotated[float, Field(ge=_LOWEST_TEMPERATURE)]
 OneOrSeveralTemperatures = Annotated[

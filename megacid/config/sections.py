@@ -13,13 +13,13 @@ from megacid.config.fields import (
     Count,
     DirectoryName,
     FilePath,
-    FilePaths,
     Fraction,
     FractionAboveZero,
     OneOrSeveralPaths,
     OneOrSeveralTemperatures,
     Seconds,
     Section,
+    Shards,
     Steps,
     TrackerNames,
     Weight,
@@ -109,9 +109,10 @@ class StudentConfig(Section):
 class DataConfig(Section):
     """Training data and the outputs of the offline tools."""
 
-    shards: FilePaths | None = None
+    shards: Shards | None = None
     """Tar shards in img2dataset's or webdataset's layout: a directory, a brace pattern, a glob, a .tar file, a URL of
-    one of these (s3://, gs://, hf://, https://), or several of them as a list or joined by `::`. Set exactly one of
+    one of these (s3://, gs://, hf://, https://), or several of them as a list or joined by `::`; or
+    commands that write tars (pipe:COMMAND), which are read in a stream and never indexed. Set exactly one of
     shards and features."""
     cache_dir: Annotated[FilePath | None, when.RemoteShards] = None
     """Directory on a local disk for the tars of URLs, shared by all ranks and runs of a node; null: the one that the
@@ -143,10 +144,12 @@ class DataConfig(Section):
     """Seconds without a batch from a loader process after which the run ends with an error."""
     prefetch: Annotated[int, Field(gt=0, le=1024), when.Shards, when.Workers] = 2
     """Number of micro-batches that each loader process prepares ahead, in shared memory."""
-    block_shards: Count = 64
+    block_shards: Annotated[Count, when.NoPipes] = 64
     """Number of shards or feature files shuffled together. More mixes better, fewer reads more locally."""
+    shuffle_buffer: Annotated[Count, when.Pipes] = 5000
+    """Number of samples that each loader process keeps as bytes, of which it draws the next one."""
     error_budget: Annotated[Fraction, when.Shards] = 0.001
-    """Fraction of undecodable samples above which the run ends."""
+    """Fraction of undecodable samples, and with pipe: of tars that cannot be read, above which the run ends."""
     max_image_pixels: Annotated[int, Field(gt=0, le=89_478_485), when.Shards] = 64_000_000
     """Images with more pixels are skipped before they are decoded; the decoder itself refuses more than 89478485."""
 

@@ -25,6 +25,25 @@ class DataBudgetError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class ReaderProgress:
+    """How far a reader of commands that write tars was when it made a batch; see `data/pipes/`.
+
+    Attributes:
+        reader: its number on this rank.
+        turn: the next one of the sequence of tars.
+        tars: tars that it has begun.
+        failed: one reason for each of them that could not be read since its last batch.
+        left_out: samples that it has left out, by reason.
+    """
+
+    reader: int
+    turn: int
+    tars: int
+    failed: tuple[str, ...]
+    left_out: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch.
 
@@ -35,6 +54,7 @@ class Batch:
         teacher_image, teacher_text: float16 (float32) [b, Dt] as they are stored, L2-normalised.
         sample_id: int64 [b], global row in the index of the sample that was used.
         replaced: one reason for every bad sample that was replaced.
+        progress: of the reader that made the batch from the output of commands; None for indexed shards.
         failure: why the run has to end without training on this batch. It is data instead of an exception so that all
             ranks end together in the guard's decision.
     """
@@ -46,6 +66,7 @@ class Batch:
     teacher_text: Tensor | None
     sample_id: Tensor
     replaced: tuple[str, ...] = ()
+    progress: ReaderProgress | None = None
     failure: str | None = None
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:

@@ -179,7 +179,7 @@ def list_remote(spec: str | Path, cache: ShardCache | None = None, *, ask: bool 
     parts = [part for part in _split(str(spec)) if _is_remote(part)]
     if parts and cache is None:
         ShardCache.of_environment(parts[0])
-    urls = [url for part in parts for url in _expand_braces(part)]
+    urls = [url for part in parts for url in expand_braces(part)]
     found = {url: [RemoteObject(url)] if _names_tar(url) else object_store.list_tars(url) for url in urls}
     if ask:
         known = iter(object_store.stat_all([tar for tars in found.values() for tar in tars]))
@@ -235,7 +235,7 @@ def _names_tar(url: str) -> bool:
 
 def _remote_tars(part: str, cache: ShardCache, listed: Listed, remote: dict[Path, RemoteObject]) -> Iterator[Path]:
     """Where the indexes of the tars of a URL are; adds the tars to `remote`."""
-    for url in _expand_braces(part):
+    for url in expand_braces(part):
         tars = [RemoteObject(*known) for known in listed.get(url, [(url, None, None)])]
         if not tars:
             raise UserError(
@@ -285,7 +285,7 @@ def _split(text: str) -> list[str]:
 
 def _tars_of_part(part: str) -> Iterator[Path]:
     """The tars of a directory, a file, a glob or a brace pattern. UserError when one is missing."""
-    names, missing = [part] if os.path.exists(part) else _expand_braces(part), []
+    names, missing = [part] if os.path.exists(part) else expand_braces(part), []
     for name in names:
         paths = [Path(name)] if os.path.exists(name) else _matches(name)
         if not paths:
@@ -311,7 +311,8 @@ def _matches(pattern: str) -> list[Path]:
     return [path for path in paths if (path.is_dir() and tars_of(path)) or path.name.endswith(".tar")]
 
 
-def _expand_braces(part: str) -> list[str]:
+def expand_braces(part: str) -> list[str]:
+    """The names that a brace pattern stands for. UserError for unmatched braces, or too many names."""
     ranges = [abs(int(stop[:19]) - int(start[:19])) for start, stop in _RANGE.findall(part)]
     try:
         names = [] if max(ranges, default=0) >= _MAX_TARS else list(islice(braceexpand(part), _MAX_TARS + 1))

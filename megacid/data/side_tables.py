@@ -22,9 +22,7 @@ from megacid.storage.metadata import read_meta, size_field
 from megacid.storage.npy import load_npy
 from megacid.storage.parquet import count_column, join_by_key, key_column, label_column, read_parquet, row_by_key
 
-_EMBED_AGAIN, _CLUSTER_AGAIN, _BALANCE_AGAIN = (
-    f"run tools/{tool}.py again" for tool in ("embed", "cluster", "balance")
-)
+EMBED_AGAIN, CLUSTER_AGAIN, BALANCE_AGAIN = (f"run tools/{tool}.py again" for tool in ("embed", "cluster", "balance"))
 
 IMAGE, TEXT = 0, 1  # kinds of embeddings
 
@@ -88,7 +86,7 @@ class TeacherFiles:
 
     def __init__(self, directory: str | Path, meta: dict[str, Any]) -> None:
         self.directory, self.meta = Path(directory), meta
-        self.dim = size_field(self.meta, self.directory, "dim", _EMBED_AGAIN)
+        self.dim = size_field(self.meta, self.directory, "dim", EMBED_AGAIN)
         self.has_text = (self.directory / "text_emb").is_dir()
         self.views = recorded_views(self.meta, self.directory)
         # Writers of this layout pad the numbers to different widths, so files are found by number.
@@ -111,8 +109,7 @@ class TeacherFiles:
         ]
         if missing:
             raise UserError(
-                f"{self.directory} has no embeddings of {len(missing)} shards ({', '.join(missing[:5])}): "
-                f"{_EMBED_AGAIN}"
+                f"{self.directory} has no embeddings of {len(missing)} shards ({', '.join(missing[:5])}): {EMBED_AGAIN}"
             )
 
     def _checked_partitions(self) -> dict[str, int]:
@@ -120,7 +117,7 @@ class TeacherFiles:
         if not isinstance(partitions, dict) or not all(isinstance(number, int) for number in partitions.values()):
             raise UserError(
                 f"{self.directory}/meta.json has partitions {str(partitions)[:40]!r}, expected a number for every "
-                f"shard: {_EMBED_AGAIN}"
+                f"shard: {EMBED_AGAIN}"
             )
         return partitions
 
@@ -130,15 +127,15 @@ class TeacherFiles:
             none = np.empty((0, self.dim), np.float16)
             return TeacherRows([], none, none if self.has_text else None, None)
         number = self._partitions[name]
-        image = load_npy(self._image_files[number], _EMBED_AGAIN)
-        text = load_npy(self._text_files[number], _EMBED_AGAIN) if self.has_text else None
+        image = load_npy(self._image_files[number], EMBED_AGAIN)
+        text = load_npy(self._text_files[number], EMBED_AGAIN) if self.has_text else None
         metadata = self.metadata(number)
         columns = ["image_path", *([COUNT_COLUMN] if self._several_captions else [])]
-        table = read_parquet(metadata, _EMBED_AGAIN, columns)
-        keys = key_column(table, "image_path", metadata, _EMBED_AGAIN)
+        table = read_parquet(metadata, EMBED_AGAIN, columns)
+        keys = key_column(table, "image_path", metadata, EMBED_AGAIN)
         first = None
         if self._several_captions:
-            first = np.append(0, np.cumsum(count_column(table, COUNT_COLUMN, metadata, _EMBED_AGAIN)))
+            first = np.append(0, np.cumsum(count_column(table, COUNT_COLUMN, metadata, EMBED_AGAIN)))
         images = len(keys) * (self.views.count if self.views else 1)
         texts = len(keys) if first is None else int(first[-1])
         for path, array, rows in (
@@ -149,7 +146,7 @@ class TeacherFiles:
             if array is not None and not (valid and array.flags.c_contiguous):
                 raise UserError(
                     f"{path} has shape {array.shape} of {array.dtype}, expected {(rows, self.dim)} of floating point, "
-                    f"row by row, to match its metadata: {_EMBED_AGAIN}"
+                    f"row by row, to match its metadata: {EMBED_AGAIN}"
                 )
         return TeacherRows(keys, image, text, first)
 
@@ -178,7 +175,7 @@ class TeacherTable(TeacherFiles):
         if failures is not None and not valid:
             raise UserError(
                 f"{self.directory}/meta.json has failures_by_shard {str(failures)[:40]!r}, expected a number for every "
-                f"shard: {_EMBED_AGAIN}"
+                f"shard: {EMBED_AGAIN}"
             )
         return failures
 
@@ -204,13 +201,13 @@ class TeacherTable(TeacherFiles):
         if name in self._empty:
             return TeacherShard(np.full(int(self.index.sizes[shard]), -1), *rows[1:])
         metadata = self.metadata(self._partitions[name])
-        row_of = join_by_key(self.index.table(shard).keys, rows.keys, metadata, _EMBED_AGAIN)
+        row_of = join_by_key(self.index.table(shard).keys, rows.keys, metadata, EMBED_AGAIN)
         lacking, expected = int((row_of < 0).sum()), self.failures(shard)
         # tools/embed.py leaves out samples without a text and does not count them.
         if not self.index.shards[shard]["without_text"] and expected not in (None, lacking):
             raise UserError(
                 f"{self.directory}/meta.json counts {expected} samples of {name}.tar without an "
-                f"embedding, its metadata {lacking}: {_EMBED_AGAIN}"
+                f"embedding, its metadata {lacking}: {EMBED_AGAIN}"
             )
         return TeacherShard(row_of, *rows[1:])
 
@@ -247,10 +244,10 @@ class LabelFiles:
         self, directory: str | Path, meta: dict[str, Any], first: str, labels_per_sample: int | None = None
     ) -> None:
         self.directory, self.meta = Path(directory), meta
-        self.num_classes = size_field(self.meta, self.directory, "k", _CLUSTER_AGAIN)
+        self.num_classes = size_field(self.meta, self.directory, "k", CLUSTER_AGAIN)
         self.labels_per_sample, self.stored = labels_per_sample or 1, 0
         keys, labels = self.read(first)
-        row_by_key(keys, self.path(first), _CLUSTER_AGAIN)
+        row_by_key(keys, self.path(first), CLUSTER_AGAIN)
         self.stored = labels.shape[1]
         self.labels_per_sample = labels_per_sample or self.stored
 
@@ -261,12 +258,10 @@ class LabelFiles:
     def read(self, name: str) -> tuple[list[str], np.ndarray]:
         """The labels of a tar as they are stored: r keys, and int64 [r, stored], nearest first, -1 for none."""
         path = self.path(name)
-        table = read_parquet(path, _CLUSTER_AGAIN)
+        table = read_parquet(path, CLUSTER_AGAIN)
         names = [name for name in table.column_names if name == "label" or name.removeprefix("label_").isdigit()]
         if "key" not in table.column_names or "label" not in names:
-            raise UserError(
-                f"{path} has the columns {table.column_names}, expected `key` and `label`: {_CLUSTER_AGAIN}"
-            )
+            raise UserError(f"{path} has the columns {table.column_names}, expected `key` and `label`: {CLUSTER_AGAIN}")
         names.sort(key=lambda name: int(name.removeprefix("label_")) if name != "label" else 0)
         if len(names) < (expected := max(self.stored, self.labels_per_sample)):
             raise UserError(
@@ -274,8 +269,8 @@ class LabelFiles:
                 f"run tools/cluster.py with --top-labels {expected}, or use fewer"
             )
         names = names[: self.stored or None]
-        keys = key_column(table, "key", path, _CLUSTER_AGAIN)
-        columns = [label_column(table, name, keys, self.num_classes, path, _CLUSTER_AGAIN) for name in names]
+        keys = key_column(table, "key", path, CLUSTER_AGAIN)
+        columns = [label_column(table, name, keys, self.num_classes, path, CLUSTER_AGAIN) for name in names]
         return keys, np.stack(columns, axis=1)
 
 
@@ -290,7 +285,7 @@ class LabelTable(LabelFiles):
         """The labels of the samples of a tar: int64 [n, stored], nearest first, -1 for none."""
         name = self.index.names[shard]
         keys, stored = self.read(name)
-        at = join_by_key(self.index.table(shard).keys, keys, self.path(name), _CLUSTER_AGAIN)
+        at = join_by_key(self.index.table(shard).keys, keys, self.path(name), CLUSTER_AGAIN)
         labels = np.full((len(at), stored.shape[1]), -1, np.int64)
         labels[at >= 0] = stored[at[at >= 0]]
         return labels
@@ -310,11 +305,11 @@ class KeepTable:
 
     def _mask(self, shard: int) -> np.ndarray:
         path = self.directory / "keep" / f"{self.index.names[shard]}.npy"
-        mask = load_npy(path, _BALANCE_AGAIN)
+        mask = load_npy(path, BALANCE_AGAIN)
         if mask.dtype != np.bool_ or mask.shape != (int(self.index.sizes[shard]),):
             raise UserError(
                 f"{path} is {mask.dtype} {mask.shape}, "
-                f"expected bool ({int(self.index.sizes[shard])},) to match the shard: {_BALANCE_AGAIN}"
+                f"expected bool ({int(self.index.sizes[shard])},) to match the shard: {BALANCE_AGAIN}"
             )
         return np.array(mask)  # a copy: a mapped file could be cut later
 

@@ -278,7 +278,11 @@ def scan_tar(path: Path, caption: CaptionSource = TXT, *, keep_blank: bool = Fal
 def other_format(path: Path) -> tuple[str, str] | None:
     """(what the file is, remedy) when it is of a known kind that is no plain tar; None otherwise."""
     with open(path, "rb") as file:
-        head = file.read(32)
+        return known_format(file.read(32))
+
+
+def known_format(head: bytes) -> tuple[str, str] | None:
+    """`other_format` of a file that begins with these bytes."""
     return next(((name, remedy) for magic, name, remedy in _OTHER_FORMATS if head.startswith(magic)), None)
 
 

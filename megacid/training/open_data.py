@@ -7,7 +7,7 @@ work stands in `fail_together` blocks, collectives stand outside of them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from megacid.config.conditions import terms_with_teacher
 from megacid.config.schema import RunFile
 from megacid.data.augmentation import recorded_views
 from megacid.data.batch import Batch, Positions
+from megacid.data.captions import CaptionSource
 from megacid.data.ensemble import common_views, open_teachers
 from megacid.data.features import FeatureSet, FeatureStream
 from megacid.data.index import load_index
@@ -26,6 +27,9 @@ from megacid.data.joined_build import open_joined
 from megacid.data.jpeg import image_reader
 from megacid.data.loader import PairStream
 from megacid.data.pairs import PairOptions
+from megacid.data.pipes.commands import PREFIX, StreamPosition, digest, find_pipes
+from megacid.data.pipes.side_files import SideFiles
+from megacid.data.pipes.stream import PipedStream
 from megacid.data.remote.cache import ShardCache
 from megacid.data.side_tables import KeepTable, LabelTable
 from megacid.distributed.consensus import agree, fail_together
@@ -59,6 +63,7 @@ class Data:
     samples: Callable[[Positions], Stream] | None = None  # pairs at other positions than those of the steps
     epoch_samples: int = 0
     teacher_has_text: bool = False
+    position: StreamPosition | None = None  # of a stream that a checkpoint has to store; None: the step determines it
 
     @property
     def teacher_dim(self) -> int | None:
@@ -72,11 +77,12 @@ def open_data(run: RunFile, parallel: Parallel) -> Data:
         data = _open_features(run, run.megacid.data.features, parallel)
     else:
         assert run.megacid.data.shards is not None
-        data = _open_pairs(run, run.megacid.data.shards, parallel)
+        opener = _open_pipes if run.megacid.data.shards.startswith(PREFIX) else _open_pairs
+        data = opener(run, run.megacid.data.shards, parallel)
     with fail_together(parallel.group):
         stats = data.stream(0).statistics()
     log.info("data: %s", "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in stats.items()))
-    return replace(data, epoch_samples=stats["rows" if data.feature_dim else "kept"])
+    return replace(data, epoch_samples=stats.get("rows" if data.feature_dim else "kept", 0))
 
 
 def _positions(run: RunFile, parallel: Parallel, start_step: int) -> Positions:
@@ -104,12 +110,10 @@ def _open_features(run: RunFile, directory: str, parallel: Parallel) -> Data:
 
 
 def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
-    from megacid.models.clip import PixelNormalization, tokenizer_for, train_transform
-
     config, loss = run.megacid.data, run.megacid.loss
     with fail_together(parallel.group):
         check_views(run)
-        read_image = image_reader(config.decoder)
+        options, normalize = _pair_options(run, parallel)
         cache = ShardCache.open(config.cache_dir, config.cache_gb) if config.cache_dir else None
     index = load_index(shards, caption=config.caption, cache=cache, fetch_limit=_FETCH_LIMIT, workers=Workers(parallel))
     agree(index.digest, f"the content of {shards}", parallel.group)
@@ -121,25 +125,7 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
             labels = LabelTable(config.labels, index, config.labels_per_sample)
         if config.keep:
             keep = KeepTable(config.keep, index)
-        options = PairOptions(
-            transform=train_transform(run.megacid.student, config.augment, config.decoder),
-            read_image=read_image,
-            tokenize=tokenizer_for(run.megacid.student),
-            seed=run.megacid.run.seed,
-            seeded_transform=config.augment != "none",
-            workers=config.workers,
-            worker_timeout_s=config.worker_timeout_s,
-            prefetch=config.prefetch,
-            teacher=teacher,
-            labels=labels,
-            keep=keep,
-            error_budget=config.error_budget,
-            max_image_pixels=config.max_image_pixels,
-            block_shards=config.block_shards,
-            pin_memory=parallel.device.type == "cuda",
-        )
-        student = run.megacid.student
-        normalize = PixelNormalization(student, parallel.device, channels_last=student.channels_last)
+        options = replace(options, teacher=teacher, labels=labels, keep=keep)
     sources = JoinSources(index, teacher, labels, keep)
     joined = open_joined(sources, config.block_shards, Path(run.megacid.run.dir), Workers(parallel))
     return Data(
@@ -150,6 +136,66 @@ def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
         num_classes=labels.num_classes if labels else None,
         centroids=labels.directory / "centroids.npy" if labels else None,
         normalize=normalize,
+    )
+
+
+def _pair_options(run: RunFile, parallel: Parallel) -> tuple[PairOptions, Callable[[Tensor], Tensor]]:
+    """How pairs are read, and the normalisation of their images."""
+    from megacid.models.clip import PixelNormalization, tokenizer_for, train_transform
+
+    config, student = run.megacid.data, run.megacid.student
+    options = PairOptions(
+        transform=train_transform(student, config.augment, config.decoder),
+        read_image=image_reader(config.decoder),
+        tokenize=tokenizer_for(student),
+        seed=run.megacid.run.seed,
+        seeded_transform=config.augment != "none",
+        workers=config.workers,
+        worker_timeout_s=config.worker_timeout_s,
+        prefetch=config.prefetch,
+        error_budget=config.error_budget,
+        max_image_pixels=config.max_image_pixels,
+        block_shards=config.block_shards,
+        pin_memory=parallel.device.type == "cuda",
+    )
+    return options, PixelNormalization(student, parallel.device, channels_last=student.channels_last)
+
+
+def _open_pipes(run: RunFile, shards: str, parallel: Parallel) -> Data:
+    config, loss = run.megacid.data, run.megacid.loss
+    with fail_together(parallel.group):
+        check_views(run)
+        options, normalize = _pair_options(run, parallel)
+        tars, caption = find_pipes(shards), CaptionSource.parse(config.caption)
+        sides = SideFiles.open(
+            tars,
+            caption.spec,
+            teachers=config.teachers if terms_with_teacher(loss) else (),
+            labels=config.labels if loss.cluster else None,
+            labels_per_sample=config.labels_per_sample,
+            keep=config.keep,
+        )
+    agree(f"{digest(tars)} {sides.digest}", "the commands of data.shards and what is joined to them", parallel.group)
+    position = StreamPosition(tars, parallel.rank, parallel.world, max(1, config.workers))
+    log.info(
+        "data.shards are %d commands, read by %d loader processes of %d ranks: a resumed run continues at the next tar "
+        "of each process, so the rest of the tar that it was reading, and up to %d samples of its shuffle buffer, are "
+        "left out", len(tars), parallel.world * max(1, config.workers), parallel.world, config.shuffle_buffer,
+    )  # fmt: skip
+
+    def stream(plan: Positions, turns: Sequence[int]) -> PipedStream:
+        return PipedStream(tars, sides, caption, options, plan, turns, config.shuffle_buffer)
+
+    first_turns = tuple(position.next_turns)
+    return Data(
+        lambda start_step: stream(_positions(run, parallel, start_step), position.next_turns),
+        samples=lambda positions: stream(positions, first_turns),
+        teacher_dims=tuple(table.dim for table in sides.teachers),
+        teacher_has_text=sides.has_text,
+        num_classes=sides.labels.num_classes if sides.labels else None,
+        centroids=sides.labels.directory / "centroids.npy" if sides.labels else None,
+        normalize=normalize,
+        position=position,
     )
 
 

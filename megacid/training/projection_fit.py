@@ -115,7 +115,7 @@ def fit_projections(student: Student, data: Data, run: RunFile, parallel: Parall
         image = sorted(name for name in names if name.startswith("visual."))
         towers = ("image", image), ("text", sorted(names - set(image)))
         fits = [_Fit.of(kind, student.clip, own, student.embed_dim) for kind, own in towers]
-        count = min(samples, int(data.stream(0).statistics()["kept"]))
+        count = min(samples, int(data.stream(0).statistics().get("kept", samples)))
     at_once = run.micro_batch * parallel.world
     plan = Positions(at_once, run.micro_batch, 1, parallel.rank, parallel.world, 0, -(-count // at_once))
     was_training = student.training

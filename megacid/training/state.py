@@ -15,8 +15,9 @@ from megacid.classifier import PartialFC, RowAdamW, RowSGD
 from megacid.config.schema import RunFile
 from megacid.data.batch import Batch
 from megacid.data.order import derive_key
+from megacid.data.pipes.commands import StreamPosition
 from megacid.distributed.collectives import barrier
-from megacid.distributed.consensus import agree, fail_together
+from megacid.distributed.consensus import agree, fail_together, gather_json
 from megacid.distributed.parallel import Parallel
 from megacid.losses import Objective
 from megacid.models.compiled import compile_towers, eager_towers
@@ -84,14 +85,18 @@ class TrainState:
         return out
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """Fields of the manifest of a checkpoint after `step` steps."""
+        """Fields of the manifest of a checkpoint after `step` steps. A collective."""
         return {
             **self.identity,
             "updates": step - self.guard.skipped,
             "samples_seen": step * self.run.global_batch,
             "world": self.parallel.world,
             "guard": self.guard.state(),
+            **({} if self.data.position is None else {"stream": self._stream_state(self.data.position)}),
         }
+
+    def _stream_state(self, position: StreamPosition) -> dict[str, Any]:
+        return position.state(gather_json(position.next_turns, self.parallel.group))
 
     def check_replicas(self, step: int) -> None:
         """Raise RanksDisagree when ranks are at different steps or a bit of the student differs. A collective."""
@@ -199,7 +204,10 @@ def resume(state: TrainState, start_from: str | None, *, going_back: bool) -> in
         with eager_towers(state.run.megacid.student.compile):
             state.engine.materialise_state(state.student.image_shape, state.student.text_length, state.run.accumulation)
         start = restore(Path(start_from), state.engine, state.rows, state.identity, state.parallel.group)
-        state.guard.load_state(store.read_manifest(Path(start_from))["guard"])
+        manifest = store.read_manifest(Path(start_from))
+        state.guard.load_state(manifest["guard"])
+        if state.data.position is not None:
+            log.info("data: %s", state.data.position.load_state(manifest.get("stream")))
         log.info("resumed from %s", start_from)
     barrier(state.parallel.group)  # until here any rank may still refuse the checkpoint
     with fail_together(state.parallel.group):

@@ -1,0 +1,1 @@
+"""Streams of pairs from commands that write tars (`pipe:`), which are never indexed."""
