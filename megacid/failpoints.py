@@ -10,6 +10,8 @@ hooks; no code path depends on one. The names are the contract:
                     optimizers have stepped or skipped), step_end (after logging and saving)
     store:          stage_made, mid_file, before_fsync, after_fsync, files_written on every rank;
                     before_manifest, before_rename, after_rename, during_prune, after_prune on rank 0
+    mirror:         file (one is about to be copied) on every rank; before_manifest, after_manifest, fetched (before the
+                    rename) on rank 0
     embed:          partition, image_written, text_written, metadata_written, shard_done, before_meta, done
     cluster:        init, iteration, iteration_saved, labels, labelled, before_meta, after_meta
                     two levels: coarse, cells, start, fine, merge, refine, refine_saved

@@ -42,7 +42,7 @@ from megacid.training.metrics import Metrics
 from megacid.training.observe import observe
 from megacid.training.profile import StepProfiler
 from megacid.training.reports import report_classes, report_step
-from megacid.training.resume import ResumeLossCheck, open_run
+from megacid.training.resume import ResumeLossCheck, make_saver, open_run
 from megacid.training.schedule import learning_rate_share, peak_rates
 from megacid.training.state import StepOutput, TrainState, build_train_state, resume
 from megacid.training.watchdog import Watchdog
@@ -53,13 +53,13 @@ log = logging.getLogger("megacid")
 def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
     """Train `run` to its end, or until a rank is asked to stop. Returns the exit code, the same on every rank."""
     config, directory = run.megacid.run, run.directory
-    lock, start_from = open_run(run, args.resume, args.fork, parallel)
+    lock, mirror, start_from = open_run(run, args.resume, args.fork, parallel)
     if start_from is not None and is_finished(run, start_from, parallel):
         return 0
     state = build_train_state(run, parallel, start_from)
-    start = resume(state, start_from, going_back=args.resume not in ("auto", "never"))
-    saver = Saver(directory, keep_last=config.keep_last, group=parallel.group, background=config.save_in_background)
+    start = resume(state, start_from, mirror, going_back=args.resume not in ("auto", "never"))
     lifecycle = Lifecycle(parallel.group, stop_after=args.stop_after)
+    saver = make_saver(run, mirror, lifecycle, parallel)
     watchdog = Watchdog(run, parallel, lifecycle)
     resumed_at = start if start_from and state.data.position is None else None  # with a position the data differ
     loss_check = ResumeLossCheck(directory, resumed_at, tolerance=1e-2 if run.bf16 else 1e-4)
@@ -99,9 +99,9 @@ def train(run: RunFile, args: argparse.Namespace, parallel: Parallel) -> int:
                 break
         watchdog.beat("end", step, config.save_timeout_s)
         profiler.close()
-        saver.finish()
+        saver.close(0.9 * config.save_timeout_s)
     except ERRORS_OF_ALL_RANKS:
-        saver.finish()  # a checkpoint in progress holds the state before the error
+        saver.close()  # a checkpoint in progress holds the state before the error
         profiler.close()
         raise
     finally:

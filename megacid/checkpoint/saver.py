@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from megacid.checkpoint import store
+from megacid.checkpoint.copier import Copier
 from megacid.checkpoint.state import PREFIX, NamedState, RowState
 from megacid.distributed.collectives import Group, rank, world_size
 from megacid.distributed.consensus import any_rank, broadcast_json, gather_json
@@ -72,12 +73,20 @@ class Saver:
         keep_last: number of newest checkpoints that stay.
         background: write while training continues; needs host memory for a copy of this rank's part.
         max_failures: number of failed saves in a row (disk full, I/O error) at which SaveFailed is raised.
+        copier: to the mirror; None: without one.
     """
 
     def __init__(
-        self, root: Path, *, keep_last: int, group: Group = None, background: bool = False, max_failures: int = 3
+        self,
+        root: Path,
+        *,
+        keep_last: int,
+        group: Group = None,
+        background: bool = False,
+        max_failures: int = 3,
+        copier: Copier | None = None,
     ) -> None:
-        self.root, self.keep_last, self.group = root, keep_last, group
+        self.root, self.keep_last, self.group, self.copier = root, keep_last, group, copier
         self.background, self.max_failures = background, max_failures
         self.last_step = -1  # of the newest save begun
         self._under_way: _Save | None = None
@@ -132,12 +141,24 @@ class Saver:
         save.thread.start()
 
     def poll(self) -> None:
-        """Publish a background save that every rank has written. Costs nothing while none is in progress."""
+        """Publish a background save that every rank has written. Costs nothing while no save or copy is in progress."""
         if self._under_way is not None and not any_rank(self._under_way.busy, self.group):
             self.finish()
+        if self.copier is not None:
+            self.copier.poll()
+
+    def close(self, limit_s: float | None = None) -> None:
+        """`finish`, and wait for the copy to the mirror.
+
+        limit_s: of the whole wait in seconds, about; None: the copy has the limit of a save.
+        """
+        began = time.monotonic()
+        self.finish()
+        if self.copier is not None:
+            self.copier.finish(None if limit_s is None else limit_s - (time.monotonic() - began))
 
     def finish(self) -> None:
-        """Wait for the save in progress and publish it. Raises SaveFailed on every rank."""
+        """Wait for the save in progress, publish it and begin its copy to the mirror. SaveFailed on every rank."""
         if self._under_way is None:
             return
         save, self._under_way = self._under_way, None
@@ -153,6 +174,8 @@ class Saver:
                 f"{save.step} ({error}): free disk space or repair the disk, then run the same command again to "
                 "continue from the newest checkpoint"
             )
+        if error is None and self.copier is not None:
+            self.copier.begin(save.step, self.root / store.step_name(save.step), [file.name for file in save.files])
 
     def _own_student_tensors(self, engine: NamedState) -> dict[str, Tensor]:
         me, world = rank(self.group), world_size(self.group)

@@ -34,7 +34,7 @@ from megacid.storage.atomic import file_sha256, fsync_dir, read_bounded, write_a
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _STEP = re.compile(r"step-([0-9]{8,15})")
-_MANIFEST_BYTES = 1 << 24
+MANIFEST_BYTES = 1 << 24
 _COUNTS = {"world": 1 << 24, "num_classes": 1 << 40, "embed_dim": 1 << 24, "samples_seen": 1 << 62}  # largest
 _GUARD_STEPS, _GUARD_LOSSES = 1000, 200  # kept by megacid.training.guard, at most
 
@@ -153,6 +153,11 @@ def publish(root: Path, stage: Path, step: int, files: list[WrittenFile], fields
     }
     failpoint("store:before_manifest", step=step)
     write_atomic(stage / MANIFEST, seal(manifest))
+    return rename_stage(root, stage, step)
+
+
+def rename_stage(root: Path, stage: Path, step: int) -> Path:
+    """Give a stage that has all files and its manifest the name of a checkpoint, and return the directory."""
     fsync_dir(stage)
     final = root / step_name(step)
     if os.path.lexists(final):
@@ -210,38 +215,58 @@ def list_steps(root: Path) -> list[tuple[int, Path]]:
     """(step, directory) of every published checkpoint, oldest first, without verification."""
     steps = []
     for path in root.iterdir() if root.is_dir() else ():
-        step = _step_of(path)
+        step = step_of(path.name)
         if step is not None and path.is_dir():
             steps.append((step, path))
     return sorted(steps)
 
 
-def _step_of(directory: Path) -> int | None:
-    """The step in a checkpoint directory's name; None for any other name."""
-    match = _STEP.fullmatch(directory.name)
-    return int(match[1]) if match and step_name(int(match[1])) == directory.name else None
+def step_of(name: str) -> int | None:
+    """The step in the name of a checkpoint directory; None for any other name."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match and step_name(int(match[1])) == name else None
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """Read the manifest of one checkpoint. Raises ValueError with the defect, whatever the file holds."""
+def read_manifest(directory: Path, *, to_resume: bool = False) -> dict[str, Any]:
+    """Read the manifest of one checkpoint. Raises ValueError with the defect, whatever the file holds.
+
+    to_resume: as of `verify`.
+    """
     path = directory / MANIFEST
     data = None
     try:
         if _size_of_file(path) is not None:
-            data = read_bounded(path, _MANIFEST_BYTES)
-            manifest = json.loads(data)["manifest"]
-            sealed = seal(manifest)
-            version, step, files = manifest.get("format"), manifest.get("step"), manifest.get("files")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {str(error)[:200] or type(error).__name__}") from None
+            data = read_bounded(path, MANIFEST_BYTES)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error)[:200]}") from None
     if data is None:
         raise ValueError(f"{directory} has no {MANIFEST}")
+    return parse_manifest(data, str(directory), step_of(directory.name), to_resume=to_resume)
+
+
+def parse_manifest(
+    data: bytes, directory: str, expected_step: int | None, *, to_resume: bool = False
+) -> dict[str, Any]:
+    """The manifest with the bytes `data`. Raises ValueError with the defect, whatever they are.
+
+    Args:
+        directory: for messages.
+        expected_step: by the name of the directory; None: any.
+        to_resume: as of `verify`.
+    """
+    path = f"{directory}/{MANIFEST}"
+    try:
+        manifest = json.loads(data)["manifest"]
+        sealed = seal(manifest)
+        version, step, files = manifest.get("format"), manifest.get("step"), manifest.get("files")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error)[:200] or type(error).__name__}") from None
     if data != sealed:
         raise ValueError(f"{path}: its sha256 does not match its content")
     if version != FORMAT_VERSION:
         raise ValueError(f"{directory} has format {version!r}, expected {FORMAT_VERSION}")
-    if not _is_count(step, 10**15) or _step_of(directory) not in (None, step):
-        raise ValueError(f"{path} has step {step!r}, expected that of its directory {directory.name}")
+    if not _is_count(step, 10**15) or expected_step not in (None, step):
+        raise ValueError(f"{path} has step {step!r}, expected that of its directory {directory.rpartition('/')[2]}")
     if not isinstance(files, list) or not files or not all(map(_is_file_entry, files)):
         raise ValueError(f"{path} lists entries that cannot be files of a checkpoint")
     names = [file["name"] for file in files]
@@ -255,6 +280,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             )
     if "guard" in manifest and not _is_guard_state(manifest["guard"], step):
         raise ValueError(f"{path} has guard {str(manifest['guard'])[:100]}, which is not the state of the guard")
+    if to_resume and (missing := [key for key in ("updates", "guard") if key not in manifest]):
+        raise ValueError(f"{path} has no {' and no '.join(missing)}")
     return dict(manifest)
 
 
@@ -292,9 +319,7 @@ def verify(directory: Path, *, hashes: bool = True, to_resume: bool = False) -> 
 
     to_resume: whether the fields that training continues from must be there, not only those that export needs.
     """
-    manifest = read_manifest(directory)
-    if to_resume and (missing := [key for key in ("updates", "guard") if key not in manifest]):
-        raise ValueError(f"{directory / MANIFEST} has no {' and no '.join(missing)}")
+    manifest = read_manifest(directory, to_resume=to_resume)
     for file in manifest["files"]:
         if (problem := file_problem(directory, file, hashes=hashes)) is not None:
             raise ValueError(problem)

@@ -27,12 +27,12 @@ def find_problem(directory: Path, workers: Workers, *, to_resume: bool = False) 
     problem, files = workers.broadcast([problem, files])
     if problem is not None:
         return str(problem)
-    own = {number: files[number] for number in _share(files, workers)}
+    own = {number: files[number] for number in share_of_files(files, workers)}
     found = workers.divide(partial(store.file_problem, directory), own, 0)
     return next((problem for _, problem in sorted(found.items()) if problem is not None), None)
 
 
-def _share(files: list[dict[str, Any]], workers: Workers) -> list[int]:
+def share_of_files(files: list[dict[str, Any]], workers: Workers) -> list[int]:
     """The numbers of this rank's files: the largest first, each to the rank with the fewest bytes so far."""
     loads, own = [0] * workers.world, []
     for number in sorted(range(len(files)), key=lambda number: -files[number]["bytes"]):

@@ -58,6 +58,9 @@ class RunConfig(Section):
     """The same limit in seconds for the first step, while a checkpoint is saved, and for a batch of an evaluation."""
     save_in_background: bool = False
     """Write checkpoints while training continues. Needs host memory for a copy of each rank's part; same guarantees."""
+    checkpoint_mirror: FilePath | None = None
+    """URL (s3://, gs://, hf://) or path where every checkpoint is copied in the background, and from which a start
+    fetches one that is newer than those of the run directory; null: none."""
     check_every: Annotated[int, Field(ge=0, le=10**12)] = 200
     """Steps between checks that all ranks are at the same step with the same student; 0: never."""
 

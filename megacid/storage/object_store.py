@@ -1,4 +1,4 @@
-"""Access to objects by URL through fsspec: listing, metadata and download, with bounded retries and one-line errors."""
+"""Access to objects by URL through fsspec: listing, reading and writing, with bounded retries and one-line errors."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ T = TypeVar("T")
 RETRY_S = 60.0  # from the first attempt to the start of the last one
 SILENCE_S = 20.0  # without a byte from the server, after which an attempt has failed
 _THREADS = 16
+_LEAST_BYTES_PER_S = 1e6  # of an upload
 _BACKOFF_S, _MAX_BACKOFF_S = 1.0, 16.0
 # How each store finds credentials, for messages.
 _CREDENTIALS = {
@@ -34,13 +35,17 @@ _CREDENTIALS = {
 }
 _SCHEME = re.compile(rf"({'|'.join(_CREDENTIALS)})://")
 _USER_INFO = re.compile(r"^https?://[^/]*@")
+_PERMANENT = (
+    ValueError, TypeError, LookupError, AttributeError, NotImplementedError,
+    NotADirectoryError, IsADirectoryError, FileExistsError,
+)  # fmt: skip
 _VERSION_FIELDS = (
     "ETag", "etag", "blob_id", "Content-MD5", "md5Hash", "Last-Modified", "LastModified", "last_modified", "mtime",
 )  # fmt: skip
 
 
 class RemoteError(UserError):
-    """An object that cannot be listed or fetched; the message names the URL and the remedy."""
+    """An object that cannot be listed, read or written; the message names the URL and the remedy."""
 
 
 class ObjectDiffers(RemoteError):  # noqa: N818  a finding of --verify
@@ -53,6 +58,28 @@ class _MismatchError(Exception):
     def __init__(self, text: str, may_pass: bool) -> None:
         super().__init__(text)
         self.may_pass = may_pass
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What objects are read or written for, in messages.
+
+    Attributes:
+        verb: "read" or "written".
+        changed: what to do about an object that is another one than expected.
+        full: what to do about a full disk.
+    """
+
+    verb: str
+    changed: str
+    full: str
+
+
+TARS = Purpose(
+    "read",
+    "put the indexed object back, or run tools/index_shards.py again",
+    "free space on the disk of the cache, or lower data.cache_gb",
+)
 
 
 @dataclass(frozen=True)
@@ -122,12 +149,20 @@ def stat_all(objects: list[RemoteObject]) -> list[RemoteObject]:
         return list(pool.map(lambda known: known if known.version else stat(known.url), objects))
 
 
-def download(url: str, target: Path, size: int | None, sha256: str | None, retry_s: float | None = None) -> str:
+def download(
+    url: str,
+    target: Path,
+    size: int | None,
+    sha256: str | None,
+    retry_s: float | None = None,
+    purpose: Purpose = TARS,
+) -> str:
     """Copy an object to a file, and return the sha256 of what was copied.
 
     Args:
         size, sha256: expected; None: not known.
         retry_s: attempts begin for so many seconds; None: RETRY_S.
+        purpose: for messages.
 
     Raises:
         RemoteError: the object cannot be read, is another one than expected, or the disk is full.
@@ -145,15 +180,79 @@ def download(url: str, target: Path, size: int | None, sha256: str | None, retry
         wrong.append(digest)
         raise _MismatchError(text, may_pass=wrong.count(digest) == 1)  # what is damaged on its way differs each time
 
-    return _retrying(url, fetch, retry_s)
+    return _retrying(url, fetch, retry_s, purpose)
+
+
+def upload(source: Path, url: str, purpose: Purpose) -> None:
+    """Copy a file to an object, and check the size that the store then has of it.
+
+    Raises:
+        OSError: the file cannot be read.
+        RemoteError: the object cannot be written.
+    """
+    filesystem, path = _open_store(url)
+    size = source.stat().st_size
+    # The clients' own limit begins when the last byte has been sent.
+    limit = {"timeout": SILENCE_S + size / _LEAST_BYTES_PER_S} if filesystem.async_impl else {}
+
+    def put() -> None:
+        filesystem.put_file(str(source), path, **limit)
+        filesystem.invalidate_cache()
+        if (got := filesystem.info(path)["size"]) != size:
+            raise OSError(f"the store has {got} bytes of it, expected {size}")
+
+    _retrying(url, put, purpose=purpose)
+
+
+def read(url: str, limit: int, purpose: Purpose) -> bytes | None:
+    """The content of an object; None when there is none. RemoteError if it cannot be read or has more bytes."""
+    filesystem, path = _open_store(url)
+
+    def cat() -> bytes:
+        filesystem.invalidate_cache()
+        if (size := filesystem.info(path)["size"]) > limit:
+            raise ValueError(f"it has {size} bytes, expected at most {limit}")
+        return bytes(filesystem.cat_file(path))
+
+    return _unless_missing(lambda: _retrying(url, cat, purpose=purpose))
+
+
+def list_folder(url: str, purpose: Purpose) -> dict[str, int | None]:
+    """Name -> size of the objects in a folder; None for the size of a folder in it. RemoteError on failure."""
+    filesystem, path = _open_store(url)
+
+    def listing() -> dict[str, int | None]:
+        filesystem.invalidate_cache()
+        infos = filesystem.ls(path, detail=True)
+        # A store may list an object with the folder's own name.
+        own = path.strip("/")
+        names = {info["name"].strip("/"): None if info["type"] == "directory" else info["size"] for info in infos}
+        return {name.rpartition("/")[2]: size for name, size in names.items() if name != own}
+
+    return _unless_missing(lambda: _retrying(url, listing, purpose=purpose)) or {}
+
+
+def remove(url: str, purpose: Purpose) -> None:
+    """Remove an object, or a folder with all that is in it, if it is there. RemoteError if it cannot be removed."""
+    filesystem, path = _open_store(url)
+    _unless_missing(lambda: _retrying(url, lambda: filesystem.rm(path, recursive=True), purpose=purpose))
+
+
+def _unless_missing(call: Callable[[], T]) -> T | None:
+    try:
+        return call()
+    except ObjectDiffers:
+        return None
 
 
 def _open_store(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path in it. UserError when its package is missing."""
-    scheme = url.partition("://")[0]
+    """The file system of a URL or local path, and the path in it. UserError when its package is missing."""
+    scheme = _scheme(url)
     if _USER_INFO.match(url):
         shown = _USER_INFO.sub(f"{scheme}://...@", url)
-        raise UserError(f"{shown} has a user name or password, which would be logged: give them in {_credentials(url)}")
+        raise UserError(
+            f"{shown} has a user name or password, which would be logged: give them in {_CREDENTIALS[scheme]}"
+        )
     try:
         import fsspec.config
         from fsspec.core import url_to_fs
@@ -172,17 +271,25 @@ def _open_store(url: str) -> tuple[Any, str]:
         elif scheme == "s3":
             limits = {"connect_timeout": SILENCE_S, "read_timeout": SILENCE_S, "retries": {"total_max_attempts": 1}}
             options["config_kwargs"] = {**limits, **configured.get("config_kwargs", {})}
+        elif scheme == "file":
+            options["auto_mkdir"] = True
         filesystem, path = url_to_fs(url, **options)
     except ImportError as error:
         raise UserError(
             f"{url} needs a package that is not installed ({one_line(error)}): pip install 'megacid[remote]'"
         ) from None
+    except ValueError as error:  # of a protocol that fsspec does not know
+        raise UserError(f"{url[:200]} cannot be opened ({one_line(error)}): correct its beginning") from None
     if scheme == "s3":  # `_retrying` alone repeats what has failed; gcsfs has a fixed number of attempts, six
         filesystem.retries = 1
     return filesystem, path
 
 
-def _retrying(url: str, call: Callable[[], T], retry_s: float | None = None) -> T:
+def _scheme(url: str) -> str:
+    return url.partition("://")[0] if "://" in url else "file"
+
+
+def _retrying(url: str, call: Callable[[], T], retry_s: float | None = None, purpose: Purpose = TARS) -> T:
     """The result of `call`, which is repeated after errors that may pass. RemoteError in the end."""
     began, wait = time.monotonic(), _BACKOFF_S
     limit = RETRY_S if retry_s is None else retry_s
@@ -193,7 +300,7 @@ def _retrying(url: str, call: Callable[[], T], retry_s: float | None = None) -> 
             spent = time.monotonic() - began
             if not _may_pass(error) or spent + wait > limit:
                 kind = ObjectDiffers if isinstance(error, _MismatchError) or _is_missing(error) else RemoteError
-                raise kind(_describe(url, error, spent)) from None
+                raise kind(_describe(url, error, spent, purpose)) from None
             log.info("%s: %s; trying again in %.0f s", url, _named(error), wait)
         time.sleep(wait)
         wait = min(2 * wait, _MAX_BACKOFF_S)
@@ -228,8 +335,7 @@ def _may_pass(error: Exception) -> bool:
         return False
     if (status := _status(error)) is not None:
         return status >= 500 or status in (408, 425, 429)
-    permanent = isinstance(error, ValueError | TypeError | LookupError | AttributeError | NotImplementedError)
-    return not permanent and getattr(error, "errno", None) != errno.EINVAL
+    return not isinstance(error, _PERMANENT) and getattr(error, "errno", None) != errno.EINVAL
 
 
 def _is_full(error: BaseException) -> bool:
@@ -240,20 +346,22 @@ def _is_missing(error: BaseException) -> bool:
     return isinstance(error, FileNotFoundError) or _status(error) == 404
 
 
-def _describe(url: str, error: Exception, spent: float) -> str:
+def _describe(url: str, error: Exception, spent: float, purpose: Purpose) -> str:
     if isinstance(error, _MismatchError):
-        return f"{url} has changed ({error}): put the indexed object back, or run tools/index_shards.py again"
+        return f"{url} has changed ({error}): {purpose.changed}"
     if _is_full(error):
-        return f"{url} cannot be stored ({_named(error)}): free space on the disk of the cache, or lower data.cache_gb"
+        return f"{url} cannot be stored ({_named(error)}): {purpose.full}"
     if _is_refusal(error):
-        return f"{url} may not be read ({_named(error)}): the store finds credentials in {_credentials(url)}"
+        return f"{url} may not be {purpose.verb} ({_named(error)}): {_credentials(url)}"
     if _is_missing(error):
         return f"{url} does not exist in its store ({_named(error)}): correct the name, or put the object back"
-    return f"{url} cannot be read, tried for {spent:.1f} s ({_named(error)}): check the network and its store"
+    return f"{url} cannot be {purpose.verb}, tried for {spent:.1f} s ({_named(error)}): check the network and its store"
 
 
 def _credentials(url: str) -> str:
-    return _CREDENTIALS[url.partition("://")[0]]
+    """For messages: what to do when a URL is refused."""
+    where = _CREDENTIALS.get(_scheme(url))
+    return f"the store finds credentials in {where}" if where else "correct its permissions"
 
 
 def _named(error: BaseException) -> str:

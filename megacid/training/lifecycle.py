@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import time
@@ -18,6 +19,7 @@ from megacid.storage.directory_lock import DirectoryLock
 
 log = logging.getLogger(__name__)
 
+_STOP_S = 25.0  # torchrun and DeepSpeed kill their ranks 30 s after a signal
 _FORWARDED_S = 2.0  # torchrun and DeepSpeed pass a Ctrl-C on to ranks that the terminal has signalled already
 
 
@@ -47,11 +49,14 @@ class Lifecycle:
         """stop_after: number of steps after which to stop as if asked by a signal; 0 for none."""
         self.group, self.stop_after, self.asked = group, stop_after, False
         self._interrupted_s: float | None = None
+        self._signalled_s: float | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.request_stop()
+        if number != signal.SIGUSR1:  # which batch systems send long before they end a job
+            self._signalled_s = self._signalled_s or time.monotonic()
         if number != signal.SIGINT:
             return
         now = time.monotonic()
@@ -70,6 +75,12 @@ class Lifecycle:
         """Whether this rank was asked to stop after `step` (counted from 0)."""
         self.asked = self.asked or step + 1 == self.stop_after
         return self.asked
+
+    def time_left(self) -> float:
+        """Seconds until this process should end, since launchers kill ranks some time after a signal; else infinite."""
+        if self._signalled_s is None or not launched():
+            return math.inf
+        return self._signalled_s + _STOP_S - time.monotonic()
 
     def stop_requested(self) -> bool:
         """True on every rank when any rank was asked to stop. A collective."""

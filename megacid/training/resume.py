@@ -1,4 +1,4 @@
-"""Opens a run directory, selects the checkpoint to resume from, and verifies that the loss continues."""
+"""Opens a run directory and its mirror, selects the checkpoint to resume from, and verifies that the loss continues."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import json
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from megacid.checkpoint import store
+from megacid.checkpoint.copier import Copier
+from megacid.checkpoint.mirror import Mirror
+from megacid.checkpoint.saver import Saver
 from megacid.checkpoint.verification import find_problem
 from megacid.config.load import expand_path
 from megacid.config.schema import RunFile
@@ -17,31 +21,58 @@ from megacid.distributed.divided_work import Workers
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.storage.atomic import SETTINGS_BYTES, disk_errors, read_bounded, write_json_atomic
-from megacid.training.lifecycle import RunLock
+from megacid.training.lifecycle import Lifecycle, RunLock
 from megacid.training.metrics import setup_logging
-from megacid.training.run_settings import read_config
+from megacid.training.run_settings import changed_settings, parse_config, read_config, recorded_settings
 
 log = logging.getLogger("megacid")
 
 
-def open_run(run: RunFile, resume: str, fork: str | None, parallel: Parallel) -> tuple[RunLock | None, str | None]:
+def open_run(
+    run: RunFile, resume: str, fork: str | None, parallel: Parallel
+) -> tuple[RunLock | None, Mirror | None, str | None]:
     """Lock the run directory, start logging to it, and find the checkpoint to start from. A collective.
 
+    A checkpoint that only the mirror has is fetched into the run directory.
+
     Returns:
-        (the lock, on rank 0; the checkpoint directory or None, on every rank).
+        (the lock, on rank 0; the mirror, if there is one; the checkpoint directory or None, on every rank).
     """
+    mirror = None
     with fail_together(parallel.group):
         lock = RunLock(run.directory) if parallel.is_first else None
         setup_logging(parallel.rank, run.directory)
-    start_from = find_checkpoint(run, resume, fork, parallel)
+        if run.megacid.run.checkpoint_mirror is not None:
+            mirror = Mirror(run.megacid.run.checkpoint_mirror, keep_last=run.megacid.run.keep_last)
+    start_from = find_checkpoint(run, resume, fork, parallel, mirror)
     with fail_together(parallel.group):
         if parallel.is_first:
             store.remove_stages(run.directory)
-    return lock, start_from
+    return lock, mirror, start_from
 
 
-def find_checkpoint(run: RunFile, resume: str, fork: str | None, parallel: Parallel) -> str | None:
-    """The checkpoint directory to start from, verified; None to start at step 0. A collective that writes nothing.
+def make_saver(run: RunFile, mirror: Mirror | None, lifecycle: Lifecycle, parallel: Parallel) -> Saver:
+    """The saver of a run's checkpoints."""
+    config, copier = run.megacid.run, None
+    if mirror is not None:
+        # A save waits for the last copy between two beats of the watchdog.
+        wait_s = min(config.timeout_s, config.save_timeout_s) / 2
+        copier = Copier(mirror, parallel.group, wait_s=wait_s, time_left=lifecycle.time_left)
+    return Saver(
+        run.directory,
+        keep_last=config.keep_last,
+        group=parallel.group,
+        background=config.save_in_background,
+        copier=copier,
+    )
+
+
+def find_checkpoint(
+    run: RunFile, resume: str, fork: str | None, parallel: Parallel, mirror: Mirror | None = None
+) -> str | None:
+    """The checkpoint directory to start from, verified; None to start at step 0. A collective.
+
+    It writes nothing without a mirror; with one it fetches the checkpoint if the run directory lacks it.
 
     Args:
         resume: "auto" (the newest valid checkpoint), "never", or the path of a checkpoint directory of this run.
@@ -51,14 +82,17 @@ def find_checkpoint(run: RunFile, resume: str, fork: str | None, parallel: Paral
         UserError: the run directory holds checkpoints that must not be overwritten, or none that is valid.
     """
     option: str | None = None
-    candidates: list[str] = []
+    candidates: list[tuple[str, int | None]] = []
     with fail_together(parallel.group):
         if parallel.is_first:
-            option, candidates = _candidates(run, resume, fork)
+            option, candidates = _candidates(run, resume, fork, mirror)
     option, candidates = broadcast_json([option, candidates], parallel.group)
     chosen, problems = None, []
-    for path in candidates:
-        problem = find_problem(Path(path), Workers(parallel), to_resume=True)
+    for path, step in candidates:
+        if step is None or mirror is None:
+            problem = find_problem(Path(path), Workers(parallel), to_resume=True)
+        else:
+            problem = mirror.fetch(step, run.directory, Workers(parallel))
         if problem is None:
             chosen = path
             break
@@ -67,27 +101,39 @@ def find_checkpoint(run: RunFile, resume: str, fork: str | None, parallel: Paral
             log.warning("skipped an invalid checkpoint: %s", problem)
     with fail_together(parallel.group):
         if option is not None:
-            _check_named(run, option, candidates[0], problems)
+            _check_named(run, option, candidates[0][0], problems)
         elif chosen is None and candidates:
             raise UserError(
-                f"none of the {len(candidates)} checkpoints in {run.directory} is valid ({problems[0]}): restore one, "
-                "or choose another run.name"
+                f"none of the {len(candidates)} checkpoints in {run.directory}{f' and {mirror.url}' if mirror else ''} "
+                f"is valid ({problems[0]}): restore one, or choose another run.name"
             )
     return chosen
 
 
-def _candidates(run: RunFile, resume: str, fork: str | None) -> tuple[str | None, list[str]]:
-    """(the option that names a checkpoint, or None; the checkpoints to start from, in the order of preference)."""
+def _candidates(
+    run: RunFile, resume: str, fork: str | None, mirror: Mirror | None
+) -> tuple[str | None, list[tuple[str, int | None]]]:
+    """(the option that names a checkpoint, or None; the checkpoints to start from, in the order of preference).
+
+    A checkpoint is (its directory; its step, if it is to be fetched from the mirror).
+    """
     directory = run.directory
-    existing = store.list_steps(directory)
-    newest_first = [str(path) for _, path in reversed(existing)]
-    origin = (read_config(directory) or {}).get("fork_of")
+    config = read_config(directory)
+    existing: list[tuple[int, bool]] = [(step, True) for step, _ in store.list_steps(directory)]
+    if mirror is not None:
+        mirrored, steps = _open_mirror(run, config, mirror)
+        config = config or mirrored
+        existing = sorted([*existing, *((step, False) for step in steps)])
+    newest_first = [
+        (str(directory / store.step_name(step)), None if is_local else step) for step, is_local in reversed(existing)
+    ]
+    origin = (config or {}).get("fork_of")
     if fork is not None:
         if not existing:
-            return "--fork", [expand_path(fork, "--fork")]
+            return "--fork", [(expand_path(fork, "--fork"), None)]
         _check_same_fork(fork, origin, directory)
     elif resume not in ("auto", "never"):
-        return "--resume", [expand_path(resume, "--resume")]
+        return "--resume", [(expand_path(resume, "--resume"), None)]
     elif resume == "never" and existing:
         raise UserError(
             f"{directory} already has checkpoints up to step {existing[-1][0]} and --resume is never: choose another "
@@ -99,6 +145,41 @@ def _candidates(run: RunFile, resume: str, fork: str | None) -> tuple[str | None
             "another run.name"
         )
     return None, newest_first
+
+
+def _open_mirror(run: RunFile, local: dict[str, Any] | None, mirror: Mirror) -> tuple[dict[str, Any] | None, list[int]]:
+    """(the config.json of a mirror, None for a new one; its steps). UserError for the mirror of another run.
+
+    local: the config.json of the run directory.
+    """
+    setting = f'"megacid.run.checkpoint_mirror" is {mirror.url}'
+    if Path(mirror.url.removeprefix("file://")).resolve() == run.directory.resolve():
+        raise UserError(f"{setting}, the run directory itself, expected another place: correct it")
+    data, steps = mirror.read_config(), mirror.steps()
+    if data is None:
+        if steps:
+            raise UserError(
+                f"{setting}, which has checkpoints up to step {steps[-1]} and no config.json that says of which run: "
+                "restore it, or choose another URL"
+            )
+        return None, []
+    config = parse_config(data, f"{mirror.url}/config.json", "choose another checkpoint_mirror")
+    recorded = recorded_settings(config)
+    if run.megacid.student.embed_dim is None:  # filled in when the data have been opened
+        run = run.with_embed_dim(recorded["megacid.student.embed_dim"])
+    differences = []
+    if (name := recorded.get("megacid.run.name")) != run.megacid.run.name:
+        differences.append(f"megacid.run.name: {name!r} -> {run.megacid.run.name!r}")
+    if steps:  # until then settings may change, as in the run directory
+        differences += changed_settings(run, config)
+        if local is not None and (origin := config.get("fork_of")) != local.get("fork_of"):
+            differences.append(f"fork_of: {origin!r} -> {local.get('fork_of')!r}")
+    if differences:
+        raise UserError(
+            f"{setting}, the mirror of another run ({'; '.join(differences)}): choose another URL, or the settings of "
+            "that run"
+        )
+    return config, steps
 
 
 def _check_named(run: RunFile, option: str, path: str, problems: list[str]) -> None:

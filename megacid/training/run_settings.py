@@ -25,7 +25,7 @@ MAY_CHANGE = (
     "megacid.run.dir", "megacid.run.name", "megacid.run.save_every", "megacid.run.keep_last", "megacid.run.log_every",
     "megacid.run.trackers",
     "megacid.run.timeout_s", "megacid.run.save_timeout_s", "megacid.run.start_timeout_s",
-    "megacid.run.save_in_background", "megacid.run.check_every",
+    "megacid.run.save_in_background", "megacid.run.checkpoint_mirror", "megacid.run.check_every",
     "megacid.data.workers", "megacid.data.worker_timeout_s", "megacid.data.prefetch", "megacid.data.error_budget",
     "megacid.data.cache_dir", "megacid.data.cache_gb",
     "megacid.student.grad_checkpointing", "megacid.student.ema_decay", "megacid.classifier.memory_budget_gb",
@@ -85,7 +85,8 @@ def _code_version() -> str | None:
     return git.stdout.strip() or None
 
 
-def _recorded_settings(config: dict[str, Any]) -> dict[str, Any]:
+def recorded_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a config.json records, as dotted path -> value."""
     # A setting that did not exist when the run was started had the value that is its default now, and one without
     # effect may be removed: earlier versions accepted it.
     recorded = without_ineffective(flat({"megacid": defaults()}) | with_new_keys(flat({**config["resolved"]})))
@@ -96,18 +97,27 @@ def read_config(directory: Path) -> dict[str, Any] | None:
     """The config.json of a run directory; None without one. Raises UserError when it cannot be read."""
     path = directory / "config.json"
     try:
-        config = json.loads(read_bounded(path, SETTINGS_BYTES))
-        _recorded_settings(config)
+        data = read_bounded(path, SETTINGS_BYTES)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path} cannot be read: restore it, or choose another run.name") from None
-    return dict(config)
+    except (OSError, ValueError):
+        data = b""
+    return parse_config(data, f"{path}", "choose another run.name")
+
+
+def parse_config(data: bytes, path: str, remedy: str) -> dict[str, Any]:
+    """The config.json with the bytes `data`. UserError, with the path and what else to do than restore it."""
+    try:
+        config = json.loads(data)
+        recorded_settings(config)
+        return dict(config)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path} cannot be read: restore it, or {remedy}") from None
 
 
 def changed_settings(run: RunFile, config: dict[str, Any]) -> list[str]:
     """The settings that change a result and differ from those in `config`, each as "key: before -> now"."""
-    before = _recorded_settings(config)
+    before = recorded_settings(config)
     now = flat(run.resolved())
     return [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from megacid.checkpoint import store
+from megacid.checkpoint.mirror import Mirror
 from megacid.checkpoint.state import RowState, restore
 from megacid.classifier import PartialFC, RowAdamW, RowSGD
 from megacid.config.schema import RunFile
@@ -190,8 +191,9 @@ def with_engine(components: Components, parallel: Parallel, flops: float | None 
     )
 
 
-def resume(state: TrainState, start_from: str | None, *, going_back: bool) -> int:
-    """Load the checkpoint directory `start_from`, then change the run directory for this start. Returns the first step.
+def resume(state: TrainState, start_from: str | None, mirror: Mirror | None = None, *, going_back: bool) -> int:
+    """Load the checkpoint directory `start_from`, then change the run directory and the mirror for this start. Returns
+    the first step.
 
     The settings of a new run or fork are recorded. A collective.
 
@@ -213,10 +215,14 @@ def resume(state: TrainState, start_from: str | None, *, going_back: bool) -> in
     with fail_together(state.parallel.group):
         if state.parallel.is_first:
             if going_back:
+                if mirror is not None:
+                    mirror.remove_after(start)
                 abandon_later_checkpoints(directory, start)
             if not store.list_steps(directory):
                 with disk_errors(directory / "config.json"):
                     fork_of = None if start_from is None else Path(start_from)
                     write_config(state.run, directory, state.parallel.world, fork_of)
                     (directory / "next_loss.json").unlink(missing_ok=True)  # of an earlier start with other settings
+            if mirror is not None:
+                mirror.put_config(directory)
     return start

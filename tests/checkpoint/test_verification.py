@@ -136,5 +136,5 @@ def test_ranks_resume_from_the_older_step_whichever_share_is_damaged(
 def test_largest_files_are_dealt_first() -> None:
     files = [{"bytes": size} for size in (1, 9, 5, 5)]
     parallels = [Parallel(rank, 2, 0, torch.device("cpu"), None) for rank in range(2)]
-    shares = [verification._share(files, Workers(parallel)) for parallel in parallels]
+    shares = [verification.share_of_files(files, Workers(parallel)) for parallel in parallels]
     assert shares == [[1, 0], [2, 3]]

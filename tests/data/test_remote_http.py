@@ -18,9 +18,10 @@ from remote_data import TAR, Remote, all_same, batches, remote_shards, small_ste
 from megacid.data import index_build
 from megacid.data.index import ShardReader, load_index
 from megacid.data.index_verify import verify_index
-from megacid.data.remote import ahead, cache, store
+from megacid.data.remote import ahead, cache
 from megacid.distributed.divided_work import Workers
 from megacid.errors import UserError
+from megacid.storage import object_store as store
 from tools import index_shards
 
 pytest.importorskip("aiohttp")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from pair_data import write_shards
 from remote_data import SIZES, all_same, batches, cached
+from s3_server import KEYS, s3_bucket
 
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.index_verify import verify_index
@@ -21,9 +22,6 @@ from megacid.errors import UserError
 from megacid.storage import object_store as store
 
 pytest.importorskip("s3fs")
-moto = pytest.importorskip("moto.server")
-boto3 = pytest.importorskip("boto3")
-KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 @dataclass
@@ -37,21 +35,14 @@ class Bucket:
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
     root = tmp_path_factory.mktemp("s3")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**KEYS, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
-            patch.setenv(name, value)
-        made = Bucket(write_shards(root / "store", sizes=SIZES), boto3.client("s3"))
-        made.client.create_bucket(Bucket="bucket")
+    with s3_bucket() as client:
+        made = Bucket(write_shards(root / "store", sizes=SIZES), client)
         for name in SIZES:
             made.put(f"{name}.tar", root / "store" / f"{name}.tar")
         made.client.put_object(Bucket="bucket", Key="laion/00000_stats.json", Body=b"{}")
         made.client.put_object(Bucket="bucket", Key="laion/.hidden.tar", Body=b"")
         yield made
-    server.stop()
 
 
 @pytest.fixture
