@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from pair_data import same, write_shards
+from pair_data import picture, put, same, save, write_parquet, write_shards
+from PIL import Image
 from piped_data import NONE, SKIPPED, cat, numbers, open_sides, piped, write_stages
 
+from megacid.config.load import load_run
+from megacid.data.augmentation import Views
 from megacid.data.pipes.commands import StreamPosition, TarOrder, find_pipes
+from megacid.data.pipes.side_files import SideFiles
 from megacid.errors import UserError
+from megacid.storage.metadata import write_meta
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +135,49 @@ def test_a_checkpoint_of_other_data_begins_the_sequence_again(state: object) -> 
     assert "read from the beginning" in position.load_state(broken)
 
 
+def test_a_view_and_a_caption_come_with_their_own_embeddings(tmp_path: Path) -> None:
+    """Embeddings are [number, view] and [number, caption]; caption c of a sample is the text "10 * number + c"."""
+    views, teacher, samples = Views(3, seed=7, crops="these"), tmp_path / "teacher", range(1, 9)
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number in samples:
+            put(tar, f"k{number}.png", picture(number))
+            texts = [str(10 * number + c) for c in range(1 + number % 4)]
+            put(tar, f"k{number}.json", json.dumps({"captions": texts if number < 8 else ["80", "81"]}).encode())
+    counts = [1 + number % 4 for number in samples]  # sample 8 has another number now: it is bad
+    for kind, rows in (
+        ("img", [[number, 9] for number in samples]),
+        ("text", [[number, 9] for number in samples]),
+        ("view", [[number, view] for number in samples for view in range(3)]),
+        ("caption", [[number, c] for number, count in zip(samples, counts) for c in range(count)]),
+    ):
+        save(teacher / f"{kind}_emb" / f"{kind}_emb_00000.npy", np.array(rows, np.float16))
+    keys = [f"k{number}" for number in samples]
+    write_parquet(teacher / "metadata" / "metadata_00000.parquet", image_path=keys, captions=counts)
+    facts = {"dim": 2, "partitions": {"0": 0}, "caption": "json:captions.*", **views.setting}
+    write_meta(teacher, "embed", {}, shards_digest="x", **facts)
+    spec = f"pipe:cat {tmp_path}/0.tar"
+    sides = SideFiles.open(find_pipes(spec), "json:captions.*", [str(teacher)], None, 1, None)
+
+    def seed_and_number(image: Image.Image) -> torch.Tensor:
+        return torch.tensor([np.array(image)[0, 0, 0], torch.random.initial_seed() % 251], dtype=torch.uint8)
+
+    stream = piped(spec, sides, caption="json:captions.*", transform=seed_and_number, seeded_transform=True, seed=3)
+    seen = set()
+    for batch in stream:
+        assert batch.teacher_image is not None and batch.teacher_text is not None
+        images, texts = batch.teacher_image.int().tolist(), batch.teacher_text.int().tolist()
+        for (shown, seed), text, image, caption in zip(batch.image.tolist(), batch.text[:, 0].tolist(), images, texts):
+            assert image[0] == shown and seed == views.seed_of(f"k{shown}", image[1]) % 251
+            assert caption[0] == shown and text == 10 * shown + caption[1]
+            seen.add((shown, image[1], caption[1]))
+    assert (
+        len(seen) > 20
+        and {view for _, view, _ in seen} == {0, 1, 2}
+        and {number for number, _, _ in seen} == {*range(1, 8)}
+    )
+    assert stream.bad_samples >= 5
+
+
 NAMES = {
     "pipe:aws s3 cp s3://bucket/laion/00012.tar -": "00012",
     "pipe:curl -fsL 'https://example.org/a/b-1.tar?token=$T'": "b-1",
@@ -141,6 +191,17 @@ NAMES = {
 @pytest.mark.parametrize("url", NAMES)
 def test_a_tar_is_named_by_the_only_tar_of_its_command(url: str) -> None:
     assert find_pipes(url)[0].name == NAMES[url]
+
+
+def test_a_run_file_has_commands_as_they_are_or_paths_but_not_both() -> None:
+    digits = Path(__file__).resolve().parents[2] / "configs" / "digits_cpu.json"
+    command = "pipe:curl -H 'Authorization: $TOKEN' https://example.org/{0..9}.tar"
+    both = json.dumps([command, "pipe:cat ~/10.tar"])
+    assert load_run(digits, [f"data.shards={both}"], world=1).megacid.data.shards == f"{command}::pipe:cat ~/10.tar"
+    with pytest.raises(UserError, match=r"data.shards.* expected pipe:COMMAND in every part, since tars that are"):
+        load_run(digits, [f"data.shards={command}::shards"], world=1)
+    with pytest.raises(UserError, match="variables are not expanded"):
+        load_run(digits, [f"data.shards=shards::{command}"], world=1)
 
 
 def test_specs_and_stages_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -10,9 +10,13 @@ import pytest
 import torch.distributed as dist
 from faultplan import Fault, FaultPlan
 from harness import rank_fates, run_ranks
+from offline_data import run as run_tool
 from train_run import Pipeline, run_train, scalars, tensors, train_rank
 
 from megacid.checkpoint.store import read_manifest
+from megacid.data.index import load_index
+from megacid.data.pipes.side_files import KeepFiles
+from megacid.data.side_tables import KeepTable
 
 
 def piped_run(pipeline: Pipeline, name: str, command: str = "cat", **changes: object) -> Path:
@@ -75,6 +79,19 @@ def test_commands_that_fail_end_all_ranks_with_one_message(
     assert log.count("rank 0: 3 tars in a row cannot be read, the last one 0") == 1, log
     assert "its command ended with exit code 7" in log
     assert not (pipeline.root / "runs" / name / "step-00000003").exists() and os.environ.get("RANK") is None
+
+
+def test_keys_of_kept_samples_are_those_of_the_index(pipeline: Pipeline) -> None:
+    """The masks of tools/balance.py have no keys."""
+    out = pipeline.root / "piped-balance"
+    folders = ("--embeddings", pipeline.teacher, "--clusters", pipeline.labels, "--out", out)
+    run_tool("balance", *folders, "--target-keep", 0.6)
+    index, files = load_index(pipeline.shards), KeepFiles(out, None)
+    table = KeepTable(out, index)
+    for shard, name in enumerate(index.names):
+        kept = [index.table(shard).keys[row] for row in table.kept(shard)]
+        assert [key for key, keep in files.kept(name).items() if keep] == kept
+    assert 0 < table.counts.sum() < index.num_samples
 
 
 @pytest.mark.slow
