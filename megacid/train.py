@@ -152,7 +152,7 @@ def train_step(
         output.loss,
         student_norm,
         head_norm_sq,
-        output.describe,
+        partial(output.describe, state.data.name_of),
         failure=output.failure,
         stop=lifecycle.asked_after(step),
         observed=output.observed,

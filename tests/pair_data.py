@@ -21,7 +21,8 @@ from megacid.data.joined import JoinSources
 from megacid.data.joined_build import open_joined
 from megacid.data.loader import PairStream
 from megacid.data.pairs import PairOptions
-from megacid.data.side_tables import TeacherTable
+from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
+from megacid.data.sources import Source
 from megacid.storage.metadata import write_meta
 
 SIZES = {"00000": 9, "00001": 7, "00002": 8}
@@ -83,10 +84,31 @@ def tokenize(captions: list[str]) -> torch.Tensor:
 PLAN = dict(global_batch=8, micro_batch=8, accumulation=1, rank=0, world=1, start_step=0, total_steps=6)
 
 
-def stream(index: ShardIndex, **changes: Any) -> PairStream:
+def source(
+    index: ShardIndex,
+    name: str = "",
+    weight: float = 1.0,
+    *,
+    teacher: TeacherTable | TeacherEnsemble | None = None,
+    labels: LabelTable | None = None,
+    keep: KeepTable | None = None,
+    block_shards: int = 16,
+) -> Source:
+    return Source(open_joined(JoinSources(index, teacher, labels, keep), block_shards), name, weight)
+
+
+def stream_of(*sources: Source, **changes: Any) -> PairStream:
     """One rank, batches of 8, 6 steps; `changes`: fields of Positions and of PairOptions."""
     plan = Positions(**{name: changes.pop(name, value) for name, value in PLAN.items()})
-    return PairStream(index, plan, PairOptions(**{"transform": transform, "tokenize": tokenize, "seed": 1, **changes}))
+    options = PairOptions(**{"transform": transform, "tokenize": tokenize, "seed": 1, **changes})
+    return PairStream(sources, plan, options)
+
+
+def stream(index: ShardIndex, **changes: Any) -> PairStream:
+    """`stream_of` one source; `changes`: its side tables, too."""
+    tables = {name: changes.pop(name) for name in ("teacher", "labels", "keep") if name in changes}
+    index.check_captions()
+    return stream_of(source(index, **tables, block_shards=changes.get("block_shards", 16)), **changes)
 
 
 def teacher_rows(

@@ -16,7 +16,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -31,7 +31,7 @@ from argtypes import ToolParser
 from corpus_page import TITLES, facts_of, page_part
 from figure_kinds.curves import choose_tags, curves_figure, read_curves
 from megacid.config.conditions import Needs
-from megacid.config.fields import Section
+from megacid.config.fields import Section, block_of, is_named
 from megacid.config.schema import MegacidConfig
 from megacid.errors import UserError, run_tool
 from megacid.offline.figure_style import figure_style, save_figure
@@ -76,6 +76,8 @@ def _type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     signs = [("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")]
     bounds = [f"{sign} {getattr(limit, name):.15g}" for name, sign in signs for limit in limits if hasattr(limit, name)]
     origin, members = get_origin(base), get_args(base)
+    if origin is dict:
+        return "block of named blocks"
     if origin in (Union, UnionType):
         text = " or ".join(map(_type, members))
     elif origin is Literal:
@@ -102,15 +104,21 @@ def configuration_tables(block: type[Section]) -> str:
         for sentence in _only_with(schema):
             lines += [sentence, ""]
         lines += ["| key | type | default | description |", "|---|---|---|---|"]
-        for key, field in schema.annotation.model_fields.items():
-            if field.description is None:
-                raise UserError(f"{section}.{key} has no description: add a string below the field")
-            default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
-            description = " ".join([*field.description.split(), *_only_with(field)]).replace("|", "\\|")
-            kind = _type(field.annotation, field.metadata)
-            lines.append(f"| `{section}.{key}` | {kind} | {default} | {description} |")
-        lines.append("")
+        lines += [*_rows(section, schema.annotation), ""]
     return "\n".join(lines)
+
+
+def _rows(path: str, section: type[Section]) -> Iterator[str]:
+    """A row of each field; the fields of named blocks follow theirs."""
+    for key, field in section.model_fields.items():
+        if field.description is None:
+            raise UserError(f"{path}.{key} has no description: add a string below the field")
+        default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+        description = " ".join([*field.description.split(), *_only_with(field)]).replace("|", "\\|")
+        kind = _type(field.annotation, field.metadata)
+        yield f"| `{path}.{key}` | {kind} | {default} | {description} |"
+        if is_named(field.annotation):
+            yield from _rows(f"{path}.{key}.NAME", block_of(field.annotation))
 
 
 def between(text: str, name: str, content: str) -> str:

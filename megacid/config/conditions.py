@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
+from megacid.config.fields import block_of, is_named
 from megacid.errors import UserError
 
 
@@ -47,10 +49,21 @@ def _are_pipes(block: Any) -> bool:
     return (block.data.shards or "").startswith("pipe:")
 
 
-Shards = Needs("data.shards", lambda block: block.data.shards is not None)
-Pipes = Needs("pipe: in data.shards", lambda block: _are_pipes(block))
+def _shards(block: Any) -> list[str]:
+    """The shards of all sources."""
+    sources = (block.data.sources or {}).values()
+    return [block.data.shards] if block.data.shards else [source.shards for source in sources]
+
+
+def _has_url(block: Any) -> bool:
+    return any("://" in shards for shards in _shards(block)) and not _are_pipes(block)
+
+
+Shards = Needs("data.shards (or sources)", _shards)
+OneSource = Needs("data.shards", lambda block: block.data.shards is not None)
+Pipes = Needs("pipe: in data.shards", _are_pipes)
 NoPipes = Needs("data.shards without pipe:, or data.features", lambda block: not _are_pipes(block))
-RemoteShards = Needs("a URL in data.shards", lambda block: "://" in (block.data.shards or "") and not _are_pipes(block))
+RemoteShards = Needs("a URL in data.shards (or sources)", _has_url)
 CacheDirectory = Needs("data.cache_dir", lambda block: block.data.cache_dir is not None)
 Features = Needs("data.features", lambda block: block.data.features is not None)
 HiddenLayers = Needs("student.layers > 0", lambda block: block.student.layers)
@@ -86,12 +99,13 @@ Spikes = Needs('a guard.spike other than "off"', lambda block: block.guard.spike
 
 
 class Ineffective(NamedTuple):
-    """A setting without effect; `remove` is the dotted path of the key, or the section, to remove."""
+    """A setting without effect; `path` and, to remove, `remove` are dotted paths of keys or sections."""
 
-    section: str
-    key: str
+    path: str
     remove: str
     condition: str
+    value: Any
+    default: Any
 
 
 def ineffective(model: type[BaseModel], block: Any) -> list[Ineffective]:
@@ -103,18 +117,27 @@ def ineffective(model: type[BaseModel], block: Any) -> list[Ineffective]:
     """
     found = []
     for section, outer in model.model_fields.items():
-        assert isinstance(outer.annotation, type) and issubclass(outer.annotation, BaseModel)
-        for key, field in outer.annotation.model_fields.items():
-            if field.is_required() or getattr(getattr(block, section), key) == field.default:
-                continue
-            needs = [(section, need) for need in outer.metadata] + [
-                (f"{section}.{key}", need) for need in field.metadata
-            ]
-            missing = [pair for pair in needs if isinstance(pair[1], Needs) and not pair[1].holds(block)]
-            if missing:
-                remove, need = missing[0]
-                found.append(Ineffective(section, key, remove, need.condition))
+        for path, fields, values in _blocks(section, outer.annotation, getattr(block, section)):
+            for key, field in fields.items():
+                value = getattr(values, key)
+                if field.is_required() or value == field.default:
+                    continue
+                needs = [(section, need) for need in outer.metadata] + [(f"{path}.{key}", n) for n in field.metadata]
+                missing = [pair for pair in needs if isinstance(pair[1], Needs) and not pair[1].holds(block)]
+                if missing:
+                    remove, need = missing[0]
+                    found.append(Ineffective(f"{path}.{key}", remove, need.condition, value, field.default))
     return found
+
+
+def _blocks(path: str, annotation: Any, values: Any) -> Iterator[tuple[str, dict[str, FieldInfo], Any]]:
+    """(Dotted path, fields, values) of a section and of the named blocks in it."""
+    model = block_of(annotation)
+    assert model is not None
+    yield path, model.model_fields, values
+    for key, field in model.model_fields.items():
+        for name, block in (getattr(values, key) or {}).items() if is_named(field.annotation) else ():
+            yield from _blocks(f"{path}.{key}.{name}", field.annotation, block)
 
 
 def check_effects(block: BaseModel) -> None:
@@ -122,11 +145,10 @@ def check_effects(block: BaseModel) -> None:
     found = ineffective(type(block), block)
     if not found:
         return
-    section, key, _, condition = found[0]
-    value = getattr(getattr(block, section), key)
+    first = found[0]
     remove = list(dict.fromkeys(setting.remove for setting in found))
     rest = f" (the same holds for {', '.join(remove[1:])})" if remove[1:] else ""
     raise UserError(
-        f'"megacid.{section}.{key}" is {repr(value)[:200]}, which has no effect without {condition}{rest}: remove '
-        f"{'them' if rest else 'it'}, or pass {' '.join(f'--set {path}=null' for path in remove)}"
+        f'"megacid.{first.path}" is {repr(first.value)[:200]}, which has no effect without {first.condition}{rest}: '
+        f"remove {'them' if rest else 'it'}, or pass {' '.join(f'--set {path}=null' for path in remove)}"
     )

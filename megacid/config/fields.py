@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Literal, get_args
+import re
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 _LOWEST_TEMPERATURE = 0.001
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
 
 
 def expanded_path(path: str) -> str:
@@ -42,6 +44,12 @@ def _shards(path: str) -> str:
     return path
 
 
+def _indexed(path: str) -> str:
+    if any(part.startswith("pipe:") for part in path.split("::")):
+        raise ValueError("tars that are indexed: commands (pipe:) are not mixed with other sources")
+    return expanded_path(path)
+
+
 def _joined(value: Any) -> Any:
     """A list of paths as one text, which the shards' reader splits."""
     return "::".join(value) if isinstance(value, list) and value and all(isinstance(v, str) for v in value) else value
@@ -72,10 +80,18 @@ def _each_once(value: Any) -> Any:
     return tuple(value)
 
 
+def named_blocks(value: Any) -> Any:
+    """A block whose keys are names: they become parts of dotted keys, tags and paths."""
+    if not isinstance(value, dict) or not value or not all(_NAME.fullmatch(name) for name in value):
+        raise ValueError('a block {"NAME": {...}, ...} with names of at most 40 letters, digits, "_" and "-"')
+    return value
+
+
 # A validator's ValueError ends the message `"KEY" is VALUE, expected ...`.
 DirectoryName = Annotated[str, BeforeValidator(_directory_name)]
 FilePath = Annotated[str, AfterValidator(expanded_path)]
 Shards = Annotated[str, BeforeValidator(_joined), AfterValidator(_shards)]
+IndexedShards = Annotated[str, BeforeValidator(_joined), AfterValidator(_indexed)]
 OneOrSeveralPaths = Annotated[str | tuple[str, ...], BeforeValidator(_one_or_several_paths)]
 _Temperature = Annotated[float, Field(ge=_LOWEST_TEMPERATURE)]
 OneOrSeveralTemperatures = Annotated[
@@ -98,3 +114,15 @@ class Section(BaseModel):
     """A block of the run file: frozen, without unknown keys, without conversions but integer to float."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+def is_named(annotation: Any) -> bool:
+    """Whether a field has a block of named blocks, dict[str, Model] or dict[str, Model] | None."""
+    return get_origin(annotation) is dict or any(map(is_named, get_args(annotation)))
+
+
+def block_of(annotation: Any) -> type[BaseModel] | None:
+    """The model of a field such as Model, Model | None or dict[str, Model]; None for a value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(block_of, get_args(annotation))), None)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from megacid.config.fields import block_of, is_named
 from megacid.config.renamed import rename_message
 from megacid.errors import UserError, nearest
 
@@ -47,8 +48,12 @@ def user_error(error: ValidationError, model: type[BaseModel], path: str = "") -
     kind, value, names = details["type"], details["input"], [str(name) for name in details["loc"]]
     key = ".".join([path, *names] if path else names)
     if kind == "extra_forbidden":
-        for name in names[:-1]:
-            model = _block(model.model_fields[name].annotation)
+        blocks = iter(names[:-1])
+        for name in blocks:
+            annotation = model.model_fields[name].annotation
+            model = _block(annotation)
+            if is_named(annotation):
+                next(blocks)  # the name
         known = [field.alias or name for name, field in model.model_fields.items()]
         return UserError(rename_message(key, value) or unknown_key(key, known))
     if kind == "missing":
@@ -65,8 +70,9 @@ def user_error(error: ValidationError, model: type[BaseModel], path: str = "") -
 
 def _block(annotation: Any) -> type[BaseModel]:
     """The model in an annotation such as Model | None."""
-    models = [annotation, *get_args(annotation)]
-    return next(model for model in models if isinstance(model, type) and issubclass(model, BaseModel))
+    model = block_of(annotation)
+    assert model is not None
+    return model
 
 
 def _expected(details: ErrorDetails) -> str:

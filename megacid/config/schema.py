@@ -21,6 +21,7 @@ from megacid.config.sections import (
     LossConfig,
     RunConfig,
     ScheduleConfig,
+    SourceConfig,
     StudentConfig,
 )
 from megacid.errors import UserError
@@ -66,22 +67,32 @@ class MegacidConfig(Section):
                 f'"megacid.data.labels_per_sample" is {data.labels_per_sample} and "megacid.loss.gamma" is '
                 f"{loss.gamma}, expected one label for the KL: set labels_per_sample to 1, or gamma to 0"
             )
-        needs_teacher = terms_with_teacher(loss)
-        if needs_teacher and data.teacher is None:
-            raise UserError(
-                f'"megacid.data.teacher" is null but the term {needs_teacher[0]} needs teacher embeddings: name the '
-                "output of tools/embed.py"
-            )
         if isinstance(temperatures := loss.affinity_temperature, tuple) and len(temperatures) != len(data.teachers):
             raise UserError(
                 f'"megacid.loss.affinity_temperature" has {len(temperatures)} values, expected a number, or one for '
                 f"each teacher in data.teacher ({len(data.teachers)}): write as many"
             )
-        if loss.cluster and data.labels is None and data.features is None:
-            raise UserError(
-                '"megacid.data.labels" is null but the term cluster needs labels: name the output of tools/cluster.py'
-            )
+        for name, source_config in data.all_sources.items():
+            self._source_is_complete(f"data.sources.{name}" if name else "data", source_config)
         return self
+
+    def _source_is_complete(self, path: str, source: SourceConfig) -> None:
+        needs_teacher, expected = terms_with_teacher(self.loss), len(self.data.teachers)
+        if needs_teacher and source.teacher is None:
+            raise UserError(
+                f'"megacid.{path}.teacher" is null but the term {needs_teacher[0]} needs teacher embeddings: name the '
+                "output of tools/embed.py"
+            )
+        if len(source.teachers) != expected:
+            raise UserError(
+                f'"megacid.{path}.teacher" names {len(source.teachers)} teachers, expected {expected} as in the first '
+                "of data.sources: name the same teachers in the same order"
+            )
+        if self.loss.cluster and source.labels is None:
+            raise UserError(
+                f'"megacid.{path}.labels" is null but the term cluster needs labels: name the output of '
+                "tools/cluster.py"
+            )
 
     def _teachers_fit(self) -> None:
         joint_width = compares_with_teacher(self.loss) or self.student.embed_dim is None

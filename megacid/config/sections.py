@@ -15,6 +15,7 @@ from megacid.config.fields import (
     FilePath,
     Fraction,
     FractionAboveZero,
+    IndexedShards,
     OneOrSeveralPaths,
     OneOrSeveralTemperatures,
     Seconds,
@@ -25,6 +26,7 @@ from megacid.config.fields import (
     Weight,
     Width,
     as_tuple,
+    named_blocks,
 )
 from megacid.errors import UserError
 
@@ -109,6 +111,35 @@ class StudentConfig(Section):
     """Number of hidden layers of feature-mlp."""
 
 
+class SourceConfig(Section):
+    """One of several sources: shards and what the offline tools made of them."""
+
+    shards: IndexedShards
+    """As data.shards, without commands (pipe:)."""
+    weight: Annotated[float, Field(gt=0, le=1e15)] = 1.0
+    """Share of the samples among the weights of all sources, which need not sum to 1."""
+    caption: str = "txt"
+    """As data.caption."""
+    teacher: Annotated[OneOrSeveralPaths | None, when.TeacherTerm] = None
+    """As data.teacher: the outputs of tools/embed.py for these shards, with the teachers of the other sources."""
+    labels: Annotated[FilePath | None, when.ClusterTerm] = None
+    """As data.labels. The labels of all sources must be of the same clusters (tools/cluster.py --assign-only)."""
+    keep: FilePath | None = None
+    """As data.keep."""
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The directories of `teacher`."""
+        return (self.teacher,) if isinstance(self.teacher, str) else self.teacher or ()
+
+
+NamedSources = Annotated[dict[str, SourceConfig], BeforeValidator(named_blocks)]
+
+
+def _shown(value: object) -> str:
+    return f"{len(value)} sources" if isinstance(value, dict) else repr(value)
+
+
 class DataConfig(Section):
     """Training data and the outputs of the offline tools."""
 
@@ -116,24 +147,27 @@ class DataConfig(Section):
     """Tar shards in img2dataset's or webdataset's layout: a directory, a brace pattern, a glob, a .tar file, a URL of
     one of these (s3://, gs://, hf://, https://), or several of them as a list or joined by `::`; or
     commands that write tars (pipe:COMMAND), which are read in a stream and never indexed. Set exactly one of
-    shards and features."""
+    shards, sources and features."""
+    sources: NamedSources | None = None
+    """Several corpora that are mixed by weight: a block of their names, each with a block of its own. They replace
+    shards, caption, teacher, labels and keep."""
     cache_dir: Annotated[FilePath | None, when.RemoteShards] = None
     """Directory on a local disk for the tars of URLs, shared by all ranks and runs of a node; null: the one that the
     variable MEGACID_CACHE_DIR names."""
     cache_gb: Annotated[float, Field(gt=0, le=10**9), when.RemoteShards, when.CacheDirectory] = 100.0
     """Size of cache_dir in GB (10^9 bytes): at least that of the blocks of tars that are read and fetched at a time."""
-    caption: Annotated[str, when.Shards] = "txt"
+    caption: Annotated[str, when.OneSource] = "txt"
     """Where the captions are: `txt`, the ending of another text member, `json:FIELD`, or `json:FIELD.*` for a list of
     which each epoch draws one caption. As for tools/embed.py."""
     features: FilePath | None = None
-    """Directory of labelled feature vectors, as tools/synthesize.py features writes it. Set this or shards."""
-    teacher: Annotated[OneOrSeveralPaths | None, when.Shards, when.TeacherTerm] = None
+    """Directory of labelled feature vectors, as tools/synthesize.py features writes it. Set this, shards or sources."""
+    teacher: Annotated[OneOrSeveralPaths | None, when.OneSource, when.TeacherTerm] = None
     """Output of tools/embed.py, required by the terms that read it; a list of them for several teachers."""
-    labels: Annotated[FilePath | None, when.Shards, when.ClusterTerm] = None
+    labels: Annotated[FilePath | None, when.OneSource, when.ClusterTerm] = None
     """Output of tools/cluster.py. Required by loss.cluster on shards."""
     labels_per_sample: Annotated[Width, when.Shards, when.ClusterTerm] = 1
     """Number of nearest clusters that label a sample: 1 is CLIP-CID, more is MLCD (cluster.py --top-labels)."""
-    keep: Annotated[FilePath | None, when.Shards] = None
+    keep: Annotated[FilePath | None, when.OneSource] = None
     """Output of tools/balance.py; null: every sample is used."""
     augment: Annotated[Literal["none", "random_resized_crop"], when.Shards] = "none"
     """Image augmentation, seeded per sample. With a teacher that has embedded views (tools/embed.py --views) it must be
@@ -157,17 +191,29 @@ class DataConfig(Section):
     """Images with more pixels are skipped before they are decoded; the decoder itself refuses more than 89478485."""
 
     @property
+    def all_sources(self) -> dict[str, SourceConfig]:
+        """The sources by name, in the order of their names; shards without a name are one with the name ""."""
+        if self.shards is None:
+            return dict(sorted((self.sources or {}).items()))
+        own = {key: getattr(self, key) for key in ("shards", "caption", "teacher", "labels", "keep")}
+        return {"": SourceConfig.model_construct(**own)}  # the values are checked
+
+    @property
     def teachers(self) -> tuple[str, ...]:
-        """The directories of `teacher`."""
-        return (self.teacher,) if isinstance(self.teacher, str) else self.teacher or ()
+        """The directories of the teachers of the first source."""
+        return next((source.teachers for source in self.all_sources.values()), ())
 
     @model_validator(mode="after")
-    def _one_source(self) -> DataConfig:
-        if (self.shards is None) == (self.features is None):
-            both = "both null" if self.shards is None else f"both set ({self.shards!r}, {self.features!r})"
+    def _one_kind(self) -> DataConfig:
+        kinds = {"shards": self.shards, "sources": self.sources, "features": self.features}
+        found = {f'"megacid.data.{key}"': value for key, value in kinds.items() if value is not None}
+        if len(found) != 1:
+            what = f"{' and '.join(found)} are both set ({', '.join(map(_shown, found.values()))})"
+            if not found:
+                what = '"megacid.data.shards", "megacid.data.sources" and "megacid.data.features" are null'
             raise UserError(
-                f'"megacid.data.shards" and "megacid.data.features" are {both}, expected exactly one: name the '
-                "directory of the shards or of the feature vectors, and write null for the other"
+                f"{what}, expected exactly one: name the directory of the shards or of the feature vectors, or several "
+                "sources, and write null for the others"
             )
         return self
 

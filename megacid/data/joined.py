@@ -156,6 +156,7 @@ class JoinedTable:
         folder: made by `joined_build.py`.
         tars: [shards] of `tar_dtype`.
         block_shards: tars whose files are kept open.
+        tables: number of joined tables that share the limit on open files.
 
     Attributes:
         counts: int64 [shards, 2]: usable rows of each tar, and samples that only lack an embedding.
@@ -163,7 +164,9 @@ class JoinedTable:
             in this dtype, so it is the same for all tars.
     """
 
-    def __init__(self, sources: JoinSources, folder: Path, tars: np.ndarray, block_shards: int) -> None:
+    def __init__(
+        self, sources: JoinSources, folder: Path, tars: np.ndarray, block_shards: int, tables: int = 1
+    ) -> None:
         self.sources, self.folder = sources, folder
         self.counts = np.stack([tars["usable"], tars["lacking"]], axis=1)
         self._files = tars["files"]
@@ -174,7 +177,8 @@ class JoinedTable:
         stored = {name for name in np.unique(self._files["dtype"]) if name}
         self.teacher_dtype = np.dtype(np.float32 if stored - {b"<f2"} else np.float16)
         count = 2 * len(sources.teachers) + 1
-        self._open: LRUCache[tuple[int, int]] = LRUCache(open_file_budget(min(block_shards, len(tars)) * count), _close)
+        budget = open_file_budget(min(block_shards, len(tars)) * count, tables)
+        self._open: LRUCache[tuple[int, int]] = LRUCache(budget, _close)
 
     def rows(self, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """[m] of `row_dtype`: usable rows by tar and number among the usable rows of that tar, int64 [m] each.

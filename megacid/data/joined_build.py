@@ -31,7 +31,11 @@ _ANNOUNCED_MIN = 1.0  # of an estimate: a shorter build is not announced
 
 
 def open_joined(
-    sources: JoinSources, block_shards: int = PART, fallback: Path | None = None, workers: Workers = ALONE
+    sources: JoinSources,
+    block_shards: int = PART,
+    fallback: Path | None = None,
+    workers: Workers = ALONE,
+    tables: int = 1,
 ) -> JoinedTable:
     """The joined table of some sources; what is missing, incomplete or cut is made.
 
@@ -40,6 +44,7 @@ def open_joined(
     Args:
         block_shards: tars whose files the table keeps open.
         fallback: folder for the table if the index cannot be written.
+        tables: number of joined tables that are open at the same time.
 
     Raises:
         RanksDisagree: the ranks have other shards, or another run of a stage.
@@ -55,7 +60,7 @@ def open_joined(
         complete = {folder: tars for folder in folders if (tars := _complete(sources, folder)) is not None}
     if all(workers.gather(bool(complete))):
         folder, tars = next(iter(complete.items()))
-        return JoinedTable(sources, folder, tars, block_shards)
+        return JoinedTable(sources, folder, tars, block_shards, tables)
     with workers.together():
         folder = next(iter(complete), None) or _writable(folders, sources, warn=workers.rank == 0)
     ranks = ranks_that_share({folder: folder not in complete}, workers)
@@ -65,7 +70,7 @@ def open_joined(
         if folder not in complete and workers.rank == ranks[0]:
             write_array(folder / "tars.npy", tars)
             remove_old_temporary_files(folder)
-    return JoinedTable(sources, folder, tars, block_shards)
+    return JoinedTable(sources, folder, tars, block_shards, tables)
 
 
 def _writable(folders: list[Path], sources: JoinSources, *, warn: bool) -> Path:

@@ -1,8 +1,9 @@
 """The stream of micro-batches of image-text pairs: read from tars, decoded in workers, joined with the side tables.
 
-The content of a batch is a pure function of the seed and the step. `SampleOrder` maps a position of the endless stream
-to a sample and `Positions` assigns positions to steps, micro-batches and ranks, so neither the number of ranks nor that
-of workers changes a global batch, and resuming needs the step only. Random augmentation is seeded per sample.
+The content of a batch is a pure function of the seed and the step. `Mixture` divides the positions of the endless
+stream among the sources, `SampleOrder` maps the positions of a source to its samples, and `Positions` assigns positions
+to steps, micro-batches and ranks. So neither the number of ranks nor that of workers changes a global batch, and
+resuming needs the step only. Random augmentation is seeded per sample.
 
 Samples without a caption, and those that the teacher could not embed, are not in the joined table. A bad sample that is
 met later is replaced by another one of its epoch, logged and counted. A run ends when the bad samples of a rank exceed
@@ -13,8 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,12 +23,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from megacid.data.batch import Batch, Positions
-from megacid.data.index import ShardIndex
-from megacid.data.joined import JoinedTable, JoinSources
-from megacid.data.joined_build import open_joined
-from megacid.data.order import SampleOrder
-from megacid.data.pairs import PairBatches, PairOptions, Pairs
+from megacid.data.indexed_pairs import Pairs, SourceReader
+from megacid.data.mixture import Mixture
+from megacid.data.order import derive_key
+from megacid.data.pairs import PairBatches, PairOptions
 from megacid.data.remote.ahead import fetch_ahead
+from megacid.data.sources import Source
 from megacid.data.workers import WorkersLost, watched, worker_start
 from megacid.errors import UserError
 
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 BUDGET_FLOOR = 10_000
 _LOGGED_BAD_SAMPLES = 20  # logged one by one; then every hundredth
 _SAMPLED_SHARDS = 16  # for `statistics`
+_SOURCE = 2  # distinguishes the seeds of sources from the keys of `SampleOrder`
 
 
 def _identity(batch: Any) -> Any:
@@ -133,38 +134,63 @@ class BatchStream:
 
 
 class PairStream(BatchStream):
-    """The micro-batches of indexed shards; the reader stops at max_consecutive_errors and at damaged files.
+    """The micro-batches of indexed sources; the reader stops at max_consecutive_errors and at damaged files.
 
     Args:
-        index: the shards.
+        sources: what the samples come from. All have the same teachers and clusters, see `check_sources_agree`.
         plan: which positions of the stream this rank reads.
         options: how samples are read; the same on every rank.
-        joined: the joined table of the index and the options, for several streams that share it; None: opened here.
 
     Raises:
-        UserError: fewer usable samples than one global batch, a side table is damaged, or the cache is too small for
+        UserError: a source has fewer usable samples than its share of one global batch, or the cache is too small for
             the remote tars that are read at a time. Never raised while iterating.
     """
 
-    def __init__(
-        self, index: ShardIndex, plan: Positions, options: PairOptions, joined: JoinedTable | None = None
-    ) -> None:
-        self.index = index
-        index.check_captions()
-        self.joined = joined or open_joined(
-            JoinSources(index, options.teacher, options.labels, options.keep), options.block_shards
-        )
-        counts = self.joined.counts
-        usable, self._without_teacher = counts.sum(axis=0).tolist()
-        if usable < plan.global_batch:
-            raise UserError(
-                f"{index.root} has {usable} usable samples of {index.num_samples}{self._left_out()}, expected at least "
-                f"one global batch of {plan.global_batch}: use a smaller batch or more data"
+    def __init__(self, sources: Sequence[Source], plan: Positions, options: PairOptions) -> None:
+        self.sources, self.plan = tuple(sources), plan
+        self.mixture = Mixture([source.weight for source in sources])
+        first_ids = np.cumsum([0, *(source.index.num_samples for source in sources)])
+        self.readers = []
+        for number, (source, weight) in enumerate(zip(sources, self.mixture.weights)):
+            source.index.check_captions()
+            at_a_time = -(-plan.global_batch * weight // self.mixture.period)
+            self._check_size(source, at_a_time)
+            # Sources of the same shards must not give the same samples at the same time.
+            seed = derive_key(options.seed, number, _SOURCE) if number else options.seed
+            self.readers.append(
+                SourceReader(
+                    source,
+                    options,
+                    seed=seed,
+                    first_id=int(first_ids[number]),
+                    replaced_after=at_a_time,
+                    readers=len(sources),
+                )
             )
-        self.order = SampleOrder(counts[:, 0], seed=options.seed, block_shards=options.block_shards)
-        replacement_stride = _coprime(plan.global_batch, self.order.num_samples)
-        self._fetch_ahead = fetch_ahead(index.paths, index.shards, self.order, plan, options.workers * options.prefetch)
-        super().__init__(plan, options, Pairs(index, self.order, self.joined, options, replacement_stride))
+        self._fetch_ahead = fetch_ahead(
+            [(reader.index.paths, reader.index.shards, reader.order) for reader in self.readers],
+            *(self.mixture, plan, options.workers * options.prefetch),
+        )
+        super().__init__(plan, options, Pairs(self.readers, self.mixture, options))
+
+    def _check_size(self, source: Source, at_a_time: int) -> None:
+        """Raise UserError unless a source has as many usable samples as a global batch takes of it."""
+        usable, without_teacher = source.joined.counts.sum(axis=0).tolist()
+        if usable >= at_a_time:
+            return
+        keep = source.joined.sources.keep
+        counts = {
+            "without a caption": source.index.without_text,
+            "not kept by data.keep": 0 if keep is None else source.index.num_samples - int(keep.counts.sum()),
+            "without a teacher embedding": without_teacher,
+        }
+        left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+        share = "" if len(self.sources) == 1 else f"{at_a_time}, the share of source {source.name} of "
+        raise UserError(
+            f"{source.index.root} has {usable} usable samples of {source.index.num_samples}"
+            f"{f' ({left_out})' if left_out else ''}, expected at least {share}one global batch of "
+            f"{self.plan.global_batch}: use a smaller batch{', a smaller weight' if share else ''} or more data"
+        )
 
     def _source(self) -> dict[str, Any]:
         return {"dataset": self._pairs, "batch_sampler": self.plan}
@@ -172,37 +198,48 @@ class PairStream(BatchStream):
     def _walk(self) -> Generator[list[int], None, None]:
         return self._fetch_ahead.over(self.plan) if self._fetch_ahead else super()._walk()
 
-    def _left_out(self) -> str:
-        """For messages: the samples that cannot be used, by reason."""
-        keep = self.joined.sources.keep
-        counts = {
-            "without a caption": self.index.without_text,
-            "not kept by data.keep": 0 if keep is None else self.index.num_samples - int(keep.counts.sum()),
-            "without a teacher embedding": self._without_teacher,
-        }
-        text = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
-        return f" ({text})" if text else ""
-
     def statistics(self) -> dict[str, Any]:
-        """Counts for the log. The labelled share is an estimate from at most 16 evenly spaced shards."""
-        statistics: dict[str, Any] = {
-            "samples": self.index.num_samples,
-            "kept": self.order.num_samples,
-            "without_text": self.index.without_text,
-            "without_teacher": self._without_teacher,
-            "left_out_by_index": self.index.dropped,
-            "shards": len(self.index.names),
-        }
-        if self.joined.sources.labels is not None:
-            shards = np.unique(np.linspace(0, len(self.index.names) - 1, _SAMPLED_SHARDS).astype(int))
-            labels = np.concatenate([self.joined.tar(int(shard))["labels"][:, 0] for shard in shards])
-            statistics["shards_examined"] = len(shards)
-            statistics["labelled_share"] = int((labels >= 0).sum()) / max(1, len(labels))
+        """Counts for the log; of several sources by source, and all that is kept."""
+        if len(self.sources) == 1:
+            return _statistics(self.sources[0])
+        kept = sum(reader.order.num_samples for reader in self.readers)
+        statistics: dict[str, Any] = {"kept": kept, "sources": len(self.sources)}
+        for source, weight in zip(self.sources, self.mixture.weights):
+            of_source = {"share": weight / self.mixture.period, **_statistics(source)}
+            statistics |= {f"{source.name}/{name}": value for name, value in of_source.items()}
         return statistics
 
+    def progress(self, samples: int) -> dict[str, float]:
+        """Scalars by tag after `samples` samples of the run: share and epochs of each of several sources so far."""
+        scalars: dict[str, float] = {}
+        for reader, count in zip(self.readers if len(self.readers) > 1 else (), self.mixture.counts(samples)):
+            name = reader.source.name
+            scalars |= {f"train/share_{name}": count / samples, f"train/epoch_{name}": count / reader.order.num_samples}
+        return scalars
 
-def _coprime(at_least: int, n: int) -> int:
-    """The smallest number >= at_least that is coprime to n: a walk with this stride visits all of range(n)."""
-    while math.gcd(at_least, n) != 1:
-        at_least += 1
-    return at_least
+    def name_of(self, sample_id: int) -> str:
+        """For messages: the number of a sample; with several sources its source, tar and key."""
+        if len(self.readers) == 1 or sample_id < 0:
+            return str(sample_id)
+        reader = next(reader for reader in self.readers if sample_id < reader.first_ids[-1])
+        shard = int(np.searchsorted(reader.first_ids, sample_id, side="right")) - 1
+        return reader.name_of(shard, sample_id - int(reader.first_ids[shard]))
+
+
+def _statistics(source: Source) -> dict[str, Any]:
+    """Counts of a source. The labelled share is an estimate from at most 16 evenly spaced shards."""
+    index, kept_and_lacking = source.index, source.joined.counts.sum(axis=0).tolist()
+    statistics: dict[str, Any] = {
+        "samples": index.num_samples,
+        "kept": kept_and_lacking[0],
+        "without_text": index.without_text,
+        "without_teacher": kept_and_lacking[1],
+        "left_out_by_index": index.dropped,
+        "shards": len(index.names),
+    }
+    if source.labels is not None:
+        shards = np.unique(np.linspace(0, len(index.names) - 1, _SAMPLED_SHARDS).astype(int))
+        labels = np.concatenate([source.joined.tar(int(shard))["labels"][:, 0] for shard in shards])
+        statistics["shards_examined"] = len(shards)
+        statistics["labelled_share"] = int((labels >= 0).sum()) / max(1, len(labels))
+    return statistics

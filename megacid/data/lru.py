@@ -48,12 +48,17 @@ class LRUCache(Generic[V]):
         return {"_size": self._size, "_release": self._release, "_items": OrderedDict()}
 
 
-def open_file_budget(count: int) -> int:
-    """How many of `count` files a cache may keep open: at most a quarter of the process's limit, which is raised."""
+def open_file_budget(count: int, caches: int = 1) -> int:
+    """How many of `count` files a cache may keep open: at most a quarter of the process's limit, which is raised.
+
+    caches: number of caches of about this size that share the quarter.
+    """
+    count *= caches
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < 4 * count:
         target = 4 * count if hard == resource.RLIM_INFINITY else min(4 * count, hard)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, target), hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return count if soft == resource.RLIM_INFINITY else max(1, min(count, soft // 4))
+    budget = count if soft == resource.RLIM_INFINITY else min(count, soft // 4)
+    return max(1, budget // caches)

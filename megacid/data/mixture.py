@@ -96,3 +96,7 @@ class Mixture:
             first = node.left_of(count)
             left += [(node.children[0], first), (node.children[1], count - first)]
         return counts
+
+    def at_most(self, source: int, length: int) -> int:
+        """A bound on the samples of a source in any `length` positions that follow each other."""
+        return min(length, -(-length * self.weights[source] // self.period) + 3)

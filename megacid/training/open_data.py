@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megacid.config.conditions import terms_with_teacher
 from megacid.config.schema import RunFile
+from megacid.config.sections import SourceConfig
 from megacid.data.augmentation import recorded_views
 from megacid.data.batch import Batch, Positions
 from megacid.data.captions import CaptionSource
@@ -26,12 +27,14 @@ from megacid.data.joined import JoinSources
 from megacid.data.joined_build import open_joined
 from megacid.data.jpeg import image_reader
 from megacid.data.loader import PairStream
+from megacid.data.mixture import Mixture
 from megacid.data.pairs import PairOptions
 from megacid.data.pipes.commands import PREFIX, StreamPosition, digest, find_pipes
 from megacid.data.pipes.side_files import SideFiles
 from megacid.data.pipes.stream import PipedStream
 from megacid.data.remote.cache import ShardCache
 from megacid.data.side_tables import KeepTable, LabelTable
+from megacid.data.sources import Source, check_sources_agree
 from megacid.distributed.consensus import agree, fail_together
 from megacid.distributed.divided_work import Workers
 from megacid.distributed.parallel import Parallel
@@ -64,6 +67,8 @@ class Data:
     epoch_samples: int = 0
     teacher_has_text: bool = False
     position: StreamPosition | None = None  # of a stream that a checkpoint has to store; None: the step determines it
+    progress: Callable[[int], dict[str, float]] = lambda samples: {}  # scalars of the sources after so many samples
+    name_of: Callable[[int], str] = str  # a sample id, for messages
 
     @property
     def teacher_dim(self) -> int | None:
@@ -75,10 +80,10 @@ def open_data(run: RunFile, parallel: Parallel) -> Data:
     """Open shards with their side tables, or features, and check that all ranks see the same content. A collective."""
     if run.megacid.data.features is not None:
         data = _open_features(run, run.megacid.data.features, parallel)
+    elif (run.megacid.data.shards or "").startswith(PREFIX):
+        data = _open_pipes(run, parallel)
     else:
-        assert run.megacid.data.shards is not None
-        opener = _open_pipes if run.megacid.data.shards.startswith(PREFIX) else _open_pairs
-        data = opener(run, run.megacid.data.shards, parallel)
+        data = _open_pairs(run, parallel)
     with fail_together(parallel.group):
         stats = data.stream(0).statistics()
     log.info("data: %s", "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in stats.items()))
@@ -109,33 +114,35 @@ def _open_features(run: RunFile, directory: str, parallel: Parallel) -> Data:
     return Data(stream, num_classes=features.classes, feature_dim=features.dim)
 
 
-def _open_pairs(run: RunFile, shards: str, parallel: Parallel) -> Data:
-    config, loss = run.megacid.data, run.megacid.loss
+def _open_pairs(run: RunFile, parallel: Parallel) -> Data:
+    config = run.megacid.data
     with fail_together(parallel.group):
         check_views(run)
+        check_weights(run)
         options, normalize = _pair_options(run, parallel)
         cache = ShardCache.open(config.cache_dir, config.cache_gb) if config.cache_dir else None
-    index = load_index(shards, caption=config.caption, cache=cache, fetch_limit=_FETCH_LIMIT, workers=Workers(parallel))
-    agree(index.digest, f"the content of {shards}", parallel.group)
-    teacher, labels, keep = None, None, None
+    tables = {name: _open_tables(run, source, cache, parallel) for name, source in config.all_sources.items()}
     with fail_together(parallel.group):
-        if config.teachers and terms_with_teacher(loss):
-            teacher = open_teachers(config.teachers, index)
-        if config.labels and loss.cluster:
-            labels = LabelTable(config.labels, index, config.labels_per_sample)
-        if config.keep:
-            keep = KeepTable(config.keep, index)
-        options = replace(options, teacher=teacher, labels=labels, keep=keep)
-    sources = JoinSources(index, teacher, labels, keep)
-    joined = open_joined(sources, config.block_shards, Path(run.megacid.run.dir), Workers(parallel))
+        check_sources_agree(tables)
+    sources = []
+    for name, source in config.all_sources.items():
+        joined = open_joined(
+            tables[name], config.block_shards, Path(run.megacid.run.dir), Workers(parallel), len(tables)
+        )
+        sources.append(Source(joined, name, source.weight))
+    with fail_together(parallel.group):
+        first = PairStream(sources, _positions(run, parallel, 0), options)
+    teacher, labels = sources[0].teacher, sources[0].labels  # those of all, as `check_sources_agree` says
     return Data(
-        lambda start_step: PairStream(index, _positions(run, parallel, start_step), options, joined),
-        samples=lambda positions: PairStream(index, positions, options, joined),
+        lambda start_step: PairStream(sources, _positions(run, parallel, start_step), options),
+        samples=lambda positions: PairStream(sources, positions, options),
         teacher_dims=tuple(table.dim for table in teacher.tables) if teacher else (),
         teacher_has_text=teacher is not None and teacher.has_text,
         num_classes=labels.num_classes if labels else None,
         centroids=labels.directory / "centroids.npy" if labels else None,
         normalize=normalize,
+        progress=first.progress,
+        name_of=first.name_of,
     )
 
 
@@ -161,12 +168,13 @@ def _pair_options(run: RunFile, parallel: Parallel) -> tuple[PairOptions, Callab
     return options, PixelNormalization(student, parallel.device, channels_last=student.channels_last)
 
 
-def _open_pipes(run: RunFile, shards: str, parallel: Parallel) -> Data:
+def _open_pipes(run: RunFile, parallel: Parallel) -> Data:
     config, loss = run.megacid.data, run.megacid.loss
+    assert config.shards is not None
     with fail_together(parallel.group):
         check_views(run)
         options, normalize = _pair_options(run, parallel)
-        tars, caption = find_pipes(shards), CaptionSource.parse(config.caption)
+        tars, caption = find_pipes(config.shards), CaptionSource.parse(config.caption)
         sides = SideFiles.open(
             tars,
             caption.spec,
@@ -199,13 +207,39 @@ def _open_pipes(run: RunFile, shards: str, parallel: Parallel) -> Data:
     )
 
 
+def check_weights(run: RunFile) -> None:
+    """Raise UserError when a source would give no sample in the whole run."""
+    sources, samples = run.megacid.data.all_sources, run.megacid.run.total_steps * run.global_batch
+    weights = {name: source.weight for name, source in sources.items()}
+    for (name, weight), count in zip(weights.items(), Mixture(list(weights.values())).counts(samples)):
+        if count == 0:
+            raise UserError(
+                f'"megacid.data.sources.{name}.weight" is {weight:g} of {sum(weights.values()):g} in all, which gives '
+                f"no sample among the {samples} of the run: raise it, or remove the source"
+            )
+
+
+def _open_tables(run: RunFile, source: SourceConfig, cache: ShardCache | None, parallel: Parallel) -> JoinSources:
+    """The index and the side tables of a source. A collective."""
+    loss, workers = run.megacid.loss, Workers(parallel)
+    index = load_index(source.shards, caption=source.caption, cache=cache, fetch_limit=_FETCH_LIMIT, workers=workers)
+    agree(index.digest, f"the content of {source.shards}", parallel.group)
+    with fail_together(parallel.group):
+        teacher = open_teachers(source.teachers, index) if source.teachers and terms_with_teacher(loss) else None
+        labels = None
+        if source.labels and loss.cluster:
+            labels = LabelTable(source.labels, index, run.megacid.data.labels_per_sample)
+        return JoinSources(index, teacher, labels, KeepTable(source.keep, index) if source.keep else None)
+
+
 def check_views(run: RunFile) -> None:
     """Raise UserError unless the student sees the crops that the teacher has embedded. Reads no data."""
     config = run.megacid.data
-    if not (config.teachers and terms_with_teacher(run.megacid.loss)):
+    teachers = [path for source in config.all_sources.values() for path in source.teachers]
+    if not (teachers and terms_with_teacher(run.megacid.loss)):
         return
-    views = common_views({path: recorded_views(read_meta(path, "embed"), path) for path in config.teachers})
-    teacher = config.teachers[0]
+    views = common_views({path: recorded_views(read_meta(path, "embed"), path) for path in teachers})
+    teacher = teachers[0]
     if views is None:
         return
     if config.augment != "random_resized_crop":

@@ -31,6 +31,7 @@ def report_step(step: int, state: TrainState, output: StepOutput, verdict: Verdi
     scalars = {
         "train/samples_seen": float(seen),
         "train/epoch": seen / state.data.epoch_samples if state.data.position is None else state.data.position.epoch,
+        **state.data.progress(seen),
         "train/lr": share * peak_rates(state.run)[0],
         "train/grad_norm": verdict.grad_norm,
         "train/skipped": float(state.guard.skipped),

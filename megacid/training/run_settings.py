@@ -14,6 +14,7 @@ from megacid.config.conditions import ineffective
 from megacid.config.deepspeed_keys import REFUSED
 from megacid.config.renamed import with_new_keys
 from megacid.config.schema import SECTIONS, MegacidConfig, RunFile, defaults
+from megacid.config.sections import SourceConfig
 from megacid.errors import UserError
 from megacid.storage.atomic import SETTINGS_BYTES, read_bounded, write_json_atomic
 from megacid.storage.metadata import versions
@@ -34,6 +35,9 @@ MAY_CHANGE = (
     "wall_clock_breakdown", "memory_breakdown", "flops_profiler", "timers", "aio",
 )  # fmt: skip
 
+_SOURCE: dict[str, Any] = {"shards": ""} | {
+    key: field.default for key, field in SourceConfig.model_fields.items() if not field.is_required()
+}
 DEEPSPEED = ((0, 19, 8), (0, 20))  # the first version that works, the first that is not known to; as in pyproject.toml
 
 
@@ -58,12 +62,18 @@ def without_ineffective(settings: dict[str, Any]) -> dict[str, Any]:
     """Flat settings of a run with the defaults for settings that have no effect."""
     sections = {name: SimpleNamespace() for name in SECTIONS}
     for path, value in settings.items():
-        block, section, key = [*path.split("."), "", ""][:3]
-        if block == "megacid" and section in sections:
-            setattr(sections[section], key, tuple(value) if isinstance(value, list) else value)
-    found = ineffective(MegacidConfig, SimpleNamespace(**sections))
-    reset = [f"megacid.{setting.section}.{setting.key}" for setting in found]
-    return settings | {path: flat({"megacid": defaults()})[path] for path in reset}
+        block, section, key, *names = [*path.split("."), "", ""]
+        if block != "megacid" or section not in sections:
+            continue
+        value = tuple(value) if isinstance(value, list) else value
+        if key == "sources" and len(names) == 4:  # data.sources.NAME.KEY
+            blocks = getattr(sections[section], key, None) or {}
+            setattr(blocks.setdefault(names[0], SimpleNamespace(**_SOURCE)), names[1], value)
+            value = blocks
+        setattr(sections[section], key, value)
+    for setting in ineffective(MegacidConfig, SimpleNamespace(**sections)):
+        settings = settings | flat(setting.default, f"megacid.{setting.path}")
+    return settings
 
 
 def check_packages() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -137,11 +138,14 @@ class StepOutput:
         failure = next(filter(None, failures), None)
         return cls(loss, terms, torch.cat(ids).tolist(), finite, observed, failure)
 
-    def describe(self) -> tuple[bool, str]:
-        """For the guard's warnings: whether an embedding of this rank is non-finite; terms and samples as text."""
+    def describe(self, name_of: Callable[[int], str]) -> tuple[bool, str]:
+        """For the guard's warnings: whether an embedding of this rank is non-finite; terms and samples as text.
+
+        name_of: `Data.name_of`.
+        """
         bad = [number for number, good in zip(self.sample_ids, self.finite.tolist()) if not good]
         named = bad or self.sample_ids
-        shown = ", ".join(map(str, named[:8])) + (", ..." if len(named) > 8 else "")
+        shown = ", ".join(map(name_of, named[:8])) + (", ..." if len(named) > 8 else "")
         kind = "samples with a non-finite embedding" if bad else "samples"
         terms = ", ".join(f"{name} {float(value):.6g}" for name, value in self.terms.items())
         return bool(bad), f"terms {terms}; {kind} {shown}"

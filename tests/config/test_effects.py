@@ -34,7 +34,7 @@ FOR_NOTHING = {
     ),
     "data.worker_timeout_s=60": "without data.workers > 0",
     "data.prefetch=4": "without data.workers > 0",
-    "data.cache_dir=/nvme/cache": "without a URL in data.shards",
+    "data.cache_dir=/nvme/cache": "without a URL in data.shards (or sources)",
     "data.cache_gb=10 data.shards=s3://bucket/laion": "without data.cache_dir",
     "data.cache_dir=/nvme/cache data.shards=pipe:fetch://00000.tar": "without a URL in data.shards",
     "data.block_shards=8 data.shards=pipe:00000.tar": "without data.shards without pipe:, or data.features",
@@ -191,7 +191,7 @@ def test_the_trainer_reads_every_key_that_a_run_on_features_may_set(tmp_path: Pa
         needs = [need for need in SECTIONS[section].model_fields[name].metadata if isinstance(need, Needs)]
         if all(need.holds(block) for need in needs) and (section, name) not in read:
             unread.add((section, name))
-    assert unread == {("data", "shards")}  # the other source
+    assert unread == {("data", "shards"), ("data", "sources")}  # the other kinds of data
 
 
 def test_the_runs_of_the_demo_have_no_setting_without_effect() -> None:

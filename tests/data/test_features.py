@@ -204,12 +204,15 @@ def test_every_parameter_of_the_tower_gets_a_gradient_and_the_output_is_normalis
     ("change", "message"),
     [
         ("data.shards=tars", "are both set ('tars', 'somewhere'), expected exactly one"),
-        ("data.features=null", "are both null, expected exactly one"),
+        ("data.features=null", "are null, expected exactly one"),
         ("data.teacher=t", "\"megacid.data.teacher\" is 't', which has no effect without data.shards: remove it"),
         ("data.labels=l", "\"megacid.data.labels\" is 'l', which has no effect without data.shards: remove it"),
         ("data.keep=k", '"megacid.data.keep" is'),
         ("data.augment=random_resized_crop", "\"megacid.data.augment\" is 'random_resized_crop'"),
-        ("data.workers=2", '"megacid.data.workers" is 2, which has no effect without data.shards: remove it'),
+        (
+            "data.workers=2",
+            '"megacid.data.workers" is 2, which has no effect without data.shards (or sources): remove it',
+        ),
         ("student.grad_checkpointing=true", "remove it, or pass --set student.grad_checkpointing=null"),
         ("student.image_size=32", '"megacid.student.image_size" is 32'),
         ("student.embed_dim=null", '"megacid.student.embed_dim" is null, expected the width'),

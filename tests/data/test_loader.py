@@ -210,7 +210,7 @@ def test_a_sample_that_the_teacher_lacks_is_left_out_from_the_start(tmp_path: Pa
         keep=KeepTable(keep_dir(tmp_path / "k", index.digest), index), max_consecutive_errors=1,
     )  # fmt: skip
     assert batches.statistics()["without_teacher"] == 0  # b, which it lacks, is not kept
-    without_keep = stream(index, **one_by_one, teacher=batches.options.teacher)
+    without_keep = stream(index, **one_by_one, teacher=batches.sources[0].teacher)
     statistics = without_keep.statistics()
     assert (statistics["kept"], statistics["without_teacher"]) == (4, 1)
     assert "not a readable" in (next(iter(batches)).failure or "")

@@ -149,7 +149,7 @@ def float_batches(data: Data, run: RunFile) -> list[Batch]:
     stream = data.stream(0)
     assert isinstance(stream, PairStream)
     transform = float_transform(run.megacid.student, run.megacid.data.augment)
-    return list(PairStream(stream.index, stream.plan, replace(stream.options, transform=transform, workers=0)))
+    return list(PairStream(stream.sources, stream.plan, replace(stream.options, transform=transform, workers=0)))
 
 
 @pytest.mark.parametrize("settings", [(), ("data.workers=2",), ("data.workers=2", "data.prefetch=1")], ids=str)

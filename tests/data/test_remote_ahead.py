@@ -9,11 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from remote_data import cached, remote_shards
+from pair_data import source, stream_of, write_shards
+from remote_data import all_same, cached, remote_shards
 
+from megacid.data.batch import Batch
+from megacid.data.index import ShardIndex
+from megacid.data.mixture import Mixture
 from megacid.data.order import SampleOrder
-from megacid.data.remote.ahead import FetchAhead, _Fetcher
+from megacid.data.remote.ahead import FetchAhead, RemoteSource, _Fetcher
 from megacid.data.remote.cache import CachedTar, ShardCache
+
+ALONE = Mixture([1.0])
 
 
 def test_no_epoch_needs_more_tars_than_the_cache_is_asked_to_hold(tmp_path: Path) -> None:
@@ -21,14 +27,59 @@ def test_no_epoch_needs_more_tars_than_the_cache_is_asked_to_hold(tmp_path: Path
     order = SampleOrder(sizes, seed=0, block_shards=2)
     cache = ShardCache.open(tmp_path / "cache", 1)
     tars = {shard: CachedTar(f"https://host/{shard}.tar", 1, "0" * 64) for shard in np.flatnonzero(sizes).tolist()}
-    allowed = FetchAhead(cache, tars, order, in_flight=10, stop=1 << 40)._most_needed()
-    fetcher = _Fetcher(cache, tars, order, in_flight=10, stop=1 << 40)
+    sources = [RemoteSource(tars, order)]
+    allowed = FetchAhead(cache, sources, ALONE, in_flight=10, stop=1 << 40)._most_needed(0)
+    fetcher = _Fetcher(cache, sources, ALONE, in_flight=10, stop=1 << 40)
     needed = [
         len(fetcher._needed_and_later(end - 1)[1])
         for epoch in range(200)
         for _, end, _ in (next(order.blocks(epoch * order.num_samples + start)) for start in range(0, 992, 40))
     ]
     assert max(needed[: len(needed) // 200]) < max(needed) <= allowed < len(tars)
+
+
+@pytest.mark.parametrize("weights", [(9, 1), (2, 7)])
+def test_the_tars_of_all_sources_that_a_run_reads_next_are_needed_and_fit(
+    tmp_path: Path, weights: tuple[int, int]
+) -> None:
+    """The small source begins again and again while the large one is in its first epoch."""
+    sizes, mixture, in_flight = ([40] * 24, [3, 5, 1, 4]), Mixture(weights), 30
+    cache = ShardCache.open(tmp_path / "cache", 1)
+    sources = []
+    for number, of_source in enumerate(sizes):
+        urls = (f"https://host/{number}-{shard}.tar" for shard in range(len(of_source)))
+        tars = {shard: CachedTar(url, 1, "0" * 64) for shard, url in enumerate(urls)}
+        sources.append(RemoteSource(tars, SampleOrder(of_source, seed=number, block_shards=2)))
+    ahead = FetchAhead(cache, sources, mixture, in_flight=in_flight, stop=900)
+    allowed = [ahead._most_needed(number) for number in range(2)]
+    fetcher = _Fetcher(cache, sources, mixture, in_flight=in_flight, stop=900)
+    for position in range(0, 900, 23):
+        _, needed, later = fetcher._needed_and_later(position)
+        of, places = mixture.locate(np.arange(position, min(900, position + in_flight)))
+        read = {
+            one.tars[shard]
+            for number, one in enumerate(sources)
+            for shard in one.order.locate_many(places[of == number])[1].tolist()
+        }
+        assert read <= needed.keys()
+        for number, one in enumerate(sources):
+            assert len(needed.keys() & set(one.tars.values())) <= allowed[number]
+        following = list(later)
+        assert len({*following, *needed}) == len(following) + len(needed) <= 28
+
+
+def test_a_remote_source_gives_the_batches_that_a_local_one_gives(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    with remote_shards(tmp_path) as remote:
+        small = write_shards(tmp_path / "small", sizes={"00000": 6, "00001": 5})
+
+        def read(index: ShardIndex) -> list[Batch]:
+            sources = source(index, "large", 2, block_shards=1), source(small, "small", 1)
+            return list(stream_of(*sources, block_shards=1, total_steps=10))
+
+        index, want = remote.index(tars=8), read(remote.local)
+        remote.forget()
+        assert all_same(want, read(index)) and len(want) == 10
 
 
 @pytest.fixture
@@ -43,7 +94,9 @@ def tars(tmp_path: Path) -> dict[int, CachedTar]:
 
 def fetcher_of(tmp_path: Path, tars: dict[int, CachedTar]) -> _Fetcher:
     order = SampleOrder([8] * len(tars), seed=0, block_shards=1)
-    return _Fetcher(ShardCache.open(tmp_path / "cache", 1), tars, order, in_flight=4, stop=1 << 40)
+    return _Fetcher(
+        ShardCache.open(tmp_path / "cache", 1), [RemoteSource(tars, order)], ALONE, in_flight=4, stop=1 << 40
+    )
 
 
 def test_the_process_renews_the_marks_of_prefetched_tars(tmp_path: Path, tars: dict[int, CachedTar]) -> None:

@@ -114,7 +114,7 @@ STAYING = {
 def test_faults_that_stay_end_the_stream_with_the_url(remote: Remote, fault: str) -> None:
     index = remote.index()
     remote.forget()
-    _, _, (shard, *_) = next(small_steps(index).order.blocks(0))
+    _, _, (shard, *_) = next(small_steps(index).readers[0].order.blocks(0))
     remote.server.faults = {f"{index.names[shard]}.tar": fault}
     began = time.monotonic()
     got = batches(index, workers=1)

@@ -34,9 +34,12 @@ from benchmarks.measure import cpu_seconds
 from benchmarks.suite import Limit, Report, Row, make_report, print_table
 from megacid.data.batch import Positions
 from megacid.data.index import load_index
+from megacid.data.joined import JoinSources
+from megacid.data.joined_build import open_joined
 from megacid.data.jpeg import image_reader
 from megacid.data.loader import PairStream
 from megacid.data.pairs import PairOptions
+from megacid.data.sources import Source
 from megacid.errors import UserError
 from megacid.models.clip import (
     Decoder,
@@ -132,8 +135,9 @@ def our_batches(
         workers=workers,
     )
     plan = Positions(BATCH, BATCH, 1, rank=0, world=1, start_step=0, total_steps=samples // BATCH)
+    source = Source(open_joined(JoinSources(load_index(folder))))
     normalization = PixelNormalization(STUDENT, "cpu")
-    for batch in PairStream(load_index(folder), plan, options):
+    for batch in PairStream([source], plan, options):
         if batch.failure is not None or batch.replaced:
             raise UserError(f"the loader failed: {batch.failure or batch.replaced[0]}: no time is printed")
         yield normalization(batch.image) if normalize else batch.image, batch.text

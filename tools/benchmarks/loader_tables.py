@@ -30,9 +30,12 @@ from megacid.data import index_files
 from megacid.data.batch import Positions
 from megacid.data.ensemble import open_teachers
 from megacid.data.index import load_index
+from megacid.data.joined import JoinSources
+from megacid.data.joined_build import open_joined
 from megacid.data.loader import PairStream
 from megacid.data.pairs import PairOptions
 from megacid.data.side_tables import KeepTable, LabelTable
+from megacid.data.sources import Source
 from megacid.errors import UserError
 from megacid.storage.metadata import write_meta
 
@@ -115,16 +118,20 @@ def _measure(folder: Path, block_shards: int, args: argparse.Namespace) -> Row:
         seed=0,
         seeded_transform=True,
         workers=WORKERS,
-        teacher=open_teachers([folder / "teacher"], index),
-        labels=LabelTable(folder / "clusters", index),
-        keep=KeepTable(folder / "balance", index),
         block_shards=block_shards,
     )
+    tables = JoinSources(
+        index,
+        open_teachers([folder / "teacher"], index),
+        LabelTable(folder / "clusters", index),
+        KeepTable(folder / "balance", index),
+    )
     before = cpu_seconds()
+    source = Source(open_joined(tables, block_shards))
     streams = {}
     for batches in (SHORT, LONG):
         plan = Positions(RANKS * MICRO_BATCH, MICRO_BATCH, 1, 0, RANKS, 0, batches)
-        streams[batches] = PairStream(index, plan, options)
+        streams[batches] = PairStream([source], plan, options)
     start_us = (cpu_seconds() - before) / index.num_samples * 1e6
     per_sample = []
     for _ in range(args.rounds):

@@ -33,7 +33,7 @@ class PipedStream(BatchStream):
 
     Args:
         plan: how many batches this rank reads.
-        options: how samples are read. teacher, labels, keep and block_shards have no effect.
+        options: how samples are read. block_shards has no effect.
         turns: of every reader of this rank, where it begins in the sequence of tars.
         buffer: samples in the shuffle buffer of a reader.
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 import itertools
 import logging
 import multiprocessing
+import operator
 import os
 import resource
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import RawValue
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megacid.data.batch import Positions
+from megacid.data.mixture import Mixture
 from megacid.data.order import Block, SampleOrder
 from megacid.data.remote.cache import GB, CachedTar, ShardCache
 from megacid.data.shard_paths import ShardPaths
@@ -35,6 +38,17 @@ _MAX_PREFETCHED = 4096  # tars beyond the next block
 _RENEW_S = 600.0  # between two marks of the prefetched tars
 
 
+class RemoteSource(NamedTuple):
+    """The remote tars of a source by shard number, and the order that decides which of its tars come next."""
+
+    tars: dict[int, CachedTar]
+    order: SampleOrder
+
+    def of(self, shards: np.ndarray) -> list[CachedTar]:
+        """Those of the shards that are remote."""
+        return [self.tars[shard] for shard in shards.tolist() if shard in self.tars]
+
+
 class FetchAhead:
     """Fetches the tars of the blocks that are being read and of the next one, then more while there is room.
 
@@ -42,8 +56,8 @@ class FetchAhead:
     was killed the run goes on with the same batches.
 
     Args:
-        tars: by shard number, for the remote ones.
-        order: decides which tars come next.
+        sources: of the stream, also those without remote tars.
+        mixture: divides the positions of the stream among the sources.
         in_flight: number of positions that loader workers may be ahead of the last batch.
         stop: first position that is not read.
 
@@ -52,9 +66,9 @@ class FetchAhead:
     """
 
     def __init__(
-        self, cache: ShardCache, tars: dict[int, CachedTar], order: SampleOrder, *, in_flight: int, stop: int
+        self, cache: ShardCache, sources: Sequence[RemoteSource], mixture: Mixture, *, in_flight: int, stop: int
     ) -> None:
-        self._cache, self._tars, self._order = cache, tars, order
+        self._cache, self._sources, self._mixture = cache, sources, mixture
         self._in_flight, self._stop = in_flight, stop
         self._position, self._failed = RawValue("q", 0), RawValue("q", 0)
         self._process: BaseProcess | None = None
@@ -62,25 +76,29 @@ class FetchAhead:
         self._check_size()
 
     def _check_size(self) -> None:
-        number = self._most_needed()
-        sizes = sorted((tar.size for tar in self._tars.values()), reverse=True)
-        least = sum(sizes[:number])
+        needed = []
+        for number, source in enumerate(self._sources):
+            sizes = sorted((tar.size for tar in source.tars.values()), reverse=True)
+            needed += sizes[: self._most_needed(number)]
+        least = sum(needed)
         if least > self._cache.limit:
             raise UserError(
                 f'"megacid.data.cache_gb" is {self._cache.limit / GB:g}, expected at least {least / GB:.3g}, the size '
-                f"of the {min(number, len(sizes))} tars that are read and fetched at a time: raise it, or lower "
-                "data.block_shards, data.workers or data.prefetch"
+                f"of the {len(needed)} tars that are read and fetched at a time: raise it, or lower data.block_shards, "
+                "data.workers or data.prefetch"
             )
 
-    def _most_needed(self) -> int:
-        """The largest number of shards, in any epoch, of the blocks that are read at a time and the next one.
+    def _most_needed(self, number: int) -> int:
+        """The largest number of shards of a source, in any epoch, of the blocks that are read at a time and the next.
 
         These are the first and the last block that are read, those between, which are whole and thus have at most as
         many samples as are in flight, and the next one. Most shards are between when each has few samples.
         """
-        sizes = np.sort(self._order.sizes[self._order.sizes > 0])
-        between = int(np.searchsorted(np.cumsum(sizes), self._in_flight, side="right"))
-        return 3 * self._order.block_shards + between
+        order = self._sources[number].order
+        sizes = np.sort(order.sizes[order.sizes > 0])
+        in_flight = self._mixture.at_most(number, self._in_flight)
+        between = int(np.searchsorted(np.cumsum(sizes), in_flight, side="right"))
+        return 3 * order.block_shards + between
 
     def over(self, plan: Iterable[list[int]]) -> Generator[list[int], None, None]:
         """The items of `plan`; the process fetches what follows each until the iteration ends.
@@ -103,8 +121,10 @@ class FetchAhead:
                 self._process, self._starts = None, 0
 
     def _wait_for_first_block(self) -> None:
-        _, _, shards = next(self._order.blocks(int(self._position.value)))
-        missing = [self._tars[shard] for shard in shards.tolist() if shard in self._tars]
+        missing: list[CachedTar] = []
+        for source, place in zip(self._sources, self._mixture.counts(int(self._position.value))):
+            _, _, shards = next(source.order.blocks(place))
+            missing += source.of(shards)
         total, logged, arrived = len(missing), time.monotonic(), time.monotonic()
         while left := [tar for tar in missing if not os.path.exists(self._cache.path(tar))]:
             assert self._process is not None
@@ -141,7 +161,7 @@ class FetchAhead:
         start_worker(parent, 0)
         with contextlib.suppress(ValueError, OSError):  # each tar that is held takes a descriptor
             resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-        fetcher = _Fetcher(self._cache, self._tars, self._order, self._in_flight, self._stop)
+        fetcher = _Fetcher(self._cache, self._sources, self._mixture, self._in_flight, self._stop)
         while True:
             fetched = fetcher.step(int(self._position.value))
             self._failed.value = len(fetcher.failed)
@@ -150,20 +170,27 @@ class FetchAhead:
 
 
 def fetch_ahead(
-    paths: ShardPaths, entries: list[dict[str, Any]], order: SampleOrder, plan: Positions, prefetched: int
+    sources: Sequence[tuple[ShardPaths, list[dict[str, Any]], SampleOrder]],
+    mixture: Mixture,
+    plan: Positions,
+    prefetched: int,
 ) -> FetchAhead | None:
     """The `FetchAhead` of a plan; None without remote tars.
 
     Args:
-        entries: of the index.
+        sources: paths, the entries of the index, and the order of each.
         prefetched: number of micro-batches that the loader workers of a rank prepare ahead.
     """
-    tars = {shard: cached for shard, tar in enumerate(paths.tars) if (cached := paths.cached(tar, entries[shard]))}
-    if not tars or paths.cache is None:
+    remote, cache = [], None
+    for paths, entries, order in sources:
+        tars = {shard: cached for shard, tar in enumerate(paths.tars) if (cached := paths.cached(tar, entries[shard]))}
+        remote.append(RemoteSource(tars, order))
+        cache = paths.cache if tars else cache  # one directory for all sources
+    if cache is None:
         return None
     steps = 2 + -(-prefetched // plan.accumulation)  # a batch may be copied to the device one ahead
     return FetchAhead(
-        *(paths.cache, tars, order),
+        *(cache, remote, mixture),
         in_flight=steps * plan.global_batch,
         stop=plan.total_steps * plan.global_batch,
     )
@@ -173,77 +200,95 @@ class _Fetcher:
     """Holds the tars of the blocks that are read and of the next one, and fetches one tar at a step."""
 
     def __init__(
-        self, cache: ShardCache, tars: dict[int, CachedTar], order: SampleOrder, in_flight: int, stop: int
+        self, cache: ShardCache, sources: Sequence[RemoteSource], mixture: Mixture, in_flight: int, stop: int
     ) -> None:
-        self._cache, self._tars, self._order, self._in_flight, self._stop = cache, tars, order, in_flight, stop
-        self._held: dict[int, int] = {}  # shard -> descriptor
-        self.failed: dict[int, float] = {}  # shard -> when it may be tried again
+        self._cache, self._sources, self._mixture, self._in_flight = cache, sources, mixture, in_flight
+        self._stops = mixture.counts(stop)
+        self._number = len({tar for source in sources for tar in source.tars.values()})
+        self._held: dict[CachedTar, int] = {}  # -> descriptor
+        self.failed: dict[CachedTar, float] = {}  # -> when it may be tried again
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._max_held = sys.maxsize if limit == resource.RLIM_INFINITY else max(0, limit - _OTHER_FILES)
-        # End of the block for which the later tars are in the cache or do not fit, and when they are marked again.
-        self._prefetched_until, self._renew_at = -1, 0.0
+        # Ends of the blocks for which the later tars are in the cache or do not fit, and when they are marked again.
+        self._prefetched_until: list[int] = []
+        self._renew_at = 0.0
 
     def step(self, position: int) -> bool:
         """Fetch one tar. False when there is none to fetch now."""
-        end, needed, later = self._needed_and_later(position)
-        for shard in self._held.keys() - needed.keys():
-            self._cache.mark(self._tars[shard])
-            os.close(self._held.pop(shard))
+        ends, needed, later = self._needed_and_later(position)
+        for tar in self._held.keys() - needed.keys():
+            self._cache.mark(tar)
+            os.close(self._held.pop(tar))
         missing = []
-        for shard in (shard for shard in needed if shard not in self._held):
+        for tar in (tar for tar in needed if tar not in self._held):
             if len(self._held) >= self._max_held:
                 break
-            if (descriptor := self._cache.hold(self._tars[shard])) is None:
-                missing.append(shard)
+            if (descriptor := self._cache.hold(tar)) is None:
+                missing.append(tar)
             else:
-                self._held[shard] = descriptor
+                self._held[tar] = descriptor
         if missing:
-            return any(self._fetch(shard, remove_prefetched=True) for shard in missing)
-        if self._prefetched_until == end and time.monotonic() < self._renew_at:
+            return any(self._fetch(tar, remove_prefetched=True) for tar in missing)
+        if self._prefetched_until == ends and time.monotonic() < self._renew_at:
             return False
-        for place, shard in enumerate(later):
-            if self._cache.mark(self._tars[shard], place):
+        for place, tar in enumerate(later):
+            if self._cache.mark(tar, place):
                 continue
-            if self._fetch(shard, remove_prefetched=False):
-                self._cache.mark(self._tars[shard], place)
+            if self._fetch(tar, remove_prefetched=False):
+                self._cache.mark(tar, place)
                 return True
-        self._prefetched_until, self._renew_at = end, time.monotonic() + _RENEW_S
+        self._prefetched_until, self._renew_at = ends, time.monotonic() + _RENEW_S
         return False
 
-    def _needed_and_later(self, position: int) -> tuple[int, dict[int, None], Iterator[int]]:
-        """(End of the first block, shards of the blocks that are read and of the next one, those that follow)."""
-        blocks = itertools.takewhile(lambda block: block[0] < self._stop, self._order.blocks(position))
-        needed: dict[int, None] = {}
-        first_end, is_read = -1, True
-        for _, end, shards in blocks:
-            needed |= dict.fromkeys(self._remote(shards))
-            first_end = end if first_end < 0 else first_end
-            if not is_read:
-                break
-            is_read = end < position + self._in_flight  # the next one
-        return first_end, needed, self._later(blocks, needed)
+    def _needed_and_later(self, position: int) -> tuple[list[int], dict[CachedTar, None], Iterator[CachedTar]]:
+        """(End of the first block of each source, tars of the blocks that are read and of the next ones, those that
+        follow)."""
+        ends, following = [], []
+        needed: dict[CachedTar, None] = {}
+        places, in_flight = self._mixture.counts(position), self._mixture.counts(position + self._in_flight)
+        for number, source in enumerate(self._sources):
+            blocks = self._blocks(number, places[number])
+            first_end, is_read = -1, True
+            for _, end, shards in blocks:
+                needed |= dict.fromkeys(source.of(shards))
+                first_end = end if first_end < 0 else first_end
+                if not is_read:
+                    break
+                is_read = end < in_flight[number]  # the next one
+            ends.append(first_end)
+            following.append(self._by_start(number, blocks))
+        return ends, needed, self._later(following, needed)
 
-    def _later(self, blocks: Iterator[Block], needed: dict[int, None]) -> Iterator[int]:
+    def _blocks(self, number: int, place: int) -> Iterator[Block]:
+        """The blocks of a source from the one that holds a position of it, to the end of the run."""
+        stop = self._stops[number]
+        return itertools.takewhile(lambda block: block[0] < stop, self._sources[number].order.blocks(place))
+
+    def _by_start(self, number: int, blocks: Iterator[Block]) -> Iterator[tuple[float, list[CachedTar]]]:
+        """(About where it begins in the stream of all sources, remote tars) of blocks of a source."""
+        for start, _, shards in blocks:
+            yield start / self._mixture.weights[number], self._sources[number].of(shards)
+
+    def _later(
+        self, following: list[Iterator[tuple[float, list[CachedTar]]]], needed: dict[CachedTar, None]
+    ) -> Iterator[CachedTar]:
         given, size = set(needed), 0
-        for _, _, shards in blocks:
-            for shard in (shard for shard in self._remote(shards) if shard not in given):
-                given.add(shard)
-                size += self._tars[shard].size
+        for _, tars in heapq.merge(*following, key=operator.itemgetter(0)):
+            for tar in (tar for tar in tars if tar not in given):
+                given.add(tar)
+                size += tar.size
                 if len(given) > len(needed) + _MAX_PREFETCHED or size > self._cache.limit:
                     return
-                yield shard
-            if len(given) == len(self._tars):
+                yield tar
+            if len(given) == self._number:
                 return
 
-    def _remote(self, shards: np.ndarray) -> list[int]:
-        return [shard for shard in shards.tolist() if shard in self._tars]
-
-    def _fetch(self, shard: int, *, remove_prefetched: bool) -> bool:
-        if time.monotonic() < self.failed.get(shard, 0.0):
+    def _fetch(self, tar: CachedTar, *, remove_prefetched: bool) -> bool:
+        if time.monotonic() < self.failed.get(tar, 0.0):
             return False
         try:
-            return self._cache.fetch(self._tars[shard], remove_prefetched=remove_prefetched)
+            return self._cache.fetch(tar, remove_prefetched=remove_prefetched)
         except UserError as error:  # the reader that needs the tar raises it
             log.warning("%s", error)
-            self.failed[shard] = time.monotonic() + _FAILED_S
+            self.failed[tar] = time.monotonic() + _FAILED_S
             return False
