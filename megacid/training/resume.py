@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from megacid.checkpoint.saver import Saver
 from megacid.checkpoint.verification import find_problem
 from megacid.config.load import expand_path
 from megacid.config.schema import RunFile
-from megacid.distributed.consensus import broadcast_json, fail_together
+from megacid.distributed.consensus import broadcast_json, fail_together, gather_json
 from megacid.distributed.divided_work import Workers
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
@@ -44,11 +45,28 @@ def open_run(
         setup_logging(parallel.rank, run.directory)
         if run.megacid.run.checkpoint_mirror is not None:
             mirror = Mirror(run.megacid.run.checkpoint_mirror, keep_last=run.megacid.run.keep_last)
+    if mirror is not None:
+        _check_shared(run.directory, parallel)
     start_from = find_checkpoint(run, resume, fork, parallel, mirror)
     with fail_together(parallel.group):
         if parallel.is_first:
             store.remove_stages(run.directory)
     return lock, mirror, start_from
+
+
+def _check_shared(directory: Path, parallel: Parallel) -> None:
+    """Raise UserError on every rank unless all of them see the run directory of rank 0, as checkpoints need it."""
+    mark = directory / str(broadcast_json(f".tmp-{secrets.token_hex(8)}", parallel.group))
+    with fail_together(parallel.group), disk_errors(mark):
+        if parallel.is_first:
+            mark.touch()  # removed with the stages
+    seen = gather_json(mark.exists(), parallel.group)
+    with fail_together(parallel.group):
+        if not all(seen):
+            raise UserError(
+                f"{directory} is another directory on rank {seen.index(False)} than on rank 0, expected one that all "
+                "ranks share: put run.dir on a shared file system"
+            )
 
 
 def make_saver(run: RunFile, mirror: Mirror | None, lifecycle: Lifecycle, parallel: Parallel) -> Saver:

@@ -137,15 +137,13 @@ def test_a_damaged_checkpoint_is_not_fetched(copied: Mirror, tmp_path: Path, cas
     assert (tmp_path / "empty" / "config.json").read_text() == "{}"
 
 
-def test_damage_in_the_share_of_one_rank_is_the_same_problem_on_both(tmp_path: Path, impatient: None) -> None:
+def test_damage_in_the_share_of_the_second_rank_is_the_same_problem_on_both(tmp_path: Path, impatient: None) -> None:
     url = str(tmp_path / "mirror")
     run_ranks(save_on_ranks, 2, tmp_path / "run", url, [1])
-    for number in (0, 1):
-        path = tmp_path / "mirror" / "step-00000001" / f"student-{number:05d}.safetensors"
-        flip(path)
-        first, second = run_ranks(fetch_on_ranks, 2, tmp_path / "empty", url, 1)
-        assert first is not None and first.startswith(f"{path} has changed (") and first == second
-        flip(path)
+    path = tmp_path / "mirror" / "step-00000001" / "student-00001.safetensors"
+    flip(path)
+    first, second = run_ranks(fetch_on_ranks, 2, tmp_path / "empty", url, 1)
+    assert first is not None and first.startswith(f"{path} has changed (") and first == second
     assert list((tmp_path / "empty").iterdir()) == []
 
 
@@ -239,51 +237,68 @@ def test_a_failure_on_one_rank_is_the_same_outcome_on_both_and_said_once(tmp_pat
     assert "is not copied" not in said[1]
 
 
-class Slow(Mirror):
+class Gated(Mirror):
+    """Copies nothing before its gate is open."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(str(root / "mirror"), keep_last=2)
+        self.gate = threading.Event()
+
     def put(self, path: Path, step: int) -> None:
-        time.sleep(0.3)
+        self.gate.wait(30)
         super().put(path, step)
 
 
-def slow_saver(root: Path, **options: Any) -> Saver:
-    mirror = Slow(str(root / "mirror"), keep_last=2)
-    return Saver(root / "run", keep_last=2, copier=Copier(mirror, **{"wait_s": 30, **options}))
+def gated_saver(root: Path, **options: Any) -> tuple[Saver, Gated]:
+    mirror = Gated(root)
+    return Saver(root / "run", keep_last=2, copier=Copier(mirror, **{"wait_s": 30, **options})), mirror
 
 
-def test_a_save_waits_for_the_last_copy_and_says_how_long(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    saver = slow_saver(tmp_path)
-    save(saver, 1)
-    saver.poll()
-    assert not any("waited" in text for text in caplog.messages)
-    save(saver, 2)
-    saver.close()
-    waited = [text for text in caplog.messages if "waited" in text]
-    assert len(waited) == 1 and waited[0].endswith(f" s for the copy of step 1 to {tmp_path / 'mirror'}")
-    assert Mirror(str(tmp_path / "mirror"), keep_last=2).steps() == [1, 2]
-
-
-def test_a_copy_for_which_a_save_waits_too_long_leaves_the_next_step_out(
+def test_a_save_returns_during_its_copy_and_the_next_one_waits_and_says_how_long(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    saver = slow_saver(tmp_path, wait_s=0.0)
-    save(saver, 1, 2)
+    caplog.set_level(logging.INFO)
+    saver, mirror = gated_saver(tmp_path)
+    save(saver, 1)
+    for _ in range(3):
+        saver.poll()
+    assert mirror.steps() == [] and not any("waited" in text for text in caplog.messages)
+    threading.Timer(0.3, mirror.gate.set).start()
+    save(saver, 2)
+    waited = [text for text in caplog.messages if "waited" in text]
+    assert len(waited) == 1 and waited[0].endswith(f" s for the copy of step 1 to {mirror.url}")
+    saver.close()
+    assert mirror.steps() == [1, 2]
+
+
+def test_a_copy_for_which_a_save_waits_too_long_leaves_the_next_steps_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saver, mirror = gated_saver(tmp_path, wait_s=0.2)
+    began = time.monotonic()
+    save(saver, 1, *range(2, 30))  # one of them waits
+    assert time.monotonic() - began < 28 * 0.2
+    mirror.gate.set()
     saver.close(30)
-    (warning,) = warnings(caplog)
-    assert "step 2 is not copied" in warning and warning.endswith(": the copy of step 1 has not ended after 0 s")
-    assert Mirror(str(tmp_path / "mirror"), keep_last=2).steps() == [1]
+    save(saver, 30)
+    saver.close(30)
+    said = warnings(caplog)
+    assert len(said) == 29 and "step 2 is not copied" in said[0] and ": the copy of step 1 has not ended" in said[0]
+    assert "step 1 is not copied" in said[-1] and "No such file" in said[-1]  # it was removed meanwhile
+    assert mirror.steps() == [30]
 
 
 def test_a_stop_waits_for_the_last_copy_as_long_as_it_may(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     left = [30.0]
-    saver = slow_saver(tmp_path, time_left=lambda: left[0])
+    saver, mirror = gated_saver(tmp_path, time_left=lambda: left[0])
     save(saver, 1)
     left[0] = 0.0
     saver.close(30)
     (warning,) = warnings(caplog)
     assert "step 1 is not copied" in warning and "its copy has not ended after 0 s" in warning
-    time.sleep(0.5)  # the thread ends; nothing commits what it copied
-    assert Mirror(str(tmp_path / "mirror"), keep_last=2).steps() == []
+    mirror.gate.set()
+    time.sleep(0.2)  # the thread ends; nothing commits what it copied
+    assert mirror.steps() == []
 
 
 @pytest.mark.parametrize(
@@ -328,7 +343,7 @@ class Unavailable(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize("silent", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_store_that_answers_503_or_nothing_is_a_warning_after_the_retries(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,

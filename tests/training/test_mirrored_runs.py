@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import toy
 from faultplan import Fault, FaultPlan, kill
+from harness import run_ranks
 from mirror_data import flip, make_saver, save
 
 from megacid.checkpoint import store
@@ -21,7 +23,7 @@ from megacid.config.schema import RunFile
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.storage import object_store
-from megacid.training.resume import find_checkpoint
+from megacid.training.resume import find_checkpoint, open_run
 from megacid.training.run_settings import write_config
 
 ALONE = Parallel(0, 1, 0, torch.device("cpu"), None)
@@ -110,6 +112,24 @@ def test_a_mirror_that_cannot_be_read_ends_the_start(run: RunFile, tmp_path: Pat
     with pytest.raises(UserError, match=r"/mirror/config.json cannot be read, tried for") as error:
         start(run)
     assert "\n" not in str(error.value)
+
+
+def open_on_a_disk_of_its_own(file: str, root: str) -> str:
+    rank = dist.get_rank()
+    run = load_run(file, [f"run.dir={root}/disk{rank}"], world=2)
+    try:
+        open_run(run, "auto", None, Parallel(rank, 2, rank, torch.device("cpu"), dist.group.WORLD))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_run_directory_that_the_ranks_do_not_share_is_refused_on_each(run: RunFile, tmp_path: Path) -> None:
+    first, second = run_ranks(open_on_a_disk_of_its_own, 2, str(run.path), str(tmp_path))
+    assert (
+        first.replace("disk0", "disk1") == second
+        and "/a is another directory on rank 1 than on rank 0, expected one that all" in first
+    )
 
 
 def change_config(mirror: Path, **changes: object) -> None:
