@@ -9,15 +9,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  imported once here, inherited by forked ranks
 import numpy as np
-import torch._dynamo  # noqa: F401  as above
 import torch.distributed as dist
 from faultplan import FaultPlan
 from harness import rank_fates, run_ranks
+from preloaded import share_results
 from torch import Tensor
 
-import megacid.distributed.engine
 import megacid.train
 
 CLASSES, DIM, STEPS = 1001, 32, 24
@@ -65,6 +63,7 @@ def run_file(root: Path, name: str, **changes: Any) -> Path:
 
 def train_here(argv: list[str], plan: str | None = None) -> int:
     """The trainer on an already formed group of ranks; plan: a FaultPlan as JSON."""
+    share_results()
     rank = dist.get_rank()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=str(rank))
     if plan is not None:

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  imported once here, inherited by forked ranks
-import torch._dynamo  # noqa: F401  as above
 import torch.distributed as dist
 from harness import run_ranks
+from preloaded import share_results
 from torch import Tensor
 
-import megacid.distributed.engine  # noqa: F401  as above
 from megacid import train
 from megacid.checkpoint.state import CheckpointReader
 from megacid.models.clip import StudentSpec, tokenizer_for
@@ -63,6 +61,7 @@ class Pipeline:
 
 
 def train_rank(argv: list[str]) -> int:
+    share_results()
     os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=str(dist.get_rank()))
     return train.main(argv)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -17,8 +19,9 @@ from megacid.storage.atomic import JSON_BYTES, read_bounded, write_json_atomic
 _EARLIER_FIELDS = {"balance": "across"}  # by tool: a field that only earlier versions wrote, in another layout
 
 
-def versions() -> dict[str, str]:
-    """Versions of the installed packages that results depend on."""
+@functools.cache
+def versions() -> Mapping[str, str]:
+    """Versions of the installed packages that results depend on, read once per process."""
     installed = {}
     names = "megacid torch deepspeed open_clip_torch webdataset triton numpy faiss-cpu faiss-gpu-cuvs pillow simplejpeg"
     for name in names.split():
