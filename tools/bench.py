@@ -23,6 +23,7 @@
     tools/bench.py --suite balance                    removal of near-duplicates within and across clusters
     tools/bench.py --suite balance-bookkeeping        the balance stage without products, and its laws at a large size
     tools/bench.py --suite cluster-order --check      rows read by cluster, from a folder and from a copy in order
+    tools/bench.py --suite laion --check              LAION-400M on 8, 64 and 512 ranks, by fitted laws
     tools/bench.py --suite machine-code               registers, instructions and predicted times of the kernels; no GPU
 
 --json writes all measurements, --compare prints the ratios to such a file, --check exits with 1 if a limit is not met.
@@ -64,6 +65,7 @@ MODULES = {
     "balance": "balance",
     "balance-bookkeeping": "balance_bookkeeping",
     "cluster-order": "cluster_order",
+    "laion": "laion",
     "machine-code": "machine_code",
 }
 

@@ -6,8 +6,7 @@ clusters for every tenth sample. What reads and multiplies embeddings is replace
 are the real ones: metadata, keep masks, representatives.
 
 Memory is the peak of the resident memory above that before the first phase: what a rank holds and what the phase needs
-for a while. Both are fitted by a + n (w + s / ranks), from the two largest numbers of samples and of ranks: w is
-per sample on every rank, s is shared.
+for a while. Both are fitted by a + n (w + s / ranks): w is per sample on every rank, s is shared.
 
 Legend: n samples, k clusters, M candidate clusters of a sample, D width.
 """
@@ -35,6 +34,7 @@ import pyarrow.parquet as pq
 import torch
 
 from argtypes import natural, positive
+from benchmarks.laws import fit
 from benchmarks.measure import RETURN_FREED, proc_bytes
 from benchmarks.ranks import ask_ranks
 from benchmarks.suite import Limit, Report, Row, make_report, print_table
@@ -77,13 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Report:
     if args.device != "cpu":
         raise UserError(f"--device is {args.device}, expected cpu: this suite runs on the CPU")
-    rows: list[Row] = []
-    for n, world in itertools.product(args.rows, args.ranks):
-        request = {"n": n, "neighbor_clusters": args.neighbor_clusters, "link": args.link}
-        with tempfile.TemporaryDirectory(dir=args.folder) as folder, mock.patch.dict(os.environ, RETURN_FREED):
-            answer = ask_ranks("benchmarks.balance_bookkeeping", request | {"folder": folder}, world)
-        for phase, (seconds, peak) in answer.items():
-            rows.append({"phase": phase, "n": n, "ranks": world, "cpu_s": seconds, "peak_mb": peak / 1e6})
+    rows = measure(args)
     columns = {
         "phase": lambda row: row["phase"],
         "samples": lambda row: f"{row['n']:,}",
@@ -97,18 +91,27 @@ def run(args: argparse.Namespace) -> Report:
     return make_report(args, rows)
 
 
+def measure(args: argparse.Namespace) -> list[Row]:
+    """CPU time and peak of every phase, for every number of samples and of ranks."""
+    rows: list[Row] = []
+    for n, world in itertools.product(args.rows, args.ranks):
+        request = {"n": n, "neighbor_clusters": args.neighbor_clusters, "link": args.link}
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder, mock.patch.dict(os.environ, RETURN_FREED):
+            answer = ask_ranks("benchmarks.balance_bookkeeping", request | {"folder": folder}, world)
+        for phase, (seconds, peak) in answer.items():
+            rows.append({"phase": phase, "n": n, "ranks": world, "cpu_s": seconds, "peak_mb": peak / 1e6})
+    return rows
+
+
 def laws(rows: list[Row], value: str) -> dict[str, tuple[float, float]]:
     """{phase: (w, s)} of a measured value, in its unit per million samples; see the module."""
-    (low, high), (few, many) = (sorted({row[name] for row in rows})[-2:] for name in ("n", "ranks"))
-    found = {(row["phase"], row["n"], row["ranks"]): row[value] for row in rows}
-    out = {}
+    found: dict[str, tuple[float, float]] = {}
     for phase in dict.fromkeys(row["phase"] for row in rows):
-        at_few, at_many = (
-            1e6 * (found[phase, high, ranks] - found[phase, low, ranks]) / (high - low) for ranks in (few, many)
-        )
-        shared = (at_few - at_many) / (1 / few - 1 / many)
-        out[phase] = (at_few - shared / few, shared)
-    return out
+        own = [row for row in rows if row["phase"] == phase]
+        terms = [(1.0, row["n"] / 1e6, row["n"] / 1e6 / row["ranks"]) for row in own]
+        _, everywhere, shared = fit(terms, [row[value] for row in own])
+        found[phase] = (everywhere, shared)
+    return found
 
 
 def _print_laws(rows: list[Row]) -> None:
@@ -118,22 +121,23 @@ def _print_laws(rows: list[Row]) -> None:
         "phase": lambda row: row["phase"],
         "CPU us per sample of every rank:": lambda row: f"{row['cpu'][0]:.2f}",
         "shared:": lambda row: f"{row['cpu'][1]:.2f}",
-        f"minutes at LAION on {LAION_RANKS} ranks:": lambda row: f"{_at_laion(row['cpu']) / 60:.1f}",
+        f"minutes at LAION on {LAION_RANKS} ranks:": lambda row: f"{at_laion(row['cpu']) / 60:.1f}",
         "peak bytes per sample of every rank:": lambda row: f"{row['memory'][0]:.1f}",
         "shared bytes:": lambda row: f"{row['memory'][1]:.1f}",
-        f"GB at LAION on {LAION_RANKS} ranks:": lambda row: f"{_at_laion(row['memory']) / 1e3:.1f}",
+        f"GB at LAION on {LAION_RANKS} ranks:": lambda row: f"{at_laion(row['memory']) / 1e3:.1f}",
     }
     print_table(table, columns)
 
 
-def _at_laion(law: tuple[float, float]) -> float:
-    return (law[0] + law[1] / LAION_RANKS) * LAION / 1e6
+def at_laion(law: tuple[float, float], ranks: int = LAION_RANKS) -> float:
+    """The value of a law of `laws` on one of some ranks."""
+    return (law[0] + law[1] / ranks) * LAION / 1e6
 
 
 def check(report: Report) -> list[Limit]:
     rows = report["results"]
-    minutes = sum(map(_at_laion, laws(rows, "cpu_s").values())) / 60
-    peak = max(map(_at_laion, laws(rows, "peak_mb").values())) / 1e3
+    minutes = sum(map(at_laion, laws(rows, "cpu_s").values())) / 60
+    peak = max(map(at_laion, laws(rows, "peak_mb").values())) / 1e3
     where = f"at LAION's size on {LAION_RANKS} ranks"
     return [Limit(f"CPU minutes {where}", minutes, MAX_MINUTES, False), Limit(f"GB {where}", peak, MAX_GB, False)]
 

@@ -52,10 +52,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Report:
     if args.device != "cpu":
         raise UserError(f"--device is {args.device}, expected cpu: this suite runs on the CPU")
+    results = measure(args)
+    print_table(
+        results,
+        {
+            "what": lambda row: row["what"],
+            "n:": lambda row: f"{row['rows']:,}",
+            "us per row:": lambda row: f"{row['us_per_row']:.2f}",
+            "peak GiB:": lambda row: f"{row['peak_gib']:.2f}",
+        },
+    )
+    return make_report(args, results)
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """Time and peak of each kind of reading. RuntimeError when the copy has other rows than the folder."""
     clock, rng = clock_of(args), np.random.default_rng(args.seed)
     results: list[Row] = []
 
-    def measure(what: str, rows: Rows, count: int, work: Callable[[], T]) -> T:
+    def measured(what: str, rows: Rows, count: int, work: Callable[[], T]) -> T:
         before, began = anonymous_bytes(), clock()
         with PeakAnonymous() as peak:
             result = work()
@@ -70,31 +85,22 @@ def run(args: argparse.Namespace) -> Report:
             _linked_folder(folder / kind, tars, args.rows, args.dim)
         rows = EmbeddingRows(folder / "many")
         read = min(rows.num_rows, args.cluster_rows * args.clusters)
-        measure("all rows of some tars", rows, read, lambda: _read(rows, read))
+        measured("all rows of some tars", rows, read, lambda: _read(rows, read))
         chosen = rng.integers(0, rows.num_rows, (args.clusters, args.cluster_rows))
-        measure("clusters, folder of many tars", rows, chosen.size, lambda: _take(rows, chosen))
+        measured("clusters, folder of many tars", rows, chosen.size, lambda: _take(rows, chosen))
         few = EmbeddingRows(folder / "copied")
         label = rng.integers(0, -(-few.num_rows // args.cluster_rows), few.num_rows)
         clusters = group_by_cluster(label, rng.random(few.num_rows), int(label.max()) + 1)
         some = [clusters.members(cluster) for cluster in range(min(args.clusters, len(clusters.sizes)))]
         count = sum(map(len, some))
-        measure("clusters, folder of few tars", few, count, lambda: _take(few, some))
+        measured("clusters, folder of few tars", few, count, lambda: _take(few, some))
         partial = PartialResults(folder, {})
         partial.begin()
-        copy = measure("copying", few, few.num_rows, lambda: _copy(few, clusters.places, partial, args.memory_gb))
-        measure("clusters, copy in their order", few, count, lambda: _take(copy, some))
+        copy = measured("copying", few, few.num_rows, lambda: _copy(few, clusters.places, partial, args.memory_gb))
+        measured("clusters, copy in their order", few, count, lambda: _take(copy, some))
         if not all(np.array_equal(few.take(cluster), copy.take(cluster)) for cluster in some):
             raise RuntimeError("the copy has other rows than the folder")
-    print_table(
-        results,
-        {
-            "what": lambda row: row["what"],
-            "n:": lambda row: f"{row['rows']:,}",
-            "us per row:": lambda row: f"{row['us_per_row']:.2f}",
-            "peak GiB:": lambda row: f"{row['peak_gib']:.2f}",
-        },
-    )
-    return make_report(args, results)
+    return results
 
 
 def check(report: Report) -> list[Limit]:

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> Report:
             few = min(args.label_rows, args.rows)
             write_embeddings(Path(folder) / "few", rows, few, 1)
         request = {name: getattr(args, name) for name in names} | {"folder": folder}
-        answer = ask_process("benchmarks.kmeans_stages", request, {})
+        answer = ask_process("benchmarks.kmeans_stages", request, {}, show_progress=True)
     if "skipped" in answer:
         return make_report(args, [answer])
     stages = [row | {"rows": args.rows, "k": args.k, "dim": args.dim} for row in answer["stages"]]
@@ -156,6 +156,8 @@ def main() -> None:
     folder = Path(request["folder"])
     settings = default_settings(**{name: request[name] for name in _SETTINGS})
     estimates = _estimates(settings, request)
+    for stage, (seconds, _) in estimates.items():
+        print(f"estimate: {stage}: {seconds:.1f} s", file=sys.stderr, flush=True)
     observer = _Observer(request["clock"])
     hooks["cluster:stage"] = observer.begin
     _cluster(folder, folder / ("few" if request["label_rows"] else "emb"), settings)

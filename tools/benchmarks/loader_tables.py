@@ -30,7 +30,7 @@ from megacid.data import index_files
 from megacid.data.batch import Positions
 from megacid.data.ensemble import open_teachers
 from megacid.data.index import load_index
-from megacid.data.joined import JoinSources
+from megacid.data.joined import JoinedTable, JoinSources
 from megacid.data.joined_build import open_joined
 from megacid.data.loader import PairStream
 from megacid.data.pairs import PairOptions
@@ -109,8 +109,15 @@ def read(stream: PairStream, batches: int) -> None:
         raise UserError(f"the loader gave {count} batches, expected {batches}: no time is printed")
 
 
-def _measure(folder: Path, block_shards: int, args: argparse.Namespace) -> Row:
+def open_data(folder: Path) -> JoinSources:
+    """The index and the side tables of `write_data`."""
     index = load_index(folder / "shards")
+    teacher = open_teachers([folder / "teacher"], index)
+    return JoinSources(index, teacher, LabelTable(folder / "clusters", index), KeepTable(folder / "balance", index))
+
+
+def streams_of(joined: JoinedTable, block_shards: int, ranks: int) -> list[PairStream]:
+    """The streams of `plans`, without decoding."""
     options = PairOptions(
         transform=_transform,
         read_image=_read_image,
@@ -120,28 +127,38 @@ def _measure(folder: Path, block_shards: int, args: argparse.Namespace) -> Row:
         workers=WORKERS,
         block_shards=block_shards,
     )
-    tables = JoinSources(
-        index,
-        open_teachers([folder / "teacher"], index),
-        LabelTable(folder / "clusters", index),
-        KeepTable(folder / "balance", index),
-    )
-    before = cpu_seconds()
-    source = Source(open_joined(tables, block_shards))
-    streams = {}
-    for batches in (SHORT, LONG):
-        plan = Positions(RANKS * MICRO_BATCH, MICRO_BATCH, 1, 0, RANKS, 0, batches)
-        streams[batches] = PairStream([source], plan, options)
-    start_us = (cpu_seconds() - before) / index.num_samples * 1e6
-    per_sample = []
-    for _ in range(args.rounds):
-        used = {}
-        for batches, stream in streams.items():
+    return [PairStream([Source(joined)], plan, options) for plan in plans(ranks)]
+
+
+def plans(ranks: int) -> list[Positions]:
+    """A short and a long run of the first of `ranks`, whose global batch is the same for any number of them."""
+    micro_batch = RANKS * MICRO_BATCH // ranks
+    short = max(SHORT * MICRO_BATCH // micro_batch, WORKERS)
+    more = max((LONG - SHORT) * MICRO_BATCH // micro_batch, WORKERS)
+    return [Positions(RANKS * MICRO_BATCH, micro_batch, 1, 0, ranks, 0, steps) for steps in (short, short + more)]
+
+
+def ms_per_sample(streams: list[PairStream], rounds: int) -> list[float]:
+    """CPU time per sample of each round, from the streams of a short and a long run."""
+    short, long = (len(stream) * stream.plan.micro_batch for stream in streams)
+    found = []
+    for _ in range(rounds):
+        used = []
+        for stream in streams:
             before = cpu_seconds()
-            read(stream, batches)
-            used[batches] = cpu_seconds() - before
-        per_sample.append((used[LONG] - used[SHORT]) / ((LONG - SHORT) * MICRO_BATCH) * 1e3)
-    return {"tars": args.tars, "block_shards": block_shards, "start_us": start_us, "ms_per_sample": per_sample}
+            read(stream, len(stream))
+            used.append(cpu_seconds() - before)
+        found.append((used[1] - used[0]) / (long - short) * 1e3)
+    return found
+
+
+def _measure(folder: Path, block_shards: int, args: argparse.Namespace) -> Row:
+    tables = open_data(folder)
+    before = cpu_seconds()
+    streams = streams_of(open_joined(tables, block_shards), block_shards, RANKS)
+    start_us = (cpu_seconds() - before) / tables.index.num_samples * 1e6
+    times = ms_per_sample(streams, args.rounds)
+    return {"tars": args.tars, "block_shards": block_shards, "start_us": start_us, "ms_per_sample": times}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

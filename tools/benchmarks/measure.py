@@ -142,13 +142,20 @@ def peak_extra_bytes(iterate: Run, device: torch.device) -> int:
     return max(0, proc_bytes("/proc/self/status", "VmHWM") - before)
 
 
-def ask_process(module: str, request: dict[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    """The JSON that `python -m module REQUEST` prints last; {"skipped": its last error line} if it fails."""
+def ask_process(
+    module: str, request: dict[str, Any], environment: Mapping[str, str], *, show_progress: bool = False
+) -> dict[str, Any]:
+    """The JSON that `python -m module REQUEST` prints last; {"skipped": its last error line} if it fails.
+
+    show_progress: its standard error goes to this process's, for runs of hours.
+    """
     command = [sys.executable, "-m", module, json.dumps(request)]
     full_environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment}
-    done = subprocess.run(command, env=full_environment, capture_output=True, text=True, check=False)
+    errors = None if show_progress else subprocess.PIPE
+    done = subprocess.run(command, env=full_environment, stdout=subprocess.PIPE, stderr=errors, text=True, check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message; killed for lack of memory?"])[-1]
+        unknown = "see its messages" if show_progress else "no message; killed for lack of memory?"
+        last = ((done.stderr or "").strip().splitlines() or [unknown])[-1]
         return {"skipped": f"exit {done.returncode}: {last}"}
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
