@@ -24,6 +24,8 @@ from megacid_kernels.rows import unit_rows
 Metric = Literal["cosine", "euclidean"]
 Backend = Literal["auto", "torch", "faiss", "triton"]
 TILE_CENTROIDS = 16384
+_MANY = TILE_CENTROIDS // 3  # of the nearest: more take longer to be sorted than to be computed
+_SORTED_ROWS = 128  # at a time, which bounds the memory of a sort
 _MIN_FAISS_DIM = 128  # width from which faiss is faster than torch
 _CACHED_CENTROIDS = 1024  # per product on the CPU, whose 4 MiB are searched while they are in the cache
 
@@ -129,6 +131,8 @@ class Assigner:
 
     def _top(self, x_TD: Tensor, top: int) -> tuple[Tensor, Tensor]:
         """The largest merits [T, L] and their centroids."""
+        if top > _MANY and len(self.centroids_KD) > TILE_CENTROIDS:
+            return self._top_of_many(x_TD, top)
         best: Tensor | None = None
         label_TL = torch.empty(0, dtype=torch.int64)
         for start in range(0, len(self.centroids_KD), TILE_CENTROIDS):
@@ -146,6 +150,25 @@ class Assigner:
                 label_TL = labels.gather(1, order)
         assert best is not None
         return best, label_TL
+
+    def _top_of_many(self, x_TD: Tensor, top: int) -> tuple[Tensor, Tensor]:
+        """As `_top`. Merits wait until there are about three times as many as are kept, since a sort of nearly all of
+        them in every tile of centroids takes several times as long."""
+        count, waiting = len(self.centroids_KD), 3 * top // TILE_CENTROIDS * TILE_CENTROIDS
+        merit = torch.empty(len(x_TD), top + waiting, device=self.device)  # the best so far, then those that wait
+        label_TL = torch.empty(len(x_TD), top, dtype=torch.int64, device=self.device)
+        for first in range(0, count, waiting):
+            stop, held = min(first + waiting, count), top if first else 0
+            for start in range(first, stop, TILE_CENTROIDS):
+                part = self._merits(x_TD, start, TILE_CENTROIDS)
+                merit[:, held + start - first :][:, : part.shape[1]] = part
+            for low in range(0, len(x_TD), _SORTED_ROWS):
+                rows = slice(low, low + _SORTED_ROWS)
+                value, place = merit[rows, : held + stop - first].topk(top, dim=1)
+                before = label_TL[rows].gather(1, place.clamp_max(top - 1))
+                label_TL[rows] = torch.where(place < held, before, place - held + first)
+                merit[rows, :top] = value
+        return merit[:, :top], label_TL
 
     def _merits(self, x_TD: Tensor, start: int, count: int) -> Tensor:
         """Merits of up to `count` centroids, fp32 [T, <= count]; overwritten by the next call."""

@@ -83,11 +83,10 @@ def test_a_rank_of_many_joins_its_share_and_reads_the_batches_of_a_whole_table(
     loader_tables.write_data(tmp_path, 40, 10)
     laion_shares.join(tmp_path, 2)
     assert sorted(path.name for path in (tmp_path / "join-2").glob("rows-*")) == ["rows-00000.npy", "rows-00002.npy"]
-    index_, options = loader_tables.open_data(tmp_path, PART)
-    sources = laion_shares.sources_of(tmp_path)
-    plan = loader_tables.plans(2)[-1]
+    sources, plan = loader_tables.open_data(tmp_path), loader_tables.plans(2)[-1]
     table = laion_shares._table_of(sources, tmp_path / "table", PART, np.concatenate(list(plan)))
-    batches = [list(loader_tables.PairStream(index_, plan, options, joined)) for joined in (table, None)]
+    tables = (table, loader_tables.open_joined(sources, PART))
+    batches = [list(loader_tables.streams_of(joined, PART, 2)[-1]) for joined in tables]
     assert [batch.sample_id.tolist() for batch in batches[0]] == [batch.sample_id.tolist() for batch in batches[1]]
     assert len(batches[0]) == len(plan) and all(batch.failure is None for batch in batches[0])
 

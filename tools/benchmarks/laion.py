@@ -3,8 +3,9 @@
 Tars and side tables have LAION's shape (41,455 tars of 10,000 samples, 56 % of them kept) and are links to those of one
 tar, which takes seconds. Index, joined table, start of a run, loader, balance without products, reads by cluster,
 merging of centroids and verification of a checkpoint run as on one of these ranks, at several sizes and, where the
-machine can, at LAION's. A time is CPU time. "At LAION" is the law at n = 414,551,190 samples, T = 41,455 tars and
-1,000,000 clusters of width 1280.
+machine can, at LAION's. Times are CPU times. The last columns are the law at n = 414,551,190 samples, T = 41,455 tars
+and 1,000,000 clusters of width 1280. The defaults take about 10 minutes of CPU in all, at most 4 GB of memory and 8 GB
+of disk.
 
 Legend: n samples, T tars, W ranks, k clusters, M = 4 neighbor clusters.
 """
@@ -31,12 +32,12 @@ HELP = "LAION-400M on 8, 64 and 512 ranks: index, joins, loader, balance, cluste
 TARS, CLASSES, DIM = 41_455, 1_000_000, 1280
 RANKS, RANKS_PER_NODE, CORES_PER_RANK = (8, 64, 512), 8, 12
 _MASKS = ("keep flags", "places in the tars", "masks and representatives", "report", "groups of the gallery")
-_SHOWN = 4  # of the measured sizes, the largest; --json has all
+_SHOWN = 3  # of the measured sizes, the largest; --json has all
 # What is promised, without the loader: (ranks, most). Other rows have no limit.
 LIMITS = {
     "index, us per sample": (8, 40.0),
     "index, 12 processes per rank, min": (8, 10.0),
-    "balance beside products, min": (8, 180.0),
+    "balance without products, min": (8, 180.0),
     "balance, peak of a rank, GB": (8, 16.0),
     "keep masks and report, min": (8, 2.0),
     "merging, peak of the first rank, GB": (8, 64.0),  # --memory-gb of the recipe
@@ -134,21 +135,29 @@ def _tables(args: argparse.Namespace) -> Iterator[Row]:
             joins += [laion_shares.join(folder, ranks) | {"tars": tars} for ranks in RANKS]
             for block_shards in loader_tables.BLOCKS:
                 for ranks in RANKS if tars == max(args.tars) else RANKS[-1:]:
-                    one = laion_shares.loader(folder, block_shards, ranks, args.rounds)
-                    loads.append(one | {"tars": tars, "ms": float(np.median(one["ms_per_sample"]))})
+                    loads.append(laion_shares.loader(folder, block_shards, ranks, args.rounds) | {"tars": tars})
     yield from _starts(starts)
-    terms = [(1.0, row["tars"], row["tars"] * args.samples / row["ranks"]) for row in joins]
+    yield from _joins(joins, args.samples)
+    yield from _loads(loads)
+
+
+def _joins(joins: list[Row], samples: int) -> Iterator[Row]:
+    terms = [(1.0, row["tars"], row["tars"] * samples / row["ranks"]) for row in joins]
     constant, per_tar, per_sample = fit(terms, [row["join_s"] for row in joins])
     minutes = {ranks: (constant + per_tar * TARS + per_sample * LAION / ranks) / 60 for ranks in RANKS}
     points = {f"{row['tars']:,} tars, {row['ranks']} ranks": row["join_s"] / 60 for row in joins}
     law = {"s": constant, "ms T": per_tar * 1e3, "us n / W": per_sample * 1e6}
     yield _row("joined table, one process per rank, min", "loader-tables", points, law, minutes)
-    for block_shards in loader_tables.BLOCKS:
+
+
+def _loads(loads: list[Row]) -> Iterator[Row]:
+    for block_shards in dict.fromkeys(row["block_shards"] for row in loads):
         own = [row for row in loads if row["block_shards"] == block_shards]
-        constant, per_tar, per_rank = fit([(1.0, row["tars"], row["ranks"]) for row in own], [row["ms"] for row in own])
+        values = [float(np.median(row["ms_per_sample"])) for row in own]
+        constant, per_tar, per_rank = fit([(1.0, row["tars"], row["ranks"]) for row in own], values)
         ms = {ranks: constant + per_tar * TARS + per_rank * ranks for ranks in RANKS}
-        points = {f"{row['tars']:,} tars, {row['ranks']} ranks": row["ms"] for row in own}
-        law = {"ms": constant, "ns T": per_tar * 1e6, "ns W": per_rank * 1e6}
+        points = {f"{row['tars']:,} tars, {row['ranks']} ranks": value for row, value in zip(own, values)}
+        law = {"ms": constant, "ns T": per_tar * 1e6, "us W": per_rank * 1e3}
         yield _row(_loader_row(block_shards), "loader-tables", points, law, ms)
 
 
@@ -170,20 +179,19 @@ def _balance(args: argparse.Namespace) -> Iterator[Row]:
     rows = balance_bookkeeping.measure(argparse.Namespace(rows=args.balance_rows, ranks=args.balance_ranks, **options))
     suite, sizes = "balance-bookkeeping", dict.fromkeys((row["n"], row["ranks"]) for row in rows)
 
-    def points(key: str, phases: Iterable[str], total: object = sum) -> dict[str, float]:
-        assert callable(total)
+    def points(key: str, phases: Iterable[str], total: Callable[[list[float]], float]) -> dict[str, float]:
         return {
             f"{n / 1e6:g}M samples, {ranks} ranks": total(
-                row[key] for row in rows if (row["n"], row["ranks"]) == (n, ranks) and row["phase"] in phases
+                [row[key] for row in rows if (row["n"], row["ranks"]) == (n, ranks) and row["phase"] in phases]
             )
             for n, ranks in sizes
         }
 
     seconds, memory = balance_bookkeeping.laws(rows, "cpu_s"), balance_bookkeeping.laws(rows, "peak_mb")
-    for what, phases in (("balance beside products, min", list(seconds)), ("keep masks and report, min", _MASKS)):
+    for what, phases in (("balance without products, min", list(seconds)), ("keep masks and report, min", _MASKS)):
         whole = [sum(seconds[phase][part] for phase in phases) for part in (0, 1)]
         minutes = {ranks: balance_bookkeeping.at_laion((whole[0], whole[1]), ranks) / 60 for ranks in RANKS}
-        values = {size: value / 60 for size, value in points("cpu_s", phases).items()}
+        values = {size: value / 60 for size, value in points("cpu_s", phases, sum).items()}
         yield _row(what, suite, values, {"us n": whole[0], "us n / W": whole[1]}, minutes)
     peaks = {ranks: max(balance_bookkeeping.at_laion(law, ranks) for law in memory.values()) / 1e3 for ranks in RANKS}
     largest = max(memory.values(), key=balance_bookkeeping.at_laion)
@@ -248,7 +256,7 @@ def _resume(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def _loader_row(block_shards: int) -> str:
-    return f"loader beside decoding, blocks of {block_shards:,} tars, ms per sample"
+    return f"loader without decoding, blocks of {block_shards:,} tars, ms per sample"
 
 
 def limits() -> dict[str, tuple[int, float]]:
@@ -256,7 +264,7 @@ def limits() -> dict[str, tuple[int, float]]:
     return LIMITS | {_loader_row(block): (512, limit) for block, limit in loader_tables.BLOCKS.items()}
 
 
-def _wanted(row: Row) -> str:
+def _limit(row: Row) -> str:
     limit = limits().get(row["what"])
     return f"<= {limit[1]:g} at {limit[0]}" if limit else ""
 
@@ -284,7 +292,7 @@ def _columns() -> dict[str, Callable[[Row], str]]:
 
     return {
         "what": lambda row: str(row["what"]),
-        "wanted": _wanted,
+        "limit": _limit,
         "measured": _measured,
         "law": _law,
         **{f"{ranks} ranks:": at(ranks) for ranks in RANKS},

@@ -25,7 +25,6 @@ from megacid.checkpoint import store, verification
 from megacid.checkpoint.store import WrittenFile
 from megacid.data import joined_build
 from megacid.data.joined import PART, JoinedTable, JoinSources, header_of, rows_path
-from megacid.data.loader import PairStream
 from megacid.data.order import SampleOrder
 from megacid.distributed.divided_work import Workers
 from megacid.errors import UserError
@@ -64,22 +63,17 @@ class OneOf(Workers):
 # ---- tars and side tables ----------------------------------------------------------------------------------------
 
 
-def sources_of(folder: Path) -> JoinSources:
-    index, options = loader_tables.open_data(folder, PART)
-    return JoinSources(index, options.teacher, options.labels, options.keep)
-
-
 def start(folder: Path) -> dict[str, float]:
     """Opening index and side tables at the start of a run, which every rank does for all tars."""
     before, began = anonymous_bytes(), cpu_seconds()
-    sources = sources_of(folder)
+    sources = loader_tables.open_data(folder)
     assert len(sources.digest) == 64
     return {"start_s": cpu_seconds() - began, "start_mb": (anonymous_bytes() - before) / 1e6}
 
 
 def join(folder: Path, ranks: int) -> Row:
     """The join of the first of some ranks, in one process. UserError unless it has made all of its parts."""
-    sources, out = sources_of(folder), folder / f"join-{ranks}"
+    sources, out = loader_tables.open_data(folder), folder / f"join-{ranks}"
     out.mkdir()
     began = cpu_seconds()
     joined_build._make_parts(sources, out, list(range(ranks)), OneOf(processes=1, ranks=ranks))
@@ -95,12 +89,10 @@ def loader(folder: Path, block_shards: int, ranks: int, rounds: int) -> Row:
 
     Its joined table has the tars that it reads; the others are holes in the files, or missing.
     """
-    index, options = loader_tables.open_data(folder, block_shards)
-    sources = JoinSources(index, options.teacher, options.labels, options.keep)
-    plans = loader_tables.plans(ranks)
-    table = _table_of(sources, folder / f"table-{block_shards}-{ranks}", block_shards, np.concatenate(list(plans[-1])))
-    streams = [PairStream(index, plan, options, table) for plan in plans]
-    found = loader_tables.ms_per_sample(streams, rounds)
+    positions = np.concatenate(list(loader_tables.plans(ranks)[-1]))
+    out = folder / f"table-{block_shards}-{ranks}"
+    table = _table_of(loader_tables.open_data(folder), out, block_shards, positions)
+    found = loader_tables.ms_per_sample(loader_tables.streams_of(table, block_shards, ranks), rounds)
     return {"ranks": ranks, "block_shards": block_shards, "ms_per_sample": found}
 
 
@@ -150,7 +142,7 @@ def resume(folder: Path, classes: int, dim: int, ranks: int) -> Row:
     if problem is not None:
         raise UserError(f"the checkpoint does not verify ({problem}): no time is printed")
     total = sum(file.bytes for file in files)
-    own = sum(files[number].bytes for number in verification._share([vars(file) for file in files], workers))
+    own = sum(files[number].bytes for number in verification.share_of_files([vars(file) for file in files], workers))
     store.remove(directory)
     return {"ranks": ranks, "classes": classes, "gb": total / 1e9, "hash_s": seconds, "share": own * ranks / total}
 
@@ -159,7 +151,10 @@ def resume(folder: Path, classes: int, dim: int, ranks: int) -> Row:
 
 
 def merging(k: int, dim: int) -> dict[str, float]:
-    """Peak of anonymous memory while the centroids of two levels are merged to k, without the search for neighbours."""
+    """Peak of anonymous memory while the centroids of two levels are merged to k.
+
+    The search for neighbours is left out, but for its copy of the centroids.
+    """
     count, generator = seed_count(k), torch.Generator().manual_seed(0)
     before = anonymous_bytes()
     with PeakAnonymous() as peak:
@@ -172,7 +167,8 @@ def merging(k: int, dim: int) -> dict[str, float]:
 
 def _neighbours(centroids_KD: torch.Tensor) -> torch.Tensor:
     """Neighbours by number, int64 [K, M]."""
-    count = len(centroids_KD)
+    searched_KD = centroids_KD.clone()
+    count = len(searched_KD)
     return (torch.arange(count)[:, None] + torch.arange(NEIGHBOURS + 1)) % count
 
 

@@ -82,7 +82,7 @@ def write_data(folder: Path, tars: int, samples: int) -> None:
 
 # ---- measurement -----------------------------------------------------------------------------------------------------
 
-_IMAGE, _TOKENS = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(MICRO_BATCH, 8, dtype=torch.long)
+_IMAGE = torch.zeros(3, 8, 8, dtype=torch.uint8)
 
 
 def _read_image(data: bytes, **_: Any) -> bytes:
@@ -94,7 +94,7 @@ def _transform(_: Any) -> Tensor:
 
 
 def _tokenize(captions: list[str]) -> Tensor:
-    return _TOKENS[: len(captions)]
+    return torch.zeros(len(captions), 8, dtype=torch.long)
 
 
 def read(stream: PairStream, batches: int) -> None:

@@ -37,10 +37,10 @@ from megacid.offline.rows import ArrayRows, find_invalid_row
 Clock = Callable[[], float]
 _MAX_CENTROIDS = 16384  # in the timed tiles
 _TIMED_S, _TIMED_TILES = 0.1, 16
-_FEW_CENTROIDS, _SEEDED_ROWS = 16, 2048  # of the timed searches and of k-means++
+_FEW_CENTROIDS, _SELECTED_ROWS, _SEEDED_ROWS = 16, 16, 2048  # of the timed searches and of k-means++
 # Measured on an AMD EPYC: gathering a row from the page cache, reading the key and writing the labels of a sample,
 # merging a centroid, and writing to a disk.
-_TAKE_S, _LABEL_S, _MERGE_S, _WRITE_BYTES_S = 2e-6, 6e-6, 1e-5, 5e8
+_TAKE_S, _LABEL_S, _MERGE_S, _WRITE_BYTES_S = 1e-6, 6e-6, 1e-5, 5e8
 
 
 def assignment_flop(settings: KMeansSettings, n: int, dim: int) -> tuple[float, float]:
@@ -75,11 +75,12 @@ def measured_rate(settings: KMeansSettings, dim: int, device: torch.device, cloc
 @dataclass(frozen=True)
 class Rates:
     """Seconds on this rank: of a comparison of a row with a centroid (`compare` for the nearest, `compare_top` for
-    several, `draw` for a candidate of k-means++), and of a row that is checked (`check`), or prepared, searched and
-    summed (`row`, without its comparisons)."""
+    several, `select` for the candidates of a cell, `draw` for a candidate of k-means++), and of a row that is checked
+    (`check`), or prepared, searched and summed (`row`, without its comparisons)."""
 
     compare: float
     compare_top: float
+    select: float
     draw: float
     check: float
     row: float
@@ -119,8 +120,8 @@ def measure_rates(settings: KMeansSettings, dim: int, device: torch.device, cloc
 
     few = Assigner(centroids_KD[:_FEW_CENTROIDS], settings.metric, device, settings.backend)
 
-    def row_s(assigner: Assigner, top: int = 1) -> float:
-        return _seconds(lambda: assigner.tile(x_TD, top)[1].cpu(), clock) / tile
+    def row_s(assigner: Assigner, top: int = 1, rows: int = tile) -> float:
+        return _seconds(lambda: assigner.tile(x_TD[:rows], top)[1].cpu(), clock) / rows
 
     few_s, many_s = row_s(few), row_s(assigner)
     compare = (many_s - few_s) / (k - _FEW_CENTROIDS) if k > _FEW_CENTROIDS else 0.0
@@ -136,6 +137,8 @@ def measure_rates(settings: KMeansSettings, dim: int, device: torch.device, cloc
     return Rates(
         compare=compare,
         compare_top=row_s(assigner, min(NEIGHBOURS + 1, k)) / k,
+        # More than half of the timed centroids would be a search of nearly all.
+        select=row_s(assigner, min(num_candidates(settings), k // 2) or 1, _SELECTED_ROWS) / k,
         draw=_seconds(seed, clock) / (steps * num_draws(steps) * _SEEDED_ROWS),
         check=_seconds(check, clock) / tile,
         row=_seconds(visit, clock) / len(block),
@@ -220,10 +223,9 @@ def _levels(
     steps = min(cell_n, _cell_steps(k))
     drawn = math.ceil(cells / world) * _seeding_s(cell_n, steps, dim, rates, merged=False)
     near = num_candidates(settings) or k
-    merging = count * (near * rates.compare_top + cells * rates.compare + _MERGE_S)
-    refining = (
-        part * (near * rates.compare + rates.row + _TAKE_S) + cells * k * rates.compare_top + k * cells * rates.compare
-    )
+    candidates = cells * k * (rates.select + rates.compare)
+    merging = count * (near * rates.compare_top + _MERGE_S) + candidates
+    refining = part * (near * rates.compare + rates.row + _TAKE_S) + candidates
     stages = [
         StageEstimate("coarse clusters", sample * rates.check + seeding + iterations,
                       least["the coarse level of"] + reads),

@@ -97,6 +97,8 @@ def split_empty(
         errors: float64 [K], see `Accumulator.errors`.
     """
     empty = np.flatnonzero(sizes == 0)
+    if len(empty) == 0:
+        return 0  # the heap takes as long as an iteration in a cell of two levels
     heap = [(-float(errors[c]), int(c)) for c in np.flatnonzero(sizes > 1)]
     if not heap:
         return len(empty)

@@ -14,7 +14,7 @@ from megacid.errors import UserError
 from megacid.offline.cluster.merging import merging_bytes
 from megacid.offline.cluster.seeding import seed_count, seeding_bytes
 from megacid.offline.cluster.state import KMeansSettings, cell_count, coarse_rows, num_candidates
-from megacid.offline.nearest import chosen_backend, search_bytes, tile_rows
+from megacid.offline.nearest import TILE_CENTROIDS, chosen_backend, search_bytes, tile_rows
 
 _FAISS_TILES = 4
 READ_BYTES = 8  # per value while rows are read: at most fp32, gathered from several files
@@ -44,7 +44,8 @@ def candidate_bytes(settings: KMeansSettings, device: torch.device) -> int:
     candidates, cells = num_candidates(settings), cell_count(settings.k)
     if candidates == 0:
         return 8 * settings.k
-    return 8 * (cells * candidates + settings.k) + min(tile_rows(device), cells) * 2 * candidates * 12
+    searched = min(tile_rows(device), cells) * (2 * candidates * 12 + 4 * min(settings.k, TILE_CENTROIDS))
+    return 8 * (cells * candidates + settings.k) + searched
 
 
 def least_bytes(

@@ -210,11 +210,11 @@ def test_a_clump_of_copies_does_not_keep_clusters_empty() -> None:
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-@pytest.mark.parametrize("top", [1, 3])
-def test_assigner_over_several_centroid_tiles(metric: str, top: int) -> None:
+@pytest.mark.parametrize(("top", "tiles"), [(1, 1), (3, 1), (TILE_CENTROIDS // 3 + 1, 3), (TILE_CENTROIDS + 9, 3)])
+def test_assigner_over_several_centroid_tiles(metric: str, top: int, tiles: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    centroids = torch.randn(TILE_CENTROIDS + 50, 4, generator=generator)
-    x = torch.randn(20, 4, generator=generator)
+    centroids = torch.randn(tiles * TILE_CENTROIDS + 50, 4, generator=generator)
+    x = torch.randn(20 if top < 9 else 3, 4, generator=generator)
     if metric == "cosine":
         centroids, x = (torch.nn.functional.normalize(t, dim=1) for t in (centroids, x))
     value, label = Assigner(centroids, metric, torch.device("cpu")).tile(x, top)
@@ -222,6 +222,7 @@ def test_assigner_over_several_centroid_tiles(metric: str, top: int) -> None:
         x.double() @ centroids.double().T if metric == "cosine" else -(torch.cdist(x.double(), centroids.double()) ** 2)
     )
     expected, _ = exact.topk(top, dim=1)
+    assert all(len(row.unique()) == top for row in label)
     torch.testing.assert_close(exact.gather(1, label), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close((value if metric == "cosine" else -value).double(), expected, rtol=0, atol=1e-5)
 
