@@ -26,6 +26,7 @@ KEYS = sorted(
     | {"stage", "enabled", "device", "lr", "betas", "params", "type", "stage3_max_live_parameters", "offload_optimizer"}
 )
 PATHS = [f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields] + [
+    "data.sources.a.shards", "data.sources.a.weight", "data.sources.a.teacher", "data.sources.a",
     "zero_optimization.stage", "zero_optimization.offload_optimizer.device", "optimizer.params.lr", "bf16.enabled",
     *DeepSpeedKeys.model_fields, *SECTIONS, *REFUSED,
 ]  # fmt: skip

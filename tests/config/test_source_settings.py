@@ -10,6 +10,7 @@ import pytest
 
 from megacid.config.load import load_run
 from megacid.config.schema import RunFile
+from megacid.config.sections import SourceConfig
 from megacid.errors import UserError
 from megacid.training.run_settings import check_same_settings, write_config
 
@@ -121,6 +122,14 @@ REFUSED: dict[str, tuple[Any, tuple[str, ...], str]] = {
 def test_what_sources_lack_or_have_for_nothing_is_one_line_that_names_the_key(case: str) -> None:
     sources, changes, message = REFUSED[case]
     assert message in refused(sources, *changes)
+
+
+@pytest.mark.parametrize("key", SourceConfig.model_fields)
+def test_every_key_of_a_source_changes_the_settings(key: str) -> None:
+    base, value = load({"laion": LAION, "cc12m": CC12M}), {"weight": 7.0}.get(key, "other")
+    changed = load({"laion": LAION, "cc12m": CC12M}, f"data.sources.cc12m.{key}={json.dumps(value)}")
+    assert changed.resolved() != base.resolved()
+    assert getattr(changed.megacid.data.all_sources["cc12m"], key) == value
 
 
 def test_a_url_in_one_source_is_enough_for_a_cache() -> None:
