@@ -67,26 +67,26 @@ class MegacidConfig(Section):
                 f'"megacid.data.labels_per_sample" is {data.labels_per_sample} and "megacid.loss.gamma" is '
                 f"{loss.gamma}, expected one label for the KL: set labels_per_sample to 1, or gamma to 0"
             )
+        for name, source_config in data.all_sources.items():
+            self._source_is_complete(f"data.sources.{name}" if name else "data", source_config)
         if isinstance(temperatures := loss.affinity_temperature, tuple) and len(temperatures) != len(data.teachers):
             raise UserError(
                 f'"megacid.loss.affinity_temperature" has {len(temperatures)} values, expected a number, or one for '
                 f"each teacher in data.teacher ({len(data.teachers)}): write as many"
             )
-        for name, source_config in data.all_sources.items():
-            self._source_is_complete(f"data.sources.{name}" if name else "data", source_config)
         return self
 
     def _source_is_complete(self, path: str, source: SourceConfig) -> None:
-        needs_teacher, expected = terms_with_teacher(self.loss), len(self.data.teachers)
+        needs_teacher, (first, *_) = terms_with_teacher(self.loss), self.data.all_sources
         if needs_teacher and source.teacher is None:
             raise UserError(
                 f'"megacid.{path}.teacher" is null but the term {needs_teacher[0]} needs teacher embeddings: name the '
                 "output of tools/embed.py"
             )
-        if len(source.teachers) != expected:
+        if len(source.teachers) != len(self.data.teachers):
             raise UserError(
-                f'"megacid.{path}.teacher" names {len(source.teachers)} teachers, expected {expected} as in the first '
-                "of data.sources: name the same teachers in the same order"
+                f'"megacid.{path}.teacher" names {len(source.teachers)} teachers, expected {len(self.data.teachers)} '
+                f"as in source {first}: name the same teachers in the same order"
             )
         if self.loss.cluster and source.labels is None:
             raise UserError(

@@ -214,7 +214,7 @@ class PairStream(BatchStream):
         scalars: dict[str, float] = {}
         for reader, count in zip(self.readers if len(self.readers) > 1 else (), self.mixture.counts(samples)):
             name = reader.source.name
-            scalars |= {f"train/share_{name}": count / samples, f"train/epoch_{name}": count / reader.order.num_samples}
+            scalars |= {f"train/{name}/share": count / samples, f"train/{name}/epoch": count / reader.order.num_samples}
         return scalars
 
     def name_of(self, sample_id: int) -> str:

@@ -102,7 +102,7 @@ REFUSED: dict[str, tuple[Any, tuple[str, ...], str]] = {
     "fewer teachers": (
         {"laion": LAION | {"teacher": ["a", "b"]}, "cc12m": CC12M},
         ("classifier.init=random",),
-        '"megacid.data.sources.laion.teacher" names 2 teachers, expected 1 as in the first of data.sources',
+        '"megacid.data.sources.laion.teacher" names 2 teachers, expected 1 as in source cc12m: name the same',
     ),
     "labels for nothing": (
         {"laion": LAION},

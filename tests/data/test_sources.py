@@ -117,7 +117,7 @@ def test_a_sample_id_is_shown_as_source_tar_and_key(large: ShardIndex, small: Sh
 def test_shares_and_epochs_are_reported_by_source(large: ShardIndex, small: ShardIndex) -> None:
     batches = mixed(large, small)
     assert batches.progress(96) == {
-        "train/share_large": 0.75, "train/epoch_large": 3.0, "train/share_small": 0.25, "train/epoch_small": 24 / 11,
+        "train/large/share": 0.75, "train/large/epoch": 3.0, "train/small/share": 0.25, "train/small/epoch": 24 / 11,
     }  # fmt: skip
     statistics = batches.statistics()
     assert (statistics["kept"], statistics["small/kept"], statistics["small/share"]) == (35, 11, 0.25)

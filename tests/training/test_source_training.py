@@ -104,9 +104,9 @@ def test_other_numbers_of_ranks_go_on_with_the_same_samples_and_log_the_shares(
     seen = list(itertools.chain(*(at["ids"] for at in want.values())))
     large = sum(1 for sample in seen if sample < 72)
     run = root / "runs" / "one"
-    assert large == 72 and scalars(run, "train/share_small") == {step: 0.25 for step in (2, 4, 6)}
-    assert scalars(run, "train/epoch_small")[6] == pytest.approx(24 / 36)
-    assert scalars(run, "train/epoch_large")[6] == pytest.approx(1.0)
+    assert large == 72 and scalars(run, "train/small/share") == {step: 0.25 for step in (2, 4, 6)}
+    assert scalars(run, "train/small/epoch")[6] == pytest.approx(24 / 36)
+    assert scalars(run, "train/large/epoch")[6] == pytest.approx(1.0)
 
 
 @pytest.mark.slow
