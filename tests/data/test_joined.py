@@ -305,5 +305,6 @@ def test_files_stay_open_within_the_limit_of_the_process() -> None:
         assert open_file_budget(20) == 20 and resource.getrlimit(resource.RLIMIT_NOFILE) == (100, 300)
         assert open_file_budget(50) == 50 and resource.getrlimit(resource.RLIMIT_NOFILE) == (200, 300)
         assert open_file_budget(1000) == 75 and resource.getrlimit(resource.RLIMIT_NOFILE) == (300, 300)
+        assert open_file_budget(1000, caches=3) == 25  # the caches of three sources share a quarter
 
     assert in_processes([limited]) == [0]
