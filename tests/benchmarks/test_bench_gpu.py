@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import forked_programs
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -46,8 +47,10 @@ def dry(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     if request.param != "all":
         slices = [name for name in slices if name not in REPEATED]
     out = tmp_path_factory.mktemp("dry")
-    command = [sys.executable, str(ROOT / "tools" / "bench_gpu.py"), str(out), "--dry", "--slices", *slices]
-    done = subprocess.run(command, capture_output=True, text=True)
+    words = [str(ROOT / "tools" / "bench_gpu.py"), str(out), "--dry", "--slices", *slices]
+    # Forked: 14 programs start in the dry run. That it starts a slice in the interpreter is tested with a failed slice.
+    command, env = [sys.executable, forked_programs.__file__, *words], os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
     return out, done.stdout, slices
 
@@ -106,7 +109,11 @@ def test_a_failed_slice_shows_its_last_lines_and_does_not_stop_the_next(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "broken.py").write_text("import sys\nprint(*range(99), 'the cause', sep='\\n')\nsys.exit(3)\n")
-    (tmp_path / "good.py").write_text("import sys\nopen(sys.argv[1], 'w').write('[]')\n")
+    (tmp_path / "good.py").write_text(
+        "import os, sys\n"
+        "assert os.environ['TRITON_INTERPRET'] == '1' and os.environ['CUDA_VISIBLE_DEVICES'] == ''\n"
+        "open(sys.argv[1], 'w').write('[]')\n"
+    )
     slices = sliced(
         tool,
         broken=f"{tmp_path}/broken.py",
@@ -114,6 +121,7 @@ def test_a_failed_slice_shows_its_last_lines_and_does_not_stop_the_next(
         good=f"{tmp_path}/good.py {{json}}",
     )
     monkeypatch.setattr(tool, "SLICES", slices)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert tool.main([str(tmp_path / "out"), "--dry"]) == 1
     output = capsys.readouterr().out
     assert "the cause" in output and "\n78\n" not in output and "slice broken failed: exit code 3" in output
