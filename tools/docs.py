@@ -5,11 +5,12 @@
     tools/docs.py --check              exit 1 when they are stale; change nothing
     tools/docs.py --demo runs/demo     pictures in docs/images/, results in README.md and docs/demo.md
     tools/docs.py --corpus data/icons  facts in docs/corpus/, a picture in docs/images/, tables in docs/corpus.md
-    tools/docs.py --study STUDY.json runs/study    results in docs/study/STUDY/, tables in docs/study.md and README.md
+    tools/docs.py --study STUDY.json runs/study    results in docs/study/STUDY/, a picture in docs/images/, tables in
+                                       docs/study.md and README.md
 
 --demo reads what tools/demo.sh wrote: summary.json, the figures of the balance stage and the TensorBoard event files of
-the students. It needs matplotlib. --corpus reads an output of tools/prepare_icons.py, --study the file and the
-output directory of a study of tools/study.py.
+the students. --corpus reads an output of tools/prepare_icons.py, --study the file and the output directory of a study
+of tools/study.py. --demo and --study need matplotlib.
 """
 
 import json
@@ -30,6 +31,7 @@ from pydantic.fields import FieldInfo
 from argtypes import ToolParser
 from corpus_page import TITLES, facts_of, page_part
 from figure_kinds.curves import choose_tags, curves_figure, read_curves
+from figure_kinds.study import arm_rows, arms_figure
 from megacid.config.conditions import Needs
 from megacid.config.fields import Section, block_of, is_named
 from megacid.config.schema import MegacidConfig
@@ -37,8 +39,8 @@ from megacid.errors import UserError, run_tool
 from megacid.offline.figure_style import figure_style, save_figure
 from megacid.storage.atomic import read_json, write_atomic, write_json_atomic
 from megacid.storage.metadata import read_meta
-from study_plan import StudyFile, load_study
-from study_report import load_results, report, test_table
+from study_plan import TEACHER, StudyFile, load_study
+from study_report import METRICS, Finished, load_results, report, test_table
 
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 FIGURES = {  # name of a figure of tools/figures.py -> caption
@@ -60,9 +62,7 @@ README_STUDY = "icons"
 README_ARMS = {  # arm of that study -> its name in README.md
     "plain": "plain CLIP",
     "instance": "instance distillation",
-    "instance-cluster": "instance + cluster",
-    "random-43.7": "the same, 43.7 % of the pairs removed at random",
-    "balanced-43.7": "the same, 43.7 % of the pairs removed by balance",
+    "instance-cluster": "instance + cluster (CLIP-CID)",
 }
 
 
@@ -241,8 +241,16 @@ def study_summary(readme: str, file: StudyFile, results: Path) -> str:
     return between(readme, "study table", test_table(load_results(results), file, README_ARMS))
 
 
+def draw_study(file: StudyFile, results: Path, target: Path) -> None:
+    """The arms on the test sets, as one picture."""
+    rows = arm_rows(Finished(load_results(results), file), (TEACHER, *file.chosen([])), "test", list(METRICS))
+    with figure_style(), tempfile.TemporaryDirectory() as folder:
+        picture, *_ = save_figure(arms_figure(rows), Path(folder) / "arms")
+        _shrink(picture, target)
+
+
 def from_study(file: StudyFile, out: Path, root: Path) -> list[Path]:
-    """Copy the results of a study and rewrite its tables in docs/study.md and README.md; returns the files."""
+    """Copy the results of a study, draw them, rewrite its tables in docs/study.md and README.md; returns the files."""
     results, copies = out / "results", root / "docs" / "study" / file.path.stem
     page, readme = root / "docs" / "study.md", root / "README.md"
     if not page.is_file():
@@ -256,7 +264,9 @@ def from_study(file: StudyFile, out: Path, root: Path) -> list[Path]:
         write_atomic(path, (results / path.name).read_bytes())
     for path, text in texts.items():
         write_atomic(path, text.encode())
-    return [*written, *texts]
+    picture = root / "docs" / "images" / f"study-{file.path.stem}.png"
+    draw_study(file, results, picture)
+    return [*written, *texts, picture]
 
 
 def main(argv: list[str] | None = None) -> int:
