@@ -79,7 +79,9 @@ def members(tar: TarBytes) -> Iterator[Member]:
             if kind == _LONG_NAME:
                 long_name = payload.partition(b"\0")[0]
             elif kind == _PAX:
-                pax = _records(payload, at)
+                # webdataset's writer gives every member a pax header with nothing but its time, which is not used.
+                only_time = payload.startswith(b"%d mtime=" % size) and payload.endswith(b"\n")
+                pax = {} if only_time else _records(payload, at)
             at = _next_block(data + size)
             continue
         if kind == _SPARSE:

@@ -135,7 +135,10 @@ class TarScan:
             self._seen.add(group.key)
             self._kinds |= group.members.keys()
             self.keys.append(group.key)
-            self.members.append([v for kind in COLUMN for v in group.members.get(kind, _ABSENT)])
+            get = group.members.get  # the order of COLUMN
+            self.members.append(
+                [*get("image", _ABSENT), *get("text", _ABSENT), *get("json", _ABSENT), *get("cls", _ABSENT)]
+            )
 
     def _caption_problem(self, group: MemberGroup, tar: TarBytes) -> str | None:
         """The reason why the caption of an image cannot be used; None for a good one, and where there is none."""

@@ -270,6 +270,17 @@ def test_pax_records_decide_name_and_size_as_they_do_for_the_standard_reader(tmp
     assert ShardReader(index).read(0, 0, "image") == picture(3) and ShardReader(index).read(0, 1, "text") == b"4"
 
 
+@pytest.mark.parametrize("length, text", [(11, [2560, 1]), (25, [-1, -1])])
+def test_a_time_in_a_pax_header_hides_no_other_record(tmp_path: Path, length: int, text: list[int]) -> None:
+    # With the length 25 the rest belongs to the value of the time.
+    records = b"%d mtime=1\n14 path=b.txt\n" % length
+    members = header("b.png", octal(1)), header("x", octal(len(records)), b"x"), header("b.cls", octal(1))
+    data = b"x", records, b"0"
+    blob = b"".join(member + content.ljust(512, b"\0") for member, content in zip(members, data))
+    (tmp_path / "x.tar").write_bytes(blob + bytes(1024))
+    assert load_index(tmp_path).table(0).text.tolist() == [text]
+
+
 def test_names_that_are_no_text_are_dropped_and_can_be_logged(tmp_path: Path) -> None:
     raw = b"\xff\xfe.png"
     blob = header("ok.png", octal(1)) + b"x".ljust(512, b"\0") + header("ok.txt", octal(1)) + b"x".ljust(512, b"\0")
