@@ -119,8 +119,7 @@ def ineffective(model: type[BaseModel], block: Any) -> list[Ineffective]:
     for section, outer in model.model_fields.items():
         for path, fields, values in _blocks(section, outer.annotation, getattr(block, section)):
             for key, field in fields.items():
-                value = getattr(values, key)
-                if field.is_required() or value == field.default:
+                if field.is_required() or (value := getattr(values, key)) == field.default:
                     continue
                 needs = [(section, need) for need in outer.metadata] + [(f"{path}.{key}", n) for n in field.metadata]
                 missing = [pair for pair in needs if isinstance(pair[1], Needs) and not pair[1].holds(block)]

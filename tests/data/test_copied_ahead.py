@@ -138,7 +138,7 @@ def tensors(batch: Batch | embed.Batch) -> dict[str, torch.Tensor]:
 
 def numbered(number: int) -> Batch:
     wide = torch.full((64, 1 << 12), number)
-    return Batch(wide.byte(), wide, wide[:, 0], wide.half(), None, wide[:, 1], ("why",), "failure")
+    return Batch(wide.byte(), wide, wide[:, 0], wide.half(), None, wide[:, 1], ("why",), failure="failure")
 
 
 def test_all_but_the_ids_of_a_batch_is_copied() -> None:

@@ -157,10 +157,10 @@ def test_ranks_with_other_data_end_at_the_start(root: Path, tmp_path: Path, capf
 
 def _elsewhere(argv: list[str], asked: str, given: str) -> int:
     from megacid.data.features import FeatureSet
-    from megacid.training import components
+    from megacid.training import open_data
 
     if dist.get_rank() == 1:
-        components.FeatureSet = lambda directory: FeatureSet(given if directory == asked else directory)  # type: ignore[assignment,misc]
+        open_data.FeatureSet = lambda directory: FeatureSet(given if directory == asked else directory)  # type: ignore[assignment,misc]
     return _differently([argv, argv], [{}, {}])
 
 
