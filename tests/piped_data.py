@@ -13,6 +13,7 @@ from megacid.data.batch import Batch, Positions
 from megacid.data.captions import CaptionSource
 from megacid.data.pairs import PairOptions
 from megacid.data.pipes.commands import StreamPosition, find_pipes
+from megacid.data.pipes.reading import PipedPairs
 from megacid.data.pipes.side_files import SideFiles
 from megacid.data.pipes.stream import PipedStream
 from megacid.storage.metadata import write_meta
@@ -35,7 +36,7 @@ def piped(
     tars = find_pipes(spec)
     if turns is None:
         turns = StreamPosition(tars, plan.rank, plan.world, max(1, options.workers)).next_turns
-    return PipedStream(tars, sides, CaptionSource.parse(caption), options, plan, turns, buffer)
+    return PipedStream(PipedPairs(tars, sides, CaptionSource.parse(caption), options, plan, turns, buffer))
 
 
 def numbers(batch: Batch) -> list[int]:

@@ -30,6 +30,7 @@ from megacid.data.loader import PairStream
 from megacid.data.mixture import Mixture
 from megacid.data.pairs import PairOptions
 from megacid.data.pipes.commands import PREFIX, StreamPosition, digest, find_pipes
+from megacid.data.pipes.reading import PipedPairs
 from megacid.data.pipes.side_files import SideFiles
 from megacid.data.pipes.stream import PipedStream
 from megacid.data.remote.cache import ShardCache
@@ -192,7 +193,7 @@ def _open_pipes(run: RunFile, parallel: Parallel) -> Data:
     )  # fmt: skip
 
     def stream(plan: Positions, turns: Sequence[int]) -> PipedStream:
-        return PipedStream(tars, sides, caption, options, plan, turns, config.shuffle_buffer)
+        return PipedStream(PipedPairs(tars, sides, caption, options, plan, turns, config.shuffle_buffer))
 
     first_turns = tuple(position.next_turns)
     return Data(

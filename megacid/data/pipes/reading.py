@@ -63,8 +63,13 @@ class PipedPairs(PairBatches, IterableDataset[Any]):
     """Iterates endlessly over the batches of one reader, or ends with the reason why the run has to stop.
 
     Args:
+        options: how samples are read. block_shards has no effect.
+        plan: how many batches this rank reads.
         turns: of every reader of this rank, where it begins in the sequence of tars.
-        buffer: samples in the shuffle buffer.
+        buffer: samples in the shuffle buffer of a reader.
+
+    Raises:
+        UserError: the embeddings of the first tar are damaged. Never raised while iterating.
     """
 
     def __init__(

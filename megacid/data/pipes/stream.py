@@ -8,17 +8,12 @@ every reader, and a resumed run leaves out the rest of the tars that were being 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from megacid.data.batch import Batch, Positions
-from megacid.data.captions import CaptionSource
+from megacid.data.batch import Batch
 from megacid.data.loader import BatchStream
-from megacid.data.pairs import PairOptions
-from megacid.data.pipes.commands import PipedTar
 from megacid.data.pipes.reading import PipedPairs
-from megacid.data.pipes.side_files import SideFiles
 
 log = logging.getLogger(__name__)
 
@@ -32,31 +27,16 @@ class PipedStream(BatchStream):
     this rank has begun, of at least 1,000.
 
     Args:
-        plan: how many batches this rank reads.
-        options: how samples are read. block_shards has no effect.
-        turns: of every reader of this rank, where it begins in the sequence of tars.
-        buffer: samples in the shuffle buffer of a reader.
-
-    Raises:
-        UserError: the embeddings of the first tar are damaged. Never raised while iterating.
+        pairs: how the batches are read in the loader processes.
     """
 
-    def __init__(
-        self,
-        tars: Sequence[PipedTar],
-        sides: SideFiles,
-        caption: CaptionSource,
-        options: PairOptions,
-        plan: Positions,
-        turns: Sequence[int],
-        buffer: int,
-    ) -> None:
-        self.tars = tars
+    def __init__(self, pairs: PipedPairs) -> None:
+        self.tars = pairs.tars
         self.failed_tars = 0
         self._begun: dict[int, int] = {}  # tars, by reader
         self._left_out: dict[int, dict[str, int]] = {}  # samples, by reader and reason
         self._logged = 1
-        super().__init__(plan, options, PipedPairs(tars, sides, caption, options, plan, turns, buffer))
+        super().__init__(pairs.plan, pairs.options, pairs)
 
     def _source(self) -> dict[str, Any]:
         return {"dataset": self._pairs, "batch_size": None}

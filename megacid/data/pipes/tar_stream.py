@@ -17,7 +17,7 @@ from megacid.errors import one_line
 _BLOCK = 512
 _CHUNK = 1 << 16
 _EXIT_S = 5.0  # from the end of a command's output to its exit
-_SIGPIPE = 141  # a shell's exit code when nobody reads the rest
+_SIGPIPE = 141  # a shell's exit code when its output is closed early
 
 
 class TarFailed(Exception):  # noqa: N818  a fault of the data that the reader handles and counts
