@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from megacid.data.ensemble import TeacherEnsemble, common_views
 from megacid.data.index import ShardIndex
@@ -51,11 +53,12 @@ def check_sources_agree(sources: Mapping[str, JoinSources]) -> None:
     centroids.npy of every directory of labels is read, since another clustering may have as many clusters.
     """
     (first, expected), *others = sources.items()
+    centroids_digest = cache(_centroids_digest)  # a million centroids are gigabytes
     for name, found in others:
         for table, other in zip(expected.teachers, found.teachers, strict=True):
             _check_teacher(other, name, table, first)
         if expected.labels is not None and found.labels is not None:
-            _check_clusters(found.labels, name, expected.labels, first)
+            _check_clusters(found.labels, name, expected.labels, first, centroids_digest)
 
 
 def _check_teacher(found: TeacherTable, name: str, expected: TeacherTable, first: str) -> None:
@@ -72,10 +75,12 @@ def _check_teacher(found: TeacherTable, name: str, expected: TeacherTable, first
     common_views({expected.directory: expected.views, found.directory: found.views})
 
 
-def _check_clusters(found: LabelTable, name: str, expected: LabelTable, first: str) -> None:
+def _check_clusters(
+    found: LabelTable, name: str, expected: LabelTable, first: str, centroids_digest: Callable[[Path], str]
+) -> None:
     if found.num_classes != expected.num_classes:
         difference = f"k is {found.num_classes}, expected {expected.num_classes}"
-    elif _centroids_digest(found) != _centroids_digest(expected):
+    elif centroids_digest(found.directory) != centroids_digest(expected.directory):
         difference = "centroids.npy has other values"
     else:
         return
@@ -85,8 +90,8 @@ def _check_clusters(found: LabelTable, name: str, expected: LabelTable, first: s
     )
 
 
-def _centroids_digest(labels: LabelTable) -> str:
-    path = labels.directory / "centroids.npy"
+def _centroids_digest(directory: Path) -> str:
+    path = directory / "centroids.npy"
     try:
         return file_sha256(path)
     except OSError as error:

@@ -31,7 +31,7 @@ from megacid.storage.parquet import row_by_key
 class KeepFiles:
     """Masks of the samples that `tools/balance.py` kept, by the name of a tar and by key.
 
-    A mask has no keys, but the representatives beside it tell which samples had an embedding; the embeddings that
+    A mask has no keys, but the representatives of the same tar tell which samples had an embedding; the embeddings that
     balance has read have the keys of these, in the same order.
 
     Args:
