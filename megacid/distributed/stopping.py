@@ -65,6 +65,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.code = 0
         self._stop_file: Path | None = None
+        self._stop_file_lock = threading.Lock()
         self._read_at = 0.0
         self._pipe: tuple[int, int] | None = None
         self._before: dict[int, object] = {}
@@ -112,8 +113,8 @@ class StopRequest:
         os.close(pipe)
 
     def _write_stop_file(self, code: int) -> None:
-        if self._stop_file is not None:
-            with contextlib.suppress(OSError):
+        with self._stop_file_lock, contextlib.suppress(OSError):
+            if self._stop_file is not None:
                 self._stop_file.parent.mkdir(parents=True, exist_ok=True)
                 self._stop_file.write_text(str(code))
 
@@ -140,9 +141,11 @@ class StopRequest:
         return report_and_poll
 
     def forget(self) -> None:
-        """Remove the stop file. For one rank, when the others no longer need it."""
-        if self._stop_file is not None:
-            self._stop_file.unlink(missing_ok=True)
+        """Remove the stop file, also for the thread that listens. For one rank, when the others no longer need it."""
+        with self._stop_file_lock:
+            if self._stop_file is not None:
+                self._stop_file.unlink(missing_ok=True)
+            self._stop_file = None
 
 
 @contextlib.contextmanager
