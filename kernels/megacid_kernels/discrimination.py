@@ -84,8 +84,8 @@ def linear_margin_discrimination(
         rows: [S] int64, sorted: w[j] is class `spec.class_start + rows[j]`; None: rows 0 .. S-1.
         teacher: [G, D] floating point, stored embeddings, required if beta or gamma > 0; receives no gradient.
         bias: [S] floating point, added to the logit of a class where it is a negative. -ln(its sampling probability)
-            makes the sum over sampled classes an unbiased estimate of that over all (log-Q correction). The fixed shift
-            assumes sum_j exp(bias_j) <= num_classes.
+            makes the sum over sampled classes an unbiased estimate of that over all (log-Q correction). -inf takes a
+            row out: it is no negative. The fixed shift assumes sum_j exp(bias_j) <= num_classes.
 
     Raises:
         ValueError: wrong shapes, dtypes or devices; a label out of range (checked on the host only); a memory budget

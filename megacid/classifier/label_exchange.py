@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megacid.classifier.sampling import Draw
+from megacid.classifier.sampling import Draw, padded_rows
 from megacid.distributed.collectives import Gathered, all_gather_single, rank, world_size
 from megacid.distributed.consensus import gather_json
 from megacid.distributed.parallel import shard_range
@@ -45,7 +45,7 @@ class GatheredLabels(NamedTuple):
 
     target_Gl: Tensor  # int64 global class ids, -1 = none
     sizes: list[int]  # local batch size by rank
-    max_rows: int  # upper bound of S over the ranks
+    max_rows: int  # upper bound of S over the ranks; the length of `padded`
     num_positive: int  # rows of this rank that are labels of the batch
     rows: Tensor | None = (
         None  # int64 [S] local ids, sorted, unique: drawn classes and labels of the batch; None: all rows
@@ -54,6 +54,12 @@ class GatheredLabels(NamedTuple):
     rows_with_pending: Tensor | None = (
         None  # int64 local ids, sorted, unique: `rows` and `pending_rows`; None without either
     )
+    padded: Tensor | None = None  # int64 [max_rows] `rows`, then this rank's last id; None without static shapes
+
+    @property
+    def computed_rows(self) -> Tensor | None:
+        """The rows that the loss is computed with: `rows`, with static shapes `padded`."""
+        return self.rows if self.padded is None else self.padded
 
     @torch.no_grad()
     def count_hits_(self, hits_L: Tensor, class_start: int) -> None:
@@ -66,6 +72,18 @@ class GatheredLabels(NamedTuple):
         """[S] minus the log-probability that this step uses each row; 0 for the labels of the batch."""
         assert self.rows is not None and self.positive is not None
         return (-draw.log_q(self.rows + class_start)).masked_fill(self.positive, 0.0)
+
+    def bias_of_negatives(self, draw: Draw | None, class_start: int) -> Tensor | None:
+        """What is added to the logits of negatives, fp32 [S], or [max_rows] with static shapes; None: nothing.
+
+        draw: of the log-Q correction; None: without it.
+        """
+        bias = None if draw is None else self.log_q_bias(draw, class_start)
+        if self.padded is None or self.rows is None:
+            return bias
+        bias = torch.zeros(len(self.rows), device=self.rows.device) if bias is None else bias
+        # exp(-inf) = 0: padding changes no sum and gets the gradient 0.
+        return torch.nn.functional.pad(bias, (0, len(self.padded) - len(self.rows)), value=-torch.inf)
 
 
 class InputKind(NamedTuple):
@@ -162,8 +180,9 @@ def _sort_unique(ids: Tensor) -> tuple[Tensor, Tensor]:
 class LabelExchange:
     """Gathers the labels of all ranks and selects this rank's class rows. Calling it is a collective over `group`."""
 
-    def __init__(self, num_classes: int, group: dist.ProcessGroup | None):
-        self.num_classes, self.group = num_classes, group
+    def __init__(self, num_classes: int, group: dist.ProcessGroup | None, *, static_shapes: bool = False):
+        """static_shapes: pad the rows of every rank to one number that hardly changes from step to step."""
+        self.num_classes, self.group, self.static_shapes = num_classes, group, static_shapes
         self.rank, self.world = rank(group), world_size(group)
         self.starts = [shard_range(num_classes, r, self.world)[0] for r in range(self.world)] + [num_classes]
         self.start = self.starts[self.rank]
@@ -222,12 +241,13 @@ class LabelExchange:
         num_positive, most_positive, widest = counts[self.rank], max(counts[: self.world]), self.starts[1]
         if draw is None:
             return GatheredLabels(target_Gl, sizes, widest, num_positive)
-        rows = self._compact(classes, keep, counts[-2])
+        max_rows = padded_rows(draw.max_count(widest) + most_positive, widest, static_shapes=self.static_shapes)
+        padded = self._compact(classes, keep, max_rows) if self.static_shapes else None
+        rows = self._compact(classes, keep, counts[-2]) if padded is None else padded[: counts[-2]]
         place = torch.searchsorted(labels, rows + self.start).clamp(max=len(labels) - 1)
         positive = labels[place] == rows + self.start
-        max_rows = min(widest, draw.max_count(widest) + most_positive)
         with_pending = None if pending_rows is None else self._compact(both, keep_both, counts[-1])
-        return GatheredLabels(target_Gl, sizes, max_rows, num_positive, rows, positive, with_pending)
+        return GatheredLabels(target_Gl, sizes, max_rows, num_positive, rows, positive, with_pending, padded)
 
     def _gather(self, target_Bl: Tensor, numbers: tuple[int, ...], device: torch.device) -> Tensor:
         """int64 [W, HEADER + capacity]: every rank's header and labels, padded with -1."""
@@ -257,10 +277,11 @@ class LabelExchange:
         drawn = draw.classes(self.start, stop, labels.device)
         return _sort_unique(torch.cat([drawn, labels.masked_fill(~here, _ABOVE_ALL)]))
 
-    def _compact(self, ids: Tensor, keep: Tensor, count: int) -> Tensor:
-        """ids[keep] as local ids; boolean indexing would synchronise to learn `count`, which is known."""
-        place = torch.where(keep, keep.cumsum(0) - 1, count)
-        return ids.new_empty(count + 1).scatter_(0, place, ids)[:count] - self.start
+    def _compact(self, ids: Tensor, keep: Tensor, length: int) -> Tensor:
+        """ids[keep] as local ids, filled up to `length` with this rank's last id; boolean indexing would synchronise to
+        learn their number."""
+        place, last = torch.where(keep, keep.cumsum(0) - 1, length), self.starts[self.rank + 1] - 1
+        return ids.new_full((length + 1,), last).scatter_(0, place, ids)[:length] - self.start
 
     def _check_inputs(
         self, input_error: str | None, invalid: list[int], kinds: list[list[int]], settings: Mapping[str, object]

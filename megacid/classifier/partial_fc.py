@@ -29,6 +29,7 @@ from megacid.classifier.row_gradient import (
     RowGradient,
     StoredRowGradient,
     add_row_gradients,
+    without_padding,
 )
 from megacid.classifier.sampling import Draw, sample_dims
 from megacid.distributed.collectives import (
@@ -109,6 +110,8 @@ class PartialFC(ClassRows):
             smallest GPU, see `LossSpec.chunk_budget`.
         reserved_bytes: memory of the GPU that the default budget leaves to others, such as the student's weights.
         labels_loss: of several labels per sample, "mlcd" or "mean"; see `megacid_kernels.LossSpec`.
+        static_shapes: compute a step with sample_rate < 1 on one number of rows, a multiple of 512, on every rank. Rows
+            beyond those that it uses have no effect but for the last bits of sums.
         device: of the weight; None is the default device.
 
     Attributes:
@@ -145,6 +148,7 @@ class PartialFC(ClassRows):
         memory_budget_bytes: int | None = None,
         reserved_bytes: int = 0,
         labels_loss: Literal["mlcd", "mean"] = "mlcd",
+        static_shapes: bool = False,
         device: torch.device | str | None = None,
     ):
         misuse.refuse_wrappers(PartialFC)
@@ -161,14 +165,14 @@ class PartialFC(ClassRows):
                 precision=precision, memory_budget_bytes=memory_budget_bytes, labels_loss=labels_loss,
             )  # fmt: skip
             check_precision(precision, self._implementation, self.weight.device)
-        self._exchange = LabelExchange(num_classes, group)
+        self._exchange = LabelExchange(num_classes, group, static_shapes=static_shapes)
         # What must be the same on every rank, besides the input.
         self._settings: dict[str, object] = {
             "num_classes": num_classes, "embed_dim": embed_dim, **rates, "log_q": log_q, "scale": scale,
             "margin": self._spec.margin, "margin_grad": margin_grad, "filter_threshold": filter_threshold,
             "reduction": reduction, "grad_reduction": grad_reduction, "labels_loss": labels_loss,
             "weight_grad": weight_grad, "precision": precision, "memory_budget_bytes": memory_budget_bytes,
-            "seed": seed if min(rates.values()) < 1 else None,
+            "seed": seed if min(rates.values()) < 1 else None, "static_shapes": static_shapes,
         }  # fmt: skip
         self.step = 0
         self._finished_step: int | None = -1  # None after a warning
@@ -263,7 +267,7 @@ class PartialFC(ClassRows):
             spec, labels, labels.target_Gl if target_B.ndim == 2 else labels.target_Gl[:, 0],
             emb_GD=gather_plain(x, self.group, sizes=labels.sizes) if local else x.detach(),
             teacher_GD=None if teacher is None else self._gather_teacher(teacher, labels, dims),
-            bias_S=labels.log_q_bias(draw, self.class_start) if draw is not None and self.log_q else None,
+            bias_S=labels.bias_of_negatives(draw if self.log_q else None, self.class_start),
             dims=dims, pending_rows=pending_rows, need_x=need_x, scatter_x=local,
             need_row_grad=train and self.trainable,
         )  # fmt: skip
@@ -323,7 +327,7 @@ class PartialFC(ClassRows):
         return labels
 
     def _compute(self, step: _Step) -> ForwardGradients:
-        rows, dims = step.labels.rows, step.dims
+        rows, dims = step.labels.computed_rows, step.dims
         w = self.weight.detach()
         if dims is not None:
             w = (w if rows is None else w.index_select(0, rows)).index_select(1, dims)
@@ -365,9 +369,10 @@ class PartialFC(ClassRows):
                 grad.mul_(grad_loss)
             else:
                 norm_sq = through_norm_(grad, norm, grad_loss).sum()
-            new: RowGradient = StoredRowGradient(rows, widen(grad).float(), norm_sq)
+            new: RowGradient = StoredRowGradient(rows, widen(grad[: len(rows)]).float(), norm_sq)
         elif each_slab is not None:
-            new = RecomputedRowGradient(rows, self.embed_dim, each_slab, forward.norm_sq, grad_loss.detach(), widen)
+            each = without_padding(each_slab, len(rows))
+            new = RecomputedRowGradient(rows, self.embed_dim, each, forward.norm_sq, grad_loss.detach(), widen)
         else:
             return
         old = self._row_grad

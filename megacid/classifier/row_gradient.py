@@ -70,6 +70,19 @@ class StoredRowGradient:
         update(self.rows, self.matrix())
 
 
+def without_padding(each_slab: Callable[[OnGradientSlab], None], num_rows: int) -> Callable[[OnGradientSlab], None]:
+    """`each_slab` for the first num_rows rows alone."""
+
+    def each(take: OnGradientSlab) -> None:
+        def take_rows(start: int, stop: int, grad_nD: Tensor) -> None:
+            if start < num_rows:
+                take(start, min(stop, num_rows), grad_nD[: num_rows - start])
+
+        each_slab(take_rows)
+
+    return each
+
+
 class RecomputedRowGradient:
     """Recomputes its slabs from the current class rows. A slab depends only on its own rows, so they may be updated
     right after it. No [S, D] tensor is stored, no row changes before the guard's decision, and the norm is forward's.

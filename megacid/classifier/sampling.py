@@ -17,6 +17,9 @@ from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK_62, _MASK_64 = (1 << 62) - 1, (1 << 64) - 1
+# With static shapes the number of rows is rounded up to this: whole tiles of the products, and as a rule more than the
+# number of distinct labels varies, so that hardly more than two shapes occur.
+ROW_MULTIPLE = 512
 
 
 class RandomStream(IntEnum):
@@ -125,6 +128,11 @@ class Draw:
         low = self._edge(stratum)
         size = self._edge(stratum + 1) - low
         return low + torch.remainder(hash_ids(stratum, seed=self.seed, step=self.step), size)
+
+
+def padded_rows(most: int, widest: int, *, static_shapes: bool) -> int:
+    """The rows that every rank computes with if none uses more than `most`; widest: rows of the largest shard."""
+    return min(widest, -(-most // ROW_MULTIPLE) * ROW_MULTIPLE if static_shapes else most)
 
 
 def num_dims(width: int, rate: float) -> int:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from megacid.classifier.sampling import Draw, num_dims
+from megacid.classifier.sampling import Draw, num_dims, padded_rows
 from megacid.config.schema import RunFile
 from megacid.distributed.parallel import shard_range
 from megacid.errors import UserError
@@ -84,7 +84,7 @@ def _loss_spec(run: RunFile, num_classes: int, world: int) -> LossSpec:
         draw = Draw.of_step(num_classes, config.sample_rate, seed=0, step=0)
         # Labels of more than one class are spread over the ranks like the classes are.
         labels = run.global_batch * run.megacid.data.labels_per_sample
-        rows = min(local, draw.max_count(local) + -(-labels // world))
+        rows = padded_rows(draw.max_count(local) + -(-labels // world), local, static_shapes=config.static_shapes)
     return LossSpec(
         num_classes=num_classes,
         scale=config.scale,

@@ -200,6 +200,7 @@ def make_classifier(
         memory_budget_bytes=planned.spec.memory_budget_bytes,
         reserved_bytes=reserved,
         labels_loss=config.labels_loss,
+        static_shapes=config.static_shapes,
         device=parallel.device,
     )
     common: dict[str, Any] = {

@@ -16,7 +16,7 @@ from megacid import Margin, PartialFC, RowAdamW, RowSGD
 from megacid.classifier import partial_fc
 from megacid.distributed.collectives import Gathered, gather_plain, gather_rows, rank, world_size
 from megacid.errors import UserError
-from megacid_kernels import LossSpec, Weights
+from megacid_kernels import Gradients, LossSpec, Weights
 
 CLASSES, WIDTH, BATCH = 53, 12, 22  # 53 classes divide unevenly by 2, 3 and 4
 CUTS = {1: [0, 22], 2: [0, 15, 22], 3: [0, 9, 9, 22], 4: [0, 3, 13, 14, 22]}  # uneven batches, one of them empty
@@ -95,6 +95,57 @@ def test_ranks_with_uneven_classes_and_batches_equal_one_process(
         torch.testing.assert_close(got / size, expected[name] / size, **near)
     norm_sq = torch.stack([part["norm_sq"] for part in results]).sum()
     torch.testing.assert_close(norm_sq, expected["norm_sq"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("weight_grad", ["stored", "recomputed"])
+@pytest.mark.parametrize(
+    ("options", "weights", "labels"), [o[1:] for o in OPTIONS[1:]], ids=[o[0] for o in OPTIONS[1:]]
+)
+def test_padded_rows_change_nothing(
+    world: int, weight_grad: str, options: dict[str, Any], weights: Weights, labels: int
+) -> None:
+    results = []
+    for static in (False, True):
+        settings = {**options, "weight_grad": weight_grad, "static_shapes": static}
+        results.append(run_ranks(one_step, world, settings, weights, labels))
+    for got, expected in zip(results[1], results[0]):
+        assert len(expected["rows"]) < (CLASSES + world - 1) // world, "nothing is padded"
+        for name in ("rows", "hits"):
+            assert torch.equal(got.pop(name), expected.pop(name))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def shapes_of_steps(static: bool) -> list[tuple[Any, ...]]:
+    """(rows, shapes of the tensors that the kernels get, its bound for chunks) of 6 steps."""
+    head, seen = PartialFC(20_000, 4, sample_rate=0.2, static_shapes=static, log_q=True), []
+    compute, g = partial_fc.discrimination_with_gradients, torch.Generator().manual_seed(rank())
+
+    def noted(x: Tensor, w: Tensor, target: Tensor, spec: LossSpec, **options: Any) -> Gradients:
+        grads = compute(x, w, target, spec, **options)
+        tensors = (x, w, target, options["rows"], options["bias"], grads.x, grads.w)
+        seen.append((*(tuple(t.shape) for t in tensors if t is not None), spec.max_rows))
+        return grads
+
+    partial_fc.discrimination_with_gradients = noted
+    try:
+        for step in range(6):
+            head.set_step(step)
+            x = torch.randn(32, 4, generator=g).requires_grad_()
+            head(x, torch.randint(0, 20_000 if step % 2 else 20, (32,), generator=g)).backward()
+            head.zero_grad()
+    finally:
+        partial_fc.discrimination_with_gradients = compute
+    return seen
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_static_shapes_repeat_from_step_to_step_on_every_rank(world: int) -> None:
+    static, others = (run_ranks(shapes_of_steps, world, static) for static in (True, False))
+    shapes = {shape for rank_shapes in static for shape in rank_shapes}
+    assert len(shapes) == 1, shapes
+    (*_, most) = shapes.pop()
+    assert most % 512 == 0 and all(len(set(rank_shapes)) > 3 for rank_shapes in others)
 
 
 def random_rows() -> Tensor:

@@ -45,6 +45,7 @@ FOR_NOTHING = {
     "classifier.margin_grad=straight_through": "without classifier.m1 > 1 or classifier.m2 > 0",
     "classifier.precision=fp32 classifier.impl=torch": 'without a classifier.impl other than "torch"',
     "classifier.log_q=true classifier.sample_rate=1": "without classifier.sample_rate < 1",
+    "classifier.static_shapes=true classifier.sample_rate=1": "without classifier.sample_rate < 1",
     "classifier.lazy=decay classifier.sample_rate=1": "without classifier.sample_rate < 1",
     "classifier.labels_loss=mean": "without data.labels_per_sample > 1",
     "loss.affinity_temperature=0.02": "without loss.affinity > 0",

@@ -105,6 +105,17 @@ def test_every_label_of_a_sample_may_be_a_row_of_its_own(tmp_path: Path) -> None
     assert rows[1] - rows[0] == 64 - 8
 
 
+def test_static_shapes_are_planned_in_multiples_of_512_rows(tmp_path: Path) -> None:
+    changes = ["train_batch_size=64", "classifier.sample_rate=0.1"]
+    rows = [
+        plan_classifier(run_with(tmp_path, *changes, f"classifier.static_shapes={static}"), classes, toy.DIM, 1, "cpu")
+        .sizes.rows
+        for classes in (16_384, 500)
+        for static in ("false", "true")
+    ]  # fmt: skip
+    assert rows == [1638 + 3 + 64, 2048, 50 + 3 + 64, 500]
+
+
 @pytest.mark.parametrize("changes", ["memory_budget_gb=0", "precision=fp8", "impl=cuda", "weight_grad=both"])
 def test_a_value_out_of_range_is_refused_by_its_key(tmp_path: Path, changes: str) -> None:
     with pytest.raises(UserError, match=f'"megacid.classifier.{changes.partition("=")[0]}" is '):

@@ -58,6 +58,8 @@ class TorchBlock:
             _hide_labels_(logits, labels)
             if source == "student" and threshold is not None:
                 hidden = logits > threshold * (spec.scale / first)
+                if self.bias is not None:
+                    hidden &= self.bias > -torch.inf
                 stats = stats._replace(removed=hidden.sum(1))
             if hidden is not None:
                 logits.masked_fill_(hidden, -torch.inf)

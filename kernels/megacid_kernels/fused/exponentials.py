@@ -81,13 +81,16 @@ def _finish(
         mask = inside[:, None] & (column < hidden_stride)
     if HAS_HIDDEN:
         cos = tl.where(tl.load(hidden_at, mask=mask, other=0) != 0, float("-inf"), cos)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + tl.minimum(slot, num_columns - 1))[None, :]
     if FILTER:
         hidden = cos > threshold
+        if HAS_BIAS:
+            hidden = hidden & (bias > float("-inf"))
         tl.store(hidden_at, hidden.to(tl.uint8), mask=mask)
         cos = tl.where(hidden, float("-inf"), cos)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + tl.minimum(slot, num_columns - 1))
-        exponent = tl.fma(cos, scale_log2, bias[None, :] * _LOG2E - shift_log2)
+        exponent = tl.fma(cos, scale_log2, bias * _LOG2E - shift_log2)
     else:
         exponent = tl.fma(cos, scale_log2, -shift_log2)
     exponential = tl.exp2(exponent)

@@ -86,14 +86,17 @@ def exponentials_in_place_kernel(
                 mask = inside[:, None] & (column < hidden_stride)
                 given_mask = tl.load(hidden_ptr + hidden_row + column, mask=mask, other=0)
                 cos = tl.where(given_mask != 0, float("-inf"), cos)
+            if HAS_BIAS:
+                bias = tl.load(bias_ptr + column, mask=column < num_columns, other=0.0)
             if FILTER:
                 hidden = cos > threshold
+                if HAS_BIAS:
+                    hidden = hidden & (bias > float("-inf"))
                 mask = inside[:, None] & (column < hidden_stride)
                 tl.store(hidden_ptr + hidden_row + column, hidden.to(tl.uint8), mask=mask)
                 removed += hidden.to(tl.int32)
                 cos = tl.where(hidden, float("-inf"), cos)
             if HAS_BIAS:
-                bias = tl.load(bias_ptr + column, mask=column < num_columns, other=0.0)
                 exponent = tl.fma(cos, scale_log2, bias * _LOG2E - shift_log2)
             else:
                 exponent = tl.fma(cos, scale_log2, -shift_log2)
