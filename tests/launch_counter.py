@@ -13,7 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import megacid_kernels.engines.triton_engine  # noqa: F401  the engine imports its kernels when it is first used
 
@@ -23,37 +26,49 @@ _FREE |= {"aten::detach", "aten::alias", "aten::lift_fresh", "aten::_unsafe_view
 
 
 class _Operators(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, matrix: tuple[int, int] | None) -> None:
         super().__init__()
         self.launches: Counter[str] = Counter()
-        self._inside = 0
+        self._inside, self._matrix = 0, matrix
+
+    def _count(self, name: str, *tensors: Any) -> None:
+        leaves = tree_leaves(tensors) if self._matrix else []
+        if not self._matrix or any(
+            isinstance(x, Tensor) and x.dtype == torch.float32 and tuple(x.shape) == self._matrix for x in leaves
+        ):
+            self.launches[name] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
         is_view = any(argument.alias_info and not argument.alias_info.is_write for argument in func._schema.arguments)
+        result = func(*args, **(kwargs or {}))
         if not self._inside and name.startswith("aten::") and not is_view and name not in _FREE:
-            self.launches[name] += 1
-        return func(*args, **(kwargs or {}))
+            self._count(name, args, kwargs, result)
+        return result
 
     def as_a_whole(self, function: Callable[..., Any], name_of: Callable[..., str] | None) -> Callable[..., Any]:
         """The function, counted as one launch, or as none without a name; what it calls is not counted."""
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            if name_of is not None and not self._inside:
-                self.launches[name_of(*args)] += 1
             self._inside += 1
             try:
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
             finally:
                 self._inside -= 1
+            if name_of is not None and not self._inside:
+                self._count(name_of(*args), args, kwargs, result)
+            return result
 
         return counted
 
 
 @contextmanager
-def counted_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """A counter of launches by name, complete at the end of the block."""
-    operators, names = _Operators(), {
+def counted_launches(monkeypatch: pytest.MonkeyPatch, matrix: tuple[int, int] | None = None) -> Iterator[Counter[str]]:
+    """A counter of launches by name, complete at the end of the block.
+
+    matrix: count only those that read or write an fp32 matrix of this shape.
+    """
+    operators, names = _Operators(matrix), {
         "launch": lambda kernel, *_: kernel.fn.__name__, "product_fp32": lambda *_: "product_fp32",
         "check_label_values": None,
     }  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from interpreter import assert_holds_in_the_interpreter, on_devices
 from launch_counter import counted_launches
 
+from megacid import PartialFC, RowAdamW, RowSGD
 from megacid_kernels import (
     LossSpec,
     Margin,
@@ -105,3 +106,23 @@ def test_a_further_chunk_repeats_the_work_of_a_chunk_only(device: str, monkeypat
         assert launches["exponentials_kernel"] == chunks
         totals.append(launches.total())
     assert totals[1] - totals[0] <= 20, totals
+
+
+@on_devices
+@pytest.mark.parametrize("optimizer", [RowAdamW, RowSGD])
+def test_a_training_step_passes_three_times_over_the_gradient_of_the_rows(
+    optimizer: type[RowAdamW | RowSGD], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[S, D] is the largest matrix of a step: the product writes it, the backward of the norm multiplies by the
+    gradient of the loss and measures the length for clipping, the update reads it. Labels touch their rows alone."""
+    given, what = inputs(device, False), ["product_fp32", "add_labels_kernel", "rows_through_norm_kernel"]
+    head = PartialFC(CLASSES, WIDTH, sample_rate=0.5, impl="triton", device=device)
+    rows, x = optimizer(head), given["x"].requires_grad_()
+    head(x, given["target"])
+    used = int(head.metrics()["sampled"])
+    with counted_launches(monkeypatch, (used, WIDTH)) as passes:
+        (3 * head(x, given["target"])).backward()
+        norm = head.grad_norm_sq()
+        rows.step(grad_scale=norm.clamp(max=0.5))
+    update = "adamw_rows_kernel" if optimizer is RowAdamW else "sgd_rows_kernel"
+    assert passes == dict.fromkeys([*what, update], 1) and len(head.row_grad()[0]) == used < CLASSES
