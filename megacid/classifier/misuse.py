@@ -85,6 +85,17 @@ def check_sizes(num_classes: int, embed_dim: int, world: int, rates: dict[str, f
             raise UserError(f"{name} is {rate}, expected a number in (0, 1]: 1 uses everything")
 
 
+def check_graph(world: int, sample_rate: float, static_shapes: bool, weight_grad: str) -> None:
+    """Raise UserError for a head whose steps no CUDA graph can repeat."""
+    for name, value, allowed, remedy in (
+        ("number of ranks", world, world == 1, "1, whose step has no collective"),
+        ("weight_grad", repr(weight_grad), weight_grad != "recomputed", "'stored' or 'auto'"),
+        ("sample_rate", sample_rate, sample_rate == 1 or static_shapes, "1, or static_shapes True: shapes must repeat"),
+    ):
+        if not allowed:
+            raise UserError(f"{name} is {value} with cuda_graph True, expected {remedy}, or set cuda_graph to False")
+
+
 @cache
 def refuse_wrappers(head_type: type[nn.Module]) -> None:
     """From now on, raise UserError when DDP or FSDP wraps a module with a head that it does not ignore."""

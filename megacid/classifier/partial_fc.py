@@ -22,6 +22,7 @@ from megacid.classifier import misuse
 from megacid.classifier.autograd import ForwardGradients, PartialFCFunction
 from megacid.classifier.batch_metrics import batch_metrics
 from megacid.classifier.class_rows import ClassRows
+from megacid.classifier.head_step import StepGraphs, StepLoss
 from megacid.classifier.initialization import Init
 from megacid.classifier.label_exchange import GatheredLabels, InputKind, LabelExchange, find_input_error, rows_of
 from megacid.classifier.row_gradient import (
@@ -42,26 +43,20 @@ from megacid.distributed.collectives import (
 )
 from megacid.distributed.consensus import gather_json
 from megacid.errors import UserError
-from megacid_kernels import Discrimination, LossSpec, Weights, discrimination_with_gradients, resolve, through_norm_
+from megacid_kernels import Discrimination, LossSpec, Weights, resolve, through_norm_
 from megacid_kernels.engines.dispatch import check_precision
 from megacid_kernels.margin import Margin
 from megacid_kernels.plan import Implementation, with_available_memory
 
 
 class _Step(NamedTuple):
-    """Inputs of one loss, gathered over the ranks."""
+    """One loss: what its backward needs as well."""
 
-    spec: LossSpec
+    loss: StepLoss
     labels: GatheredLabels
-    target: Tensor  # int64 [G] or [G, l]
-    emb_GD: Tensor
-    teacher_GD: Tensor | None
-    bias_S: Tensor | None
-    dims: Tensor | None  # the sampled feature dimensions
     pending_rows: Tensor | None  # rows whose gradients this step's are added to
-    need_x: bool
-    scatter_x: bool  # whether the gradient of emb_GD is summed over the ranks here, and not where it was gathered
-    need_row_grad: bool
+    scatter_x: bool  # whether the gradient of the embeddings is summed over the ranks here, not where it was gathered
+    graphs: StepGraphs | None
 
 
 class PartialFC(ClassRows):
@@ -112,6 +107,8 @@ class PartialFC(ClassRows):
         labels_loss: of several labels per sample, "mlcd" or "mean"; see `megacid_kernels.LossSpec`.
         static_shapes: compute a step with sample_rate < 1 on one number of rows, a multiple of 512, on every rank. Rows
             beyond those that it uses have no effect but for the last bits of sums.
+        cuda_graph: capture loss and gradients of training steps in CUDA graphs, for one rank. Every batch must have the
+            size of the first, and one backward per step is allowed.
         device: of the weight; None is the default device.
 
     Attributes:
@@ -149,6 +146,7 @@ class PartialFC(ClassRows):
         reserved_bytes: int = 0,
         labels_loss: Literal["mlcd", "mean"] = "mlcd",
         static_shapes: bool = False,
+        cuda_graph: bool = False,
         device: torch.device | str | None = None,
     ):
         misuse.refuse_wrappers(PartialFC)
@@ -177,6 +175,9 @@ class PartialFC(ClassRows):
         self.step = 0
         self._finished_step: int | None = -1  # None after a warning
         self._last: tuple[Discrimination, GatheredLabels] | None = None
+        if cuda_graph:
+            misuse.check_graph(world_size(group), sample_rate, static_shapes, weight_grad)
+        self._graphs = StepGraphs() if cuda_graph else None
 
     def extra_repr(self) -> str:
         return f"{self.num_classes} classes, here {self.class_start}..{self.class_stop}, width {self.embed_dim}"
@@ -263,14 +264,17 @@ class PartialFC(ClassRows):
         with misuse.user_error():
             spec = replace(self._spec, weights=weights, max_rows=labels.max_rows)
         local = not isinstance(emb, Gathered)
-        step = _Step(
-            spec, labels, labels.target_Gl if target_B.ndim == 2 else labels.target_Gl[:, 0],
-            emb_GD=gather_plain(x, self.group, sizes=labels.sizes) if local else x.detach(),
-            teacher_GD=None if teacher is None else self._gather_teacher(teacher, labels, dims),
-            bias_S=labels.bias_of_negatives(draw if self.log_q else None, self.class_start),
-            dims=dims, pending_rows=pending_rows, need_x=need_x, scatter_x=local,
-            need_row_grad=train and self.trainable,
-        )  # fmt: skip
+        tensors = {
+            "emb": gather_plain(x, self.group, sizes=labels.sizes) if local else x.detach(),
+            "target": labels.target_Gl if target_B.ndim == 2 else labels.target_Gl[:, 0],
+            "rows": labels.computed_rows,
+            "teacher": None if teacher is None else self._gather_teacher(teacher, labels, dims),
+            "bias": labels.bias_of_negatives(draw if self.log_q else None, self.class_start),
+            "dims": dims,
+        }
+        recomputed = self._spec.weight_grad == "recomputed"
+        loss = StepLoss(spec, self.weight.detach(), need_x, train and self.trainable, recomputed, tensors)
+        step = _Step(loss, labels, pending_rows, local, self._graphs if loss.need_row_grad else None)
         if train:
             labels.count_hits_(self.hits, self.class_start)
             misuse.warn_about_foreign_optimizers(self)
@@ -327,12 +331,8 @@ class PartialFC(ClassRows):
         return labels
 
     def _compute(self, step: _Step) -> ForwardGradients:
-        rows, dims = step.labels.computed_rows, step.dims
-        w = self.weight.detach()
-        if dims is not None:
-            w = (w if rows is None else w.index_select(0, rows)).index_select(1, dims)
         scatter: list[Callable[[], Tensor]] = []
-        norm_sq = torch.zeros((), dtype=torch.float32, device=w.device)
+        norm_sq = torch.zeros((), dtype=torch.float32, device=self.weight.device)
 
         # Runs during the last matrix products of the row gradient, on every rank.
         def start_scatter(grad_GD: Tensor) -> None:
@@ -341,22 +341,24 @@ class PartialFC(ClassRows):
         def add_norm(start: int, stop: int, grad_nD: Tensor) -> None:
             norm_sq.add_(grad_nD.square().sum())
 
-        gradients = discrimination_with_gradients(
-            step.emb_GD, w, step.target, step.spec, rows=rows, teacher=step.teacher_GD, bias=step.bias_S,
-            need_x=step.need_x, need_w=step.need_row_grad, overwrite_w=dims is not None,
-            gather=rows is not None and dims is None, on_grad_x=start_scatter if step.scatter_x else None,
-            on_grad_slab=add_norm if self._spec.weight_grad == "recomputed" else None,
-            defer_norm=dims is None and self._spec.weight_grad != "recomputed",
+        if step.graphs is not None:
+            gradients = step.graphs(step.loss, pending=step.pending_rows is not None)
+            return ForwardGradients(gradients, gradients.x, norm_sq)
+        gradients = step.loss.compute(
+            **step.loss.tensors, on_grad_x=start_scatter if step.scatter_x else None,
+            on_grad_slab=add_norm if step.loss.recomputed else None,
         )  # fmt: skip
         return ForwardGradients(gradients, scatter[0]() if scatter else gradients.x, norm_sq)
 
     def _accumulate(self, step: _Step, forward: ForwardGradients, grad_loss: Tensor) -> None:
         """Add the row gradient of a loss to `row_grad`."""
-        if not step.need_row_grad:
+        if not step.loss.need_row_grad:
             return
+        if step.graphs is not None:
+            step.graphs.check_latest(forward.gradients)
 
         def widen(grad: Tensor) -> Tensor:
-            dims = step.dims
+            dims = step.loss.tensors["dims"]
             return grad if dims is None else grad.new_zeros(len(grad), self.embed_dim).index_copy_(1, dims, grad)
 
         used = step.labels.rows

@@ -201,6 +201,7 @@ def make_classifier(
         reserved_bytes=reserved,
         labels_loss=config.labels_loss,
         static_shapes=config.static_shapes,
+        cuda_graph=config.cuda_graph,
         device=parallel.device,
     )
     common: dict[str, Any] = {

@@ -13,7 +13,7 @@ from harness import run_ranks
 from torch import Tensor
 
 from megacid import Margin, PartialFC, RowAdamW, RowSGD
-from megacid.classifier import partial_fc
+from megacid.classifier import head_step, partial_fc
 from megacid.distributed.collectives import Gathered, gather_plain, gather_rows, rank, world_size
 from megacid.errors import UserError
 from megacid_kernels import Gradients, LossSpec, Weights
@@ -119,7 +119,7 @@ def test_padded_rows_change_nothing(
 def shapes_of_steps(static: bool) -> list[tuple[Any, ...]]:
     """(rows, shapes of the tensors that the kernels get, its bound for chunks) of 6 steps."""
     head, seen = PartialFC(20_000, 4, sample_rate=0.2, static_shapes=static, log_q=True), []
-    compute, g = partial_fc.discrimination_with_gradients, torch.Generator().manual_seed(rank())
+    compute, g = head_step.discrimination_with_gradients, torch.Generator().manual_seed(rank())
 
     def noted(x: Tensor, w: Tensor, target: Tensor, spec: LossSpec, **options: Any) -> Gradients:
         grads = compute(x, w, target, spec, **options)
@@ -127,7 +127,7 @@ def shapes_of_steps(static: bool) -> list[tuple[Any, ...]]:
         seen.append((*(tuple(t.shape) for t in tensors if t is not None), spec.max_rows))
         return grads
 
-    partial_fc.discrimination_with_gradients = noted
+    head_step.discrimination_with_gradients = noted
     try:
         for step in range(6):
             head.set_step(step)
@@ -135,7 +135,7 @@ def shapes_of_steps(static: bool) -> list[tuple[Any, ...]]:
             head(x, torch.randint(0, 20_000 if step % 2 else 20, (32,), generator=g)).backward()
             head.zero_grad()
     finally:
-        partial_fc.discrimination_with_gradients = compute
+        head_step.discrimination_with_gradients = compute
     return seen
 
 
