@@ -21,9 +21,11 @@ from megacid import Margin, PartialFC, RowAdamW, RowSGD
 from megacid.distributed.collectives import rank, world_size
 from megacid.errors import UserError
 from megacid_kernels import Discrimination, Gradients, LossSpec, Weights, discrimination_with_gradients
+from megacid_kernels.engines import triton_engine
 from megacid_kernels.engines.torch_engine import TorchBlock
 from megacid_kernels.fused import INTERPRET, tiles_for
 from megacid_kernels.fused.gemm import product_fp32
+from megacid_kernels.fused.row_statistics import pitched, with_padding
 from megacid_kernels.fused.tuning import TABLE_VARIABLE, as_json
 
 in_pytorch = pytest.mark.skipif(INTERPRET, reason="runs in the outer process")
@@ -166,7 +168,37 @@ def test_cosines_by_cublas_give_what_the_fused_product_gives(
     (tmp_path / "table.json").write_text(as_json({(architecture, "float16", WIDTH): entry}))
     assert json.loads((tmp_path / "table.json").read_text())[0]["matrix"] == "in-place"
     monkeypatch.setenv(TABLE_VARIABLE, str(tmp_path / "table.json"))
+
+    def with_nan(*given: Any) -> Tensor:  # memory may hold anything: the padding must not enter the products
+        cos = pitched(*given)
+        with_padding(cos).view(torch.int16).fill_(-1)  # NaN in fp16 and in bf16
+        return cos
+
+    monkeypatch.setattr(triton_engine, "pitched", with_nan)
     assert_near(call(spec, given, device), fused, 3e-3, "in place")
+
+
+@on_devices
+@pytest.mark.parametrize(("weight_grad", "budget", "pieces"), [("stored", CLASSES * 2 * 20, 2), ("recomputed", 0, 2)])
+def test_gradient_products_of_any_number_of_rows_have_aligned_sizes(
+    weight_grad: str, budget: int, pieces: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuBLAS is up to six times slower where the number of rows is no multiple of 8."""
+    sizes: list[tuple[int, ...]] = []
+    product = triton_engine.product_fp32
+
+    def noted(a_mk: Tensor, b_kn: Tensor, total: Tensor | None = None) -> Tensor:
+        sizes.append(tuple(a_mk.shape))
+        assert total is None or len(total) == len(a_mk)
+        return product(a_mk, b_kn, total)
+
+    monkeypatch.setattr(triton_engine, "product_fp32", noted)
+    spec = spec_of("alpha", impl="triton", weight_grad=weight_grad, memory_budget_bytes=budget or 50_000)
+    grads = call(spec, inputs(1, False), device)
+    assert grads.w is not None and grads.w.shape == (CLASSES, WIDTH) and CLASSES % 8 and grads.w.is_contiguous()
+    assert len(sizes) == 2 * pieces, sizes
+    for x_product, w_product in zip(sizes[::2], sizes[1::2]):
+        assert x_product == w_product[::-1] and w_product[0] % 16 == 0, sizes
 
 
 @on_devices

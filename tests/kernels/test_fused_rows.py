@@ -256,6 +256,17 @@ def test_a_broken_row_stays_visible(device: str) -> None:
 
 
 @on_devices
+def test_unit_rows_are_followed_by_zeros_up_to_the_length(device: str) -> None:
+    w = torch.randn(9, 6, generator=torch.Generator().manual_seed(0)).to(device)
+    rows = torch.tensor([1, 3, 8], device=device)
+    *padded, inverse = unit_rows(w, rows, (torch.float32, torch.bfloat16), length=16)
+    *plain, same = unit_rows(w, rows, (torch.float32, torch.bfloat16))
+    assert torch.equal(inverse, same)
+    for got, want in zip(padded, plain):
+        assert got.shape == (16, 6) and torch.equal(got[:3], want) and not got[3:].any()
+
+
+@on_devices
 def test_no_rows_are_no_work(device: str) -> None:
     w = torch.ones(4, 6, device=device)
     none = torch.empty(0, dtype=torch.int64, device=device)
@@ -278,6 +289,8 @@ def test_unusable_arguments_are_refused_by_name() -> None:
         unit_rows(w, rows.int())
     with pytest.raises(ValueError, match=r"dtypes is \(torch\.float64,\), expected one or two of"):
         unit_rows(w, rows, (torch.float64,))
+    with pytest.raises(ValueError, match="length is 1, expected at least 2, the number of rows"):
+        unit_rows(w, rows, length=1)
     with pytest.raises(ValueError, match="block of a tile is 48, expected a power of two"):
         Tile(1, 48, 4)
 

@@ -34,7 +34,7 @@ from megacid_kernels.fused.label_gradient import add_labels_, label_order
 from megacid_kernels.fused.labels import locate_labels
 from megacid_kernels.fused.normalize import unit_rows
 from megacid_kernels.fused.row_epilogue import SoftmaxRows, row_epilogue
-from megacid_kernels.fused.row_statistics import Exponentials, difference_along, pitched
+from megacid_kernels.fused.row_statistics import Exponentials, difference_along, pitch, pitched, with_padding
 from megacid_kernels.fused.target import target_cosines, target_margins
 from megacid_kernels.fused.tuning import tiles_for
 from megacid_kernels.loss_spec import Distribution
@@ -61,8 +61,11 @@ class TritonBlock:
         self._w = inputs.w[start:stop] if self._gather is None else inputs.w
         self._bias = None if inputs.bias is None else inputs.bias[start:stop].float()
         dtypes = tuple(dict.fromkeys(_OPERANDS[inputs.spec.precision]))
-        *units, self.inverse = unit_rows(self._w, self._gather, dtypes if products else dtypes[:1])
-        self._first: Tensor | None = units[0]
+        # Both gradient products take the rows and the matrices of exponentials up to their pitch: the padding is 0.
+        self._rows = len(self._w if self._gather is None else self._gather)
+        dtypes, length = dtypes if products else dtypes[:1], pitch(self._rows)
+        *units, self.inverse = unit_rows(self._w, self._gather, dtypes, length=length)
+        self._first: Tensor | None = units[0][: self._rows]
         self._second: Tensor | None = units[-1]
 
     def negatives(
@@ -88,7 +91,7 @@ class TritonBlock:
                 stats, hidden = stats._replace(largest=result.largest, removed=result.removed), result.hidden
             stats.sums[distribution] = result.sums
             if result.matrix is not None:
-                stats.matrices[distribution] = result.matrix
+                stats.matrices[distribution] = with_padding(result.matrix)
         return stats
 
     def _exponentials(
@@ -113,12 +116,12 @@ class TritonBlock:
         if by_cublas and tiles_for(w.device, w.dtype, w.shape[1]).matrix == "in-place":
             cos = pitched(len(operand_bD), len(w), operand_bD.dtype, w.device)
             torch.mm(operand_bD, w.T, out=cos)
+            with_padding(cos)[:, len(w) :].zero_()
             return exponentials_(cos, labels.slot, labels.own, **options)
         return exponentials(operand_bD, w, labels.slot, labels.own, store=keep, **options)
 
     def release_logit_rows(self) -> None:
-        if self._first is not self._second:
-            self._first = None
+        self._first = None
 
     def release_rows(self) -> None:
         self._first = self._second = None
@@ -135,7 +138,9 @@ class TritonBlock:
             torch.addcmul(coefficient[:, None] * samples.unit, other[:, None], others.unit, out=factors)
         else:
             torch.mul(coefficient[:, None], samples.unit, out=factors)
-        return product_fp32(matrix_bn.T, factors, grad_nD)
+        if grad_nD is not None:  # the padding that the first product wrote
+            grad_nD = grad_nD.as_strided((pitch(self._rows), grad_nD.shape[1]), grad_nD.stride())
+        return product_fp32(matrix_bn.T, factors, grad_nD)[: self._rows]
 
     def add_target_gradients_(self, grad_nD: Tensor, labels: Labels, target_grads: list[TargetGradient]) -> None:
         order = label_order(labels.slot, labels.own)

@@ -46,14 +46,15 @@ def inverse_norm(scaled_squares, scale):
     return tl.where(nonzero, inverse * scale, 0.0)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_stored"])
 def unit_rows_kernel(
     w_ptr,  # [L, D] fp32, fp16 or bf16
     rows_ptr,  # [S] int64, or anything with HAS_ROWS = False
-    first_ptr,  # [S, D] out
-    second_ptr,  # [S, D] out, or anything with HAS_SECOND = False
+    first_ptr,  # [num_stored, D] out
+    second_ptr,  # [num_stored, D] out, or anything with HAS_SECOND = False
     inverse_ptr,  # [S] fp32 out
     num_rows,
+    num_stored,  # at least S; further rows are 0
     D: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     HAS_SECOND: tl.constexpr,
@@ -81,6 +82,7 @@ def unit_rows_kernel(
         column, mask = block_columns(start, inside, D, BLOCK)
         w = tl.load(w_ptr + w_row + column, mask=mask, other=0.0).to(tl.float32)
         unit = w * inverse[:, None]
+        column, mask = block_columns(start, slot < num_stored, D, BLOCK)
         tl.store(first_ptr + row + column, cast(unit, first_ptr.dtype.element_ty, INTERPRET), mask=mask)
         if HAS_SECOND:
             tl.store(second_ptr + row + column, cast(unit, second_ptr.dtype.element_ty, INTERPRET), mask=mask)
@@ -92,6 +94,7 @@ def unit_rows(
     rows_S: Tensor | None = None,
     dtypes: tuple[torch.dtype, ...] = (torch.float32,),
     *,
+    length: int | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, ...]:
     """w[rows] / |w[rows]| in each of `dtypes`.
@@ -100,22 +103,25 @@ def unit_rows(
         w_LD: fp32, fp16 or bf16 [L, D], contiguous.
         rows_S: int64 [S], each in [0, L); None: all rows, S = L.
         dtypes: one or two of fp32, fp16, bf16. Lengths and quotients are fp32 and rounded once to these.
+        length: of the matrices, at least S; None: S.
         tile: None: `tile_of(D)`.
 
     Returns:
-        A matrix [S, D] per dtype, then 1 / |w[rows]|, fp32 [S]. A zero row stays zero and has inverse 0; so does one
-        shorter than 1.2e-38, the smallest normal number.
+        A matrix [length, D] per dtype, 0 beyond its S rows, then 1 / |w[rows]|, fp32 [S]. A zero row stays zero and has
+        inverse 0; so does one shorter than 1.2e-38, the smallest normal number.
     """
     check_matrix("w", w_LD, ROW_DTYPES)
     num_rows = check_rows(rows_S, len(w_LD), w_LD)
     if not 1 <= len(dtypes) <= 2 or any(dtype not in ROW_DTYPES for dtype in dtypes):
         raise ValueError(f"dtypes is {dtypes}, expected one or two of {ROW_DTYPES}")
-    width = w_LD.shape[1]
-    units = [torch.empty(num_rows, width, dtype=dtype, device=w_LD.device) for dtype in dtypes]
+    width, length = w_LD.shape[1], num_rows if length is None else length
+    if length < num_rows:
+        raise ValueError(f"length is {length}, expected at least {num_rows}, the number of rows")
+    units = [torch.empty(length, width, dtype=dtype, device=w_LD.device) for dtype in dtypes]
     inverse = torch.empty(num_rows, dtype=torch.float32, device=w_LD.device)
     launch(
-        unit_rows_kernel, num_rows, tile or tile_of(width),
-        w_LD, w_LD if rows_S is None else rows_S, units[0], units[-1], inverse, num_rows,
+        unit_rows_kernel, length, tile or tile_of(width),
+        w_LD, w_LD if rows_S is None else rows_S, units[0], units[-1], inverse, num_rows, length,
         D=width, HAS_ROWS=rows_S is not None, HAS_SECOND=len(units) == 2, INTERPRET=INTERPRET,
     )  # fmt: skip
     return *units, inverse
