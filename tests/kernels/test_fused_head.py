@@ -389,6 +389,24 @@ def epilogue_of(sums: Tensor, psi: Tensor, share: Tensor, *, scale: float, shift
     return row_epilogue(share, ones, ones, student=SoftmaxRows(sums, psi, scale, shift), dpsi_b=ones)
 
 
+def test_terms_that_the_row_epilogue_reads_once_must_be_equal() -> None:
+    ones = torch.ones(4)
+    one = SoftmaxRows(ones, ones, 64.0, 0.0)
+    other = one._replace(scale=32.0)
+    for terms, message in (
+        (
+            {"student": one, "teacher": other},
+            r"student and teacher have \(scale, shift\) \(64.0, 0.0\) and \(32.0, 0.0\)",
+        ),
+        ({"kl": (one, one._replace(shift=1.0))}, r"kl\[0\] and kl\[1\] have"),
+        ({"student": one, "kl": (other, other)}, r"student and kl\[0\], which have the same sums, have"),
+        ({"student": one, "kl": (one._replace(target=ones + 1), one)}, r"student and kl\[0\] have two targets"),
+        ({"teacher": one, "kl": (one, one._replace(target=ones + 1))}, r"teacher and kl\[1\] have two targets"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            row_epilogue(ones, ones, ones, **terms)  # type: ignore[arg-type]
+
+
 @on_devices
 @pytest.mark.parametrize("scale", [30.0, 64.0, 100.0])
 def test_row_epilogue_is_the_softplus_of_float64(scale: float, device: str) -> None:

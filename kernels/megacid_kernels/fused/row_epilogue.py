@@ -164,6 +164,24 @@ def row_epilogue_kernel(
         tl.store(student_ptr + row, student * tl.load(dpsi_ptr + row, mask=inside, other=0.0), mask=inside)
 
 
+def _check_equal(
+    student: SoftmaxRows | None, teacher: SoftmaxRows | None, kl: tuple[SoftmaxRows, SoftmaxRows] | None
+) -> None:
+    """Raise ValueError where terms differ in what the kernel reads once for both."""
+    soft_student, soft_teacher = kl or (None, None)
+    merged = soft_student if student and soft_student and student.sums is soft_student.sums else None
+    for names, a, b in (
+        ("student and teacher", student, teacher),
+        ("kl[0] and kl[1]", soft_student, soft_teacher),
+        ("student and kl[0], which have the same sums,", student, merged),
+    ):
+        if a and b and a[2:] != b[2:]:
+            raise ValueError(f"{names} have (scale, shift) {a[2:]} and {b[2:]}, expected the same: they are read once")
+    for names, a, b in (("student and kl[0]", student, soft_student), ("teacher and kl[1]", teacher, soft_teacher)):
+        if a and b and a.target.data_ptr() != b.target.data_ptr():
+            raise ValueError(f"{names} have two targets, expected one tensor for both: it is read once")
+
+
 def row_epilogue(
     share_b: Tensor,
     num_labels_b: Tensor,
@@ -184,8 +202,9 @@ def row_epilogue(
         share_b: fp32 >= 0, weight of the sample in the loss; 0 for a sample without a label.
         num_labels_b: fp32, 1 for a sample with a label, else 0.
         owned_b: fp32, 1 where some rank holds the label's class; where none does, the losses become NaN.
-        student, teacher: of the cross entropies; None: no such term.
-        kl: student and teacher of the KL divergence, with one scale and shift; None: no such term.
+        student, teacher: of the cross entropies, with one scale and shift; None: no such term.
+        kl: student and teacher of the KL divergence, with one scale and shift, and with the targets of `student` and
+            `teacher` where those are given; None: no such term.
         gap_b: fp32, sum_j E_j (cosT_j - cosS_j) over the negatives of all ranks, E of the KL's teacher.
         dpsi_b: fp32, d psi / d cos of the student's label, 0 where another rank owns the class.
         own_b: bool, whether this rank owns the label's class; for the teacher's term.
@@ -207,6 +226,7 @@ def row_epilogue(
     plain, soft = student or teacher or soft_student, soft_student or student or teacher
     if plain is None or soft is None:
         raise ValueError("student, teacher and kl are None, expected at least one term")
+    _check_equal(student, teacher, kl)
     sums = [
         column(name, each and each.sums, each)
         for name, each in (
