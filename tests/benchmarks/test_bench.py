@@ -22,6 +22,7 @@ from benchmarks.classifier_providers import Shape
 from benchmarks.float64_reference import exact_on_sample, sample_of
 from benchmarks.head_peers import Case, Provider, loss_and_gradients
 from benchmarks.suite import Limit
+from megacid.classifier import head_step
 from megacid.errors import UserError
 from megacid_kernels.margin import Margin
 from megacid_kernels.reference import discrimination_reference
@@ -71,6 +72,19 @@ def test_a_wrong_gradient_of_the_classifier_is_refused_before_any_speed(monkeypa
     )
     with pytest.raises(UserError, match="weight gradient of megacid on 1000 rows differs from float64"):
         classifier_providers.check_accuracy(["megacid"], CPU)
+
+
+def test_the_provider_with_graphs_trains_as_the_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU has no graphs: what is captured is computed again."""
+    captured: list[int] = []
+    monkeypatch.setattr(head_step, "graph_pool", lambda weight: captured.append(1))
+    monkeypatch.setattr(head_step, "capture", lambda function, pool: (function(), lambda: None))
+    shape, losses = Shape(4000, 8, 20, 0.1), []
+    for name in ("megacid", classifier_providers.GRAPH):
+        weight = classifier_providers.class_rows(shape)
+        provider = classifier_providers.make_provider(name, shape, weight, CPU, train=True)
+        losses.append(float(provider.run(0)))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and captured == [1]
 
 
 def test_the_products_alone_are_computed_in_the_chunks_of_the_classifier() -> None:

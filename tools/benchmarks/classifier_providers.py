@@ -31,6 +31,7 @@ PROVIDERS = {
     "megacid": "PartialFC, RowAdamW",
 }
 PRODUCTS = "3gemm"  # the fourth provider of the suite head on a CPU
+GRAPH = "megacid-graph"  # that of the suite step on a GPU
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Provider:
         self.optimizer: torch.optim.AdamW | RowAdamW | None = None
         options: dict[str, Any] = {"sample_rate": shape.rate, "scale": SCALE, "init": weight, "device": device}
         adam: dict[str, Any] = {"lr": LEARNING_RATE, "betas": BETAS, "weight_decay": WEIGHT_DECAY}
-        if name == "megacid":
-            options["impl"] = implementation()
+        if name in ("megacid", GRAPH):
+            options |= {"impl": implementation(), "static_shapes": name == GRAPH, "cuda_graph": name == GRAPH}
             self.head = PartialFC(shape.classes, shape.width, margin=Margin.cosface(MARGIN), seed=SEED, **options)
             if train:
                 self.optimizer = RowAdamW(self.head, **adam)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from benchmarks.classifier_providers import PRODUCTS, SEED, Shape, class_rows, make_provider
+from benchmarks.classifier_providers import GRAPH, PRODUCTS, SEED, Shape, class_rows, make_provider
 from benchmarks.suite import Row, clock_of
 from megacid.errors import UserError
 
@@ -55,7 +55,7 @@ def take_turns(names: list[str], shape: Shape, args: argparse.Namespace) -> dict
 def needed_bytes(name: str, shape: Shape, train: bool) -> int:
     """An upper estimate: weight, moments, and copies during construction or the backward; of megacid's logits only a
     chunk."""
-    if name in ("megacid", PRODUCTS):
+    if name in ("megacid", GRAPH, PRODUCTS):
         logits = min(2 * shape.batch * shape.rows, 4 << 30)
         return 4 * 3 * (shape.classes + shape.rows) * shape.width + logits
     copies = 6 if train else 3
@@ -89,7 +89,7 @@ def measure_shape(shape: Shape, names: list[str], args: argparse.Namespace) -> l
     taken, free = 0, 0.9 * measure.free_bytes(torch.device(args.device))
     results: dict[str, dict[str, Any]] = {name: {} for name in names}
     # The tuned variant comes last: it is skipped if memory is short.
-    for name in sorted(results, key=("megacid", PRODUCTS, "eager", "eager-tuned").index):
+    for name in sorted(results, key=("megacid", GRAPH, PRODUCTS, "eager", "eager-tuned").index):
         needed = needed_bytes(name, shape, args.suite != "head") + taken
         if needed > free:
             results[name] = {"skipped": f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"}

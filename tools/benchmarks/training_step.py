@@ -3,7 +3,8 @@
 Loss and gradients of all providers are first compared with float64. In step (and head on a CPU) the providers take
 turns in one process, and speed is the median of paired ratios; in scale each has its own process. Extra memory is the
 peak of one iteration above weights, moments and inputs, always in a separate process. In head on a CPU the provider
-3gemm computes the three products of megacid's chunks alone: the least time of any form that stores the gradient.
+3gemm computes the three products of megacid's chunks alone: the least time of any form that stores the gradient. In
+step on a GPU megacid-graph is megacid with static shapes, its loss and gradients from a CUDA graph.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import itertools
 import torch
 
 from argtypes import positive
-from benchmarks.classifier_providers import PRODUCTS, PROVIDERS, Shape, check_accuracy
+from benchmarks.classifier_providers import GRAPH, PRODUCTS, PROVIDERS, Shape, check_accuracy
 from benchmarks.classifier_timing import compare, measure_shape
 from benchmarks.measure import format_ms, format_value, median
 from benchmarks.suite import Limit, Report, Row, make_report, of_gpu_code
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> Report:
     names = [name for name in PROVIDERS if args.suite != "scale" or name != "eager-tuned"]
     check_accuracy(names, torch.device(args.device))
     print("compared with float64: " + "; ".join(f"{name} ({PROVIDERS[name]})" for name in names))
-    names += [PRODUCTS] if args.suite == "head" else []
+    names += [PRODUCTS] if args.suite == "head" else [GRAPH] if (args.suite, args.device) == ("step", "cuda") else []
     rows = [row for shape in shapes for row in measure_shape(shape, names, args)]
     for row, (speed, memory) in [(row, compare(row, by_shape(rows)[row["shape"]]["eager"])) for row in rows]:
         row |= {} if speed is None else {"speed_over_eager": speed}
