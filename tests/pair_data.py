@@ -21,8 +21,9 @@ from megacid.data.joined import JoinSources
 from megacid.data.joined_build import open_joined
 from megacid.data.loader import PairStream
 from megacid.data.pairs import PairOptions
-from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
+from megacid.data.side_tables import KeepTable, LabelTable
 from megacid.data.sources import Source
+from megacid.data.teacher_table import TeacherTable
 from megacid.storage.metadata import write_meta
 
 SIZES = {"00000": 9, "00001": 7, "00002": 8}

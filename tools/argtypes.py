@@ -2,13 +2,16 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import checkout  # noqa: F401  import paths of a plain checkout
 from megacid.errors import UserError
 
 LARGEST_INT = 2**31 - 1
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -52,6 +55,15 @@ def real(least: float = 0.0, most: float = math.inf, *, without: tuple[float, ..
         return value
 
     return convert
+
+
+def local_path(text: str) -> Path:
+    """The type of an option that takes a path on a disk."""
+    if _URL.match(text):
+        raise argparse.ArgumentTypeError(
+            f"is {text[:200]}, a URL, expected a path on a disk: name one, and copy its files from or to the store"
+        )
+    return Path(text)
 
 
 natural, positive, seed_number = integer(0), integer(1), integer(0, 2**63 - 1)

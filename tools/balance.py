@@ -26,10 +26,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser, natural, positive, real, seed_number, share_of_all
+from argtypes import ToolParser, local_path, natural, positive, real, seed_number, share_of_all
 from megacid.data.captions import recorded_caption
 from megacid.data.index import load_index
 from megacid.distributed.divided_work import Workers
@@ -48,9 +47,9 @@ COLLECTIVE_TIMEOUT_S = 7200.0  # while --cells are made; the other collectives w
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
     add = parser.add_argument
-    add("--embeddings", required=True, type=Path, metavar="DIR", help="directory written by tools/embed.py")
+    add("--embeddings", required=True, type=local_path, metavar="DIR", help="directory written by tools/embed.py")
     clusters = parser.add_mutually_exclusive_group(required=True)
-    clusters.add_argument("--clusters", type=Path, metavar="DIR", help="directory written by tools/cluster.py")
+    clusters.add_argument("--clusters", type=local_path, metavar="DIR", help="directory written by tools/cluster.py")
     clusters.add_argument(
         "--cells",
         type=positive,
@@ -64,7 +63,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         default=4.0,
         help="memory bound of a rank for --cells, and for a copy of embeddings that exceed the memory (default 4)",
     )
-    add("--out", required=True, type=Path, metavar="OUT", help="directory to write or continue")
+    add("--out", required=True, type=local_path, metavar="OUT", help="directory to write or continue")
     add(
         "--shards",
         metavar="TARS",
@@ -82,7 +81,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--block", type=positive, default=1024, metavar="N", help="rows of one block of products (default 1024)")
     add(
         "--reshard",
-        type=Path,
+        type=local_path,
         metavar="DIR",
         help="also copy the kept samples to new tars in DIR, with sizes.json; the embeddings and labels of the whole "
         "set can be used with them",

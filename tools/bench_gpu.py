@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser
+from argtypes import ToolParser, local_path
 from bench import MODULES
 from benchmarks.measure import format_ms, format_value, quantiles
 from benchmarks.suite import Limit
@@ -146,7 +146,7 @@ SLICES = {
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
-    parser.add_argument("out", type=Path, nargs="?", default=ROOT / "docs" / "bench", help="default docs/bench")
+    parser.add_argument("out", type=local_path, nargs="?", default=ROOT / "docs" / "bench", help="default docs/bench")
     parser.add_argument("--slices", nargs="+", choices=tuple(SLICES), default=list(SLICES), help="default all")
     parser.add_argument("--list", action="store_true", help="list the slices and their commands, and run none")
     parser.add_argument("--dry", action="store_true", help="run the slices at toy shapes on the CPU")

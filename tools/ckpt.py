@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser
+from argtypes import ToolParser, local_path
 from megacid.checkpoint import store
 from megacid.checkpoint.state import CheckpointReader
 from megacid.classifier.initialization import load_rows, shape_of
@@ -148,9 +148,9 @@ def main(argv: list[str] | None = None) -> int:
         ),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("path", type=Path, help="run or checkpoint directory; for import: files to read")
+        command.add_argument("path", type=local_path, help="run or checkpoint directory; for import: files to read")
         if call in (export, import_):
-            command.add_argument("--out", type=Path, required=True, help="the .npy file to write")
+            command.add_argument("--out", type=local_path, required=True, help="the .npy file to write")
         command.set_defaults(call=call)
     args = parser.parse_args(argv)
     return int(args.call(args))

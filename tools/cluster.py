@@ -14,10 +14,9 @@ import argparse
 import logging
 import sys
 from dataclasses import fields, replace
-from pathlib import Path
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser, natural, positive, real, seed_number
+from argtypes import ToolParser, local_path, natural, positive, real, seed_number
 from megacid.distributed.consensus import fail_together
 from megacid.distributed.parallel import Parallel, accept_launcher_arguments
 from megacid.distributed.progress import progress_bar
@@ -35,13 +34,13 @@ COLLECTIVE_TIMEOUT_S = 7200.0  # ranks may have disks of different speed
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
     add = parser.add_argument
-    add("--embeddings", required=True, type=Path, help="directory written by tools/embed.py")
-    add("--out", required=True, type=Path, metavar="OUT", help="directory to write or continue")
+    add("--embeddings", required=True, type=local_path, help="directory written by tools/embed.py")
+    add("--out", required=True, type=local_path, metavar="OUT", help="directory to write or continue")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--k", type=positive, help="number of clusters")
     task.add_argument(
         "--assign-only",
-        type=Path,
+        type=local_path,
         metavar="CLUSTERS_DIR",
         help="assign labels from the centroids of this finished directory; of the options below only --backend and "
         "--top-labels apply",
@@ -54,7 +53,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--keep",
-        type=Path,
+        type=local_path,
         metavar="BALANCE_DIR",
         help="train on the samples that this output of tools/balance.py keeps (default: all); all samples get labels",
     )

@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
 from PIL import Image
 from pydantic.fields import FieldInfo
 
-from argtypes import ToolParser
+from argtypes import ToolParser, local_path
 from corpus_page import TITLES, facts_of, page_part
 from figure_kinds.curves import choose_tags, curves_figure, read_curves
 from figure_kinds.study import arm_rows, arms_figure
@@ -273,10 +273,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = ToolParser(description=__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="exit 1 when docs/configuration.md is stale")
-    what.add_argument("--demo", type=Path, help="output directory of tools/demo.sh")
-    what.add_argument("--corpus", type=Path, help="output directory of tools/prepare_icons.py")
+    what.add_argument("--demo", type=local_path, help="output directory of tools/demo.sh")
+    what.add_argument("--corpus", type=local_path, help="output directory of tools/prepare_icons.py")
     what.add_argument(
-        "--study", type=Path, nargs=2, metavar=("STUDY.json", "OUT"), help="file and output directory of a study"
+        "--study", type=local_path, nargs=2, metavar=("STUDY.json", "OUT"), help="file and output directory of a study"
     )
     args = parser.parse_args(argv)
     written: list[Path] | None = None

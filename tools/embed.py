@@ -20,10 +20,9 @@ import argparse
 import os
 import sys
 from collections import Counter
-from pathlib import Path
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser, natural, positive, seed_number, share
+from argtypes import ToolParser, local_path, natural, positive, seed_number, share
 from megacid.data.captions import CaptionSource
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.index_report import MAX_LOST, listed, percent, summary
@@ -60,7 +59,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="where captions are: txt (default), the ending of another text member, json:FIELD of the .json member, or "
         "json:FIELD.* for all texts of a list",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="directory to write or continue")
+    parser.add_argument("--out", required=True, type=local_path, metavar="OUT", help="directory to write or continue")
     parser.add_argument("--model", required=True, help="open_clip name, local-dir:PATH, or hf-hub:ORG/NAME")
     parser.add_argument("--pretrained", help="open_clip tag or weights file of an open_clip name")
     add_views(parser)
@@ -92,7 +91,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--adopt",
-        type=Path,
+        type=local_path,
         metavar="FOLDER",
         help="take the embeddings of this folder of clip-retrieval or DataComp instead of computing them; --model and "
         "--pretrained name their teacher; of the other options --caption, --max-lost and --arrays apply",

@@ -13,12 +13,11 @@ takes what `tools/bench.py --suite step-time --json FILE` fitted on another mach
 import argparse
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser, positive
+from argtypes import ToolParser, local_path, positive
 from benchmarks.suite import read_report
 from megacid.config.conditions import compares_with_teacher, terms_with_teacher
 from megacid.config.load import load_run
@@ -58,7 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--feature-dim", type=positive, help="feature width, instead of reading it from the features")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--costs", type=Path, metavar="FILE.json", help="costs fitted by suite step-time on this device"
+        "--costs", type=local_path, metavar="FILE.json", help="costs fitted by suite step-time on this device"
     )
     return parser.parse_args(argv)
 

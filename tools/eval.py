@@ -32,7 +32,7 @@ from typing import Any, TextIO
 import torch
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser, natural, positive
+from argtypes import ToolParser, local_path, natural, positive
 from megacid.data.features import FeatureSet
 from megacid.distributed.collectives import rank
 from megacid.distributed.consensus import agree, fail_together
@@ -69,7 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="open_clip architecture, local-dir:PATH, or hf-hub:ORG/NAME")
-    which.add_argument("--run", type=Path, help="run directory written by train.py")
+    which.add_argument("--run", type=local_path, help="run directory written by train.py")
     parser.add_argument("--pretrained", help="tag or file of the weights, for --model NAME")
     parser.add_argument(
         "--step", type=natural, help="step of the checkpoint, for --run (default: the newest valid one)"
@@ -78,12 +78,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--ema", action="store_true", help="evaluate the moving average of the weights (student.ema_decay), for --run"
     )
     data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--dataset-root", type=Path, help="evaluation set in CLIP_benchmark's layout")
+    data.add_argument("--dataset-root", type=local_path, help="evaluation set in CLIP_benchmark's layout")
     data.add_argument(
         "--suite", help=f"many sets: all in this directory, or those of {', '.join(SUITES)} that are in --data"
     )
-    data.add_argument("--features", type=Path, help="features directory, for --run")
-    parser.add_argument("--data", type=Path, help="directory with the sets of a --suite that has a name")
+    data.add_argument("--features", type=local_path, help="features directory, for --run")
+    parser.add_argument("--data", type=local_path, help="directory with the sets of a --suite that has a name")
     parser.add_argument("--dataset-name", help="name of the data in the results (default: the directory's name)")
     parser.add_argument(
         "--tasks",
@@ -94,7 +94,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--neighbors", type=positive, default=NEIGHBORS, help=f"k of the task knn (default: {NEIGHBORS})"
     )
     parser.add_argument("--limit", type=positive, help="use only the first LIMIT test rows, for --features")
-    parser.add_argument("--out", type=Path, required=True, help="directory for the JSON files")
+    parser.add_argument("--out", type=local_path, required=True, help="directory for the JSON files")
     parser.add_argument("--batch-size", type=positive, default=256, help="images per forward (default: 256)")
     parser.add_argument(
         "--workers",

@@ -10,10 +10,9 @@ tools/export.py --run runs/digits --out export/digits --transformers --ema
 
 import argparse
 import sys
-from pathlib import Path
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser
+from argtypes import ToolParser, local_path
 from megacid.distributed.stopping import run_alone
 from megacid.errors import UserError, run_tool
 from megacid.evaluate.export import export_student, read_run_block, student_from_run
@@ -33,11 +32,11 @@ def parse_step(text: str) -> int | None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = ToolParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="run directory written by train.py")
+    parser.add_argument("--run", type=local_path, required=True, help="run directory written by train.py")
     parser.add_argument(
         "--step", default="latest", help="step of the checkpoint (default: latest, the newest valid one)"
     )
-    parser.add_argument("--out", type=Path, required=True, help="directory for the files")
+    parser.add_argument("--out", type=local_path, required=True, help="directory for the files")
     parser.add_argument("--name", help="name of the model and of its .pt and .json file (default: name of the run)")
     parser.add_argument(
         "--ema", action="store_true", help="export the moving average of the weights (student.ema_decay)"

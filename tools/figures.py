@@ -14,10 +14,9 @@ Each figure is written as .png, .svg and .pdf; existing files are replaced. Equa
 
 import argparse
 import sys
-from pathlib import Path
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser
+from argtypes import ToolParser, local_path
 from figure_kinds import balance, curves, patches, results, study, weights
 from megacid.distributed.stopping import run_alone
 from megacid.errors import run_tool
@@ -40,7 +39,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         text = str(kind.__doc__)
         part = kinds.add_parser(name, description=text, help=text.splitlines()[0])
         kind.add_arguments(part)
-        part.add_argument("--out", required=True, type=Path, metavar="OUT", help="directory to write")
+        part.add_argument("--out", required=True, type=local_path, metavar="OUT", help="directory to write")
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["balance", *argv]
     return parser.parse_args(argv)

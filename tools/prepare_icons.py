@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser, integer
+from argtypes import ToolParser, integer, local_path
 from icon_packages import IconPackage, read_package
 from icon_report import attribution, equal_pictures, examples, summarize
 from icon_sets import SPLITS, TEMPLATES, Pair, Plan, classification, plan_pairs, retrieval
@@ -48,8 +48,8 @@ MAX_NAMED = 20  # icons without a picture that are printed; summary.json has all
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
-    parser.add_argument("--package", type=Path, required=True, help="archive or folder of @iconify/json or qtawesome")
-    parser.add_argument("--out", type=Path, required=True, help="output directory")
+    parser.add_argument("--package", type=local_path, required=True, help="archive or folder of the icons")
+    parser.add_argument("--out", type=local_path, required=True, help="output directory")
     parser.add_argument(
         "--size", type=integer(8, 1024), default=32, help="side of the pictures in pixels (default: 32)"
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser
+from argtypes import ToolParser, local_path
 from megacid.config.load import load_run
 from megacid.errors import run_tool
 from megacid.training.communication import step_collectives
@@ -119,7 +119,7 @@ def draw(cases: list[Case], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = ToolParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the figure, .svg or .png")
+    parser.add_argument("--out", type=local_path, required=True, metavar="FILE", help="the figure, .svg or .png")
     args = parser.parse_args(argv)
     cases = predict()
     print("\n".join(table(cases)))

@@ -24,7 +24,7 @@ from pathlib import Path
 from PIL import Image
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser
+from argtypes import ToolParser, local_path
 from megacid.errors import UserError, run_tool
 from megacid.storage.atomic import writing
 
@@ -34,8 +34,8 @@ START_S, BROWSER_S = 120.0, 120.0
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ToolParser(description="Take a picture of the curves of runs as TensorBoard shows them.")
-    parser.add_argument("runs", type=Path, help="run directory, or a directory of runs")
-    parser.add_argument("out", type=Path, help="the picture, a .png file")
+    parser.add_argument("runs", type=local_path, help="run directory, or a directory of runs")
+    parser.add_argument("out", type=local_path, help="the picture, a .png file")
     parser.add_argument(
         "--tags", default="train/(loss|cosine_image|grad_norm|logit_scale)$",
         help="regular expression of the tags that are shown (default: %(default)s)",

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser
+from argtypes import ToolParser, local_path
 from launching import run_logged, training_command
 from megacid.data.index import load_index
 from megacid.data.side_tables import KeepTable
@@ -50,10 +50,10 @@ ACROSS = 4  # neighbour clusters whose pairs balance compares, too: copies can l
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
-    parser.add_argument("file", type=Path, metavar="STUDY.json", help="arms, seeds and stages of the study")
-    parser.add_argument("--out", type=Path, required=True, help="directory for stages, runs and results")
+    parser.add_argument("file", type=local_path, metavar="STUDY.json", help="arms, seeds and stages of the study")
+    parser.add_argument("--out", type=local_path, required=True, help="directory for stages, runs and results")
     parser.add_argument("--arms", nargs="+", default=[], metavar="NAME", help="groups or arms (default: all)")
-    parser.add_argument("--corpus", type=Path, help="output of tools/prepare_icons.py (default: corpus of the file)")
+    parser.add_argument("--corpus", type=local_path, help="corpus (default: that of the file)")
     parser.add_argument("--test", action="store_true", help="also evaluate the chosen runs on the test sets")
     parser.add_argument("--report", action="store_true", help="print the tables of the finished runs; train nothing")
     return parser.parse_args(argv)

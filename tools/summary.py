@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser
+from argtypes import ToolParser, local_path
 from megacid.errors import UserError, run_tool
 from megacid.storage.atomic import write_json_atomic
 from megacid.storage.metadata import machine, versions
@@ -62,7 +62,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = ToolParser(description=__doc__)
-    parser.add_argument("--demo", type=Path, required=True, help="output directory of tools/demo.sh")
+    parser.add_argument("--demo", type=local_path, required=True, help="output directory of tools/demo.sh")
     demo = parser.parse_args().demo
     runs = {name: run_results(demo, name) for name in RUNS}
     report = read(demo / "balance" / "report.json")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser, integer, positive, seed_number, share_of_all
+from argtypes import ToolParser, integer, local_path, positive, seed_number, share_of_all
 from launching import run_logged, training_command
 from megacid.config.load import load_run
 from megacid.data.features import FeatureSet
@@ -56,7 +56,7 @@ class Point:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
     parser.add_argument("--deepspeed_config", "--deepspeed-config", required=True, metavar="RUN.json")
-    parser.add_argument("--features", type=Path, help="directory of features (default: data.features of the run file)")
+    parser.add_argument("--features", type=local_path, help="features (default: those of the run file)")
     parser.add_argument(
         "--rates", type=share_of_all, nargs="+", default=[], metavar="R", help="sampling rates, above 0 to 1"
     )
@@ -70,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value of the run file"
     )
-    parser.add_argument("--out", type=Path, required=True, help="directory for the runs and the results")
+    parser.add_argument("--out", type=local_path, required=True, help="directory for the runs and the results")
     args = parser.parse_args(argv)
     if not args.rates and not args.clusters:
         raise UserError("neither --rates nor --clusters is given: name the values to compare")

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser, integer, natural, positive, real, seed_number
+from argtypes import ToolParser, integer, local_path, natural, positive, real, seed_number
 from megacid.data.index import load_index
 from megacid.data.order import KeyedPermutation, derive_key
 from megacid.distributed.progress import progress_bar
@@ -312,7 +312,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     def kind(name: str, make: Any, text: str) -> argparse.ArgumentParser:
         sub = kinds.add_parser(name, help=text, description=text, formatter_class=HelpFormatter)
-        sub.add_argument("--out", type=Path, required=True, help="output directory")
+        sub.add_argument("--out", type=local_path, required=True, help="output directory")
         sub.add_argument("--force", action="store_true", help="replace an earlier output of this tool")
         sub.add_argument("--seed", type=seed_number, default=0, help="determines all random choices")
         sub.set_defaults(make=make)

@@ -11,12 +11,11 @@ Nothing is tuned during training: the table is read once, so all ranks use the s
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 import checkout  # noqa: F401  import paths of a plain checkout
-from argtypes import ToolParser, positive
+from argtypes import ToolParser, local_path, positive
 from benchmarks import measure, tile_search
 from benchmarks.suite import Row, interpreted, print_table
 from megacid.errors import UserError, run_tool
@@ -37,7 +36,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
-    parser.add_argument("--out", type=Path, metavar="TABLE.json", help="file to write the table to")
+    parser.add_argument("--out", type=local_path, metavar="TABLE.json", help="file to write the table to")
     parser.add_argument("--list", action="store_true", help="list the candidates without measuring")
     parser.add_argument(
         "--architecture", choices=tuple(tile_search.SHARED_BYTES), default="sm_90", help="of the GPU that --list is for"

@@ -56,14 +56,15 @@ def _shards(block: Any) -> list[str]:
 
 
 def _has_url(block: Any) -> bool:
-    return any("://" in shards for shards in _shards(block)) and not _are_pipes(block)
+    paths = [path for source in block.data.all_sources.values() for path in source.paths]
+    return any("://" in path for path in paths) and not _are_pipes(block)
 
 
 Shards = Needs("data.shards (or sources)", _shards)
 OneSource = Needs("data.shards", lambda block: block.data.shards is not None)
 Pipes = Needs("pipe: in data.shards", _are_pipes)
 NoPipes = Needs("data.shards without pipe:, or data.features", lambda block: not _are_pipes(block))
-RemoteShards = Needs("a URL in data.shards (or sources)", _has_url)
+RemoteFiles = Needs("a URL in data.shards, teacher, labels or keep (or sources)", _has_url)
 CacheDirectory = Needs("data.cache_dir", lambda block: block.data.cache_dir is not None)
 Features = Needs("data.features", lambda block: block.data.features is not None)
 HiddenLayers = Needs("student.layers > 0", lambda block: block.student.layers)

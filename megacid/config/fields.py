@@ -23,6 +23,12 @@ def expanded_path(path: str) -> str:
     return expanded
 
 
+def _local_path(path: str) -> str:
+    if "://" in path:
+        raise ValueError("a path on a disk, not a URL")
+    return expanded_path(path)
+
+
 def _directory_name(name: Any) -> Any:
     if isinstance(name, str) and (
         name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable() or len(name.encode()) > 200
@@ -90,6 +96,7 @@ def named_blocks(value: Any) -> Any:
 # A validator's ValueError ends the message `"KEY" is VALUE, expected ...`.
 DirectoryName = Annotated[str, BeforeValidator(_directory_name)]
 FilePath = Annotated[str, AfterValidator(expanded_path)]
+LocalPath = Annotated[str, AfterValidator(_local_path)]
 Shards = Annotated[str, BeforeValidator(_joined), AfterValidator(_shards)]
 IndexedShards = Annotated[str, BeforeValidator(_joined), AfterValidator(_indexed)]
 OneOrSeveralPaths = Annotated[str | tuple[str, ...], BeforeValidator(_one_or_several_paths)]

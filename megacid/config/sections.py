@@ -16,6 +16,7 @@ from megacid.config.fields import (
     Fraction,
     FractionAboveZero,
     IndexedShards,
+    LocalPath,
     OneOrSeveralPaths,
     OneOrSeveralTemperatures,
     Seconds,
@@ -40,7 +41,7 @@ class RunConfig(Section):
     """Name of the run, without "/". Its directory is `dir`/`name`."""
     total_steps: Steps
     """Number of optimizer steps of the whole run."""
-    dir: FilePath = "runs"
+    dir: LocalPath = "runs"
     """Parent directory of the run directory. A leading ~ is expanded in all paths; variables ($NAME) are refused."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initialisation, sample order, class sampling and augmentation."""
@@ -132,6 +133,11 @@ class SourceConfig(Section):
         """The directories of `teacher`."""
         return (self.teacher,) if isinstance(self.teacher, str) else self.teacher or ()
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All paths and URLs."""
+        return tuple(path for path in (self.shards, *self.teachers, self.labels, self.keep) if path)
+
 
 NamedSources = Annotated[dict[str, SourceConfig], BeforeValidator(named_blocks)]
 
@@ -151,24 +157,25 @@ class DataConfig(Section):
     sources: NamedSources | None = None
     """Several corpora that are mixed by weight: a block of their names, each with a block of its own. They replace
     shards, caption, teacher, labels and keep."""
-    cache_dir: Annotated[FilePath | None, when.RemoteShards] = None
-    """Directory on a local disk for the tars of URLs, shared by all ranks and runs of a node; null: the one that the
+    cache_dir: Annotated[LocalPath | None, when.RemoteFiles] = None
+    """Directory on a local disk for the files of URLs, shared by all ranks and runs of a node; null: the one that the
     variable MEGACID_CACHE_DIR names."""
-    cache_gb: Annotated[float, Field(gt=0, le=10**9), when.RemoteShards, when.CacheDirectory] = 100.0
-    """Size of cache_dir in GB (10^9 bytes): at least that of the blocks of tars that are read and fetched at a time."""
+    cache_gb: Annotated[float, Field(gt=0, le=10**9), when.RemoteFiles, when.CacheDirectory] = 100.0
+    """Size of cache_dir in GB (10^9 bytes): at least that of the files that are read and fetched at a time."""
     caption: Annotated[str, when.OneSource] = "txt"
     """Where the captions are: `txt`, the ending of another text member, `json:FIELD`, or `json:FIELD.*` for a list of
     which each epoch draws one caption. As for tools/embed.py."""
-    features: FilePath | None = None
+    features: LocalPath | None = None
     """Directory of labelled feature vectors, as tools/synthesize.py features writes it. Set this, shards or sources."""
     teacher: Annotated[OneOrSeveralPaths | None, when.OneSource, when.TeacherTerm] = None
-    """Output of tools/embed.py, required by the terms that read it; a list of them for several teachers."""
+    """Output of tools/embed.py, or the URL of a copy, required by the terms that read it; a list of them for several
+    teachers."""
     labels: Annotated[FilePath | None, when.OneSource, when.ClusterTerm] = None
-    """Output of tools/cluster.py. Required by loss.cluster on shards."""
+    """Output of tools/cluster.py, or the URL of a copy. Required by loss.cluster on shards."""
     labels_per_sample: Annotated[Width, when.Shards, when.ClusterTerm] = 1
     """Number of nearest clusters that label a sample: 1 is CLIP-CID, more is MLCD (cluster.py --top-labels)."""
     keep: Annotated[FilePath | None, when.OneSource] = None
-    """Output of tools/balance.py; null: every sample is used."""
+    """Output of tools/balance.py, or the URL of a copy; null: every sample is used."""
     augment: Annotated[Literal["none", "random_resized_crop"], when.Shards] = "none"
     """Image augmentation, seeded per sample. With a teacher that has embedded views (tools/embed.py --views) it must be
     random_resized_crop, and the crops are the teacher's."""

@@ -11,7 +11,6 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,7 +74,7 @@ class Views:
         return {"views": asdict(self)}
 
 
-def recorded_views(meta: dict[str, Any], directory: str | Path) -> Views | None:
+def recorded_views(meta: dict[str, Any], directory: object) -> Views | None:
     """The views in the meta.json of embeddings; None without any. Raises UserError for a damaged entry."""
     if (stored := meta.get("views")) is None:
         return None

@@ -6,13 +6,14 @@ Shapes: m rows, d width of a teacher.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megacid.data.augmentation import Views
 from megacid.data.index import ShardIndex
-from megacid.data.side_tables import TeacherTable
+from megacid.data.remote.cache import ShardCache
+from megacid.data.teacher_table import TeacherTable
 from megacid.errors import UserError
 
 
@@ -50,7 +51,7 @@ def normalized_concatenation(parts: Sequence[np.ndarray], dtype: np.dtype) -> np
     return (np.concatenate(parts, axis=1, dtype=np.float32) * len(parts) ** -0.5).astype(dtype)
 
 
-def common_views(views: Mapping[str | Path, Views | None]) -> Views | None:
+def common_views(views: Mapping[Any, Views | None]) -> Views | None:
     """The views of every teacher, by directory. Raises UserError unless they are the same."""
     (first, expected), *others = views.items()
     for directory, found in others:
@@ -62,7 +63,9 @@ def common_views(views: Mapping[str | Path, Views | None]) -> Views | None:
     return expected
 
 
-def open_teachers(directories: Sequence[str | Path], index: ShardIndex) -> TeacherTable | TeacherEnsemble:
-    """The teacher of one directory, or the ensemble of several. Raises UserError as `TeacherTable` does."""
-    tables = [TeacherTable(directory, index) for directory in directories]
+def open_teachers(
+    directories: Sequence[str], index: ShardIndex, cache: ShardCache | None = None
+) -> TeacherTable | TeacherEnsemble:
+    """The teacher of one directory, or the ensemble of several. Arguments and errors as of `TeacherTable`."""
+    tables = [TeacherTable(directory, index, cache) for directory in directories]
     return tables[0] if len(tables) == 1 else TeacherEnsemble(tables)

@@ -34,12 +34,16 @@ from megacid.data.ensemble import TeacherEnsemble, normalized_concatenation
 from megacid.data.index import ShardIndex
 from megacid.data.lru import LRUCache, open_file_budget
 from megacid.data.order import splitmix64
-from megacid.data.side_tables import IMAGE, TEXT, KeepTable, LabelTable, TeacherTable
+from megacid.data.remote.cache import CachedFile, ShardCache
+from megacid.data.side_tables import KeepTable, LabelTable
+from megacid.data.teacher_table import IMAGE, TEXT, TeacherTable
 from megacid.errors import UserError
+from megacid.storage.remote_path import AnyPath
 
-VERSION = 1
+VERSION = 2
 PART = 16  # tars per file of rows
-_FILE = np.dtype([("start", "<i8"), ("bytes", "<i8"), ("dtype", "S4")])  # data's first byte, size, type of the elements
+# Of a file of embeddings: first byte of the data, size, type of the elements, and what is known of the sha256.
+_FILE = np.dtype([("start", "<i8"), ("bytes", "<i8"), ("dtype", "S4"), ("sha256", "S64")])
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,12 @@ class JoinSources:
     @property
     def teachers(self) -> tuple[TeacherTable, ...]:
         return () if self.teacher is None else self.teacher.tables
+
+    @property
+    def cache(self) -> ShardCache | None:
+        """Of the files that are in an object store; None: all are on a disk. All sources of a run have the same."""
+        caches = [self.index.paths.cache, *(table.cache for table in self.teachers)]
+        return next((cache for cache in caches if cache is not None), None)
 
     @cached_property
     def made_from(self) -> dict[str, Any]:
@@ -263,7 +273,7 @@ class JoinedTable:
 
         def opened() -> tuple[int, int]:
             entry, path = self._files[shard, number, kind], self.sources.teachers[number].file(shard, kind)
-            file = _open(path, "run tools/embed.py again")
+            file = self._open_embeddings(number, kind, shard)
             if (size := os.fstat(file).st_size) != entry["bytes"]:
                 os.close(file)
                 raise UserError(
@@ -273,6 +283,33 @@ class JoinedTable:
             return file, int(entry["start"])
 
         return self._open.get((number, kind, shard), opened)
+
+    def _open_embeddings(self, number: int, kind: int, shard: int) -> int:
+        teacher, file = self.sources.teachers[number], self._cached_embeddings(number, kind, shard)
+        if file is not None and teacher.cache is not None:
+            return teacher.cache.open_file(file)
+        path = teacher.file(shard, kind)
+        assert isinstance(path, Path)
+        return _open(path, "run tools/embed.py again")
+
+    def _cached_embeddings(self, number: int, kind: int, shard: int) -> CachedFile | None:
+        entry = self._files[shard, number, kind]
+        return self.sources.teachers[number].cached(shard, kind, int(entry["bytes"]), entry["sha256"].decode())
+
+    def remote_files(self) -> dict[int, tuple[CachedFile, ...]]:
+        """Shard -> its tar and its files of embeddings, those that are in an object store.
+
+        Raises:
+            UserError: the sha256 of one is not known.
+        """
+        index, files = self.sources.index, {}
+        for shard, tar in enumerate(index.paths.tars) if self.sources.cache else ():
+            found = [index.paths.cached(tar, index.shards[shard])]
+            for number in range(len(self.sources.teachers)):
+                kinds = np.flatnonzero(self._files["bytes"][shard, number])
+                found += [self._cached_embeddings(number, int(kind), shard) for kind in kinds]
+            files[shard] = tuple(file for file in found if file is not None)
+        return files
 
     def _rows_file(self, part: int) -> tuple[int, int]:
         """(descriptor, first byte of the data)."""
@@ -302,7 +339,7 @@ def _open(path: Path, remedy: str) -> int:
         raise UserError(f"{path} does not exist, expected it since the shards were joined: {remedy}") from None
 
 
-def _unreadable(path: Path, error: OSError) -> UserError:
+def _unreadable(path: AnyPath, error: OSError) -> UserError:
     return UserError(
         f"{path} cannot be read ({error.strerror}): correct its permissions, raise ulimit -n or check that disk, and "
         "start again"

@@ -15,7 +15,7 @@ import numpy as np
 from megacid.data.index_build import remove_old_temporary_files
 from megacid.data.index_ranks import ranks_that_share
 from megacid.data.joined import PART, JoinedTable, JoinSources, header_of, rows_path
-from megacid.data.side_tables import IMAGE, TEXT
+from megacid.data.teacher_table import IMAGE, TEXT
 from megacid.distributed.divided_work import ALONE, Workers
 from megacid.distributed.progress import progress_bar
 from megacid.errors import UserError
@@ -220,9 +220,9 @@ def join_tar(sources: JoinSources, shard: int) -> tuple[np.ndarray, np.ndarray]:
             rows["caption"][:, number] = one.first[at]
             rows["captions"][:, number] = one.first[at + 1] - one.first[at]
         for kind, array in ((IMAGE, one.image), (TEXT, one.text)):
-            if array is not None and isinstance(array, np.memmap):
-                size = Path(str(array.filename)).stat().st_size
-                entry["files"][0, number, kind] = (array.offset, size, array.dtype.str.encode())
+            if array is not None:
+                stored = (array.start, array.bytes, array.dtype.encode(), array.sha256.encode())
+                entry["files"][0, number, kind] = stored
     if sources.teacher is not None and (views := sources.teacher.views) is not None:
         keys = [table.keys[number] for number in row.tolist()]
         seeds = [[views.seed_of(key, view) for view in range(views.count)] for key in keys]

@@ -27,7 +27,7 @@ from megacid.data.indexed_pairs import Pairs, SourceReader
 from megacid.data.mixture import Mixture
 from megacid.data.order import derive_key
 from megacid.data.pairs import PairBatches, PairOptions
-from megacid.data.remote.ahead import fetch_ahead
+from megacid.data.remote.ahead import RemoteSource, fetch_ahead
 from megacid.data.sources import Source
 from megacid.data.workers import WorkersLost, watched, worker_start
 from megacid.errors import UserError
@@ -167,8 +167,10 @@ class PairStream(BatchStream):
                     readers=len(sources),
                 )
             )
+        caches = [source.joined.sources.cache for source in sources]
         self._fetch_ahead = fetch_ahead(
-            [(reader.index.paths, reader.index.shards, reader.order) for reader in self.readers],
+            [RemoteSource(source.joined.remote_files(), reader.order) for source, reader in zip(sources, self.readers)],
+            next((cache for cache in caches if cache is not None), None),
             *(self.mixture, plan, options.workers * options.prefetch),
         )
         super().__init__(plan, options, Pairs(self.readers, self.mixture, options))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -70,7 +69,7 @@ class Choice(NamedTuple):
     caption: int
 
 
-def other_captions(captions: list[str], embedded: int, teacher: Path) -> str | None:
+def other_captions(captions: list[str], embedded: int, teacher: object) -> str | None:
     """Why a sample cannot be used when the teacher has embedded another number of captions; None when it can."""
     if embedded == len(captions):
         return None

@@ -15,7 +15,7 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from megacid.data.remote.cache import DIRECTORY_VARIABLE, GB, CachedTar, ShardCache
+from megacid.data.remote.cache import DIRECTORY_VARIABLE, GB, CachedFile, ShardCache
 from megacid.errors import UserError
 from megacid.storage import object_store
 from megacid.storage.atomic import file_sha256
@@ -82,17 +82,17 @@ class ShardPaths:
         known = self.remote[tar]
         return known.size in (None, entry["bytes"]) and known.version in (None, entry.get("version"))
 
-    def cached(self, tar: Path, entry: dict[str, Any]) -> CachedTar | None:
+    def cached(self, tar: Path, entry: dict[str, Any]) -> CachedFile | None:
         """The tar of an entry as the cache knows it; None for a local one."""
         known = self.remote.get(tar)
-        return None if known is None else CachedTar(known.url, entry["bytes"], entry["sha256"])
+        return None if known is None else CachedFile(known.url, entry["bytes"], entry["sha256"])
 
     def open(self, tar: Path, entry: dict[str, Any]) -> int:
         """A descriptor of a tar. Raises OSError for a local one, UserError for a remote one that cannot be fetched."""
         cached = self.cached(tar, entry)
         if cached is None or self.cache is None:
             return os.open(tar, os.O_RDONLY)
-        return self.cache.open_tar(cached)
+        return self.cache.open_file(cached)
 
     def remote_problem(self, tar: Path, entry: dict[str, Any]) -> str | None:
         """What differs between an entry of the index and the remote tar, which is fetched when it is not cached.
@@ -124,7 +124,7 @@ class ShardPaths:
         if known is None or self.cache is None:
             yield tar, {}
         elif entry is not None:
-            with self.cache.local(CachedTar(known.url, entry["bytes"], entry["sha256"])) as path:
+            with self.cache.local(CachedFile(known.url, entry["bytes"], entry["sha256"])) as path:
                 yield path, {}
         else:
             with self.cache.added(known.url) as (path, found):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 from megacid.data.ensemble import TeacherEnsemble, common_views
 from megacid.data.index import ShardIndex
 from megacid.data.joined import JoinedTable, JoinSources
-from megacid.data.side_tables import LabelTable, TeacherTable
+from megacid.data.side_tables import LabelTable
+from megacid.data.teacher_table import TeacherTable
 from megacid.errors import UserError
-from megacid.storage.atomic import file_sha256
 
 _ADOPTED = "adopted:"  # weights in meta.json that are the digest of the embeddings, which every source has of its own
 
@@ -53,12 +51,11 @@ def check_sources_agree(sources: Mapping[str, JoinSources]) -> None:
     centroids.npy of every directory of labels is read, since another clustering may have as many clusters.
     """
     (first, expected), *others = sources.items()
-    centroids_digest = cache(_centroids_digest)  # a million centroids are gigabytes
     for name, found in others:
         for table, other in zip(expected.teachers, found.teachers, strict=True):
             _check_teacher(other, name, table, first)
         if expected.labels is not None and found.labels is not None:
-            _check_clusters(found.labels, name, expected.labels, first, centroids_digest)
+            _check_clusters(found.labels, name, expected.labels, first)
 
 
 def _check_teacher(found: TeacherTable, name: str, expected: TeacherTable, first: str) -> None:
@@ -75,12 +72,10 @@ def _check_teacher(found: TeacherTable, name: str, expected: TeacherTable, first
     common_views({expected.directory: expected.views, found.directory: found.views})
 
 
-def _check_clusters(
-    found: LabelTable, name: str, expected: LabelTable, first: str, centroids_digest: Callable[[Path], str]
-) -> None:
+def _check_clusters(found: LabelTable, name: str, expected: LabelTable, first: str) -> None:
     if found.num_classes != expected.num_classes:
         difference = f"k is {found.num_classes}, expected {expected.num_classes}"
-    elif centroids_digest(found.directory) != centroids_digest(expected.directory):
+    elif found.centroids_sha256 != expected.centroids_sha256:
         difference = "centroids.npy has other values"
     else:
         return
@@ -88,14 +83,3 @@ def _check_clusters(
         f"{found.directory} of source {name} has labels of other clusters than {expected.directory} of source {first} "
         f"({difference}): run tools/cluster.py --assign-only {expected.directory} on the embeddings of {name}"
     )
-
-
-def _centroids_digest(directory: Path) -> str:
-    path = directory / "centroids.npy"
-    try:
-        return file_sha256(path)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}), expected the centroids of the labels: run tools/cluster.py "
-            "again"
-        ) from None

@@ -15,6 +15,7 @@ from typing import Any
 
 from megacid.errors import UserError
 from megacid.storage.atomic import JSON_BYTES, read_bounded, write_json_atomic
+from megacid.storage.remote_path import AnyPath, RemotePath, any_path
 
 _EARLIER_FIELDS = {"balance": "across"}  # by tool: a field that only earlier versions wrote, in another layout
 
@@ -46,21 +47,23 @@ def write_meta(directory: str | Path, made_by: str, source: dict[str, Any], **fa
     )
 
 
-def read_meta(directory: str | Path, expect: str | None = None) -> dict[str, Any]:
+def read_meta(directory: str | AnyPath, expect: str | None = None) -> dict[str, Any]:
     """Read `directory/meta.json`; UserError when it is missing, unreadable or made by another tool than `expect`."""
-    directory = Path(directory)
+    directory = any_path(directory)
     tool = f"tools/{expect}.py" if expect else "its tool"
-    if not directory.is_dir():
+    if isinstance(directory, Path) and not directory.is_dir():
         raise UserError(
             f"there is no directory {directory}, expected the output of {tool}: run {tool} first, or correct the path"
         )
     try:
-        meta = json.loads(read_bounded(directory / "meta.json", JSON_BYTES))
+        meta = json.loads(_meta_bytes(directory, tool))
     except FileNotFoundError:
         raise UserError(
             f"{directory} has no meta.json, so the stage that writes it did not finish: run {tool} again with the same "
             "arguments"
         ) from None
+    except UserError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{directory / 'meta.json'} is not JSON ({error}): run {tool} again") from None
     if not isinstance(meta, dict):
@@ -76,7 +79,13 @@ def read_meta(directory: str | Path, expect: str | None = None) -> dict[str, Any
     return dict(meta)
 
 
-def size_field(meta: dict[str, Any], directory: Path, name: str, remedy: str) -> int:
+def _meta_bytes(directory: AnyPath, tool: str) -> bytes:
+    if isinstance(directory, RemotePath):
+        return (directory / "meta.json").read(f"run {tool} first and copy its whole output there, or correct the URL")
+    return read_bounded(directory / "meta.json", JSON_BYTES)
+
+
+def size_field(meta: dict[str, Any], directory: AnyPath, name: str, remedy: str) -> int:
     """A size in `directory`'s meta.json. Raises UserError unless it is an integer from 1 to 2^31 - 1."""
     value = meta.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:

@@ -210,9 +210,13 @@ def read(url: str, limit: int, purpose: Purpose) -> bytes | None:
 
     def cat() -> bytes:
         filesystem.invalidate_cache()
-        if (size := filesystem.info(path)["size"]) > limit:
+        size = filesystem.info(path)["size"]  # None: the store does not tell
+        if size is not None and size > limit:
             raise ValueError(f"it has {size} bytes, expected at most {limit}")
-        return bytes(filesystem.cat_file(path))
+        data = bytes(filesystem.cat_file(path))
+        if size not in (None, len(data)):
+            raise OSError(f"{len(data)} bytes arrived, expected {size}")
+        return data
 
     return _unless_missing(lambda: _retrying(url, cat, purpose=purpose))
 

@@ -12,20 +12,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megacid.errors import UserError, one_line
+from megacid.storage.remote_path import AnyPath, RemotePath
 
 _ERRORS = (OSError, ValueError, KeyError, pa.ArrowException)
 
 
-def read_parquet(path: Path, remedy: str, columns: list[str] | None = None) -> pa.Table:
+def read_parquet(path: AnyPath, remedy: str, columns: list[str] | None = None) -> pa.Table:
     """The columns `columns` (None: all of them) of a parquet file.
 
     Raises:
         UserError: the file is missing or damaged, or lacks a column; the message ends with `remedy`.
     """
-    if not path.exists():
+    if isinstance(path, Path) and not path.exists():
         raise UserError(f"{path} is missing although the stage is complete: {remedy}")
+    source = pa.BufferReader(path.read(remedy)) if isinstance(path, RemotePath) else path
     try:
-        table = pq.read_table(path, columns=columns)
+        table = pq.read_table(source, columns=columns)
     except _ERRORS as error:
         raise _unreadable(path, error, remedy) from None
     missing = [name for name in columns or () if name not in table.column_names]
@@ -47,11 +49,11 @@ def parquet_shape(path: Path, remedy: str) -> tuple[int, int]:
     return footer.num_rows, footer.num_columns
 
 
-def _unreadable(path: Path, error: Exception, remedy: str) -> UserError:
+def _unreadable(path: AnyPath, error: Exception, remedy: str) -> UserError:
     return UserError(f"{path} cannot be read ({one_line(error)}): {remedy}")
 
 
-def key_column(table: pa.Table, column: str, path: Path, remedy: str) -> list[str]:
+def key_column(table: pa.Table, column: str, path: AnyPath, remedy: str) -> list[str]:
     """A column of keys.
 
     Raises:
@@ -66,7 +68,7 @@ def key_column(table: pa.Table, column: str, path: Path, remedy: str) -> list[st
         raise _unreadable(path, error, remedy) from None
 
 
-def count_column(table: pa.Table, column: str, path: Path, remedy: str) -> np.ndarray:
+def count_column(table: pa.Table, column: str, path: AnyPath, remedy: str) -> np.ndarray:
     """int64 [n]: a column of counts, each 1 or more. UserError for other values."""
     values = table[column]
     counts = values.to_numpy() if pa.types.is_integer(values.type) and not values.null_count else np.zeros(1, np.int64)
@@ -76,7 +78,7 @@ def count_column(table: pa.Table, column: str, path: Path, remedy: str) -> np.nd
 
 
 def label_column(
-    table: pa.Table, column: str, keys: list[str], num_classes: int, path: Path, remedy: str
+    table: pa.Table, column: str, keys: list[str], num_classes: int, path: AnyPath, remedy: str
 ) -> np.ndarray:
     """int64 [n]: a column of labels, -1 (none) to num_classes - 1. `keys`: of the rows, for error messages.
 
@@ -100,7 +102,7 @@ def label_column(
     return labels.astype(np.int64)
 
 
-def row_by_key(present: list[str], source: Path | str, remedy: str) -> dict[str, int]:
+def row_by_key(present: list[str], source: AnyPath | str, remedy: str) -> dict[str, int]:
     """The row of every key. UserError when `present`, which was read from `source`, holds a key twice."""
     row_of = {key: row for row, key in enumerate(present)}
     if len(row_of) != len(present):
@@ -110,7 +112,7 @@ def row_by_key(present: list[str], source: Path | str, remedy: str) -> dict[str,
 
 
 def join_by_key(
-    requested: list[str], present: list[str], source: Path | str, remedy: str, *, require_all: bool = False
+    requested: list[str], present: list[str], source: AnyPath | str, remedy: str, *, require_all: bool = False
 ) -> np.ndarray:
     """int64 [m]: row of each requested key in `present`, -1 where it is not there. Either list may be in any order.
 

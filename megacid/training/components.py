@@ -6,6 +6,7 @@ work stands in `fail_together` blocks, collectives stand outside of them.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,36 +181,44 @@ def make_classifier(
         return None, None
     config = run.megacid.classifier
     planned = plan_classifier(run, data.num_classes, width, parallel.world, parallel.device.type, reserved)
-    head = PartialFC(
-        data.num_classes,
-        width,
-        sample_rate=config.sample_rate,
-        margin=Margin(config.m1, config.m2, config.m3),
-        scale=config.scale,
-        group=parallel.group,
-        seed=run.megacid.run.seed,
-        init={"centroids": data.centroids, "random": None}.get(config.init, Path(config.init)),
-        margin_grad=config.margin_grad,
-        grad_reduction=run.grad_reduction,
-        feature_rate=config.feature_rate,
-        filter_threshold=config.filter_threshold,
-        log_q=config.log_q,
-        impl=config.impl,
-        weight_grad=config.weight_grad,
-        precision=config.precision,
-        memory_budget_bytes=planned.spec.memory_budget_bytes,
-        reserved_bytes=reserved,
-        labels_loss=config.labels_loss,
-        static_shapes=config.static_shapes,
-        cuda_graph=config.cuda_graph,
-        device=parallel.device,
-    )
+    with _initial_rows(config.init, data) as init:
+        head = PartialFC(
+            data.num_classes,
+            width,
+            sample_rate=config.sample_rate,
+            margin=Margin(config.m1, config.m2, config.m3),
+            scale=config.scale,
+            group=parallel.group,
+            seed=run.megacid.run.seed,
+            init=init,
+            margin_grad=config.margin_grad,
+            grad_reduction=run.grad_reduction,
+            feature_rate=config.feature_rate,
+            filter_threshold=config.filter_threshold,
+            log_q=config.log_q,
+            impl=config.impl,
+            weight_grad=config.weight_grad,
+            precision=config.precision,
+            memory_budget_bytes=planned.spec.memory_budget_bytes,
+            reserved_bytes=reserved,
+            labels_loss=config.labels_loss,
+            static_shapes=config.static_shapes,
+            cuda_graph=config.cuda_graph,
+            device=parallel.device,
+        )
     common: dict[str, Any] = {
         "lr": peak_rates(run)[1], "weight_decay": config.weight_decay, "moments": config.moments, "lazy": config.lazy,
     }  # fmt: skip
     if config.optimizer == "adamw":
         return head, RowAdamW(head, betas=config.betas, eps=config.eps, **common)
     return head, RowSGD(head, momentum=config.momentum, **common)
+
+
+def _initial_rows(init: str, data: Data) -> AbstractContextManager[Path | None]:
+    """The file with the initial class rows, which can be read during the block; None for random ones."""
+    if init == "centroids" and data.centroids is not None:
+        return data.centroids()
+    return nullcontext(None if init in ("centroids", "random") else Path(init))
 
 
 def make_objective(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,7 +62,7 @@ class Data:
     stream: Callable[[int], Stream]  # from a start step
     teacher_dims: tuple[int, ...] = ()  # width of each teacher
     num_classes: int | None = None  # None: no labels
-    centroids: Path | None = None  # of the labels' clusters; None: they have none
+    centroids: Callable[[], AbstractContextManager[Path]] | None = None  # of the labels' clusters; None: they have none
     feature_dim: int | None = None  # None: pairs of images and texts
     normalize: Callable[[Tensor], Tensor] | None = None  # uint8 images -> the input; None: features
     samples: Callable[[Positions], Stream] | None = None  # pairs at other positions than those of the steps
@@ -140,7 +141,7 @@ def _open_pairs(run: RunFile, parallel: Parallel) -> Data:
         teacher_dims=tuple(table.dim for table in teacher.tables) if teacher else (),
         teacher_has_text=teacher is not None and teacher.has_text,
         num_classes=labels.num_classes if labels else None,
-        centroids=labels.directory / "centroids.npy" if labels else None,
+        centroids=labels.centroids if labels else None,
         normalize=normalize,
         progress=first.progress,
         name_of=first.name_of,
@@ -202,7 +203,7 @@ def _open_pipes(run: RunFile, parallel: Parallel) -> Data:
         teacher_dims=tuple(table.dim for table in sides.teachers),
         teacher_has_text=sides.has_text,
         num_classes=sides.labels.num_classes if sides.labels else None,
-        centroids=sides.labels.directory / "centroids.npy" if sides.labels else None,
+        centroids=sides.labels.centroids if sides.labels else None,
         normalize=normalize,
         position=position,
     )
@@ -226,10 +227,11 @@ def _open_tables(run: RunFile, source: SourceConfig, cache: ShardCache | None, p
     index = load_index(source.shards, caption=source.caption, cache=cache, fetch_limit=_FETCH_LIMIT, workers=workers)
     agree(index.digest, f"the content of {source.shards}", parallel.group)
     with fail_together(parallel.group):
-        teacher = open_teachers(source.teachers, index) if source.teachers and terms_with_teacher(loss) else None
-        labels = None
+        teacher = labels = None
+        if source.teachers and terms_with_teacher(loss):
+            teacher = open_teachers(source.teachers, index, cache)
         if source.labels and loss.cluster:
-            labels = LabelTable(source.labels, index, run.megacid.data.labels_per_sample)
+            labels = LabelTable(source.labels, index, run.megacid.data.labels_per_sample, cache)
         return JoinSources(index, teacher, labels, KeepTable(source.keep, index) if source.keep else None)
 
 

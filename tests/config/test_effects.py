@@ -34,7 +34,7 @@ FOR_NOTHING = {
     ),
     "data.worker_timeout_s=60": "without data.workers > 0",
     "data.prefetch=4": "without data.workers > 0",
-    "data.cache_dir=/nvme/cache": "without a URL in data.shards (or sources)",
+    "data.cache_dir=/nvme/cache": "without a URL in data.shards, teacher, labels or keep (or sources)",
     "data.cache_gb=10 data.shards=s3://bucket/laion": "without data.cache_dir",
     "data.cache_dir=/nvme/cache data.shards=pipe:fetch://00000.tar": "without a URL in data.shards",
     "data.block_shards=8 data.shards=pipe:00000.tar": "without data.shards without pipe:, or data.features",

@@ -113,7 +113,7 @@ REFUSED: dict[str, tuple[Any, tuple[str, ...], str]] = {
     "a cache for nothing": (
         {"laion": LAION},
         ("data.cache_dir=/nvme",),
-        "which has no effect without a URL in data.shards (or sources)",
+        "which has no effect without a URL in data.shards, teacher, labels or keep (or sources)",
     ),
 }
 
@@ -132,8 +132,14 @@ def test_every_key_of_a_source_changes_the_settings(key: str) -> None:
     assert getattr(changed.megacid.data.all_sources["cc12m"], key) == value
 
 
-def test_a_url_in_one_source_is_enough_for_a_cache() -> None:
-    load({"laion": LAION, "cc12m": CC12M | {"shards": "s3://bucket/cc12m"}}, "data.cache_dir=/nvme")
+@pytest.mark.parametrize("key", ["shards", "labels", "keep"])
+def test_a_url_in_one_source_is_enough_for_a_cache(key: str) -> None:
+    load({"laion": LAION, "cc12m": CC12M | {key: "s3://bucket/cc12m"}}, "data.cache_dir=/nvme")
+
+
+def test_what_is_written_is_on_a_disk() -> None:
+    with pytest.raises(UserError, match=r"run.dir\" is \"s3://bucket/runs\", expected a path on a disk, not a URL"):
+        load({"laion": LAION}, "run.dir=s3://bucket/runs")
 
 
 def test_a_resumed_run_may_not_change_a_source_but_may_list_them_in_another_order(tmp_path: Path) -> None:

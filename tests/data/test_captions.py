@@ -16,7 +16,7 @@ from megacid.data.captions import BAD_JSON, BLANK, NO_FIELD, NOT_A_TEXT, TOO_MAN
 from megacid.data.decode import BadSample
 from megacid.data.index import ShardReader, load_index
 from megacid.data.index_verify import verify_index
-from megacid.data.side_tables import TeacherTable
+from megacid.data.teacher_table import TeacherTable
 from megacid.errors import UserError
 from tools import index_shards
 

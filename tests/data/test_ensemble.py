@@ -17,7 +17,8 @@ from pair_data import SIZES, save, stream, teacher_rows, write_parquet, write_sh
 from megacid.data.batch import Positions
 from megacid.data.ensemble import TeacherEnsemble, open_teachers
 from megacid.data.index import ShardIndex
-from megacid.data.side_tables import KeepTable, TeacherTable
+from megacid.data.side_tables import KeepTable
+from megacid.data.teacher_table import TeacherTable
 from megacid.errors import UserError
 from megacid.storage.metadata import write_meta
 

@@ -19,7 +19,8 @@ from pair_data import save, stream, write_parquet, write_shards
 from megacid.classifier.initialization import load_rows
 from megacid.data.features import FeatureSet
 from megacid.data.index import ShardIndex, load_index
-from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
+from megacid.data.side_tables import KeepTable, LabelTable
+from megacid.data.teacher_table import TeacherTable
 from megacid.errors import UserError
 from megacid.offline.rows import EmbeddingRows
 

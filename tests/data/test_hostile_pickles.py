@@ -24,7 +24,8 @@ from megacid.config.load import load_run
 from megacid.data.features import FeatureSet
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.index_verify import verify_index
-from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
+from megacid.data.side_tables import KeepTable, LabelTable
+from megacid.data.teacher_table import TeacherTable
 from megacid.errors import UserError
 from megacid.offline.rows import EmbeddingRows
 

@@ -26,7 +26,8 @@ from megacid.data.index import ShardIndex, load_index
 from megacid.data.joined import PART, JoinSources
 from megacid.data.joined_build import open_joined
 from megacid.data.lru import open_file_budget
-from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
+from megacid.data.side_tables import KeepTable, LabelTable
+from megacid.data.teacher_table import TeacherTable
 from megacid.distributed.divided_work import Workers
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError

@@ -24,7 +24,8 @@ from PIL import Image
 
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.loader import BUDGET_FLOOR, PairStream
-from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
+from megacid.data.side_tables import KeepTable, LabelTable
+from megacid.data.teacher_table import TeacherTable
 from megacid.data.workers import start_worker
 from megacid.errors import UserError
 from megacid.storage.metadata import write_meta

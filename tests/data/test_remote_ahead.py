@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from megacid.data.index import ShardIndex
 from megacid.data.mixture import Mixture
 from megacid.data.order import SampleOrder
 from megacid.data.remote.ahead import FetchAhead, RemoteSource, _Fetcher
-from megacid.data.remote.cache import CachedTar, ShardCache
+from megacid.data.remote.cache import CachedFile, ShardCache
 
 ALONE = Mixture([1.0])
 
@@ -26,7 +27,7 @@ def test_no_epoch_needs_more_tars_than_the_cache_is_asked_to_hold(tmp_path: Path
     sizes = np.array([1, 2, 1, 0, 1, 3, 1, 2] + [40] * 24)
     order = SampleOrder(sizes, seed=0, block_shards=2)
     cache = ShardCache.open(tmp_path / "cache", 1)
-    tars = {shard: CachedTar(f"https://host/{shard}.tar", 1, "0" * 64) for shard in np.flatnonzero(sizes).tolist()}
+    tars = {shard: (CachedFile(f"https://host/{shard}.tar", 1, "0" * 64),) for shard in np.flatnonzero(sizes).tolist()}
     sources = [RemoteSource(tars, order)]
     allowed = FetchAhead(cache, sources, ALONE, in_flight=10, stop=1 << 40)._most_needed(0)
     fetcher = _Fetcher(cache, sources, ALONE, in_flight=10, stop=1 << 40)
@@ -48,7 +49,7 @@ def test_the_tars_of_all_sources_that_a_run_reads_next_are_needed_and_fit(
     sources = []
     for number, of_source in enumerate(sizes):
         urls = (f"https://host/{number}-{shard}.tar" for shard in range(len(of_source)))
-        tars = {shard: CachedTar(url, 1, "0" * 64) for shard, url in enumerate(urls)}
+        tars = {shard: (CachedFile(url, 1, "0" * 64),) for shard, url in enumerate(urls)}
         sources.append(RemoteSource(tars, SampleOrder(of_source, seed=number, block_shards=2)))
     ahead = FetchAhead(cache, sources, mixture, in_flight=in_flight, stop=900)
     allowed = [ahead._most_needed(number) for number in range(2)]
@@ -57,13 +58,13 @@ def test_the_tars_of_all_sources_that_a_run_reads_next_are_needed_and_fit(
         _, needed, later = fetcher._needed_and_later(position)
         of, places = mixture.locate(np.arange(position, min(900, position + in_flight)))
         read = {
-            one.tars[shard]
+            one.files[shard][0]
             for number, one in enumerate(sources)
             for shard in one.order.locate_many(places[of == number])[1].tolist()
         }
         assert read <= needed.keys()
         for number, one in enumerate(sources):
-            assert len(needed.keys() & set(one.tars.values())) <= allowed[number]
+            assert len(needed.keys() & set(itertools.chain(*one.files.values()))) <= allowed[number]
         following = list(later)
         assert len({*following, *needed}) == len(following) + len(needed) <= 28
 
@@ -83,7 +84,7 @@ def test_a_remote_source_gives_the_batches_that_a_local_one_gives(tmp_path: Path
 
 
 @pytest.fixture
-def tars(tmp_path: Path) -> dict[int, CachedTar]:
+def tars(tmp_path: Path) -> dict[int, CachedFile]:
     """Eight tars on a server that has ended, and a cache that has them."""
     pytest.importorskip("aiohttp")
     with remote_shards(tmp_path) as remote:
@@ -92,14 +93,14 @@ def tars(tmp_path: Path) -> dict[int, CachedTar]:
     return {shard: tar for shard, tar in enumerate(found) if tar is not None}
 
 
-def fetcher_of(tmp_path: Path, tars: dict[int, CachedTar]) -> _Fetcher:
-    order = SampleOrder([8] * len(tars), seed=0, block_shards=1)
-    return _Fetcher(
-        ShardCache.open(tmp_path / "cache", 1), [RemoteSource(tars, order)], ALONE, in_flight=4, stop=1 << 40
+def fetcher_of(tmp_path: Path, tars: dict[int, CachedFile]) -> _Fetcher:
+    source = RemoteSource(
+        {shard: (tar,) for shard, tar in tars.items()}, SampleOrder([8] * len(tars), seed=0, block_shards=1)
     )
+    return _Fetcher(ShardCache.open(tmp_path / "cache", 1), [source], ALONE, in_flight=4, stop=1 << 40)
 
 
-def test_the_process_renews_the_marks_of_prefetched_tars(tmp_path: Path, tars: dict[int, CachedTar]) -> None:
+def test_the_process_renews_the_marks_of_prefetched_tars(tmp_path: Path, tars: dict[int, CachedFile]) -> None:
     fetcher, paths = fetcher_of(tmp_path, tars), cached(tmp_path / "cache")
 
     def prefetched() -> int:
@@ -114,7 +115,7 @@ def test_the_process_renews_the_marks_of_prefetched_tars(tmp_path: Path, tars: d
 
 
 def test_a_fault_of_the_cache_does_not_end_the_process(
-    tmp_path: Path, tars: dict[int, CachedTar], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tars: dict[int, CachedFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for path in cached(tmp_path / "cache"):
         path.unlink()

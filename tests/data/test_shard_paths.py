@@ -13,7 +13,7 @@ from pair_data import make_tar, stream, write_shards
 from megacid.data.index import ShardReader, load_index
 from megacid.data.index_verify import verify_index
 from megacid.data.shard_paths import find_shards
-from megacid.data.side_tables import TeacherTable
+from megacid.data.teacher_table import TeacherTable
 from megacid.errors import UserError
 from tools import index_shards
 

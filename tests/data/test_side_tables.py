@@ -8,7 +8,8 @@ from pair_data import keep_dir, label_dir, make_tar, remove_joined, save, teache
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.joined import JoinSources
 from megacid.data.joined_build import open_joined
-from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
+from megacid.data.side_tables import KeepTable, LabelTable
+from megacid.data.teacher_table import TeacherTable
 from megacid.errors import UserError
 
 KEYS = {"00000": ["a", "b", "c"], "00001": ["d", "e"]}

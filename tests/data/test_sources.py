@@ -15,8 +15,9 @@ from pair_data import same, save, source, stream, stream_of, write_parquet, writ
 from megacid.data.batch import Batch
 from megacid.data.index import ShardIndex
 from megacid.data.loader import PairStream
-from megacid.data.side_tables import LabelTable, TeacherTable
+from megacid.data.side_tables import LabelTable
 from megacid.data.sources import check_sources_agree
+from megacid.data.teacher_table import TeacherTable
 from megacid.errors import UserError
 from megacid.storage.metadata import write_meta
 

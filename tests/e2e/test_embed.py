@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from megacid.data.index import load_index
-from megacid.data.side_tables import LabelTable, TeacherTable
+from megacid.data.side_tables import LabelTable
+from megacid.data.teacher_table import TeacherTable
 from megacid.models.clip import load_clip
 from megacid.offline.embed.input import Pairs, as_is
 from megacid.offline.embed.partitions import partition_files

@@ -21,7 +21,8 @@ from pair_data import teacher_rows
 from PIL import Image
 
 from megacid.data.index import load_index
-from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
+from megacid.data.side_tables import KeepTable, LabelTable
+from megacid.data.teacher_table import TeacherTable
 from megacid.distributed.parallel import Parallel
 from megacid.models.clip import load_clip
 from megacid.offline.balance.context import BalanceSettings

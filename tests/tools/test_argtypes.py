@@ -126,6 +126,14 @@ def test_more_clusters_than_rows_are_refused(
         (("synthesize", "tables"), "kind: invalid choice: 'tables'"),
         ((*EMBED, "--batchsize", "4"), "unrecognized arguments: --batchsize 4"),
         (("index_shards",), "the following arguments are required: shards"),
+        (
+            ("cluster", "--embeddings", "s3://bucket/teacher", "--out", "out", "--k", "4"),
+            "--embeddings is s3://bucket/te",
+        ),
+        (
+            ("embed", "--shards", "x", "--out", "s3://bucket/teacher", "--model", "none"),
+            "--out is s3://bucket/te",
+        ),
     ],
 )
 def test_what_argparse_refuses_is_one_line_too(

@@ -26,26 +26,42 @@ pytest.importorskip("aiohttp")
 
 @dataclass
 class Remote:
+    """`server` has the tars of the pipeline, `stages` all of its folders."""
+
     pipeline: Pipeline
     server: ShardServer
+    stages: ShardServer
 
     def run_file(self, name: str, cache: str, **changes: object) -> Path:
         """A run on the server's tars with the labels and teacher of the local ones."""
         options = {"data__cache_dir": str(self.pipeline.root / cache), "data__workers": 1, "data__block_shards": 1}
         return self.pipeline.run_file(name, **{"data__shards": self.server.url, **options, **changes})
 
+    @property
+    def side_tables(self) -> dict[str, object]:
+        """Settings of a run whose embeddings and labels are remote."""
+        return {f"data__{name}": f"{self.stages.url}/{folder}" for name, folder in STAGES.items()}
+
+    def forget(self) -> None:
+        """Remove the tars and the embeddings of the cache."""
+        for path in (self.pipeline.root / "cache").glob("*/*-*.*"):
+            path.unlink()
+
     def step(self, name: str) -> Path:
         return self.pipeline.root / "runs" / name / "step-00000006"
 
 
+STAGES = {"teacher": "teacher", "labels": "clusters"}
+
+
 @pytest.fixture(scope="module")
 def remote(pipeline: Pipeline) -> Iterator[Remote]:
-    with serve(pipeline.shards) as server, pytest.MonkeyPatch.context() as patch:
+    with serve(pipeline.shards) as server, serve(pipeline.root) as stages, pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "RETRY_S", 0.6)
         patch.setattr(store, "_BACKOFF_S", 0.1)
         patch.setattr(cache, "ROOM_S", 0.5)
         load_index(server.url, cache=ShardCache.open(pipeline.root / "cache", 1))
-        yield Remote(pipeline, server)
+        yield Remote(pipeline, server, stages)
 
 
 def _train_and_kill_fetchers(argv: list[str], plan: str) -> int:
@@ -62,33 +78,53 @@ def _train_and_kill_fetchers(argv: list[str], plan: str) -> int:
     return train_rank(argv)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_run_whose_fetchers_and_ranks_are_killed_ends_with_the_bits_of_one_on_a_disk(
-    remote: Remote, world: int
-) -> None:
-    run_train(world, remote.pipeline.run_file(f"disk{world}", data__workers=1, data__block_shards=1))
-    file = remote.run_file(f"remote{world}", "cache")
-    plan = FaultPlan(Fault("train:applied", "kill", step=4))
-    argv = ["--deepspeed_config", str(file)]
-    assert rank_fates(_train_and_kill_fetchers, world, argv, plan.to_json(), timeout_s=120) == [-9] * world
-    for path in (remote.pipeline.root / "cache").glob("*/*.tar"):
-        path.unlink()
-    remote.server.faults = {path.name: ["503", "cut"] for path in remote.pipeline.shards.glob("*.tar")}
-    run_train(world, file)
-    want, got = tensors(remote.step(f"disk{world}")), tensors(remote.step(f"remote{world}"))
+def check_equal(remote: Remote, one: str, other: str) -> None:
+    want, got = tensors(remote.step(one)), tensors(remote.step(other))
     assert want.keys() == got.keys() and all(want[name].equal(got[name]) for name in want)
 
 
+def test_embeddings_labels_and_centroids_by_url_train_the_student_of_a_disk(remote: Remote) -> None:
+    remote.server.faults = {}
+    run_train(1, remote.pipeline.run_file("disk", data__block_shards=1))
+    remote.stages.gets.clear()
+    run_train(1, remote.run_file("urls", "cache", data__workers=0, **remote.side_tables))
+    check_equal(remote, "disk", "urls")
+    assert remote.stages.gets["centroids.npy"] == 1 and remote.stages.gets["img_emb_00002.npy"] == 1
+
+
 @pytest.mark.slow
-def test_a_tar_that_disappears_ends_all_ranks_with_its_url(remote: Remote, capfd: pytest.CaptureFixture[str]) -> None:
-    file = remote.run_file("gone", "cache")
-    for path in (remote.pipeline.root / "cache").glob("*/*.tar"):
-        path.unlink()
-    remote.server.faults = {"00001.tar": "404"}
+@pytest.mark.parametrize("side_tables", ["disk", "url"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_whose_fetchers_and_ranks_are_killed_ends_with_the_bits_of_one_on_a_disk(
+    remote: Remote, world: int, side_tables: str
+) -> None:
+    disk, name = f"disk-{world}-{side_tables}", f"remote-{world}-{side_tables}"
+    run_train(world, remote.pipeline.run_file(disk, data__workers=1, data__block_shards=1))
+    file = remote.run_file(name, "cache", **(remote.side_tables if side_tables == "url" else {}))
+    plan = FaultPlan(Fault("train:applied", "kill", step=4))
+    argv = ["--deepspeed_config", str(file)]
+    assert rank_fates(_train_and_kill_fetchers, world, argv, plan.to_json(), timeout_s=120) == [-9] * world
+    remote.forget()
+    remote.server.faults = {path.name: ["503", "cut"] for path in remote.pipeline.shards.glob("*.tar")}
+    remote.stages.faults = {path.name: ["503", "cut"] for path in remote.pipeline.teacher.glob("img_emb/*")}
+    run_train(world, file)
+    check_equal(remote, disk, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["00001.tar", "teacher/text_emb/text_emb_00001.npy"])
+def test_a_file_that_disappears_ends_all_ranks_with_its_url(
+    remote: Remote, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    file = remote.run_file(f"gone-{name[:2]}", "cache", **remote.side_tables)
+    remote.forget()
+    server = remote.server if name.endswith(".tar") else remote.stages
+    remote.server.faults, remote.stages.faults = {}, {}
+    server.faults = {Path(name).name: "404"}
     codes = run_ranks(train_rank, 2, ["--deepspeed_config", str(file)], timeout_s=120)
+    remote.server.faults, remote.stages.faults = {}, {}
     assert codes == [66, 66]
-    assert f"{remote.server.url}/00001.tar does not exist in its store" in capfd.readouterr().err
+    assert f"{server.url}/{name} does not exist in its store" in capfd.readouterr().err
 
 
 def test_the_offline_tools_read_urls_and_find_them_again(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,11 +21,13 @@ from megacid.data.ensemble import common_views, normalized_concatenation
 from megacid.data.memmap import gather_rows
 from megacid.data.pairs import Choice, other_captions
 from megacid.data.pipes.commands import PipedTar
-from megacid.data.side_tables import BALANCE_AGAIN, EMBED_AGAIN, LabelFiles, TeacherFiles, TeacherRows
+from megacid.data.side_tables import BALANCE_AGAIN, EMBED_AGAIN, LabelFiles
+from megacid.data.teacher_table import TeacherFiles, TeacherRows
 from megacid.errors import UserError
 from megacid.storage.metadata import read_meta
 from megacid.storage.npy import load_npy
 from megacid.storage.parquet import row_by_key
+from megacid.storage.remote_path import AnyPath, any_path
 
 
 class KeepFiles:
@@ -98,7 +100,13 @@ class SideFiles:
                 "s3://bucket/00000.tar -"
             )
         names = [tar.name for tar in tars if tar.name is not None]
-        opened = tuple(TeacherFiles(path, read_meta(path, "embed")) for path in teachers)
+        for path in (*teachers, labels, keep):
+            if path is not None and not isinstance(any_path(path), Path):
+                raise UserError(
+                    f"{path} is a URL, and data.shards are commands, whose side tables are read from a disk: copy it "
+                    "to a disk and name that directory"
+                )
+        opened = tuple(TeacherFiles(Path(path), read_meta(path, "embed")) for path in teachers)
         for teacher in opened:
             if (recorded := recorded_caption(teacher.meta)) != caption:
                 raise UserError(
@@ -109,7 +117,7 @@ class SideFiles:
         label_files = None
         if labels is not None:
             _check_files(Path(labels) / "labels", ".parquet", names, "cluster")
-            label_files = LabelFiles(labels, read_meta(labels, "cluster"), names[0], labels_per_sample)
+            label_files = LabelFiles(Path(labels), read_meta(labels, "cluster"), names[0], labels_per_sample)
         keep_files = None
         if keep is not None:
             _check_files(Path(keep) / "keep", ".npy", names, "balance")
@@ -187,7 +195,7 @@ class TarSides:
         """Whether balance did not keep a sample."""
         return self._kept is not None and self._kept.get(key) is False
 
-    def without_embedding(self, key: str) -> Path | None:
+    def without_embedding(self, key: str) -> AnyPath | None:
         """The directory of a teacher or a balance stage that does not know a sample; None: all do."""
         if self._kept is not None and key not in self._kept:
             assert self._sides.keep is not None

@@ -1,14 +1,14 @@
-"""A cache of whole tars in a local directory, which the processes of all ranks and runs of a node share.
+"""A cache of whole remote files in a local directory, which the processes of all ranks and runs of a node share.
 
     cache_dir/shard_cache.json                     marks the directory as a cache
-    cache_dir/s3-bucket-laion-1f0c.../             one folder per folder of tars, named by its URL
+    cache_dir/s3-bucket-laion-1f0c.../             one folder per remote folder, named by its URL
         index/                                     as next to local tars
-        00000-SHA256.tar                           a tar, named by its content
-        .00000-SHA256.BYTES.lock, .part            a tar that is being fetched
+        00000-SHA256.tar                           a tar, or another file, named by its content
+        .00000-SHA256.BYTES.lock, .part            a file that is being fetched
 
-A tar is fetched under a file lock, checked against size and sha256 of the index, and renamed into place. Before a
-fetch, the tars whose modification time is oldest are removed until the new one fits. The time is that of the last use;
-that of a prefetched tar lies in the future. A tar that a process holds is never removed or replaced. Locks end with
+A file is fetched under a file lock, checked against its recorded size and sha256, and renamed into place. Before a
+fetch, the files whose modification time is oldest are removed until the new one fits. The time is that of the last use;
+that of a prefetched file lies in the future. A file that a process holds is never removed or replaced. Locks end with
 their holder.
 """
 
@@ -22,36 +22,38 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from megacid.errors import UserError
 from megacid.storage import object_store
 from megacid.storage.atomic import disk_errors, open_owned, read_json, write_json_atomic
-from megacid.storage.object_store import RemoteError, RemoteObject
+from megacid.storage.object_store import TARS, Purpose, RemoteError, RemoteObject
 
 GB = 10**9
 DIRECTORY_VARIABLE, SIZE_VARIABLE = "MEGACID_CACHE_DIR", "MEGACID_CACHE_GB"
-ROOM_S = 30.0  # longest wait for other processes to release tars
+ROOM_S = 30.0  # longest wait for other processes to release files
 _POLL_S = 0.05
 _MARKER, _KIND = "shard_cache.json", {"made_by": "megacid", "kind": "shard cache", "version": 1}
 _LOCK_NAME = re.compile(r"\.(?P<name>.+)\.(?P<bytes>\d+)\.lock")
 _HASH_CHARACTERS = 32
-_PREFETCHED_S = 1800.0  # how long a prefetched tar is kept for its run without a new mark
-_PLACE_S = 0.1  # in the order of the prefetched tars
+_ENDINGS = (".tar", ".npy")
+_PREFETCHED_S = 1800.0  # how long a prefetched file is kept for its run without a new mark
+_PLACE_S = 0.1  # in the order of the prefetched files
 
 
 @dataclass(frozen=True)
-class CachedTar:
-    """A tar as the index knows it; size in bytes."""
+class CachedFile:
+    """A remote file as the index of its shards, or its stage, knows it; size in bytes, purpose for messages."""
 
     url: str
     size: int
     sha256: str
+    purpose: Purpose = TARS
 
 
 @dataclass(frozen=True)
 class ShardCache:
-    """Fetches remote tars into `directory`, and keeps at most `limit` bytes of them."""
+    """Fetches remote files into `directory`, and keeps at most `limit` bytes of them."""
 
     directory: Path
     limit: int
@@ -97,34 +99,35 @@ class ShardCache:
         return cls.open(directory, size)
 
     def folder(self, url: str) -> Path:
-        """The local folder of the tars in the same remote folder as `url`; it may not be there yet."""
+        """The local folder of the files in the same remote folder as `url`; it may not be there yet."""
         parent = url.rpartition("/")[0]
         readable = re.sub(r"[^A-Za-z0-9._]+", "-", parent)[-80:].strip("-.")
         return self.directory / f"{readable}-{hashlib.sha256(parent.encode()).hexdigest()[:16]}"
 
-    def path(self, tar: CachedTar) -> Path:
-        """Where a tar is when it is in the cache."""
-        return self.folder(tar.url) / f"{_stem(tar.url)}-{tar.sha256[:_HASH_CHARACTERS]}.tar"
+    def path(self, file: CachedFile) -> Path:
+        """Where a file is when it is in the cache."""
+        name = PurePosixPath(file.url)
+        return self.folder(file.url) / f"{name.stem}-{file.sha256[:_HASH_CHARACTERS]}{name.suffix}"
 
-    def open_tar(self, tar: CachedTar) -> int:
-        """A descriptor of a tar, which is fetched when it is not in the cache. It stays valid if the tar is removed.
+    def open_file(self, file: CachedFile) -> int:
+        """A descriptor of a file, which is fetched when it is not in the cache. It stays valid if the file is removed.
 
         Raises:
-            RemoteError: the tar cannot be fetched, there is no space for it, or the cache cannot be used.
+            RemoteError: the file cannot be fetched, there is no space for it, or the cache cannot be used.
         """
         with self._errors():
-            while (descriptor := self._open_cached(tar)) is None:
-                self._fetch_needed(tar)
-        self.mark(tar)
+            while (descriptor := self._open_cached(file)) is None:
+                self._fetch_needed(file)
+        self.mark(file)
         return descriptor
 
-    def hold(self, tar: CachedTar) -> int | None:
-        """A descriptor of a tar that keeps it in the cache until it is closed; None when it is not there.
+    def hold(self, file: CachedFile) -> int | None:
+        """A descriptor of a file that keeps it in the cache until it is closed; None when it is not there.
 
         Raises:
             OSError: the cache cannot be used.
         """
-        descriptor = self._open_cached(tar)
+        descriptor = self._open_cached(file)
         if descriptor is not None:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             if os.fstat(descriptor).st_nlink == 0:  # removed between the two
@@ -133,99 +136,99 @@ class ShardCache:
         return descriptor
 
     @contextlib.contextmanager
-    def local(self, tar: CachedTar) -> Iterator[Path]:
-        """The path of a tar, which is fetched when it is not in the cache and kept there during the block.
+    def local(self, file: CachedFile) -> Iterator[Path]:
+        """The path of a file, which is fetched when it is not in the cache and kept there during the block.
 
         Raises:
-            RemoteError: as `open_tar`.
+            RemoteError: as `open_file`.
         """
         with self._errors():
-            while (descriptor := self.hold(tar)) is None:
-                self._fetch_needed(tar)
+            while (descriptor := self.hold(file)) is None:
+                self._fetch_needed(file)
         try:
-            yield self.path(tar)
+            yield self.path(file)
         finally:
             os.close(descriptor)
 
     @contextlib.contextmanager
     def added(self, url: str) -> Iterator[tuple[Path, RemoteObject]]:
-        """Fetch a tar that is not indexed. Yields a path, which is valid during the block, and the tar's version.
+        """Fetch a file that is not indexed. Yields a path, which is valid during the block, and the file's version.
 
-        The tar is in the cache after the block. In the block no other process knows it, so none sets its time.
+        The file is in the cache after the block. In the block no other process knows it, so none sets its time.
 
         Raises:
             RemoteError: it cannot be fetched, changes meanwhile, there is no space for it, or the cache cannot be used.
         """
         before = object_store.stat(url)
-        with self._errors(), self._fetching(url, _stem(url), before.size or 0) as lock:
+        with self._errors(), self._fetching(url, PurePosixPath(url).stem, before.size or 0) as lock:
             assert lock is not None
             sha256 = object_store.download(url, lock.part, before.size, None)
             if object_store.stat(url, again=True).version != before.version:
                 raise RemoteError(f"{url} changed while it was read: run the same command when it is complete")
             yield lock.part, before
-            self._place(lock.part, CachedTar(url, lock.part.stat().st_size, sha256))
+            self._place(lock.part, CachedFile(url, lock.part.stat().st_size, sha256))
 
-    def fetch(self, tar: CachedTar, *, remove_prefetched: bool) -> bool:
-        """Fetch a tar ahead. False, without waiting, when another process fetches it or there is no room.
+    def fetch(self, file: CachedFile, *, remove_prefetched: bool) -> bool:
+        """Fetch a file ahead. False, without waiting, when another process fetches it or there is no room.
 
         Args:
-            remove_prefetched: make room also by removing prefetched tars, first those that are needed last.
+            remove_prefetched: make room also by removing prefetched files, first those that are needed last.
 
         Raises:
-            UserError: the tar cannot be fetched, or the cache cannot be used.
+            UserError: the file cannot be fetched, or the cache cannot be used.
         """
         with self._errors():
-            lock = self._lock(tar)
+            lock = self._lock(file)
             if not lock.acquire():
                 return False
             try:
-                if not (there := self.path(tar).exists()) and self._make_room(remove_prefetched=remove_prefetched):
-                    self._download(tar, lock.part)
+                if not (there := self.path(file).exists()) and self._make_room(remove_prefetched=remove_prefetched):
+                    self._download(file, lock.part)
                     there = True
                 return there
             finally:
                 lock.release()
 
-    def mark(self, tar: CachedTar, place: int | None = None) -> bool:
-        """Note that a tar is used now, or with a place that it is prefetched. False when it is not in the cache.
+    def mark(self, file: CachedFile, place: int | None = None) -> bool:
+        """Note that a file is used now, or with a place that it is prefetched. False when it is not in the cache.
 
         Args:
             place: in the order in which a run will need its prefetched tars. The note holds for half an hour.
         """
-        path, at = self.path(tar), time.time() + (0 if place is None else _PREFETCHED_S - place * _PLACE_S)
+        path, at = self.path(file), time.time() + (0 if place is None else _PREFETCHED_S - place * _PLACE_S)
         with contextlib.suppress(OSError):  # only the owner of a file may set its time
             os.utime(path, (at, at))
         return os.path.exists(path)
 
-    def _open_cached(self, tar: CachedTar) -> int | None:
-        path = self.path(tar)
+    def _open_cached(self, file: CachedFile) -> int | None:
+        path = self.path(file)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
-        if os.fstat(descriptor).st_size == tar.size:
+        if os.fstat(descriptor).st_size == file.size:
             return descriptor
         os.close(descriptor)  # cut by somebody
         path.unlink(missing_ok=True)
         return None
 
-    def _lock(self, tar: CachedTar) -> _FetchLock:
-        return _FetchLock(self.folder(tar.url), self.path(tar).stem, tar.size)
+    def _lock(self, file: CachedFile) -> _FetchLock:
+        return _FetchLock(self.folder(file.url), self.path(file).stem, file.size)
 
-    def _fetch_needed(self, tar: CachedTar) -> None:
-        """Fetch a tar, or wait until another process has fetched it."""
-        with self._fetching(tar.url, self.path(tar).stem, tar.size, self.path(tar)) as lock:
+    def _fetch_needed(self, file: CachedFile) -> None:
+        """Fetch a file, or wait until another process has fetched it."""
+        with self._fetching(file.url, self.path(file).stem, file.size, self.path(file)) as lock:
             if lock is not None:
                 # The process that was waited for has tried long enough, if it was not killed.
-                self._download(tar, lock.part, object_store.RETRY_S / 4 if lock.waited else None)
+                self._download(file, lock.part, object_store.RETRY_S / 4 if lock.waited else None)
 
-    def _download(self, tar: CachedTar, part: Path, retry_s: float | None = None) -> None:
-        object_store.download(tar.url, part, tar.size, tar.sha256, retry_s)
-        self._place(part, tar)
+    def _download(self, file: CachedFile, part: Path, retry_s: float | None = None) -> None:
+        object_store.download(file.url, part, file.size, file.sha256, retry_s, file.purpose)
+        self._place(part, file)
 
     @contextlib.contextmanager
     def _fetching(self, url: str, name: str, size: int, path: Path | None = None) -> Iterator[_FetchLock | None]:
-        """The lock for fetching a tar for which there is room; None when `path` is there, also after a wait.
+        """The lock for fetching a file for which there is room; None when `path` is there, also after a wait.
 
         Raises:
             RemoteError: there is no room for it.
@@ -240,19 +243,19 @@ class ShardCache:
                         yield lock
                         return
                 finally:
-                    lock.release()  # while it waits for room, the tar takes none
+                    lock.release()  # while it waits for room, the file takes none
                 if time.monotonic() > deadline or size > self.limit:
                     raise self._too_small(url, size)
             time.sleep(_POLL_S)
         yield None
 
-    def _place(self, part: Path, tar: CachedTar) -> None:
-        """Move a fetched tar to its path, unless another process was faster, whose file may be held."""
-        with disk_errors(part), open(part, "rb+") as file:
-            os.fsync(file.fileno())
+    def _place(self, part: Path, file: CachedFile) -> None:
+        """Move a fetched file to its path, unless another process was faster, whose file may be held."""
+        with disk_errors(part), open(part, "rb+") as fetched:
+            os.fsync(fetched.fileno())
         with self._exclusively():
-            if (descriptor := self._open_cached(tar)) is None:
-                os.replace(part, self.path(tar))
+            if (descriptor := self._open_cached(file)) is None:
+                os.replace(part, self.path(file))
             else:
                 os.close(descriptor)
 
@@ -270,20 +273,20 @@ class ShardCache:
     # ---- space -----------------------------------------------------------------------------------------------
 
     def _too_small(self, url: str, size: int) -> RemoteError:
-        used = sum(entry.size for entry in self._tars())
+        used = sum(entry.size for entry in self._files())
         return RemoteError(
             f"{self.directory} is too small: {url} has {size:,} bytes, and {used:,} are in use; expected a cache of at "
             f"least {(used + size) / GB:.3g} GB: raise data.cache_gb or MEGACID_CACHE_GB, now {self.limit / GB:.3g}"
         )
 
     def _make_room(self, *, remove_prefetched: bool) -> bool:
-        """Remove old tars until those that are there or being fetched fit. False if too few may be removed."""
+        """Remove old files until those that are there or being fetched fit. False if too few may be removed."""
         with self._exclusively():
-            being_fetched = self._being_fetched()  # first: a tar that arrives now is counted twice rather than never
-            tars = sorted(self._tars(), key=lambda entry: entry.used)
-            over = sum(entry.size for entry in tars) + being_fetched - self.limit
+            being_fetched = self._being_fetched()  # first: a file that arrives now is counted twice rather than never
+            files = sorted(self._files(), key=lambda entry: entry.used)
+            over = sum(entry.size for entry in files) + being_fetched - self.limit
             newest = float("inf") if remove_prefetched else time.time()
-            for entry in tars:
+            for entry in files:
                 if over <= 0 or entry.used > newest:
                     break
                 if _remove_unless_held(entry.path):
@@ -302,16 +305,16 @@ class ShardCache:
     def _folders(self) -> Iterator[Path]:
         return (path for path in self.directory.iterdir() if path.is_dir())
 
-    def _tars(self) -> list[_Entry]:
+    def _files(self) -> list[_Entry]:
         entries = []
-        for path in (path for folder in self._folders() for path in folder.glob("[!.]*.tar")):
+        for path in (path for folder in self._folders() for path in folder.glob("[!.]*") if path.suffix in _ENDINGS):
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
                 entries.append(_Entry(path, status.st_size, status.st_mtime))
         return entries
 
     def _being_fetched(self) -> int:
-        """Bytes of the tars that are being fetched; removes what killed processes left."""
+        """Bytes of the files that are being fetched; removes what killed processes left."""
         total = 0
         for path in (path for folder in self._folders() for path in folder.glob(".*.lock")):
             if (match := _LOCK_NAME.fullmatch(path.name)) is None:
@@ -326,15 +329,11 @@ class ShardCache:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tar in the cache; `used`: when it was used last, or will be."""
+    """A file in the cache; `used`: when it was used last, or will be."""
 
     path: Path
     size: int
     used: float
-
-
-def _stem(url: str) -> str:
-    return url.rpartition("/")[2].removesuffix(".tar")
 
 
 def _open_to_lock(path: Path) -> int:
@@ -361,7 +360,7 @@ def _remove_unless_held(path: Path) -> bool:
 
 
 class _FetchLock:
-    """The right to fetch one tar, and the file that it is fetched into. The name of the lock has the tar's size."""
+    """The right to fetch one file, and the file that it is fetched into. The name of the lock has the file's size."""
 
     def __init__(self, folder: Path, name: str, size: int) -> None:
         self.path, self.part = folder / f".{name}.{size}.lock", folder / f".{name}.{size}.part"

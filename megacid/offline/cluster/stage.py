@@ -30,6 +30,7 @@ from megacid.offline.cluster.state import KMeansSettings, KMeansState
 from megacid.offline.nearest import Assigner, Backend, check_backend
 from megacid.offline.rows import EmbeddingRows, Rows, SubsetRows
 from megacid.offline.tars import kept_rows
+from megacid.storage.atomic import file_sha256
 from megacid.storage.metadata import read_meta
 from megacid.storage.npy import read_array, write_array
 from megacid.storage.parquet import parquet_shape
@@ -292,7 +293,8 @@ def _finish(
     with stop_together(parallel.group):
         if parallel.is_first:
             failpoint("cluster:labelled")
-            write_array(stage.path / "centroids.npy", centroids_KD.numpy())
+            centroids = stage.path / "centroids.npy"
+            write_array(centroids, centroids_KD.numpy())
             write_array(stage.path / "sizes.npy", sizes)
             embeddings = {"embeddings": str(rows.directory.resolve()), "shards": rows.meta["source"].get("shards")}
             stage.commit(
@@ -303,6 +305,7 @@ def _finish(
                 imbalance=imbalance_factor(sizes),
                 empty=int((sizes == 0).sum()),
                 pretrained=rows.meta.get("pretrained"),
+                centroids={"bytes": centroids.stat().st_size, "sha256": file_sha256(centroids)},
                 **entries,
             )
             _remove_partial_results(stage)

@@ -8,6 +8,7 @@
                                          with several captions also `captions`, their number, and `caption` is the first
     failures/failures_00000.parquet      shard, key, reason of every skipped sample; only where a sample was skipped
 
+The metadata of the parquet file record where the data of the arrays are, and the sha256 of their files.
 Readers of that layout sort file names and pair the i-th metadata file with the i-th array file. So all numbers are
 padded to the same number of digits, and a tar of which no sample could be embedded has no arrays and no metadata.
 
@@ -32,6 +33,7 @@ from megacid.failpoints import failpoint
 from megacid.storage.atomic import disk_errors, writing
 from megacid.storage.npy import load_npy, write_array
 from megacid.storage.parquet import count_column, read_parquet
+from megacid.storage.stored_arrays import StoredArray, record_arrays
 
 _DIGITS = 5
 _COLUMNS = ("image_path", "caption", "shard", "key", "uid", "url")
@@ -151,21 +153,31 @@ class Partition:
             files.failures.unlink(missing_ok=True)
         if self.samples:
             arrays = {"image": self.image, "text": self.text, "views": self.views, "captions": self.captions}
+            recorded = {}
             for name, parts in arrays.items():
                 if parts:
-                    write_array(getattr(files, name), np.concatenate(parts))
+                    path, array = getattr(files, name), np.concatenate(parts)
+                    write_array(path, array)
+                    recorded[path.parent.name] = StoredArray.of(path, array)
                     failpoint(f"embed:{name}_written", step=number)
             keys, captions, uids, urls, counts = zip(*self.samples)
             columns = dict(zip(_COLUMNS, (keys, captions, [stem] * len(keys), keys, uids, urls)))
-            _write(files.metadata, columns, {COUNT_COLUMN: counts} if self.captions else {})
+            _write(files.metadata, columns, {COUNT_COLUMN: counts} if self.captions else {}, recorded)
             failpoint("embed:metadata_written", step=number)
         if self.failures:
             keys, reasons = zip(*self.failures)
             _write(files.failures, {"shard": [stem] * len(keys), "key": keys, "reason": reasons})
 
 
-def _write(path: Path, texts: Mapping[str, Any], counts: Mapping[str, Any] = MappingProxyType({})) -> None:
+def _write(
+    path: Path,
+    texts: Mapping[str, Any],
+    counts: Mapping[str, Any] = MappingProxyType({}),
+    recorded: Mapping[str, StoredArray] = MappingProxyType({}),
+) -> None:
     arrays = {name: pa.array(values, pa.string()) for name, values in texts.items()}
     table = pa.table(arrays | {name: pa.array(values, pa.int32()) for name, values in counts.items()})
+    if recorded:
+        table = record_arrays(table, recorded)
     with writing(path) as temporary:
         pq.write_table(table, temporary)

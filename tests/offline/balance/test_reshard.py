@@ -11,7 +11,8 @@ import torch
 from pair_data import label_dir, put, teacher_dir, teacher_rows
 
 from megacid.data.index import ShardIndex, load_index
-from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
+from megacid.data.side_tables import KeepTable, LabelTable
+from megacid.data.teacher_table import TeacherTable
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.offline.balance.figures import read_balanced

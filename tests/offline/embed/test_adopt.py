@@ -20,7 +20,7 @@ from pair_data import teacher_rows
 from pair_data import write_shards as write_pairs
 
 from megacid.data.index import load_index
-from megacid.data.side_tables import TeacherTable
+from megacid.data.teacher_table import TeacherTable
 from megacid.offline.rows import EmbeddingRows
 from megacid.storage.metadata import read_meta
 

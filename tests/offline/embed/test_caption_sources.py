@@ -16,7 +16,8 @@ from offline_tool import Tool
 from megacid.config.load import load_run
 from megacid.config.schema import RunFile
 from megacid.data.index import ShardReader, load_index
-from megacid.data.side_tables import KeepTable, LabelTable, TeacherTable
+from megacid.data.side_tables import KeepTable, LabelTable
+from megacid.data.teacher_table import TeacherTable
 from megacid.distributed.parallel import Parallel
 from megacid.errors import UserError
 from megacid.training.open_data import open_data

@@ -19,7 +19,7 @@ from offline_tool import KILLED, Tool
 
 from megacid.data.batch import Batch
 from megacid.data.index import ShardReader, load_index
-from megacid.data.side_tables import TeacherTable
+from megacid.data.teacher_table import TeacherTable
 from megacid.errors import UserError
 from megacid.models.clip import LoadedClip, load_clip
 from megacid.training.open_data import Data

@@ -11,7 +11,7 @@ from offline_data import embed_args, rewrite, run, save_model, write_shards
 from pair_data import stream
 
 from megacid.data.index import load_index
-from megacid.data.side_tables import TeacherTable
+from megacid.data.teacher_table import TeacherTable
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from megacid.data.augmentation import Views
 from megacid.data.batch import Batch
 from megacid.data.index import load_index
 from megacid.data.loader import PairStream
-from megacid.data.side_tables import TeacherTable
+from megacid.data.teacher_table import TeacherTable
 from megacid.errors import UserError
 from megacid.models.clip import LoadedClip, load_clip
 from megacid.offline.embed.encoding import teacher_crops
