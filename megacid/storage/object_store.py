@@ -44,6 +44,11 @@ _VERSION_FIELDS = (
 )  # fmt: skip
 
 
+# A forked process must not close the clients that it inherited: their event loop watches connections by the epoll
+# instance of its parent, which would not hear of an answer any more. So nothing in here is ever released.
+_opened: dict[int, Any] = {}
+
+
 class RemoteError(UserError):
     """An object that cannot be listed, read or written; the message names the URL and the remedy."""
 
@@ -286,6 +291,7 @@ def _open_store(url: str) -> tuple[Any, str]:
         raise UserError(f"{url[:200]} cannot be opened ({one_line(error)}): correct its beginning") from None
     if scheme == "s3":  # `_retrying` alone repeats what has failed; gcsfs has a fixed number of attempts, six
         filesystem.retries = 1
+    _opened[id(filesystem)] = filesystem
     return filesystem, path
 
 

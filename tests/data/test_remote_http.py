@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import shutil
@@ -54,6 +55,15 @@ def test_remote_tars_are_found_however_they_are_named(remote: Remote) -> None:
         assert remote.index(shards=index.paths.source).digest == index.digest
         assert all_same(want, batches(index))
     assert set(remote.server.gets.values()) == {1}  # one transfer for index and reading
+
+
+def test_a_forked_process_leaves_the_connections_of_its_parent_alone(remote: Remote) -> None:
+    """The event loops of both watch the same connections."""
+    store.list_tars(remote.url)
+    child = multiprocessing.get_context("fork").Process(target=store.list_tars, args=(remote.url,))
+    child.start()
+    child.join(20)
+    assert child.exitcode == 0 and len(store.list_tars(remote.url)) == 8
 
 
 def test_a_start_with_an_index_asks_the_server_for_nothing(remote: Remote) -> None:
