@@ -49,18 +49,18 @@ def _are_pipes(block: Any) -> bool:
     return (block.data.shards or "").startswith("pipe:")
 
 
-def _shards(block: Any) -> list[str]:
-    """The shards of all sources."""
-    sources = (block.data.sources or {}).values()
-    return [block.data.shards] if block.data.shards else [source.shards for source in sources]
+def _sources(block: Any) -> list[Any]:
+    """What has shards and side tables: the "data" block itself, or its sources."""
+    return [block.data] if block.data.shards else list((block.data.sources or {}).values())
 
 
 def _has_url(block: Any) -> bool:
-    paths = [path for source in block.data.all_sources.values() for path in source.paths]
+    values = [value for one in _sources(block) for value in (one.shards, one.teacher, one.labels, one.keep) if value]
+    paths = [path for value in values for path in ([value] if isinstance(value, str) else value)]
     return any("://" in path for path in paths) and not _are_pipes(block)
 
 
-Shards = Needs("data.shards (or sources)", _shards)
+Shards = Needs("data.shards (or sources)", _sources)
 OneSource = Needs("data.shards", lambda block: block.data.shards is not None)
 Pipes = Needs("pipe: in data.shards", _are_pipes)
 NoPipes = Needs("data.shards without pipe:, or data.features", lambda block: not _are_pipes(block))

@@ -133,11 +133,6 @@ class SourceConfig(Section):
         """The directories of `teacher`."""
         return (self.teacher,) if isinstance(self.teacher, str) else self.teacher or ()
 
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """All paths and URLs."""
-        return tuple(path for path in (self.shards, *self.teachers, self.labels, self.keep) if path)
-
 
 NamedSources = Annotated[dict[str, SourceConfig], BeforeValidator(named_blocks)]
 
