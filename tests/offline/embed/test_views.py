@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from distill_data import data_of, run_file, same
@@ -34,6 +35,7 @@ from megacid.models.clip import LoadedClip, load_clip
 from megacid.offline.embed.encoding import teacher_crops
 from megacid.offline.embed.input import Pairs
 from megacid.offline.rows import EmbeddingRows
+from megacid.storage.stored_arrays import recorded_arrays
 
 VIEWS, SEED = 3, 7
 OPTIONS = ["--views", VIEWS, "--seed", SEED]
@@ -62,7 +64,14 @@ def clip(stage: Path) -> LoadedClip:
 def test_views_change_no_byte_of_the_other_files(stage: Path) -> None:
     found, expected = results(stage / "emb"), results(stage / "plain")
     assert {name for name in found if name not in expected} == {f"view_emb/view_emb_0000{n}.npy" for n in range(3)}
-    assert {name for name in expected if found[name] != expected[name]} == {"settings.json", "meta.json"}
+    metadata = [f"metadata/metadata_0000{n}.parquet" for n in range(3)]
+    changed = {name for name in expected if found[name] != expected[name]}
+    assert changed == {"settings.json", "meta.json", *metadata}
+    for name in metadata:
+        tables = [pq.read_table(stage / folder / name) for folder in ("emb", "plain")]
+        assert tables[0].equals(tables[1])
+        views, plain = (recorded_arrays(table, name, "") for table in tables)
+        assert views.keys() - plain.keys() == {"view_emb"} and views.items() >= plain.items()
     meta, plain = found["meta.json"], expected["meta.json"]
     assert isinstance(meta, dict) and isinstance(plain, dict)
     assert meta.pop("views").items() >= {"count": VIEWS, "seed": SEED}.items() and meta == plain
