@@ -1,4 +1,4 @@
-"""Remote shards for tests: the tars of `pair_data` behind a server, and caches of a size in bytes."""
+"""Remote shards for tests: the tars of `pair_data` behind a server, side tables of them, caches of a size in bytes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pair_data import same, stream, write_shards
+import numpy as np
+from pair_data import same, save, source, stream, stream_of, write_parquet, write_shards
 from shard_server import ShardServer, serve
 
 from megacid.data.batch import Batch
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.loader import PairStream
 from megacid.data.remote.cache import ShardCache
+from megacid.data.side_tables import KeepTable, LabelTable
+from megacid.data.teacher_table import TeacherTable
+from megacid.offline.embed.partitions import Partition, SampleInfo, partition_files
+from megacid.storage.atomic import file_sha256
+from megacid.storage.metadata import write_meta
 
 SIZES = {f"{number:05d}": 7 + number % 3 for number in range(8)}
 TAR = 30_720  # bytes of each
+EMPTY = "00005"  # a tar without an embedding
+CLASSES, WIDTH = 63, 512
 
 
 @dataclass
@@ -68,3 +76,49 @@ def small_steps(index: ShardIndex, **changes: Any) -> PairStream:
 def all_same(want: list[Batch], got: list[Batch]) -> bool:
     assert [batch.failure for batch in got] == [None] * len(got)
     return len(want) == len(got) and all(map(same, want, got))
+
+
+# ---- side tables ----
+
+
+def write_side_tables(folder: Path, index: ShardIndex) -> None:
+    """Embeddings, labels and masks as the tools write them: a value is the number of the sample."""
+    numbers = {name: number for number, name in enumerate(index.names)}
+    for name, number in numbers.items():
+        rows = np.arange(index.starts[number], index.starts[number + 1])
+        keys = [f"k{row}" for row in rows]
+        emb = np.tile(rows[:, None], WIDTH).astype(np.float16)
+        if name != EMPTY:
+            partition = Partition([emb[::-1]], [-emb[::-1]], samples=[SampleInfo(key, "x") for key in keys[::-1]])
+            partition.save(partition_files(folder / "teacher", number, len(numbers)), number, name)
+        write_parquet(folder / "clusters" / "labels" / f"{name}.parquet", key=keys, label=rows.tolist())
+        save(folder / "balance" / "keep" / f"{name}.npy", rows % 7 != 3)
+    facts: dict[str, Any] = {"shards_digest": index.digest}
+    write_meta(folder / "teacher", "embed", {}, dim=WIDTH, partitions=numbers, empty=[EMPTY], **facts)
+    path = folder / "clusters" / "centroids.npy"
+    save(path, np.random.default_rng(0).standard_normal((CLASSES, 2)))
+    centroids = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    write_meta(folder / "clusters", "cluster", {}, k=CLASSES, centroids=centroids, **facts)
+    write_meta(folder / "balance", "balance", {}, **facts)
+
+
+def tables(where: str | Path, index: ShardIndex, cache: ShardCache | None = None) -> dict[str, Any]:
+    """The side tables in a directory or under a URL."""
+    return {
+        "teacher": TeacherTable(f"{where}/teacher", index, cache),
+        "labels": LabelTable(f"{where}/clusters", index, cache=cache),
+        "keep": KeepTable(f"{where}/balance", index),
+    }
+
+
+def read(index: ShardIndex, side: dict[str, Any], **changes: Any) -> list[Batch]:
+    """20 steps of 4 samples, in blocks of one tar."""
+    plan = {"global_batch": 4, "micro_batch": 4, "block_shards": 1, "total_steps": 20, **changes}
+    return list(stream_of(source(index, **side, block_shards=plan["block_shards"]), **plan))
+
+
+def check_same(want: list[Batch], got: list[Batch]) -> None:
+    assert [batch.failure for batch in got] == [None] * len(got) and len(want) == len(got)
+    for one, other in zip(want, got):
+        for name in ("image", "text", "sample_id", "label", "teacher_image", "teacher_text"):
+            assert getattr(one, name).equal(getattr(other, name))

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pair_data import write_shards
-from remote_data import SIZES, all_same, batches, cached
+from pair_data import remove_joined, write_shards
+from remote_data import SIZES, all_same, batches, cached, check_same, read, tables, write_side_tables
 from s3_server import KEYS, s3_bucket
 
 from megacid.data.index import ShardIndex, load_index
@@ -66,6 +66,16 @@ def test_tars_in_a_bucket_give_the_same_batches_however_they_are_named(bucket: B
         path.unlink()
     assert all_same(batches(bucket.local), batches(index, workers=1))
     assert len(list(cache.directory.glob("s3-bucket-laion-*"))) == 1  # one cache and index for all of them
+
+
+def test_side_tables_in_a_bucket_give_the_batches_of_a_disk(bucket: Bucket, cache: ShardCache, tmp_path: Path) -> None:
+    write_side_tables(tmp_path / "sides", bucket.local)
+    for path in (tmp_path / "sides").rglob("*.*"):
+        bucket.client.put_object(Bucket="bucket", Key=str(path.relative_to(tmp_path)), Body=path.read_bytes())
+    want = read(bucket.local, tables(tmp_path / "sides", bucket.local))
+    remove_joined(bucket.local)
+    check_same(want, read(bucket.local, tables("s3://bucket/sides", bucket.local, cache), workers=1))
+    assert {path.name[:13] for path in cache.directory.glob("*/*.npy")} >= {"img_emb_00000", "text_emb_0000"}
 
 
 @pytest.mark.slow  # the same of an HTTP server is not

@@ -9,34 +9,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from pair_data import save, source, stream_of, write_parquet
-from remote_data import Remote, remote_shards
+from pair_data import write_parquet
+from remote_data import EMPTY, Remote, check_same, read, remote_shards, tables, write_side_tables
 
-from megacid.data.batch import Batch
-from megacid.data.index import ShardIndex
 from megacid.data.joined import JoinSources
 from megacid.data.joined_build import open_joined
 from megacid.data.pipes.commands import find_pipes
 from megacid.data.pipes.side_files import SideFiles
 from megacid.data.remote import cache
-from megacid.data.remote.cache import ShardCache
-from megacid.data.side_tables import KeepTable, LabelTable
+from megacid.data.side_tables import LabelTable
 from megacid.data.sources import check_sources_agree
 from megacid.data.teacher_table import TeacherTable
 from megacid.errors import UserError
-from megacid.offline.embed.partitions import Partition, SampleInfo, partition_files
 from megacid.storage import object_store as store
-from megacid.storage.atomic import file_sha256
-from megacid.storage.metadata import write_meta
 from tools import index_shards
 
 pytest.importorskip("aiohttp")
-
-EMPTY = "00005"  # a tar without an embedding
-CLASSES, WIDTH = 63, 512
 
 
 @pytest.fixture
@@ -49,50 +39,6 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remote]:
     with remote_shards(tmp_path) as made:
         write_side_tables(tmp_path / "store", made.local)
         yield made
-
-
-def write_side_tables(folder: Path, index: ShardIndex) -> None:
-    """Embeddings, labels and masks as the tools write them: a value is the number of the sample."""
-    numbers = {name: number for number, name in enumerate(index.names)}
-    for name, number in numbers.items():
-        rows = np.arange(index.starts[number], index.starts[number + 1])
-        keys = [f"k{row}" for row in rows]
-        emb = np.tile(rows[:, None], WIDTH).astype(np.float16)
-        if name != EMPTY:
-            partition = Partition([emb], [-emb], samples=[SampleInfo(key, "caption") for key in keys[::-1]])
-            partition.image, partition.text = [emb[::-1]], [-emb[::-1]]
-            partition.save(partition_files(folder / "teacher", number, len(numbers)), number, name)
-        write_parquet(folder / "clusters" / "labels" / f"{name}.parquet", key=keys, label=rows.tolist())
-        save(folder / "balance" / "keep" / f"{name}.npy", rows % 7 != 3)
-    facts: dict[str, Any] = {"shards_digest": index.digest}
-    write_meta(folder / "teacher", "embed", {}, dim=WIDTH, partitions=numbers, empty=[EMPTY], **facts)
-    path = folder / "clusters" / "centroids.npy"
-    save(path, np.random.default_rng(0).standard_normal((CLASSES, 2)))
-    centroids = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    write_meta(folder / "clusters", "cluster", {}, k=CLASSES, centroids=centroids, **facts)
-    write_meta(folder / "balance", "balance", {}, **facts)
-
-
-def tables(where: str | Path, index: ShardIndex, cache: ShardCache | None = None) -> dict[str, Any]:
-    """The side tables in a directory or under a URL."""
-    return {
-        "teacher": TeacherTable(f"{where}/teacher", index, cache),
-        "labels": LabelTable(f"{where}/clusters", index, cache=cache),
-        "keep": KeepTable(f"{where}/balance", index),
-    }
-
-
-def read(index: ShardIndex, side: dict[str, Any], **changes: Any) -> list[Batch]:
-    """20 steps of 4 samples, in blocks of one tar."""
-    plan = {"global_batch": 4, "micro_batch": 4, "block_shards": 1, "total_steps": 20, **changes}
-    return list(stream_of(source(index, **side, block_shards=plan["block_shards"]), **plan))
-
-
-def check_same(want: list[Batch], got: list[Batch]) -> None:
-    assert [batch.failure for batch in got] == [None] * len(got) and len(want) == len(got)
-    for one, other in zip(want, got):
-        for name in ("image", "text", "sample_id", "label", "teacher_image", "teacher_text"):
-            assert getattr(one, name).equal(getattr(other, name))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
