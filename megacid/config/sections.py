@@ -289,7 +289,7 @@ class ClassifierConfig(Section):
     static_shapes: Annotated[bool, when.Sampling] = False
     """Pad the class rows of a step to a multiple of 512, the same on every rank: shapes repeat from step to step."""
     cuda_graph: bool = False
-    """Replay loss and gradients of the classifier from a CUDA graph: one GPU, one micro-batch per step."""
+    """Replay loss and gradients of the classifier from a CUDA graph, with the same bits: on one GPU."""
     labels_loss: Annotated[Literal["mlcd", "mean"], when.SeveralLabels] = "mlcd"
     """Loss of several labels per sample: MLCD's, or the mean of their softmax losses with the others as negatives."""
     weight_grad: Literal["stored", "recomputed", "auto"] = "stored"

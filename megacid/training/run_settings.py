@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "megacid.data.workers", "megacid.data.worker_timeout_s", "megacid.data.prefetch", "megacid.data.error_budget",
     "megacid.data.cache_dir", "megacid.data.cache_gb",
     "megacid.student.grad_checkpointing", "megacid.student.ema_decay", "megacid.classifier.memory_budget_gb",
+    "megacid.classifier.cuda_graph",
     "megacid.guard", "megacid.eval",
     "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization",
     "wall_clock_breakdown", "memory_breakdown", "flops_profiler", "timers", "aio",
