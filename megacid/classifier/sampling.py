@@ -89,13 +89,13 @@ class Draw:
 
     def classes(self, start: int, stop: int, device: torch.device | str | None = None) -> Tensor:
         """The drawn classes in [start, stop): global ids, int64, sorted and unique."""
-        parts = []
+        strata = [torch.empty(0, dtype=torch.int64, device=device)]
         # Classes below the offset have the last positions.
         for low, high in ((start, min(stop, self.offset)), (max(start, self.offset), stop)):
             if low < high:
                 position = (low - self.offset) % self.num_classes
-                parts.append(self._draw_between(position, position + high - low, device) + (low - position))
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
+                strata.append(self._strata_between(position, position + high - low, device))
+        return torch.remainder(self._pick(torch.cat(strata)) + self.offset, self.num_classes)
 
     def max_count(self, classes: int) -> int:
         """Upper bound of the drawn classes in any range of `classes` neighbouring classes."""
@@ -107,14 +107,14 @@ class Draw:
         stratum = torch.div((position + 1) * self.strata - 1, self.num_classes, rounding_mode="floor")
         return -(self._edge(stratum + 1) - self._edge(stratum)).float().log()
 
-    def _draw_between(self, low: int, high: int, device: torch.device | str | None) -> Tensor:
-        """The drawn positions in [low, high)."""
+    def _strata_between(self, low: int, high: int, device: torch.device | str | None) -> Tensor:
+        """The strata whose drawn position is in [low, high)."""
         first, last = (((p + 1) * self.strata - 1) // self.num_classes for p in (low, high - 1))
         # Only the first and the last stratum can reach beyond the range. Checking them on the host makes the number of
         # drawn classes known there.
         first += self._pick_on_host(first) < low
         last -= last >= first and self._pick_on_host(last) >= high
-        return self._pick(torch.arange(first, last + 1, device=device))
+        return torch.arange(first, last + 1, device=device)
 
     def _pick_on_host(self, stratum: int) -> int:
         low, high = (i * self.num_classes // self.strata for i in (stratum, stratum + 1))
