@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from pair_data import same, save, source, stream, stream_of, write_parquet, write_shards
 from shard_server import ShardServer, serve
 
 from megacid.data.batch import Batch
 from megacid.data.index import ShardIndex, load_index
 from megacid.data.loader import PairStream
+from megacid.data.remote import cache as remote_cache
 from megacid.data.remote.cache import ShardCache
 from megacid.data.side_tables import KeepTable, LabelTable
 from megacid.data.teacher_table import TeacherTable
 from megacid.offline.embed.partitions import Partition, SampleInfo, partition_files
+from megacid.storage import object_store as store
 from megacid.storage.atomic import file_sha256
 from megacid.storage.metadata import write_meta
 
@@ -55,6 +58,14 @@ class Remote:
 
 def cached(directory: Path) -> list[Path]:
     return sorted(directory.glob("*/*.tar"))
+
+
+def short_waits(patch: pytest.MonkeyPatch) -> None:
+    """Attempts end after half a second, and the first waits are short."""
+    patch.setattr(store, "RETRY_S", 0.6)
+    patch.setattr(store, "SILENCE_S", 0.5)
+    patch.setattr(store, "_BACKOFF_S", 0.1)
+    patch.setattr(remote_cache, "ROOM_S", 0.5)
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ class TeacherFiles:
         if isinstance(self.directory, Path):
             return (self.directory / "text_emb").is_dir()
         number = next((number for name, number in self._partitions.items() if name not in self._empty), None)
-        return number is not None and "text_emb" in self._metadata(number).arrays
+        return number is not None and "text_emb" in self._read_metadata(number).arrays
 
     def _by_number(self, folder: str, pattern: str) -> dict[int, AnyPath]:
         """Files of the pattern by the number in their name.
@@ -123,12 +123,12 @@ class TeacherFiles:
             none = np.empty((0, self.dim), np.float16)
             return TeacherRows([], none, none if self.has_text else None, None)
         number = self._partitions[name]
-        found = self._metadata(number)
+        found = self._read_metadata(number)
         image = self._map(number, IMAGE, found.rows[IMAGE])
         text = self._map(number, TEXT, found.rows[TEXT]) if self.has_text else None
         return TeacherRows(found.keys, image, text, found.first)
 
-    def _metadata(self, number: int) -> _Metadata:
+    def _read_metadata(self, number: int) -> _Metadata:
         path = self.metadata(number)
         columns = ["image_path", *([COUNT_COLUMN] if self._several_captions else [])]
         table = read_parquet(path, EMBED_AGAIN, columns)
@@ -252,7 +252,7 @@ class TeacherTable(TeacherFiles):
         name = self.index.names[shard]
         if name in self._empty:
             return TeacherShard(np.full(int(self.index.sizes[shard]), -1), None, None, None)
-        found = self._metadata(self._partitions[name])
+        found = self._read_metadata(self._partitions[name])
         metadata = self.metadata(self._partitions[name])
         row_of = join_by_key(self.index.table(shard).keys, found.keys, metadata, EMBED_AGAIN)
         lacking, expected = int((row_of < 0).sum()), self.failures(shard)

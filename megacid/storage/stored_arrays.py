@@ -1,6 +1,6 @@
 """Where the data of a .npy file are and what its sha256 is, recorded in the parquet table with the keys of its rows.
 
-Whoever reads the table then needs not open the file, which may be in an object store.
+A reader of the table then does not open the file, which may be in an object store.
 """
 
 from __future__ import annotations

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 from pair_data import make_tar
-from remote_data import TAR, Remote, all_same, batches, remote_shards, small_steps
+from remote_data import TAR, Remote, all_same, batches, remote_shards, short_waits, small_steps
 
 from megacid.data import index_build
 from megacid.data.index import ShardReader, load_index
 from megacid.data.index_verify import verify_index
-from megacid.data.remote import ahead, cache
+from megacid.data.remote import ahead
 from megacid.distributed.divided_work import Workers
 from megacid.errors import UserError
 from megacid.storage import object_store as store
@@ -31,10 +31,7 @@ pytest.importorskip("aiohttp")
 @pytest.fixture
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remote]:
     """Six tars on a server; attempts end after half a second, and the first waits are short."""
-    monkeypatch.setattr(store, "RETRY_S", 0.6)
-    monkeypatch.setattr(store, "SILENCE_S", 0.5)
-    monkeypatch.setattr(store, "_BACKOFF_S", 0.1)
-    monkeypatch.setattr(cache, "ROOM_S", 0.5)
+    short_waits(monkeypatch)
     with remote_shards(tmp_path) as made:
         yield made
 

@@ -12,18 +12,16 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from pair_data import write_parquet
-from remote_data import EMPTY, Remote, check_same, read, remote_shards, tables, write_side_tables
+from remote_data import EMPTY, Remote, check_same, read, remote_shards, short_waits, tables, write_side_tables
 
 from megacid.data.joined import JoinSources
 from megacid.data.joined_build import open_joined
 from megacid.data.pipes.commands import find_pipes
 from megacid.data.pipes.side_files import SideFiles
-from megacid.data.remote import cache
 from megacid.data.side_tables import LabelTable
 from megacid.data.sources import check_sources_agree
 from megacid.data.teacher_table import TeacherTable
 from megacid.errors import UserError
-from megacid.storage import object_store as store
 from tools import index_shards
 
 pytest.importorskip("aiohttp")
@@ -32,10 +30,7 @@ pytest.importorskip("aiohttp")
 @pytest.fixture
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remote]:
     """Eight tars and their side tables on a server; attempts end after half a second."""
-    monkeypatch.setattr(store, "RETRY_S", 0.6)
-    monkeypatch.setattr(store, "SILENCE_S", 0.5)
-    monkeypatch.setattr(store, "_BACKOFF_S", 0.1)
-    monkeypatch.setattr(cache, "ROOM_S", 0.5)
+    short_waits(monkeypatch)
     with remote_shards(tmp_path) as made:
         write_side_tables(tmp_path / "store", made.local)
         yield made

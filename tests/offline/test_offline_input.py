@@ -214,7 +214,7 @@ def test_more_partitions_than_files_that_may_be_open(tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(800, 4)).astype(np.float16)
     write_embeddings(tmp_path / "emb", x, 400)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # What other tests of this process have left open does not count: a quarter of the limit is left beside it.
+    # What other tests of this process have left open does not count: a quarter of the limit remains.
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) * 4 // 3 + 200, limits[1]))
     try:
         rows = EmbeddingRows(tmp_path / "emb")
