@@ -25,8 +25,8 @@ from torch import Tensor
 from megacid_kernels.fused.launch import Tile, block_columns, check_column, check_matrix, launch, tile_of
 
 LOG2E = math.log2(math.e)
-# Columns: 16-bit rows then start at multiples of 32 bytes, and Triton sees that of their stride. cuBLAS is up to six
-# times slower where the number of rows or columns is no multiple of 8.
+# Columns: 16-bit rows then start at multiples of 32 bytes, and Triton sees that of their stride. cuBLAS is much
+# slower where the number of rows or columns is no multiple of 8.
 _PITCH = 16
 REDUCTION_TILE = Tile(rows=32, block=64, warps=4)
 REDUCED_TILES = 1024  # by one program: ten million classes give enough programs for a GPU
