@@ -100,6 +100,12 @@ def test_ranks_write_the_bytes_of_one(
     assert take(shards) == expected
 
 
+def age_temporary_files(shards: Path) -> None:
+    """Make what killed processes left old enough for the next build to remove it."""
+    for path in (shards / "index").glob(".tmp-*"):
+        os.utime(path, (1, 1))
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_killed_process_is_an_error_and_the_next_start_gives_the_same_bytes(
     shards: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, world: int
@@ -115,8 +121,7 @@ def test_a_killed_process_is_an_error_and_the_next_start_gives_the_same_bytes(
         for text in run_ranks(message, world, str(shards), 2):
             assert text.startswith("a process was killed") and "run the same command again" in text
     assert not (shards / "index" / "index.json").exists()
-    for path in (shards / "index").glob(".tmp-*"):  # processes that were killed while they wrote
-        os.utime(path, (1, 1))
+    age_temporary_files(shards)
     run_ranks(build, world, str(shards), 2)
     assert take(shards) == expected
 
@@ -144,6 +149,7 @@ def test_a_killed_rank_ends_the_other_and_the_next_start_gives_the_same_bytes(
         patch.setattr(index_build, "scan_tar", killed)
         assert rank_fates(lambda: build(str(shards), 1), 2) == [1, -signal.SIGKILL]
     assert not (shards / "index" / "index.json").exists() and (shards / "index" / "00001.keys.json").exists()
+    age_temporary_files(shards)
     assert len(run_ranks(build, 2, str(shards), 1)) == 2
     assert take(shards) == expected
 
