@@ -28,22 +28,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import checkout  # noqa: F401  import paths of a plain checkout
 from argtypes import ToolParser, local_path
 from launching import run_logged, training_command
 from megacid.data.index import load_index
-from megacid.data.side_tables import KeepTable
 from megacid.distributed.stopping import run_alone
 from megacid.errors import UserError, run_tool
 from megacid.storage.atomic import read_json, write_json_atomic
 from megacid.storage.metadata import machine, versions
-from megacid.storage.npy import write_array
-from megacid.storage.stage_directory import StageDirectory
 from study_plan import TEACHER, Plan, Run, Stage, load_study
 from study_report import best_rate, load_results, next_rate, report
+from study_subsets import one_of_each, random_subset, removed_pairs
 
 ACROSS = 4  # neighbour clusters whose pairs balance compares, too: copies can lie on both sides of a border
 
@@ -132,7 +129,10 @@ class Runner:
         seconds: dict[str, float] = {}
         with measured(seconds, "stage"):
             work[kind](item)
-        self.record(name, stage.digest, stage=stage.name, settings=stage.settings, seconds=seconds)
+        facts: dict[str, Any] = {"stage": stage.name, "settings": stage.settings, "seconds": seconds}
+        if (self.out / stage.name / "representative").is_dir() and (self.plan.corpus / "pairs.parquet").is_file():
+            facts["removed"] = removed_pairs(self.plan.corpus, self.out / stage.name)
+        self.record(name, stage.digest, **facts)
 
     def make_teacher(self) -> None:
         self.train(TEACHER, self.plan.file.study.teacher, tuple(self.plan.teacher_changes()))
@@ -153,11 +153,14 @@ class Runner:
         if found.random_as is not None:
             random_subset(self.plan.shards, self.out / "subsets" / found.random_as, out)
             return
+        if found.one_of is not None:
+            one_of_each(self.plan.corpus, found.one_of, float(found.share or 1), out)
+            return
         where = ("--shards", self.plan.shards, "--embeddings", self.out / "embeddings", "--out", out)
         inside: tuple[object, ...] = ("--cells", found.cells)
         if found.clusters is not None:
             inside = ("--clusters", self.out / "clusters" / found.clusters)
-        how = ("--target-keep", found.share, "--keep", found.keep, "--neighbor-clusters", ACROSS)
+        how = ("--target-keep", found.share, "--link", found.link, "--keep", found.keep, "--neighbor-clusters", ACROSS)
         self.tool("balance", f"subsets-{name}", *where, *inside, *how)
 
     # ---- runs ----
@@ -219,22 +222,6 @@ class Runner:
         result["metrics"]["test"] = self.evaluate(name, "test")
         result["test_date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         write_json_atomic(self.results / f"{name}.json", result)
-
-
-def random_subset(shards: Path, like: Path, out: Path) -> None:
-    """Write a subset of as many pairs as `like` has, drawn from all pairs, in the layout of tools/balance.py."""
-    index = load_index(str(shards))
-    stored = KeepTable(like, index)
-    count, total = int(stored.counts.sum()), index.num_samples
-    stage = StageDirectory(out, "balance", {"random": count, "digest": index.digest}, command="tools/study.py")
-    if stage.finished() is not None:
-        return
-    stage.begin()
-    kept = np.zeros(total, bool)
-    kept[np.random.default_rng(0).permutation(total)[:count]] = True
-    for number, name in enumerate(index.names):
-        write_array(out / "keep" / f"{name}.npy", kept[index.starts[number] : index.starts[number + 1]])
-    stage.commit({"shards": str(shards)}, shards_digest=index.digest, kept=count, total=total)
 
 
 def check_corpus(corpus: Path, sets: tuple[str, ...]) -> None:

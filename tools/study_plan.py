@@ -45,14 +45,19 @@ class Clusters(Section):
 
 
 class Subset(Section):
-    """The pairs that an arm trains on: what balance keeps, or a random subset of the same size."""
+    """The pairs that an arm trains on: what balance keeps, one pair of each value in a column, or a random subset."""
 
     share: FractionAboveZero | None = None
-    """Share of the pairs that balance keeps. Set this or random_as."""
+    """Share of the pairs that is kept. Set this or random_as."""
     clusters: str | None = None
-    """Clusters inside which balance compares pairs. Set this or cells with share."""
+    """Clusters inside which balance compares pairs. Set one of this, cells and one_of with share."""
     cells: Count | None = None
     """Number of coarse clusters that balance makes for itself, so that it can come before clustering."""
+    one_of: str | None = None
+    """Column of the corpus's pairs.parquet, such as family: one pair of each value is kept, and others at random up to
+    the share. What balance would keep if it knew."""
+    link: Literal["components", "greedy", "semdedup"] = "components"
+    """How balance makes groups of similar pairs."""
     keep: Literal["nearest", "farthest", "random", "caption", "medoid"] = "nearest"
     """Which pair of a group balance keeps."""
     random_as: str | None = None
@@ -222,10 +227,10 @@ def _check_names(file: StudyFile) -> None:
         where = f"subsets.{name}"
         if (subset.share is None) == (subset.random_as is None):
             raise UserError(f"{where} has both or none of share and random_as, expected one: correct it")
-        if (subset.share is None) != (subset.clusters is None and subset.cells is None):
-            raise UserError(f"{where} has one of share and clusters (or cells), expected both or none: correct it")
-        if subset.clusters is not None and subset.cells is not None:
-            raise UserError(f"{where} has clusters and cells, expected one of them: correct it")
+        given = [key for key in ("clusters", "cells", "one_of") if getattr(subset, key) is not None]
+        if len(given) != (subset.share is not None):
+            wanted = "none of them with random_as" if subset.share is None else "one of clusters, cells and one_of"
+            raise UserError(f"{where} has {' and '.join(given) or 'only a share'}, expected {wanted}: correct it")
         references.append((f"{where}.clusters", subset.clusters, clusters))
         references.append((f"{where}.random_as", subset.random_as, subsets))
         if subset.random_as is not None and file.subsets.get(subset.random_as, subset).share is None:
@@ -324,14 +329,18 @@ class Plan:
 
     def clusters(self, name: str) -> Stage:
         found = self.file.clusters[name]
-        before = self.embeddings if found.of is None else self.subset(found.of)
-        return Stage(f"clusters/{name}", {"k": found.k, "top_labels": found.top_labels}, (before,))
+        before = (self.embeddings,) if found.of is None else (self.embeddings, self.subset(found.of))
+        return Stage(f"clusters/{name}", {"k": found.k, "top_labels": found.top_labels}, before)
 
     def subset(self, name: str) -> Stage:
         found = self.file.subsets[name]
         if found.random_as is not None:
             return Stage(f"subsets/{name}", {"random": True}, (self.subset(found.random_as),))
+        if found.one_of is not None:
+            return Stage(f"subsets/{name}", {"share": found.share, "one_of": found.one_of}, (self.index,))
         settings: dict[str, Any] = {"share": found.share, "keep": found.keep}
+        if found.link != "components":  # its default has no place in the digests of stored results
+            settings["link"] = found.link
         if found.clusters is None:
             return Stage(f"subsets/{name}", settings | {"cells": found.cells}, (self.embeddings,))
         return Stage(f"subsets/{name}", settings, (self.clusters(found.clusters),))

@@ -11,12 +11,20 @@ from typing import Any
 import checkout  # noqa: F401  import paths of a plain checkout
 from megacid.errors import UserError
 from study_plan import TEACHER, StudyFile
+from study_subsets import LARGE_GROUP
 
 METRICS = {
     "acc1": "zero-shot top-1",
     "lp_acc1": "linear probe top-1",
     "image_retrieval_recall@1": "image retrieval R@1",
     "text_retrieval_recall@1": "text retrieval R@1",
+}
+REMOVED = {  # what study_subsets.removed_pairs returns -> its column
+    "same_picture": "the same picture",
+    "same_family": "another drawing of the icon",
+    "same_concept": "the same concept",
+    "another_concept": "another concept",
+    "in_large_groups": f"in groups of {LARGE_GROUP} or more",
 }
 LEVEL = 0.95
 Result = dict[str, Any]
@@ -154,6 +162,16 @@ def _differences(finished: Finished, arms: Sequence[str], part: str) -> str:
     return _table(["arm", "minus", "pairs of runs", *METRICS.values()], rows, 2) if rows else ""
 
 
+def _removed(results: Sequence[Result]) -> str:
+    rows = []
+    for result in results:
+        if facts := result.get("removed"):
+            name = str(result["stage"]).partition("/")[2]
+            shares = [f"{100 * facts[key]:.1f}" for key in REMOVED]
+            rows.append([f"`{name}`", f"{facts['pairs']:,}", *shares, f"{facts['largest_group']:,}"])
+    return _table(["subset", "removed", *REMOVED.values(), "largest group"], rows, 1) if rows else ""
+
+
 def test_table(results: Sequence[Result], file: StudyFile, names: Mapping[str, str]) -> str:
     """Markdown: a table of the test sets for these arms, with a name for each.
 
@@ -191,5 +209,8 @@ def report(results: Sequence[Result], file: StudyFile, arms: Sequence[str]) -> s
         tables = [table(finished, arms, part) for table in (_means, _differences)]
         if tables[0]:
             parts += [f"### {title}", *filter(None, tables)]
+    if removed := _removed(results):
+        what = "How the pairs that balance removed are related to those that were kept for them, in percent of the removed."
+        parts += ["### Removed pairs", what, removed]
     note = f"Percent; mean ± half of the {100 * LEVEL:.0f} % interval over seeds (Student's t); differences by seed."
     return "\n\n".join([*parts, note, _cost(results)])

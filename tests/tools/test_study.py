@@ -22,7 +22,7 @@ from megacid.data.side_tables import KeepTable
 from megacid.errors import UserError
 from sample_tars import write_retrieval
 from study_plan import Plan, load_study
-from study_report import Finished, best_rate, interval, load_results, next_rate, report
+from study_report import REMOVED, Finished, best_rate, interval, load_results, next_rate, report
 from synthesize import encode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,11 +105,14 @@ def edited(tmp_path: Path, old: str, new: str) -> Path:
         ('rates: [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]', "rates: [0.0]", "rates"),
         ('"loss.mse=2.0"', '"loss.mse=2.0", "run.seed=3"', "the study sets run.seed itself"),
         ('"loss.mse=2.0"', '"loss.mes=2.0"', 'arm mse: unknown key "megacid.loss.mes": did you mean "mse"'),
-        ('balanced-20: {share: 0.8, clusters: "k4096"}', "balanced-20: {share: 0.8}", "one of share and clusters"),
+        ('balanced-20: {share: 0.8, clusters: "k4096"}', "balanced-20: {share: 0.8}", "has only a share, expected"),
+        ('random-20: {random_as', 'random-20: {cells: 4, random_as', "random-20 has cells, expected none"),
         ('random_as: "balanced-20"', 'random_as: "random-60"', "expected a subset with a share"),
         ('of: "balanced-before"', 'of: "random-60"', "clusters.k4096-of-balanced-before.of is 'random-60', expected a"),
         ('cells: 256', 'cells: 0', "subsets.balanced-before.cells"),
         ('cells: 256', 'cells: 256, clusters: "k256"', "subsets.balanced-before has clusters and cells, expected one"),
+        ('cells: 256', 'cells: 256, one_of: "family"', "subsets.balanced-before has cells and one_of, expected one"),
+        ('cells: 256', 'cells: 256, link: "chains"', "subsets.balanced-before.link"),
         ('k256: {k: 256}', "k256: {k: 0}", "clusters.k256.k"),
         ('k256: {k: 256}', "k256: 256", "clusters.k256 is 256, expected a block"),
     ],
@@ -266,17 +269,6 @@ def test_balance_before_clustering_copies_no_pairs(
     assert not any("--reshard" in words for words in commands.values())
 
 
-def test_a_random_subset_has_as_many_pairs_as_the_balanced_one_and_others(pipeline: Pipeline, tmp_path: Path) -> None:
-    inputs = ("--embeddings", pipeline.teacher, "--clusters", pipeline.labels)
-    run_tool_inside("balance", *inputs, "--out", tmp_path / "balanced", "--target-keep", 0.5)
-    for _ in range(2):  # the second time it is kept
-        tool.random_subset(pipeline.shards, tmp_path / "balanced", tmp_path / "random")
-    index = load_index(str(pipeline.shards))
-    balanced, drawn = (KeepTable(tmp_path / name, index) for name in ("balanced", "random"))
-    assert drawn.counts.sum() == balanced.counts.sum() > 20
-    assert any((drawn.kept(n).tolist() != balanced.kept(n).tolist()) for n in range(len(index.names)))
-
-
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
@@ -316,6 +308,15 @@ def test_intervals_and_paired_differences_are_those_of_students_t() -> None:
     assert "| `plain` | 0.001 | 0.0005, 0.001, 0.002, 0.004, 0.008 | 3 | 13.00 ± 8.96 | 6.50 ± 4.48 |  |  |" in text
     assert "| `instance` | `plain` | 3 | +19.00 ± 2.48 | +9.50 ± 1.24 |  |  |" in text
     assert "14 students; with the stages 7.0 hours, 14.0 hours of CPU time. a CPU, 2 cores, torch 2.14" in text
+
+
+def test_what_balance_removed_is_a_table_of_the_report() -> None:
+    stage = {**result("plain", 0, 1e-3, 0.1), "stage": "subsets/balanced-43.7"}
+    del stage["arm"], stage["rate"]
+    removed = {key: 0.125 for key in REMOVED} | {"pairs": 1234, "largest_group": 5067}
+    text = report([*results_of_two_arms(), {**stage, "removed": removed}], load_study(ICONS), CORE)
+    assert "| `balanced-43.7` | 1,234 | 12.5 | 12.5 | 12.5 | 12.5 | 12.5 | 5,067 |" in text
+    assert "Removed pairs" not in report([*results_of_two_arms(), stage], load_study(ICONS), CORE)
 
 
 def test_an_arm_without_all_rates_is_not_reported_and_one_seed_has_no_interval() -> None:

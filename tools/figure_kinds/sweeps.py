@@ -76,9 +76,14 @@ def _choice(file: StudyFile, subset: Subset) -> tuple[float, str]:
     """(percent of the pairs removed, how they are chosen) of a subset."""
     like = file.subsets[subset.random_as] if subset.random_as is not None else subset
     assert like.share is not None
-    inside = f"{like.cells} cells" if like.clusters is None else like.clusters
-    balanced = f"balanced in {inside}"
-    kind = f"{balanced}, {subset.keep} stays" if like is subset else f"random, as many as {balanced}"
+    if like.one_of is not None:
+        chosen = kind = f"one of each {like.one_of}"
+    else:
+        chosen = f"balanced in {like.clusters or f'{like.cells} cells'}"
+        link = "" if like.link == "components" else f" by {like.link} links"
+        kind = f"{chosen}{link}, {like.keep} stays"
+    if like is not subset:
+        kind = f"random, as many as {chosen}"
     return round(100 * (1 - like.share), 6), kind
 
 
