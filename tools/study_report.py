@@ -210,7 +210,7 @@ def report(results: Sequence[Result], file: StudyFile, arms: Sequence[str]) -> s
         if tables[0]:
             parts += [f"### {title}", *filter(None, tables)]
     if removed := _removed(results):
-        what = "How the pairs that balance removed are related to those that were kept for them, in percent of the removed."
+        what = "How removed pairs are related to those that balance kept for them, in percent of the removed."
         parts += ["### Removed pairs", what, removed]
     note = f"Percent; mean ± half of the {100 * LEVEL:.0f} % interval over seeds (Student's t); differences by seed."
     return "\n\n".join([*parts, note, _cost(results)])
