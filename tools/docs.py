@@ -5,8 +5,8 @@
     tools/docs.py --check              exit 1 when they are stale; change nothing
     tools/docs.py --demo runs/demo     pictures in docs/images/, results in README.md and docs/demo.md
     tools/docs.py --corpus data/icons  facts in docs/corpus/, a picture in docs/images/, tables in docs/corpus.md
-    tools/docs.py --study STUDY.json runs/study    results in docs/study/STUDY/, a picture in docs/images/, tables in
-                                       docs/study.md and README.md
+    tools/docs.py --study STUDY.json runs/study    results in docs/study/STUDY/, pictures of them and of
+                                       runs/study/figures in docs/images/, tables in docs/study.md and README.md
 
 --demo reads what tools/demo.sh wrote: summary.json, the figures of the balance stage and the TensorBoard event files of
 the students. --corpus reads an output of tools/prepare_icons.py, --study the file and the output directory of a study
@@ -264,9 +264,13 @@ def from_study(file: StudyFile, out: Path, root: Path) -> list[Path]:
         write_atomic(path, (results / path.name).read_bytes())
     for path, text in texts.items():
         write_atomic(path, text.encode())
-    picture = root / "docs" / "images" / f"study-{file.path.stem}.png"
-    draw_study(file, results, picture)
-    return [*written, *texts, picture]
+    images = root / "docs" / "images"
+    pictures = [images / f"study-{file.path.stem}.png"]
+    draw_study(file, results, pictures[0])
+    for path in sorted((out / "figures").glob("*.png")):
+        pictures.append(images / f"study-{file.path.stem}-{path.name}")
+        _shrink(path, pictures[-1])
+    return [*written, *texts, *pictures]
 
 
 def main(argv: list[str] | None = None) -> int:

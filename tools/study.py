@@ -42,6 +42,7 @@ from study_plan import TEACHER, Plan, Run, Stage, load_study
 from study_report import best_rate, load_results, next_rate, report
 from study_subsets import one_of_each, random_subset, removed_pairs
 
+CORES = len(os.sched_getaffinity(0))  # fewer than the machine's under taskset: two studies can share a machine
 ACROSS = 4  # neighbour clusters whose pairs balance compares, too: copies can lie on both sides of a border
 
 
@@ -100,12 +101,12 @@ class Runner:
 
     def tool(self, name: str, log: str, *arguments: object) -> None:
         words = [sys.executable, str(Path(__file__).parent / f"{name}.py"), *map(str, arguments)]
-        environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+        environment = {"OMP_NUM_THREADS": str(CORES)}
         run_logged(words, self.out / "logs" / f"{log}.out", f"tools/{name}.py for {log}", environment)
 
     def train(self, name: str, run_file: str, changes: tuple[str, ...]) -> None:
         ranks = self.plan.file.study.ranks
-        environment = {"OMP_NUM_THREADS": str(-(-(os.cpu_count() or 1) // ranks))}  # the ranks share the cores
+        environment = {"OMP_NUM_THREADS": str(-(-CORES // ranks))}  # the ranks share the cores
         if not torch.cuda.is_available():
             environment["DS_ACCELERATOR"] = "cpu"
         words = training_command(run_file, changes, ranks)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from doc_blocks import ROOT
+from PIL import Image
 from test_pages import docs_tool
 
 from megacid.errors import UserError
@@ -55,8 +56,13 @@ def pages(root: Path, text: str = "") -> tuple[Path, Path]:
 def test_the_tables_come_from_the_results_and_the_text_has_no_other_number(tmp_path: Path) -> None:
     page, readme = pages(tmp_path, "Plain CLIP reaches 15.00 %, the method 16.27 %.")
     icons = docs_tool.load_study(STUDIES / "icons.json")
-    files = docs_tool.from_study(icons, drawn_study(tmp_path / "out"), tmp_path)
-    assert len(files) == 3 * 6 + 3 and all(path.is_file() for path in files)
+    out = drawn_study(tmp_path / "out")
+    (out / "figures").mkdir()
+    Image.new("RGB", (2000, 500)).save(out / "figures" / "fig4_weights.png")
+    files = docs_tool.from_study(icons, out, tmp_path)
+    assert len(files) == 3 * 6 + 4 and all(path.is_file() for path in files)
+    with Image.open(tmp_path / "docs" / "images" / "study-icons-fig4_weights.png") as figure:
+        assert figure.size == (1000, 250)
     assert "| `plain` | 0.002 | 0.001, 0.002, 0.004 | 2 | 15.00 ± 63.53 |" in page.read_text()
     assert unknown_numbers(page.read_text()) == {"16.27"}
     assert docs_tool.study_page(page.read_text(), icons, tmp_path / "docs" / "study" / "icons") == page.read_text()
