@@ -40,7 +40,7 @@ from megacid.storage.atomic import read_json, write_json_atomic
 from megacid.storage.metadata import machine, versions
 from study_plan import TEACHER, Plan, Run, Stage, load_study
 from study_report import best_rate, load_results, next_rate, report
-from study_subsets import one_of_each, random_subset, removed_pairs
+from study_subsets import one_of_each, random_subset, subset_facts
 
 CORES = len(os.sched_getaffinity(0))  # fewer than the machine's under taskset: two studies can share a machine
 ACROSS = 4  # neighbour clusters whose pairs balance compares, too: copies can lie on both sides of a border
@@ -131,8 +131,8 @@ class Runner:
         with measured(seconds, "stage"):
             work[kind](item)
         facts: dict[str, Any] = {"stage": stage.name, "settings": stage.settings, "seconds": seconds}
-        if (self.out / stage.name / "representative").is_dir() and (self.plan.corpus / "pairs.parquet").is_file():
-            facts["removed"] = removed_pairs(self.plan.corpus, self.out / stage.name)
+        if kind == "subsets" and (self.plan.corpus / "pairs.parquet").is_file():
+            facts |= subset_facts(self.plan.corpus, self.out / stage.name)
         self.record(name, stage.digest, **facts)
 
     def make_teacher(self) -> None:

@@ -19,10 +19,11 @@ METRICS = {
     "image_retrieval_recall@1": "image retrieval R@1",
     "text_retrieval_recall@1": "text retrieval R@1",
 }
-REMOVED = {  # what study_subsets.removed_pairs returns -> its column
-    "same_picture": "the same picture",
-    "same_family": "another drawing of the icon",
-    "same_concept": "the same concept",
+KEPT = {"picture": "pictures", "family": "families", "concept": "concepts"}  # of study_subsets.subset_facts -> column
+REMOVED = {
+    "picture": "the same picture",
+    "family": "the same family",
+    "concept": "the same concept",
     "another_concept": "another concept",
     "in_large_groups": f"in groups of {LARGE_GROUP} or more",
 }
@@ -162,14 +163,31 @@ def _differences(finished: Finished, arms: Sequence[str], part: str) -> str:
     return _table(["arm", "minus", "pairs of runs", *METRICS.values()], rows, 2) if rows else ""
 
 
-def _removed(results: Sequence[Result]) -> str:
-    rows = []
-    for result in results:
-        if facts := result.get("removed"):
-            name = str(result["stage"]).partition("/")[2]
-            shares = [f"{100 * facts[key]:.1f}" for key in REMOVED]
-            rows.append([f"`{name}`", f"{facts['pairs']:,}", *shares, f"{facts['largest_group']:,}"])
-    return _table(["subset", "removed", *REMOVED.values(), "largest group"], rows, 1) if rows else ""
+def _subsets(results: Sequence[Result]) -> list[str]:
+    """Tables of what the subsets hold, and of what balance removed."""
+
+    def row(result: Result, part: str, columns: Mapping[str, str]) -> list[str]:
+        facts = result[part]
+        name = str(result["stage"]).partition("/")[2]
+        return [f"`{name}`", f"{facts['pairs']:,}", *(f"{100 * facts[key]:.1f}" for key in columns)]
+
+    kept = [row(result, "kept", KEPT) for result in results if "kept" in result]
+    removed = [
+        [*row(result, "removed", REMOVED), f"{result['removed']['largest_group']:,}"]
+        for result in results
+        if "removed" in result
+    ]
+    parts = []
+    if kept:
+        parts += [
+            "### Subsets",
+            "Percent of the corpus's pictures, families and concepts that have a pair in the subset.",
+        ]
+        parts.append(_table(["subset", "pairs", *KEPT.values()], kept, 1))
+    if removed:
+        parts.append("Percent of the removed pairs, by what they share with the pair that balance kept for them.")
+        parts.append(_table(["subset", "removed", *REMOVED.values(), "largest group"], removed, 1))
+    return parts
 
 
 def test_table(results: Sequence[Result], file: StudyFile, names: Mapping[str, str]) -> str:
@@ -209,8 +227,5 @@ def report(results: Sequence[Result], file: StudyFile, arms: Sequence[str]) -> s
         tables = [table(finished, arms, part) for table in (_means, _differences)]
         if tables[0]:
             parts += [f"### {title}", *filter(None, tables)]
-    if removed := _removed(results):
-        what = "How removed pairs are related to those that balance kept for them, in percent of the removed."
-        parts += ["### Removed pairs", what, removed]
     note = f"Percent; mean ± half of the {100 * LEVEL:.0f} % interval over seeds (Student's t); differences by seed."
-    return "\n\n".join([*parts, note, _cost(results)])
+    return "\n\n".join([*parts, note, *_subsets(results), _cost(results)])

@@ -1,4 +1,4 @@
-"""Subsets of a study that balance does not make, and what balance removed, by the corpus's own record of its pairs."""
+"""Subsets of a study that balance does not make, and what a subset holds by the corpus's own record of its pairs."""
 
 from __future__ import annotations
 
@@ -79,31 +79,41 @@ def one_of_each(corpus: Path, column: str, share: float, out: Path) -> None:
     write_subset(shards, out, {"one_of": column, "share": share}, kept)
 
 
-def removed_pairs(corpus: Path, subset: Path) -> dict[str, float]:
-    """What balance removed, as shares of it: how each removed pair is related to the one that was kept for it.
+def subset_facts(corpus: Path, subset: Path) -> dict[str, dict[str, float]]:
+    """What a subset holds, and how the pairs that balance removed are related to those that it kept for them.
 
     Args:
-        subset: output of tools/balance.py.
+        subset: output of tools/balance.py, or one of the subsets above.
 
     Returns:
-        pairs: their number. same_picture, same_family (another drawing of the icon in its design system), same_concept
-        (in another design system or family), another_concept; they add up to 1. in_large_groups: those in groups of at
-        least LARGE_GROUP pairs, of which one is kept. largest_group: pairs in it.
+        kept: number of pairs; shares of the pictures, families (drawings of one icon in one design system) and concepts
+        that have a pair in the subset.
+        removed, for outputs of balance: number of pairs; shares of those that have the same picture as the kept pair,
+        else the same family, else the same concept, else another_concept; in_large_groups: share of those in groups of
+        at least LARGE_GROUP pairs, of which one is kept; largest_group: pairs in it.
     """
     index = load_index(str(corpus / "train"))
+    table = KeepTable(subset, index)
+    shards = range(len(index.names))
+    rows = np.concatenate([table.kept(shard) + index.starts[shard] for shard in shards])
+    columns = {name: pair_column(corpus, index, name) for name in ("picture", "family", "concept")}
+    kept: dict[str, float] = {"pairs": len(rows)}
+    for name, values in columns.items():
+        kept[name] = round(len(np.unique(values[rows])) / len(np.unique(values)), 4)
+    if not (subset / "representative").is_dir():
+        return {"kept": kept}
     stored = [np.load(subset / "representative" / f"{name}.npy") for name in index.names]
     representative = np.concatenate(stored)
-    removed = np.flatnonzero(representative != np.arange(len(representative)))
-    kept, count = representative[removed], max(1, len(removed))
+    rows = np.flatnonzero(representative != np.arange(len(representative)))
+    instead, count = representative[rows], max(1, len(rows))
     groups = np.bincount(representative, minlength=len(representative))
-    facts: dict[str, float] = {"pairs": len(removed)}
-    unrelated = np.ones(len(removed), bool)
-    for name in ("picture", "family", "concept"):
-        values = pair_column(corpus, index, name)
-        same = unrelated & (values[removed] == values[kept])
-        facts[f"same_{name}"] = round(int(same.sum()) / count, 4)
+    removed: dict[str, float] = {"pairs": len(rows)}
+    unrelated = np.ones(len(rows), bool)
+    for name, values in columns.items():
+        same = unrelated & (values[rows] == values[instead])
+        removed[name] = round(int(same.sum()) / count, 4)
         unrelated &= ~same
-    facts["another_concept"] = round(int(unrelated.sum()) / count, 4)
-    facts["in_large_groups"] = round(int((groups[kept] >= LARGE_GROUP).sum()) / count, 4)
-    facts["largest_group"] = int(groups.max(initial=0))
-    return facts
+    removed["another_concept"] = round(int(unrelated.sum()) / count, 4)
+    removed["in_large_groups"] = round(int((groups[instead] >= LARGE_GROUP).sum()) / count, 4)
+    removed["largest_group"] = int(groups.max(initial=0))
+    return {"kept": kept, "removed": removed}

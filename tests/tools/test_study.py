@@ -22,7 +22,7 @@ from megacid.data.side_tables import KeepTable
 from megacid.errors import UserError
 from sample_tars import write_retrieval
 from study_plan import Plan, load_study
-from study_report import REMOVED, Finished, best_rate, interval, load_results, next_rate, report
+from study_report import KEPT, REMOVED, Finished, best_rate, interval, load_results, next_rate, report
 from synthesize import encode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -310,13 +310,17 @@ def test_intervals_and_paired_differences_are_those_of_students_t() -> None:
     assert "14 students; with the stages 7.0 hours, 14.0 hours of CPU time. a CPU, 2 cores, torch 2.14" in text
 
 
-def test_what_balance_removed_is_a_table_of_the_report() -> None:
+def test_what_subsets_hold_and_what_balance_removed_are_tables_of_the_report() -> None:
     stage = {**result("plain", 0, 1e-3, 0.1), "stage": "subsets/balanced-43.7"}
     del stage["arm"], stage["rate"]
-    removed = {key: 0.125 for key in REMOVED} | {"pairs": 1234, "largest_group": 5067}
-    text = report([*results_of_two_arms(), {**stage, "removed": removed}], load_study(ICONS), CORE)
+    kept = dict.fromkeys(KEPT, 0.25) | {"pairs": 2345}
+    removed = dict.fromkeys(REMOVED, 0.125) | {"pairs": 1234, "largest_group": 5067}
+    text = report([*results_of_two_arms(), {**stage, "kept": kept, "removed": removed}], load_study(ICONS), CORE)
+    assert "| `balanced-43.7` | 2,345 | 25.0 | 25.0 | 25.0 |" in text
     assert "| `balanced-43.7` | 1,234 | 12.5 | 12.5 | 12.5 | 12.5 | 12.5 | 5,067 |" in text
-    assert "Removed pairs" not in report([*results_of_two_arms(), stage], load_study(ICONS), CORE)
+    drawn = report([*results_of_two_arms(), {**stage, "kept": kept}], load_study(ICONS), CORE)
+    assert "| `balanced-43.7` | 2,345 |" in drawn and "| removed |" not in drawn
+    assert "### Subsets" not in report([*results_of_two_arms(), stage], load_study(ICONS), CORE)
 
 
 def test_an_arm_without_all_rates_is_not_reported_and_one_seed_has_no_interval() -> None:

@@ -1,4 +1,4 @@
-"""tools/study_subsets.py: subsets that balance does not make, and what balance removed."""
+"""tools/study_subsets.py: subsets that balance does not make, and what subsets hold."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train_run import Pipeline
 from megacid.data.index import load_index
 from megacid.data.side_tables import KeepTable
 from megacid.errors import UserError
-from study_subsets import one_of_each, pair_column, random_subset, removed_pairs
+from study_subsets import one_of_each, pair_column, random_subset, subset_facts, write_subset
 
 
 @pytest.fixture
@@ -72,26 +72,38 @@ def test_one_of_each_keeps_every_value_and_fills_up_to_the_share(corpus: Path, t
     assert not (tmp_path / "none").exists()
 
 
-def test_removed_pairs_are_told_apart_by_the_first_thing_that_they_share(corpus: Path, tmp_path: Path) -> None:
+def write_balance(out: Path, corpus: Path, representative: np.ndarray) -> Path:
+    """An output of balance in which pair i is kept for those with representative i."""
+    own = representative == np.arange(len(representative))
+    write_subset(corpus / "train", out, {}, own)
+    (out / "representative").mkdir()
     index = load_index(str(corpus / "train"))
-    representative = np.arange(index.num_samples)
+    for number, name in enumerate(index.names):
+        part = representative[index.starts[number] : index.starts[number + 1]]
+        np.save(out / "representative" / f"{name}.npy", part)
+    return out
+
+
+def test_facts_of_a_subset_count_what_it_holds_and_what_the_removed_pairs_share(corpus: Path, tmp_path: Path) -> None:
+    total = load_index(str(corpus / "train")).num_samples
+    representative = np.arange(total)
     representative[20] = 0  # the family
     representative[10] = 0  # the concept
     representative[[1, 2, 3, 4]] = 0  # another concept
     representative[[25, 45]] = 5  # another group, of one family
-    (tmp_path / "representative").mkdir()
-
-    def write_representatives() -> None:
-        for number, name in enumerate(index.names):
-            part = representative[index.starts[number] : index.starts[number + 1]]
-            np.save(tmp_path / "representative" / f"{name}.npy", part)
-
-    write_representatives()
-    facts = {"same_picture": 0.0, "same_family": 0.375, "same_concept": 0.125, "another_concept": 0.5}
-    assert removed_pairs(corpus, tmp_path) == {"pairs": 8, **facts, "in_large_groups": 0.0, "largest_group": 7}
+    facts = subset_facts(corpus, write_balance(tmp_path / "small", corpus, representative))
+    assert facts["kept"] == {"pairs": total - 8, "picture": round(1 - 8 / total, 4), "family": 1.0, "concept": 1.0}
+    shares = {"picture": 0.0, "family": 0.375, "concept": 0.125, "another_concept": 0.5}
+    assert facts["removed"] == {"pairs": 8, **shares, "in_large_groups": 0.0, "largest_group": 7}
+    representative[np.arange(total) % 20 == 7] = 0  # a whole family, and half of its concept
     representative[40:60] = 40  # one group of 20, in which 19 are removed
-    write_representatives()
-    assert removed_pairs(corpus, tmp_path)["in_large_groups"] == round(19 / 26, 4)
+    facts = subset_facts(corpus, write_balance(tmp_path / "large", corpus, representative))
+    assert facts["kept"]["family"] == 0.95 and facts["kept"]["concept"] == 1.0
+    assert facts["removed"]["largest_group"] == 20
+    one_of_each(corpus, "family", 20.0 / total, tmp_path / "least")
+    assert subset_facts(corpus, tmp_path / "least") == {
+        "kept": {"pairs": 20, "picture": round(20 / total, 4), "family": 1.0, "concept": 1.0}
+    }
 
 
 def test_a_corpus_without_the_column_or_with_other_pairs_is_one_error(corpus: Path, tmp_path: Path) -> None:
