@@ -16,7 +16,9 @@ from megacid.distributed import parallel, rendezvous
 from megacid.errors import UserError
 
 
-def start(folder: Path, ranks: list[tuple[int, int]], timeout_s: float = 20.0, late_s: float = 0.0) -> list[str]:
+def start(
+    folder: Path, ranks: list[tuple[int, int]], timeout_s: float = 20.0, late_s: float = 0.0, report_s: float = 0.3
+) -> list[str]:
     """What each process got: "joined SUM", or its error. ranks: (RANK, WORLD_SIZE) by process; the last is late."""
     port = free_port()
     pids = []
@@ -25,6 +27,7 @@ def start(folder: Path, ranks: list[tuple[int, int]], timeout_s: float = 20.0, l
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             sys.stderr = (folder / f"{number}.err").open("w")
+            rendezvous._REPORT_EVERY_S = report_s
             _join(folder / f"{number}.txt", timeout_s, late_s if number + 1 == len(ranks) else 0.0)
         pids.append(pid)
     for pid in pids:
@@ -34,7 +37,6 @@ def start(folder: Path, ranks: list[tuple[int, int]], timeout_s: float = 20.0, l
 
 def _join(file: Path, timeout_s: float, late_s: float) -> None:
     torch.set_num_threads(1)
-    rendezvous._REPORT_EVERY_S = 0.3
     try:
         time.sleep(late_s)
         group = parallel.init(timeout_s=20, start_timeout_s=timeout_s).group
@@ -50,7 +52,8 @@ def _join(file: Path, timeout_s: float, late_s: float) -> None:
 
 
 def test_ranks_that_start_together_join_without_a_line(tmp_path: Path) -> None:
-    assert start(tmp_path, [(0, 3), (2, 3), (1, 3)]) == ["joined 6"] * 3
+    # A loaded machine may start one of the processes late.
+    assert start(tmp_path, [(0, 3), (2, 3), (1, 3)], report_s=10.0) == ["joined 6"] * 3
     assert all(file.read_text() == "" for file in tmp_path.glob("*.err"))
 
 
@@ -61,9 +64,9 @@ def test_a_late_rank_is_named_until_it_comes(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_never_starts_ends_all_others_with_one_message(tmp_path: Path) -> None:
-    got = start(tmp_path, [(0, 4), (2, 4)], timeout_s=0.5)
+    got = start(tmp_path, [(0, 4), (2, 4)], timeout_s=3.0)
     assert len(set(got)) == 1
-    assert got[0].startswith("rank 1, 3 of 4 did not start within 0.5 s: see the output of those ranks")
+    assert got[0].startswith("rank 1, 3 of 4 did not start within 3 s: see the output of those ranks")
     assert got[0].endswith("megacid.run.start_timeout_s in training) [True]")
 
 
