@@ -61,7 +61,11 @@ def _split(name: str) -> Callable[[Facts], str]:
 
 
 def _set(name: str, *keys: str) -> Callable[[Facts], str]:
-    return lambda facts: " / ".join(f"{facts['evaluation_sets'][name][key]:,}" for key in keys)
+    def cell(facts: Facts) -> str:
+        sizes = facts["evaluation_sets"].get(name)
+        return "none" if sizes is None else " / ".join(f"{sizes[key]:,}" for key in keys)
+
+    return cell
 
 
 def _share(*path: str) -> Callable[[Facts], str]:
@@ -81,6 +85,8 @@ _SIZES: dict[str, Callable[[Facts], str]] = {
     "different captions in `train`": lambda facts: f"{facts['splits']['train']['captions']:,}",
     "`concepts-validation`: classes / pictures": _set("concepts-validation", "classes", "test"),
     "`concepts-test`: classes / pictures": _set("concepts-test", "classes", "test"),
+    "`seldom-validation`: classes / pictures": _set("seldom-validation", "classes", "test"),
+    "`seldom-test`: classes / pictures": _set("seldom-test", "classes", "test"),
     "`retrieval-validation`, `retrieval-test`: pairs": lambda facts: (
         f"{_set('retrieval-validation', 'pairs')(facts)}, {_set('retrieval-test', 'pairs')(facts)}"
     ),

@@ -138,11 +138,17 @@ class Classification(NamedTuple):
     test: list[tuple[str, int]]
 
 
-def classification(pairs: Iterable[Pair], split: str, kind: str) -> Classification:
-    """The classification set of a held-out split: concepts of one word, drawn by many of its systems.
+def classification(pairs: Iterable[Pair], split: str, kind: str, *, seldom: bool = False) -> Classification:
+    """A classification set of a held-out split: concepts of one word, drawn by many of its systems.
 
     The pictures to score are of the held-out systems, those of the linear probe's train split are of the training
     systems: a score says whether a model knows the concept, not the drawing.
+
+    Args:
+        seldom: instead the concepts that fewer training systems draw, but at least one of each split. May be empty.
+
+    Raises:
+        UserError: the set is empty.
     """
     by_concept: dict[str, dict[str, dict[str, list[Pair]]]] = defaultdict(
         lambda: {split: defaultdict(list) for split in SPLITS}
@@ -158,9 +164,13 @@ def classification(pairs: Iterable[Pair], split: str, kind: str) -> Classificati
     names = sorted(
         concept
         for concept, drawn in by_concept.items()
-        if len(drawn[split]) >= least and len(drawn["train"]) >= least_train
+        if (
+            drawn[split] and 1 <= len(drawn["train"]) < least_train
+            if seldom
+            else len(drawn[split]) >= least and len(drawn["train"]) >= least_train
+        )
     )
-    if not names:
+    if not names and not seldom:
         raise UserError(
             f"no concept of one word is drawn by {least} design systems of the split {split} and {least_train} of the "
             "training split, so its classification set would be empty: take a complete package"

@@ -10,6 +10,7 @@ Captions are the names of the icons. Whole design systems are held out for valid
     OUT/train, OUT/validation, OUT/test    tars of png + txt
     OUT/pairs.parquet                      per pair: split, set, name, caption, design_system, family, concept, picture
     OUT/concepts-validation, -test         classification sets in CLIP_benchmark's webdataset layout
+    OUT/seldom-validation, -test           the same for concepts that few training systems draw, if there are any
     OUT/retrieval-validation, -test        retrieval sets in the same layout
     OUT/ATTRIBUTION.md, summary.json, examples.png
 
@@ -115,17 +116,19 @@ def write_evaluation_sets(
     pairs = [pair for pair in pairs if pairs[picture_of[pair.key]].split == pair.split]
     caption_of = {pair.key: pair.caption for pair in pairs}
     for split in SPLITS[1:]:
-        folder = out / f"concepts-{split}"
-        shutil.rmtree(folder, ignore_errors=True)
-        chosen = classification(pairs, split, kind)
-        splits = {"train": chosen.train, "test": chosen.test}
-        write_classification(
-            folder,
-            chosen.names,
-            list(TEMPLATES),
-            {part: ((read(key), label) for key, label in rows) for part, rows in splits.items()},
-        )
-        sizes[folder.name] = {"classes": len(chosen.names), **{part: len(rows) for part, rows in splits.items()}}
+        for name, seldom in ((f"concepts-{split}", False), (f"seldom-{split}", True)):
+            shutil.rmtree(out / name, ignore_errors=True)
+            chosen = classification(pairs, split, kind, seldom=seldom)
+            if not chosen.names:
+                continue
+            splits = {"train": chosen.train, "test": chosen.test}
+            write_classification(
+                out / name,
+                chosen.names,
+                list(TEMPLATES),
+                {part: ((read(key), label) for key, label in rows) for part, rows in splits.items()},
+            )
+            sizes[name] = {"classes": len(chosen.names), **{part: len(rows) for part, rows in splits.items()}}
         folder = out / f"retrieval-{split}"
         shutil.rmtree(folder, ignore_errors=True)
         keys = [pair.key for pair in retrieval(pairs, split, picture_of)]
@@ -182,7 +185,7 @@ def report(out: Path, summary: dict[str, Any], seconds: float, cpu_seconds: floa
 
 
 def build(args: argparse.Namespace) -> int:
-    began = time.monotonic()
+    began, used = time.monotonic(), sum(os.times()[:4])  # a process that a shell became has used time before
     package = read_package(args.package)
     plan = plan_pairs(package, args.pairs_per_tar)
     arguments = {
@@ -199,11 +202,10 @@ def build(args: argparse.Namespace) -> int:
     stage.begin()
     continued = any(any((args.out / split).glob("*.tar")) for split in SPLITS)
     summary = make_corpus(args, package, plan)
-    times = os.times()
-    cpu_seconds = times.user + times.system + times.children_user + times.children_system
+    cpu_seconds = sum(os.times()[:4]) - used
     seconds = time.monotonic() - began
     # A continued run has no time of the whole corpus.
-    times_of_all = {} if continued else {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
+    times_of_all = {} if continued else {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 2)}
     stage.commit(
         {"package": str(args.package), "version": package.version},
         pairs=summary["pairs"],

@@ -171,11 +171,14 @@ class Runner:
         out = self.out / "evaluation" / run / part
         for name in getattr(self.plan.file.study, part):
             what = ("--run", self.out / "runs" / run, "--dataset-root", self.plan.corpus / name, "--out", out)
-            self.tool("eval", f"{run}-{name}", *what)
+            # Seldom concepts have too few training pictures for a probe.
+            tasks = ("--tasks", "zero_shot") if name.startswith("seldom-") else ()
+            self.tool("eval", f"{run}-{name}", *what, *tasks)
         scores: dict[str, float] = {}
         for path in sorted(out.glob("*.json")):
-            metrics = json.loads(path.read_text())["metrics"]
-            scores |= {key: value for key, value in metrics.items() if isinstance(value, float)}
+            result = json.loads(path.read_text())
+            prefix = "seldom_" if result["dataset"].startswith("seldom-") else ""
+            scores |= {prefix + key: value for key, value in result["metrics"].items() if isinstance(value, float)}
         return scores
 
     def teacher_result(self) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class Study(Section):
     base: str
     """Arm that the others are compared with."""
     validation: Texts
-    """Evaluation sets of the corpus by which settings are chosen."""
+    """Evaluation sets of the corpus by which settings are chosen. Metrics of the sets seldom-... begin with seldom_."""
     test: Texts
     """Evaluation sets of the corpus that --test evaluates."""
     clusters: dict[str, Any] = Field(default_factory=dict)

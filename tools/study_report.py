@@ -15,6 +15,7 @@ from study_subsets import LARGE_GROUP
 
 METRICS = {
     "acc1": "zero-shot top-1",
+    "seldom_acc1": "seldom concepts, zero-shot top-1",
     "lp_acc1": "linear probe top-1",
     "image_retrieval_recall@1": "image retrieval R@1",
     "text_retrieval_recall@1": "text retrieval R@1",
@@ -142,25 +143,32 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> s
     return "\n".join([f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def _measured(finished: Finished, arms: Sequence[str], part: str) -> list[str]:
+    """The metrics that any of these arms has."""
+    return [metric for metric in METRICS if any(finished.values(arm, part, metric) for arm in arms)]
+
+
 def _means(finished: Finished, arms: Sequence[str], part: str) -> str:
-    rows = []
+    rows, metrics = [], _measured(finished, arms, part)
     for arm in (TEACHER, *arms):
-        values = [list(finished.values(arm, part, metric).values()) for metric in METRICS]
+        values = [list(finished.values(arm, part, metric).values()) for metric in metrics]
         if any(values):
             rate = f"{finished.rate[arm]:g}" if arm in finished.rate else ""
             tried = ", ".join(f"{rate:g}" for rate in sorted(finished.tried.get(arm, [])))
             rows.append([f"`{arm}`", rate, tried, str(max(map(len, values))), *map(_cell, values)])
-    return _table(["arm", "learning rate", "of", "seeds", *METRICS.values()], rows, 1) if rows else ""
+    titles = [METRICS[metric] for metric in metrics]
+    return _table(["arm", "learning rate", "of", "seeds", *titles], rows, 1) if rows else ""
 
 
 def _differences(finished: Finished, arms: Sequence[str], part: str) -> str:
-    rows = []
+    rows, metrics = [], _measured(finished, arms, part)
     for arm in arms:
         for other in finished.file.arms[arm].against:
-            values = [finished.differences(arm, other, part, metric) for metric in METRICS]
+            values = [finished.differences(arm, other, part, metric) for metric in metrics]
             if any(values):
                 rows.append([f"`{arm}`", f"`{other}`", str(max(map(len, values))), *(_cell(v, "+") for v in values)])
-    return _table(["arm", "minus", "pairs of runs", *METRICS.values()], rows, 2) if rows else ""
+    titles = [METRICS[metric] for metric in metrics]
+    return _table(["arm", "minus", "pairs of runs", *titles], rows, 2) if rows else ""
 
 
 def _subsets(results: Sequence[Result]) -> list[str]:
@@ -197,12 +205,13 @@ def test_table(results: Sequence[Result], file: StudyFile, names: Mapping[str, s
         UserError: an arm has no result on the test sets.
     """
     finished, rows = Finished(results, file), []
+    metrics = _measured(finished, list(names), "test")
     for arm, name in names.items():
-        values = [list(finished.values(arm, "test", metric).values()) for metric in METRICS]
-        if not all(values):
+        values = [list(finished.values(arm, "test", metric).values()) for metric in metrics]
+        if not any(values):
             raise UserError(f"The arm {arm} has no results on the test sets: run tools/study.py with --test first")
         rows.append([name, *map(_cell, values)])
-    return _table(["student", *METRICS.values()], rows, 1)
+    return _table(["student", *(METRICS[metric] for metric in metrics)], rows, 1)
 
 
 def _cost(results: Sequence[Result]) -> str:

@@ -261,6 +261,22 @@ def test_classification_sets_score_concepts_on_held_out_systems(corpus: Path) ->
                 assert members[f"{name}.png"] in [read(key) for key in drawn]
 
 
+def test_seldom_sets_have_the_concepts_that_fewer_training_systems_draw(corpus: Path) -> None:
+    # Of the three training systems tabler alone draws these; the heart of bi is a training picture.
+    assert (corpus / "seldom-test" / "classnames.txt").read_text().split() == ["camera", "star"]
+    pairs, read = pairs_of(corpus), tool.PictureReader(corpus)
+    for part in ("train", "test"):
+        members = members_of(corpus / "seldom-test" / part)
+        labels = {name.partition(".")[0]: int(data) for name, data in members.items() if name.endswith(".cls")}
+        assert sorted(labels.values()) == [0, 1]
+        for name, label in labels.items():
+            concept = ("camera", "star")[label]
+            drawn = [p["key"] for p in pairs if p["split"] == part and p["concept"] == concept]
+            assert members[f"{name}.png"] in [read(key) for key in drawn]
+    assert not (corpus / "seldom-validation").exists(), "its only other concept is in no training system"
+    assert set(json.loads((corpus / "summary.json").read_text())["evaluation_sets"]) >= {"concepts-test", "seldom-test"}
+
+
 def test_retrieval_sets_have_each_caption_and_picture_once(corpus: Path) -> None:
     pairs = pairs_of(corpus)
     for split in SPLITS[1:]:

@@ -205,9 +205,9 @@ class Processes:
         if "eval.py" in words[1]:
             out, run = Path(arguments["--out"]), Path(arguments["--run"]).name
             out.mkdir(parents=True, exist_ok=True)
-            (out / f"{Path(arguments['--dataset-root']).name}.json").write_text(
-                json.dumps({"metrics": {"acc1": self.score(run), "count": 3}})
-            )
+            name = Path(arguments["--dataset-root"]).name
+            result = {"dataset": name, "metrics": {"acc1": self.score(run), "count": 3}}
+            (out / f"{name}.json").write_text(json.dumps(result))
 
 
 def scored(run: str) -> float:
@@ -251,6 +251,17 @@ def test_rates_are_chosen_on_validation_and_what_is_finished_is_kept(
 
     small_study(corpus, steps=6)
     assert "has the digest" in run_tool_inside(*words, expect=2) and not processes.started
+
+
+def test_metrics_of_seldom_concepts_are_told_from_those_of_others(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = small_study(corpus)
+    path.write_text(path.read_text().replace('["classes"]', '["classes", "seldom-test"]'))
+    processes = Processes(lambda run: 0.25 if processes.started[-1].endswith("seldom-test") else 0.5)
+    monkeypatch.setattr(tool, "run_logged", processes)
+    runner = tool.Runner(Plan(load_study(path), tmp_path, corpus, "digest"))
+    assert runner.evaluate("plain", "validation") == {"acc1": 0.5, "seldom_acc1": 0.25}
 
 
 def test_balance_before_clustering_copies_no_pairs(
@@ -305,8 +316,8 @@ def test_intervals_and_paired_differences_are_those_of_students_t() -> None:
     paired = interval(differences)
     assert paired is not None and (paired[0] - paired[1], paired[0] + paired[1]) == pytest.approx((low, high))
     text = report(results_of_two_arms(), file, CORE)
-    assert "| `plain` | 0.001 | 0.0005, 0.001, 0.002, 0.004, 0.008 | 3 | 13.00 ± 8.96 | 6.50 ± 4.48 |  |  |" in text
-    assert "| `instance` | `plain` | 3 | +19.00 ± 2.48 | +9.50 ± 1.24 |  |  |" in text
+    assert "| `plain` | 0.001 | 0.0005, 0.001, 0.002, 0.004, 0.008 | 3 | 13.00 ± 8.96 | 6.50 ± 4.48 |\n" in text
+    assert "| `instance` | `plain` | 3 | +19.00 ± 2.48 | +9.50 ± 1.24 |\n" in text
     assert "14 students; with the stages 7.0 hours, 14.0 hours of CPU time. a CPU, 2 cores, torch 2.14" in text
 
 
