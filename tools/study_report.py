@@ -15,7 +15,7 @@ from study_subsets import LARGE_GROUP
 
 METRICS = {
     "acc1": "zero-shot top-1",
-    "seldom_acc1": "seldom concepts, zero-shot top-1",
+    "seldom_acc1": "zero-shot top-1, seldom",
     "lp_acc1": "linear probe top-1",
     "image_retrieval_recall@1": "image retrieval R@1",
     "text_retrieval_recall@1": "text retrieval R@1",
