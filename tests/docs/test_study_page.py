@@ -24,11 +24,12 @@ PARTS = f"# Study\n\n{{text}}\n\n{MARKERS}"
 
 
 def unknown_numbers(page: str) -> set[str]:
-    """Decimal numbers of the text that the tables do not have."""
+    """Decimal numbers of the text, apart from commands, that the tables do not have."""
+    commands = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
     tables = re.compile(r"<!-- (\w+) tables.*?<!-- end of \1 tables -->", re.DOTALL)
     decimals = re.compile(r"\d+\.\d+")
     known = {number for match in tables.finditer(page) for number in decimals.findall(match[0])}
-    return set(decimals.findall(tables.sub("", page))) - known
+    return set(decimals.findall(commands.sub("", tables.sub("", page)))) - known
 
 
 def drawn_study(out: Path, arms: Iterable[str] = docs_tool.README_ARMS) -> Path:
