@@ -208,7 +208,7 @@ def test_table(results: Sequence[Result], file: StudyFile, names: Mapping[str, s
     metrics = _measured(finished, list(names), "test")
     for arm, name in names.items():
         values = [list(finished.values(arm, "test", metric).values()) for metric in metrics]
-        if not any(values):
+        if not metrics or not all(values):
             raise UserError(f"The arm {arm} has no results on the test sets: run tools/study.py with --test first")
         rows.append([name, *map(_cell, values)])
     return _table(["student", *(METRICS[metric] for metric in metrics)], rows, 1)

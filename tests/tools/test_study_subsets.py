@@ -15,7 +15,7 @@ from train_run import Pipeline
 from megacid.data.index import load_index
 from megacid.data.side_tables import KeepTable
 from megacid.errors import UserError
-from study_subsets import one_of_each, pair_column, random_subset, subset_facts, write_subset
+from study_subsets import one_of_each, pair_columns, random_subset, subset_facts, write_subset
 
 
 @pytest.fixture
@@ -75,9 +75,9 @@ def test_one_of_each_keeps_every_value_and_fills_up_to_the_share(corpus: Path, t
 def write_balance(out: Path, corpus: Path, representative: np.ndarray) -> Path:
     """An output of balance in which pair i is kept for those with representative i."""
     own = representative == np.arange(len(representative))
-    write_subset(corpus / "train", out, {}, own)
-    (out / "representative").mkdir()
     index = load_index(str(corpus / "train"))
+    write_subset(index, out, {}, own)
+    (out / "representative").mkdir()
     for number, name in enumerate(index.names):
         part = representative[index.starts[number] : index.starts[number + 1]]
         np.save(out / "representative" / f"{name}.npy", part)
@@ -109,9 +109,9 @@ def test_facts_of_a_subset_count_what_it_holds_and_what_the_removed_pairs_share(
 def test_a_corpus_without_the_column_or_with_other_pairs_is_one_error(corpus: Path, tmp_path: Path) -> None:
     index = load_index(str(corpus / "train"))
     with pytest.raises(UserError, match="has the columns key, picture, family, concept, expected a column 'style'"):
-        pair_column(corpus, index, "style")
+        pair_columns(corpus, index, "style")
     with pytest.raises(UserError, match="is missing, expected a column 'family'"):
-        pair_column(tmp_path, index, "family")
+        pair_columns(tmp_path, index, "family")
     write_pairs(corpus, ["other"], [0], [0])
     with pytest.raises(UserError, match=r"lacks pairs of .*train, expected each: make the corpus again"):
-        pair_column(corpus, index, "family")
+        pair_columns(corpus, index, "family")
