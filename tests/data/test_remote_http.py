@@ -118,9 +118,13 @@ STAYING = {
 @pytest.mark.parametrize(
     "fault", [f if f in ("404", "hang", "short length") else pytest.param(f, marks=pytest.mark.slow) for f in STAYING]
 )
-def test_faults_that_stay_end_the_stream_with_the_url(remote: Remote, fault: str) -> None:
+def test_faults_that_stay_end_the_stream_with_the_url(
+    remote: Remote, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
     index = remote.index()
     remote.forget()
+    monkeypatch.setattr(store, "RETRY_S", 0.6)
+    monkeypatch.setattr(store, "SILENCE_S", 0.5)
     _, _, (shard, *_) = next(small_steps(index).readers[0].order.blocks(0))
     remote.server.faults = {f"{index.names[shard]}.tar": fault}
     began = time.monotonic()
