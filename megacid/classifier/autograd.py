@@ -19,7 +19,7 @@ class ForwardGradients(NamedTuple):
 
     gradients: Gradients
     x: Tensor | None  # [B, D] float32 (float64), gradient of this rank's embeddings, summed over the ranks
-    norm_sq: Tensor  # 0-d fp32, squared norm of the row gradient with weight_grad "recomputed", else 0
+    norm_sq: Tensor | None  # 0-d fp32, squared norm of the row gradient with weight_grad "recomputed"
 
 
 class PartialFCFunction(torch.autograd.Function):
@@ -41,6 +41,7 @@ class PartialFCFunction(torch.autograd.Function):
         forward = compute()
         ctx.forward_gradients, ctx.accumulate, ctx.factor, ctx.dtype = forward, accumulate, factor, emb_BD.dtype
         ctx.mark_non_differentiable(*forward.gradients.result[1:])
+        ctx.set_materialize_grads(False)  # no zeros for the outputs without a gradient
         return tuple(forward.gradients.result)
 
     @staticmethod

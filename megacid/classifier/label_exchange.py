@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megacid.classifier.row_selection import MergedRows, RowSelection, SortedRows, labels_before
 from megacid.classifier.sampling import Draw, padded_rows
 from megacid.distributed.collectives import Gathered, all_gather_single, rank, world_size
 from megacid.distributed.consensus import gather_json
@@ -25,7 +26,6 @@ from megacid.distributed.parallel import shard_range
 from megacid.errors import UserError
 from megacid_kernels import Weights
 
-_ABOVE_ALL = torch.iinfo(torch.int64).max  # sorts behind every class id: marks entries to drop
 # Batch size, labels per sample, 1 for invalid input, and the three numbers of `InputKind` precede a rank's labels.
 HEADER = 6
 _DTYPES = (None, torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -65,8 +65,8 @@ class GatheredLabels(NamedTuple):
     def count_hits_(self, hits_L: Tensor, class_start: int) -> None:
         """Add the labels of the batch to the counts of the classes from class_start on."""
         local = self.target_Gl.flatten() - class_start
-        own = (local >= 0) & (local < len(hits_L))  # -1 (no label) is below every shard
-        hits_L.index_add_(0, local.masked_fill(~own, 0), own.to(torch.int32))
+        inside = local.clamp(0, len(hits_L) - 1)  # a label that this moves, as it moves -1 (no label), counts 0
+        hits_L.index_add_(0, inside, (inside == local).int())
 
     def log_q_bias(self, draw: Draw, class_start: int) -> Tensor:
         """[S] minus the log-probability that this step uses each row; 0 for the labels of the batch."""
@@ -169,14 +169,6 @@ def find_input_error(
     return None
 
 
-def _sort_unique(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(sorted ids, bool mask of the first of equal ids, without _ABOVE_ALL)."""
-    ids = ids.sort().values
-    keep = ids != _ABOVE_ALL
-    keep[1:] &= ids[1:] != ids[:-1]
-    return ids, keep
-
-
 class LabelExchange:
     """Gathers the labels of all ranks and selects this rank's class rows. Calling it is a collective over `group`."""
 
@@ -199,6 +191,8 @@ class LabelExchange:
         device: torch.device,
         pending_rows: Tensor | None = None,
         kind: InputKind = _ANY_KIND,
+        *,
+        fused: bool = False,
     ) -> GatheredLabels:
         """
         Args:
@@ -207,6 +201,7 @@ class LabelExchange:
             draw: random classes of the step; None uses every row.
             pending_rows: int64 local ids, sorted and unique, whose gradients will be added to those of this batch.
             kind: must be the same on every rank, like the labels' number per sample.
+            fused: select the rows by Triton kernels; with the same result.
 
         Raises:
             UserError: on every rank, for invalid input or labels on any rank.
@@ -216,18 +211,15 @@ class LabelExchange:
             self._edges = torch.tensor(self.starts, device=device)
         while True:
             table = self._gather(target_Bl, (int(input_error is not None), *kind[:3]), device)
-            labels, first = _sort_unique(table[:, HEADER:].flatten())
-            count_before = torch.cat([first.new_zeros(1, dtype=torch.int64), first.cumsum(0)])
-            edges = torch.searchsorted(labels, self._edges)
-            positives = count_before[edges[1:]] - count_before[edges[:-1]]
-            numbers = [table[:, :HEADER].flatten(), labels[:1], labels[-1:], positives]
+            labels = table[:, HEADER:].flatten().sort().values
+            selection: RowSelection | None = None
             if draw is not None:
-                classes, keep = self._merge(draw, labels, first)
-                both, keep_both = classes, keep
-                if pending_rows is not None:
-                    kept = classes.masked_fill(~keep, _ABOVE_ALL)
-                    both, keep_both = _sort_unique(torch.cat([kept, pending_rows + self.start]))
-                numbers += [keep.sum()[None], keep_both.sum()[None]]
+                select = MergedRows if fused and pending_rows is None else SortedRows
+                selection = select(labels, draw, self.start, self.starts[self.rank + 1], pending_rows)
+            before = labels_before(labels) if selection is None else selection.labels_before
+            positives = before[torch.searchsorted(labels, self._edges)].diff()
+            numbers = [table[:, :HEADER].flatten(), labels[:1], labels[-1:], positives]
+            numbers += [] if selection is None else selection.numbers
             values = torch.cat(numbers).tolist()  # the host synchronisation
             header, (lowest, highest, *counts) = values[: HEADER * self.world], values[HEADER * self.world :]
             sizes, widths, invalid, *kinds = (header[i::HEADER] for i in range(HEADER))
@@ -239,23 +231,20 @@ class LabelExchange:
         self._check_labels(widths, lowest, highest)
         target_Gl = self._targets(target_Bl, table, sizes, widths[0])
         num_positive, most_positive, widest = counts[self.rank], max(counts[: self.world]), self.starts[1]
-        if draw is None:
+        if draw is None or selection is None:
             return GatheredLabels(target_Gl, sizes, widest, num_positive)
         max_rows = padded_rows(draw.max_count(widest) + most_positive, widest, static_shapes=self.static_shapes)
-        padded = self._compact(classes, keep, max_rows) if self.static_shapes else None
-        rows = self._compact(classes, keep, counts[-2]) if padded is None else padded[: counts[-2]]
-        place = torch.searchsorted(labels, rows + self.start).clamp(max=len(labels) - 1)
-        positive = labels[place] == rows + self.start
-        with_pending = None if pending_rows is None else self._compact(both, keep_both, counts[-1])
-        return GatheredLabels(target_Gl, sizes, max_rows, num_positive, rows, positive, with_pending, padded)
+        chosen = selection.choose(counts[self.world :], max_rows if self.static_shapes else None)
+        return GatheredLabels(target_Gl, sizes, max_rows, num_positive, *chosen)
 
     def _gather(self, target_Bl: Tensor, numbers: tuple[int, ...], device: torch.device) -> Tensor:
         """int64 [W, HEADER + capacity]: every rank's header and labels, padded with -1."""
         size, width = target_Bl.shape
         labels = target_Bl.flatten()[: self._capacity]
-        # Filled on the device: copying a tensor made from host numbers would synchronise.
-        header = [labels.new_full((1,), number) for number in (size, width, *numbers)]
-        message = torch.cat([*header, labels, labels.new_full((self._capacity - len(labels),), -1)])
+        # Only from pinned memory a copy to a GPU does not synchronise.
+        header = torch.tensor([size, width, *numbers], pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        filled = [] if len(labels) == self._capacity else [labels.new_full((self._capacity - len(labels),), -1)]
+        message = torch.cat([header, labels, *filled])
         if self.world == 1:
             return message[None]
         table = message.new_empty(self.world * len(message))
@@ -269,19 +258,6 @@ class LabelExchange:
         if len(set(sizes)) == 1:
             return labels[:, : sizes[0] * width].reshape(-1, width)
         return torch.cat([labels[r, : size * width].reshape(size, width) for r, size in enumerate(sizes)])
-
-    def _merge(self, draw: Draw, labels: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        """`_sort_unique` of this rank's drawn classes and labels of the batch, as global ids."""
-        stop = self.starts[self.rank + 1]
-        here = first & (labels >= self.start) & (labels < stop)
-        drawn = draw.classes(self.start, stop, labels.device)
-        return _sort_unique(torch.cat([drawn, labels.masked_fill(~here, _ABOVE_ALL)]))
-
-    def _compact(self, ids: Tensor, keep: Tensor, length: int) -> Tensor:
-        """ids[keep] as local ids, filled up to `length` with this rank's last id; boolean indexing would synchronise to
-        learn their number."""
-        place, last = torch.where(keep, keep.cumsum(0) - 1, length), self.starts[self.rank + 1] - 1
-        return ids.new_full((length + 1,), last).scatter_(0, place, ids)[:length] - self.start
 
     def _check_inputs(
         self, input_error: str | None, invalid: list[int], kinds: list[list[int]], settings: Mapping[str, object]

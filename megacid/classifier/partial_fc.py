@@ -278,7 +278,7 @@ class PartialFC(ClassRows):
         if train:
             labels.count_hits_(self.hits, self.class_start)
             misuse.warn_about_foreign_optimizers(self)
-        anchor = torch.zeros((), dtype=torch.float32, device=x.device, requires_grad=train)
+        anchor = torch.empty((), dtype=torch.float32, device=x.device, requires_grad=train)
         compute, accumulate = partial(self._compute, step), partial(self._accumulate, step)
         factor = self._gradient_factor if local else 1
         out = Discrimination(*PartialFCFunction.apply(x, anchor, compute, accumulate, factor))
@@ -321,7 +321,7 @@ class PartialFC(ClassRows):
             rows_of(emb), None if teacher is None else rows_of(teacher), training=self.training,
             step=self.step if samples else 0, settings=settings,
         )  # fmt: skip
-        labels = self._exchange(target_Bl, input_error, draw, self.weight.device, pending_rows, kind)
+        labels = self._exchange(target_Bl, input_error, draw, self.weight.device, pending_rows, kind, fused=self.fused)
         for part in (emb, teacher):
             if isinstance(part, Gathered) and len(part.rows) != sum(labels.sizes):
                 raise UserError(
@@ -332,13 +332,14 @@ class PartialFC(ClassRows):
 
     def _compute(self, step: _Step) -> ForwardGradients:
         scatter: list[Callable[[], Tensor]] = []
-        norm_sq = torch.zeros((), dtype=torch.float32, device=self.weight.device)
+        norm_sq = torch.zeros((), device=self.weight.device) if step.loss.recomputed else None
 
         # Runs during the last matrix products of the row gradient, on every rank.
         def start_scatter(grad_GD: Tensor) -> None:
             scatter.append(start_reduce_scatter_rows(grad_GD, step.labels.sizes, self.group))
 
         def add_norm(start: int, stop: int, grad_nD: Tensor) -> None:
+            assert norm_sq is not None
             norm_sq.add_(grad_nD.square().sum())
 
         if step.graphs is not None:
@@ -372,7 +373,7 @@ class PartialFC(ClassRows):
             else:
                 norm_sq = through_norm_(grad, norm, grad_loss).sum()
             new: RowGradient = StoredRowGradient(rows, widen(grad[: len(rows)]).float(), norm_sq)
-        elif each_slab is not None:
+        elif each_slab is not None and forward.norm_sq is not None:
             each = without_padding(each_slab, len(rows))
             new = RecomputedRowGradient(rows, self.embed_dim, each, forward.norm_sq, grad_loss.detach(), widen)
         else:

@@ -89,13 +89,19 @@ class Draw:
 
     def classes(self, start: int, stop: int, device: torch.device | str | None = None) -> Tensor:
         """The drawn classes in [start, stop): global ids, int64, sorted and unique."""
-        strata = [torch.empty(0, dtype=torch.int64, device=device)]
-        # Classes below the offset have the last positions.
-        for low, high in ((start, min(stop, self.offset)), (max(start, self.offset), stop)):
-            if low < high:
-                position = (low - self.offset) % self.num_classes
-                strata.append(self._strata_between(position, position + high - low, device))
+        strata = [torch.arange(part.start, part.stop, device=device) for part in self.strata_of(start, stop)]
         return torch.remainder(self._pick(torch.cat(strata)) + self.offset, self.num_classes)
+
+    def strata_of(self, start: int, stop: int) -> tuple[range, range]:
+        """The strata whose drawn class is in [start, stop): below the offset, and from it on. The classes below the
+        offset have the last positions. An empty range stands between the strata before and behind it."""
+        middle = min(max(start, self.offset), stop)
+        return self._strata_between(start, middle), self._strata_between(middle, stop)
+
+    @property
+    def key(self) -> int:
+        """What `hash_ids` adds before it mixes: signed, 64 bits."""
+        return _signed(_key(self.seed, self.step, RandomStream.CLASS))
 
     def max_count(self, classes: int) -> int:
         """Upper bound of the drawn classes in any range of `classes` neighbouring classes."""
@@ -107,14 +113,18 @@ class Draw:
         stratum = torch.div((position + 1) * self.strata - 1, self.num_classes, rounding_mode="floor")
         return -(self._edge(stratum + 1) - self._edge(stratum)).float().log()
 
-    def _strata_between(self, low: int, high: int, device: torch.device | str | None) -> Tensor:
-        """The strata whose drawn position is in [low, high)."""
+    def _strata_between(self, start: int, stop: int) -> range:
+        """The strata whose drawn class is in [start, stop), whose classes have increasing positions."""
+        if start == stop:
+            return range(0)
+        low = (start - self.offset) % self.num_classes
+        high = low + stop - start
         first, last = (((p + 1) * self.strata - 1) // self.num_classes for p in (low, high - 1))
         # Only the first and the last stratum can reach beyond the range. Checking them on the host makes the number of
         # drawn classes known there.
         first += self._pick_on_host(first) < low
         last -= last >= first and self._pick_on_host(last) >= high
-        return torch.arange(first, last + 1, device=device)
+        return range(first, last + 1)
 
     def _pick_on_host(self, stratum: int) -> int:
         low, high = (i * self.num_classes // self.strata for i in (stratum, stratum + 1))

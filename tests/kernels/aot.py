@@ -129,6 +129,7 @@ def label_builds() -> Iterator[Build]:
         yield Build(name, "locate_kernel", call)
         if given is None:
             yield Build("share", "share_kernel", call)
+    yield from sampled_rows_builds()
     column, each, slot = _empty(_SAMPLES), _empty(_SAMPLES, 1), _indices(_SAMPLES, 1)
     own = _empty(_SAMPLES, 1, dtype=torch.bool)
     yield from epilogue_builds(column, own)
@@ -148,6 +149,20 @@ def label_builds() -> Iterator[Build]:
         yield Build(f"rows_through_norm D={width}", "rows_through_norm_kernel", call)
         call = functools.partial(add_labels_, w[0], label_order(slot, own), each, each, x, column, *w)
         yield Build(f"add_labels D={width}", "add_labels_kernel", call)
+
+
+def sampled_rows_builds() -> Iterator[Build]:
+    from megacid_kernels.fused.sampled_rows import Strata, count_labels, merge_rows_
+
+    labels, low, high = _indices(_SAMPLES), range(99_000, 100_000), range(90_000)
+    for classes in (1_000_000, 3_000_000_000):  # numbers of 32 and of 64 bits
+        strata = Strata(classes, 100_000, 10_000, 1 << 62, 0, classes, low, high)
+        yield Build(
+            f"count_labels of {classes}", "count_labels_kernel", functools.partial(count_labels, labels, strata)
+        )
+        rows, positive = _indices(_ROWS), _empty(_ROWS, dtype=torch.bool)
+        call = functools.partial(merge_rows_, rows, positive, labels, _indices(_SAMPLES + 1), strata)
+        yield Build(f"merge_rows of {classes}", "merge_rows_kernel", call)
 
 
 def epilogue_builds(column: Tensor, own: Tensor) -> Iterator[Build]:

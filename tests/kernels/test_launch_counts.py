@@ -109,6 +109,27 @@ def test_a_further_chunk_repeats_the_work_of_a_chunk_only(device: str, monkeypat
 
 
 @on_devices
+@pytest.mark.parametrize(
+    ("static_shapes", "what"), [(False, "a sampled step"), (True, "a sampled step, static shapes")]
+)
+def test_a_whole_sampled_step_has_few_launches(
+    static_shapes: bool, what: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exchange of labels, rows, loss, both gradients, AdamW. Copies between host and device are not counted."""
+    given = inputs(device, False)
+    head = PartialFC(CLASSES, WIDTH, sample_rate=0.5, impl="triton", static_shapes=static_shapes, device=device)
+    optimizer, x = RowAdamW(head), given["x"].requires_grad_()
+    for _ in range(2):  # the first makes room for the labels
+        with counted_launches(monkeypatch) as launches:
+            head(x, given["target"]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_at_most(60, launches)
+    assert launches["merge_rows_kernel"] and launches["adamw_rows_kernel"]
+    assert launches.total() == documented(what) or not INTERPRET
+
+
+@on_devices
 @pytest.mark.parametrize("optimizer", [RowAdamW, RowSGD])
 def test_a_training_step_passes_three_times_over_the_gradient_of_the_rows(
     optimizer: type[RowAdamW | RowSGD], device: str, monkeypatch: pytest.MonkeyPatch
