@@ -157,10 +157,12 @@ class RowOptimizer(HeadOptimizer):
             missed, pending_decay = steps.double(), (self._decay - state["last_decay"][rows_S]).double() / _DECAY_UNIT
         factors = self._factors(count.double(), missed, pending_decay)
         keys = None
+        fused = isinstance(self.head, PartialFC) and self.head.fused
         if self.moments == "bf16":
-            ids = rows_S + self.head.class_start
-            keys = rounding_keys(ids, count, grad_SD.shape[1], seed=self.head.seed)
-        if isinstance(self.head, PartialFC) and self.head.fused:
+            keys = rounding_keys(
+                rows_S, count, grad_SD.shape[1], seed=self.head.seed, class_start=self.head.class_start, fused=fused
+            )
+        if fused:
             # Rows are sorted and unique, so num_local of them are all rows.
             selected = None if len(rows_S) == self.head.num_local else rows_S
             self._step_fused(grad_SD, factors, {"rows_S": selected, "grad_scale": grad_scale, "keys": keys})

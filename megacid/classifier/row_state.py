@@ -5,6 +5,7 @@ Legend: D width, L local classes, S rows, b rows of a block.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megacid.classifier.sampling import RandomStream, hash_ids
+from megacid.classifier.sampling import RandomStream, hash_ids, hash_key
 from megacid.distributed.collectives import gather_plain
 from megacid.errors import UserError
 
@@ -125,16 +126,37 @@ def _has_few_cpu_threads(x: Tensor, most: int) -> bool:
     return x.device.type == "cpu" and torch.get_num_threads() <= most
 
 
-def rounding_keys(ids_S: Tensor, updates_S: Tensor, width: int, *, seed: int) -> tuple[Tensor, Tensor]:
+def rounding_keys(
+    rows_S: Tensor, updates_S: Tensor, width: int, *, seed: int, class_start: int = 0, fused: bool = False
+) -> tuple[Tensor, Tensor]:
     """(row keys int32 [S, 1], column keys int32 [1, width]) for `rounding_bits`.
 
     They depend only on (seed, update count, global class id, column), so any number of ranks rounds alike.
+
+    Args:
+        rows_S: int64 ids; class_start is added.
+        updates_S: int32 update counts.
+        width: of the rows.
+        seed: of the run.
+        class_start: global class id of row 0.
+        fused: make the row keys in a Triton kernel; the same bits.
     """
-    ids = hash_ids(ids_S, seed=seed, step=0, stream=RandomStream.ROUNDING_ROW)
+    columns = _column_keys(width, seed, rows_S.device)
+    if fused:
+        from megacid_kernels.fused.hashing import rounding_row_keys  # needs triton
+
+        streams = RandomStream.ROUNDING_ROW, RandomStream.ROUNDING_UPDATE
+        row, update = (hash_key(seed, 0, stream) for stream in streams)
+        return rounding_row_keys(rows_S, updates_S, class_start, (row, update)), columns
+    ids = hash_ids(rows_S + class_start, seed=seed, step=0, stream=RandomStream.ROUNDING_ROW)
     rows = hash_ids(ids + updates_S, seed=seed, step=0, stream=RandomStream.ROUNDING_UPDATE)
-    column = torch.arange(width, device=ids_S.device)
-    columns = hash_ids(column, seed=seed, step=0, stream=RandomStream.ROUNDING_COLUMN)
-    return _low_bits(rows)[:, None], _low_bits(columns)[None]
+    return _low_bits(rows)[:, None], columns
+
+
+@functools.lru_cache(maxsize=8)
+def _column_keys(width: int, seed: int, device: torch.device) -> Tensor:
+    column = torch.arange(width, device=device)
+    return _low_bits(hash_ids(column, seed=seed, step=0, stream=RandomStream.ROUNDING_COLUMN))[None]
 
 
 def _low_bits(x: Tensor) -> Tensor:

@@ -63,7 +63,12 @@ def _key(seed: int, step: int, stream: RandomStream) -> int:
 
 def hash_ids(ids: Tensor, *, seed: int, step: int, stream: RandomStream = RandomStream.CLASS) -> Tensor:
     """Uniform int64 in [0, 2^62) per id: a pure function of (seed, step, stream, id), on the device of `ids`."""
-    return _mix(_mix(ids * _signed(_GOLDEN) + _signed(_key(seed, step, stream)))) & _MASK_62
+    return _mix(_mix(ids * _signed(_GOLDEN) + hash_key(seed, step, stream))) & _MASK_62
+
+
+def hash_key(seed: int, step: int, stream: RandomStream) -> int:
+    """What `hash_ids` adds before it mixes, for kernels: signed, 64 bits."""
+    return _signed(_key(seed, step, stream))
 
 
 def hash_int(number: int, *, seed: int, step: int, stream: RandomStream = RandomStream.CLASS) -> int:
@@ -100,8 +105,8 @@ class Draw:
 
     @property
     def key(self) -> int:
-        """What `hash_ids` adds before it mixes: signed, 64 bits."""
-        return _signed(_key(self.seed, self.step, RandomStream.CLASS))
+        """The `hash_key` of the draw."""
+        return hash_key(self.seed, self.step, RandomStream.CLASS)
 
     def max_count(self, classes: int) -> int:
         """Upper bound of the drawn classes in any range of `classes` neighbouring classes."""

@@ -152,8 +152,12 @@ def label_builds() -> Iterator[Build]:
 
 
 def sampled_rows_builds() -> Iterator[Build]:
+    from megacid_kernels.fused.hashing import rounding_row_keys
     from megacid_kernels.fused.sampled_rows import Strata, count_labels, merge_rows_
 
+    updates = _empty(_ROWS, dtype=torch.int32)
+    call = functools.partial(rounding_row_keys, _indices(_ROWS), updates, 0, (1 << 62, -(1 << 62)))
+    yield Build("rounding_keys", "rounding_keys_kernel", call)
     labels, low, high = _indices(_SAMPLES), range(99_000, 100_000), range(90_000)
     for classes in (1_000_000, 3_000_000_000):  # numbers of 32 and of 64 bits
         strata = Strata(classes, 100_000, 10_000, 1 << 62, 0, classes, low, high)

@@ -225,6 +225,14 @@ def test_five_steps_are_those_of_the_row_optimizers(
 
 
 @on_devices
+@pytest.mark.parametrize("start", [0, 1 << 40])
+def test_rounding_keys_of_a_kernel_are_those_of_pytorch(start: int, device: str) -> None:
+    rows, updates = some_rows(2000, 700, seed=3).to(device), torch.arange(700, dtype=torch.int32, device=device)
+    want, got = (rounding_keys(rows, updates, 65, seed=9, class_start=start, fused=fused) for fused in (False, True))
+    assert torch.equal(want[0], got[0]) and torch.equal(want[1], got[1]) and len(want[0].unique()) > 690
+
+
+@on_devices
 def test_the_rounding_to_bf16_is_the_row_optimizers_bit_for_bit(device: str) -> None:
     """With betas of 0 and a scale of 1 the fp32 moments are g and g * g, without an addition that could round."""
     rows, width = some_rows(9, 5).to(device), 129

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megacid_kernels.fused.hashing import hashed
 from megacid_kernels.fused.launch import Tile, launch
 
 SAMPLED_TILE = Tile(rows=256, block=1, warps=4)
@@ -29,8 +30,7 @@ class Strata(NamedTuple):
     """A draw of one class from each of `num_strata` strata, on the classes [start, stop) of a shard.
 
     Class c has the position (c - offset) % num_classes. Stratum i has the positions from low = i * C // num_strata to
-    (i + 1) * C // num_strata, and draws the position low + h % size with h = mix(mix(i * 0x9E3779B97F4A7C15 + key)) %
-    2^62, where mix is the finaliser of splitmix64.
+    (i + 1) * C // num_strata, and draws the position low + hash % size.
     """
 
     num_classes: int
@@ -49,21 +49,10 @@ class Strata(NamedTuple):
 
 
 @triton.jit
-def _mix(x):
-    # The logical shifts are arithmetic ones with the sign bits masked off.
-    x = x ^ ((x >> 30) & 0x3FFFFFFFF)
-    x = x * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    x = x ^ ((x >> 27) & 0x1FFFFFFFFF)
-    x = x * -7723592293110705685  # 0x94D049BB133111EB
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
-@triton.jit
 def _drawn_position(stratum, num_classes, num_strata, key):
     low = stratum * num_classes // num_strata
     size = (stratum + 1) * num_classes // num_strata - low
-    hashed = _mix(_mix(stratum * -7046029254386353131 + key)) & 0x3FFFFFFFFFFFFFFF  # 0x9E3779B97F4A7C15
-    return low + hashed % size
+    return low + hashed(stratum, key) % size
 
 
 @triton.jit
