@@ -34,7 +34,7 @@ from megacid.errors import UserError
 HELP = "row-sparse AdamW and SGD compared with dense optimizers: time, bytes per second, fraction of a device copy"
 SHAPES = {"cpu": [Shape(100_000, 256, 256, rate) for rate in (0.1, 1.0)], "cuda": [Shape(1_000_000, 512, 4096, 0.1)]}
 LR, BETAS, EPS, DECAY, MOMENTUM = 1e-3, (0.9, 0.98), 1e-8, 0.05, 0.9
-MIN_COPY_FRACTION = 0.75
+MIN_COPY_FRACTION = 0.8
 ROUNDS = 3
 # bytes read and written per element: weight, gradient, moments
 BYTES = {("adamw", "fp32"): 28, ("adamw", "bf16"): 20, ("sgd", "fp32"): 20, ("sgd", "bf16"): 16}
