@@ -61,7 +61,7 @@ STUDENTS = {
 README_STUDY = "icons"
 README_ARMS = {  # arm of that study -> its name in README.md
     "plain": "plain CLIP",
-    "instance": "instance distillation",
+    "mse": "plain CLIP + feature MSE",
     "instance-cluster": "instance + cluster (CLIP-CID)",
 }
 

@@ -74,7 +74,7 @@ def test_the_tables_come_from_the_results_and_the_text_has_no_other_number(tmp_p
 def test_a_readme_table_without_all_its_arms_is_refused(tmp_path: Path) -> None:
     _, readme = pages(tmp_path)
     icons, before = docs_tool.load_study(STUDIES / "icons.json"), readme.read_text()
-    with pytest.raises(UserError, match="arm instance has no results on the test sets"):
+    with pytest.raises(UserError, match="arm mse has no results on the test sets"):
         docs_tool.from_study(icons, drawn_study(tmp_path / "out", ["plain"]), tmp_path)
     assert readme.read_text() == before
 
