@@ -214,8 +214,11 @@ class LabelExchange:
             labels = table[:, HEADER:].flatten().sort().values
             selection: RowSelection | None = None
             if draw is not None:
-                select = MergedRows if fused and pending_rows is None else SortedRows
-                selection = select(labels, draw, self.start, self.starts[self.rank + 1], pending_rows)
+                shard = self.start, self.starts[self.rank + 1]
+                if fused and pending_rows is None:
+                    selection = MergedRows(labels, draw, *shard)
+                else:
+                    selection = SortedRows(labels, draw, *shard, pending_rows)
             before = labels_before(labels) if selection is None else selection.labels_before
             positives = before[torch.searchsorted(labels, self._edges)].diff()
             numbers = [table[:, :HEADER].flatten(), labels[:1], labels[-1:], positives]

@@ -61,7 +61,7 @@ def _sort_unique(ids: Tensor) -> tuple[Tensor, Tensor]:
 class SortedRows:
     """A selection in PyTorch's operators, which sorts drawn classes and labels."""
 
-    def __init__(self, labels_n: Tensor, draw: Draw, start: int, stop: int, pending_rows: Tensor | None):
+    def __init__(self, labels_n: Tensor, draw: Draw, start: int, stop: int, pending_rows: Tensor | None = None):
         self._labels, self._start, self._stop = labels_n, start, stop
         first = _first_of_equals(labels_n)
         self.labels_before = _counts_before(first)
@@ -93,10 +93,9 @@ class SortedRows:
 class MergedRows:
     """The same selection in two Triton kernels, without pending rows: few launches, and nothing of size S is sorted."""
 
-    def __init__(self, labels_n: Tensor, draw: Draw, start: int, stop: int, pending_rows: Tensor | None = None):
+    def __init__(self, labels_n: Tensor, draw: Draw, start: int, stop: int):
         from megacid_kernels.fused.sampled_rows import Strata, count_labels  # needs triton
 
-        assert pending_rows is None
         strata = draw.strata_of(start, stop)
         self._strata = Strata(draw.num_classes, draw.strata, draw.offset, draw.key, start, stop, *strata)
         self._labels = labels_n

@@ -31,16 +31,14 @@ def test_merged_rows_are_the_sorted_ones(classes: int, rate: float, world: int, 
     g = torch.Generator().manual_seed(classes)
     for step, rank in ((step, rank) for step in range(3) for rank in range(min(world, classes))):
         draw, shard = Draw.of_step(classes, rate, seed=3, step=step), shard_range(classes, rank, min(world, classes))
+        alone = MergedRows(torch.empty(0, dtype=torch.int64, device=device), draw, *shard)
+        assert len(alone.choose([0], None).rows) == len(draw.classes(*shard))
         for count in (1, 20, 700):
             labels = torch.randint(-3, classes + 3, (count,), generator=g).sort().values
             want, got = (
-                make(labels.to(where), draw, *shard, None)
-                for make, where in ((SortedRows, "cpu"), (MergedRows, device))
+                make(labels.to(where), draw, *shard) for make, where in ((SortedRows, "cpu"), (MergedRows, device))
             )
             numbers = [int(number) for number in want.numbers]
-            assert len(MergedRows(labels[:0].to(device), draw, *shard).choose([0], None).rows) == len(
-                draw.classes(*shard)
-            )
             edges = torch.searchsorted(labels, torch.tensor(shard))
             between = [one.labels_before.cpu()[edges].diff() for one in (want, got)]
             assert torch.equal(*between), "other distinct labels in the shard"
@@ -58,7 +56,7 @@ def test_ids_beyond_32_bits_are_drawn_and_merged(device: str) -> None:
     draw = Draw.of_step(3_000_000_000, 1e-3, seed=1, step=2)
     shard = 2_400_000_000, 2_401_000_000
     labels = torch.randint(*shard, (200,), generator=torch.Generator().manual_seed(0)).sort().values
-    want = SortedRows(labels, draw, *shard, None)
+    want = SortedRows(labels, draw, *shard)
     got = MergedRows(labels.to(device), draw, *shard)
     rows = want.choose([int(want.numbers[0])], None)
     same = got.choose([int(got.numbers[0])], None)

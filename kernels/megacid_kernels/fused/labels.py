@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megacid_kernels.fused.launch import Tile, check_matrix, check_rows, launch
+from megacid_kernels.fused.launch import Tile, check_matrix, check_rows, first_not_less, launch
 from megacid_kernels.targets import BatchLabels, Labels
 
 LOCATE_TILE = Tile(rows=256, block=1, warps=4)
@@ -48,17 +48,7 @@ def locate_kernel(
         local = target - class_start
         slot = local
         if HAS_ROWS:
-            # The first row that is not less: the interval [slot, end) is halved until it is empty.
-            slot = tl.zeros((ROWS,), tl.int64)
-            end = slot + num_rows
-            width = num_rows
-            while width > 0:
-                middle = (slot + end) // 2
-                open_ = slot < end
-                less = tl.load(rows_ptr + middle, mask=open_, other=0) < local
-                slot = tl.where(open_ & less, middle + 1, slot)
-                end = tl.where(open_ & (less == 0), middle, end)
-                width = width // 2
+            slot = first_not_less(rows_ptr, num_rows, local, inside, ROWS)
             held = slot < num_rows
             own = present & held & (tl.load(rows_ptr + slot, mask=held, other=-1) == local)
         else:

@@ -77,6 +77,22 @@ def program_slots(rows_ptr, num_rows, HAS_ROWS: tl.constexpr, ROWS: tl.constexpr
 
 
 @triton.jit
+def first_not_less(sorted_ptr, num_sorted, wanted, active, ROWS: tl.constexpr):
+    """For each of [ROWS] wanted ids: how many of the sorted int64 ids are less; 0 where not active."""
+    slot = tl.zeros((ROWS,), tl.int64)
+    end = slot + num_sorted
+    width = num_sorted
+    while width > 0:  # the interval [slot, end) is halved until it is empty
+        middle = (slot + end) // 2
+        open_ = active & (slot < end)
+        less = tl.load(sorted_ptr + middle, mask=open_, other=0) < wanted
+        slot = tl.where(open_ & less, middle + 1, slot)
+        end = tl.where(open_ & (less == 0), middle, end)
+        width = width // 2
+    return slot
+
+
+@triton.jit
 def block_columns(start, inside, D: tl.constexpr, BLOCK: tl.constexpr):
     """(column [1, BLOCK], mask) of the block at `start`. D is constexpr: the compiler then knows the rows' alignment
     and drops the mask of columns where blocks are full."""

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megacid_kernels.fused.hashing import hashed
-from megacid_kernels.fused.launch import Tile, launch
+from megacid_kernels.fused.launch import Tile, first_not_less, launch
 
 SAMPLED_TILE = Tile(rows=256, block=1, warps=4)
 _DRAW = ["num_classes", "num_strata", "offset", "key"]
@@ -120,17 +120,7 @@ def merge_rows_kernel(
     stratum = tl.where(item < num_low, low_first + item, high_first + item - num_low)
     stratum = tl.where(is_drawn, stratum, 0)
     drawn_class = (_drawn_position(stratum, num_classes, num_strata, key) + offset) % num_classes
-    # The first label that is not less: the interval [slot, end) is halved until it is empty.
-    slot = tl.zeros((ROWS,), tl.int64)
-    end = slot + num_labels
-    width = num_labels
-    while width > 0:
-        middle = (slot + end) // 2
-        open_ = is_drawn & (slot < end)
-        less = tl.load(labels_ptr + middle, mask=open_, other=0) < drawn_class
-        slot = tl.where(open_ & less, middle + 1, slot)
-        end = tl.where(open_ & (less == 0), middle, end)
-        width = width // 2
+    slot = first_not_less(labels_ptr, num_labels, drawn_class, is_drawn, ROWS)
     is_label = is_drawn & (slot < num_labels)
     is_label = is_label & (tl.load(labels_ptr + slot, mask=is_label, other=-1) == drawn_class)
     place = item + tl.load(before_ptr + slot, mask=is_drawn, other=0)
