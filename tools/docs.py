@@ -39,8 +39,8 @@ from megacid.errors import UserError, run_tool
 from megacid.offline.figure_style import figure_style, save_figure
 from megacid.storage.atomic import read_json, write_atomic, write_json_atomic
 from megacid.storage.metadata import read_meta
-from study_plan import TEACHER, StudyFile, load_study
-from study_report import METRICS, Finished, load_results, report, test_table
+from study_file import TEACHER, StudyFile, load_study
+from study_report import METRICS, Finished, load_results, measured, report, test_table
 
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 FIGURES = {  # name of a figure of tools/figures.py -> caption
@@ -229,9 +229,18 @@ def from_corpus(corpus: Path, root: Path) -> list[Path]:
 # ---- --study -----------------------------------------------------------------------------------------------------
 
 
+def study_parts(page: str, study: str) -> dict[str, list[str]]:
+    """The parts of docs/study.md with tables of a study: name -> groups of arms; none stands for all."""
+    markers = re.findall(rf"<!-- ({re.escape(study)}(?: [\w-]+)*) tables:", page)
+    return {name: name.split()[1:] for name in markers or [study]}
+
+
 def study_page(page: str, file: StudyFile, results: Path) -> str:
     """docs/study.md with the tables of a study made from the JSON files in `results`."""
-    return between(page, f"{file.path.stem} tables", report(load_results(results), file, file.chosen([])))
+    loaded = load_results(results)
+    for name, groups in study_parts(page, file.path.stem).items():
+        page = between(page, f"{name} tables", report(loaded, file, file.named(groups)))
+    return page
 
 
 def study_summary(readme: str, file: StudyFile, results: Path) -> str:
@@ -241,9 +250,11 @@ def study_summary(readme: str, file: StudyFile, results: Path) -> str:
     return between(readme, "study table", test_table(load_results(results), file, README_ARMS))
 
 
-def draw_study(file: StudyFile, results: Path, target: Path) -> None:
-    """The arms on the test sets, as one picture."""
-    rows = arm_rows(Finished(load_results(results), file), (TEACHER, *file.chosen([])), "test", list(METRICS))
+def draw_study(file: StudyFile, results: Path, groups: list[str], target: Path) -> None:
+    """The arms of these groups as one picture: on the test sets, or on the validation sets if only those are known."""
+    finished, arms = Finished(load_results(results), file), file.named(groups)
+    part = "test" if measured(finished, arms, "test") else "validation"
+    rows = arm_rows(finished, (TEACHER, *file.compared(arms), *arms), part, list(METRICS))
     with figure_style(), tempfile.TemporaryDirectory() as folder:
         picture, *_ = save_figure(arms_figure(rows), Path(folder) / "arms")
         _shrink(picture, target)
@@ -265,8 +276,10 @@ def from_study(file: StudyFile, out: Path, root: Path) -> list[Path]:
     for path, text in texts.items():
         write_atomic(path, text.encode())
     images = root / "docs" / "images"
-    pictures = [images / f"study-{file.path.stem}.png"]
-    draw_study(file, results, pictures[0])
+    pictures = []
+    for name, groups in study_parts(texts[page], file.path.stem).items():
+        pictures.append(images / f"study-{name.replace(' ', '-')}.png")
+        draw_study(file, results, groups, pictures[-1])
     for path in sorted((out / "figures").glob("*.png")):
         pictures.append(images / f"study-{file.path.stem}-{path.name}")
         _shrink(path, pictures[-1])

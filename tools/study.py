@@ -38,7 +38,8 @@ from megacid.distributed.stopping import run_alone
 from megacid.errors import UserError, run_tool
 from megacid.storage.atomic import read_json, write_json_atomic
 from megacid.storage.metadata import machine, versions
-from study_plan import TEACHER, Plan, Run, Stage, load_study
+from study_file import TEACHER, load_study
+from study_plan import Plan, Run, Stage
 from study_report import best_rate, load_results, next_rate, report
 from study_subsets import one_of_each, random_subset, subset_facts
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401  import paths of a plain checkout
 from megacid.errors import UserError
-from study_plan import TEACHER, StudyFile
+from study_file import TEACHER, StudyFile
 from study_subsets import LARGE_GROUP
 
 METRICS = {
@@ -143,13 +143,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> s
     return "\n".join([f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def _measured(finished: Finished, arms: Sequence[str], part: str) -> list[str]:
+def measured(finished: Finished, arms: Sequence[str], part: str) -> list[str]:
     """The metrics that any of these arms has."""
     return [metric for metric in METRICS if any(finished.values(arm, part, metric) for arm in arms)]
 
 
 def _means(finished: Finished, arms: Sequence[str], part: str) -> str:
-    rows, metrics = [], _measured(finished, arms, part)
+    rows, metrics = [], measured(finished, arms, part)
     for arm in (TEACHER, *arms):
         values = [list(finished.values(arm, part, metric).values()) for metric in metrics]
         if any(values):
@@ -161,7 +161,7 @@ def _means(finished: Finished, arms: Sequence[str], part: str) -> str:
 
 
 def _differences(finished: Finished, arms: Sequence[str], part: str) -> str:
-    rows, metrics = [], _measured(finished, arms, part)
+    rows, metrics = [], measured(finished, arms, part)
     for arm in arms:
         for other in finished.file.arms[arm].against:
             values = [finished.differences(arm, other, part, metric) for metric in metrics]
@@ -171,8 +171,9 @@ def _differences(finished: Finished, arms: Sequence[str], part: str) -> str:
     return _table(["arm", "minus", "pairs of runs", *titles], rows, 2) if rows else ""
 
 
-def _subsets(results: Sequence[Result]) -> list[str]:
-    """Tables of what the subsets hold, and of what balance removed."""
+def _subsets(results: Sequence[Result], names: Collection[str | None]) -> list[str]:
+    """Tables of what the named subsets hold, and of what balance removed."""
+    results = [result for result in results if str(result.get("stage")).partition("/")[2] in names]
 
     def row(result: Result, part: str, columns: Mapping[str, str]) -> list[str]:
         facts = result[part]
@@ -205,7 +206,7 @@ def test_table(results: Sequence[Result], file: StudyFile, names: Mapping[str, s
         UserError: an arm has no result on the test sets.
     """
     finished, rows = Finished(results, file), []
-    metrics = _measured(finished, list(names), "test")
+    metrics = measured(finished, list(names), "test")
     for arm, name in names.items():
         values = [list(finished.values(arm, "test", metric).values()) for metric in metrics]
         if not metrics or not all(values):
@@ -214,27 +215,40 @@ def test_table(results: Sequence[Result], file: StudyFile, names: Mapping[str, s
     return _table(["student", *(METRICS[metric] for metric in metrics)], rows, 1)
 
 
-def _cost(results: Sequence[Result]) -> str:
+def _duration(results: Sequence[Result]) -> str:
     seconds = [result.get("seconds", {}) for result in results]
     wall, cpu = (
-        sum(value for entry in seconds for key, value in entry.items() if key.endswith(kind)) / 3600
+        sum(value for entry in seconds for key, value in entry.items() if key.endswith(kind))
         for kind in ("_wall", "_cpu")
     )
-    trained = [result for result in results if "rate" in result]
-    host, dates = results[0]["machine"], sorted(result["date"][:10] for result in results)
+    unit, size = ("hours", 3600) if wall >= 3600 else ("minutes", 60)
+    return f"{wall / size:.1f} {unit}, {cpu / size:.1f} {unit} of CPU time"
+
+
+def _cost(results: Sequence[Result], arms: Sequence[str]) -> str:
+    trained = [result for result in results if result.get("arm") in arms]
+    if not trained:
+        return "No student has finished."
+    stages = [result for result in results if "stage" in result]
+    first, dates = trained[0], sorted(result["date"][:10] for result in trained)
     return (
-        f"{len(trained)} students; with the stages {wall:.1f} hours, {cpu:.1f} hours of CPU time. {host['cpu']}, "
-        f"{host['cores']} cores, torch {results[0]['versions'].get('torch')}; {dates[0]} to {dates[-1]}."
+        f"{len(trained)} students: {_duration(trained)}; the stages of the study: {_duration(stages)}. "
+        f"{first['machine']['cpu']}, {first['machine']['cores']} cores, torch {first['versions'].get('torch')}; "
+        f"{dates[0]} to {dates[-1]}."
     )
 
 
 def report(results: Sequence[Result], file: StudyFile, arms: Sequence[str]) -> str:
-    """Markdown: for each part the means and the paired differences of these arms, then what they cost."""
+    """Markdown: for each part the means and the paired differences of these arms, then what they cost.
+
+    The means of arms that they are compared with come first.
+    """
     finished = Finished(results, file)
     parts = []
     for part, title in (("test", "Test sets"), ("validation", "Validation sets")):
-        tables = [table(finished, arms, part) for table in (_means, _differences)]
-        if tables[0]:
-            parts += [f"### {title}", *filter(None, tables)]
+        if measured(finished, arms, part):
+            means = _means(finished, [*file.compared(arms), *arms], part)
+            parts += [f"### {title}", means, *filter(None, [_differences(finished, arms, part)])]
     note = f"Percent; mean ± half of the {100 * LEVEL:.0f} % interval over seeds (Student's t); differences by seed."
-    return "\n\n".join([*parts, note, *_subsets(results), _cost(results)])
+    subsets = {file.subset_of(arm) for arm in arms}
+    return "\n\n".join([*parts, note, *_subsets(results, subsets), _cost(results, arms)])

@@ -26,7 +26,7 @@ PARTS = f"# Study\n\n{{text}}\n\n{MARKERS}"
 def unknown_numbers(page: str) -> set[str]:
     """Decimal numbers of the text, apart from commands, that the tables do not have."""
     commands = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
-    tables = re.compile(r"<!-- (\w+) tables.*?<!-- end of \1 tables -->", re.DOTALL)
+    tables = re.compile(r"<!-- ([\w -]+) tables:.*?<!-- end of \1 tables -->", re.DOTALL)
     decimals = re.compile(r"\d+\.\d+")
     known = {number for match in tables.finditer(page) for number in decimals.findall(match[0])}
     return set(decimals.findall(commands.sub("", tables.sub("", page)))) - known
@@ -69,6 +69,22 @@ def test_the_tables_come_from_the_results_and_the_text_has_no_other_number(tmp_p
     assert docs_tool.study_page(page.read_text(), icons, tmp_path / "docs" / "study" / "icons") == page.read_text()
     summary = readme.read_text()
     assert summary.count("15.00 ± 63.53") == 3 * len(METRICS) and "| plain CLIP | 15.00 ± 63.53 |" in summary
+
+
+def test_a_part_of_the_page_has_the_tables_and_the_picture_of_its_groups(tmp_path: Path) -> None:
+    page, _ = pages(tmp_path)
+    markers = "<!-- icons {0} tables: written by tools/docs.py -->\n<!-- end of icons {0} tables -->\n"
+    page.write_text("# Study\n\n" + markers.format("core") + markers.format("balance losses"))
+    icons = docs_tool.load_study(STUDIES / "icons.json")
+    out = drawn_study(tmp_path / "out", [*docs_tool.README_ARMS, "random-20"])
+    files = docs_tool.from_study(icons, out, tmp_path)
+    pictures = {path.name for path in files if path.suffix == ".png"}
+    assert pictures == {"study-icons-core.png", "study-icons-balance-losses.png"}
+    core, others = page.read_text().split("<!-- icons balance losses")
+    assert "| `mse` | `plain` |" in core and "random-20" not in core and "18 students" in core
+    assert "| `random-20` | `instance-cluster` |" in others and "6 students" in others
+    assert "| `instance-cluster` |" in others, "what the arms are compared with"
+    assert "| `instance-cluster` | `plain` |" not in others, "a difference has one table"
 
 
 def test_a_readme_table_without_all_its_arms_is_refused(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from megacid.data.index import load_index
 from megacid.data.side_tables import KeepTable
 from megacid.errors import UserError
 from sample_tars import write_retrieval
-from study_plan import Plan, load_study
+from study_file import load_study
+from study_plan import Plan
 from study_report import KEPT, REMOVED, Finished, best_rate, interval, load_results, next_rate, report
 from synthesize import encode
 
@@ -98,11 +99,11 @@ def edited(tmp_path: Path, old: str, new: str) -> Path:
     ("old", "new", "message"),
     [
         ('mse: {teacher: true, set', 'mse: {techer: true, set', 'unknown key "techer": did you mean "teacher"'),
-        ('like: "instance", set', 'like: "instanse", set', "contrastive-instance.like is 'instanse'"),
+        ('like: "instance", rates', 'like: "instanse", rates', "contrastive-instance.like is 'instanse'"),
         ('base: "plain"', 'base: "plane"', 'base is \'plane\', which'),
         ('base: "plain"', "", 'has no "base", expected it'),
         ('seeds: [0, 1, 2]', "seeds: []", "seeds"),
-        ('rates: [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]', "rates: [0.0]", "rates"),
+        ('rates: [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]', "rates: [0.0]", "rates"),
         ('"loss.mse=2.0"', '"loss.mse=2.0", "run.seed=3"', "the study sets run.seed itself"),
         ('"loss.mse=2.0"', '"loss.mes=2.0"', 'arm mse: unknown key "megacid.loss.mes": did you mean "mse"'),
         ('balanced-20: {share: 0.8, clusters: "k4096"}', "balanced-20: {share: 0.8}", "has only a share, expected"),
@@ -318,7 +319,8 @@ def test_intervals_and_paired_differences_are_those_of_students_t() -> None:
     text = report(results_of_two_arms(), file, CORE)
     assert "| `plain` | 0.001 | 0.0005, 0.001, 0.002, 0.004, 0.008 | 3 | 13.00 ± 8.96 | 6.50 ± 4.48 |\n" in text
     assert "| `instance` | `plain` | 3 | +19.00 ± 2.48 | +9.50 ± 1.24 |\n" in text
-    assert "14 students; with the stages 7.0 hours, 14.0 hours of CPU time. a CPU, 2 cores, torch 2.14" in text
+    stages = "the stages of the study: 0.0 minutes, 0.0 minutes of CPU time"
+    assert f"14 students: 7.0 hours, 14.0 hours of CPU time; {stages}. a CPU, 2 cores, torch 2.14" in text
 
 
 def test_what_subsets_hold_and_what_balance_removed_are_tables_of_the_report() -> None:
@@ -326,12 +328,14 @@ def test_what_subsets_hold_and_what_balance_removed_are_tables_of_the_report() -
     del stage["arm"], stage["rate"]
     kept = dict.fromkeys(KEPT, 0.25) | {"pairs": 2345}
     removed = dict.fromkeys(REMOVED, 0.125) | {"pairs": 1234, "largest_group": 5067}
-    text = report([*results_of_two_arms(), {**stage, "kept": kept, "removed": removed}], load_study(ICONS), CORE)
+    file, arms = load_study(ICONS), ["plain", "balanced-43.7"]
+    text = report([*results_of_two_arms(), {**stage, "kept": kept, "removed": removed}], file, arms)
     assert "| `balanced-43.7` | 2,345 | 25.0 | 25.0 | 25.0 |" in text
     assert "| `balanced-43.7` | 1,234 | 12.5 | 12.5 | 12.5 | 12.5 | 12.5 | 5,067 |" in text
-    drawn = report([*results_of_two_arms(), {**stage, "kept": kept}], load_study(ICONS), CORE)
+    drawn = report([*results_of_two_arms(), {**stage, "kept": kept}], file, arms)
     assert "| `balanced-43.7` | 2,345 |" in drawn and "| removed |" not in drawn
-    assert "### Subsets" not in report([*results_of_two_arms(), stage], load_study(ICONS), CORE)
+    assert "### Subsets" not in report([*results_of_two_arms(), stage], file, arms)
+    assert "### Subsets" not in report([*results_of_two_arms(), {**stage, "kept": kept}], file, CORE), "of these arms"
 
 
 def test_an_arm_without_all_rates_is_not_reported_and_one_seed_has_no_interval() -> None:

@@ -26,7 +26,7 @@ from megacid.offline.figure_style import (
     new_figure,
     save_figure,
 )
-from study_plan import TEACHER, load_study
+from study_file import TEACHER, load_study
 from study_report import LEVEL, METRICS, Finished, interval, load_results
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from megacid.config.schema import defaults
-from study_plan import LEARNING_RATE, Arm, StudyFile, Subset
+from study_file import LEARNING_RATE, StudyFile, Subset
 from study_report import Finished
 
 _LEAST = 3  # values of a sweep
@@ -54,7 +54,7 @@ def sweeps(finished: Finished, arms: Iterable[str]) -> dict[str, list[Sweep]]:
         points = (
             ("r", rate, (same, arm.clusters, arm.subset)),
             ("k", float(clusters.k), (same, rate, clusters.of, arm.subset)),
-            *(("removed", removed, (same, rate, arm.clusters, kind)) for removed, kind in _removed(file, arm)),
+            *(("removed", removed, (same, rate, arm.clusters, kind)) for removed, kind in _removed(file, name)),
         )
         for axis, x, key in points:
             found[axis].setdefault(key, {}).setdefault(x, name)
@@ -64,9 +64,9 @@ def sweeps(finished: Finished, arms: Iterable[str]) -> dict[str, list[Sweep]]:
     }
 
 
-def _removed(file: StudyFile, arm: Arm) -> list[tuple[float, str]]:
+def _removed(file: StudyFile, arm: str) -> list[tuple[float, str]]:
     """(percent of the pairs removed, how they are chosen) of an arm; one with all pairs begins every line."""
-    name = arm.subset or file.clusters[str(arm.clusters)].of
+    name = file.subset_of(arm)
     if name is None:
         return [(0.0, kind) for kind in sorted({_choice(file, subset)[1] for subset in file.subsets.values()})]
     return [_choice(file, file.subsets[name])]
