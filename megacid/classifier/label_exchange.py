@@ -41,20 +41,27 @@ _AGREED: tuple[tuple[str, int, int, tuple[object, ...], str], ...] = (
 
 
 class GatheredLabels(NamedTuple):
-    """The first three fields and `max_rows` are the same on every rank."""
+    """Labels of the global batch, and the class rows that this rank uses in the step.
 
-    target_Gl: Tensor  # int64 global class ids, -1 = none
-    sizes: list[int]  # local batch size by rank
-    max_rows: int  # upper bound of S over the ranks; the length of `padded`
-    num_positive: int  # rows of this rank that are labels of the batch
-    rows: Tensor | None = (
-        None  # int64 [S] local ids, sorted, unique: drawn classes and labels of the batch; None: all rows
-    )
-    positive: Tensor | None = None  # bool [S] the row is a label of the batch; None if `rows` is
-    rows_with_pending: Tensor | None = (
-        None  # int64 local ids, sorted, unique: `rows` and `pending_rows`; None without either
-    )
-    padded: Tensor | None = None  # int64 [max_rows] `rows`, then this rank's last id; None without static shapes
+    Attributes:
+        target_Gl: int64, global class ids, -1 = none. It, `sizes` and `max_rows` are the same on every rank.
+        sizes: local batch size by rank.
+        max_rows: upper bound of S over the ranks; the length of `padded`.
+        num_positive: rows of this rank that are labels of the batch.
+        rows: int64 [S], local ids of drawn classes and labels of the batch, sorted, unique; None: all rows.
+        positive: bool [S], the row is a label of the batch; None if `rows` is.
+        rows_with_pending: int64, local ids of `rows` and the pending rows, sorted, unique; None without either.
+        padded: int64 [max_rows], `rows`, then this rank's last id; None without static shapes.
+    """
+
+    target_Gl: Tensor
+    sizes: list[int]
+    max_rows: int
+    num_positive: int
+    rows: Tensor | None = None
+    positive: Tensor | None = None
+    rows_with_pending: Tensor | None = None
+    padded: Tensor | None = None
 
     @property
     def computed_rows(self) -> Tensor | None:
