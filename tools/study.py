@@ -239,10 +239,10 @@ def check_corpus(corpus: Path, sets: tuple[str, ...]) -> None:
 
 def study(args: argparse.Namespace) -> int:
     file = load_study(args.file)
-    arms = file.chosen(args.arms)
+    named, arms = file.named(args.arms), file.chosen(args.arms)
     results = args.out / "results"
     if args.report:
-        print(report(load_results(results), file, arms))
+        print(report(load_results(results), file, named))
         return 0
     corpus = args.corpus or Path(file.study.corpus)
     check_corpus(corpus, (*file.study.validation, *file.study.test))
@@ -260,7 +260,7 @@ def study(args: argparse.Namespace) -> int:
     if args.test:
         for name, result in finished:
             runner.test(name, result)
-    print(f"\n{report(load_results(results), file, arms)}\n\n{results}")
+    print(f"\n{report(load_results(results), file, named)}\n\n{results}")
     return 0
 
 
