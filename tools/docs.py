@@ -5,8 +5,9 @@
     tools/docs.py --check              exit 1 when they are stale; change nothing
     tools/docs.py --demo runs/demo     pictures in docs/images/, results in README.md and docs/demo.md
     tools/docs.py --corpus data/icons  facts in docs/corpus/, a picture in docs/images/, tables in docs/corpus.md
-    tools/docs.py --study STUDY.json runs/study    results in docs/study/STUDY/, pictures of them and of
-                                       runs/study/figures in docs/images/, tables in docs/study.md and README.md
+    tools/docs.py --study STUDY.json runs/study    results in docs/study/STUDY/, pictures of them and those of
+                                       runs/study/figures that docs/study.md shows in docs/images/, tables in
+                                       docs/study.md and README.md
 
 --demo reads what tools/demo.sh wrote: summary.json, the figures of the balance stage and the TensorBoard event files of
 the students. --corpus reads an output of tools/prepare_icons.py, --study the file and the output directory of a study
@@ -261,7 +262,8 @@ def draw_study(file: StudyFile, results: Path, groups: list[str], target: Path) 
 
 
 def from_study(file: StudyFile, out: Path, root: Path) -> list[Path]:
-    """Copy the results of a study, draw them, rewrite its tables in docs/study.md and README.md; returns the files."""
+    """Copy the results of a study and the figures that docs/study.md shows, draw the arms, rewrite the tables in
+    docs/study.md and README.md; returns the files."""
     results, copies = out / "results", root / "docs" / "study" / file.path.stem
     page, readme = root / "docs" / "study.md", root / "README.md"
     if not page.is_file():
@@ -281,8 +283,10 @@ def from_study(file: StudyFile, out: Path, root: Path) -> list[Path]:
         pictures.append(images / f"study-{name.replace(' ', '-')}.png")
         draw_study(file, results, groups, pictures[-1])
     for path in sorted((out / "figures").glob("*.png")):
-        pictures.append(images / f"study-{file.path.stem}-{path.name}")
-        _shrink(path, pictures[-1])
+        picture = images / f"study-{file.path.stem}-{path.name}"
+        if f"(images/{picture.name})" in texts[page]:
+            pictures.append(picture)
+            _shrink(path, picture)
     return [*written, *texts, *pictures]
 
 

@@ -55,11 +55,13 @@ def pages(root: Path, text: str = "") -> tuple[Path, Path]:
 
 
 def test_the_tables_come_from_the_results_and_the_text_has_no_other_number(tmp_path: Path) -> None:
-    page, readme = pages(tmp_path, "Plain CLIP reaches 15.00 %, the method 16.27 %.")
+    text = "Plain CLIP reaches 15.00 %, the method 16.27 %. ![weights](images/study-icons-fig4_weights.png)"
+    page, readme = pages(tmp_path, text)
     icons = docs_tool.load_study(STUDIES / "icons.json")
     out = drawn_study(tmp_path / "out")
     (out / "figures").mkdir()
-    Image.new("RGB", (2000, 500)).save(out / "figures" / "fig4_weights.png")
+    for name in ("fig4_weights", "not_on_the_page"):
+        Image.new("RGB", (2000, 500)).save(out / "figures" / f"{name}.png")
     files = docs_tool.from_study(icons, out, tmp_path)
     assert len(files) == 3 * 6 + 4 and all(path.is_file() for path in files)
     with Image.open(tmp_path / "docs" / "images" / "study-icons-fig4_weights.png") as figure:
