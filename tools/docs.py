@@ -255,7 +255,7 @@ def draw_study(file: StudyFile, results: Path, groups: list[str], target: Path) 
     """The arms of these groups as one picture: on the test sets, or on the validation sets if only those are known."""
     finished, arms = Finished(load_results(results), file), file.named(groups)
     part = "test" if measured(finished, arms, "test") else "validation"
-    rows = arm_rows(finished, (TEACHER, *file.compared(arms), *arms), part, list(METRICS))
+    rows = arm_rows(finished, (TEACHER, *finished.compared(arms), *arms), part, list(METRICS))
     with figure_style(), tempfile.TemporaryDirectory() as folder:
         picture, *_ = save_figure(arms_figure(rows), Path(folder) / "arms")
         _shrink(picture, target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -151,10 +151,10 @@ class StudyFile:
         found = self.arms[arm]
         return found.subset or (None if found.clusters is None else self.clusters[found.clusters].of)
 
-    def compared(self, arms: Iterable[str]) -> list[str]:
+    def compared(self, arms: Sequence[str]) -> list[str]:
         """The arms that these are compared with, apart from these."""
         others = dict.fromkeys(other for arm in arms for other in self.arms[arm].against)
-        return [other for other in others if other not in set(arms)]
+        return [other for other in others if other not in arms]
 
     def chosen(self, names: Iterable[str]) -> list[str]:
         """The named arms, then those that they are compared with."""
