@@ -251,11 +251,11 @@ def study_summary(readme: str, file: StudyFile, results: Path) -> str:
     return between(readme, "study table", test_table(load_results(results), file, README_ARMS))
 
 
-def draw_study(file: StudyFile, results: Path, groups: list[str], target: Path) -> None:
+def draw_study(finished: Finished, groups: list[str], target: Path) -> None:
     """The arms of these groups as one picture: on the test sets, or on the validation sets if only those are known."""
-    finished, arms = Finished(load_results(results), file), file.named(groups)
+    arms = finished.file.named(groups)
     part = "test" if measured(finished, arms, "test") else "validation"
-    rows = arm_rows(finished, (TEACHER, *finished.compared(arms), *arms), part, list(METRICS))
+    rows = arm_rows(finished, (TEACHER, *finished.with_compared(arms)), part, list(METRICS))
     with figure_style(), tempfile.TemporaryDirectory() as folder:
         picture, *_ = save_figure(arms_figure(rows), Path(folder) / "arms")
         _shrink(picture, target)
@@ -278,10 +278,10 @@ def from_study(file: StudyFile, out: Path, root: Path) -> list[Path]:
     for path, text in texts.items():
         write_atomic(path, text.encode())
     images = root / "docs" / "images"
-    pictures = []
+    pictures, finished = [], Finished(load_results(results), file)
     for name, groups in study_parts(texts[page], file.path.stem).items():
         pictures.append(images / f"study-{name.replace(' ', '-')}.png")
-        draw_study(file, results, groups, pictures[-1])
+        draw_study(finished, groups, pictures[-1])
     for path in sorted((out / "figures").glob("*.png")):
         picture = images / f"study-{file.path.stem}-{path.name}"
         if f"(images/{picture.name})" in texts[page]:

@@ -19,9 +19,8 @@ from megacid.storage.atomic import SETTINGS_BYTES, read_bounded
 
 TEACHER = "teacher"  # name of the teacher's stage, and of its row in the tables
 Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
-Rates = Annotated[
-    tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1), BeforeValidator(as_tuple)
-]  # learning rates
+Rate = Annotated[float, Field(gt=0)]  # learning rate
+Rates = Annotated[tuple[Rate, ...], Field(min_length=1), BeforeValidator(as_tuple)]
 OWN_KEYS = ("run.name", "run.dir", "run.seed", "data.shards", "data.teacher", "data.labels", "data.keep")
 LEARNING_RATE = "optimizer.params.lr"
 
@@ -185,7 +184,7 @@ def load_study(path: Path) -> StudyFile:
                 raise UserError(f'arms.{group} has the arm "{name}", whose name is taken: choose another')
             arms[name] = _inherit(_build(Arm, block, f"arms.{group}.{name}"), arms, f"arms.{group}.{name}")
         groups[group] = tuple(members)
-    arms = {name: _compared(name, arm, study) for name, arm in arms.items()}
+    arms = {name: _against_base(name, arm, study) for name, arm in arms.items()}
     file = StudyFile(path, study, clusters, subsets, arms, groups)
     _check_names(file)
     return file
@@ -209,7 +208,7 @@ def _inherit(arm: Arm, arms: dict[str, Arm], where: str) -> Arm:
     return like.model_copy(update={**own, "set": like.set + arm.set, "against": arm.against})
 
 
-def _compared(name: str, arm: Arm, study: Study) -> Arm:
+def _against_base(name: str, arm: Arm, study: Study) -> Arm:
     return arm if arm.against or name == study.base else arm.model_copy(update={"against": (study.base,)})
 
 

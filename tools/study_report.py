@@ -114,10 +114,10 @@ class Finished:
                 self.rate[arm] = best_rate(tried, file.study.tune_on)
                 self.runs[arm] = {result["seed"]: result for result in found if result["rate"] == self.rate[arm]}
 
-    def compared(self, arms: Sequence[str]) -> list[str]:
-        """The arms that the finished ones of these are compared with, apart from these."""
-        others = self.file.compared([arm for arm in arms if arm in self.runs])
-        return [other for other in others if other not in arms]
+    def with_compared(self, arms: Sequence[str]) -> list[str]:
+        """The finished ones of these arms, behind the arms that they are compared with."""
+        done = [arm for arm in arms if arm in self.runs]
+        return [*self.file.compared(done), *done]
 
     def values(self, arm: str, part: str, metric: str) -> dict[int, float]:
         """Seed -> percent, of the runs that were evaluated on that part."""
@@ -252,7 +252,7 @@ def report(results: Sequence[Result], file: StudyFile, arms: Sequence[str]) -> s
     parts = []
     for part, title in (("test", "Test sets"), ("validation", "Validation sets")):
         if measured(finished, arms, part):
-            means = _means(finished, [*finished.compared(arms), *arms], part)
+            means = _means(finished, finished.with_compared(arms), part)
             parts += [f"### {title}", means, *filter(None, [_differences(finished, arms, part)])]
     note = f"Percent; mean ± half of the {100 * LEVEL:.0f} % interval over seeds (Student's t); differences by seed."
     subsets = {file.subset_of(arm) for arm in arms}
