@@ -117,14 +117,12 @@ class SampleChunk:
         self.student = batch.student.samples(part)
         self.teacher = batch.teacher.samples(part) if batch.teacher is not None else None
         self.labels = batch.labels.samples(part)
-        self.removed: Tensor | None = None  # None: no filter
-        self.largest: Tensor | None = None  # None: no student term
+        self.statistics: NegativeStatistics | None = None  # of all slabs so far, without matrices
         self.raw: Tensor | None = None  # [3, b]
         self.target_cosine: Tensor | None = None  # [b, l], None: no student term
         self.slab: NegativeStatistics | None = None  # of the latest slab
         # The KL needs this product before the all-reduce, for its gap between the cosines.
         self.early = {spec.softened("teacher")} if spec.weights.gamma > 0 else set()
-        self._sums: dict[Distribution, Tensor] = {}
         self._products: dict[Distribution, Tensor] = {}  # matrix @ unit rows, summed over the slabs so far
         self._target_grads: list[TargetGradient] = []
         self._student_target: Target | None = None
@@ -134,13 +132,8 @@ class SampleChunk:
     def accumulate_statistics(self, block: ClassBlock, start: int, stop: int, keep: set[Distribution]) -> None:
         """Add a slab to the row statistics; keep the matrices in `keep`."""
         slab = block.negatives(self.student, self.teacher, self._labels_in(start, stop), keep | self.early)
-        for name, sums in slab.sums.items():
-            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
-        if slab.removed is not None:
-            self.removed = slab.removed if self.removed is None else self.removed + slab.removed
-        if slab.largest is not None:
-            self.largest = slab.largest if self.largest is None else torch.maximum(self.largest, slab.largest)
-        self.slab = slab
+        self.slab, further = slab, slab._replace(matrices={})
+        self.statistics = further if self.statistics is None else self.statistics.joined(further)
         self._add_products(block, self.early)
 
     def start_all_reduce(self) -> Callable[[], RowStatistics]:
@@ -154,7 +147,8 @@ class SampleChunk:
             teacher = self._teacher_target = self.engine.target(self.teacher, self.labels.located, False)
         psi, cos = (None, None) if student is None else (student.psi, student.cos)
         teacher_cos = None if teacher is None else teacher.cos
-        stats = RowStatistics(self._sums, gap, self.labels.owned, psi, cos, teacher_cos)
+        assert self.statistics is not None
+        stats = RowStatistics(self.statistics.sums, gap, self.labels.owned, psi, cos, teacher_cos)
         return stats.start_all_reduce(self.spec.group, self.spec.world)
 
     def finish_statistics(self, stats: RowStatistics) -> None:
@@ -337,12 +331,13 @@ class LossComputation:
                 del block
 
     def _store_results(self, chunk: SampleChunk, part: slice) -> None:
-        assert chunk.raw is not None
+        stats = chunk.statistics
+        assert chunk.raw is not None and stats is not None
         raw, size = chunk.raw.sum(1), len(self.batch.student.x)
         self._raw = raw if self._raw is None else self._raw + raw
         self._target_cosine = _placed(self._target_cosine, chunk.target_cosine, part, size)
-        self._largest = _placed(self._largest, chunk.largest, part, size)
-        self._removed = _placed(self._removed, chunk.removed, part, size)
+        self._largest = _placed(self._largest, stats.largest, part, size)
+        self._removed = _placed(self._removed, stats.removed, part, size)
 
     def _finish_x(self, chunk: SampleChunk | None, part: slice, on_grad_x: OnGradX | None) -> None:
         x = self.batch.student.x

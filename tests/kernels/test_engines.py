@@ -21,7 +21,7 @@ from megacid import Margin, PartialFC, RowAdamW, RowSGD
 from megacid.distributed.collectives import rank, world_size
 from megacid.errors import UserError
 from megacid_kernels import Discrimination, Gradients, LossSpec, Weights, discrimination_with_gradients
-from megacid_kernels.engines import triton_engine
+from megacid_kernels.engines import torch_engine, triton_engine
 from megacid_kernels.engines.torch_engine import TorchBlock
 from megacid_kernels.fused import INTERPRET, tiles_for
 from megacid_kernels.fused.gemm import product_fp32
@@ -308,6 +308,19 @@ def test_in_pytorch_slabs_and_losses_alone_equal_a_stored_gradient(name: str) ->
         assert_near(call(spec, given), whole, 1e-12, f"slabs within {budget} bytes")
         alone = call(spec, given, need_x=False, need_w=False)
         torch.testing.assert_close(tuple(alone.result), tuple(whole.result), rtol=1e-12, atol=1e-12)
+
+
+@in_pytorch
+@pytest.mark.parametrize("weight_grad", ["stored", "recomputed"])
+@pytest.mark.parametrize("name", list(TERMS))
+def test_in_pytorch_tiles_equal_whole_matrices(name: str, weight_grad: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, spec = in_float64(inputs(*TERMS[name][1:3])), spec_of(name, weight_grad=weight_grad)
+    whole = call(spec, given)
+    monkeypatch.setattr(torch_engine, "_CPU_TILE_ROWS", 40)
+    for budget in (None, 200_000):  # all samples or chunks of them, tiles of all rows or of slabs
+        got = call(dataclasses.replace(spec, memory_budget_bytes=budget), given)
+        assert_near(got, whole, 1e-12, f"tiles within {budget} bytes")
+        torch.testing.assert_close(tuple(got.result), tuple(whole.result), rtol=1e-12, atol=1e-12)
 
 
 @in_pytorch

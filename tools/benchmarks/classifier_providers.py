@@ -19,6 +19,7 @@ from megacid import Margin, PartialFC, RowAdamW
 from megacid.errors import UserError
 from megacid_kernels.loss_spec import LossSpec
 from megacid_kernels.plan import Sizes, plan_chunks
+from megacid_kernels.products import times, times_transposed, transposed_times
 from megacid_kernels.reference import discrimination_reference
 
 MARGIN, SCALE, SEED = 0.3, 64.0, 0
@@ -130,13 +131,12 @@ class Products:
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """The gradients of x and of the weight if the gradient of the cosines were the cosines."""
-        grad_x, grad_w = torch.empty_like(self.x), None
+        grad_x, grad_w = torch.empty_like(self.x), torch.empty_like(self.weight)
         for part in self.chunks:
             x = self.x[part]
-            cosines = x @ self.weight.T
-            grad_x[part] = cosines @ self.weight
-            grad_w = torch.mm(cosines.T, x) if grad_w is None else grad_w.addmm_(cosines.T, x)
-        assert grad_w is not None
+            cosines = times_transposed(x, self.weight)
+            grad_x[part] = times(cosines, self.weight)
+            transposed_times(cosines, x, out=grad_w, add=part is not self.chunks[0])
         return grad_x, grad_w
 
     def run(self, step: int) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from megacid_kernels.epilogue import Coefficients
@@ -54,13 +55,28 @@ class TargetGradient(NamedTuple):
     samples: Samples
 
 
+Tiles = list[Tensor]  # a matrix [b, n], cut between columns
+
+
 class NegativeStatistics(NamedTuple):
     """Exponentials of the negatives of a chunk and a block, and their row statistics."""
 
-    matrices: dict[Distribution, Tensor]  # [b, n], those that were requested
+    matrices: dict[Distribution, Tiles]  # those that were requested
     sums: dict[Distribution, Tensor]  # [b]
     largest: Tensor | None  # [b] largest logit / scale of the student; None without a student distribution
     removed: Tensor | None  # [b] int64, negatives removed by the filter; None without a filter
+
+    def joined(self, further: NegativeStatistics) -> NegativeStatistics:
+        """The statistics of these columns and of `further` ones, whose tiles are appended to these."""
+        for name, tiles in further.matrices.items():
+            self.matrices[name].extend(tiles)
+        sums = {name: total + further.sums[name] for name, total in self.sums.items()}
+        largest, removed = self.largest, self.removed
+        if largest is not None and further.largest is not None:
+            largest = torch.maximum(largest, further.largest)
+        if removed is not None and further.removed is not None:
+            removed = removed + further.removed
+        return NegativeStatistics(self.matrices, sums, largest, removed)
 
 
 class DeferredNorm(NamedTuple):
@@ -89,11 +105,11 @@ class ClassBlock(Protocol):
         """Free what only `negatives` and `product` need."""
         ...
 
-    def product(self, matrix_bn: Tensor, total_bD: Tensor | None = None) -> Tensor:
+    def product(self, matrix: Tiles, total_bD: Tensor | None = None) -> Tensor:
         """matrix @ unit rows [b, D], added to `total_bD` in place if given."""
         ...
 
-    def add_gradient(self, grad_nD: Tensor | None, matrix_bn: Tensor, features: list[tuple[Tensor, Samples]]) -> Tensor:
+    def add_gradient(self, grad_nD: Tensor | None, matrix: Tiles, features: list[tuple[Tensor, Samples]]) -> Tensor:
         """grad + matrix.T @ (sum of coefficient [b] * unit rows), in place if grad is given; becomes the gradient of w
         in `norm_backward_`."""
         ...

@@ -15,17 +15,24 @@ import functools
 import torch
 from torch import Tensor
 
-from megacid_kernels.engines.interface import EngineInputs, NegativeStatistics, Samples, TargetGradient
+from megacid_kernels.engines.interface import EngineInputs, NegativeStatistics, Samples, TargetGradient, Tiles
 from megacid_kernels.epilogue import Coefficients, epilogue
 from megacid_kernels.loss_spec import Distribution, LossSpec, Source
+from megacid_kernels.products import tiles, times, times_transposed, transposed_times
 from megacid_kernels.row_statistics import RowStatistics
-from megacid_kernels.rows import are_extreme, inverse_norms, row_blocks
+from megacid_kernels.rows import are_extreme, inverse_norms, is_on_host, row_blocks
 from megacid_kernels.targets import BatchLabels, Labels, Target, batch_labels, target_of
+
+_CPU_TILE_ROWS = 2048  # class rows of a tile on a CPU
 
 
 class TorchBlock:
+    """Class rows; on a CPU in tiles, so that what passes over a matrix of cosines finds it in the cache."""
+
     def __init__(self, spec: LossSpec, w_nD: Tensor, bias_n: Tensor | None, overwrite: bool):
         self.spec, self.bias = spec, bias_n
+        in_tiles = is_on_host(w_nD) and len(w_nD) > 0
+        self.tiles = tiles(len(w_nD), _CPU_TILE_ROWS) if in_tiles else [slice(0, len(w_nD))]
         self.inverse = inverse_norms(w_nD)
         self.w, self.column_scale = w_nD, None
         if overwrite:
@@ -45,7 +52,19 @@ class TorchBlock:
     def negatives(
         self, student: Samples, teacher: Samples | None, labels: Labels, keep: set[Distribution]
     ) -> NegativeStatistics:
+        if len(self.tiles) == 1:
+            return self._negatives(self.tiles[0], student, teacher, labels, keep)
+        parts = [(rows, labels.in_rows(rows.start, rows.stop)) for rows in self.tiles]
+        return functools.reduce(
+            NegativeStatistics.joined, (self._negatives(rows, student, teacher, own, keep) for rows, own in parts)
+        )
+
+    def _negatives(
+        self, rows: slice, student: Samples, teacher: Samples | None, labels: Labels, keep: set[Distribution]
+    ) -> NegativeStatistics:
+        """`negatives` of one tile."""
         spec, threshold = self.spec, self.spec.filter_threshold
+        bias_n = None if self.bias is None else self.bias[rows]
         stats = NegativeStatistics({}, {}, None, None)
         hidden: Tensor | None = None  # [b, n] bool, negatives removed by the filter
         sources: list[tuple[Source, Samples | None]] = [("student", student), ("teacher", teacher)]
@@ -54,12 +73,12 @@ class TorchBlock:
             if samples is None or not (distributions or filters):
                 continue
             first = distributions[0].temperature if distributions else 1.0
-            logits = self._scale_columns_((samples.unit * (spec.scale / first)) @ self.w.T)
+            logits = self._scale_columns_(times_transposed(samples.unit * (spec.scale / first), self.w[rows]), rows)
             _hide_labels_(logits, labels)
             if source == "student" and threshold is not None:
                 hidden = logits > threshold * (spec.scale / first)
-                if self.bias is not None:
-                    hidden &= self.bias > -torch.inf
+                if bias_n is not None:
+                    hidden &= bias_n > -torch.inf
                 stats = stats._replace(removed=hidden.sum(1))
             if hidden is not None:
                 logits.masked_fill_(hidden, -torch.inf)
@@ -68,19 +87,19 @@ class TorchBlock:
                 temperature = distribution.temperature
                 z = logits if temperature == first else logits * (first / temperature)
                 shift = spec.shift(temperature)
-                if self.bias is not None:
-                    z += self.bias - shift
+                if bias_n is not None:
+                    z += bias_n - shift
                 elif shift:
                     z -= shift
                 if source == "student" and temperature == first and z.shape[1]:
                     stats = stats._replace(largest=(z.amax(1) + shift) / (spec.scale / temperature))
                 stats.sums[distribution] = z.exp_().sum(1)
                 if distribution in keep:
-                    stats.matrices[distribution] = self._scale_columns_(z)
+                    stats.matrices[distribution] = [self._scale_columns_(z, rows)]
         return stats
 
-    def _scale_columns_(self, matrix_bn: Tensor) -> Tensor:
-        return matrix_bn if self.column_scale is None else matrix_bn.mul_(self.column_scale)
+    def _scale_columns_(self, matrix_bn: Tensor, rows: slice) -> Tensor:
+        return matrix_bn if self.column_scale is None else matrix_bn.mul_(self.column_scale[rows])
 
     def release_logit_rows(self) -> None:
         """Nothing: all products use the same rows."""
@@ -88,14 +107,18 @@ class TorchBlock:
     def release_rows(self) -> None:
         """Nothing: `norm_backward_` uses them."""
 
-    def product(self, matrix_bn: Tensor, total_bD: Tensor | None = None) -> Tensor:
-        return matrix_bn @ self.w if total_bD is None else total_bD.addmm_(matrix_bn, self.w)
+    def product(self, matrix: Tiles, total_bD: Tensor | None = None) -> Tensor:
+        for rows, tile in zip(self.tiles, matrix):
+            total_bD = times(tile, self.w[rows], total_bD)
+        assert total_bD is not None
+        return total_bD
 
-    def add_gradient(self, grad_nD: Tensor | None, matrix_bn: Tensor, features: list[tuple[Tensor, Samples]]) -> Tensor:
+    def add_gradient(self, grad_nD: Tensor | None, matrix: Tiles, features: list[tuple[Tensor, Samples]]) -> Tensor:
         features_bD = functools.reduce(torch.add, [factor[:, None] * samples.unit for factor, samples in features])
-        if grad_nD is None:
-            return torch.mm(matrix_bn.T, features_bD)
-        return grad_nD.addmm_(matrix_bn.T, features_bD)
+        total = self.w.new_empty(self.w.shape) if grad_nD is None else grad_nD
+        for rows, tile in zip(self.tiles, matrix):
+            transposed_times(tile, features_bD, out=total[rows], add=grad_nD is not None)
+        return total
 
     def add_target_gradients_(self, grad_nD: Tensor, labels: Labels, target_grads: list[TargetGradient]) -> None:
         if not len(grad_nD):

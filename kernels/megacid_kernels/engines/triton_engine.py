@@ -24,7 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacid_kernels.engines.interface import DeferredNorm, EngineInputs, NegativeStatistics, Samples, TargetGradient
+from megacid_kernels.engines.interface import (
+    DeferredNorm,
+    EngineInputs,
+    NegativeStatistics,
+    Samples,
+    TargetGradient,
+    Tiles,
+)
 from megacid_kernels.epilogue import Coefficients, epilogue
 from megacid_kernels.fused.exponentials import exponentials
 from megacid_kernels.fused.exponentials_inplace import exponentials_
@@ -91,7 +98,7 @@ class TritonBlock:
                 stats, hidden = stats._replace(largest=result.largest, removed=result.removed), result.hidden
             stats.sums[distribution] = result.sums
             if result.matrix is not None:
-                stats.matrices[distribution] = with_padding(result.matrix)
+                stats.matrices[distribution] = [with_padding(result.matrix)]
         return stats
 
     def _exponentials(
@@ -126,11 +133,13 @@ class TritonBlock:
     def release_rows(self) -> None:
         self._first = self._second = None
 
-    def product(self, matrix_bn: Tensor, total_bD: Tensor | None = None) -> Tensor:
+    def product(self, matrix: Tiles, total_bD: Tensor | None = None) -> Tensor:
         assert self._second is not None
+        (matrix_bn,) = matrix
         return product_fp32(matrix_bn, self._second, total_bD)
 
-    def add_gradient(self, grad_nD: Tensor | None, matrix_bn: Tensor, features: list[tuple[Tensor, Samples]]) -> Tensor:
+    def add_gradient(self, grad_nD: Tensor | None, matrix: Tiles, features: list[tuple[Tensor, Samples]]) -> Tensor:
+        (matrix_bn,) = matrix
         (coefficient, samples), *more = features
         factors = torch.empty(samples.unit.shape, dtype=matrix_bn.dtype, device=matrix_bn.device)
         if more:
