@@ -79,8 +79,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--backend",
         choices=("auto", "torch", "faiss", "triton"),
         default="auto",
-        help="implementation of the nearest-centroid search; auto (default): triton on a GPU; on the CPU faiss, if "
-        "installed and the embeddings have 128 columns or more; else torch",
+        help="implementation of the nearest-centroid search; auto (default): triton on a GPU; on a CPU faiss, if "
+        "installed and the embeddings have 128 columns or more, but not on AMD's with AVX-512; else torch",
     )
     add("--memory-gb", type=real(0, 1e6, without=(0,)), default=4.0, help="memory bound of one rank (default 4)")
     add("--top-labels", type=positive, default=1, help="labels per sample: label, label_1, ... (default 1)")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megacid.errors import UserError
 from megacid_kernels.engines.dispatch import resolve
+from megacid_kernels.products import TILE_MULTIPLE, onednn_is_faster, tiles, times_transposed
 from megacid_kernels.rows import unit_rows
 
 Metric = Literal["cosine", "euclidean"]
@@ -26,7 +27,7 @@ Backend = Literal["auto", "torch", "faiss", "triton"]
 TILE_CENTROIDS = 16384
 _MANY = TILE_CENTROIDS // 3  # of the nearest: more take longer to be sorted than to be computed
 _SORTED_ROWS = 128  # at a time, which bounds the memory of a sort
-_MIN_FAISS_DIM = 128  # width from which faiss is faster than torch
+_MIN_FAISS_DIM = 128  # width from which faiss is faster than torch with MKL
 _CACHED_CENTROIDS = 1024  # per product on the CPU, whose 4 MiB are searched while they are in the cache
 
 
@@ -45,21 +46,20 @@ def search_bytes(k: int, rows: int, device: torch.device) -> int:
 def chosen_backend(backend: Backend, device: torch.device, dim: int) -> Backend:
     """The backend that "auto" stands for.
 
-    On a GPU: Triton if it is installed. On the CPU, for wide rows: faiss if it is installed. Else torch. This is a
-    fixed rule and not a measurement at run time, because backends round differently and a continued run must give the
-    same bits.
+    On a GPU: Triton if it is installed. On the CPU, for wide rows: faiss if it is installed and torch has only MKL (see
+    `megacid_kernels.products`). Else torch. This is a fixed rule and not a measurement at run time, because backends
+    round differently and a continued run must give the same bits.
 
-    Measured (`tools/bench.py --suite kmeans`, AMD EPYC, 4,096 centroids): at D = 256 an iteration takes 1.04 to 1.06
-    times as long as faiss's assignment alone with faiss, and 1.13 (one thread) to 1.27 times (two) with torch's MKL; at
-    D = 64 torch's products take 0.7 times as long as faiss. Not yet measured on a GPU (`tools/bench.py --suite
-    assignment`).
+    Measured (`tools/bench.py --suite kmeans`, AMD EPYC, 4,096 centroids): at D = 256 an iteration takes 1.04 to 1.08
+    times as long as faiss's assignment alone with faiss, 1.13 (one thread) to 1.27 times (two) with MKL, and 0.60 to
+    0.63 times with oneDNN; at D = 64 MKL takes 0.7 times as long as faiss. For a GPU see `--suite assignment`.
     """
     if backend != "auto":
         return backend
     if device.type == "cuda":
         return "triton" if importlib.util.find_spec("triton") is not None else "torch"
-    wide = device.type == "cpu" and dim >= _MIN_FAISS_DIM
-    return "faiss" if wide and importlib.util.find_spec("faiss") is not None else "torch"
+    by_faiss = device.type == "cpu" and dim >= _MIN_FAISS_DIM and not onednn_is_faster()
+    return "faiss" if by_faiss and importlib.util.find_spec("faiss") is not None else "torch"
 
 
 class Assigner:
@@ -120,13 +120,14 @@ class Assigner:
         vectorised and takes a sixth of the time of the product at D = 256."""
         rows = np.arange(len(x_TD))
         best_T, label_T = np.full(len(x_TD), -np.inf, np.float32), np.zeros(len(x_TD), np.int64)
-        for start in range(0, len(self.centroids_KD), _CACHED_CENTROIDS):
-            merit = self._merits(x_TD, start, _CACHED_CENTROIDS).numpy()
+        for part in tiles(len(self.centroids_KD), _CACHED_CENTROIDS):
+            merit = self._merits(x_TD, part).numpy()
             index_T = merit.argmax(1)
             value_T = merit[rows, index_T]
             better_T = value_T > best_T  # on a tie the first stays
             np.copyto(best_T, value_T, where=better_T)
-            np.copyto(label_T, index_T + start, where=better_T)
+            np.copyto(label_T, index_T + part.start, where=better_T)
+            del merit  # the next product gets its memory, which is in the cache
         return torch.from_numpy(best_T)[:, None], torch.from_numpy(label_T)[:, None]
 
     def _top(self, x_TD: Tensor, top: int) -> tuple[Tensor, Tensor]:
@@ -136,7 +137,7 @@ class Assigner:
         best: Tensor | None = None
         label_TL = torch.empty(0, dtype=torch.int64)
         for start in range(0, len(self.centroids_KD), TILE_CENTROIDS):
-            merit = self._merits(x_TD, start, TILE_CENTROIDS)
+            merit = self._merits_in_buffer(x_TD, start)
             # On a tie the earlier tile wins: the running best comes first.
             value, index = merit.max(1, keepdim=True) if top == 1 else merit.topk(min(top, merit.shape[1]), dim=1)
             if best is None:
@@ -160,7 +161,7 @@ class Assigner:
         for first in range(0, count, waiting):
             stop, held = min(first + waiting, count), top if first else 0
             for start in range(first, stop, TILE_CENTROIDS):
-                part = self._merits(x_TD, start, TILE_CENTROIDS)
+                part = self._merits_in_buffer(x_TD, start)
                 merit[:, held + start - first :][:, : part.shape[1]] = part
             for low in range(0, len(x_TD), _SORTED_ROWS):
                 rows = slice(low, low + _SORTED_ROWS)
@@ -170,18 +171,26 @@ class Assigner:
                 merit[rows, :top] = value
         return merit[:, :top], label_TL
 
-    def _merits(self, x_TD: Tensor, start: int, count: int) -> Tensor:
-        """Merits of up to `count` centroids, fp32 [T, <= count]; overwritten by the next call."""
-        part = self.centroids_KD[start : start + count]
-        merit = torch.mm(x_TD, part.T, out=self._merit_buffer(len(x_TD), len(part)))
-        if self.metric == "euclidean":
-            merit -= self.half_norm_K[start : start + count]
+    def _merits_in_buffer(self, x_TD: Tensor, start: int) -> Tensor:
+        """Merits of up to TILE_CENTROIDS centroids, fp32 [T, <= TILE_CENTROIDS]; overwritten by the next call."""
+        count = min(TILE_CENTROIDS, len(self.centroids_KD) - start)
+        if self._merit is None or self._merit.numel() < len(x_TD) * count:
+            self._merit = torch.empty(len(x_TD) * count, dtype=torch.float32, device=self.device)
+        merit = self._merit[: len(x_TD) * count].view(len(x_TD), count)
+        parts = tiles(count, _CACHED_CENTROIDS) if self.device.type == "cpu" else [slice(0, count)]
+        for part in parts:
+            self._merits(x_TD, slice(start + part.start, start + part.stop), out=merit[:, part])
         return merit
 
-    def _merit_buffer(self, rows: int, centroids: int) -> Tensor:
-        if self._merit is None or self._merit.numel() < rows * centroids:
-            self._merit = torch.empty(rows * centroids, dtype=torch.float32, device=self.device)
-        return self._merit[: rows * centroids].view(rows, centroids)
+    def _merits(self, x_TD: Tensor, part: slice, out: Tensor | None = None) -> Tensor:
+        """Merits of a part of the centroids, fp32 [T, part]."""
+        if len(x_TD) % TILE_MULTIPLE == 0:
+            merit = times_transposed(x_TD, self.centroids_KD[part], out=out)
+        else:  # of another size than most tiles: oneDNN would keep something for it
+            merit = torch.mm(x_TD, self.centroids_KD[part].T, out=out)
+        if self.metric == "euclidean":
+            merit -= self.half_norm_K[part]
+        return merit
 
     def cosine(self, x_TD: Tensor, label_T: Tensor) -> Tensor:
         """Cosine fp32 [T] of each row to the centroid of its label."""

@@ -1,8 +1,9 @@
-"""The builds of faiss that may be installed: none, one, or two whose files overwrite each other."""
+"""The backend of the search for nearest centroids, and the builds of faiss that may be installed."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from megacid.errors import UserError
 from megacid.offline import nearest
@@ -32,6 +33,18 @@ def test_two_builds_of_faiss_are_refused_where_faiss_may_be_used(
     else:
         with pytest.raises(UserError, match=message):
             nearest.check_backend(backend)
+
+
+@pytest.mark.parametrize(
+    ("dim", "has_faiss", "by_onednn", "expected"),
+    [(128, True, False, "faiss"), (128, True, True, "torch"), (128, False, False, "torch"), (64, True, False, "torch")],
+)
+def test_auto_takes_faiss_for_wide_rows_unless_torch_multiplies_by_onednn(
+    dim: int, has_faiss: bool, by_onednn: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nearest, "onednn_is_faster", lambda: by_onednn)
+    monkeypatch.setattr(nearest.importlib.util, "find_spec", lambda name: object() if has_faiss else None)
+    assert nearest.chosen_backend("auto", torch.device("cpu"), dim) == expected
 
 
 def test_packages_are_searched_once_since_every_cell_of_a_clustering_checks_its_settings(

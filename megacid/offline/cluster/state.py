@@ -67,7 +67,7 @@ class KMeansSettings:
 def default_method(k: int) -> Method:
     """The fastest method, with k-means++, that reaches the objective of a flat fit from random rows.
 
-    At 200,000 x 256 and k = 2,000 two levels take 0.6 times as long as a fit of faiss, flat k-means++ several times as
+    At 200,000 x 256 and k = 2,000 two levels take 0.4 times as long as a fit of faiss, flat k-means++ several times as
     long as two levels (`tools/bench.py --suite kmeans`). Below 512 clusters flat k-means++ is the faster one. A rule
     and not a measurement, as in `nearest.chosen_backend`.
     """
