@@ -70,10 +70,10 @@ H100 = Costs(
 # One thread of an AMD EPYC and gloo, in CPU time: fitted by tools/bench.py --suite step-time (docs/benchmarks.md),
 # which does not measure loading.
 EPYC = Costs(
-    tower_flop=1.90e-11,
-    product_flop=2.08e-11,
-    memory_byte=2.38e-10,
-    link_byte=2.59e-9,
+    tower_flop=1.23e-11,
+    product_flop=8.84e-12,
+    memory_byte=1.54e-10,
+    link_byte=1.75e-9,
     source="one thread of an AMD EPYC, fitted",
 )
 COSTS = {"cuda": H100, "cpu": EPYC}
@@ -81,6 +81,8 @@ COSTS = {"cuda": H100, "cpu": EPYC}
 _LOGIT_BYTES = {"cuda": 6, "cpu": 24}  # of an exponential: written and read by two products; PyTorch's engine also sums
 # Class rows are copied and normalised; their gradient is written, projected, and summed for the norm.
 _CPU_ROW_BYTES = 36
+# Written and read by two products; what else passes over exponentials of the classifier finds them in the cache.
+_CPU_EXPONENTIAL_BYTES = 12
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def _fitted_classifier(step: Step, planned: ClassifierPlan) -> tuple[float, floa
     flop = run.global_batch * classifier_flops(run, step.num_classes, step.width) / step.world * step.rows / drawn
     if planned.plan.kind == "recomputed":  # two more products for the exponentials, one for the rows' gradient
         flop += 3 * 2 * entries * matrices * planned.sizes.width
-    return flop, entries * matrices * _LOGIT_BYTES["cpu"] + step.rows * planned.sizes.width * _CPU_ROW_BYTES
+    return flop, entries * matrices * _CPU_EXPONENTIAL_BYTES + step.rows * planned.sizes.width * _CPU_ROW_BYTES
 
 
 def row_update(step: Step, costs: Costs) -> float:
