@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-TILE_MULTIPLE = 128
+TILE_MULTIPLE = 128  # class rows that oneDNN multiplies are a multiple of it
 _MIN_PRODUCTS = 1 << 20  # with fewer multiplications the call of oneDNN takes longer than it saves
 
 
 def tiles(count: int, size: int) -> list[slice]:
     """Slices of `size` rows, then one of a multiple of 128, then the rest; together `count` rows.
 
-    oneDNN keeps what it prepares for every shape, up to a MiB each, so it multiplies multiples of 128 rows alone.
+    oneDNN keeps what it prepares for every shape, up to a MiB each: few lengths of tiles keep that small.
     """
     bounds = sorted({*range(0, count, size), count - count % TILE_MULTIPLE, count})
     return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
@@ -59,7 +59,12 @@ def _onednn(a_MK: Tensor, b_NK: Tensor) -> Tensor:
 
 
 def _is_for_onednn(a: Tensor, b: Tensor, rows: int, products_per_number: int) -> bool:
-    """rows: of the matrix that is cut into `tiles`. products_per_number: multiplications per number of a."""
+    """Whether oneDNN is faster and sees few shapes.
+
+    Args:
+        rows: length of the dimension that is cut into `tiles`.
+        products_per_number: multiplications with every number of a.
+    """
     return (
         a.device.type == "cpu"
         and a.dtype == torch.float32

@@ -186,7 +186,7 @@ class Assigner:
         """Merits of a part of the centroids, fp32 [T, part]."""
         if len(x_TD) % TILE_MULTIPLE == 0:
             merit = times_transposed(x_TD, self.centroids_KD[part], out=out)
-        else:  # of another size than most tiles: oneDNN would keep something for it
+        else:  # merging has tiles of any length, and oneDNN keeps what it prepares for every shape
             merit = torch.mm(x_TD, self.centroids_KD[part].T, out=out)
         if self.metric == "euclidean":
             merit -= self.half_norm_K[part]
