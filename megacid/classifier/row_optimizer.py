@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from megacid.classifier.head_optimizer import HeadOptimizer, check_number
 from megacid.classifier.partial_fc import PartialFC
@@ -36,6 +37,7 @@ from megacid.classifier.row_state import (
     write_rows,
 )
 from megacid.errors import UserError
+from megacid_kernels.rows import is_on_host
 
 Moments = Literal["fp32", "bf16"]
 Lazy = Literal["none", "decay"]
@@ -154,7 +156,9 @@ class RowOptimizer(HeadOptimizer):
         if self.lazy == "decay":
             steps = self._steps - state["last_steps"][rows_S]
             count += steps
-            missed, pending_decay = steps.double(), (self._decay - state["last_decay"][rows_S]).double() / _DECAY_UNIT
+            if not is_on_host(rows_S) or steps.any():  # else all factors are those of lazy = "none"
+                missed = steps.double()
+                pending_decay = (self._decay - state["last_decay"][rows_S]).double() / _DECAY_UNIT
         factors = self._factors(count.double(), missed, pending_decay)
         keys = None
         fused = isinstance(self.head, PartialFC) and self.head.fused
@@ -307,18 +311,39 @@ class RowAdamW(RowOptimizer):
             keep1, keep2 = _column(beta1 ** (missed_S + 1)), _column(beta2 ** (missed_S + 1))
             shrink = _column(decay_S.exp() * shrink)
         # (m / c1) / (sqrt(v) / c2 + eps) with both corrections as factors per row: saves two passes over [b, D].
-        return keep1, keep2, shrink, _column(lr * correct2 / correct1), _column(self.group["eps"] * correct2)
+        rate, eps = _column(lr * correct2 / correct1), _column(self.group["eps"] * correct2)
+        if missed_S is None and self._fits_torch_optim(rate, eps):
+            return keep1, keep2, shrink, rate[0].item(), eps[0].item()
+        return keep1, keep2, shrink, rate, eps
+
+    def _fits_torch_optim(self, *factors_S1: Tensor) -> bool:
+        """Whether PyTorch's operator, which makes one pass, can update the rows: on a CPU, if all have equal factors.
+
+        They have after equally many updates, or after so many that the bias corrections are 1. Widths with a remainder
+        are left out: other instructions compute it, and which elements it is depends on the number of threads. On a GPU
+        the host would wait for the answer.
+        """
+        weight = self.head.weight
+        if not is_on_host(weight) or weight.shape[1] % 16 or getattr(self.head, "fused", False):
+            return False
+        return all(bool((factor == factor[0]).all()) for factor in factors_S1)
 
     def _update(
         self, weight_bD: Tensor, moments: list[Tensor], grad_bD: Tensor, spare_bD: Tensor, factors: tuple[Factor, ...]
     ) -> None:
         (mean, square), (beta1, beta2) = moments, self.group["betas"]
         keep1, keep2, shrink, rate, eps = factors
+        if isinstance(rate, float):
+            # `rate` and `eps` contain the bias corrections; those of step inf are 1.
+            decay = (1 - shrink) / rate if rate else 0.0
+            rates: dict[str, Any] = {"lr": rate, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": decay}
+            flags: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False}
+            adamw([weight_bD], [grad_bD], [mean], [square], [], [torch.tensor(math.inf)], **flags, **rates)
+            return
         mean.mul_(keep1).add_(grad_bD, alpha=1 - beta1)
         square.mul_(keep2).addcmul_(grad_bD, grad_bD, value=1 - beta2)
         correctly_rounded_sqrt(square, out=spare_bD).add_(eps)
         torch.div(mean, spare_bD, out=spare_bD)
-        assert isinstance(rate, Tensor)
         weight_bD.mul_(shrink).addcmul_(spare_bD, rate, value=-1)
 
     def _step_fused(self, grad_SD: Tensor, factors: tuple[Any, ...], options: dict[str, Any]) -> None:
