@@ -85,14 +85,24 @@ def linear_margin_cross_entropy(
         "memory_budget_bytes": memory_budget_bytes, "labels_loss": labels_loss,
     }  # fmt: skip
     if not _is_traced(x) or (margin is not None and type(margin) is not Margin):
-        spec = LossSpec(**options, margin=margin, group=group)
-        return linear_margin_discrimination(x, w, target, spec, rows=rows, bias=bias).loss
+        compute = _compute_untraced if torch.compiler.is_compiling() else _compute
+        return compute(x, w, target, rows, bias, {**options, "margin": margin, "group": group})
     numbers, train = margin or Margin(), torch.is_grad_enabled()
     loss: Tensor = _operator(
         x, w, target, rows, bias, m1=numbers.m1, m2=numbers.m2, m3=numbers.m3, easy_margin=numbers.easy_margin,
         group=_name_of(group), need_x=train and x.requires_grad, need_w=train and w.requires_grad, **options,
     )[0]  # fmt: skip
     return loss
+
+
+def _compute(
+    x: Tensor, w: Tensor, target: Tensor, rows: Tensor | None, bias: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    return linear_margin_discrimination(x, w, target, LossSpec(**options), rows=rows, bias=bias).loss
+
+
+# Like torch.compiler.disable, but imports torch._dynamo, which takes seconds, at the first call.
+_compute_untraced = torch._disable_dynamo(_compute)
 
 
 def _is_traced(x: Tensor) -> bool:

@@ -70,10 +70,10 @@ H100 = Costs(
 # One thread of an AMD EPYC and gloo, in CPU time: fitted by tools/bench.py --suite step-time (docs/benchmarks.md),
 # which does not measure loading.
 EPYC = Costs(
-    tower_flop=1.23e-11,
-    product_flop=8.84e-12,
-    memory_byte=1.54e-10,
-    link_byte=1.75e-9,
+    tower_flop=1.25e-11,
+    product_flop=9.21e-12,
+    memory_byte=1.44e-10,
+    link_byte=1.68e-9,
     source="one thread of an AMD EPYC, fitted",
 )
 COSTS = {"cuda": H100, "cpu": EPYC}

@@ -111,6 +111,10 @@ def test_a_max_norm_that_is_no_number_is_refused_and_nothing_to_clip_is_zero() -
 
 
 def test_torchs_own_clipping_of_the_optimizers_parameters_clips_this_ranks_rows() -> None:
+    try:
+        torch.linalg.vector_norm(torch.eye(2).to_sparse())
+    except NotImplementedError:
+        pytest.skip("this PyTorch has no norm of sparse gradients")
     head = make()
     optimizer = RowSGD(head)
     head(*batch()).backward()

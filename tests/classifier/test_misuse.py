@@ -216,16 +216,21 @@ def model_with_head() -> nn.ModuleDict:
     return nn.ModuleDict({"student": nn.Linear(WIDTH, WIDTH), "parts": nn.ModuleList([PartialFC(CLASSES, WIDTH)])})
 
 
-class Model(nn.ModuleDict):
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.parts = nn.Linear(WIDTH, WIDTH), nn.ModuleList([PartialFC(CLASSES, WIDTH)])
+
     def forward(self, x: Tensor) -> Tensor:
-        return self["student"](x)
+        return self.student(x)
 
 
 def fully_sharded() -> dict[str, tuple[str, bool]]:
     results = {}
     for kind in ("alone", "parent", "ignored", "student", "replicate"):
-        model = Model(model_with_head().items())
-        head = model["parts"][0]  # type: ignore[index]
+        model = Model()
+        head = model.parts[0]
+        assert isinstance(head, PartialFC)
         before, message = head.weight.clone(), ""
         try:
             if kind == "replicate":
@@ -233,7 +238,7 @@ def fully_sharded() -> dict[str, tuple[str, bool]]:
             elif kind == "ignored":
                 fully_shard(model, ignored_params={head.weight})
             else:
-                fully_shard({"alone": head, "parent": model, "student": model["student"]}[kind])
+                fully_shard({"alone": head, "parent": model, "student": model.student}[kind])
         except UserError as error:
             message = str(error)
         results[kind] = message, torch.equal(head.weight, before)

@@ -219,10 +219,10 @@ def test_a_margin_of_a_derived_class_is_obeyed_in_a_graph_as_outside() -> None:
         def target(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
             return 2 * cos, torch.full_like(cos, 2.0)
 
-    x, w, target = tensors()
+    (x, w, target), margin = tensors(), Double()
 
     def loss_of(x: Tensor) -> Tensor:
-        return linear_margin_cross_entropy(x, w, target, margin=Double(), scale=16.0)
+        return linear_margin_cross_entropy(x, w, target, margin=margin, scale=16.0)
 
     torch._dynamo.reset()
     assert torch.equal(torch.compile(loss_of, backend="aot_eager")(x), loss_of(x))
