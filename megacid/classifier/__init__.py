@@ -2,7 +2,8 @@
 
 from megacid.classifier.clipping import clip_grad_norm_
 from megacid.classifier.partial_fc import PartialFC
-from megacid.classifier.row_optimizer import RowAdamW, RowSGD
+from megacid.classifier.row_adamw import RowAdamW
+from megacid.classifier.row_sgd import RowSGD
 from megacid.distributed.parallel import shard_range
 from megacid_kernels.margin import Margin
 

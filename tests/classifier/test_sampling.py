@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import megacid_kernels.rows
 from megacid import Margin, RowAdamW, RowSGD
-from megacid.classifier import row_optimizer, row_state
+from megacid.classifier import row_adamw, row_optimizer, row_state
 from megacid.classifier.label_exchange import GatheredLabels, LabelExchange
 from megacid.classifier.partial_fc import PartialFC
 from megacid.classifier.sampling import Draw, hash_ids, sample_dims
@@ -333,7 +333,7 @@ def test_a_step_of_the_head_reads_the_device_once(
     kwargs: dict, optimizer: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As on a device: norms, and no NumPy, which few CPU threads take for blocks of rows.
-    for module in (megacid_kernels.rows, row_optimizer):
+    for module in (megacid_kernels.rows, row_adamw, row_optimizer):
         monkeypatch.setattr(module, "is_on_host", lambda x: False)
     monkeypatch.setattr(row_state, "_has_few_cpu_threads", lambda x, most: False)
     head = PartialFC(500, 16, **{"sample_rate": 0.1, **kwargs})

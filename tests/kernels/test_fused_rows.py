@@ -14,7 +14,9 @@ import torch
 from interpreter import assert_holds_in_the_interpreter, on_devices
 from torch import Tensor
 
-from megacid.classifier.row_optimizer import RowAdamW, RowOptimizer, RowSGD
+from megacid.classifier.row_adamw import RowAdamW
+from megacid.classifier.row_optimizer import RowOptimizer
+from megacid.classifier.row_sgd import RowSGD
 from megacid.classifier.row_state import round_to_bf16, rounding_bits, rounding_keys
 from megacid_kernels.fused import INTERPRET, AdamWFactors, SGDFactors, Tile, adamw_rows_, sgd_rows_, tile_of, unit_rows
 

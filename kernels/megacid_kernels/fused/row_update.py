@@ -2,10 +2,10 @@
 
 Legend: L rows in memory, S rows of this step, D width.
 
-`megacid.classifier.row_optimizer` defines the step and the factors of a row; these kernels do the same fp32 arithmetic
-in the same order. Grid: one program per `tile.rows` of the S rows; every element is read and written once, nothing is
-reduced. The kernels are bound by memory: AdamW moves 28 bytes per element (weight and both moments read and written,
-gradient read), SGD 20; with bf16 moments 20 and 16.
+`megacid.classifier.row_adamw` and `row_sgd` define the step and the factors of a row; these kernels do the same fp32
+arithmetic in the same order. Grid: one program per `tile.rows` of the S rows; every element is read and written once,
+nothing is reduced. The kernels are bound by memory: AdamW moves 28 bytes per element (weight and both moments read and
+written, gradient read), SGD 20; with bf16 moments 20 and 16.
 
 bf16 moments are rounded stochastically without bias, see `megacid.classifier.row_state`: 32 random bits per element,
 murmur3's finaliser (Appleby, public domain) of a key of the row and one of the column; the lower half for the first
