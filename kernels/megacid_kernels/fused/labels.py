@@ -86,7 +86,7 @@ def share_kernel(
     inside = sample < num_samples
     has_label = tl.load(num_labels_ptr + sample, mask=inside, other=0.0) > 0.0
     tl.store(share_ptr + sample, tl.where(has_label, weight, 0.0), mask=inside)
-    tl.store(sample_weight_ptr + lane, weight, mask=(lane == 0) & (tl.program_id(0) == 0))
+    tl.store(sample_weight_ptr + sample, weight, mask=sample == 0)
 
 
 def locate_labels(
