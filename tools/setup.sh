@@ -20,8 +20,8 @@ if [ -n "${VIRTUAL_ENV:-}" ] && [ -x "$VIRTUAL_ENV/bin/python" ]; then
 else
     venv=$root/.venv
     if [ ! -x "$venv/bin/python" ]; then
-        command -v "$python" >/dev/null || fail "find $python" "install Python 3.10 or newer, or name one: PYTHON=/path/to/python3 bash tools/setup.sh"
-        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "check $python" "megacid needs Python 3.10 or newer, this is $("$python" -V 2>&1); name another with PYTHON=..."
+        command -v "$python" >/dev/null || fail "find $python" "install Python 3.11 or newer, or name one: PYTHON=/path/to/python3 bash tools/setup.sh"
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "check $python" "megacid needs Python 3.11 or newer, this is $("$python" -V 2>&1); name another with PYTHON=..."
         timed "create $venv" "install the venv module (Debian: apt-get install python3-venv) and remove $venv" "$python" -m venv "$venv"
     fi
 fi

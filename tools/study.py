@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class Runner:
         return dict(result)
 
     def record(self, name: str, digest: str, **facts: Any) -> dict[str, Any]:
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         result = {"digest": digest, **facts, "machine": machine(), "versions": versions(), "date": now}
         write_json_atomic(self.results / f"{name}.json", result)
         return result
@@ -225,7 +225,7 @@ class Runner:
         if "test" in result["metrics"]:
             return
         result["metrics"]["test"] = self.evaluate(name, "test")
-        result["test_date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        result["test_date"] = datetime.now(UTC).isoformat(timespec="seconds")
         write_json_atomic(self.results / f"{name}.json", result)
 
 

@@ -8,7 +8,7 @@ Reads the evaluation's JSON files, the train_summary.json of each run, the balan
 
 import json
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def main() -> int:
         "seconds_per_stage": {name: int(seconds) for name, seconds in times.items()},
         "machine": machine(),
         "versions": versions(),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
     }
     write_json_atomic(demo / "summary.json", summary)
     print(f"\n{table(runs)}\n")

@@ -16,7 +16,7 @@ import os
 import statistics
 import sys
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
         "machine": {**machine(), "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS", "not set"),
         "versions": versions(),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
     }  # fmt: skip
     write_json_atomic(args.out / "sweep.json", sweep)
     write_atomic(args.out / "sweep.md", report(sweep).encode())

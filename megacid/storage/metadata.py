@@ -8,7 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def machine() -> dict[str, Any]:
 
 def write_meta(directory: str | Path, made_by: str, source: dict[str, Any], **facts: Any) -> None:
     """Write `directory/meta.json`. Call it last, since the file marks the stage as complete."""
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     write_json_atomic(
         Path(directory) / "meta.json",
         {"made_by": made_by, "source": source, **facts, "versions": versions(), "date": now},

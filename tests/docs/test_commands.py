@@ -12,6 +12,7 @@ import runpy
 import shlex
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,6 @@ import pytest
 from doc_blocks import PAGES, ROOT, Block, blocks
 
 from megacid.config.load import load_run
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib  # type: ignore[no-redef]
 
 BASH = [block for page in PAGES for block in blocks(page, "bash")]
 REPOSITORY = ("tools/", "tests/", "configs/", "examples/", "megacid/", "kernels/", "docs/")
